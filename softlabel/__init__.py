@@ -1,0 +1,71 @@
+"""softlabel: offline soft labels for knowledge distillation.
+
+Run the teachers over a dataset once (`generate`), keep their scaled logits in a store that is checked byte by byte,
+and train any number of students from it (`SoftLabelLoader`, `DistillationLoss`, `train`).
+
+Names are imported when first used, so that `import softlabel` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softlabel.dataset import Source, open_source
+    from softlabel.errors import SoftLabelError
+    from softlabel.evaluate import Evaluation, evaluate
+    from softlabel.generate import GenerateSummary, generate
+    from softlabel.loader import SoftLabelLoader
+    from softlabel.loss import DistillationLoss, distillation_loss
+    from softlabel.store.reader import Store, open_store
+    from softlabel.store.verify import verify_store
+    from softlabel.train import TrainConfig, TrainResult, train
+
+__all__ = [
+    "DistillationLoss",
+    "Evaluation",
+    "GenerateSummary",
+    "SoftLabelError",
+    "SoftLabelLoader",
+    "Source",
+    "Store",
+    "TrainConfig",
+    "TrainResult",
+    "distillation_loss",
+    "evaluate",
+    "generate",
+    "open_source",
+    "open_store",
+    "train",
+    "verify_store",
+]
+
+_HOME = {
+    "DistillationLoss": "softlabel.loss",
+    "Evaluation": "softlabel.evaluate",
+    "GenerateSummary": "softlabel.generate",
+    "SoftLabelError": "softlabel.errors",
+    "SoftLabelLoader": "softlabel.loader",
+    "Source": "softlabel.dataset",
+    "Store": "softlabel.store.reader",
+    "TrainConfig": "softlabel.train",
+    "TrainResult": "softlabel.train",
+    "distillation_loss": "softlabel.loss",
+    "evaluate": "softlabel.evaluate",
+    "generate": "softlabel.generate",
+    "open_source": "softlabel.dataset",
+    "open_store": "softlabel.store.reader",
+    "train": "softlabel.train",
+    "verify_store": "softlabel.store.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'softlabel' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

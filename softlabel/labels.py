@@ -1,0 +1,82 @@
+"""The arithmetic of soft labels: from the members' logits to what a store keeps.
+
+Legend: B batch, C classes, M members. Everything is computed in float32, on the device of its input.
+
+Scaled logits are logits divided by the temperature: ``softmax(scaled_logits)`` is the soft label. They are
+defined up to a constant per row, so a store keeps them with the row's maximum subtracted.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softlabel.errors import MismatchError, UsageError
+
+CombineRule = Literal["logits", "probs"]
+
+
+def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
+    """Weights of an ensemble's members, summing to 1; uniform when none are given.
+
+    Raises:
+        UsageError: not one weight a member, or weights that are negative, not finite or all zero.
+    """
+    if weights is None:
+        return (1.0 / members,) * members
+    if len(weights) != members:
+        raise UsageError(f"weights: expected one for each of the {members} teachers, found {len(weights)}")
+    total = sum(weights)
+    if not all(0 <= w < float("inf") for w in weights) or not total > 0:
+        raise UsageError(f"weights: expected finite numbers of at least 0, not all 0, found {list(weights)}")
+    return tuple(w / total for w in weights)
+
+
+def combine(logits_MBC: Sequence[Tensor], *, rule: CombineRule, temperature: float, weights: Sequence[float]) -> Tensor:
+    """One teacher's worth of scaled logits out of an ensemble's logits.
+
+    ``logits`` averages logits and divides by the temperature (a geometric mean of the distributions), which
+    re-tempers exactly. ``probs`` is the logarithm of the weighted mean of ``softmax(logits / temperature)``, the
+    usual ensemble average (Hinton et al. 2015), which belongs to that one temperature.
+
+    Args:
+        logits_MBC: M tensors (B, C), float; -inf masks a class.
+        weights: M numbers that sum to 1.
+
+    Returns:
+        float32 (B, C) scaled logits, the row's maximum subtracted.
+    """
+    scaled = [logits_BC.float() / temperature for logits_BC in logits_MBC]
+    used = [(w, z) for w, z in zip(weights, scaled, strict=True) if w > 0]
+    if rule == "logits" or len(used) == 1:
+        # A weight of zero must not meet a masked class: 0 * -inf is NaN.
+        scaled_logits_BC = sum((w * z for w, z in used[1:]), used[0][0] * used[0][1])
+    elif rule == "probs":
+        log_probs_MBC = torch.stack([torch.log_softmax(z, dim=-1) for _, z in used])
+        log_weights_M11 = torch.tensor([w for w, _ in used], device=log_probs_MBC.device).log()[:, None, None]
+        scaled_logits_BC = torch.logsumexp(log_probs_MBC + log_weights_M11, dim=0)
+    else:
+        raise UsageError(f"combine: expected 'logits' or 'probs', found {rule!r}")
+    return scaled_logits_BC - scaled_logits_BC.amax(dim=-1, keepdim=True)
+
+
+def retemperable(rule: str, members: int) -> bool:
+    """Whether labels stored at one temperature are exact at another: averages of logits are, of probabilities are not."""
+    return rule == "logits" or members == 1
+
+
+def retemper(scaled_logits_BC: Tensor, *, stored: float, wanted: float, rule: str, members: int) -> Tensor:
+    """Scaled logits of another temperature, exact, or refused.
+
+    Raises:
+        MismatchError: the labels are an average of probabilities, which only exists at the stored temperature.
+    """
+    if stored == wanted:
+        return scaled_logits_BC
+    if not retemperable(rule, members):
+        raise MismatchError(
+            f"temperature: the labels are the mean of {members} teachers' probabilities at {stored:g} and cannot be changed "
+            f"exactly to {wanted:g}; train at {stored:g}, or generate with --combine logits or at --temperature {wanted:g}"
+        )
+    return scaled_logits_BC * (stored / wanted)
