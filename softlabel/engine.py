@@ -1,0 +1,222 @@
+"""The engine room of stage 1: decode, shape, ask the members, combine, encode, one shard at a time.
+
+    source -> decode -> geometry of each member -> teachers -> combine -> encode -> rows of a shard
+
+The unit of work is one shard. `label_shard` is idempotent: the same shard of the same run gives the same rows wherever
+and whenever it is computed, because batches are laid from the shard's own start and are always padded to one shape.
+
+Legend: B batch, C classes, H height, M members, W width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from softlabel.dataset import IGNORE, Source, content_hash, decode_image
+from softlabel.encoding import FidelityMeter, encode
+from softlabel.errors import BadImageError, DataError, TeacherError
+from softlabel.labels import CombineRule, combine
+from softlabel.store.manifest import BadRow, Fidelity, ShardPlan
+from softlabel.store.shard import Rows
+from softlabel.teacher import Preprocessing, Teacher
+
+BadImagePolicy = Literal["skip", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedBatch:
+    """Up to B samples, decoded and shaped for every distinct geometry among the members."""
+
+    keys: list[str]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    content: np.ndarray[Any, np.dtype[np.uint64]] | None
+    images: tuple[Tensor, ...]
+    bad: tuple[BadRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledShard:
+    """The rows of one shard, ready to be written."""
+
+    plan: ShardPlan
+    rows: Rows
+    bad: tuple[BadRow, ...]
+    fidelity: Fidelity | None
+    correct: int
+    labelled: int
+
+
+class _Batches(Dataset[DecodedBatch]):
+    """Batch number -> decoded images: what the worker processes run."""
+
+    def __init__(self, source: Source, spans: Sequence[tuple[int, int]], geometries: Sequence[Preprocessing]) -> None:
+        self.source, self.spans, self.geometries = source, spans, geometries
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, number: int) -> DecodedBatch:
+        start, stop = self.spans[number]
+        images: list[list[Tensor]] = [[] for _ in self.geometries]
+        kept, bad, hashes = [], [], []
+        for index, sample in enumerate(self.source.read(range(start, stop)), start):
+            try:
+                image_CHW = decode_image(sample.image)
+                # Each member shapes the source image, never what another member left of it.
+                shaped = [geometry.geometry(image_CHW) for geometry in self.geometries]
+            except BadImageError as error:
+                bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
+                continue
+            for stack, view in zip(images, shaped, strict=True):
+                if stack and view.shape != stack[0].shape:
+                    raise DataError(
+                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found {_size(view)}; "
+                        "give the teacher a size, such as '?resize=256&crop=224'"
+                    )
+                stack.append(view)
+            kept.append(sample)
+            hashes.append(content_hash(sample.image))
+        return DecodedBatch(
+            keys=[sample.key for sample in kept],
+            labels=np.array([sample.label for sample in kept], dtype=np.int64),
+            content=None if None in hashes else np.array(hashes, dtype=np.uint64),
+            images=tuple(torch.stack(stack) for stack in images) if kept else (),
+            bad=tuple(bad),
+        )
+
+
+class Labeller:
+    """The loaded members and how they become labels: all that a shard needs beside its plan."""
+
+    def __init__(
+        self,
+        source: Source,
+        teachers: Sequence[Teacher],
+        *,
+        rule: CombineRule,
+        weights: Sequence[float],
+        temperature: float,
+        encoding: str,
+        batch_size: int,
+        on_bad_image: BadImagePolicy,
+    ) -> None:
+        self.source, self.teachers, self.rule, self.weights = source, tuple(teachers), rule, tuple(weights)
+        self.temperature, self.encoding, self.batch_size = temperature, encoding, batch_size
+        self.on_bad_image = on_bad_image
+        shapes = [teacher.preprocessing for teacher in self.teachers]
+        # Members with the same geometry share one tensor; normalisation differs and happens on the device.
+        keys = [(p.resize, p.crop, p.interpolation) for p in shapes]
+        unique = list(dict.fromkeys(keys))
+        self.geometries = tuple(shapes[keys.index(key)] for key in unique)
+        self.geometry_of = tuple(unique.index(key) for key in keys)
+
+    def spans(self, plan: ShardPlan) -> list[tuple[int, int]]:
+        """The ranges of samples of a shard's batches, from the shard's own start."""
+        return [(i, min(i + self.batch_size, plan.stop)) for i in range(plan.start, plan.stop, self.batch_size)]
+
+    def decoded(self, plans: Sequence[ShardPlan], workers: int) -> Iterator[DecodedBatch]:
+        """The decoded batches of shards, in order, by worker processes when there are any."""
+        spans = [span for plan in plans for span in self.spans(plan)]
+        loader = DataLoader(
+            _Batches(self.source, spans, self.geometries),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=False,
+        )
+        return iter(loader)
+
+    def scaled_logits(self, batch: DecodedBatch) -> Tensor:
+        """Combined scaled logits (len(batch.keys), C), float32, on the device.
+
+        Raises:
+            TeacherError: a member's logits are not numbers.
+        """
+        kept = len(batch.keys)
+        # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
+        padded = [_pad(images_BCHW, self.batch_size) for images_BCHW in batch.images]
+        logits_MBC = []
+        for teacher, geometry in zip(self.teachers, self.geometry_of, strict=True):
+            logits_BC = teacher.logits(padded[geometry])[:kept]
+            _check_logits(logits_BC, teacher, batch.keys)
+            logits_MBC.append(logits_BC)
+        return combine(logits_MBC, rule=self.rule, temperature=self.temperature, weights=self.weights)
+
+
+def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBatch] | None = None) -> LabelledShard:
+    """Label one shard. Idempotent: depends on the plan and the labeller alone.
+
+    Args:
+        batches: the shard's decoded batches, where a caller decodes ahead of several shards; decoded here if absent.
+    """
+    batches = labeller.decoded([plan], workers=0) if batches is None else batches
+    fidelity = FidelityMeter(temperature=labeller.temperature)
+    parts: list[DecodedBatch] = []
+    columns: list[dict[str, Tensor]] = []
+    correct = labelled = 0
+    for _ in labeller.spans(plan):
+        batch = next(batches)
+        parts.append(batch)
+        if batch.bad and labeller.on_bad_image == "error":
+            first = batch.bad[0]
+            raise DataError(
+                f"image {first.key!r}: {first.reason}; mend it, or let it be skipped with --on-bad-image skip"
+            )
+        if not batch.keys:
+            continue
+        scaled_logits_BC = labeller.scaled_logits(batch)
+        encoded = encode(scaled_logits_BC, labeller.encoding)
+        fidelity.add(scaled_logits_BC, encoded["logits"])
+        columns.append({name: column.cpu() for name, column in encoded.items()})
+        top_B = scaled_logits_BC.argmax(dim=-1).cpu().numpy()
+        correct += int((top_B == batch.labels).sum())
+        labelled += int((batch.labels != IGNORE).sum())
+    if not columns:  # every image of the shard is bad
+        columns.append(encode(torch.empty(0, labeller.teachers[0].num_classes), labeller.encoding))
+    keys = [key for part in parts for key in part.keys]
+    contents = [part.content for part in parts if part.keys]
+    known = [content for content in contents if content is not None]
+    rows = Rows(
+        keys=keys,
+        views=np.full(len(keys), plan.view, dtype=np.int32),
+        labels=np.concatenate([part.labels for part in parts]),
+        content=np.concatenate(known) if known and len(known) == len(contents) else None,
+        columns={name: torch.cat([part[name] for part in columns]).numpy() for name in columns[0]},
+    )
+    return LabelledShard(
+        plan=plan,
+        rows=rows,
+        bad=tuple(row for part in parts for row in part.bad),
+        fidelity=fidelity.result(),
+        correct=correct,
+        labelled=labelled,
+    )
+
+
+def _as_it_is(batch: DecodedBatch) -> DecodedBatch:
+    return batch
+
+
+def _size(image_CHW: Tensor) -> str:
+    return f"{image_CHW.shape[2]}x{image_CHW.shape[1]} pixels"
+
+
+def _pad(images_BCHW: Tensor, batch_size: int) -> Tensor:
+    short = batch_size - len(images_BCHW)
+    return torch.cat([images_BCHW, images_BCHW.new_zeros(short, *images_BCHW.shape[1:])]) if short else images_BCHW
+
+
+def _check_logits(logits_BC: Tensor, teacher: Teacher, keys: Sequence[str]) -> None:
+    # -inf masks a class and is allowed; a row needs one class that is a number.
+    wrong_B = (logits_BC.isnan() | logits_BC.isposinf()).any(dim=-1) | logits_BC.isneginf().all(dim=-1)
+    if wrong_B.any():
+        row = int(wrong_B.nonzero()[0])
+        raise TeacherError(
+            f"teacher {teacher.spec.text}: the logits of image {keys[row]!r} are not finite "
+            f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
+        )

@@ -1,0 +1,268 @@
+"""Stage 1: the teachers label a dataset, once.
+
+plan minus manifest -> label_shard -> write_shard -> commit
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from softlabel.dataset import Source, open_source
+from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
+from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.labels import CombineRule, normalized_weights
+from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
+from softlabel.store.writer import Committer, write_shard
+from softlabel.teacher import Teacher, load_teacher
+
+log = logging.getLogger("softlabel")
+
+# One shard is written while the next is computed and a third waits: more would only hold memory.
+WRITES_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSummary:
+    """What a call of `generate` did. Rows and images count this call's work, `total_rows` the finished store."""
+
+    path: str
+    total_rows: int
+    total_bad: int
+    shards_written: int
+    images: int
+    seconds: float
+    teacher_accuracy: float | None
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+def generate(
+    data: "str | Path | Source | Dataset[Any]",
+    *,
+    teachers: Sequence[str],
+    out: str | Path,
+    combine: CombineRule = "logits",
+    weights: Sequence[float] | None = None,
+    temperature: float = 4.0,
+    format: Literal["parquet", "hdf5"] = "parquet",
+    shard_rows: int = 16384,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int | None = None,
+    seed: int = 0,
+    ignore_labels: bool = False,
+    on_bad_image: BadImagePolicy = "skip",
+    device: str = "auto",
+    key_fn: Callable[[int], str] | None = None,
+    progress: bool | None = None,
+) -> GenerateSummary:
+    """Run teachers over a dataset and store their combined soft labels; resumes what an earlier call left unfinished.
+
+    Args:
+        data: a SOURCE (see `open_source`), or a map-style dataset of (image, label) or images.
+        teachers: one SPEC for each member of the ensemble, such as ``torchvision:resnet50@weights.pth``.
+        out: folder of the store.
+        combine: ``logits`` averages logits (re-tempers exactly), ``probs`` the softmax at `temperature`.
+        weights: one number a teacher, normalised to sum 1; equal when absent.
+        temperature: logits are divided by it before they are stored.
+        format: file format of the shards.
+        shard_rows: samples a shard; what a kill can cost.
+        batch_size: samples a forward pass; the last batch is padded to it.
+        precision: of the forward pass; bf16 and fp16 use autocast.
+        workers: processes that decode images; absent: none on a CPU, up to 8 beside a GPU.
+        seed: of the view policy, and of what a teacher's factory draws at random.
+        ignore_labels: store no hard labels even if the data has them.
+        on_bad_image: ``skip`` lists an image that cannot be decoded in the manifest, ``error`` stops at it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        key_fn: index -> key, for a map-style dataset; the decimal index when absent.
+        progress: show a bar; absent: if standard error is a terminal.
+
+    Returns:
+        Counts and times of this call.
+
+    Raises:
+        UsageError: a request that cannot be (SpecError, MismatchError: `out` holds another run's store).
+        TeacherError: a member's output is not (B, C) finite numbers.
+        DataError: a source that cannot be read, or a bad image if `on_bad_image` is ``error``.
+        StoreError: the store cannot be written; what was committed stays and the same call resumes.
+    """
+    if not teachers:
+        raise UsageError("teachers: expected at least one SPEC, found none")
+    for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{name}: expected a number above 0, found {value}")
+    source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
+    if not len(source):
+        raise DataError(f"{source.name}: holds no samples")
+    target = resolve_device(device)
+    torch.manual_seed(seed)
+    members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]
+    classes = {teacher.num_classes for teacher in members}
+    if len(classes) > 1:
+        listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in members)
+        raise MismatchError(f"teachers: expected one number of classes, found {listed}")
+    share = normalized_weights(weights, len(members))
+    run = _run_of(source, members, share, combine, temperature, format, shard_rows, seed)
+    recorded = {
+        "data": source.name,
+        "teachers": [teacher.spec.text for teacher in members],
+        "device": str(target),
+        "batch_size": batch_size,
+        "libraries": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+    }
+    labeller = Labeller(
+        source,
+        members,
+        rule=combine,
+        weights=share,
+        temperature=temperature,
+        encoding=run.encoding.name,
+        batch_size=min(batch_size, shard_rows),
+        on_bad_image=on_bad_image,
+    )
+    started = time.perf_counter()
+    images = written = correct = labelled = 0
+    with Committer(out, run, recorded) as committer:
+        missing = committer.missing()
+        rows = sum(plan.stop - plan.start for plan in missing)
+        total = sum(plan.stop - plan.start for plan in run.plan())
+        if len(missing) < run.shard_count:
+            log.info("resuming %s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
+        batches = labeller.decoded(missing, _workers(workers, target))
+        with _bar(total, total - rows, progress) as bar, _writer(committer, run) as write:
+            for plan in missing:
+                shard = label_shard(plan, labeller, _counted(batches, bar))
+                write(shard)
+                images += len(shard.rows.keys) + len(shard.bad)
+                correct, labelled = correct + shard.correct, labelled + shard.labelled
+                written += 1
+        committer.finish()
+        totals = committer.manifest.totals
+    return GenerateSummary(
+        path=str(out),
+        total_rows=totals.rows,
+        total_bad=totals.bad,
+        shards_written=written,
+        images=images,
+        seconds=time.perf_counter() - started,
+        teacher_accuracy=correct / labelled if labelled else None,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        UsageError: a CUDA device is asked for and there is none, or the name is not a device's.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+    return found
+
+
+def _run_of(
+    source: Source,
+    members: Sequence[Teacher],
+    weights: Sequence[float],
+    rule: CombineRule,
+    temperature: float,
+    format: Literal["parquet", "hdf5"],
+    shard_rows: int,
+    seed: int,
+) -> Run:
+    num_classes = members[0].num_classes
+    names = source.class_names
+    if source.has_labels and names is not None and len(names) != num_classes:
+        raise MismatchError(
+            f"classes: the teachers have {num_classes}, {source.name} has {len(names)}; "
+            "use teachers of these classes, or --ignore-labels to store the soft labels alone"
+        )
+    return Run(
+        format=format,
+        num_classes=num_classes,
+        class_names=names if names is not None and len(names) == num_classes else None,
+        temperature=float(temperature),
+        combine=Combine(rule=rule, weights=tuple(weights)),
+        members=tuple(
+            Member(
+                # Where the checkpoint lies is not part of the identity: its weights' hash is.
+                spec=dataclasses.replace(teacher.spec, checkpoint=None).text,
+                sha256=teacher.sha256,
+                preprocessing=teacher.preprocessing.to_dict(),
+                precision=teacher.precision,
+                num_classes=teacher.num_classes,
+            )
+            for teacher in members
+        ),
+        dataset=DatasetInfo(
+            kind=source.kind, rows=len(source), fingerprint=source.fingerprint(), has_labels=source.has_labels
+        ),
+        views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
+        shard_rows=shard_rows,
+    )
+
+
+@contextlib.contextmanager
+def _writer(committer: Committer, run: Run) -> Iterator[Callable[[LabelledShard], None]]:
+    """Write and commit in the background, a bounded number in flight; a failure is raised at the next call or at the end."""
+    pending: list[Future[None]] = []
+
+    def publish(shard: LabelledShard) -> None:
+        record = write_shard(committer.root, run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+        committer.commit(record)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:
+
+        def write(shard: LabelledShard) -> None:
+            while len(pending) >= WRITES_IN_FLIGHT or (pending and pending[0].done()):
+                pending.pop(0).result()
+            pending.append(pool.submit(publish, shard))
+
+        yield write
+        for future in pending:
+            future.result()
+
+
+def _counted(batches: Iterator[DecodedBatch], bar: "tqdm[Any]") -> Iterator[DecodedBatch]:
+    for batch in batches:
+        yield batch
+        bar.update(len(batch.keys) + len(batch.bad))
+
+
+def _bar(total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit="img",
+        unit_scale=True,
+        desc="labelling",
+        disable=None if progress is None else not progress,
+    )
+
+
+def _workers(workers: int | None, device: torch.device) -> int:
+    """A CPU teacher uses every core already; beside a GPU the cores are free to decode."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

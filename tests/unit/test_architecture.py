@@ -1,0 +1,162 @@
+"""The rooms and the arrows between them: who may import whom, and what stays out of `import softlabel`."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import softlabel
+
+PACKAGE = Path(softlabel.__file__).parent
+
+# room -> what it may import beside the standard library and `errors`.
+THIRD = {
+    "numpy",
+    "torch",
+    "torchvision",
+    "pyarrow",
+    "h5py",
+    "fsspec",
+    "xxhash",
+    "safetensors",
+    "PIL",
+    "sklearn",
+    "yaml",
+}
+THIRD |= {"jsonargparse", "tqdm", "matplotlib", "triton", "dask", "distributed", "tensorboard"}
+MAY_IMPORT = {
+    "errors": set(),
+    "dataset": {"torch", "torchvision", "pyarrow", "h5py", "numpy", "xxhash", "PIL", "sklearn"},
+    "views": {"torch", "torchvision", "numpy", "xxhash"},
+    "zoo": {"torch"},
+    "models": {"torch", "torchvision", "safetensors", "zoo"},
+    "teacher": {"torch", "torchvision", "models"},
+    "labels": {"torch"},
+    "encoding": {"torch", "numpy", "store.columns", "store.manifest"},
+    "store": {"numpy", "pyarrow", "h5py", "fsspec", "xxhash"},
+    "engine": {"torch", "numpy", "dataset", "teacher", "labels", "encoding", "store"},
+    "generate": {"torch", "numpy", "tqdm", "dataset", "teacher", "labels", "engine", "store"},
+    "order": {"numpy"},
+    "loader": {"torch", "numpy", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},
+    "loss": {"torch", "triton"},
+    "train": {
+        "torch",
+        "safetensors",
+        "tqdm",
+        "yaml",
+        "numpy",
+        "loader",
+        "loss",
+        "models",
+        "teacher",
+        "views",
+        "dataset",
+    }
+    | {"evaluate", "store", "tensorboard"},
+    "evaluate": {"torch", "tqdm", "numpy", "loader", "loss", "models", "teacher", "dataset", "store"},
+    "report": {"matplotlib", "numpy"},
+    "cli": THIRD | {"*"},
+    "__main__": {"cli"},
+    "__init__": {"*"},
+}
+
+
+def rooms() -> list[tuple[str, Path]]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    return [(file.relative_to(PACKAGE).parts[0].removesuffix(".py"), file) for file in files]
+
+
+def imports(file: Path) -> set[str]:
+    """Absolute names of the modules a file imports, also inside functions; relative imports are refused."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            found.add(node.module)
+            if node.module in {"softlabel", "softlabel.store"}:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("room", "file"), rooms(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_imports_follow_the_table(room: str, file: Path) -> None:
+    assert room in MAY_IMPORT, f"{file}: a new room; add it to the table here and in the README"
+    allowed = MAY_IMPORT[room]
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] in sys.stdlib_module_names:
+            continue
+        if parts[0] == "softlabel":
+            inner = parts[1:]
+            ok = (
+                not inner
+                or inner[0] in {"errors", room}
+                or "*" in allowed
+                or inner[0] in allowed
+                or ".".join(inner[:2]) in allowed
+            )
+            assert ok, f"{room} imports {name}"
+        else:
+            assert parts[0] in allowed or "*" in allowed, f"{room} imports {name}"
+
+
+def test_only_the_named_heavy_packages_exist_in_the_package() -> None:
+    third = {name.split(".")[0] for _, file in rooms() for name in imports(file)}
+    unknown = third - set(sys.stdlib_module_names) - THIRD - {"softlabel"}
+    assert not unknown, f"packages outside the architecture: {unknown}"
+
+
+def test_files_stay_readable() -> None:
+    long = {str(f.relative_to(PACKAGE)): n for _, f in rooms() if (n := len(f.read_text().splitlines())) > 400}
+    assert not long, f"files over 400 lines: {long}"
+
+
+def test_public_names_are_exact_sorted_and_resolve() -> None:
+    assert softlabel.__all__ == sorted(softlabel.__all__)
+    assert set(softlabel.__all__) == {
+        "DistillationLoss",
+        "Evaluation",
+        "GenerateSummary",
+        "SoftLabelError",
+        "SoftLabelLoader",
+        "Source",
+        "Store",
+        "TrainConfig",
+        "TrainResult",
+        "distillation_loss",
+        "evaluate",
+        "generate",
+        "open_source",
+        "open_store",
+        "train",
+        "verify_store",
+    }
+    for name in softlabel.__all__:
+        assert getattr(softlabel, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_here"):
+        _ = softlabel.nothing_here
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    heavy = "{'dask', 'triton', 'h5py', 'matplotlib', 'torchvision'}"
+    assert run_python(f"import softlabel, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_store_needs_no_torch() -> None:
+    code = "import softlabel.store.reader, softlabel.store.writer, sys; print('torch' in sys.modules)"
+    assert run_python(code) == "False"
+
+
+def test_functions_stay_functions_when_their_file_is_imported_first() -> None:
+    code = "from softlabel.generate import GenerateSummary; import softlabel; print(callable(softlabel.generate))"
+    assert run_python(code) == "True"
