@@ -1,0 +1,104 @@
+"""The order of an epoch: a pure function of (seed, epoch, N), so that any step can be reached without the steps before.
+
+Legend: N samples. A position is a place in the epoch's sequence, a sample is an index into the dataset.
+
+The map position -> sample is a keyed bijection of 0..N-1: a Feistel network over Z_a x Z_b, a * b the smallest such
+rectangle that holds N, with cycle walking (whoever lands outside 0..N-1 walks on until inside; fewer than one in
+sqrt(N) does). There is no table of N numbers: a batch costs its own size, at any point of any epoch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
+# Enough for N = 3, where a round is the least of a shuffle; for a large N six would do.
+_ROUNDS = 12
+_GOLDEN = 0x9E3779B97F4A7C15
+_U64 = (1 << 64) - 1
+
+
+def mix64(values: UInt64s) -> UInt64s:
+    """Hash uint64 numbers, each to one that looks independent of it (the finaliser of SplitMix64; a bijection)."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def stream_key(*parts: int) -> np.uint64:
+    """One uint64 key out of integers (a seed, an epoch, the number of a round), each of which changes it."""
+    key = 0
+    for part in parts:
+        # The arithmetic of mix64 on one Python integer: a batch needs a dozen of them, and numpy's scalars are slow.
+        key = ((key ^ (part & _U64)) + _GOLDEN) & _U64
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _U64
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _U64
+        key ^= key >> 31
+    return np.uint64(key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochOrder:
+    """Which sample stands at which position of which epoch.
+
+    Attributes:
+        size: N, at least 1.
+        seed: any integer.
+        shuffle: False gives 0, 1, ..., N-1 in every epoch.
+    """
+
+    size: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size: expected at least 1 sample to put into an order, found {self.size}")
+
+    def samples(self, epoch: int, start: int = 0, stop: int | None = None) -> Int64s:
+        """The samples at positions start to stop (default: the end) of an epoch, int64."""
+        stop = self.size if stop is None else min(stop, self.size)
+        return self.at(epoch, np.arange(start, stop, dtype=np.int64))
+
+    def at(self, epoch: int, positions: Int64s) -> Int64s:
+        """The samples at these positions of an epoch.
+
+        Args:
+            epoch: from 0.
+            positions: int64, any shape, each in 0..N-1.
+        """
+        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
+            raise IndexError(f"position: expected 0 to {self.size - 1}, found {positions.min()} to {positions.max()}")
+        if not self.shuffle:
+            return positions.astype(np.int64)
+        rows = math.isqrt(self.size - 1) + 1  # a: ceil of the square root
+        columns = -(-self.size // rows)  # b
+        round_keys = [stream_key(self.seed, epoch, self.size, number) for number in range(_ROUNDS)]
+        places = _feistel(positions.astype(np.uint64).ravel(), rows, columns, round_keys)
+        outside = np.flatnonzero(places >= self.size)
+        while outside.size:
+            places[outside] = _feistel(places[outside], rows, columns, round_keys)
+            outside = outside[places[outside] >= self.size]
+        return places.astype(np.int64).reshape(positions.shape)
+
+
+def _feistel(places: UInt64s, rows: int, columns: int, round_keys: list[np.uint64]) -> UInt64s:
+    """A keyed bijection of 0..rows*columns-1: turn every row by a hash of its number, then every column, and so on."""
+    a, b = np.uint64(rows), np.uint64(columns)
+    left, right = places // b, places % b
+    for number, round_key in enumerate(round_keys):
+        if number % 2 == 0:
+            left = (left + _below(right, a, round_key)) % a
+        else:
+            right = (right + _below(left, b, round_key)) % b
+    return left * b + right
+
+
+def _below(values: UInt64s, limit: np.uint64, round_key: np.uint64) -> UInt64s:
+    """A hash of each value in 0..limit-1; the upper 32 bits scaled, which a rectangle of up to 2^64 places allows."""
+    return ((mix64(values ^ round_key) >> np.uint64(32)) * limit) >> np.uint64(32)

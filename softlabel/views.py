@@ -1,0 +1,92 @@
+"""What a view of an image is: drawn from (seed, key, view) alone, then applied to whole batches of uint8 pixels.
+
+Legend: B batch, C colours (3), H and W pixels.
+
+A view is two steps. *Drawing* turns (seed, key, view) into explicit parameters (where the crop lies, whether it is
+mirrored), so that a sample's view does not depend on the batch, the worker or the order in which it is met.
+*Applying* takes the parameters and the pixels, uint8, in RGB, before any normalisation: teachers and students that
+normalise differently see the same pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def draw(keys: Sequence[str], *, seed: int, view: int) -> NDArray[np.uint64]:
+    """64 random bits for each sample, a pure function of (seed, key, view): uint64 (B,)."""
+    stream = xxhash.xxh3_64_intdigest(b"softlabel view %d %d" % (seed, view))
+    words = (xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"), seed=stream) for key in keys)
+    return np.fromiter(words, dtype=np.uint64, count=len(keys))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crops:
+    """Where each sample's view lies in its padded image. Compared and stored by value.
+
+    Attributes:
+        top_B, left_B: int64 (B,), pixels from the corner of the padded image.
+        flip_B: bool (B,), whether the crop is mirrored left to right.
+    """
+
+    top_B: Tensor
+    left_B: Tensor
+    flip_B: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropFlip:
+    """Pad with black, crop back to the image's size somewhere, mirror half of the time: the usual CIFAR augmentation.
+
+    Attributes:
+        padding: pixels on each side; 0 leaves only the mirroring.
+        flip: whether to mirror; not for digits and letters.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"padding: expected at least 0 pixels, found {self.padding}")
+
+    def crops(self, keys: Sequence[str], *, seed: int, view: int) -> Crops:
+        """The parameters of one view of these samples."""
+        words_B = draw(keys, seed=seed, view=view)
+        places = np.uint64(2 * self.padding + 1)
+        # Disjoint bits for each parameter; 24 of them scaled to a few places are uniform to one in a million.
+        top_B = ((words_B & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)
+        left_B = (((words_B >> np.uint64(24)) & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)
+        flip_B = (words_B >> np.uint64(63)).astype(bool) & self.flip
+        return Crops(
+            top_B=torch.from_numpy(top_B.astype(np.int64)),
+            left_B=torch.from_numpy(left_B.astype(np.int64)),
+            flip_B=torch.from_numpy(flip_B),
+        )
+
+    def apply(self, images_BCHW: Tensor, crops: Crops) -> Tensor:
+        """Cut the crops out of a batch.
+
+        Args:
+            images_BCHW: uint8, any device.
+
+        Returns:
+            uint8 of the same shape, on the same device; the input is left as it was.
+        """
+        device, (height, width) = images_BCHW.device, images_BCHW.shape[-2:]
+        padded_BCHW = F.pad(images_BCHW, (self.padding,) * 4)
+        # All crops of all images as a view without a copy, out of which one of each image is gathered.
+        windows = padded_BCHW.unfold(2, height, 1).unfold(3, width, 1)
+        samples_B = torch.arange(len(images_BCHW), device=device)
+        cropped_BCHW = windows[samples_B, :, crops.top_B.to(device), crops.left_B.to(device)]
+        return torch.where(crops.flip_B.to(device)[:, None, None, None], cropped_BCHW.flip(3), cropped_BCHW)
+
+    def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
+        """One view of a batch: `crops` and `apply` in one go."""
+        return self.apply(images_BCHW, self.crops(keys, seed=seed, view=view))
