@@ -31,13 +31,13 @@ class Crops:
     """Where each sample's view lies in its padded image. Compared and stored by value.
 
     Attributes:
-        top_B, left_B: int64 (B,), pixels from the corner of the padded image.
-        flip_B: bool (B,), whether the crop is mirrored left to right.
+        top, left: int64 (B,), pixels from the corner of the padded image.
+        flip: bool (B,), whether the crop is mirrored left to right.
     """
 
-    top_B: Tensor
-    left_B: Tensor
-    flip_B: Tensor
+    top: Tensor
+    left: Tensor
+    flip: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +65,9 @@ class CropFlip:
         left_B = (((words_B >> np.uint64(24)) & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)
         flip_B = (words_B >> np.uint64(63)).astype(bool) & self.flip
         return Crops(
-            top_B=torch.from_numpy(top_B.astype(np.int64)),
-            left_B=torch.from_numpy(left_B.astype(np.int64)),
-            flip_B=torch.from_numpy(flip_B),
+            top=torch.from_numpy(top_B.astype(np.int64)),
+            left=torch.from_numpy(left_B.astype(np.int64)),
+            flip=torch.from_numpy(flip_B),
         )
 
     def apply(self, images_BCHW: Tensor, crops: Crops) -> Tensor:
@@ -84,8 +84,8 @@ class CropFlip:
         # All crops of all images as a view without a copy, out of which one of each image is gathered.
         windows = padded_BCHW.unfold(2, height, 1).unfold(3, width, 1)
         samples_B = torch.arange(len(images_BCHW), device=device)
-        cropped_BCHW = windows[samples_B, :, crops.top_B.to(device), crops.left_B.to(device)]
-        return torch.where(crops.flip_B.to(device)[:, None, None, None], cropped_BCHW.flip(3), cropped_BCHW)
+        cropped_BCHW = windows[samples_B, :, crops.top.to(device), crops.left.to(device)]
+        return torch.where(crops.flip.to(device)[:, None, None, None], cropped_BCHW.flip(3), cropped_BCHW)
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
         """One view of a batch: `crops` and `apply` in one go."""

@@ -25,12 +25,12 @@ def test_pixels_are_those_of_pad_crop_and_mirror(padding: int, flip: bool) -> No
     crops = policy.crops(KEYS, seed=3, view=1)
     seen = policy(batch, KEYS, seed=3, view=1)
     for number, image in enumerate(before):
-        top, left = int(crops.top_B[number]), int(crops.left_B[number])
+        top, left = int(crops.top[number]), int(crops.left[number])
         expected = V.crop(V.pad(image, [padding]), top, left, 9, 13)
-        assert torch.equal(seen[number], V.hflip(expected) if crops.flip_B[number] else expected)
+        assert torch.equal(seen[number], V.hflip(expected) if crops.flip[number] else expected)
     assert torch.equal(batch, before)
     assert seen.dtype == torch.uint8
-    assert bool(crops.flip_B.any()) == flip
+    assert bool(crops.flip.any()) == flip
 
 
 def test_a_view_does_not_depend_on_the_batch() -> None:
@@ -54,14 +54,14 @@ def test_seed_key_and_view_each_change_it() -> None:
 def test_every_crop_is_as_likely() -> None:
     keys = [str(number) for number in range(9 * 9 * 2 * 60)]
     crops = CropFlip(padding=4).crops(keys, seed=5, view=2)
-    cells = ((crops.top_B * 9 + crops.left_B) * 2 + crops.flip_B).numpy()
+    cells = ((crops.top * 9 + crops.left) * 2 + crops.flip).numpy()
     assert stats.chisquare(np.bincount(cells, minlength=9 * 9 * 2)).pvalue > 1e-5
 
 
 def test_the_parameters_are_the_same_for_ever() -> None:
     # Written down: views that a store replays must outlive versions of this package.
     crops = CropFlip().crops(["train/1.jpg", "train/2.jpg", "ü"], seed=1, view=2)
-    assert (crops.top_B.tolist(), crops.left_B.tolist(), crops.flip_B.tolist()) == FROZEN
+    assert (crops.top.tolist(), crops.left.tolist(), crops.flip.tolist()) == FROZEN
 
 
 FROZEN = ([3, 3, 0], [0, 3, 0], [False, False, False])
@@ -69,7 +69,7 @@ FROZEN = ([3, 3, 0], [0, 3, 0], [False, False, False])
 
 def test_given_crops_are_applied_as_they_are() -> None:
     batch = images(2)
-    crops = Crops(top_B=torch.tensor([4, 0]), left_B=torch.tensor([4, 4]), flip_B=torch.tensor([False, False]))
+    crops = Crops(top=torch.tensor([4, 0]), left=torch.tensor([4, 4]), flip=torch.tensor([False, False]))
     seen = CropFlip(padding=4).apply(batch, crops)
     assert torch.equal(seen[0], batch[0])
     assert torch.equal(seen[1, :, 4:], batch[1, :, :-4])
