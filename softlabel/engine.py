@@ -34,7 +34,7 @@ class DecodedBatch:
 
     keys: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]]
-    content: np.ndarray[Any, np.dtype[np.uint64]] | None
+    content: np.ndarray[Any, np.dtype[np.uint64]]
     images: tuple[Tensor, ...]
     bad: tuple[BadRow, ...]
 
@@ -75,8 +75,8 @@ class _Batches(Dataset[DecodedBatch]):
             for stack, view in zip(images, shaped, strict=True):
                 if stack and view.shape != stack[0].shape:
                     raise DataError(
-                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found {_size(view)}; "
-                        "give the teacher a size, such as '?resize=256&crop=224'"
+                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
+                        f"{_size(view)}; give the teacher a size, such as '?resize=256&crop=224'"
                     )
                 stack.append(view)
             kept.append(sample)
@@ -84,7 +84,7 @@ class _Batches(Dataset[DecodedBatch]):
         return DecodedBatch(
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
-            content=None if None in hashes else np.array(hashes, dtype=np.uint64),
+            content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
             images=tuple(torch.stack(stack) for stack in images) if kept else (),
             bad=tuple(bad),
         )
@@ -179,13 +179,10 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
     if not columns:  # every image of the shard is bad
         columns.append(encode(torch.empty(0, labeller.teachers[0].num_classes), labeller.encoding))
     keys = [key for part in parts for key in part.keys]
-    contents = [part.content for part in parts if part.keys]
-    known = [content for content in contents if content is not None]
     rows = Rows(
         keys=keys,
-        views=np.full(len(keys), plan.view, dtype=np.int32),
         labels=np.concatenate([part.labels for part in parts]),
-        content=np.concatenate(known) if known and len(known) == len(contents) else None,
+        content=np.concatenate([part.content for part in parts]),
         columns={name: torch.cat([part[name] for part in columns]).numpy() for name in columns[0]},
     )
     return LabelledShard(

@@ -137,22 +137,21 @@ def generate(
     )
     started = time.perf_counter()
     images = written = correct = labelled = 0
-    with Committer(out, run, recorded) as committer:
+    with Committer.open(out, run, recorded) as committer:
         missing = committer.missing()
         rows = sum(plan.stop - plan.start for plan in missing)
         total = sum(plan.stop - plan.start for plan in run.plan())
-        if len(missing) < run.shard_count:
-            log.info("resuming %s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
+        if missing and committer.resumed:
+            log.info("%s: resuming, %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
         batches = labeller.decoded(missing, _workers(workers, target))
-        with _bar(total, total - rows, progress) as bar, _writer(committer, run) as write:
+        with _bar(total, total - rows, progress) as bar, _writer(committer, out, run) as write:
             for plan in missing:
                 shard = label_shard(plan, labeller, _counted(batches, bar))
                 write(shard)
                 images += len(shard.rows.keys) + len(shard.bad)
                 correct, labelled = correct + shard.correct, labelled + shard.labelled
                 written += 1
-        committer.finish()
-        totals = committer.manifest.totals
+        totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),
         total_rows=totals.rows,
@@ -224,12 +223,12 @@ def _run_of(
 
 
 @contextlib.contextmanager
-def _writer(committer: Committer, run: Run) -> Iterator[Callable[[LabelledShard], None]]:
-    """Write and commit in the background, a bounded number in flight; a failure is raised at the next call or at the end."""
+def _writer(committer: Committer, out: str | Path, run: Run) -> Iterator[Callable[[LabelledShard], None]]:
+    """Write and commit in the background, few in flight; a failure is raised at the next call or at exit."""
     pending: list[Future[None]] = []
 
     def publish(shard: LabelledShard) -> None:
-        record = write_shard(committer.root, run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+        record = write_shard(out, run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
         committer.commit(record)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:

@@ -62,7 +62,7 @@ def combine(logits_MBC: Sequence[Tensor], *, rule: CombineRule, temperature: flo
 
 
 def retemperable(rule: str, members: int) -> bool:
-    """Whether labels stored at one temperature are exact at another: averages of logits are, of probabilities are not."""
+    """Whether labels of one temperature are exact at another: averages of logits are, averages of probabilities not."""
     return rule == "logits" or members == 1
 
 
@@ -76,7 +76,7 @@ def retemper(scaled_logits_BC: Tensor, *, stored: float, wanted: float, rule: st
         return scaled_logits_BC
     if not retemperable(rule, members):
         raise MismatchError(
-            f"temperature: the labels are the mean of {members} teachers' probabilities at {stored:g} and cannot be changed "
-            f"exactly to {wanted:g}; train at {stored:g}, or generate with --combine logits or at --temperature {wanted:g}"
+            f"temperature: the labels are the mean of {members} teachers' probabilities at {stored:g} and cannot be "
+            f"changed exactly to {wanted:g}; train at {stored:g}, or generate with --combine logits or at {wanted:g}"
         )
     return scaled_logits_BC * (stored / wanted)
