@@ -1,0 +1,179 @@
+"""Shards as HDF5: contiguous datasets, so that rows can be read straight into an array or mapped in place.
+
+B rows, W elements of a column in one row. The HDF5 library writes the structure only; the numbers are written by us at
+the offsets that it allotted: as fast as the disk, and a full disk is an ordinary error instead of a library's.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from softlabel.errors import StoreCorruptError
+from softlabel.store.columns import Array
+from softlabel.store.keys import Keys
+from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, ShardIdentity, ShardRows, group_rows
+
+_SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
+_ALIGN = 64  # bytes; arrays mapped in place are then aligned for any dtype
+
+
+def _layout(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> shape and dtype of every dataset."""
+    rows = identity.rows
+    return {
+        "key": ((key_bytes,), "|u1"),
+        "key_offsets": ((rows + 1,), "<i8"),
+        **{name: ((rows,), dtype) for name, dtype in _SCALARS.items()},
+        **{column.name: ((rows, column.width), column.dtype) for column in identity.columns},
+    }
+
+
+def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
+    """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
+    arrays: dict[str, Array] = {
+        "key": rows.keys.data,
+        "key_offsets": rows.keys.offsets_N1,
+        "view": rows.views,
+        "label": rows.labels,
+        "content": rows.content,
+        **rows.columns,
+    }
+    offsets = _structure(path, identity, _layout(identity, len(rows.keys.data)))
+    with open(path, "r+b", buffering=0) as file:
+        for name, offset in offsets.items():
+            view = memoryview(np.ascontiguousarray(arrays[name]).data).cast("B")
+            file.seek(offset)
+            while view:
+                view = view[file.write(view) :]
+
+
+def _structure(path: Path, identity: ShardIdentity, layout: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
+    """Create the file with its datasets allotted but not written; name -> byte offset. No times: bytes repeat."""
+    import h5py
+
+    offsets = {}
+    with h5py.File(path, "w", libver=("v110", "v110"), alignment_threshold=_ALIGN, alignment_interval=_ALIGN) as file:
+        file.attrs.create(IDENTITY_NAME, np.bytes_(identity.encode()))
+        for name, (shape, dtype) in layout.items():
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_layout(h5py.h5d.CONTIGUOUS)
+            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            plist.set_obj_track_times(False)
+            space = h5py.h5s.create_simple(shape)
+            kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+            dataset = h5py.h5d.create(file.id, name.encode(), kind, space, dcpl=plist)
+            if (offset := dataset.get_offset()) is not None:
+                offsets[name] = offset
+    return offsets
+
+
+class Hdf5Shard:
+    """A shard open for reading. Not picklable, not shared over a fork."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        with _reading(path):
+            import h5py
+
+            # No locking: shards never change once published, and read-only mounts refuse locks.
+            self._file = h5py.File(path, "r", locking=False)
+            try:
+                self._check(h5py, path.stat().st_size)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def _check(self, h5py: Any, size: int) -> None:
+        if IDENTITY_NAME not in self._file.attrs:
+            raise StoreCorruptError(f"{self.path}: HDF5, but not a softlabel shard (no identity in its attributes)")
+        attribute = self._file.attrs.get_id(IDENTITY_NAME)
+        if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > min(size, IDENTITY_LIMIT):
+            raise StoreCorruptError(f"{self.path}: its identity is not a text of at most {IDENTITY_LIMIT} bytes")
+        self.identity = identity = ShardIdentity.decode(bytes(self._file.attrs[IDENTITY_NAME]), self.path)
+        self._data: dict[str, Any] = {}
+        names = set(_layout(identity, 0))
+        if set(self._file) != names:
+            raise StoreCorruptError(
+                f"{self.path}: expected the datasets {sorted(names)}, found {sorted(self._file)[:20]}"
+            )
+        for name in names:  # an external or soft link, or storage outside the file, would read somebody else's bytes
+            link = self._file.get(name, getlink=True)
+            dataset = self._file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(dataset, h5py.Dataset):
+                raise StoreCorruptError(f"{self.path}: {name!r} is not a dataset of this file")
+            self._data[name] = dataset
+        key_bytes = self._data["key"].shape[0] if self._data["key"].ndim == 1 else 0
+        for name, (shape, dtype) in _layout(identity, key_bytes).items():
+            dataset = self._data[name]
+            plist = dataset.id.get_create_plist()
+            if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
+                raise StoreCorruptError(
+                    f"{self.path}: {name!r}: expected {dtype} {shape}, found {dataset.dtype} {dataset.shape}"
+                )
+            if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
+                raise StoreCorruptError(f"{self.path}: {name!r} is not stored contiguously in the file")
+            offset, count = dataset.id.get_offset(), int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+            if count and (
+                offset is None or offset < 0 or offset + count > size or dataset.id.get_storage_size() != count
+            ):
+                raise StoreCorruptError(f"{self.path}: {name!r} does not lie inside the file")
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        step = group_rows(self.identity.columns)
+        return [(start, min(start + step, self.identity.rows)) for start in range(0, self.identity.rows, step)]
+
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        dataset = self._data[name]
+        out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
+        if out.size:
+            with _reading(self.path):
+                dataset.read_direct(out, np.s_[start:stop])
+        return out
+
+    def keys(self, start: int, stop: int) -> Keys:
+        with _reading(self.path):
+            offsets = self._read("key_offsets", start, stop + 1)
+            first, last = int(offsets[0]), int(offsets[-1])
+            if not 0 <= first <= last <= self._data["key"].shape[0] or (start == 0 and first):
+                raise ValueError("key offsets do not lie inside the key bytes")
+            keys = Keys(offsets - first, self._read("key", first, last))
+            keys.check()
+            return keys
+
+    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array:
+        return self._read(name, start, stop)
+
+    def column(self, name: str, start: int, stop: int) -> Array:
+        return self._read(name, start, stop)
+
+    def mapped(self, name: str) -> Array:
+        """A column of the whole shard as a read-only memory map of the file itself, (B, W)."""
+        dataset = self._data[name]
+        if not dataset.size:
+            return np.empty(dataset.shape, dataset.dtype)
+        return np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (StoreCorruptError, FileNotFoundError):
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreCorruptError(f"{path}: not readable as HDF5: {text[:200]}") from None
+
+
+def open_shard(path: Path) -> Hdf5Shard:
+    return Hdf5Shard(path)

@@ -1,0 +1,102 @@
+"""Keys of rows as two flat arrays, so that a million of them cost no Python objects.
+
+N keys: `offsets_N1` int64 (N + 1,), `data` uint8, the UTF-8 of key i is data[offsets_N1[i]:offsets_N1[i + 1]].
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from softlabel.errors import DataError
+
+KEY_LIMIT = 65_535  # bytes of UTF-8; longer ones are somebody's mistake, and hashing goes word by word
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Keys:
+    offsets_N1: npt.NDArray[np.int64]  # noqa: N815
+    data: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.offsets_N1) - 1
+
+    @staticmethod
+    def of(keys: "Keys | Sequence[str] | npt.NDArray[Any] | pa.Array") -> "Keys":
+        """From strings. Raises DataError for what is not Unicode text, empty or longer than 65,535 bytes."""
+        if isinstance(keys, Keys):
+            return keys
+        try:
+            array = keys if isinstance(keys, pa.Array) else pa.array(keys, pa.large_string())
+            if array.null_count:
+                raise DataError("a key is null; every sample needs a text key")
+            found = Keys._of_arrow(array.cast(pa.large_string()))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"keys must be Unicode text: {error}") from None
+        lengths_N = np.diff(found.offsets_N1)
+        if len(lengths_N) and lengths_N.max() > KEY_LIMIT:
+            worst = found.slice(int(lengths_N.argmax()), int(lengths_N.argmax()) + 1).to_list()[0]
+            raise DataError(f"key {worst[:60]!r}...: {lengths_N.max()} bytes of UTF-8, at most {KEY_LIMIT} are allowed")
+        return found
+
+    @staticmethod
+    def _of_arrow(array: Any) -> "Keys":
+        """A large_string array without nulls; shares its memory."""
+        offsets_buffer, data_buffer = array.buffers()[1:3]
+        if len(array) == 0 or offsets_buffer is None:
+            return Keys(np.zeros(1, np.int64), np.zeros(0, np.uint8))
+        offsets_N1 = np.frombuffer(offsets_buffer, np.int64)[array.offset : array.offset + len(array) + 1]
+        data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
+        return Keys._rebased(offsets_N1, data)
+
+    @staticmethod
+    def _rebased(offsets_N1: npt.NDArray[np.int64], data: npt.NDArray[np.uint8]) -> "Keys":
+        first, last = int(offsets_N1[0]), int(offsets_N1[-1])
+        return Keys(offsets_N1 - first if first else offsets_N1, data[first:last])
+
+    @staticmethod
+    def join(parts: Iterable["Keys"]) -> "Keys":
+        parts = list(parts)
+        base, offsets = 0, [np.zeros(1, np.int64)]
+        for part in parts:
+            offsets.append(part.offsets_N1[1:] + base)
+            base += int(part.offsets_N1[-1])
+        return Keys(np.concatenate(offsets), np.concatenate([np.zeros(0, np.uint8), *(part.data for part in parts)]))
+
+    def slice(self, start: int, stop: int) -> "Keys":
+        return Keys._rebased(self.offsets_N1[start : stop + 1], self.data)
+
+    def arrow(self) -> Any:
+        """As a pyarrow large_string array sharing the memory."""
+        buffers = [None, pa.py_buffer(np.ascontiguousarray(self.offsets_N1)), pa.py_buffer(self.data)]
+        return pa.Array.from_buffers(pa.large_string(), len(self), buffers)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "Keys":
+        lengths = self.offsets_N1[rows + 1] - self.offsets_N1[rows]
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        positions = np.arange(offsets[-1]) + np.repeat(self.offsets_N1[rows] - offsets[:-1], lengths)
+        return Keys(offsets, self.data[positions])
+
+    def to_list(self) -> list[str]:
+        data, offsets = self.data.tobytes(), self.offsets_N1.tolist()
+        return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+
+    def __getitem__(self, row: int) -> str:
+        return self.data[self.offsets_N1[row] : self.offsets_N1[row + 1]].tobytes().decode()
+
+    def check(self, data_bytes: int | None = None) -> None:
+        """Raises ValueError when offsets do not tile the data or the data is not UTF-8 (a hostile or broken file)."""
+        if len(self.offsets_N1) < 1 or self.offsets_N1[0] != 0 or self.offsets_N1[-1] != len(self.data):
+            raise ValueError("key offsets do not span the key bytes")
+        lengths_N = np.diff(self.offsets_N1)
+        if len(lengths_N) and (lengths_N.min() < 0 or lengths_N.max() > KEY_LIMIT):
+            raise ValueError(f"key offsets must rise by 0 to {KEY_LIMIT}")
+        try:
+            self.arrow().validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"keys are not UTF-8: {error}") from None

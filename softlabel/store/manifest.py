@@ -1,0 +1,340 @@
+"""The manifest's dataclasses: what a store is (Run), what it holds (ShardRecord), and the root that names both.
+
+A Run is the identity of a store: two runs with equal fingerprints write interchangeable shards. What does not change
+the labels (device, batch size, versions) is `recorded` beside it. The plan of shards is a pure function of the Run.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import xxhash
+
+from softlabel.store.columns import Column, Encoding
+from softlabel.store.jsonio import dumps, to_json
+
+FORMAT_NAME = "softlabel-store"
+FORMAT_VERSION = 1
+ROOT_NAME = "manifest.json"
+ROOT_LIMIT = 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
+SEGMENT_LIMIT = 32 << 20
+SEGMENT_SHARDS = 256  # records after which a segment is sealed
+SEGMENT_BYTES = 1 << 20  # or bytes, when many bad rows make records long
+REASON_LENGTH = 200
+SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
+SHARD_FILE = re.compile(r"shards/([0-9]{5,12})-([0-9a-f]{32})\.(parquet|h5)")
+SEGMENT_FILE = re.compile(r"segments/([0-9]{5,12})-([0-9a-f]{32})\.json")
+EXTRA_FILE = re.compile(r"extra/([a-z][a-z0-9_]{0,31})-([0-9a-f]{32})\.safetensors")
+
+Format = Literal["parquet", "hdf5"]
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A teacher: its SPEC as given, the SHA-256 of its weights, how it sees an image and in which precision."""
+
+    spec: str
+    sha256: str
+    preprocessing: Json = field(default_factory=dict)
+    precision: str = "fp32"
+    num_classes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combine:
+    """How members became one row: `logits` or `probs` averages with `weights`, or `keep` (all of them stored)."""
+
+    rule: str = "logits"
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """A dataset as it was when the store was last complete, before it grew."""
+
+    rows: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    """What was labelled. `fingerprint` hashes the ordered keys; `earlier` lists the extents it grew from."""
+
+    kind: str
+    rows: int
+    fingerprint: str
+    has_labels: bool = True
+    earlier: tuple[Extent, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = [extent.rows for extent in self.earlier] + [self.rows]
+        if sizes != sorted(set(sizes)) or sizes[0] < 0:
+            raise ValueError(f"dataset extents must grow, found {sizes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewPolicy:
+    """How many views each sample has and which augmentation draws them from (seed, key, view)."""
+
+    count: int = 1
+    policy: Json = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """Shard `number` holds `view` of the samples `start` to `stop` of the dataset; the `part`-th growth wrote it."""
+
+    number: int
+    view: int
+    start: int
+    stop: int
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The identity of a store. Equal fingerprints: interchangeable shards."""
+
+    format: Format
+    num_classes: int
+    temperature: float
+    encoding: Encoding = field(default_factory=Encoding)
+    combine: Combine = field(default_factory=Combine)
+    members: tuple[Member, ...]
+    dataset: DatasetInfo
+    views: ViewPolicy = field(default_factory=ViewPolicy)
+    shard_rows: int
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_classes < 2**31:
+            raise ValueError(f"num_classes: expected at least 1, found {self.num_classes}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected above 0, found {self.temperature}")
+        if self.shard_rows < 1 or not 1 <= self.views.count < 2**31 or not self.members:
+            raise ValueError("shard_rows, views and members: expected at least 1 of each")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
+
+    @property
+    def kept(self) -> bool:
+        """Whether a row holds every member, (M, C) numbers, rather than their mix, (C,)."""
+        return self.combine.rule == "keep"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.encoding.columns(num_classes=self.num_classes, members=len(self.members) if self.kept else 1)
+
+    def fingerprint(self, part: int | None = None) -> str:
+        """xxh3-128 of the canonical JSON; of the run as it was at growth `part` when given."""
+        return _fingerprint(dumps(to_json(self if part is None else self._at(part))))
+
+    def _at(self, part: int) -> "Run":
+        extents = (*self.dataset.earlier, Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint))
+        then = extents[part]
+        dataset = dataclasses.replace(
+            self.dataset, rows=then.rows, fingerprint=then.fingerprint, earlier=extents[:part]
+        )
+        return dataclasses.replace(self, dataset=dataset)
+
+    def _parts(self) -> Iterable[tuple[int, int, int]]:
+        """(first sample, last sample + 1, shards per view) of each growth."""
+        start = 0
+        for stop in (*(extent.rows for extent in self.dataset.earlier), self.dataset.rows):
+            yield start, stop, -(-(stop - start) // self.shard_rows)
+            start = stop
+
+    @property
+    def shard_count(self) -> int:
+        return sum(per_view * self.views.count for _, _, per_view in self._parts())
+
+    def shard(self, number: int) -> ShardPlan:
+        """The plan of one shard. Raises ValueError beyond the last one."""
+        first = 0
+        for part, (start, stop, per_view) in enumerate(self._parts()):
+            if 0 <= number - first < per_view * self.views.count:
+                view, position = divmod(number - first, per_view)
+                begin = start + position * self.shard_rows
+                end = min(begin + self.shard_rows, stop)
+                return ShardPlan(number=number, view=view, start=begin, stop=end, part=part)
+            first += per_view * self.views.count
+        raise ValueError(f"shard {number}: the plan has {self.shard_count} shards")
+
+    def plan(self) -> list[ShardPlan]:
+        """Every shard, views outermost: a pure function of the dataset's rows, the views and `shard_rows`."""
+        return [self.shard(number) for number in range(self.shard_count)]
+
+    def differences(self, other: "Run") -> list[str]:
+        """What `other` (this run) has otherwise than `self` (the store), in words; empty when interchangeable."""
+        return list(_differences("", to_json(self), to_json(other)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A sample that could not be labelled: its position in the dataset, its key and why."""
+
+    index: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the rows it was measured on."""
+
+    mean_t1: float
+    worst_t1: float
+    mean_t: float
+    worst_t: float
+
+    @staticmethod
+    def total(parts: Iterable[tuple[int, "Fidelity | None"]]) -> "Fidelity | None":
+        """Of several shards, each given with its rows; None when none was measured."""
+        known = [(rows, part) for rows, part in parts if part is not None and rows]
+        if not known:
+            return None
+        rows = sum(count for count, _ in known)
+        return Fidelity(
+            mean_t1=sum(count * part.mean_t1 for count, part in known) / rows,
+            worst_t1=max(part.worst_t1 for _, part in known),
+            mean_t=sum(count * part.mean_t for count, part in known) / rows,
+            worst_t=max(part.worst_t for _, part in known),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A published shard as the manifest lists it. `file` is shards/{number}-{xxh3}.{suffix}, checked on reading."""
+
+    number: int
+    file: str
+    rows: int
+    bytes: int
+    xxh3: str
+    first_key: str | None = None
+    last_key: str | None = None
+    bad: tuple[BadRow, ...] = ()
+    fidelity: Fidelity | None = None
+
+    def __post_init__(self) -> None:
+        found = SHARD_FILE.fullmatch(self.file)
+        if not found or int(found[1]) != self.number or found[2] != self.xxh3:
+            raise ValueError(f"file: expected shards/{self.number:05d}-<xxh3>.<suffix>, found {self.file[:80]!r}")
+        if self.rows < 0 or self.bytes < 0:
+            raise ValueError(f"rows and bytes: expected 0 or more, found {self.rows} and {self.bytes}")
+
+
+def shard_file(number: int, xxh3: str, format: Format) -> str:
+    return f"shards/{number:05d}-{xxh3}.{SUFFIX[format]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentRef:
+    """A segment as the root lists it."""
+
+    file: str
+    shards: int
+    bytes: int
+    xxh3: str
+
+    def __post_init__(self) -> None:
+        found = SEGMENT_FILE.fullmatch(self.file)
+        if not found or found[2] != self.xxh3:
+            raise ValueError(f"file: expected segments/<number>-<xxh3>.json, found {self.file[:80]!r}")
+        if not 0 <= self.bytes <= SEGMENT_LIMIT:
+            raise ValueError(f"bytes: expected at most {SEGMENT_LIMIT}, found {self.bytes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtraRef:
+    """A file that is written once per store, beside the shards: a safetensors file (a teacher's head)."""
+
+    file: str
+    bytes: int
+    xxh3: str
+
+    def __post_init__(self) -> None:
+        found = EXTRA_FILE.fullmatch(self.file)
+        if not found or found[2] != self.xxh3:
+            raise ValueError(f"file: expected extra/<name>-<xxh3>.safetensors, found {self.file[:80]!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    shards: int = 0
+    rows: int = 0
+    bytes: int = 0
+    bad: int = 0
+    fidelity: Fidelity | None = None
+
+    def __add__(self, record: ShardRecord) -> "Totals":
+        return Totals(
+            shards=self.shards + 1,
+            rows=self.rows + record.rows,
+            bytes=self.bytes + record.bytes,
+            bad=self.bad + len(record.bad),
+            fidelity=Fidelity.total([(self.rows, self.fidelity), (record.rows, record.fidelity)]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The root, manifest.json. `complete` only once every shard of the plan is recorded."""
+
+    format: Literal["softlabel-store"] = "softlabel-store"
+    format_version: int = FORMAT_VERSION
+    store_id: str
+    complete: bool = False
+    run: Run
+    recorded: Json = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
+    segments: tuple[SegmentRef, ...] = ()
+    extra: tuple[ExtraRef, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """An immutable list of records, named by its content."""
+
+    shards: tuple[ShardRecord, ...]
+
+
+def _fingerprint(raw: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+_WORDS = {
+    "dataset.rows": "dataset size",
+    "dataset.fingerprint": "dataset keys (fingerprint)",
+    "combine.rule": "combine rule",
+    "combine.weights": "combine weights",
+    "encoding.name": "encoding",
+    "views.count": "number of views",
+    "views.policy": "view policy",
+    "views.seed": "view seed",
+    "num_classes": "number of classes",
+    "shard_rows": "rows per shard (--shard-rows)",
+}
+
+
+def _differences(path: str, store: Any, run: Any) -> Iterable[str]:
+    if isinstance(store, dict) and isinstance(run, dict):
+        for name in sorted(store.keys() | run.keys()):
+            yield from _differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
+    elif path == "members" and len(store) == len(run):
+        for position, (one, other) in enumerate(zip(store, run, strict=True), 1):
+            yield from _differences(f"teacher {position}", one, other)
+    elif store != run:
+        if path == "members":
+            store, run = ([member["spec"] for member in side] for side in (store, run))
+            path = "teachers"
+        yield f"{_WORDS.get(path, path)}: the store has {_short(store)}, this run {_short(run)}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,178 @@
+"""Shards as Parquet: one fixed_size_binary column per tensor, stored plain, read without a copy.
+
+B rows, W elements of a column in one row. Nothing is compressed: logits do not shrink enough to pay for it, and a file
+that cannot be compressed cannot be a decompression bomb.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softlabel.errors import StoreCorruptError
+from softlabel.store.columns import Array, Column
+from softlabel.store.keys import Keys
+from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, IGNORE, ShardIdentity, ShardRows, group_rows
+
+_MAGIC = b"PAR1"
+_ROW_FIELDS = (
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("view", pa.int32(), nullable=False),
+    pa.field("label", pa.int64()),
+    pa.field("content", pa.uint64()),
+)
+_ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
+
+
+def _schema(columns: tuple[Column, ...]) -> Any:
+    payload = [pa.field(column.name, pa.binary(column.row_bytes), nullable=False) for column in columns]
+    return pa.schema([*_ROW_FIELDS, *payload])
+
+
+def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
+    """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
+    schema = _schema(identity.columns)
+    step = group_rows(identity.columns)
+    with pa.OSFile(str(path), "wb") as sink:
+        writer = pq.ParquetWriter(
+            sink,
+            schema,
+            compression="none",
+            use_dictionary=["view", "label"],
+            write_statistics=False,
+            store_schema=False,
+            data_page_size=1 << 20,
+            write_batch_size=1024,
+        )
+        for start in range(0, len(rows.labels), step):
+            writer.write_batch(_batch(schema, rows, start, min(start + step, len(rows.labels))), row_group_size=step)
+        writer.add_key_value_metadata({IDENTITY_NAME: identity.encode().decode()})
+        writer.close()
+
+
+def _batch(schema: Any, rows: ShardRows, start: int, stop: int) -> Any:
+    count = stop - start
+    labels, content = rows.labels[start:stop], rows.content[start:stop]
+    arrays = [
+        rows.keys.slice(start, stop).arrow().cast(pa.string()),
+        pa.array(rows.views[start:stop]),
+        pa.array(labels, mask=labels == IGNORE),
+        pa.array(content, mask=content == 0),
+    ]
+    for name in schema.names[len(arrays) :]:
+        kind = schema.field(name).type
+        data = pa.py_buffer(rows.columns[name][start:stop])  # shares the memory: rows are contiguous
+        arrays.append(pa.Array.from_buffers(kind, count, [None, data]))
+    return pa.record_batch(arrays, schema=schema)
+
+
+class ParquetShard:
+    """A shard open for reading, memory-mapped. Not picklable, not shared over a fork."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _reading(path):
+            # A memory map is not bounds-checked by the operating system, pyarrow checks against its length.
+            self._source = pa.memory_map(str(path), "r")
+            self._file = pq.ParquetFile(self._source, pre_buffer=False, thrift_container_size_limit=1_000_000)
+            self._check()
+
+    def _check(self) -> None:
+        metadata = self._file.metadata
+        raw = (metadata.metadata or {}).get(IDENTITY_NAME.encode())
+        if raw is None or len(raw) > IDENTITY_LIMIT:
+            raise StoreCorruptError(f"{self.path}: Parquet, but not a softlabel shard (no identity in its metadata)")
+        self.identity = identity = ShardIdentity.decode(raw, self.path)
+        self._columns = {column.name: column for column in identity.columns}
+        size = self._source.size()
+        if metadata.num_rows != identity.rows:
+            raise StoreCorruptError(
+                f"{self.path}: its identity says {identity.rows} rows, its footer {metadata.num_rows}"
+            )
+        if identity.rows * sum(column.row_bytes for column in identity.columns) > size:
+            raise StoreCorruptError(f"{self.path}: {identity.rows} rows do not fit into its {size} bytes")
+        schema, expected = self._file.schema_arrow, _schema(identity.columns)
+        if not schema.equals(expected):
+            raise StoreCorruptError(f"{self.path}: expected the columns {_words(expected)}, found {_words(schema)}")
+        self._starts = [0]
+        for group in range(metadata.num_row_groups):
+            group_metadata = metadata.row_group(group)
+            self._starts.append(self._starts[-1] + group_metadata.num_rows)
+            for position in range(group_metadata.num_columns):
+                chunk = group_metadata.column(position)
+                if chunk.compression != "UNCOMPRESSED" or not set(chunk.encodings) <= _ENCODINGS:
+                    raise StoreCorruptError(
+                        f"{self.path}: column {chunk.path_in_schema!r} is stored as {chunk.compression} "
+                        f"{sorted(chunk.encodings)}; a shard is plain and uncompressed"
+                    )
+                if group_metadata.num_rows < 0 or chunk.total_uncompressed_size > size:
+                    raise StoreCorruptError(f"{self.path}: row group {group} claims more bytes than the file has")
+        if self._starts[-1] != identity.rows:
+            raise StoreCorruptError(f"{self.path}: its row groups hold {self._starts[-1]} rows, not {identity.rows}")
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        return list(zip(self._starts[:-1], self._starts[1:], strict=True))
+
+    def _chunks(self, name: str, start: int, stop: int) -> Iterator[Any]:
+        """Arrow arrays that cover the rows, without null rows dropped or slice offsets forgotten."""
+        with _reading(self.path):
+            for group, (first, last) in enumerate(self.blocks):
+                if first < stop and start < last:
+                    table = self._file.read_row_group(group, columns=[name], use_threads=False)
+                    if table.num_rows != last - first:
+                        raise StoreCorruptError(f"{self.path}: row group {group} is shorter than its footer says")
+                    yield from table.column(0).slice(max(start - first, 0), min(stop, last) - max(start, first)).chunks
+
+    def keys(self, start: int, stop: int) -> Keys:
+        with _reading(self.path):
+            return Keys.join(Keys.of(chunk) for chunk in self._chunks("key", start, stop))
+
+    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array:
+        kind, absent = {"view": ("<i4", 0), "label": ("<i8", IGNORE), "content": ("<u8", 0)}[name]
+        parts = [
+            chunk.fill_null(pa.scalar(absent, chunk.type)).to_numpy(zero_copy_only=False)
+            for chunk in self._chunks(name, start, stop)
+        ]
+        return np.concatenate([np.zeros(0, kind), *parts])
+
+    def column(self, name: str, start: int, stop: int) -> Array:
+        column = self._columns[name]
+        parts = [_view(chunk, column) for chunk in self._chunks(name, start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, column.width), column.numpy), *parts])
+
+    def close(self) -> None:
+        self._file.close()
+        self._source.close()
+
+
+def _view(chunk: Any, column: Column) -> Array:
+    """The chunk's own memory as (B, W), read-only."""
+    if chunk.null_count:
+        raise StoreCorruptError(f"column {column.name!r} holds nulls")
+    count = len(chunk) * column.width
+    flat = np.frombuffer(chunk.buffers()[1], column.numpy, count, offset=chunk.offset * column.row_bytes)
+    return flat.reshape(len(chunk), column.width)
+
+
+def _words(schema: Any) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (StoreCorruptError, FileNotFoundError):
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, KeyError, IndexError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreCorruptError(f"{path}: not readable as Parquet: {text[:200]}") from None
+
+
+def open_shard(path: Path) -> ParquetShard:
+    return ParquetShard(path)

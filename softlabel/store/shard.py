@@ -1,0 +1,172 @@
+"""One shard: its rows in memory, the identity it carries inside, and the contract that both file formats keep.
+
+B rows of a shard, W elements of a column in one row.
+
+parquet.py and hdf5.py each have `write(path, identity, rows)` and `open_shard(path)`; everything else about shards is
+here or above and knows no format.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from softlabel.errors import StoreCorruptError
+from softlabel.store.columns import Array, Column, Columns
+from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
+from softlabel.store.keys import Keys
+from softlabel.store.manifest import FORMAT_VERSION, BadRow, Fidelity, Format, Run, ShardPlan
+
+IGNORE = -100  # label of a row without one
+IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
+IDENTITY_LIMIT = 32 << 20
+GROUP_ROWS = 4096
+GROUP_BYTES = 16 << 20  # so that a few row groups fit in memory whatever the class count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows on their way into a shard, in dataset order.
+
+    keys: B strings or Keys; labels int64 (B,), -100 where there is none (None: nowhere); content uint64 (B,), xxh3-64
+    of the encoded image, 0 where there are no bytes (None: nowhere); columns: the encoding's, (B, W) each.
+    """
+
+    keys: Keys | Sequence[str] | npt.NDArray[Any]
+    labels: npt.NDArray[np.int64] | None = None
+    content: npt.NDArray[np.uint64] | None = None
+    columns: Columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardIdentity:
+    """What a shard says about itself: enough to adopt it into a manifest, and never into the wrong one."""
+
+    format: Literal["softlabel-shard"] = "softlabel-shard"
+    format_version: int = FORMAT_VERSION
+    run: str
+    number: int
+    view: int
+    start: int
+    stop: int
+    rows: int
+    columns: tuple[Column, ...]
+    first_key: str | None = None
+    last_key: str | None = None
+    bad: tuple[BadRow, ...] = ()
+    fidelity: Fidelity | None = None
+
+    def encode(self) -> bytes:
+        return dumps(to_json(self))
+
+    @staticmethod
+    def decode(raw: bytes, where: object) -> "ShardIdentity":
+        """Raises StoreCorruptError."""
+        try:
+            found = from_json(ShardIdentity, loads(raw))
+            if found.format_version != FORMAT_VERSION:
+                raise SchemaError(f"expected format version {FORMAT_VERSION}, found {found.format_version}")
+            if (
+                not 0 <= found.rows <= found.stop - found.start
+                or found.rows + len(found.bad) != found.stop - found.start
+            ):
+                raise SchemaError("rows and bad rows do not add up to its range")
+            if any(not 0 < column.width < 2**31 for column in found.columns):
+                raise SchemaError("a column's width is out of range")
+        except SchemaError as error:
+            raise StoreCorruptError(f"{where}: its identity: {error}") from None
+        return found
+
+    def belongs(self, run: Run, plan: ShardPlan) -> bool:
+        """Whether this shard is the one that `run` plans there."""
+        place = (self.number, self.view, self.start, self.stop)
+        return (
+            place == (plan.number, plan.view, plan.start, plan.stop)
+            and self.run == run.fingerprint(plan.part)
+            and self.columns == run.columns
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardRows:
+    """Rows as read: Keys, labels int64 (B,), content uint64 (B,), columns (B, W). Arrays may be read-only."""
+
+    keys: Keys
+    views: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int64]
+    content: npt.NDArray[np.uint64]
+    columns: dict[str, Array] = field(default_factory=dict)
+
+
+class OpenShard(Protocol):
+    """A shard file open for reading; `identity` and the schema were checked on opening, the bytes were not."""
+
+    identity: ShardIdentity
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """The row ranges that are best read in one go."""
+        ...
+
+    def keys(self, start: int, stop: int) -> Keys: ...
+
+    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array: ...
+
+    def column(self, name: str, start: int, stop: int) -> Array:
+        """(stop - start, W), possibly read-only and sharing a buffer."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def group_rows(columns: Sequence[Column]) -> int:
+    """Rows of a Parquet row group (and of a read): 4096, fewer when rows are wide."""
+    width = sum(column.row_bytes for column in columns)
+    return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, width)))
+
+
+def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> ShardRows:
+    """Our caller's rows as little-endian arrays of the run's columns. ValueError for wrong shapes or dtypes."""
+    keys = Keys.of(rows.keys)
+    count = len(keys)
+    if count + len(bad) != plan.stop - plan.start:
+        raise ValueError(
+            f"shard {plan.number}: {count} rows and {len(bad)} bad ones, planned are {plan.stop - plan.start}"
+        )
+    if {column.name for column in run.columns} != set(rows.columns):
+        raise ValueError(f"columns {sorted(rows.columns)}, the encoding has {[column.name for column in run.columns]}")
+    columns = {}
+    for column in run.columns:
+        array = rows.columns[column.name]
+        if array.dtype != column.numpy or array.size != count * column.width:
+            raise ValueError(
+                f"column {column.name!r}: expected {column.numpy} ({count}, {column.width}), "
+                f"found {array.dtype} {array.shape}"
+            )
+        columns[column.name] = np.ascontiguousarray(array, column.numpy).reshape(count, column.width)
+    labels = np.full(count, IGNORE, "<i8") if rows.labels is None else np.ascontiguousarray(rows.labels, "<i8")
+    content = np.zeros(count, "<u8") if rows.content is None else np.ascontiguousarray(rows.content, "<u8")
+    if labels.shape != (count,) or content.shape != (count,):
+        raise ValueError(f"labels {labels.shape} and content {content.shape}, expected ({count},)")
+    views = np.full(count, plan.view, "<i4")
+    return ShardRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
+
+
+def format_module(format: Format) -> ModuleType:
+    if format == "parquet":
+        from softlabel.store import parquet
+
+        return parquet
+    from softlabel.store import hdf5
+
+    return hdf5
+
+
+def open_shard(path: Path, format: Format) -> OpenShard:
+    """Raises StoreCorruptError for anything that is not a whole shard of this format, FileNotFoundError when absent."""
+    opened: OpenShard = format_module(format).open_shard(path)
+    return opened

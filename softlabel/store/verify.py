@@ -1,0 +1,146 @@
+"""Checking every byte of a store against what its manifest and its shards promise."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from softlabel.errors import StoreCorruptError, StoreError, StoreIncompleteError, StoreNotFoundError
+from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.manifest import Manifest, Run, ShardRecord
+from softlabel.store.reader import load_manifest
+from softlabel.store.shard import IGNORE, OpenShard, open_shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """`problems` is empty when the store is whole; each names its file. `damaged`: shard numbers to relabel."""
+
+    rows: int
+    shards: int
+    bytes: int
+    problems: tuple[str, ...] = ()
+    damaged: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify_store(
+    path: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    allow_incomplete: bool = False,
+) -> VerifyReport:
+    """Check the whole store: hashes, footers, row counts, keys, ranges, finite values, manifest.
+
+    workers: threads, the processor's cores by default. progress: called with (bytes done, bytes in all).
+    Raises StoreNotFoundError or StoreIncompleteError; damage is reported, not raised.
+    """
+    folder = Folder(path)
+    try:
+        manifest, records = load_manifest(folder)
+    except StoreNotFoundError:
+        raise
+    except StoreError as error:
+        return VerifyReport(rows=0, shards=0, bytes=0, problems=(str(error),))
+    if not manifest.complete and not allow_incomplete:
+        raise StoreIncompleteError(
+            f"{folder}: its run has finished {len(records)} of {manifest.run.shard_count} shards; finish it first"
+        )
+    total = sum(record.bytes for record in records)
+    problems = _check_extra(folder, manifest)
+    damaged = []
+    done = 0
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for record, found in zip(
+            records, pool.map(lambda record: _check_shard(folder, manifest.run, record), records), strict=True
+        ):
+            problems += found
+            if found:
+                damaged.append(record.number)
+            done += record.bytes
+            if progress is not None:
+                progress(done, total)
+    if not problems:
+        problems += _check_keys(folder, manifest, records)
+    return VerifyReport(
+        rows=manifest.totals.rows, shards=len(records), bytes=total, problems=tuple(problems), damaged=tuple(damaged)
+    )
+
+
+def _check_extra(folder: Folder, manifest: Manifest) -> list[str]:
+    problems = []
+    for ref in manifest.extra:
+        try:
+            size = folder.size(ref.file)
+            found = file_xxh3(folder.path(ref.file))
+        except FileNotFoundError:
+            problems.append(f"{folder.path(ref.file)}: is missing")
+        except StoreCorruptError as error:
+            problems.append(str(error))
+        else:
+            if (size, found) != (ref.bytes, ref.xxh3):
+                problems.append(f"{folder.path(ref.file)}: xxh3 expected {ref.xxh3}, found {found}")
+    return problems
+
+
+def _check_shard(folder: Folder, run: Run, record: ShardRecord) -> list[str]:
+    path = folder.path(record.file)
+    cure = f"run 'softlabel repair {folder}' to relabel it"
+    try:
+        if (size := folder.size(record.file)) != record.bytes:
+            return [f"{path}: expected {record.bytes} bytes, found {size}; {cure}"]
+        if (found := file_xxh3(path)) != record.xxh3:
+            return [f"{path}: xxh3 expected {record.xxh3}, found {found}; {cure}"]
+        shard = open_shard(path, run.format)
+        try:
+            return [f"{path}: {problem}; {cure}" for problem in _check_content(shard, run, record)]
+        finally:
+            shard.close()
+    except FileNotFoundError:
+        return [f"{path}: is missing; {cure}"]
+    except StoreError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error}; {cure}"]
+
+
+def _check_content(shard: OpenShard, run: Run, record: ShardRecord) -> Sequence[str]:
+    plan, identity = run.shard(record.number), shard.identity
+    if not identity.belongs(run, plan):
+        return ["holds a shard of another run or range"]
+    said = (identity.rows, identity.bad, identity.first_key, identity.last_key, identity.fidelity)
+    if said != (record.rows, record.bad, record.first_key, record.last_key, record.fidelity):
+        return ["its identity is not what the manifest records"]
+    if any(not plan.start <= row.index < plan.stop for row in record.bad):
+        return ["a bad row lies outside its range"]
+    rows = identity.rows
+    keys = shard.keys(0, rows)
+    if rows and (keys[0], keys[rows - 1]) != (record.first_key, record.last_key):
+        return ["its keys are not in the range that the manifest records"]
+    if rows and not (shard.scalars("view", 0, rows) == plan.view).all():
+        return [f"holds rows of another view than {plan.view}"]
+    labels = shard.scalars("label", 0, rows)
+    if ((labels < 0) & (labels != IGNORE)).any():
+        return ["holds a negative label"]
+    for start, stop in shard.blocks:
+        columns = {column.name: shard.column(column.name, start, stop) for column in run.columns}
+        if problem := run.encoding.problem(columns, num_classes=run.num_classes):
+            return [problem]
+    return []
+
+
+def _check_keys(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> list[str]:
+    """No (key, view) twice; the same samples in every view."""
+    from softlabel.store.reader import Store
+
+    store = Store(folder, manifest, records)
+    try:
+        if len(store):
+            store.lookup([store.keys[0]], view=int(store.views[0]))
+    except StoreError as error:
+        return [str(error)]
+    return []

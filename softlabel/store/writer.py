@@ -1,0 +1,351 @@
+"""Writing a store: shards from any process, the manifest from one committer that holds the lease.
+
+Order on disk: shard (temporary, synced, linked to its content-hashed name, folder synced), then the segment that
+records it, then the root. Killing the process between any two steps leaves a store that the next run resumes.
+"""
+
+import dataclasses
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import xxhash
+
+from softlabel.errors import MismatchError, StoreCorruptError, StoreError
+from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, sync, writing
+from softlabel.store.lease import Lease
+from softlabel.store.manifest import (
+    EXTRA_FILE,
+    REASON_LENGTH,
+    ROOT_LIMIT,
+    ROOT_NAME,
+    SEGMENT_BYTES,
+    SEGMENT_FILE,
+    SEGMENT_LIMIT,
+    SEGMENT_SHARDS,
+    SHARD_FILE,
+    BadRow,
+    ExtraRef,
+    Fidelity,
+    Json,
+    Manifest,
+    Run,
+    Segment,
+    SegmentRef,
+    ShardPlan,
+    ShardRecord,
+    shard_file,
+)
+from softlabel.store.root import decode_root, decode_segment, encode_root, encode_segment
+from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module, open_shard
+
+_EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+def write_shard(
+    root: str | os.PathLike[str],
+    run: Run,
+    plan: ShardPlan,
+    rows: Rows,
+    bad: Sequence[BadRow] = (),
+    *,
+    fidelity: Fidelity | None = None,
+) -> ShardRecord:
+    """Write and publish one shard; the record is for the committer. Usable from any process, idempotent.
+
+    rows: the good rows of the plan's range in dataset order, `bad` the others. Raises ValueError when rows and plan
+    disagree, DataError for keys that are no text, StoreError when the disk does not take it (nothing is left then).
+    """
+    checked = check_rows(rows, run, plan, bad)
+    bad = tuple(dataclasses.replace(row, reason=row.reason[:REASON_LENGTH]) for row in bad)
+    keys = checked.keys
+    identity = ShardIdentity(
+        run=run.fingerprint(plan.part),
+        number=plan.number,
+        view=plan.view,
+        start=plan.start,
+        stop=plan.stop,
+        rows=len(keys),
+        columns=run.columns,
+        first_key=keys[0] if len(keys) else None,
+        last_key=keys[len(keys) - 1] if len(keys) else None,
+        bad=bad,
+        fidelity=fidelity,
+    )
+    folder = Folder(root)
+    temporary = folder.temporary("shards")
+    with writing(folder.path(f"shards/{plan.number:05d}")):
+        try:
+            format_module(run.format).write(temporary, identity, checked)
+            sync(temporary)
+            xxh3 = file_xxh3(temporary)
+            size = temporary.stat().st_size
+            file = shard_file(plan.number, xxh3, run.format)
+            folder.publish(temporary, file, xxh3)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return _record(identity, file, size, xxh3)
+
+
+def _record(identity: ShardIdentity, file: str, size: int, xxh3: str) -> ShardRecord:
+    return ShardRecord(
+        number=identity.number,
+        file=file,
+        rows=identity.rows,
+        bytes=size,
+        xxh3=xxh3,
+        first_key=identity.first_key,
+        last_key=identity.last_key,
+        bad=identity.bad,
+        fidelity=identity.fidelity,
+    )
+
+
+class Committer:
+    """The one writer of a store's manifest. Make it with `Committer.open`, use it as a context manager.
+
+    Leaving the `with` block releases the lease and commits nothing: what was committed stays, `finish` completes.
+    """
+
+    def __init__(self, folder: Folder, lease: Lease, manifest: Manifest, records: dict[int, ShardRecord]) -> None:
+        self._folder, self._lease = folder, lease
+        self._manifest = manifest
+        self._records = records
+        self.run = manifest.run
+        self.resumed = len(records)  # shards that were there before this run
+        self._tail: list[ShardRecord] = []
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str], run: Run, recorded: Json | None = None) -> Self:
+        """Create the store or resume it, and take its lease.
+
+        Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
+        shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
+        """
+        folder = Folder(root)
+        if folder.root.exists() and not folder.root.is_dir():
+            raise StoreError(f"{folder}: is a file; a store is a folder, choose another path")
+        with writing(folder):
+            folder.create()
+            lease = Lease(folder.root)
+        try:
+            with writing(folder):
+                return cls._open(folder, lease, run, recorded or {})
+        except BaseException:
+            lease.release()
+            raise
+
+    @classmethod
+    def _open(cls, folder: Folder, lease: Lease, run: Run, recorded: Json) -> Self:
+        where = str(folder.path(ROOT_NAME))
+        try:
+            raw = folder.read(ROOT_NAME, ROOT_LIMIT)
+        except FileNotFoundError:
+            self = cls(folder, lease, Manifest(store_id=uuid.uuid4().hex, run=run, recorded=recorded), {})
+            self._collect_temporaries()
+            self._publish_root(self._manifest)
+            self._adopt()
+            return self
+        manifest = decode_root(raw, where)
+        if differences := manifest.run.differences(run):
+            raise MismatchError(
+                f"{folder}: holds a store of another run; {'; '.join(differences)}; "
+                "give the same settings to resume it, or another folder"
+            )
+        records, tail = _load(folder, manifest)
+        self = cls(folder, lease, manifest, records)
+        self._tail = tail
+        self._check_sizes()
+        self._collect_temporaries()
+        if not manifest.complete:
+            if recorded:
+                self._manifest = dataclasses.replace(manifest, recorded={**manifest.recorded, **recorded})
+            self._adopt()
+        return self
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def complete(self) -> bool:
+        return self._manifest.complete
+
+    def missing(self) -> list[ShardPlan]:
+        """The plan minus what is recorded."""
+        return [self.run.shard(number) for number in range(self.run.shard_count) if number not in self._records]
+
+    def commit(self, *records: ShardRecord) -> int:
+        """Record published shards, durably. The first record of a shard wins; returns how many were new."""
+        new: dict[int, ShardRecord] = {}
+        for record in records:
+            plan = self.run.shard(record.number)
+            if record.rows + len(record.bad) != plan.stop - plan.start:
+                raise ValueError(f"shard {record.number}: {record.rows} rows, planned {plan.stop - plan.start}")
+            if record.number not in self._records:
+                new.setdefault(record.number, record)
+        if new:
+            assert not self._manifest.complete
+            with writing(self._folder):
+                self._append(list(new.values()))
+        return len(new)
+
+    def add_extra(self, name: str, data: bytes) -> None:
+        """Publish a safetensors file that the whole store shares (`name` in lower case); idempotent."""
+        assert _EXTRA_NAME.fullmatch(name)
+        xxh3 = xxhash.xxh3_128_hexdigest(data)
+        ref = ExtraRef(file=f"extra/{name}-{xxh3}.safetensors", bytes=len(data), xxh3=xxh3)
+        others = tuple(one for one in self._manifest.extra if not one.file.startswith(f"extra/{name}-"))
+        if (*others, ref) == self._manifest.extra:
+            return
+        with writing(self._folder):
+            self._folder.path("extra").mkdir(exist_ok=True)
+            self._folder.publish_bytes(ref.file, data, xxh3)
+            self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
+
+    def finish(self, recorded: Json | None = None) -> Manifest:
+        """Declare the store complete and collect what no manifest lists. StoreError while shards are missing."""
+        if missing := self.missing():
+            raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
+        with writing(self._folder):
+            if not self._manifest.complete:
+                both = {**self._manifest.recorded, **(recorded or {})}
+                self._publish_root(dataclasses.replace(self._manifest, complete=True, recorded=both))
+            self._collect_orphans()
+        return self._manifest
+
+    def close(self) -> None:
+        self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # How the manifest grows: sealed segments stay, the open tail is written anew under a new name.
+
+    def _append(self, records: list[ShardRecord]) -> None:
+        """Publish segments and root with these records; memory follows only once the disk has them."""
+        segments = list(self._manifest.segments)
+        tail, open_tail = [*self._tail, *records], bool(self._tail)
+        while tail:
+            batch, rest = tail[:SEGMENT_SHARDS], tail[SEGMENT_SHARDS:]
+            raw = encode_segment(Segment(shards=tuple(batch)))
+            if len(raw) > SEGMENT_LIMIT:
+                raise StoreError(
+                    f"{self._folder}: {sum(len(one.bad) for one in batch)} bad rows are too many to list; "
+                    "look at the data, or use smaller shards"
+                )
+            if open_tail:
+                segments.pop()
+            xxh3 = xxhash.xxh3_128_hexdigest(raw)
+            name = f"segments/{len(segments):05d}-{xxh3}.json"
+            self._folder.publish_bytes(name, raw, xxh3)
+            segments.append(SegmentRef(file=name, shards=len(batch), bytes=len(raw), xxh3=xxh3))
+            open_tail = len(batch) < SEGMENT_SHARDS and len(raw) < SEGMENT_BYTES
+            if open_tail:
+                break
+            tail = rest
+        totals = self._manifest.totals
+        for record in records:
+            totals += record
+        self._publish_root(dataclasses.replace(self._manifest, segments=tuple(segments), totals=totals))
+        self._tail = tail
+        self._records.update((record.number, record) for record in records)
+        self._drop_old_tails()
+
+    def _publish_root(self, manifest: Manifest) -> None:
+        raw = encode_root(manifest)
+        if len(raw) > ROOT_LIMIT:
+            raise StoreError(f"{self._folder}: its manifest would have {len(raw)} bytes, at most {ROOT_LIMIT} are read")
+        self._folder.replace(ROOT_NAME, raw)
+        self._manifest = manifest
+
+    def _drop_old_tails(self) -> None:
+        listed = {ref.file for ref in self._manifest.segments}
+        for name in self._folder.sizes("segments"):
+            if SEGMENT_FILE.fullmatch(name) and name not in listed:
+                self._folder.remove(name)
+
+    # What a killed run left.
+
+    def _check_sizes(self) -> None:
+        sizes = self._folder.sizes("shards")
+        for record in self._records.values():
+            if sizes.get(record.file) != record.bytes:
+                found = sizes.get(record.file)
+                raise StoreCorruptError(
+                    f"{self._folder.path(record.file)}: expected {record.bytes} bytes, found "
+                    f"{'no file' if found is None else found}; run 'softlabel repair {self._folder}' to relabel it"
+                )
+
+    def _collect_temporaries(self) -> None:
+        for name in [*self._folder.sizes("."), *(name for sub in SUBFOLDERS for name in self._folder.sizes(sub))]:
+            if name.rsplit("/", 1)[1].startswith(TEMPORARY):
+                self._folder.remove(name)
+
+    def _adopt(self) -> None:
+        """Record shards that a killed run published but did not commit, if they are wholly what this run plans."""
+        adopted: dict[int, ShardRecord] = {}
+        for name, size in sorted(self._folder.sizes("shards").items()):
+            found = SHARD_FILE.fullmatch(name)
+            if not found or size < 0 or int(found[1]) in self._records or int(found[1]) in adopted:
+                continue
+            identity = self._identity(name, found[2])
+            number = int(found[1])
+            if identity is None or identity.number != number or number >= self.run.shard_count:
+                continue
+            if identity.belongs(self.run, self.run.shard(number)):
+                adopted[number] = _record(identity, name, size, found[2])
+        if adopted:
+            self._append([adopted[number] for number in sorted(adopted)])
+
+    def _identity(self, name: str, xxh3: str) -> ShardIdentity | None:
+        """What an orphan says it is, None when it is damaged or of another format."""
+        path = self._folder.path(name)
+        if file_xxh3(path) != xxh3 or shard_file(0, xxh3, self.run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
+            return None
+        try:
+            shard = open_shard(path, self.run.format)
+        except StoreCorruptError:
+            return None
+        shard.close()
+        return shard.identity
+
+    def _collect_orphans(self) -> None:
+        """Remove files of ours that no manifest lists; what is not named like ours is not touched."""
+        listed = {record.file for record in self._records.values()}
+        listed.update(ref.file for ref in self._manifest.segments)
+        listed.update(ref.file for ref in self._manifest.extra)
+        patterns = {"shards": SHARD_FILE, "segments": SEGMENT_FILE, "extra": EXTRA_FILE}
+        for subfolder, pattern in patterns.items():
+            for name in self._folder.sizes(subfolder):
+                if name not in listed and (pattern.fullmatch(name) or name.split("/")[1].startswith(TEMPORARY)):
+                    self._folder.remove(name)
+
+
+def _load(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], list[ShardRecord]]:
+    """All records by number, and those of the last segment while it is open."""
+    records: dict[int, ShardRecord] = {}
+    tail: list[ShardRecord] = []
+    for ref in manifest.segments:
+        tail = read_segment(folder, ref)
+        for record in tail:
+            if record.number in records:
+                raise StoreCorruptError(f"{folder.path(ref.file)}: lists shard {record.number} a second time")
+            records[record.number] = record
+    last = manifest.segments[-1] if manifest.segments else None
+    open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
+    return records, tail if open_tail else []
+
+
+def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
+    """Raises StoreCorruptError; FileNotFoundError when it is gone (a newer root may not need it)."""
+    raw = folder.read(ref.file, SEGMENT_LIMIT)
+    return list(decode_segment(raw, ref, str(folder.path(ref.file))).shards)
