@@ -1,8 +1,8 @@
 """From keys to rows, a million at a time and never to a wrong one.
 
 N rows of the store, Q keys asked for. The index is the sorted 64-bit hashes of (key, view) and the row of each:
-12 bytes a row (16 from 2**31 rows on). A hash only proposes and the key's bytes decide, so that a collision cannot return the
-row of another key.
+12 bytes a row (16 from 2**31 rows on). A hash only proposes and the key's bytes decide, so that a collision cannot
+return the row of another key.
 """
 
 import secrets

@@ -45,8 +45,7 @@ def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
             use_dictionary=["view", "label"],
             write_statistics=False,
             store_schema=False,
-            data_page_size=1 << 20,
-            write_batch_size=1024,
+            data_page_size=1 << 18,  # written from the processor's cache; reading does not care
         )
         for start in range(0, len(rows.labels), step):
             writer.write_batch(_batch(schema, rows, start, min(start + step, len(rows.labels))), row_group_size=step)
