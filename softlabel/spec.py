@@ -1,0 +1,92 @@
+"""The little language in which data, teachers and students are named: ``NAME?option=value&option=value``.
+
+    SPEC    kind:name[@checkpoint][?options]       zoo:resnet20@weights/resnet20.th?mean=0.5,0.5,0.5
+    SOURCE  path[?options] or name[?options]       train.parquet?label=fine_label
+
+An option's value is a JSON literal (`true`, `32`, `[1, 2]`, `null`), or else a string. A `&` inside a value is
+written `%26`; other `%xx` mean what they mean in a URL.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+from softlabel.errors import SpecError
+
+KINDS = ("torchvision", "zoo", "python", "run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """A model by name: where its builder is, which weights it starts from, and what else its builder is told."""
+
+    kind: str
+    name: str
+    checkpoint: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The SPEC as one would write it: ``parse_spec(spec.text) == spec``."""
+        checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
+        options = "&".join(
+            f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in self.options.items()
+        )
+        return f"{self.kind}:{self.name}{checkpoint}" + (f"?{options}" if options else "")
+
+
+def parse_spec(text: str) -> Spec:
+    """Read a SPEC.
+
+    Raises:
+        SpecError: no kind, a kind that there is not, no name, or options that are not ``name=value``.
+    """
+    kind, colon, rest = text.partition(":")
+    if not colon or kind not in KINDS:
+        raise SpecError(
+            f"{text!r}: expected KIND:NAME[@CHECKPOINT][?OPTIONS] with a KIND of {', '.join(KINDS)}; "
+            "for instance zoo:resnet20@weights.th"
+        )
+    head, options = split_options(rest, subject=text)
+    if kind == "run":
+        # The folder may well have an @ in its name, and a run brings its own weights.
+        name, at, checkpoint = head, "", ""
+    else:
+        name, at, checkpoint = head.partition("@")
+    if not name:
+        raise SpecError(f"{text!r}: expected a name after '{kind}:', found nothing")
+    if at and not checkpoint:
+        raise SpecError(f"{text!r}: expected the path of a checkpoint after '@', found nothing")
+    return Spec(kind=kind, name=name, checkpoint=checkpoint or None, options=options)
+
+
+def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
+    """Cut ``head?a=1&b=2`` into its head and its options; `subject` is what an error is about.
+
+    Raises:
+        SpecError: an option without ``=``, or one given twice.
+    """
+    head, _, tail = text.partition("?")
+    options: dict[str, str] = {}
+    for part in filter(None, tail.split("&")):
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise SpecError(f"{subject!r}: expected name=value after '?', found {part!r}")
+        if key in options:
+            raise SpecError(f"{subject!r}: option {key!r} is given twice")
+        options[key] = unquote(value)
+    return head, options
+
+
+def literal(value: str) -> Any:
+    """The Python value of an option: a JSON literal, `true`/`false`/`none` in any case, or else the string itself."""
+    word = value.lower()
+    # bool("False") is True: a capital letter must not turn an option on.
+    if word in ("true", "false", "none", "null"):
+        return {"true": True, "false": False}.get(word)
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
