@@ -191,9 +191,7 @@ class Store:
     @property
     def keys(self) -> Keys:
         """The keys of all rows."""
-        if "key" not in self._rows:
-            self._rows["key"] = Keys.join(shard.keys(0, shard.identity.rows) for shard in self._each())
-        found: Keys = self._rows["key"]
+        found: Keys = self._small()["key"]
         return found
 
     @property
@@ -208,20 +206,30 @@ class Store:
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """int64 (N,), -100 where unlabelled."""
-        found: npt.NDArray[np.int64] = self._scalar("label", np.int64)
+        found: npt.NDArray[np.int64] = self._small()["label"]
         return found
 
     @property
     def content(self) -> npt.NDArray[np.uint64]:
         """uint64 (N,), xxh3-64 of the encoded images, 0 where the source has none."""
-        found: npt.NDArray[np.uint64] = self._scalar("content", np.uint64)
+        found: npt.NDArray[np.uint64] = self._small()["content"]
         return found
 
-    def _scalar(self, name: Literal["label", "content"], kind: Any) -> Any:
-        if name not in self._rows:
-            parts = [shard.scalars(name, 0, shard.identity.rows) for shard in self._each()]
-            self._rows[name] = np.concatenate([np.zeros(0, kind), *parts])
-        return self._rows[name]
+    def _small(self) -> dict[str, Any]:
+        """Keys, labels and content of all rows; each shard is opened once for the three."""
+        if "key" not in self._rows:
+            keys, labels, content = [], [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+            for shard in self._each():
+                rows = shard.identity.rows
+                keys.append(shard.keys(0, rows))
+                labels.append(shard.scalars("label", 0, rows))
+                content.append(shard.scalars("content", 0, rows))
+            self._rows |= {
+                "label": np.concatenate(labels),
+                "content": np.concatenate(content),
+                "key": Keys.join(keys),
+            }
+        return self._rows
 
     def _whole(self, name: str) -> Array:
         if name not in self._rows:
