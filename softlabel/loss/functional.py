@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, UsageError
-from softlabel.loss import reference
-from softlabel.loss.rows import Shares, row_shares, work_dtype
+from softlabel.loss.dispatch import run_loss
+from softlabel.loss.rows import Settings, row_shares
 from softlabel.loss.targets import Target, as_target, retemper_factor
 
 __all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss"]
@@ -129,22 +129,18 @@ def distillation_loss(
     target = as_target(target)
     _check(student_logits_NC, target, labels, weight, soft_mask)
     _check_options(temperature, label_smoothing, reduction, tail, impl)
-    retemper_factor(target, temperature)
-    shares = row_shares(student_logits_NC, labels, weight, soft_mask, ignore_index=ignore_index, reduction=reduction)
-    parts = _reference(
-        student_logits_NC,
-        target,
-        labels,
-        shares,
-        temperature,
-        soft_weight,
-        hard_weight if labels is not None else 0.0,
-        label_smoothing,
-        ignore_index,
-        tail,
-        reduction,
+    settings = Settings(
+        temperature=float(temperature),
+        soft_weight=float(soft_weight),
+        hard_weight=float(hard_weight),
+        label_smoothing=float(label_smoothing),
+        ignore_index=ignore_index,
+        tail=tail,
+        factor=retemper_factor(target, temperature),
     )
-    return parts if components else parts.total
+    shares = row_shares(student_logits_NC, labels, weight, soft_mask, ignore_index=ignore_index, reduction=reduction)
+    parts = run_loss(student_logits_NC, target, labels, shares, settings, reduction=reduction, impl=impl)
+    return LossComponents(*parts) if components else parts[0]
 
 
 class DistillationLoss(nn.Module):
@@ -206,36 +202,6 @@ class DistillationLoss(nn.Module):
             f"label_smoothing={self.label_smoothing:g}, reduction={self.reduction!r}, tail={self.tail!r}, "
             f"impl={self.impl!r}"
         )
-
-
-def _reference(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float,
-    ignore_index: int,
-    tail: str,
-    reduction: str,
-) -> LossComponents:
-    dtype = work_dtype(logits_NC)
-    soft_N = hard_N = logits_NC.new_zeros(logits_NC.shape[0], dtype=reference.WORK)
-    if soft_weight != 0:  # only rows that count are looked at, so that the others cannot leak their NaN
-        counted = shares.soft.nonzero()[:, 0]
-        rows = reference.soft_rows(logits_NC[counted], target.take(counted), temperature, tail)
-        soft_N = soft_N.index_copy(0, counted, rows * shares.soft[counted])
-    if hard_weight != 0:
-        assert labels_N is not None
-        counted = shares.hard.nonzero()[:, 0]
-        rows = reference.hard_rows(logits_NC[counted], labels_N[counted], label_smoothing, ignore_index)
-        hard_N = hard_N.index_copy(0, counted, rows * shares.hard[counted])
-    if reduction != "none":
-        soft_N, hard_N = soft_N.sum(), hard_N.sum()
-    total = soft_weight * soft_N + hard_weight * hard_N
-    return LossComponents(total.to(dtype), soft_N.detach().to(dtype), hard_N.detach().to(dtype))
 
 
 def _check_options(temperature: float, label_smoothing: float, reduction: str, tail: str, impl: str) -> None:

@@ -1,17 +1,32 @@
-"""How rows become one number: the share that each row has in the soft and in the hard mean.
+"""What every implementation is given, and how its rows become one number.
 
-N rows, C classes. Every implementation computes two losses per row and is given two coefficients per row, so that
-reductions, weights, missing labels and missing targets are decided here, once.
+N rows, C classes, K kept classes. An implementation computes two losses a row and one gradient; each row comes with
+the share that it has in the soft and in the hard mean, so that reductions, weights, missing labels and missing targets
+are decided here, once.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Reduction", "Shares", "row_shares", "work_dtype"]
+from softlabel.loss.targets import SampledTarget, TopKTarget, tail_column
 
-Reduction = str  # "mean", "sum" or "none"
+__all__ = ["Kept", "RowLosses", "Settings", "Shares", "kept_probs", "reduce_rows", "row_shares", "work_dtype"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The numbers of the loss. `factor` takes the target's scaled logits to `temperature`."""
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    label_smoothing: float
+    ignore_index: int
+    tail: str
+    factor: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +37,24 @@ class Shares:
     soft: Tensor
     hard: Tensor
     gaps: bool
+
+
+class RowLosses(NamedTuple):
+    """soft (N,) with its T^2, hard (N,), and the gradient (N, C) of the sum over rows of
+    soft_weight * share.soft * soft + hard_weight * share.hard * hard (None if it was not asked for)."""
+
+    soft: Tensor
+    hard: Tensor
+    grad: Tensor | None
+
+
+class Kept(NamedTuple):
+    """The teacher on the classes that it names: probabilities (N, K) and their logs; what is left over (N, 1)."""
+
+    p: Tensor
+    log_p: Tensor
+    rest: Tensor
+    log_rest: Tensor
 
 
 def work_dtype(logits: Tensor) -> torch.dtype:
@@ -36,7 +69,7 @@ def row_shares(
     soft_mask_N: Tensor | None,
     *,
     ignore_index: int,
-    reduction: Reduction,
+    reduction: str,
 ) -> Shares:
     dtype, device, rows = work_dtype(logits_NC), logits_NC.device, logits_NC.shape[0]
     each_N = None if weight_N is None else weight_N.detach().to(dtype)
@@ -54,7 +87,7 @@ def _part(
     rows: int,
     dtype: torch.dtype,
     device: torch.device,
-    reduction: Reduction,
+    reduction: str,
 ) -> Tensor:
     if each_N is None and counts_N is None:
         share = 1.0 / max(rows, 1) if reduction == "mean" else 1.0
@@ -68,3 +101,31 @@ def _part(
         return part_N
     whole = part_N.sum()
     return part_N / whole.where(whole != 0, 1.0)
+
+
+def kept_probs(target: TopKTarget | SampledTarget, settings: Settings, dtype: torch.dtype) -> Kept:
+    """What a sparse target says at the loss's temperature, in O(K) a row."""
+    if isinstance(target, SampledTarget):
+        weight_NK = target.weight.to(dtype)
+        nothing_N1 = torch.zeros_like(weight_NK[:, :1])
+        return Kept(weight_NK, torch.zeros_like(weight_NK), nothing_N1, nothing_N1)
+    value_NK = target.value.to(dtype) * settings.factor
+    if settings.tail == "renormalize" or target.index.shape[1] == target.num_classes:
+        tail_N1 = torch.full_like(value_NK[:, :1], -torch.inf)
+    else:
+        tail_N1 = target.tail[:, tail_column(target, settings.temperature), None].to(dtype)
+    top_N1 = torch.maximum(value_NK.amax(1, keepdim=True), tail_N1)
+    whole_N1 = (value_NK - top_N1).exp().sum(1, keepdim=True) + (tail_N1 - top_N1).exp()
+    log_p_NK = value_NK - top_N1 - whole_N1.log()
+    log_rest_N1 = tail_N1 - top_N1 - whole_N1.log()
+    return Kept(log_p_NK.exp(), log_p_NK, log_rest_N1.exp(), log_rest_N1)
+
+
+def reduce_rows(
+    rows: RowLosses, shares: Shares, settings: Settings, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """total, soft and hard (scalars, or (N,) with reduction "none") and the gradient as it is."""
+    soft, hard = rows.soft * shares.soft, rows.hard * shares.hard
+    if reduction != "none":
+        soft, hard = soft.sum(), hard.sum()
+    return settings.soft_weight * soft + settings.hard_weight * hard, soft, hard, rows.grad

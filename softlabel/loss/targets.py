@@ -10,7 +10,7 @@ A target is a plain frozen record of tensors: indexing, moving and pinning it gi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class _Record:
     """Moves every tensor of a target at once. Tensors of a head that all rows share are not indexed by row."""
 
     __slots__ = ()
-    _shared: tuple[str, ...] = ()
+    _shared: ClassVar[tuple[str, ...]] = ()
 
     def _map(self, change: Callable[[Tensor], Tensor], *, rows_only: bool = False) -> Self:
         changed = {}
@@ -138,7 +138,7 @@ class HeadTarget(_Record):
     rows.
     """
 
-    _shared = ("weight", "bias")
+    _shared: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     hidden: Tensor
     weight: Tensor

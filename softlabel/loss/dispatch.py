@@ -1,0 +1,129 @@
+"""Which implementation computes the rows, and how its gradient is attached.
+
+N rows, C classes. "auto" means: under `torch.compile`, what can be traced (the Triton operator on CUDA, the expressions
+of `traced` elsewhere); else Triton kernels on CUDA where triton is installed, and `chunked` everywhere else.
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from softlabel.errors import UsageError
+from softlabel.loss import chunked, reference, traced
+from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
+from softlabel.loss.rows import RowLosses, Settings, Shares, reduce_rows, work_dtype
+from softlabel.loss.targets import Target
+
+__all__ = ["run_loss"]
+
+Rows = Callable[..., RowLosses]
+Losses = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+def run_loss(
+    logits_NC: Tensor,
+    target: Target,
+    labels_N: Tensor | None,
+    shares: Shares,
+    settings: Settings,
+    *,
+    reduction: str,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """total (with its gradient), soft and hard: scalars, or (N,) with reduction "none"."""
+    if impl == "reference":
+        return _reference(logits_NC, target, labels_N, shares, settings, reduction)
+    tracing = torch.compiler.is_compiling()
+    if impl == "auto":
+        impl = "triton" if logits_NC.device.type == "cuda" and _has_triton() else "torch"
+    losses_of = _losses_of(impl, tracing)
+
+    def compute(logits: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return losses_of(logits, target, labels_N, shares, settings, reduction, want_grad)
+
+    if tracing:
+        want_grad = torch.is_grad_enabled() and logits_NC.requires_grad
+        total, soft, hard, grad_NC = compute(logits_NC.detach(), want_grad)
+        return (TracedLoss.apply(logits_NC, total, grad_NC) if want_grad else total), soft, hard
+    parts = [getattr(target, name) for name in target.__slots__]
+    inputs = tensors_of([labels_N, shares.soft, shares.hard, *parts])
+    scale = _triton_scale() if impl == "triton" else scale_by
+    result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(logits_NC, compute, scale, *inputs)
+    return result
+
+
+def _reference(
+    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    soft_N = hard_N = logits_NC.new_zeros(logits_NC.shape[0], dtype=reference.WORK)
+    if settings.soft_weight != 0:  # only rows that count are looked at, so that the others cannot leak their NaN
+        counted = shares.soft.nonzero()[:, 0]
+        rows = reference.soft_rows(logits_NC[counted], target.take(counted), settings.temperature, settings.tail)
+        soft_N = soft_N.index_copy(0, counted, rows * shares.soft[counted])
+    if settings.hard_weight != 0 and labels_N is not None:
+        counted = shares.hard.nonzero()[:, 0]
+        rows = reference.hard_rows(
+            logits_NC[counted], labels_N[counted], settings.label_smoothing, settings.ignore_index
+        )
+        hard_N = hard_N.index_copy(0, counted, rows * shares.hard[counted])
+    if reduction != "none":
+        soft_N, hard_N = soft_N.sum(), hard_N.sum()
+    total = settings.soft_weight * soft_N + settings.hard_weight * hard_N
+    dtype = work_dtype(logits_NC)
+    return total.to(dtype), soft_N.detach().to(dtype), hard_N.detach().to(dtype)
+
+
+def _losses_of(impl: str, tracing: bool) -> Losses:
+    if impl == "triton":
+        return functools.partial(_losses, _triton_rows())
+    if tracing:
+        return functools.partial(_losses, traced.row_losses)
+    return _compiled() if impl == "compile" else functools.partial(_losses, chunked.row_losses)
+
+
+def _losses(
+    rows_of: Rows,
+    logits_NC: Tensor,
+    target: Target,
+    labels_N: Tensor | None,
+    shares: Shares,
+    settings: Settings,
+    reduction: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    rows = rows_of(logits_NC, target, labels_N, shares, settings, want_grad=want_grad)
+    return reduce_rows(rows, shares, settings, reduction)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_rows() -> Rows:
+    if not _has_triton():
+        raise UsageError("impl='triton': expected the package triton, found none; install it, or use impl='torch'")
+    from softlabel.loss import triton_ops
+
+    return triton_ops.row_losses
+
+
+def _triton_scale() -> Callable[[Tensor, Tensor], Tensor]:
+    from softlabel.loss import triton_ops
+
+    return triton_ops.scale_by
+
+
+@functools.cache
+def _compiled() -> Losses:
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+    if not torch.cuda.is_available() and not any(shutil.which(name) for name in names):
+        raise UsageError("impl='compile': expected a C++ compiler (g++, clang++ or $CXX), found none; use impl='torch'")
+    # The reduction is compiled too: with it in the graph inductor keeps a row's exponentials in a small local buffer.
+    compiled: Losses = torch.compile(functools.partial(_losses, traced.row_losses), fullgraph=True)
+    return compiled
