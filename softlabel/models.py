@@ -104,8 +104,8 @@ def _refused(path: Path, error: Exception) -> str:
         reason = next((s for s in text.split(". ") if "GLOBAL" in s or "Unsupported" in s), text.split(". ")[-1])
         return (
             f"{path}: refused, because it holds more than tensors and reading it could execute code "
-            f"({reason.strip()[:200]}). Ask for the weights as safetensors, or, if you trust its author, load it yourself "
-            "and save model.state_dict() alone"
+            f"({reason.strip()[:200]}). Ask for the weights as safetensors, or, if you trust its author, load it "
+            "yourself and save model.state_dict() alone"
         )
     return f"{path}: expected a PyTorch checkpoint, found a file that is damaged or something else ({text[:200]})"
 

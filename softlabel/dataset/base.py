@@ -1,0 +1,160 @@
+"""What every source of samples promises: an order, a unique string key for each sample, whole batches at a time.
+
+Legend: N samples. Labels are int64, `IGNORE` where there is none.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from softlabel.errors import BadImageError, DataError
+
+IGNORE = -100
+# Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
+RawImage: TypeAlias = bytes | Image.Image | NDArray[np.uint8] | Tensor | BadImageError
+
+_CHUNK = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One sample as the source has it; `decode_image` makes pixels of `image`."""
+
+    key: str
+    image: RawImage
+    label: int = IGNORE
+
+
+class Source(ABC):
+    """An ordered collection of samples. It can be pickled, and opens its files again in the process that reads.
+
+    Attributes:
+        kind: parquet, folder, torchvision, digits or dataset.
+        name: what the user wrote.
+        class_names: where the source knows them; label i is class_names[i].
+        has_labels: at least one sample has a label.
+    """
+
+    kind: str
+    name: str
+    class_names: tuple[str, ...] | None = None
+    has_labels: bool = False
+    _fingerprint: str | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """The keys of samples start to stop, in order; no two in the source are equal."""
+
+    @abstractmethod
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """The labels of samples start to stop, -100 for none."""
+
+    @abstractmethod
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        """The samples of these indices, in their order.
+
+        Raises:
+            DataError: the source cannot be read. An image that cannot be is not an error here: its `image` is what
+                `decode_image` raises.
+        """
+
+    def fingerprint(self) -> str:
+        """Hex xxh3-128 of the keys in order, each as its length in UTF-8 (uint32, little-endian) and its bytes."""
+        if self._fingerprint is None:
+            self._fingerprint = check_keys(self)
+        return self._fingerprint
+
+
+def span(start: int, stop: int | None, length: int) -> tuple[int, int]:
+    """`start` and `stop` of a source of this length, `stop` filled in and cut off."""
+    stop = length if stop is None else min(stop, length)
+    assert 0 <= start, start
+    return min(start, stop), stop
+
+
+def check_keys(source: Source, *, unique: bool = True) -> str:
+    """Read all keys once: their fingerprint, and an error where two are equal.
+
+    Raises:
+        DataError: two samples have one key, or a key is not valid Unicode.
+    """
+    digest = xxhash.xxh3_128()
+    hashes_N = np.empty(len(source), dtype=np.uint64)
+    for start in range(0, len(source), _CHUNK):
+        for index, key in enumerate(source.keys(start, start + _CHUNK), start):
+            try:
+                encoded = key.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{source.name}: the key of sample {index} is not valid Unicode: {key!r}; rename the file"
+                ) from error
+            digest.update(len(encoded).to_bytes(4, "little"))
+            digest.update(encoded)
+            hashes_N[index] = xxhash.xxh3_64_intdigest(encoded)
+    if unique:
+        _refuse_duplicates(source, hashes_N)
+    return digest.hexdigest()
+
+
+def _refuse_duplicates(source: Source, hashes_N: NDArray[np.uint64]) -> None:
+    """64-bit hashes find the candidates in 8 bytes a sample; the keys themselves decide."""
+    sorted_N = np.sort(hashes_N)
+    repeated = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
+    if not len(repeated):
+        return
+    first: dict[str, int] = {}
+    twice: dict[str, tuple[int, int]] = {}
+    for index in np.flatnonzero(np.isin(hashes_N, repeated)).tolist():
+        key = source.keys(index, index + 1)[0]
+        if key in first:
+            twice.setdefault(key, (first[key], index))
+        first.setdefault(key, index)
+        if len(twice) == 2:
+            break
+    if twice:
+        listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in twice.items())
+        raise DataError(
+            f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; name another column "
+            "with '?key=COLUMN' (Parquet), number the samples with '?key=index', or give a key_fn that tells them apart"
+        )
+
+
+class PartSource(Source):
+    """Samples start to stop of another source, with or without its labels."""
+
+    def __init__(self, base: Source, start: int = 0, stop: int | None = None, *, ignore_labels: bool = False) -> None:
+        self.base = base
+        self.start, self.stop = span(start, stop, len(base))
+        self.ignore_labels = ignore_labels
+        self.kind, self.name = base.kind, base.name
+        self.class_names = None if ignore_labels else base.class_names
+        self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        start, stop = span(start, stop, len(self))
+        return self.base.keys(self.start + start, self.start + stop)
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        start, stop = span(start, stop, len(self))
+        if self.ignore_labels:
+            return np.full(stop - start, IGNORE, dtype=np.int64)
+        return self.base.labels(self.start + start, self.start + stop)
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        samples = self.base.read(np.asarray(indices, dtype=np.int64) + self.start)
+        if self.ignore_labels:
+            return [Sample(key=sample.key, image=sample.image) for sample in samples]
+        return samples

@@ -1,0 +1,317 @@
+"""Parquet files in the layout that Hugging Face `datasets` writes: a struct of bytes and path, and a label.
+
+Legend: N samples.
+
+Columns are read by row group, when they are needed, and kept decompressed up to `CACHE_BYTES` a process: a file that fits
+is read once whatever the order; of a larger one the row groups used last stay, so that reading in order stays cheap.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, check_keys, span
+from softlabel.dataset.wrapped import checked_labels
+from softlabel.errors import BadImageError, DataError, SpecError
+
+CACHE_BYTES = 1 << 30
+_NO_BYTES = BadImageError("the row has no image bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """Where in the schema the image, its key and its label are; None for a key that is the row number, or no label."""
+
+    image: str
+    key: str | None
+    label: str | None
+    class_names: tuple[str, ...] | None
+
+
+class ParquetSource(Source):
+    """One or several files of one schema, one after the other. The key is the image's `path` where there is one."""
+
+    kind = "parquet"
+
+    def __init__(
+        self, root: Path, files: Sequence[str], options: dict[str, str], *, name: str, ignore_labels: bool = False
+    ) -> None:
+        self.name, self._root, self._files = name, root, tuple(files)
+        self._forget()
+        schemas = [self._file(number).schema_arrow for number in range(len(files))]
+        asked = {option: options.pop(option) for option in ("image", "key", "label") if option in options}
+        if ignore_labels:
+            asked["label"] = "none"
+        self._columns = _find_columns(schemas[0], asked, name)
+        for file, schema in zip(files, schemas, strict=True):
+            if not schema.equals(schemas[0]):
+                raise DataError(f"{name}: expected the columns of {files[0]} in every file, found others in {file}")
+        footers = [self._file(number).metadata for number in range(len(files))]
+        self._rows = tuple(footer.num_rows for footer in footers)
+        groups = [(n, g, f.row_group(g).num_rows) for n, f in enumerate(footers) for g in range(f.num_row_groups)]
+        self._groups = tuple((number, group) for number, group, _ in groups)
+        # starts_G[g] is the first row of group g; one more at the end for the length.
+        self._starts_G = np.concatenate([[0], np.cumsum([rows for *_, rows in groups])]).astype(np.int64)
+        if self._columns.key is not None:
+            self._columns = self._without_null_keys("key" in asked)
+        self._check_labels()
+        if self._columns.key is not None:
+            self._fingerprint = check_keys(self)
+
+    def __len__(self) -> int:
+        return int(self._starts_G[-1])
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        start, stop = span(start, stop, len(self))
+        if self._columns.key is None:
+            return [str(row) for row in range(start, stop)]
+        keys: list[str] = []
+        for group, first, last in self._pieces(start, stop):
+            keys += self._strings(group, slice(first, last))
+        return keys
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        start, stop = span(start, stop, len(self))
+        labels_N = np.full(stop - start, IGNORE, dtype=np.int64)
+        if self._columns.label is not None:
+            at = 0
+            for group, first, last in self._pieces(start, stop):
+                labels_N[at : at + last - first] = self._label_column(group)[first:last]
+                at += last - first
+        return labels_N
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        rows_B = np.asarray(indices, dtype=np.int64)
+        assert not len(rows_B) or (rows_B.min() >= 0 and rows_B.max() < len(self)), (rows_B.min(), rows_B.max())
+        groups_B = np.searchsorted(self._starts_G, rows_B, side="right") - 1
+        samples: list[Sample | None] = [None] * len(rows_B)
+        for group in np.unique(groups_B).tolist():
+            places = np.flatnonzero(groups_B == group)
+            local = rows_B[places] - self._starts_G[group]
+            images = self._column(self._columns.image, group).take(pa.array(local)).to_pylist()
+            keys = self._strings(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
+            labels = self._label_column(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
+            for place, image, key, label in zip(places.tolist(), images, keys, labels, strict=True):
+                raw: RawImage = _NO_BYTES if image is None else image
+                samples[place] = Sample(key=key, image=raw, label=label)
+        return [sample for sample in samples if sample is not None]
+
+    # ---- one row group at a time ----
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(group, first, last): which rows of which groups make up rows start to stop."""
+        pieces = []
+        for group in range(len(self._groups)):
+            begin, end = int(self._starts_G[group]), int(self._starts_G[group + 1])
+            if begin < stop and end > start:
+                pieces.append((group, max(start, begin) - begin, min(stop, end) - begin))
+        return pieces
+
+    def _strings(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:
+        assert self._columns.key is not None
+        column = self._column(self._columns.key, group)
+        if isinstance(rows, slice):
+            column = column.slice(rows.start, rows.stop - rows.start)
+        else:
+            column = column.take(pa.array(rows))
+        # A key column of integers counts as their decimal digits.
+        return [value if isinstance(value, str) else str(value) for value in column.to_pylist()]
+
+    def _label_column(self, group: int) -> NDArray[np.int64]:
+        assert self._columns.label is not None
+        column = self._column(self._columns.label, group)
+        labels: NDArray[np.int64] = pc.fill_null(column.cast(pa.int64()), IGNORE).to_numpy()
+        return checked_labels(labels, self.name, None)
+
+    def _column(self, path: str, group: int) -> pa.ChunkedArray:
+        """A column of a row group, decompressed; `path` goes into a struct after a dot."""
+        with self._lock:
+            entry = (path, group)
+            if entry in self._cache:
+                self._cache.move_to_end(entry)
+                return self._cache[entry]
+            number, group_in_file = self._groups[group]
+            try:
+                table = self._file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(
+                    f"{self._root / self._files[number]}: row group {group_in_file} cannot be read: {_line(error)}; "
+                    "fetch the file again"
+                ) from error
+            column = table.column(0)
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, [0])
+            self._cache[entry] = column
+            self._cached += column.nbytes
+            while self._cached > CACHE_BYTES and len(self._cache) > 1:
+                self._cached -= self._cache.popitem(last=False)[1].nbytes
+            return column
+
+    # ---- files ----
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[int, pq.ParquetFile] = {}
+        self._cache: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
+        self._cached = 0
+
+    def _file(self, number: int) -> pq.ParquetFile:
+        if number not in self._open:
+            path = self._root / self._files[number]
+            try:
+                opened = pq.ParquetFile(path)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: expected a Parquet file, found: {_line(error)}") from error
+            if hasattr(self, "_rows") and opened.metadata.num_rows != self._rows[number]:
+                raise DataError(
+                    f"{path}: expected {self._rows[number]} rows, found {opened.metadata.num_rows}; it was replaced "
+                    "while in use, start again"
+                )
+            self._open[number] = opened
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open", "_cache", "_cached")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ---- checks at opening ----
+
+    def _without_null_keys(self, asked: bool) -> _Columns:
+        """Row numbers in the place of a `path` that is null throughout; a key that is null here and there is an error."""
+        columns = self._columns
+        assert columns.key is not None
+        nulls = [self._column(columns.key, group).null_count for group in range(len(self._groups))]
+        if not sum(nulls):
+            return columns
+        if sum(nulls) == len(self) and not asked:
+            return _Columns(image=columns.image, key=None, label=columns.label, class_names=columns.class_names)
+        raise DataError(
+            f"{self.name}: expected a key in every row, found {sum(nulls)} of {len(self)} rows without '{columns.key}'; name "
+            "another column with '?key=COLUMN', or number the rows with '?key=index'"
+        )
+
+    def _check_labels(self) -> None:
+        self.class_names = self._columns.class_names
+        if self._columns.label is None:
+            return
+        largest = max(
+            (int(self._label_column(group).max(initial=IGNORE)) for group in range(len(self._groups))), default=IGNORE
+        )
+        self.has_labels = largest >= 0
+        if self.class_names is not None and largest >= len(self.class_names):
+            raise DataError(
+                f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, found "
+                f"{largest}; mend the file, or name another column with '?label=COLUMN'"
+            )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ---- finding the columns ----
+
+
+def _find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> _Columns:
+    features = _features(schema)
+    image = asked.get("image") or _image_column(schema, features, name)
+    field = _field(schema, image, name)
+    if pa.types.is_struct(field.type):
+        inner = {field.type.field(i).name for i in range(field.type.num_fields)}
+        if "bytes" not in inner:
+            raise DataError(
+                f"{name}: column {image!r}: expected a struct with 'bytes', found {', '.join(sorted(inner))}"
+            )
+        image_path, key = f"{image}.bytes", f"{image}.path" if "path" in inner else None
+    else:
+        image_path, key = image, None
+    kind = _field(schema, image_path, name).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DataError(
+            f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; name theirs with '?image='"
+        )
+    if "key" in asked:
+        key = None if asked["key"] == "index" else asked["key"]
+    if key is not None and not _is_key(kind := _field(schema, key, name).type):
+        raise DataError(
+            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; number the rows with '?key=index'"
+        )
+    label = _label_column(schema, features, asked.get("label"), name)
+    return _Columns(image=image_path, key=key, label=label, class_names=_names(features, label))
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
+
+
+def _features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
+    """What Hugging Face `datasets` notes about the columns; nothing where somebody else wrote the file."""
+    try:
+        noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {k: v for k, v in noted.items() if isinstance(v, Mapping) and k in schema.names}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _field(schema: pa.Schema, path: str, name: str) -> pa.Field:
+    first, _, rest = path.partition(".")
+    if path in schema.names:
+        return schema.field(path)
+    if rest and first in schema.names and pa.types.is_struct(schema.field(first).type):
+        struct = schema.field(first).type
+        if struct.get_field_index(rest) >= 0:
+            return struct.field(rest)
+    raise DataError(f"{name}: there is no column {path!r}; the file has {', '.join(schema.names)}")
+
+
+def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
+    noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    found = noted or [column for column in ("image", "img") if column in schema.names]
+    if len(found) == 1 or (found and not noted):
+        return found[0]
+    raise DataError(
+        f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; name it with "
+        "'?image=COLUMN'"
+    )
+
+
+def _label_column(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
+) -> str | None:
+    if asked == "none":
+        return None
+    if asked is None:
+        noted = [column for column, feature in features.items() if feature.get("_type") == "ClassLabel"]
+        found = noted or [column for column in ("label", "labels") if column in schema.names]
+        if not found:
+            return None
+        if len(found) > 1 and "label" not in found:
+            raise DataError(
+                f"{name}: more than one label column: {', '.join(found)}; choose with '?label=COLUMN' or '?label=none'"
+            )
+        asked = "label" if "label" in found else found[0]
+    kind = _field(schema, asked, name).type
+    if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
+        raise DataError(
+            f"{name}: column {asked!r}: expected class numbers, found {kind}; name another with '?label=COLUMN', or "
+            "go without with '?label=none'"
+        )
+    return asked
+
+
+def _names(features: dict[str, Mapping[str, Any]], label: str | None) -> tuple[str, ...] | None:
+    names = features.get(label, {}).get("names") if label else None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None

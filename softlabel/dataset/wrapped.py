@@ -1,0 +1,267 @@
+"""Datasets that decode by themselves: torch datasets, torchvision's, scikit-learn's digits.
+
+Legend: N samples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
+from softlabel.dataset.folder import FolderSource
+from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.spec import literal
+
+_IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
+
+
+class DatasetSource(Source):
+    """Any object with `__len__` and `__getitem__`.
+
+    Labels come from the items. Where the dataset also lists them (`targets` or `labels`, as torchvision's do) the list saves a
+    pass over all images, and each item that is read is held against it.
+    """
+
+    kind = "dataset"
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        key_fn: Callable[[int], str] | None = None,
+        ignore_labels: bool = False,
+        name: str | None = None,
+        kind: str = "dataset",
+    ) -> None:
+        self.kind, self.name = kind, name or type(dataset).__name__
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise DataError(
+                f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found {type(dataset).__name__}; "
+                "write an iterable one out as files first"
+            )
+        self.dataset = dataset
+        self._length = len(dataset)
+        self._ignore_labels = ignore_labels
+        self._keys: pa.Array | None = None
+        if key_fn is not None:
+            self._keys = self._keys_of(key_fn)
+            self._fingerprint = check_keys(self)
+        self._labels = None if ignore_labels else self._listed()
+        if ignore_labels or not self._length:
+            self.has_labels = False
+        elif self._labels is not None:
+            self.has_labels = bool((self._labels != IGNORE).any())
+        else:
+            self.has_labels = _split(self._items([0])[0], self.name)[1] is not _NO_LABEL
+        self.class_names = _class_names(dataset) if self.has_labels else None
+
+    def _keys_of(self, key_fn: Callable[[int], str]) -> pa.Array:
+        keys = [key_fn(index) for index in range(self._length)]
+        wrong = next((index for index, key in enumerate(keys) if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise DataError(f"{self.name}: key_fn({wrong}): expected a string, found {type(keys[wrong]).__name__}")
+        return pa.array(keys, type=pa.large_string())
+
+    def _listed(self) -> NDArray[np.int64] | None:
+        """The dataset's own list of labels, where it has one that is surely that of its items."""
+        if getattr(self.dataset, "target_transform", None) is not None:
+            return None
+        for attribute in ("targets", "labels", "_labels"):
+            found = getattr(self.dataset, attribute, None)
+            if found is None or callable(found) or isinstance(found, str):
+                continue
+            try:
+                labels_N = np.asarray(found)
+            except (ValueError, TypeError):
+                continue
+            if labels_N.shape == (self._length,) and labels_N.dtype.kind in "iu":
+                return checked_labels(labels_N.astype(np.int64), self.name, None)
+        return None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        start, stop = span(start, stop, self._length)
+        if self._keys is None:
+            return [str(index) for index in range(start, stop)]
+        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
+        return keys
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """As in `Source`; a dataset that does not list its labels is read through for them, once."""
+        start, stop = span(start, stop, self._length)
+        if not self.has_labels:
+            return np.full(stop - start, IGNORE, dtype=np.int64)
+        if self._labels is None and (start, stop) != (0, self._length):
+            return np.array([sample.label for sample in self.read(range(start, stop))], dtype=np.int64)
+        if self._labels is None:
+            found = [self.read([index])[0].label for index in range(self._length)]
+            self._labels = np.array(found, dtype=np.int64)
+        return self._labels[start:stop].copy()
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        numbers = [int(index) for index in indices]
+        samples = []
+        for index, item in zip(numbers, self._items(numbers), strict=True):
+            key = str(index) if self._keys is None else self._keys[index].as_py()
+            if isinstance(item, BadImageError):
+                # The label may be known although the image is not.
+                samples.append(Sample(key=key, image=item, label=self._known_label(index)))
+                continue
+            image, raw = _split(item, self.name)
+            label = IGNORE if self._ignore_labels else _label(raw, self.name, key)
+            if self._labels is not None and label != self._labels[index]:
+                raise DataError(
+                    f"{self.name}: the label of sample {key!r} is {label}, but the dataset's list of labels says "
+                    f"{self._labels[index]}; bring them into agreement"
+                )
+            samples.append(Sample(key=key, image=image, label=label))
+        return samples
+
+    def _known_label(self, index: int) -> int:
+        return IGNORE if self._labels is None else int(self._labels[index])
+
+    def _items(self, numbers: list[int]) -> list[Any]:
+        """Whole batches where the dataset can; an unreadable file spoils its own sample alone."""
+        if hasattr(self.dataset, "__getitems__"):
+            try:
+                return list(self.dataset.__getitems__(numbers))
+            except OSError:
+                pass  # one by one tells which
+        items: list[Any] = []
+        for number in numbers:
+            try:
+                items.append(self.dataset[number])
+            except OSError as error:  # what PIL raises on a damaged image as well
+                items.append(BadImageError(f"the dataset cannot read it: {error}"))
+        return items
+
+
+class _NoLabel:
+    """The second half of an item that has none: None itself may be a label that is not known."""
+
+
+_NO_LABEL = _NoLabel()
+
+
+def _split(item: Any, name: str) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        image = next((item[k] for k in _IMAGE_NAMES if k in item), None)
+        if image is None:
+            raise DataError(f"{name}: expected items with 'image', found {', '.join(map(str, item))}")
+        return image, next((item[k] for k in _LABEL_NAMES if k in item), _NO_LABEL)
+    if isinstance(item, tuple | list):
+        if not item:
+            raise DataError(f"{name}: expected an image and perhaps a label, found an empty {type(item).__name__}")
+        return item[0], item[1] if len(item) > 1 else _NO_LABEL
+    return item, _NO_LABEL
+
+
+def _label(raw: Any, name: str, key: str) -> int:
+    if raw is _NO_LABEL or raw is None:
+        return IGNORE
+    try:
+        value = np.asarray(raw)
+        if value.ndim == 0 and value.dtype.kind in "iub":
+            return int(checked_labels(value.astype(np.int64)[None], name, [key])[0])
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise DataError(
+        f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part of the "
+        "item, or ask to ignore labels"
+    )
+
+
+def checked_labels(labels_N: NDArray[np.int64], name: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
+    """-1, as Hugging Face and STL-10 write it, is no label; another negative number is a mistake.
+
+    Raises:
+        DataError: such a number.
+    """
+    labels_N = np.where(labels_N == -1, IGNORE, labels_N)
+    wrong = np.flatnonzero((labels_N < 0) & (labels_N != IGNORE))
+    if len(wrong):
+        where = f"sample {keys[wrong[0]]!r}" if keys else f"sample {wrong[0]}"
+        raise DataError(
+            f"{name}: {where}: expected a label of at least 0, or -1, -100 or null for none; found {labels_N[wrong[0]]}"
+        )
+    return labels_N
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    classes = getattr(dataset, "classes", None)
+    if not isinstance(classes, list | tuple) or not classes:
+        return None
+    # ImageNet's are tuples of synonyms.
+    names = tuple(", ".join(c) if isinstance(c, tuple) else c for c in classes)
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def open_torchvision(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
+    """``torchvision:NAME?argument=value``: nothing is downloaded unless ``download=true`` is among them.
+
+    A dataset of files (`ImageFolder`, `ImageNet`, `Imagenette`) is read as files: its keys are paths, not numbers.
+
+    Raises:
+        SpecError: no such class, or arguments that it refuses.
+        DataError: the data is not there.
+    """
+    from torchvision import datasets
+
+    cls = getattr(datasets, name, None) if name in datasets.__all__ else None
+    if cls is None:
+        raise SpecError(f"{text}: torchvision.datasets has no {name!r}")
+    arguments = {key: literal(value) for key, value in options.items()}
+    # A root of "2024" is still a folder.
+    arguments |= {key: options[key] for key in ("root",) if key in options}
+    try:
+        dataset = cls(**arguments)
+    except TypeError as error:
+        raise SpecError(f"{text}: {error}; arguments go behind '?', such as '?root=FOLDER&train=true'") from error
+    except ValueError as error:
+        raise SpecError(f"{text}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        reason = str(error).partition(". ")[0].rstrip(".")
+        raise DataError(f"{text}: {reason}; give its folder as root=, or download it with download=true") from error
+    if isinstance(dataset, datasets.DatasetFolder):
+        root = Path(dataset.root)
+        paths = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
+        labels_N = np.array(dataset.targets, dtype=np.int64)
+        if ignore_labels:
+            return FolderSource(root, paths, name=text, kind="torchvision")
+        return FolderSource(root, paths, labels_N, _class_names(dataset), name=text, kind="torchvision")
+    return DatasetSource(dataset, name=text, kind="torchvision", ignore_labels=ignore_labels)
+
+
+def open_digits(text: str, ignore_labels: bool) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, their 17 levels of grey spread over 0 to 255.
+
+    Raises:
+        DataError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(f"{text}: needs scikit-learn; pip install 'softlabel[digits]'") from error
+    found = load_digits()
+    images_NHW = np.rint(found.images * (255 / 16)).astype(np.uint8)
+    items = _Digits(images_NHW, found.target.astype(np.int64))
+    return DatasetSource(items, name=text, kind="digits", ignore_labels=ignore_labels)
+
+
+class _Digits:
+    classes = tuple("0123456789")
+
+    def __init__(self, images_NHW: NDArray[np.uint8], targets: NDArray[np.int64]) -> None:
+        self.images_NHW, self.targets = images_NHW, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images_NHW[index], int(self.targets[index])
