@@ -5,6 +5,7 @@ the offsets that it allotted: as fast as the disk, and a full disk is an ordinar
 """
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from softlabel.store.keys import Keys
 from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, ShardIdentity, ShardRows, group_rows
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
+_PAGE = 4096
 _ALIGN = 64  # bytes; arrays mapped in place are then aligned for any dtype
 
 
@@ -41,21 +43,72 @@ def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
         "content": rows.content,
         **rows.columns,
     }
-    offsets = _structure(path, identity, _layout(identity, len(rows.keys.data)))
-    with open(path, "r+b", buffering=0) as file:
-        for name, offset in offsets.items():
-            view = memoryview(np.ascontiguousarray(arrays[name]).data).cast("B")
+    structure, offsets = _structure(identity, _layout(identity, len(rows.keys.data)))
+    with open(path, "xb", buffering=0) as file:
+        file.truncate(structure.size)
+        pieces: list[tuple[int, Any]] = [
+            (offset, page[: structure.size - offset]) for offset, page in structure.pages.items()
+        ]
+        pieces += [(offset, np.ascontiguousarray(arrays[name]).data) for name, offset in offsets.items()]
+        for offset, data in pieces:
             file.seek(offset)
+            view = memoryview(data).cast("B")
             while view:
                 view = view[file.write(view) :]
 
 
-def _structure(path: Path, identity: ShardIdentity, layout: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
-    """Create the file with its datasets allotted but not written; name -> byte offset. No times: bytes repeat."""
+class _Sparse(io.RawIOBase):
+    """A file in memory that keeps the pages that were written and not the holes: structure without the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages: dict[int, bytearray] = {}
+        self.size = self._position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self.size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._position if size is None else size
+        return self.size
+
+    def _pieces(self, count: int) -> Iterator[tuple[bytearray, int, int]]:
+        """The next `count` bytes as (page, first, last) while the position advances."""
+        end = self._position + count
+        while self._position < end:
+            number, first = divmod(self._position, _PAGE)
+            last = min(_PAGE, first + end - self._position)
+            yield self.pages.setdefault(number * _PAGE, bytearray(_PAGE)), first, last
+            self._position += last - first
+
+    def write(self, data: Any) -> int:
+        raw, done = bytes(data), 0
+        for page, first, last in self._pieces(len(raw)):
+            page[first:last] = raw[done : done + last - first]
+            done += last - first
+        self.size = max(self.size, self._position)
+        return len(raw)
+
+    def readinto(self, buffer: Any) -> int:
+        view, done = memoryview(buffer).cast("B"), 0
+        for page, first, last in self._pieces(len(view)):
+            view[done : done + last - first] = page[first:last]
+            done += last - first
+        return len(view)
+
+
+def _structure(
+    identity: ShardIdentity, layout: dict[str, tuple[tuple[int, ...], str]]
+) -> tuple[_Sparse, dict[str, int]]:
+    """The file without its numbers, and name -> byte offset where they go. No times in it: equal rows, equal bytes."""
     import h5py
 
-    offsets = {}
-    with h5py.File(path, "w", libver=("v110", "v110"), alignment_threshold=_ALIGN, alignment_interval=_ALIGN) as file:
+    sparse, offsets = _Sparse(), {}
+    with h5py.File(sparse, "w", libver=("v110", "v110"), alignment_threshold=_ALIGN, alignment_interval=_ALIGN) as file:
         file.attrs.create(IDENTITY_NAME, np.bytes_(identity.encode()))
         for name, (shape, dtype) in layout.items():
             plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -68,7 +121,7 @@ def _structure(path: Path, identity: ShardIdentity, layout: dict[str, tuple[tupl
             dataset = h5py.h5d.create(file.id, name.encode(), kind, space, dcpl=plist)
             if (offset := dataset.get_offset()) is not None:
                 offsets[name] = offset
-    return offsets
+    return sparse, offsets
 
 
 class Hdf5Shard:

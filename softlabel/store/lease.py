@@ -40,9 +40,10 @@ class Lease:
             if self._current():
                 break
             os.close(self._handle)  # the holder before us removed the file between our open and our lock
-        os.ftruncate(self._handle, 0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
+        with contextlib.suppress(OSError):  # a courtesy to whoever finds it locked; a full disk must not keep it locked
+            os.ftruncate(self._handle, 0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
         _held.add(self)
 
     def _current(self) -> bool:
