@@ -5,6 +5,7 @@ Every command takes ``--config FILE.yaml`` (flags override it) and ``--print_con
 Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 130 interrupted, run it again.
 """
 
+import importlib
 import inspect
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import docstring_parser
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from softlabel import commands
 from softlabel.errors import SoftLabelError
@@ -28,48 +29,73 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": commands.train,
     "evaluate": commands.evaluate,
 }
+# A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
+CONFIGS = {"train": ("softlabel.train", "TrainConfig")}
+POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
+
+
+class _Options:
+    """The options of a command: its parameters, or the fields of the dataclass that is its only parameter."""
+
+    def __init__(self, name: str) -> None:
+        command = self.command = COMMANDS[name]
+        self.dataclass: Any = None
+        if name in CONFIGS:
+            module, attribute = CONFIGS[name]
+            self.dataclass = getattr(importlib.import_module(module), attribute)
+        described = self.dataclass or command
+        self.hints: dict[str, Any] = get_type_hints(described)
+        self.parameters = dict(inspect.signature(described).parameters)
+        self.doc = docstring_parser.parse(inspect.getdoc(command) or "")
+        texts = docstring_parser.parse(inspect.getdoc(described) or "").params
+        self.help = {text.arg_name: " ".join((text.description or "").split()).replace("%", "%%") for text in texts}
+
+    def lists(self) -> set[str]:
+        """The flags that take several values."""
+        return {_flag(name) for name in self.parameters if _element(self.hints[name]) is not None}
+
+    def parser(self) -> ArgumentParser:
+        examples = "\n".join(
+            f"  {line.strip()}" for e in self.doc.examples for line in (e.description or "").splitlines()
+        )
+        parser = ArgumentParser(
+            description=f"{self.doc.short_description}\n\n{self.doc.long_description or ''}".strip(),
+            epilog=f"Example:\n{examples}",
+        )
+        parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
+        for name, parameter in self.parameters.items():
+            hint = self.hints[name]
+            settings: dict[str, Any] = {"help": self.help[name]}
+            if parameter.kind is POSITIONAL:
+                parser.add_argument(name, type=hint, **settings)
+            elif hint is bool and parameter.default is False:
+                parser.add_argument(_flag(name), action="store_true", **settings)
+            else:
+                required = parameter.default is inspect.Parameter.empty
+                settings |= {"required": True} if required else {"default": parameter.default}
+                if (element := _element(hint)) is not None:
+                    hint = element
+                    settings["nargs"] = "+"
+                parser.add_argument(_flag(name), type=hint, **settings)
+        return parser
+
+    def run(self, values: dict[str, Any]) -> int:
+        if self.dataclass is not None:
+            return self.command(self.dataclass(**values))
+        positional = [values.pop(name) for name, p in self.parameters.items() if p.kind is POSITIONAL]
+        return self.command(*positional, **values)
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _options(function: Callable[..., int]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
-
-
 def _element(hint: Any) -> Any:
-    """The element type of an option that takes a list (``list[str]``, ``Optional[list[float]]``), else None."""
+    """The element type of an option that takes a list (``list[str]``, ``list[float] | None``), else None."""
     for candidate in (hint, *typing.get_args(hint)):
         if typing.get_origin(candidate) is list:
             return typing.get_args(candidate)[0]
     return None
-
-
-def _subparser(function: Callable[..., int]) -> ArgumentParser:
-    """A parser with an option a parameter; positional-only parameters are positional arguments."""
-    doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    help_of = {param.arg_name: (param.description or "").replace("%", "%%") for param in doc.params}
-    examples = "\n".join(f"  {line.strip()}" for e in doc.examples for line in (e.description or "").splitlines())
-    parser = ArgumentParser(
-        description=f"{doc.short_description}\n{doc.long_description or ''}".strip(), epilog=f"Example:\n{examples}"
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
-    hints = get_type_hints(function)
-    for name, parameter in _options(function).items():
-        hint = hints[name]
-        required = parameter.default is inspect.Parameter.empty
-        settings: dict[str, Any] = {"help": help_of[name]}
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
-            parser.add_argument(name, type=hint, **settings)
-        elif hint is bool and parameter.default is False:
-            parser.add_argument(_flag(name), action="store_true", **settings)
-        else:
-            if (element := _element(hint)) is not None:
-                hint, settings["nargs"] = element, "+"
-            settings |= {"required": True} if required else {"default": parameter.default}
-            parser.add_argument(_flag(name), type=hint, **settings)
-    return parser
 
 
 def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
@@ -81,9 +107,8 @@ def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
         name, equals, value = argument.partition("=")
         if name in repeatable:
             if name not in values:
-                values[name] = []
                 joined.append(name)
-            collecting = values[name]
+            collecting = values.setdefault(name, [])
             if equals:
                 collecting.append(value)
         elif collecting is not None and not argument.startswith("--"):
@@ -94,32 +119,29 @@ def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
     return [part for argument in joined for part in (argument, *values.get(argument, ()))]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog="softlabel",
         description="Offline soft labels for knowledge distillation: run the teachers once, train from disk.",
     )
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
-    for name, function in COMMANDS.items():
-        subcommands.add_subcommand(name, _subparser(function), help=(inspect.getdoc(function) or "").splitlines()[0])
-    function_called = COMMANDS.get(arguments[0]) if arguments else None
-    if function_called is not None:
-        hints = get_type_hints(function_called)
-        lists = {_flag(name) for name in _options(function_called) if _element(hints[name]) is not None}
-        arguments = _join_repeats(arguments, lists)
-    parsed = parser.parse_args(arguments)
-    command = COMMANDS[parsed.subcommand]
+    for other, command in COMMANDS.items():
+        # Only the chosen command's options are built: some need torch, and `softlabel --help` should not wait for it.
+        subparser = chosen.parser() if chosen is not None and other == name else ArgumentParser()
+        subcommands.add_subcommand(other, subparser, help=(inspect.getdoc(command) or "").splitlines()[0])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    resolved = {name: value for name, value in parsed[parsed.subcommand].as_dict().items() if name != "config"}
-    positional = [
-        resolved.pop(name)
-        for name, parameter in _options(command).items()
-        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-    ]
     try:
-        return command(*positional, **resolved)
+        chosen = _Options(name) if name in COMMANDS else None
+        parsed = _parser(chosen, name).parse_args(_join_repeats(arguments, chosen.lists()) if chosen else arguments)
+        assert chosen is not None, "without a known command the parser has left the program"
+        return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})
     except SoftLabelError as error:
         print(f"softlabel: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,7 +3,15 @@
 Each imports what it needs when it runs, so that `softlabel --help` answers at once.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from softlabel.train import TrainConfig
+
+DAMAGED = 3  # exit code of `verify`
+BAD_SHOWN = 10
 
 
 def generate(
@@ -49,6 +57,7 @@ def generate(
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
         device: auto, cpu, cuda or cuda:N.
     """
+    options = dict(locals())
     from softlabel.generate import generate as run
 
     summary = run(
@@ -71,6 +80,7 @@ def generate(
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return 0
+    write_config(Path(out) / "config.yaml", options)
     print(f"{summary.path}: complete, {summary.total_rows:,} rows")
     print(
         f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s, "
@@ -81,3 +91,176 @@ def generate(
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
     return 0
+
+
+def inspect(store: str, /, *, json: bool = False) -> int:
+    """Show what a store holds: its teachers, temperature, encoding and its cost, rows, bad images.
+
+    Works on a store that is not finished, too.
+
+    Example:
+        softlabel inspect labels/resnet50
+
+    Args:
+        store: folder of the store.
+        json: print the manifest as JSON.
+    """
+    import dataclasses
+    from json import dumps
+
+    from softlabel.store.reader import open_store
+
+    opened = open_store(store, allow_incomplete=True)
+    manifest = opened.manifest
+    if json:
+        print(dumps(dataclasses.asdict(manifest), indent=2))
+        return 0
+    run, totals = manifest.run, manifest.totals
+    state = "complete" if manifest.complete else f"NOT COMPLETE, {totals.shards} of {run.shard_count} shards"
+    per_row = sum(column.row_bytes for column in run.columns)
+    lines = [
+        ("store", f"{opened.path}  ({state})"),
+        (
+            "rows",
+            f"{totals.rows:,} of {run.dataset.rows:,} samples x {run.views.count} view(s), {totals.shards} shards",
+        ),
+        ("size", f"{totals.bytes:,} bytes in {run.format} files"),
+        ("data", f"{manifest.recorded.get('data', '?')}  ({run.dataset.kind}, fingerprint {run.dataset.fingerprint})"),
+        ("labels", "hard labels stored" if run.dataset.has_labels else "no hard labels"),
+        ("classes", _class_names(run.num_classes, run.class_names)),
+        ("encoding", f"{run.encoding.name}, {per_row:,} bytes a row"),
+        ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
+    ]
+    if (cost := totals.fidelity) is not None:
+        at = [(1.0, cost.mean_t1, cost.worst_t1), (run.temperature, cost.mean_t, cost.worst_t)]
+        told = "; ".join(f"T = {t:g}: mean {mean:.1e}, worst {worst:.1e}" for t, mean, worst in dict.fromkeys(at))
+        lines.append(("cost", f"KL(teacher || stored) in nats at {told}"))
+    weights = run.combine.weights or (1.0,) * len(run.members)
+    for number, (member, weight) in enumerate(zip(run.members, weights, strict=True), 1):
+        lines.append((f"teacher {number}", f"{member.spec}  weight {weight:.3g}, {member.precision}"))
+        lines.append(("", f"weights sha256 {member.sha256}"))
+        lines.append(("", ", ".join(f"{name} {value}" for name, value in member.preprocessing.items())))
+    for key, reason in list(opened.bad.items())[:BAD_SHOWN]:
+        lines.append(("bad image", f"{key}: {reason}"))
+    if len(opened.bad) > BAD_SHOWN:
+        lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
+    print("\n".join(f"{name:<11}{text}" for name, text in lines))
+    return 0
+
+
+def verify(store: str, /, *, workers: int | None = None) -> int:
+    """Check every byte of a store: file hashes, rows, keys, ranges, finite values, manifest.
+
+    Exit code 0 means whole, 3 damaged.
+
+    Example:
+        softlabel verify labels/resnet50
+
+    Args:
+        store: folder of the store.
+        workers: threads; one a core when absent.
+    """
+    import time
+
+    from tqdm import tqdm
+
+    from softlabel.store.verify import verify_store
+
+    started = time.perf_counter()
+    with tqdm(unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = verify_store(store, workers=workers, progress=progress)
+    seconds = time.perf_counter() - started
+    if report.ok:
+        print(
+            f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s"
+        )
+        return 0
+    for problem in report.problems:
+        print(f"damaged: {problem}")
+    print(f"{store}: DAMAGED, {len(report.problems)} problem(s) found")
+    return DAMAGED
+
+
+def train(config: "TrainConfig") -> int:
+    """Train a student from a store of soft labels, or on hard labels alone.
+
+    The same command again resumes what was interrupted. Soft labels are joined to the images by key.
+
+    Example:
+        softlabel train --data train.parquet --labels labels/resnet50 --student zoo:resnet8 --epochs 10 --out runs/kd
+    """
+    from softlabel.train import train as run
+
+    print(run(config))
+    return 0
+
+
+def evaluate(
+    *,
+    data: str,
+    model: str,
+    labels: str | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    missing: Literal["error", "skip", "hard-only"] = "error",
+    workers: int = 0,
+    device: str = "auto",
+    out: str | None = None,
+) -> int:
+    """Measure a model: accuracy, cross-entropy, calibration error, agreement with the teacher of a store.
+
+    Example:
+        softlabel evaluate --data test.parquet --model runs/kd
+
+    Args:
+        data: a SOURCE with hard labels.
+        model: the folder of a run, or a SPEC with a checkpoint.
+        labels: a store of the same data, with which the model is compared too.
+        batch_size: images a forward pass.
+        precision: of the forward pass.
+        missing: samples without a row in the store.
+        workers: processes that decode.
+        device: auto, cpu, cuda or cuda:N.
+        out: JSON file for the figures; the settings go beside it.
+    """
+    options = dict(locals())
+    from json import dumps
+
+    from softlabel.evaluate import evaluate as run
+
+    found = run(
+        model,
+        data,
+        labels,
+        batch_size=batch_size,
+        precision=precision,
+        missing=missing,
+        workers=workers,
+        device=device,
+    )
+    print(found)
+    if out is not None:
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dumps(found.to_dict(), indent=2) + "\n")
+        write_config(path.with_suffix(".config.yaml"), options)
+    return 0
+
+
+def write_config(path: Path, options: Mapping[str, object]) -> None:
+    """The resolved options as a file that ``--config`` takes."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(dict(options), sort_keys=False))
+
+
+def _class_names(count: int, names: tuple[str, ...] | None) -> str:
+    if names is None:
+        return f"{count:,}"
+    shown = ", ".join(names[:10])
+    return f"{count:,}: {shown}{', ...' if count > 10 else ''}"

@@ -21,9 +21,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.dataset import Source, open_source
+from softlabel.device import resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import CombineRule, normalized_weights
+from softlabel.spec import Spec
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
@@ -163,23 +165,6 @@ def generate(
     )
 
 
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        UsageError: a CUDA device is asked for and there is none, or the name is not a device's.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
-    return found
-
-
 def _run_of(
     source: Source,
     members: Sequence[Teacher],
@@ -205,8 +190,7 @@ def _run_of(
         combine=Combine(rule=rule, weights=tuple(weights)),
         members=tuple(
             Member(
-                # Where the checkpoint lies is not part of the identity: its weights' hash is.
-                spec=dataclasses.replace(teacher.spec, checkpoint=None).text,
+                spec=_portable(teacher.spec),
                 sha256=teacher.sha256,
                 preprocessing=teacher.preprocessing.to_dict(),
                 precision=teacher.precision,
@@ -220,6 +204,12 @@ def _run_of(
         views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
         shard_rows=shard_rows,
     )
+
+
+def _portable(spec: Spec) -> str:
+    """A SPEC without the place of its weights, which is not part of a store's identity: their hash is."""
+    name = Path(spec.name).name if spec.kind == "run" else spec.name
+    return dataclasses.replace(spec, name=name, checkpoint=None).text
 
 
 @contextlib.contextmanager

@@ -54,7 +54,9 @@ def main() -> None:
 
     def generate() -> None:
         shutil.rmtree(work / "store", ignore_errors=True)
-        softlabel.generate(work / "images.parquet", teachers=[teacher], out=work / "store", batch_size=BATCH, progress=False)
+        softlabel.generate(
+            work / "images.parquet", teachers=[teacher], out=work / "store", batch_size=BATCH, progress=False
+        )
 
     seconds = interleaved({"decode": decode, "forward": forward, "generate": generate}, options.repeats)
     shutil.rmtree(work)

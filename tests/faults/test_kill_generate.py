@@ -1,0 +1,77 @@
+"""kill -9 while `softlabel generate` runs: the same command finishes the store, and nothing done is done again."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import softlabel
+from tests.helpers import environment, write_dataset, write_teacher
+
+ROWS, SHARD_ROWS, KILLS = 1400, 20, 10
+
+
+def published(store: Path) -> list[Path]:
+    return sorted((store / "shards").glob("[0-9]*.parquet"))
+
+
+def recorded(store: Path) -> dict[str, tuple[int, int]]:
+    """The shards that the manifest lists, with what would change if one were written again."""
+    root = store / "manifest.json"
+    if not root.exists():
+        return {}
+    segments = [json.loads((store / ref["file"]).read_text()) for ref in json.loads(root.read_text())["segments"]]
+    files = [store / shard["file"] for segment in segments for shard in segment["shards"]]
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+
+
+def test_killed_ten_times(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data.parquet", ROWS)
+    teacher = write_teacher(tmp_path / "teacher.safetensors")
+    store, whole = tmp_path / "store", tmp_path / "whole"
+
+    def command(out: Path) -> list[str]:
+        options = ["--data", data, "--teacher", teacher, "--out", out, "--shard-rows", SHARD_ROWS, "--batch-size", 20]
+        return [sys.executable, "-m", "softlabel", "generate", *map(str, options)]
+
+    rng = random.Random(20)
+    done: dict[str, tuple[int, int]] = {}
+    for _ in range(KILLS):
+        process = subprocess.Popen(command(store), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # Let it come a random way: to a number of published shards, and then a moment further into whatever it does.
+        goal = len(published(store)) + rng.randint(0, 6)
+        while process.poll() is None and len(published(store)) < goal:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        assert process.poll() is None, f"ended before it was killed: {process.stderr.read() if process.stderr else ''}"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = recorded(store)
+        assert {name: now.get(name) for name in done} == done, "a finished shard was computed again or lost"
+        done = now
+    assert done, "no shard was ever finished before a kill"
+
+    last = subprocess.run(command(store), env=environment(), capture_output=True, text=True, check=True)
+    assert f"complete, {ROWS:,} rows" in last.stdout
+    now = recorded(store)
+    assert {name: now[name] for name in done} == done
+    written = [int(word) for word in last.stdout.split("shards written")[0].split()[-1:]]
+    assert written[0] <= ROWS // SHARD_ROWS - len(done)
+
+    left = [path.name for path in store.rglob("*") if path.is_file()]
+    assert len(published(store)) == ROWS // SHARD_ROWS
+    assert not [name for name in left if "tmp" in name or name.startswith(".")], left
+
+    subprocess.run(command(whole), env=environment(), capture_output=True, check=True)
+    everything = np.arange(ROWS)
+    ours = softlabel.open_store(store, verify="full").take(everything)
+    theirs = softlabel.open_store(whole, verify="full").take(everything)
+    assert list(ours.keys) == list(theirs.keys)
+    assert len(set(ours.keys)) == ROWS
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+    np.testing.assert_array_equal(ours.scaled_logits, theirs.scaled_logits)

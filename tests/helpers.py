@@ -1,0 +1,91 @@
+"""What several tests build: small image files of the real formats, teachers with weights, and runs of the command line."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from softlabel.models import build_model
+
+CLASSES = ("red", "green", "blue", "grey")
+
+
+def jpeg(seed: int, size: int = 32) -> bytes:
+    """A small JPEG whose pixels depend on the seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_parquet(
+    path: Path,
+    images: Sequence[bytes],
+    *,
+    keys: Sequence[str] | None = None,
+    labels: Sequence[int | None] | None = None,
+    class_names: Sequence[str] = CLASSES,
+) -> Path:
+    """A Parquet file in the Hugging Face image layout."""
+    keys = keys or [f"image-{number:05d}.jpg" for number in range(len(images))]
+    columns = {
+        "image": pa.array(
+            [{"bytes": image, "path": key} for image, key in zip(images, keys, strict=True)],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        )
+    }
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    if labels is not None:
+        columns["label"] = pa.array(labels, pa.int64())
+        features["label"] = {"names": list(class_names), "_type": "ClassLabel"}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+    return path
+
+
+def write_dataset(path: Path, rows: int, *, seed: int = 0, labelled: bool = True) -> Path:
+    labels = [number % len(CLASSES) for number in range(rows)] if labelled else None
+    return write_parquet(path, [jpeg(seed * 1_000_000 + number) for number in range(rows)], labels=labels)
+
+
+def write_teacher(path: Path, *, name: str = "resnet8", num_classes: int = len(CLASSES), seed: int = 0) -> str:
+    """A checkpoint with random weights that are large enough to give varied logits; returns its SPEC."""
+    torch.manual_seed(seed)
+    model = build_model(f"zoo:{name}", num_classes=num_classes)
+    state = model.state_dict()
+    state["linear.weight"] *= 8
+    save_file(state, path)
+    return f"zoo:{name}@{path}"
+
+
+def environment() -> dict[str, str]:
+    # One thread: tests compare results bit for bit, and two processes share two cores.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def softlabel(*arguments: object, cwd: Path | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would; asserts the exit code and that nobody ever sees a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "softlabel", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(),
+        check=False,
+        timeout=280,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    if code is not None:
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
