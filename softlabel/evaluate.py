@@ -1,0 +1,263 @@
+"""How good a model is: accuracy, cross-entropy, calibration, and how far it is from the teacher of a store.
+
+Legend: B batch, C classes, N samples.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from softlabel.dataset import IGNORE, Source
+from softlabel.device import resolve_device
+from softlabel.errors import MismatchError, TeacherError
+from softlabel.loader import Batch, Missing, SoftLabelLoader
+from softlabel.loss.reference import scaled_logits
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
+from softlabel.models import build_model
+from softlabel.store.reader import Store
+from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was measured; None where there was nothing to measure it on.
+
+    Attributes:
+        samples: images.
+        labelled: images with a hard label, to which accuracy, cross_entropy and calibration_error refer.
+        accuracy: share of images whose most probable class is the label.
+        cross_entropy: mean of -log p(label), in nats.
+        calibration_error: expected calibration error, 15 bins of equal width (Guo et al. 2017).
+        with_teacher: images with a row in the store, to which the following refer.
+        agreement: share of images whose most probable class is the teacher's.
+        teacher_kl: mean KL(teacher || model) in nats, both at the store's temperature.
+        teacher_accuracy: of the teacher's labels, on the images that have both.
+        temperature: of the store.
+    """
+
+    samples: int
+    labelled: int
+    accuracy: float | None
+    cross_entropy: float | None
+    calibration_error: float | None
+    with_teacher: int = 0
+    agreement: float | None = None
+    teacher_kl: float | None = None
+    teacher_accuracy: float | None = None
+    temperature: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [("images", f"{self.samples:,}")]
+        if self.labelled != self.samples:
+            lines.append(("labelled", f"{self.labelled:,}"))
+        named = (
+            ("accuracy", self.accuracy),
+            ("cross-entropy", self.cross_entropy),
+            (f"calibration error ({BINS} bins)", self.calibration_error),
+            ("agreement with the teacher", self.agreement),
+            (f"KL(teacher || model) at T = {self.temperature or 1:g}", self.teacher_kl),
+            ("accuracy of the teacher", self.teacher_accuracy),
+        )
+        lines += [(name, f"{value:.4f}") for name, value in named if value is not None]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    data: "str | Path | Source | Dataset[Any]",
+    labels: str | Path | Store | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    device: str = "auto",
+    workers: int = 0,
+    missing: Missing = "error",
+    key_fn: Callable[[int], str] | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure a model on a dataset, in eval mode.
+
+    Args:
+        model: the folder of a run, a SPEC with a checkpoint, or a module (left in the mode that it was in).
+        data: a SOURCE, or a map-style dataset.
+        labels: a store of the same data, with which the model is compared too.
+        preprocessing: how images are prepared; absent: the model's own, or for a module [0, 1] as they are.
+        batch_size: images a forward pass.
+        precision: fp32, bf16 or fp16 (autocast).
+        device: auto, cpu, cuda or cuda:N.
+        workers: processes that decode.
+        missing: error, skip or hard-only, for samples without a row in the store.
+        key_fn: index -> key, for a map-style dataset.
+        progress: show a bar; absent: if standard error is a terminal.
+
+    Raises:
+        SpecError: the model cannot be built.
+        MismatchError: the model's classes are not those of the data or the store.
+        DataError, StoreError: data or store cannot be read.
+    """
+    target = resolve_device(device)
+    if isinstance(model, nn.Module):
+        module = model
+        preprocessing = preprocessing or Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    else:
+        spec = _spec(model)
+        module = build_model(spec)
+        preprocessing = preprocessing or student_preprocessing(spec, module)
+    loader = SoftLabelLoader(
+        data,
+        labels,
+        batch_size=batch_size,
+        shuffle=False,
+        preprocessing=preprocessing,
+        missing=missing,
+        workers=workers,
+        cache_mb=0,
+        pin_memory=target.type == "cuda",
+        key_fn=key_fn,
+    )
+    batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
+    with _eval_mode(module.to(target)):
+        return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision)
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module, batches: Iterable[Batch], *, preprocessing: Preprocessing, device: torch.device, precision: str
+) -> Evaluation:
+    """Measure a module, already on `device` and in eval mode, on the batches of a loader."""
+    totals = _Totals()
+    for batch in batches:
+        moved = batch.to(device, non_blocking=True)
+        images_BCHW = preprocessing.normalize(moved.images)
+        with autocast(device, precision):
+            logits_BC = model(images_BCHW)
+        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
+            raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
+        totals.add(logits_BC.double(), moved)
+    return totals.result()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass has this precision: fp32, bf16 or fp16."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
+    """Expected calibration error: mean over samples of |accuracy - confidence| of the bin that a sample falls into.
+
+    Args:
+        confidence_N: probability of the predicted class, float (N,), above 0.
+        correct_N: bool (N,).
+    """
+    return _ece(*_bins(confidence_N.double(), correct_N))
+
+
+class _Totals:
+    """Sums over batches, float64."""
+
+    def __init__(self) -> None:
+        self.samples = self.labelled = self.correct = self.with_teacher = self.agreed = 0
+        self.teacher_labelled = self.teacher_correct = 0
+        self.nats = self.teacher_nats = 0.0
+        self.bins_3K = torch.zeros(3, BINS, dtype=torch.float64)
+        self.temperature: float | None = None
+
+    def add(self, logits_BC: Tensor, batch: Batch) -> None:
+        self.samples += len(batch)
+        labelled_B = batch.labels != IGNORE
+        labels_B = batch.labels[labelled_B]
+        if len(labels_B) and int(labels_B.max()) >= logits_BC.shape[1]:
+            raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the data has label {int(labels_B.max())}")
+        log_probs_BC = F.log_softmax(logits_BC, dim=1)
+        best_B = log_probs_BC.argmax(dim=1)
+        correct_B = best_B[labelled_B] == labels_B
+        self.labelled += len(labels_B)
+        self.correct += int(correct_B.sum())
+        self.nats += float(F.nll_loss(log_probs_BC[labelled_B], labels_B, reduction="sum"))
+        confidence_B = log_probs_BC.amax(dim=1).exp()[labelled_B]
+        self.bins_3K += torch.stack(_bins(confidence_B, correct_B)).cpu()
+        if batch.target is not None:
+            known_B = batch.has_target if batch.has_target is not None else torch.ones_like(labelled_B)
+            self._add_teacher(logits_BC[known_B], best_B[known_B], batch.target.take(known_B), batch.labels[known_B])
+
+    def _add_teacher(self, logits_BC: Tensor, best_B: Tensor, target: Target, labels_B: Tensor) -> None:
+        if not isinstance(target, DenseTarget | Int8Target | HeadTarget):
+            return
+        if target.num_classes != logits_BC.shape[1]:
+            raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the store has {target.num_classes}")
+        self.temperature = target.temperature
+        log_p_BC = F.log_softmax(scaled_logits(target), dim=1)
+        log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
+        p_BC = log_p_BC.exp()
+        teacher_B = log_p_BC.argmax(dim=1)
+        labelled_B = labels_B != IGNORE
+        self.with_teacher += len(best_B)
+        self.agreed += int((best_B == teacher_B).sum())
+        self.teacher_nats += float(torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum())
+        self.teacher_labelled += int(labelled_B.sum())
+        self.teacher_correct += int((teacher_B == labels_B)[labelled_B].sum())
+
+    def result(self) -> Evaluation:
+        return Evaluation(
+            samples=self.samples,
+            labelled=self.labelled,
+            accuracy=_mean(self.correct, self.labelled),
+            cross_entropy=_mean(self.nats, self.labelled),
+            calibration_error=_ece(*self.bins_3K) if self.labelled else None,
+            with_teacher=self.with_teacher,
+            agreement=_mean(self.agreed, self.with_teacher),
+            teacher_kl=_mean(self.teacher_nats, self.with_teacher),
+            teacher_accuracy=_mean(self.teacher_correct, self.teacher_labelled),
+            temperature=self.temperature,
+        )
+
+
+def _bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, summed confidence and correct answers of each bin (lower, upper], float64 (BINS,)."""
+    bin_N = (confidence_N * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    zeros_K = torch.zeros(BINS, dtype=torch.float64, device=confidence_N.device)
+    return (
+        zeros_K.index_add(0, bin_N, torch.ones_like(confidence_N)),
+        zeros_K.index_add(0, bin_N, confidence_N),
+        zeros_K.index_add(0, bin_N, correct_N.double()),
+    )
+
+
+def _ece(samples_K: Tensor, confidence_K: Tensor, correct_K: Tensor) -> float:
+    # Counts cancel: count / N * |correct / count - confidence / count|.
+    return float((correct_K - confidence_K).abs().sum() / samples_K.sum())
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _spec(model: str | Path) -> str:
+    """A SPEC; the folder of a run may be given by its path alone."""
+    return f"run:{model}" if isinstance(model, Path) or (Path(model) / "model.json").is_file() else model
+
+
+class _eval_mode:  # noqa: N801 - a context manager
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training = module, module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.training)

@@ -1,0 +1,11 @@
+"""The student's data: images joined to their soft labels by key, as whole batches, in an order that can be resumed.
+
+order -> samples -> images (decoded once, then cached) -> view -> Batch
+                 -> rows of the store, found by key   -> target ^
+"""
+
+from softlabel.loader.batch import Batch
+from softlabel.loader.joined import JoinedDataset, Missing
+from softlabel.loader.stream import SoftLabelLoader
+
+__all__ = ["Batch", "JoinedDataset", "Missing", "SoftLabelLoader"]

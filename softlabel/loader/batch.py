@@ -1,0 +1,69 @@
+"""What a training loop gets, and what it takes to ask for it.
+
+Legend: B batch, C classes, H and W pixels.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.loss.targets import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Batch:
+    """B samples on their way into a student.
+
+    Attributes:
+        images: uint8 (B, 3, H, W), RGB, not normalised.
+        labels: int64 (B,), -100 where there is none.
+        keys: B keys.
+        samples: int64 (B,), which samples of the dataset these are.
+        rows: int64 (B,), which rows of the store they were joined to; -1 where there is none.
+        target: what the teacher says, for `softlabel.distillation_loss`; None without a store.
+        has_target: bool (B,), False where the store has no row for the sample (its target is filler); None: all have
+            one, or there is no store at all.
+    """
+
+    images: Tensor
+    labels: Tensor
+    keys: tuple[str, ...]
+    samples: Tensor
+    rows: Tensor
+    target: Target | None = None
+    has_target: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same batch on another device; `samples` and `rows` are for people and stay where they are."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            target=None if self.target is None else self.target.to(device, non_blocking=non_blocking),
+            has_target=None if self.has_target is None else self.has_target.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            labels=self.labels.pin_memory(),
+            target=None if self.target is None else self.target.pin_memory(),
+            has_target=None if self.has_target is None else self.has_target.pin_memory(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchRequest:
+    """Which batch is wanted: positions are those of the joined dataset, `view` numbers the augmentation (the epoch)."""
+
+    positions: NDArray[np.int64]
+    view: int

@@ -1,0 +1,244 @@
+"""A map-style dataset of whole batches: the images of a source, joined to the rows of a store by key.
+
+Legend: B batch, C classes, H and W pixels, N samples of the source, K samples that are kept.
+
+The join is done once, for all samples, when the dataset is made; a batch then costs a read of its images, a gather of
+its labels, and nothing per row that Python has to loop over once the images are cached.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from softlabel.dataset import Source, content_hash, decode_image
+from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError
+from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.pixels import PixelCache
+from softlabel.loss.targets import DenseTarget, Target
+from softlabel.store.keys import Keys
+from softlabel.store.manifest import Run
+from softlabel.store.reader import Store
+from softlabel.teacher import Preprocessing
+from softlabel.views import CropFlip
+
+log = logging.getLogger("softlabel")
+
+Missing = Literal["error", "skip", "hard-only"]
+Int64s = NDArray[np.int64]
+
+_CHUNK = 1 << 16  # keys handled at a time as Python strings
+_LISTED = 3  # keys that an error spells out
+
+
+class JoinedDataset(Dataset[Batch]):
+    """Samples of a source with the soft labels that a store has for their keys.
+
+    Args:
+        source: where images and hard labels come from.
+        store: where soft labels come from; None: hard labels only.
+        preprocessing: brings every image to one size (its geometry; normalisation is left to the training loop).
+            None: the images are of one size already.
+        augment: drawn anew for every view (epoch); None: none.
+        seed: of the augmentation.
+        missing: what happens to a sample whose key is not in the store. ``error`` names such keys, ``skip`` leaves the
+            samples out, ``hard-only`` keeps them with their hard label alone. Samples that the store lists as
+            unreadable images are left out in any case.
+        cache_bytes: memory for decoded images; they are kept if all of them fit.
+        workers: how many processes will share the dataset.
+
+    Raises:
+        MissingKeyError: see `missing`.
+        MismatchError: the source's classes are not those of the store.
+        DataError: nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
+        augment: CropFlip | None = None,
+        seed: int = 0,
+        missing: Missing = "error",
+        cache_bytes: int = 4 << 30,
+        workers: int = 0,
+    ) -> None:
+        self.source, self.store = source, store
+        self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
+        keys = _all_keys(source)
+        labels_N = source.labels()
+        self.skipped_bad = self.skipped_missing = 0
+        if store is None:
+            kept, rows_N = np.arange(len(keys)), np.full(len(keys), -1)
+        else:
+            _check_classes(source, store.manifest.run)
+            rows_N = store.lookup(keys, missing="mask")
+            kept = self._kept(store, keys, rows_N, missing)
+        if not len(kept):
+            raise DataError(f"{source.name}: no sample to train on ({len(keys)} in the source, 0 of them in the store)")
+        self.samples: Int64s = kept
+        self.labels: Int64s = labels_N[kept].astype(np.int64)
+        self.rows: Int64s = rows_N[kept].astype(np.int64)
+        self._keys = keys if len(kept) == len(keys) else keys.take(kept)
+        self._all_have_rows = bool((self.rows >= 0).all())
+        if store is not None and len(store):
+            store.take([0])  # reads the columns into memory, which forked workers then share
+        self._cache: PixelCache | None = None
+        self._cache = self._new_cache(cache_bytes, workers)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, wanted: BatchRequest | Sequence[int]) -> Batch:
+        """A whole batch. Plain positions, without the number of a view, are not augmented."""
+        if isinstance(wanted, BatchRequest):
+            positions, view = wanted.positions, wanted.view
+        else:
+            positions, view = np.asarray(wanted, dtype=np.int64), None
+        keys = self.keys(positions)
+        images_BCHW = torch.from_numpy(self._images(positions, keys))
+        if self._augment is not None and view is not None:
+            images_BCHW = self._augment(images_BCHW, keys, seed=self._seed, view=view)
+        rows_B = self.rows[positions]
+        return Batch(
+            images=images_BCHW,
+            labels=torch.from_numpy(self.labels[positions]),
+            keys=tuple(keys),
+            samples=torch.from_numpy(self.samples[positions]),
+            rows=torch.from_numpy(rows_B),
+            target=None if self.store is None else self._target(self.store, rows_B),
+            has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
+        )
+
+    def keys(self, positions: Int64s) -> list[str]:
+        return self._keys.take(positions).to_list()
+
+    def _kept(self, store: Store, keys: Keys, rows_N: Int64s, missing: Missing) -> Int64s:
+        absent = np.flatnonzero(rows_N < 0)
+        if not len(absent):
+            return np.arange(len(keys))
+        bad = store.bad
+        is_bad = np.array([key in bad for key in keys.take(absent).to_list()]) if bad else np.zeros(len(absent), bool)
+        lost = absent[~is_bad]
+        self.skipped_bad = int(is_bad.sum())
+        if len(lost) and missing == "error":
+            named = ", ".join(repr(key) for key in keys.take(lost[:_LISTED]).to_list())
+            more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
+            raise MissingKeyError(
+                f"{self.source.name}: {len(lost)} of {len(keys)} samples have no row in {store.path}: {named}{more}; "
+                "label them ('softlabel generate'), or use --missing skip or --missing hard-only"
+            )
+        drop = absent if missing == "skip" else absent[is_bad]
+        self.skipped_missing = len(drop) - self.skipped_bad
+        return np.delete(np.arange(len(keys)), drop)
+
+    def _new_cache(self, budget: int, workers: int) -> PixelCache | None:
+        if budget <= 0:
+            return None
+        first = np.zeros(1, dtype=np.int64)
+        shape = self._read(first, self.keys(first))[0].shape
+        return (
+            PixelCache(len(self), shape) if PixelCache.fits(len(self), shape, budget=budget, workers=workers) else None
+        )
+
+    def _images(self, positions: Int64s, keys: list[str]) -> NDArray[np.uint8]:
+        if self._cache is None:
+            return np.stack(self._read(positions, keys))
+        unknown = self._cache.unknown(positions)
+        if len(unknown):
+            images = self._read(positions[unknown], [keys[place] for place in unknown])
+            self._cache.put(positions[unknown], np.stack(images))
+        return self._cache.get(positions)
+
+    def _read(self, positions: Int64s, keys: list[str]) -> list[NDArray[np.uint8]]:
+        """Read, check and decode images, none of them cached."""
+        samples = self.source.read(self.samples[positions].tolist())
+        images, hashes = [], np.zeros(len(samples), dtype=np.uint64)
+        for place, (sample, key) in enumerate(zip(samples, keys, strict=True)):
+            if sample.key != key:
+                raise DataError(
+                    f"{self.source.name}: sample {self.samples[positions[place]]} was {key!r} and is now "
+                    f"{sample.key!r}; the data changed while it was in use, start again"
+                )
+            # 0: a source without bytes, whose images cannot be compared with those that were labelled.
+            hashes[place] = content_hash(sample.image) or 0
+        self._check_content(positions, keys, hashes)
+        for sample, key in zip(samples, keys, strict=True):
+            try:
+                image_CHW = decode_image(sample.image)
+                if self._preprocessing is not None:
+                    image_CHW = self._preprocessing.geometry(image_CHW)
+            except BadImageError as error:
+                raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
+            images.append(image_CHW.numpy())
+        expected = self._cache.shape if self._cache is not None else images[0].shape
+        for image, key in zip(images, keys, strict=True):
+            if image.shape != expected:
+                raise DataError(
+                    f"image {key!r}: expected {_size(expected)} like those before it, found {_size(image.shape)}; "
+                    "give the student a size, such as '?resize=256&crop=224'"
+                )
+        return images
+
+    def _check_content(self, positions: Int64s, keys: list[str], hashes: NDArray[np.uint64]) -> None:
+        rows = self.rows[positions]
+        known = np.flatnonzero((rows >= 0) & (hashes != 0))
+        if self.store is None or not len(known):
+            return
+        stored = self.store.content[rows[known]]
+        changed = known[(stored != 0) & (stored != hashes[known])]
+        if len(changed):
+            raise MismatchError(
+                f"image {keys[changed[0]]!r} of {self.source.name}: its bytes are not those that were labelled in "
+                f"{self.store.path} (xxh3-64 differs; {len(changed)} of {len(keys)} in its batch); "
+                "train on the images that were labelled, or label these"
+            )
+
+    def _target(self, store: Store, rows_B: Int64s) -> Target:
+        # A sample without a row gets another's target as filler, which `has_target` masks.
+        stored = store.take(np.maximum(rows_B, 0))
+        return as_target(store.manifest.run, stored.columns)
+
+
+def as_target(run: Run, columns: dict[str, NDArray[Any]]) -> Target:
+    """Columns of a store as what the loss takes. Copies: stored arrays may be read-only."""
+    return DenseTarget(
+        scaled_logits=torch.from_numpy(np.array(columns["logits"])),
+        temperature=run.temperature,
+        retemperable=run.combine.rule == "logits" or len(run.members) == 1,
+    )
+
+
+def _all_keys(source: Source) -> Keys:
+    chunks = [Keys.of(source.keys(start, min(start + _CHUNK, len(source)))) for start in range(0, len(source), _CHUNK)]
+    return Keys.join(chunks)
+
+
+def _check_classes(source: Source, run: Run) -> None:
+    names = source.class_names
+    if not source.has_labels or names is None:
+        return
+    if len(names) != run.num_classes:
+        raise MismatchError(
+            f"classes: the store has {run.num_classes}, {source.name} has {len(names)}; use the labels of this data, "
+            "or --ignore-labels to train on the soft labels alone"
+        )
+    if run.class_names is not None and names != run.class_names and set(names) == set(run.class_names):
+        place = next(i for i, (one, other) in enumerate(zip(names, run.class_names, strict=True)) if one != other)
+        raise MismatchError(
+            f"classes: in another order; class {place} is {run.class_names[place]!r} in the store and "
+            f"{names[place]!r} in {source.name}; bring them into one order"
+        )
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}x{shape[1]} pixels"

@@ -1,0 +1,139 @@
+"""The files of a run folder: written whole or not at all, and read without executing anything in them.
+
+run.json            what the run is (its identity)
+config.yaml         the settings as given, for `--config`
+checkpoint.pt       where it is
+metrics.csv, tensorboard/
+model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from softlabel.errors import MismatchError, TrainingError, UsageError
+
+CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
+MODEL = ("model.json", "model.safetensors")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file by one that is on disk in whole before it gets its name.
+
+    Raises:
+        TrainingError: the disk is full or the folder cannot be written to.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainingError(f"{path}: cannot be written: {error}; the same command resumes once it can") from error
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raises TrainingError: the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The state that `save_checkpoint` wrote, None if there is none yet.
+
+    Raises:
+        TrainingError: the file is damaged, or not a checkpoint.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(f"{path}: damaged ({reason}); remove it, or start anew with --overwrite") from error
+    assert isinstance(state, dict)
+    return state
+
+
+@contextlib.contextmanager
+def run_folder(
+    folder: Path, *, identity: Mapping[str, Any], config: Mapping[str, Any], overwrite: bool
+) -> Iterator[None]:
+    """Hold a run folder for one run: new, or this run's own.
+
+    Raises:
+        MismatchError: another run's; says what differs.
+        UsageError: something else lies there, or another process is at it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be used as a run folder: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{folder}: another process is training there; wait, or use another --out") from error
+        if overwrite:
+            _clear(folder)
+        _check_identity(folder, identity)
+        write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+        yield
+
+
+def is_finished(folder: Path) -> bool:
+    return all((folder / name).exists() for name in MODEL)
+
+
+def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    path = folder / IDENTITY
+    if not path.exists():
+        found = [name for name in (CHECKPOINT, *MODEL, METRICS) if (folder / name).exists()]
+        if found:
+            raise UsageError(
+                f"{folder}: holds {found[0]} of a run that is not known; use another --out, or --overwrite"
+            )
+        write_atomically(path, json.dumps(identity, indent=2).encode() + b"\n")
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); use another --out, or --overwrite") from error
+    new = json.loads(json.dumps(identity))
+    differences = [
+        f"{name}: {earlier.get(name)!r} there, {new.get(name)!r} here"
+        for name in (*new, *(name for name in earlier if name not in new))
+        if earlier.get(name) != new.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{folder}: holds another run; {'; '.join(differences)}. Use another --out, or --overwrite to start anew"
+        )
+
+
+def _clear(folder: Path) -> None:
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, *MODEL):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / BOARD, ignore_errors=True)
