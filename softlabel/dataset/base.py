@@ -78,7 +78,7 @@ class Source(ABC):
 def span(start: int, stop: int | None, length: int) -> tuple[int, int]:
     """`start` and `stop` of a source of this length, `stop` filled in and cut off."""
     stop = length if stop is None else min(stop, length)
-    assert 0 <= start, start
+    assert start >= 0, start
     return min(start, stop), stop
 
 
@@ -124,8 +124,9 @@ def _refuse_duplicates(source: Source, hashes_N: NDArray[np.uint64]) -> None:
     if twice:
         listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in twice.items())
         raise DataError(
-            f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; name another column "
-            "with '?key=COLUMN' (Parquet), number the samples with '?key=index', or give a key_fn that tells them apart"
+            f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; "
+            "name another column with '?key=COLUMN' (Parquet), number the samples with '?key=index', or give a key_fn "
+            "that tells them apart"
         )
 
 

@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.errors import BadImageError, DataError, SpecError
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo".split()
-)
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 # The machine's or the share's trouble, not the image's: to skip the image would skip all that follow.
 _NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 class FolderSource(Source):
-    """Files below a root; the key is the path relative to it, with forward slashes. Paths are kept as one Arrow array."""
+    """Files below a root; the key is the path relative to it, with forward slashes. One Arrow array holds the paths."""
 
     kind = "folder"
 
@@ -78,9 +77,10 @@ class FolderSource(Source):
 def open_folder(root: Path, paths: Sequence[str], name: str, options: dict[str, str]) -> FolderSource:
     """A source out of the image files that `walk` has found below `root`.
 
-    They are **class folders** if every image lies in a direct sub-folder of the root and at least two of these hold images:
-    the label is the folder's place among all sub-folders sorted by name, empty ones included, as in torchvision. Else they
-    are unlabelled. ``?labels=folders`` takes the first folder of the path as the class at any depth; ``?labels=none`` none.
+    They are **class folders** if every image lies in a direct sub-folder of the root and at least two of these hold
+    images: the label is the folder's place among all sub-folders sorted by name, empty ones included, as torchvision's.
+    Else they are unlabelled. ``?labels=folders`` takes the first folder of the path as the class at any depth;
+    ``?labels=none`` leaves them unlabelled.
 
     Raises:
         SpecError: `labels` is something else.

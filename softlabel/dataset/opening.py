@@ -34,8 +34,8 @@ def open_source(
     """Open a dataset by the words of SOURCE, or wrap a map-style `torch.utils.data.Dataset`.
 
     Args:
-        source: SOURCE, a path, a `Source` (given back as it is) or anything with `__len__` and `__getitem__` whose items are
-            an image, (image, label) or a dict with `image` and `label`.
+        source: SOURCE, a path, a `Source` (given back as it is) or anything with `__len__` and `__getitem__` whose
+            items are an image, (image, label) or a dict with `image` and `label`.
         key_fn: for such a dataset alone: the key of the sample at an index. Without it the key is the index.
         ignore_labels: treat every sample as unlabelled.
 
@@ -98,8 +98,8 @@ def _open_path(text: str, path: Path, options: dict[str, str], ignore_labels: bo
         images = []
     if tables and images:
         raise DataError(
-            f"{text}: expected Parquet files or images, found {len(tables)} and {len(images)}; name the Parquet files with "
-            "'?files=*.parquet', or the sub-folder of the images"
+            f"{text}: expected Parquet files or images, found {len(tables)} and {len(images)}; name the Parquet files "
+            "with '?files=*.parquet', or the sub-folder of the images"
         )
     if tables:
         return ParquetSource(path, sorted(tables), options, name=text, ignore_labels=ignore_labels)

@@ -2,8 +2,8 @@
 
 Legend: N samples.
 
-Columns are read by row group, when they are needed, and kept decompressed up to `CACHE_BYTES` a process: a file that fits
-is read once whatever the order; of a larger one the row groups used last stay, so that reading in order stays cheap.
+Columns are read by row group, when they are needed, and kept decompressed up to `CACHE_BYTES` a process: a file that
+fits is read once whatever the order; of a larger one the row groups used last stay: reading in order stays cheap.
 """
 
 import json
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, check_keys, span
 from softlabel.dataset.wrapped import checked_labels
-from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.errors import BadImageError, DataError
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
@@ -49,7 +49,7 @@ class ParquetSource(Source):
         self.name, self._root, self._files = name, root, tuple(files)
         self._forget()
         schemas = [self._file(number).schema_arrow for number in range(len(files))]
-        asked = {option: options.pop(option) for option in ("image", "key", "label") if option in options}
+        asked: dict[str, str] = {k: options.pop(k) for k in ("image", "key", "label") if k in options}
         if ignore_labels:
             asked["label"] = "none"
         self._columns = _find_columns(schemas[0], asked, name)
@@ -190,7 +190,7 @@ class ParquetSource(Source):
     # ---- checks at opening ----
 
     def _without_null_keys(self, asked: bool) -> _Columns:
-        """Row numbers in the place of a `path` that is null throughout; a key that is null here and there is an error."""
+        """Row numbers in the place of a `path` that is null throughout; one that is null here and there is an error."""
         columns = self._columns
         assert columns.key is not None
         nulls = [self._column(columns.key, group).null_count for group in range(len(self._groups))]
@@ -199,8 +199,8 @@ class ParquetSource(Source):
         if sum(nulls) == len(self) and not asked:
             return _Columns(image=columns.image, key=None, label=columns.label, class_names=columns.class_names)
         raise DataError(
-            f"{self.name}: expected a key in every row, found {sum(nulls)} of {len(self)} rows without '{columns.key}'; name "
-            "another column with '?key=COLUMN', or number the rows with '?key=index'"
+            f"{self.name}: expected a key in every row, found {sum(nulls)} of {len(self)} rows "
+            f"without '{columns.key}'; name another column with '?key=COLUMN', or number the rows with '?key=index'"
         )
 
     def _check_labels(self) -> None:
@@ -213,8 +213,8 @@ class ParquetSource(Source):
         self.has_labels = largest >= 0
         if self.class_names is not None and largest >= len(self.class_names):
             raise DataError(
-                f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, found "
-                f"{largest}; mend the file, or name another column with '?label=COLUMN'"
+                f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, "
+                f"found {largest}; mend the file, or name another column with '?label=COLUMN'"
             )
 
 
@@ -241,13 +241,15 @@ def _find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> _Colum
     kind = _field(schema, image_path, name).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(
-            f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; name theirs with '?image='"
+            f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
+            "name theirs with '?image='"
         )
     if "key" in asked:
         key = None if asked["key"] == "index" else asked["key"]
     if key is not None and not _is_key(kind := _field(schema, key, name).type):
         raise DataError(
-            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; number the rows with '?key=index'"
+            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
+            "number the rows with '?key=index'"
         )
     label = _label_column(schema, features, asked.get("label"), name)
     return _Columns(image=image_path, key=key, label=label, class_names=_names(features, label))
@@ -283,8 +285,8 @@ def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], nam
     if len(found) == 1 or (found and not noted):
         return found[0]
     raise DataError(
-        f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; name it with "
-        "'?image=COLUMN'"
+        f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; "
+        "name it with '?image=COLUMN'"
     )
 
 

@@ -22,8 +22,8 @@ _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "pixel_values"), ("label", "labels
 class DatasetSource(Source):
     """Any object with `__len__` and `__getitem__`.
 
-    Labels come from the items. Where the dataset also lists them (`targets` or `labels`, as torchvision's do) the list saves a
-    pass over all images, and each item that is read is held against it.
+    Labels come from the items. Where the dataset also lists them (`targets` or `labels`, as torchvision's do) the list
+    saves a pass over all images, and each item that is read is held against it.
     """
 
     kind = "dataset"
@@ -40,7 +40,7 @@ class DatasetSource(Source):
         self.kind, self.name = kind, name or type(dataset).__name__
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
-                f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found {type(dataset).__name__}; "
+                f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found one without; "
                 "write an iterable one out as files first"
             )
         self.dataset = dataset
@@ -172,8 +172,8 @@ def _label(raw: Any, name: str, key: str) -> int:
     except (TypeError, ValueError, RuntimeError):
         pass
     raise DataError(
-        f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part of the "
-        "item, or ask to ignore labels"
+        f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part "
+        "of the item, or ask to ignore labels"
     )
 
 
