@@ -68,6 +68,8 @@ def sync(path: Path) -> None:
 class Folder:
     """The local folder of a store."""
 
+    is_local = True
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 

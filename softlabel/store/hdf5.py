@@ -6,16 +6,16 @@ the offsets that it allotted: as fast as the disk, and a full disk is an ordinar
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array
 from softlabel.store.keys import Keys
-from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, ShardIdentity, ShardRows, group_rows
+from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, CheckedRows, ShardIdentity, ShardRows, group_rows
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
 _PAGE = 4096
@@ -33,7 +33,7 @@ def _layout(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[in
     }
 
 
-def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
+def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
     """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
     arrays: dict[str, Array] = {
         "key": rows.keys.data,
@@ -186,28 +186,31 @@ class Hdf5Shard:
         dataset = self._data[name]
         out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
         if out.size:
-            with _reading(self.path):
-                dataset.read_direct(out, np.s_[start:stop])
+            dataset.read_direct(out, np.s_[start:stop])
         return out
 
-    def keys(self, start: int, stop: int) -> Keys:
+    def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         with _reading(self.path):
-            offsets = self._read("key_offsets", start, stop + 1)
-            first, last = int(offsets[0]), int(offsets[-1])
-            if not 0 <= first <= last <= self._data["key"].shape[0] or (start == 0 and first):
-                raise ValueError("key offsets do not lie inside the key bytes")
-            keys = Keys(offsets - first, self._read("key", first, last))
-            keys.check()
-            return keys
+            return ShardRows(
+                keys=self._keys(start, stop) if "key" in names else None,
+                views=self._read("view", start, stop) if "view" in names else None,
+                labels=self._read("label", start, stop) if "label" in names else None,
+                content=self._read("content", start, stop) if "content" in names else None,
+                columns={
+                    column.name: self._read(column.name, start, stop)
+                    for column in self.identity.columns
+                    if column.name in names
+                },
+            )
 
-    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array:
-        return self._read(name, start, stop)
+    def _keys(self, start: int, stop: int) -> Keys:
+        offsets = self._read("key_offsets", start, stop + 1)
+        first, last = int(offsets[0]), int(offsets[-1])
+        if not 0 <= first <= last <= self._data["key"].shape[0] or (start == 0 and first):
+            raise ValueError("key offsets do not lie inside the key bytes")
+        return Keys(offsets - first, self._read("key", first, last)).check()
 
-    def column(self, name: str, start: int, stop: int) -> Array:
-        return self._read(name, start, stop)
-
-    def mapped(self, name: str) -> Array:
-        """A column of the whole shard as a read-only memory map of the file itself, (B, W)."""
+    def mapped(self, name: str) -> Array | None:
         dataset = self._data[name]
         if not dataset.size:
             return np.empty(dataset.shape, dataset.dtype)

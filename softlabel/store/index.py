@@ -24,10 +24,22 @@ _CHUNK = 1 << 16  # rows hashed at once: the working set stays in the processor'
 _MASKS = np.array([(1 << (8 * size)) - 1 for size in range(1, 9)], np.uint64)  # of a word with 1 to 8 bytes left
 
 
-def _words(data: npt.NDArray[np.uint8]) -> U64:
-    """words[i] is the little-endian word at byte i; the data is padded so that every byte starts one."""
-    padded = np.concatenate([data, np.zeros(8, np.uint8)])
-    return np.ndarray((len(data) + 1,), "<u8", padded, strides=(1,))
+def word_view(padded: npt.NDArray[np.uint8]) -> U64:
+    """words[i] is the little-endian word at byte i, of data with 8 bytes of padding."""
+    return np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
+
+
+def _words(keys: Keys) -> U64:
+    return word_view(np.concatenate([keys.data, np.zeros(8, np.uint8)])) if keys.words is None else keys.words
+
+
+def with_words(keys: Keys) -> Keys:
+    """The same keys, padded once for many lookups."""
+    if keys.words is not None:
+        return keys
+    words = _words(keys)
+    padded = np.asarray(words.base)
+    return Keys(keys.offsets_N1, padded[: len(keys.data)], words)
 
 
 def _mix(state: U64) -> U64:
@@ -43,7 +55,7 @@ class Hasher:
 
     def __call__(self, keys: Keys, views: npt.NDArray[Any] | int) -> U64:
         """uint64 (N,)."""
-        words = _words(keys.data)
+        words = _words(keys)
         out = np.empty(len(keys), np.uint64)
         views_N = np.broadcast_to(np.asarray(views, np.int64).astype(np.uint64), (len(keys),))
         for start in range(0, len(keys), _CHUNK):
@@ -73,7 +85,7 @@ def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.
     starts, other_starts = one.offsets_N1[rows], other.offsets_N1[picks]
     lengths = one.offsets_N1[rows + 1] - starts
     same = np.asarray(lengths == other.offsets_N1[picks + 1] - other_starts)
-    words, other_words = _words_of(one), _words_of(other)
+    words, other_words = _words(one), _words(other)
     active = np.flatnonzero(same & (lengths > 0))
     step = 0
     while len(active):
@@ -87,15 +99,11 @@ def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.
     return same
 
 
-def _words_of(keys: Keys) -> U64:
-    return _words(keys.data)
-
-
 class KeyIndex:
     """Rows by (key, view). Raises StoreCorruptError when the store holds one (key, view) twice."""
 
     def __init__(self, keys: Keys, views_N: npt.NDArray[np.int32], *, where: str, hasher: Hasher | None = None) -> None:
-        self._keys = keys
+        self._keys = keys = with_words(keys)
         self._hasher = hasher or Hasher()
         hashes_N = self._hasher(keys, views_N)
         order_N = np.argsort(hashes_N)
@@ -117,6 +125,7 @@ class KeyIndex:
 
     def __call__(self, asked: Keys, view: int, views_N: npt.NDArray[np.int32]) -> I64:
         """int64 (Q,) rows, -1 where the store has no such row."""
+        asked = with_words(asked)
         found_Q = np.full(len(asked), -1, np.int64)
         if not len(self._keys) or not len(asked):
             return found_Q

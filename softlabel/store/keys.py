@@ -6,7 +6,7 @@ N keys: `offsets_N1` int64 (N + 1,), `data` uint8, the UTF-8 of key i is data[of
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ KEY_LIMIT = 65_535  # bytes of UTF-8; longer ones are somebody's mistake, and ha
 class Keys:
     offsets_N1: npt.NDArray[np.int64]  # noqa: N815
     data: npt.NDArray[np.uint8]
+    words: npt.NDArray[np.uint64] | None = None  # words[i]: the 8 bytes from byte i on, where the data has room for it
 
     def __len__(self) -> int:
         return len(self.offsets_N1) - 1
@@ -44,6 +45,13 @@ class Keys:
         return found
 
     @staticmethod
+    def read(array: Any) -> "Keys":
+        """A text array of a file. Raises ValueError when it is not what a shard may hold."""
+        if array.null_count:
+            raise ValueError("a key is null")
+        return Keys._of_arrow(array.cast(pa.large_string())).check()
+
+    @staticmethod
     def _of_arrow(array: Any) -> "Keys":
         """A large_string array without nulls; shares its memory."""
         offsets_buffer, data_buffer = array.buffers()[1:3]
@@ -61,6 +69,8 @@ class Keys:
     @staticmethod
     def join(parts: Iterable["Keys"]) -> "Keys":
         parts = list(parts)
+        if len(parts) == 1:
+            return parts[0]
         base, offsets = 0, [np.zeros(1, np.int64)]
         for part in parts:
             offsets.append(part.offsets_N1[1:] + base)
@@ -89,8 +99,8 @@ class Keys:
     def __getitem__(self, row: int) -> str:
         return self.data[self.offsets_N1[row] : self.offsets_N1[row + 1]].tobytes().decode()
 
-    def check(self, data_bytes: int | None = None) -> None:
-        """Raises ValueError when offsets do not tile the data or the data is not UTF-8 (a hostile or broken file)."""
+    def check(self) -> Self:
+        """Itself. Raises ValueError when offsets do not tile the data or the data is not UTF-8 (a broken file)."""
         if len(self.offsets_N1) < 1 or self.offsets_N1[0] != 0 or self.offsets_N1[-1] != len(self.data):
             raise ValueError("key offsets do not span the key bytes")
         lengths_N = np.diff(self.offsets_N1)
@@ -100,3 +110,4 @@ class Keys:
             self.arrow().validate(full=True)
         except pa.ArrowInvalid as error:
             raise ValueError(f"keys are not UTF-8: {error}") from None
+        return self

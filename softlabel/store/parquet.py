@@ -5,18 +5,27 @@ that cannot be compressed cannot be a decompression bomb.
 """
 
 import contextlib
-from collections.abc import Iterator
+import mmap
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel.errors import StoreCorruptError
-from softlabel.store.columns import Array, Column
+from softlabel.store.columns import ROW_NAMES, Array, Column
 from softlabel.store.keys import Keys
-from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, IGNORE, ShardIdentity, ShardRows, group_rows
+from softlabel.store.shard import (
+    IDENTITY_LIMIT,
+    IDENTITY_NAME,
+    IGNORE,
+    CheckedRows,
+    ShardIdentity,
+    ShardRows,
+    group_rows,
+)
 
 _MAGIC = b"PAR1"
 _ROW_FIELDS = (
@@ -33,7 +42,7 @@ def _schema(columns: tuple[Column, ...]) -> Any:
     return pa.schema([*_ROW_FIELDS, *payload])
 
 
-def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
+def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
     """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
     schema = _schema(identity.columns)
     step = group_rows(identity.columns)
@@ -53,7 +62,7 @@ def write(path: Path, identity: ShardIdentity, rows: ShardRows) -> None:
         writer.close()
 
 
-def _batch(schema: Any, rows: ShardRows, start: int, stop: int) -> Any:
+def _batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
     count = stop - start
     labels, content = rows.labels[start:stop], rows.content[start:stop]
     arrays = [
@@ -75,9 +84,9 @@ class ParquetShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _reading(path):
-            # A memory map is not bounds-checked by the operating system, pyarrow checks against its length.
-            self._source = pa.memory_map(str(path), "r")
-            self._file = pq.ParquetFile(self._source, pre_buffer=False, thrift_container_size_limit=1_000_000)
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._map)), pre_buffer=False)
             self._check()
 
     def _check(self) -> None:
@@ -87,7 +96,8 @@ class ParquetShard:
             raise StoreCorruptError(f"{self.path}: Parquet, but not a softlabel shard (no identity in its metadata)")
         self.identity = identity = ShardIdentity.decode(raw, self.path)
         self._columns = {column.name: column for column in identity.columns}
-        size = self._source.size()
+        self._names = [*ROW_NAMES, *self._columns]
+        size = len(self._map)
         if metadata.num_rows != identity.rows:
             raise StoreCorruptError(
                 f"{self.path}: its identity says {identity.rows} rows, its footer {metadata.num_rows}"
@@ -113,40 +123,64 @@ class ParquetShard:
         if self._starts[-1] != identity.rows:
             raise StoreCorruptError(f"{self.path}: its row groups hold {self._starts[-1]} rows, not {identity.rows}")
 
+    def _forget(self) -> None:
+        """Let go of the pages that were read: whatever the size of a shard, little of it counts as our memory."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     @property
     def blocks(self) -> list[tuple[int, int]]:
         return list(zip(self._starts[:-1], self._starts[1:], strict=True))
 
-    def _chunks(self, name: str, start: int, stop: int) -> Iterator[Any]:
-        """Arrow arrays that cover the rows, without null rows dropped or slice offsets forgotten."""
-        with _reading(self.path):
-            for group, (first, last) in enumerate(self.blocks):
-                if first < stop and start < last:
-                    table = self._file.read_row_group(group, columns=[name], use_threads=False)
+    def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
+        tables = []
+        wanted = [name for name in self._names if name in names]
+        for group, (first, last) in enumerate(self.blocks):
+            if first < stop and start < last:
+                with _reading(self.path):
+                    table = self._file.read_row_group(group, columns=wanted, use_threads=False)
                     if table.num_rows != last - first:
                         raise StoreCorruptError(f"{self.path}: row group {group} is shorter than its footer says")
-                    yield from table.column(0).slice(max(start - first, 0), min(stop, last) - max(start, first)).chunks
-
-    def keys(self, start: int, stop: int) -> Keys:
+                    whole = start <= first and last <= stop
+                    tables.append(
+                        table if whole else table.slice(max(start - first, 0), min(stop, last) - max(start, first))
+                    )
+        self._forget()
         with _reading(self.path):
-            return Keys.join(Keys.of(chunk) for chunk in self._chunks("key", start, stop))
+            return self._rows(
+                {name: [chunk for table in tables for chunk in table.column(name).chunks] for name in wanted}
+            )
 
-    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array:
-        kind, absent = {"view": ("<i4", 0), "label": ("<i8", IGNORE), "content": ("<u8", 0)}[name]
-        parts = [
-            chunk.fill_null(pa.scalar(absent, chunk.type)).to_numpy(zero_copy_only=False)
-            for chunk in self._chunks(name, start, stop)
-        ]
-        return np.concatenate([np.zeros(0, kind), *parts])
+    def _rows(self, chunks: dict[str, list[Any]]) -> ShardRows:
+        scalars = {}
+        for name, kind, absent in (("view", "<i4", 0), ("label", "<i8", IGNORE), ("content", "<u8", 0)):
+            if name in chunks:
+                parts = [_filled(chunk, absent) for chunk in chunks[name]]
+                scalars[name] = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, kind), *parts])
+        columns = {}
+        for name in chunks.keys() & self._columns.keys():
+            column = self._columns[name]
+            parts = [_view(chunk, column) for chunk in chunks[name]]
+            empty = np.zeros((0, column.width), column.numpy)
+            columns[name] = parts[0] if len(parts) == 1 else np.concatenate([empty, *parts])
+        return ShardRows(
+            keys=Keys.join(Keys.read(chunk) for chunk in chunks["key"]) if "key" in chunks else None,
+            views=scalars.get("view"),
+            labels=scalars.get("label"),
+            content=scalars.get("content"),
+            columns=columns,
+        )
 
-    def column(self, name: str, start: int, stop: int) -> Array:
-        column = self._columns[name]
-        parts = [_view(chunk, column) for chunk in self._chunks(name, start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, column.width), column.numpy), *parts])
+    def mapped(self, name: str) -> Array | None:
+        return None  # pages have headers between them
 
     def close(self) -> None:
         self._file.close()
-        self._source.close()
+
+
+def _filled(chunk: Any, absent: int) -> Array:
+    filled: Array = (chunk.fill_null(absent) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
+    return filled
 
 
 def _view(chunk: Any, column: Column) -> Array:

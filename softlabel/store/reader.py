@@ -7,66 +7,92 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from softlabel.errors import (
-    MissingKeyError,
-    StoreCorruptError,
-    StoreError,
-    StoreIncompleteError,
-    StoreNotFoundError,
-    UsageError,
-)
-from softlabel.store.columns import Array
+from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, StoreIncompleteError, UsageError
+from softlabel.store.cache import Append, Cache
+from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.folder import Folder
-from softlabel.store.index import KeyIndex
+from softlabel.store.index import KeyIndex, word_view
 from softlabel.store.keys import Keys
-from softlabel.store.manifest import ROOT_LIMIT, ROOT_NAME, ExtraRef, Manifest, Run, ShardRecord
-from softlabel.store.root import decode_root
-from softlabel.store.shard import OpenShard, open_shard
-from softlabel.store.writer import read_segment
+from softlabel.store.listing import check_sizes, load_manifest
+from softlabel.store.manifest import Manifest, Run, ShardRecord
+from softlabel.store.rows import Parts
+from softlabel.store.shard import OpenShard, ShardRows, open_shard
 
 Verify = Literal["none", "sizes", "full"]
 I64 = npt.NDArray[np.int64]
+MEMORY = 512 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredRows:
     """Rows as they were stored: views int32 (B,), labels int64 (B,) with -100 for none, content uint64 (B,) with 0 for
-    none, columns of the encoding (B, W). Arrays may be read-only."""
+    none, columns of the encoding (B, W). Arrays may be read-only. What was not asked for raises UsageError."""
 
-    key_data: Keys
-    views: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int64]
-    content: npt.NDArray[np.uint64]
-    columns: dict[str, Array]
     run: Run
+    views: npt.NDArray[np.int32]
+    key_data: Keys | None
+    label_data: npt.NDArray[np.int64] | None
+    content_data: npt.NDArray[np.uint64] | None
+    columns: dict[str, Array]
 
     def __len__(self) -> int:
         return len(self.views)
 
     @property
     def keys(self) -> list[str]:
-        return self.key_data.to_list()
+        return _asked(self.key_data, "key").to_list()
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return _asked(self.label_data, "label")
+
+    @property
+    def content(self) -> npt.NDArray[np.uint64]:
+        return _asked(self.content_data, "content")
 
     @property
     def scaled_logits(self) -> Array:
         """float32, logits / temperature up to a constant per row: (B, C), or (B, M, C) when members are kept."""
         run = self.run
+        if missing := [column.name for column in run.columns if column.name not in self.columns]:
+            raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
         return run.encoding.decode(
             self.columns, num_classes=run.num_classes, members=len(run.members) if run.kept else 1, kept=run.kept
         )
 
 
-def open_store(path: str | os.PathLike[str], *, verify: Verify = "sizes", allow_incomplete: bool = False) -> "Store":
+def _asked(value: T | None, name: str) -> T:
+    if value is None:
+        raise UsageError(f"column {name!r} was not read; ask for it too")
+    return value
+
+
+def open_store(
+    path: str | os.PathLike[str],
+    *,
+    verify: Verify = "sizes",
+    allow_incomplete: bool = False,
+    memory: int = MEMORY,
+) -> "Store":
     """Open a finished store.
 
-    verify: "sizes" checks that every file is there with its length, "full" hashes and checks every byte, "none" trusts.
-    allow_incomplete: also open what a run has written so far, for inspection.
-    Raises StoreNotFoundError, StoreIncompleteError, StoreCorruptError, or StoreError for another format version.
+    Args:
+        path: its folder.
+        verify: ``sizes`` checks that every file is there with its length, ``full`` hashes and checks every byte,
+            ``none`` trusts.
+        allow_incomplete: also open what a run has written so far, for inspection.
+        memory: bytes that `take` may hold. A Parquet store that is larger decoded is decoded once into a cache on the
+            local disk ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
+
+    Raises:
+        StoreNotFoundError, StoreIncompleteError, StoreCorruptError, or StoreError for another format version.
     """
     if verify not in ("none", "sizes", "full"):
         raise UsageError(f"verify: expected 'none', 'sizes' or 'full', found {verify!r}")
@@ -84,69 +110,28 @@ def open_store(path: str | os.PathLike[str], *, verify: Verify = "sizes", allow_
 
         if problems := verify_store(path, allow_incomplete=allow_incomplete).problems:
             raise StoreCorruptError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" * (len(problems) > 3)))
-    return Store(folder, manifest, records)
-
-
-def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
-    """The root and all records, by number. Reads once more when a committer replaced the open segment meanwhile."""
-    for attempt in (1, 2, 3):
-        try:
-            raw = folder.read(ROOT_NAME, ROOT_LIMIT)
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreNotFoundError(
-                f"{folder}: no store here (no {ROOT_NAME}); check the path, or write one with 'softlabel generate'"
-            ) from None
-        except PermissionError as error:
-            raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
-        manifest = decode_root(raw, str(folder.path(ROOT_NAME)))
-        try:
-            records = [record for ref in manifest.segments for record in read_segment(folder, ref)]
-            break
-        except FileNotFoundError as error:
-            if attempt == 3 or manifest.complete:
-                raise StoreCorruptError(
-                    f"{error.filename}: is listed in {ROOT_NAME} and missing; copy the store again from its source"
-                ) from None
-    _check_records(folder, manifest, records)
-    return manifest, sorted(records, key=lambda record: record.number)
-
-
-def _check_records(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> None:
-    where, run = folder.path(ROOT_NAME), manifest.run
-    if len({record.number for record in records}) != len(records):
-        raise StoreCorruptError(f"{where}: a shard is listed twice")
-    planned = run.shard_count
-    suffix = "parquet" if run.format == "parquet" else "h5"
-    for record in records:
-        if record.number >= planned or not record.file.endswith(suffix):
-            raise StoreCorruptError(f"{where}: {record.file} is not one of its {planned} planned {run.format} shards")
-    if manifest.complete and len(records) != planned:
-        raise StoreCorruptError(f"{where}: says complete, but lists {len(records)} of {planned} shards")
-    if (len(records), sum(record.rows for record in records)) != (manifest.totals.shards, manifest.totals.rows):
-        raise StoreCorruptError(f"{where}: its totals are not those of its segments")
-
-
-def check_sizes(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) -> None:
-    """Every listed file is a plain file of its length. Raises StoreCorruptError."""
-    sizes = {**folder.sizes("shards"), **(folder.sizes("extra") if manifest.extra else {})}
-    listed: list[ShardRecord | ExtraRef] = [*records, *manifest.extra]
-    for record in listed:
-        if (found := sizes.get(record.file)) != record.bytes:
-            what = "no file" if found is None else "a link, folder or device" if found < 0 else f"{found} bytes"
-            raise StoreCorruptError(
-                f"{folder.path(record.file)}: expected {record.bytes} bytes, found {what}; "
-                f"run 'softlabel repair {folder}' to relabel it"
-            )
+    return Store(folder, manifest, records, memory=memory, check_cache=verify != "none")
 
 
 class Store:
-    """An open store. Picklable: a copy in another process opens its own files, lazily."""
+    """An open store. Picklable: a copy in another process opens its own files, lazily. Make it with `open_store`."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        records: list[ShardRecord],
+        *,
+        memory: int = MEMORY,
+        check_cache: bool = True,
+    ) -> None:
         self._folder, self.manifest, self._records = folder, manifest, records
+        self._memory, self._check_cache = memory, check_cache
         self._starts = np.concatenate([[0], np.cumsum([record.rows for record in records], dtype=np.int64)])
         self._index: KeyIndex | None = None
-        self._rows: dict[str, Any] = {}  # whole-store arrays, once they were needed
+        self._small: _Small | None = None
+        self._views: npt.NDArray[np.int32] | None = None
+        self._parts: dict[str, Parts] = {}
 
     @property
     def path(self) -> Path:
@@ -180,74 +165,128 @@ class Store:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.manifest.store_id, not self.manifest.complete)
+        return _reopen, (str(self.path), self.manifest.store_id, not self.manifest.complete, self._memory)
 
     def close(self) -> None:
-        self._index = None
-        self._rows.clear()
+        """Let go of memory and mapped files; a later call reads them again."""
+        self._index = self._small = self._views = None
+        self._parts.clear()
 
     # Whole-store arrays of the small columns.
 
     @property
     def keys(self) -> Keys:
         """The keys of all rows."""
-        found: Keys = self._small()["key"]
-        return found
+        return self._load_small().keys
 
     @property
     def views(self) -> npt.NDArray[np.int32]:
         """int32 (N,)."""
-        if "view" not in self._rows:
+        if self._views is None:
             per_shard = [self.run.shard(record.number).view for record in self._records]
-            self._rows["view"] = np.repeat(np.array(per_shard, np.int32), np.diff(self._starts))
-        found: npt.NDArray[np.int32] = self._rows["view"]
-        return found
+            self._views = np.repeat(np.array(per_shard, np.int32), np.diff(self._starts))
+        return self._views
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """int64 (N,), -100 where unlabelled."""
-        found: npt.NDArray[np.int64] = self._small()["label"]
-        return found
+        """int64 (N,), -100 where unlabelled. Possibly read-only."""
+        return self._load_small().labels
 
     @property
     def content(self) -> npt.NDArray[np.uint64]:
-        """uint64 (N,), xxh3-64 of the encoded images, 0 where the source has none."""
-        found: npt.NDArray[np.uint64] = self._small()["content"]
-        return found
+        """uint64 (N,), xxh3-64 of the encoded images, 0 where the source has none. Possibly read-only."""
+        return self._load_small().content
 
-    def _small(self) -> dict[str, Any]:
-        """Keys, labels and content of all rows; each shard is opened once for the three."""
-        if "key" not in self._rows:
-            keys, labels, content = [], [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-            for shard in self._each():
-                rows = shard.identity.rows
-                keys.append(shard.keys(0, rows))
-                labels.append(shard.scalars("label", 0, rows))
-                content.append(shard.scalars("content", 0, rows))
-            self._rows |= {
-                "label": np.concatenate(labels),
-                "content": np.concatenate(content),
-                "key": Keys.join(keys),
-            }
-        return self._rows
+    @property
+    def _payload_bytes(self) -> int:
+        return len(self) * sum(column.row_bytes for column in self.run.columns)
 
-    def _whole(self, name: str) -> Array:
-        if name not in self._rows:
-            column = next(column for column in self.run.columns if column.name == name)
-            out = np.empty((len(self), column.width), column.numpy)
-            for start, shard in zip(self._starts.tolist(), self._each(), strict=False):
-                out[start : start + shard.identity.rows] = shard.column(name, 0, shard.identity.rows)
-            self._rows[name] = out
-        found: Array = self._rows[name]
-        return found
+    @property
+    def _cache(self) -> Cache:
+        content = "".join([self.manifest.store_id, *(record.xxh3 for record in self._records)])
+        return Cache(xxhash.xxh3_128_hexdigest(content.encode()))
 
-    def _each(self) -> Iterator[OpenShard]:
-        for record in self._records:
-            shard = self._open(record)
-            try:
-                yield shard
-            finally:
-                shard.close()
+    def _load_small(self) -> "_Small":
+        if self._small is None:
+            # All that is not payload is keys, labels, content and a little structure.
+            size = sum(record.bytes for record in self._records) - self._payload_bytes
+            parts: dict[str, list[Any]] = {"key": [], "key_offsets": [], "label": [], "content": []}
+            if size <= self._memory:
+                self._each_small(lambda name, data: parts[name].append(data))
+                empty = {"key": np.uint8, "key_offsets": np.int64, "label": np.int64, "content": np.uint64}
+                found = {name: np.concatenate([np.zeros(0, empty[name]), *parts[name]]) for name in parts}
+            else:
+                sizes = {"key": None, **dict.fromkeys(("label", "content"), 8 * len(self))}
+                found = self._cache.get(
+                    {**sizes, "key_offsets": 8 * (len(self) + 1)}, self._each_small, check=self._check_cache
+                )
+            key_data = found["key"]
+            keys = Keys(found["key_offsets"].view("<i8"), key_data[: len(key_data) - 8], word_view(key_data))
+            self._small = _Small(keys, found["label"].view("<i8"), found["content"].view("<u8"))
+        return self._small
+
+    def _each_small(self, append: Append) -> None:
+        """Keys (with 8 bytes of padding), their offsets, labels and content of all shards, end to end."""
+        base = 0
+        append("key_offsets", np.zeros(1, np.int64))
+        for _, part in self._blocks(["key", "label", "content"], 0, len(self)):
+            keys = _asked(part.keys, "key")
+            append("key", keys.data)
+            append("key_offsets", keys.offsets_N1[1:] + base)
+            append("label", part.labels)
+            append("content", part.content)
+            base += int(keys.offsets_N1[-1])
+        append("key", np.zeros(8, np.uint8))
+
+    def _columns_of(self, names: Sequence[str]) -> dict[str, Parts]:
+        if missing := [name for name in names if name not in self._parts]:
+            for name, parts in self._load(missing).items():
+                self._parts[name] = Parts(parts)
+        return {name: self._parts[name] for name in names}
+
+    def _load(self, names: Sequence[str]) -> dict[str, list[Array]]:
+        """The encoding's columns as arrays to gather from: in memory, mapped in place, or mapped from the cache."""
+        widths = {column.name: column for column in self.run.columns if column.name in names}
+        if self.run.format == "hdf5" and self._folder.is_local and self._records:
+            mapped = {name: [np.empty((0, column.width), column.numpy)] for name, column in widths.items()}
+            for _, shard in self._each():
+                for name in names:
+                    if (array := shard.mapped(name)) is not None:
+                        mapped[name].append(array)
+            return mapped
+        if self._payload_bytes <= self._memory:
+            whole = {name: np.empty((len(self), column.width), column.numpy) for name, column in widths.items()}
+            for first, part in self._blocks(names, 0, len(self)):
+                for name, array in part.columns.items():
+                    whole[name][first : first + len(array)] = array
+            return {name: [array] for name, array in whole.items()}
+
+        def build(append: Append) -> None:
+            for _, part in self._blocks(names, 0, len(self)):
+                for name, array in part.columns.items():
+                    append(name, array)
+
+        sizes = {f"{name}": column.row_bytes * len(self) for name, column in widths.items()}
+        found = self._cache.get(sizes, build, check=self._check_cache)
+        return {name: [found[name].view(column.numpy).reshape(-1, column.width)] for name, column in widths.items()}
+
+    def _each(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, OpenShard]]:
+        """(first row, open shard) of the shards that hold rows `start` to `stop`."""
+        for base, record in zip(self._starts.tolist(), self._records, strict=False):
+            if base + record.rows > start and (stop is None or base < stop):
+                shard = self._open(record)
+                try:
+                    yield base, shard
+                finally:
+                    shard.close()
+
+    def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, ShardRows]]:
+        """(first row, columns) block by block."""
+        for base, shard in self._each(start, stop):
+            for first, last in shard.blocks:
+                first, last = max(first, start - base), min(last, stop - base)
+                if first < last:
+                    yield base + first, shard.read(names, first, last)
 
     def _open(self, record: ShardRecord) -> OpenShard:
         path = self._folder.path(record.file)
@@ -295,26 +334,32 @@ class Store:
         return rows_Q
 
     def take(self, rows: Sequence[int] | I64, columns: Sequence[str] | None = None) -> StoredRows:
-        """These rows, in this order (repeats allowed), with all of the encoding's columns or those named.
+        """These rows, in this order (repeats allowed).
 
-        Raises UsageError for rows outside 0 to len() - 1.
+        Args:
+            rows: int64 (B,).
+            columns: names among "key", "label", "content" and the encoding's; all of them by default.
+
+        Raises:
+            UsageError: rows outside 0 to len() - 1, or a column that the store has not.
         """
         rows_B = np.asarray(rows, np.int64).reshape(-1)
         if len(rows_B) and (rows_B.min() < 0 or rows_B.max() >= len(self)):
             wrong = rows_B.min() if rows_B.min() < 0 else rows_B.max()
             raise UsageError(f"{self.path}: row {wrong} is not one of its {len(self)} rows")
         names = self._names(columns)
+        payload = self._columns_of([column.name for column in self.run.columns if column.name in names])
         return StoredRows(
-            key_data=self.keys.take(rows_B),
-            views=self.views[rows_B],
-            labels=self.labels[rows_B],
-            content=self.content[rows_B],
-            columns={name: self._whole(name)[rows_B] for name in names},
             run=self.run,
+            views=self.views[rows_B],
+            key_data=self.keys.take(rows_B) if "key" in names else None,
+            label_data=self.labels[rows_B] if "label" in names else None,
+            content_data=self.content[rows_B] if "content" in names else None,
+            columns={name: parts.take(rows_B) for name, parts in payload.items()},
         )
 
     def _names(self, columns: Sequence[str] | None) -> list[str]:
-        known = [column.name for column in self.run.columns]
+        known = [*ROW_NAMES, *(column.name for column in self.run.columns)]
         if columns is not None and (odd := set(columns) - set(known)):
             raise UsageError(f"{self.path}: no column {sorted(odd)[0]!r}; it has {', '.join(known)}")
         return known if columns is None else list(columns)
@@ -322,33 +367,44 @@ class Store:
     def stream(
         self, columns: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None
     ) -> Iterator[StoredRows]:
-        """Batches of consecutive rows in order, as large as a row group; sequential I/O in bounded memory."""
+        """Batches of consecutive rows in order, up to a row group each: sequential I/O, memory bounded by one batch.
+
+        Args:
+            columns: as for `take`; what is left out is not read.
+            start, stop: rows, by default all.
+        """
         names = self._names(columns)
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise UsageError(f"{self.path}: rows {start} to {stop} are not within its {len(self)} rows")
-        for record, base in zip(self._records, self._starts[:-1].tolist(), strict=True):
-            if base + record.rows <= start or stop <= base:
-                continue
-            shard = self._open(record)
-            try:
-                for first, last in shard.blocks:
-                    first, last = max(first, start - base), min(last, stop - base)
-                    if first < last:
-                        yield StoredRows(
-                            key_data=shard.keys(first, last),
-                            views=shard.scalars("view", first, last),
-                            labels=shard.scalars("label", first, last),
-                            content=shard.scalars("content", first, last),
-                            columns={name: shard.column(name, first, last) for name in names},
-                            run=self.run,
-                        )
-            finally:
-                shard.close()
+        return self._stream([name for name in names if name != "view"], start, stop)
+
+    def _stream(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
+        for base, shard in self._each(start, stop):
+            for first, last in shard.blocks:
+                first, last = max(first, start - base), min(last, stop - base)
+                if first < last:
+                    part = shard.read(names, first, last)
+                    yield StoredRows(
+                        run=self.run,
+                        views=np.full(last - first, shard.identity.view, np.int32),
+                        key_data=part.keys,
+                        label_data=part.labels,
+                        content_data=part.content,
+                        columns=part.columns,
+                    )
+                    del part  # so that its memory serves the next batch
 
 
-def _reopen(path: str, store_id: str, incomplete: bool) -> Store:
-    store = open_store(path, verify="none", allow_incomplete=incomplete)
+@dataclass(frozen=True, slots=True)
+class _Small:
+    keys: Keys
+    labels: npt.NDArray[np.int64]
+    content: npt.NDArray[np.uint64]
+
+
+def _reopen(path: str, store_id: str, incomplete: bool, memory: int) -> Store:
+    store = open_store(path, verify="none", allow_incomplete=incomplete, memory=memory)
     if store.manifest.store_id != store_id:
         raise StoreError(f"{path}: was replaced by another store meanwhile; open it again")
     return store

@@ -6,7 +6,7 @@ parquet.py and hdf5.py each have `write(path, identity, rows)` and `open_shard(p
 here or above and knows no format.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,17 @@ class Rows:
     labels: npt.NDArray[np.int64] | None = None
     content: npt.NDArray[np.uint64] | None = None
     columns: Columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CheckedRows:
+    """Rows that fit their run and plan, as the little-endian contiguous arrays that a file format writes."""
+
+    keys: Keys
+    views: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int64]
+    content: npt.NDArray[np.uint64]
+    columns: dict[str, Array]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +104,15 @@ class ShardIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShardRows:
-    """Rows as read: Keys, labels int64 (B,), content uint64 (B,), columns (B, W). Arrays may be read-only."""
+    """Rows as read: Keys, views int32 (B,), labels int64 (B,), content uint64 (B,), columns (B, W) each.
 
-    keys: Keys
-    views: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int64]
-    content: npt.NDArray[np.uint64]
+    What was not asked for is None or not among the columns. Arrays may be read-only and share a buffer.
+    """
+
+    keys: Keys | None = None
+    views: npt.NDArray[np.int32] | None = None
+    labels: npt.NDArray[np.int64] | None = None
+    content: npt.NDArray[np.uint64] | None = None
     columns: dict[str, Array] = field(default_factory=dict)
 
 
@@ -112,12 +126,12 @@ class OpenShard(Protocol):
         """The row ranges that are best read in one go."""
         ...
 
-    def keys(self, start: int, stop: int) -> Keys: ...
+    def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
+        """Some rows of the columns `names` ("key", "view", "label", "content" and the encoding's)."""
+        ...
 
-    def scalars(self, name: Literal["view", "label", "content"], start: int, stop: int) -> Array: ...
-
-    def column(self, name: str, start: int, stop: int) -> Array:
-        """(stop - start, W), possibly read-only and sharing a buffer."""
+    def mapped(self, name: str) -> Array | None:
+        """A column of the encoding as a read-only memory map of the file itself, (B, W); None when it cannot be."""
         ...
 
     def close(self) -> None: ...
@@ -129,7 +143,7 @@ def group_rows(columns: Sequence[Column]) -> int:
     return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, width)))
 
 
-def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> ShardRows:
+def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:
     """Our caller's rows as little-endian arrays of the run's columns. ValueError for wrong shapes or dtypes."""
     keys = Keys.of(rows.keys)
     count = len(keys)
@@ -153,7 +167,7 @@ def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> 
     if labels.shape != (count,) or content.shape != (count,):
         raise ValueError(f"labels {labels.shape} and content {content.shape}, expected ({count},)")
     views = np.full(count, plan.view, "<i4")
-    return ShardRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
+    return CheckedRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
 
 
 def format_module(format: Format) -> ModuleType:

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from softlabel.errors import StoreCorruptError, StoreError, StoreIncompleteError, StoreNotFoundError
+from softlabel.store.columns import ROW_NAMES
 from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.listing import load_manifest
 from softlabel.store.manifest import Manifest, Run, ShardRecord
-from softlabel.store.reader import load_manifest
 from softlabel.store.shard import IGNORE, OpenShard, open_shard
 
 
@@ -117,19 +118,21 @@ def _check_content(shard: OpenShard, run: Run, record: ShardRecord) -> Sequence[
         return ["its identity is not what the manifest records"]
     if any(not plan.start <= row.index < plan.stop for row in record.bad):
         return ["a bad row lies outside its range"]
-    rows = identity.rows
-    keys = shard.keys(0, rows)
-    if rows and (keys[0], keys[rows - 1]) != (record.first_key, record.last_key):
-        return ["its keys are not in the range that the manifest records"]
-    if rows and not (shard.scalars("view", 0, rows) == plan.view).all():
-        return [f"holds rows of another view than {plan.view}"]
-    labels = shard.scalars("label", 0, rows)
-    if ((labels < 0) & (labels != IGNORE)).any():
-        return ["holds a negative label"]
+    edges = []
     for start, stop in shard.blocks:
-        columns = {column.name: shard.column(column.name, start, stop) for column in run.columns}
-        if problem := run.encoding.problem(columns, num_classes=run.num_classes):
+        part = shard.read([*ROW_NAMES, *(column.name for column in run.columns)], start, stop)
+        assert part.keys is not None
+        assert part.views is not None
+        assert part.labels is not None
+        edges += [part.keys[0], part.keys[stop - start - 1]]
+        if not (part.views == plan.view).all():
+            return [f"holds rows of another view than {plan.view}"]
+        if ((part.labels < 0) & (part.labels != IGNORE)).any():
+            return ["holds a negative label"]
+        if problem := run.encoding.problem(part.columns, num_classes=run.num_classes):
             return [problem]
+    if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
+        return ["its keys are not in the range that the manifest records"]
     return []
 
 

@@ -17,6 +17,7 @@ import xxhash
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError
 from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, sync, writing
 from softlabel.store.lease import Lease
+from softlabel.store.listing import read_segment
 from softlabel.store.manifest import (
     EXTRA_FILE,
     REASON_LENGTH,
@@ -39,7 +40,7 @@ from softlabel.store.manifest import (
     ShardRecord,
     shard_file,
 )
-from softlabel.store.root import decode_root, decode_segment, encode_root, encode_segment
+from softlabel.store.root import decode_root, encode_root, encode_segment
 from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module, open_shard
 
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -343,9 +344,3 @@ def _load(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], l
     last = manifest.segments[-1] if manifest.segments else None
     open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
     return records, tail if open_tail else []
-
-
-def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
-    """Raises StoreCorruptError; FileNotFoundError when it is gone (a newer root may not need it)."""
-    raw = folder.read(ref.file, SEGMENT_LIMIT)
-    return list(decode_segment(raw, ref, str(folder.path(ref.file))).shards)

@@ -1,0 +1,122 @@
+"""Arrays that were decoded once per machine, in files that every process maps.
+
+An entry is two files in the cache's folder: NAME.bin, the array's bytes, and NAME.json, its length and XXH3-128. The
+second is written last. Builders take turns by a lock, so that two processes do not decode the same store twice.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from softlabel.store.columns import Array
+from softlabel.store.folder import TEMPORARY, file_xxh3, writing
+
+VARIABLE = "SOFTLABEL_CACHE"
+
+
+class Append(Protocol):
+    def __call__(self, name: str, data: Any) -> None: ...
+
+
+def cache_folder() -> Path:
+    """$SOFTLABEL_CACHE, or softlabel/ in the user's cache folder."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softlabel"
+
+
+class Cache:
+    """The entries of one store, by the store's content: another store, or the same one grown, has other entries."""
+
+    def __init__(self, content: str) -> None:
+        self.folder = cache_folder() / content
+        self._trusted: set[str] = set()
+
+    def get(
+        self, sizes: Mapping[str, int | None], build: Callable[[Append], None], *, check: bool = True
+    ) -> dict[str, Array]:
+        """Map the entries `sizes` (name -> bytes, None when only the build tells); build them all if one is not whole.
+
+        build: called with `append(name, data)`, adds every entry's bytes in order. check: hash the files first.
+        Returns read-only uint8 arrays. Raises StoreError when the cache cannot be written.
+        """
+        found = self._open(sizes, check)
+        if found is None:
+            with writing(f"cache {self.folder} (set {VARIABLE} to another folder, or allow more memory)"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self._lock():
+                    found = self._open(sizes, check)  # another process may have built it while we waited
+                    if found is None:
+                        self._build(list(sizes), build)
+                        found = self._open(sizes, False)
+        assert found is not None, f"{self.folder}: what was just built has another size"
+        return found
+
+    def _open(self, sizes: Mapping[str, int | None], check: bool) -> dict[str, Array] | None:
+        arrays = {}
+        for name, size in sizes.items():
+            path = self.folder / f"{name}.bin"
+            try:
+                entry = json.loads((self.folder / f"{name}.json").read_bytes())
+                length = path.stat().st_size
+                if not isinstance(entry, dict) or entry.get("bytes") != length or (size is not None and size != length):
+                    return None
+                if check and name not in self._trusted and file_xxh3(path) != entry.get("xxh3"):
+                    return None
+                arrays[name] = _map(path, length)
+            except (OSError, ValueError):
+                return None
+            self._trusted.add(name)
+        return arrays
+
+    def _build(self, names: list[str], build: Callable[[Append], None]) -> None:
+        with contextlib.ExitStack() as stack:
+            parts = {name: self.folder / f"{TEMPORARY}{name}-{os.getpid()}" for name in names}
+            for part in parts.values():
+                stack.callback(part.unlink, missing_ok=True)
+            files = {name: stack.enter_context(open(part, "wb", buffering=0)) for name, part in parts.items()}
+            hashes = {name: xxhash.xxh3_128() for name in names}
+            lengths = dict.fromkeys(names, 0)
+
+            def append(name: str, data: Any) -> None:
+                view = memoryview(np.ascontiguousarray(data).data).cast("B") if np.size(data) else memoryview(b"")
+                hashes[name].update(view)
+                lengths[name] += len(view)
+                while view:
+                    view = view[files[name].write(view) :]
+
+            build(append)
+            for name, part in parts.items():
+                os.fsync(files[name].fileno())
+                (self.folder / f"{name}.json").unlink(missing_ok=True)
+                os.replace(part, self.folder / f"{name}.bin")
+                entry = {"bytes": lengths[name], "xxh3": hashes[name].hexdigest()}
+                part.write_text(json.dumps(entry))
+                os.replace(part, self.folder / f"{name}.json")
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with contextlib.suppress(OSError):  # no locks on this file system: two builders do the work twice, no harm
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _map(path: Path, length: int) -> Array:
+    if not length:
+        return np.zeros(0, np.uint8)
+    array = np.memmap(path, np.uint8, "r")
+    if hasattr(mmap, "MADV_RANDOM") and (source := getattr(array, "_mmap", None)) is not None:
+        source.madvise(mmap.MADV_RANDOM)
+    return array
