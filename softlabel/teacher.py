@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from softlabel.errors import BadImageError, SpecError, TeacherError, UsageError
+from softlabel.errors import BadImageError, SpecError, TeacherError
 from softlabel.models import Spec, build_model, parse_spec, read_run, torchvision_weights, weights_sha256
 from softlabel.spec import literal
 
@@ -24,7 +24,6 @@ __all__ = [
     "Preprocessing",
     "Teacher",
     "load_teacher",
-    "resolve_device",
     "student_preprocessing",
 ]
 
@@ -187,23 +186,6 @@ class Teacher:
                     f"found {tuple(logits_BC.shape)}"
                 )
             return logits_BC.float()
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        UsageError: a CUDA device is asked for and there is none, or the name is not a device's.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
-    return found
 
 
 def _logits_of(spec: str, output: object) -> Tensor:

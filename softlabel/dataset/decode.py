@@ -10,6 +10,7 @@ dropped, colour profiles are not applied, of an animation the first frame counts
 import io
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from softlabel.dataset.base import RawImage
 from softlabel.errors import BadImageError, DataError
 
 # Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,12 +62,12 @@ def decode_image(image: RawImage) -> Tensor:
             return _from_pil(image)
         if not len(image):
             raise BadImageError("empty, 0 bytes")
-        return _from_pil(Image.open(io.BytesIO(image), formats=_FORMATS))
+        return _from_pil(Image.open(io.BytesIO(image), formats=_formats()))
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         head = bytes(image[:12]) if not isinstance(image, Image.Image) else b""
-        raise BadImageError(f"not an image of a known format; it begins with {head!r}") from error
+        raise BadImageError(f"not an image, of an unknown format, or damaged; it begins with {head!r}") from error
     except Exception as error:  # plugins raise SyntaxError, struct.error, IndexError, ... on damaged files
         reason = re.sub(r" at 0x[0-9a-f]+", "", f"{error}" or type(error).__name__)
         raise BadImageError(reason) from error
@@ -82,6 +83,13 @@ def content_hash(image: RawImage) -> int | None:
 def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:
     """Decoded images of one size as a batch: uint8 (B, 3, H, W) in channels-last layout, as they lie already."""
     return torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW]).permute(0, 3, 1, 2)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that this build of PIL has: it stumbles over the name of one that it has not."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _from_pil(image: Image.Image) -> Tensor:
@@ -154,4 +162,5 @@ def _three_channels(image_CHW: Tensor, dtype: str) -> Tensor:
     if not image_CHW.numel():
         raise BadImageError(f"no pixels, shape {tuple(image_CHW.shape)}")
     three_CHW = image_CHW.expand(3, -1, -1) if image_CHW.shape[0] == 1 else image_CHW[:3]
-    return three_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # Always a copy: the dataset may hold on to its pixels.
+    return three_CHW.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)
