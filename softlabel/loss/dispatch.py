@@ -21,6 +21,7 @@ from softlabel.loss.targets import Target
 
 __all__ = ["run_loss"]
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for it, does not import it
 Rows = Callable[..., RowLosses]
 Losses = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
@@ -40,7 +41,7 @@ def run_loss(
         return _reference(logits_NC, target, labels_N, shares, settings, reduction)
     tracing = torch.compiler.is_compiling()
     if impl == "auto":
-        impl = "triton" if logits_NC.device.type == "cuda" and _has_triton() else "torch"
+        impl = "triton" if logits_NC.device.type == "cuda" and HAS_TRITON else "torch"
     losses_of = _losses_of(impl, tracing)
 
     def compute(logits: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -48,6 +49,8 @@ def run_loss(
 
     if tracing:
         want_grad = torch.is_grad_enabled() and logits_NC.requires_grad
+        if impl == "triton":
+            return _traced_triton(logits_NC, target, labels_N, shares, settings, reduction, want_grad)
         total, soft, hard, grad_NC = compute(logits_NC.detach(), want_grad)
         return (TracedLoss.apply(logits_NC, total, grad_NC) if want_grad else total), soft, hard
     parts = [getattr(target, name) for name in target.__slots__]
@@ -60,7 +63,8 @@ def run_loss(
 def _reference(
     logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    soft_N = hard_N = logits_NC.new_zeros(logits_NC.shape[0], dtype=reference.WORK)
+    # An empty sum ties the result to the logits, so that a loss without any term still has a gradient: zero.
+    soft_N = hard_N = logits_NC[:0].to(reference.WORK).sum().expand(logits_NC.shape[0])
     if settings.soft_weight != 0:  # only rows that count are looked at, so that the others cannot leak their NaN
         counted = shares.soft.nonzero()[:, 0]
         rows = reference.soft_rows(logits_NC[counted], target.take(counted), settings.temperature, settings.tail)
@@ -100,13 +104,24 @@ def _losses(
     return reduce_rows(rows, shares, settings, reduction)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _traced_triton(
+    logits_NC: Tensor,
+    target: Target,
+    labels_N: Tensor | None,
+    shares: Shares,
+    settings: Settings,
+    reduction: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from softlabel.loss import triton_ops
+
+    total_N, soft_N, hard_N = triton_ops.differentiable_losses(logits_NC, target, labels_N, shares, settings, want_grad)
+    soft_N, hard_N = soft_N * shares.soft, hard_N * shares.hard
+    return (total_N, soft_N, hard_N) if reduction == "none" else (total_N.sum(), soft_N.sum(), hard_N.sum())
 
 
 def _triton_rows() -> Rows:
-    if not _has_triton():
+    if not HAS_TRITON:
         raise UsageError("impl='triton': expected the package triton, found none; install it, or use impl='torch'")
     from softlabel.loss import triton_ops
 
