@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
@@ -80,12 +79,17 @@ class CropFlip:
             uint8 of the same shape, on the same device; the input is left as it was.
         """
         device, (height, width) = images_BCHW.device, images_BCHW.shape[-2:]
-        padded_BCHW = F.pad(images_BCHW, (self.padding,) * 4)
-        # All crops of all images as a view without a copy, out of which one of each image is gathered.
+        side, flip_B = self.padding, crops.flip.to(device)
+        padded_BCHW = images_BCHW.new_zeros(*images_BCHW.shape[:2], height + 2 * side, width + 2 * side)
+        padded_BCHW[:, :, side : side + height, side : side + width] = images_BCHW
+        # The mirror image of a crop is the crop at the mirrored place of the mirror image.
+        mirrored = flip_B.nonzero()[:, 0]
+        padded_BCHW[mirrored] = padded_BCHW[mirrored].flip(3)
+        left_B = torch.where(flip_B, 2 * side - crops.left.to(device), crops.left.to(device))
+        # All crops of all images, as a view without a copy; out of them one of each image is gathered.
         windows = padded_BCHW.unfold(2, height, 1).unfold(3, width, 1)
-        samples_B = torch.arange(len(images_BCHW), device=device)
-        cropped_BCHW = windows[samples_B, :, crops.top.to(device), crops.left.to(device)]
-        return torch.where(crops.flip.to(device)[:, None, None, None], cropped_BCHW.flip(3), cropped_BCHW)
+        cropped_BCHW: Tensor = windows[torch.arange(len(flip_B), device=device), :, crops.top.to(device), left_B]
+        return cropped_BCHW
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
         """One view of a batch: `crops` and `apply` in one go."""

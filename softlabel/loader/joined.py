@@ -205,7 +205,7 @@ class JoinedDataset(Dataset[Batch]):
 
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
-        stored = store.take(np.maximum(rows_B, 0))
+        stored = store.take(np.maximum(rows_B, 0), [column.name for column in store.run.columns])
         return as_target(store.manifest.run, stored.columns)
 
 
