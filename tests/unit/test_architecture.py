@@ -25,7 +25,7 @@ THIRD = {
     "sklearn",
     "yaml",
 }
-THIRD |= {"jsonargparse", "tqdm", "matplotlib", "triton", "dask", "distributed", "tensorboard"}
+THIRD |= {"jsonargparse", "docstring_parser", "tqdm", "matplotlib", "triton", "dask", "distributed", "tensorboard"}
 MAY_IMPORT = {
     "errors": set(),
     "device": {"torch"},
