@@ -16,6 +16,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Array]
 
+_MINUS_INF = 0xFC00  # the bits of float16
 ROW_NAMES = ("key", "view", "label", "content")  # taken by the row itself
 
 
@@ -62,8 +63,12 @@ class Encoding:
         logits = columns["logits"].reshape(-1, num_classes)
         if not len(logits):
             return None
-        top = logits.max(axis=1)
-        if not (top == 0).all():  # NaN and +inf also end here, as does a row of masked classes only
-            row = int(np.flatnonzero(~(top == 0))[0]) // members
-            return f"row {row} of a block: the maximum of `logits` is {top[row]}, expected 0"
+        # By their bits, which is much faster: 0 is the greatest int16 of a float16 that is not positive, and NaN with a
+        # sign the greatest uint16.
+        top = logits.view(np.int16).max(axis=1)
+        if top.any() or logits.view(np.uint16).max() > _MINUS_INF:
+            wrong = (top != 0) | np.isnan(logits).any(axis=1)
+            row = int(np.flatnonzero(wrong)[0])
+            found = logits[row].max()  # a row of masked classes only has -inf
+            return f"row {row // members} of a block: the maximum of `logits` is {found}, expected 0"
         return None

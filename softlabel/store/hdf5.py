@@ -6,6 +6,7 @@ the offsets that it allotted: as fast as the disk, and a full disk is an ordinar
 
 import contextlib
 import io
+import mmap
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ class Hdf5Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._map: mmap.mmap | None = None
         if not path.is_file():
             raise FileNotFoundError(path)
         with _reading(path):
@@ -191,13 +193,15 @@ class Hdf5Shard:
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         with _reading(self.path):
+            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
             return ShardRows(
                 keys=self._keys(start, stop) if "key" in names else None,
                 views=self._read("view", start, stop) if "view" in names else None,
                 labels=self._read("label", start, stop) if "label" in names else None,
                 content=self._read("content", start, stop) if "content" in names else None,
                 columns={
-                    column.name: self._read(column.name, start, stop)
+                    column.name: self._window(column.name, start, stop)
                     for column in self.identity.columns
                     if column.name in names
                 },
@@ -208,7 +212,25 @@ class Hdf5Shard:
         first, last = int(offsets[0]), int(offsets[-1])
         if not 0 <= first <= last <= self._data["key"].shape[0] or (start == 0 and first):
             raise ValueError("key offsets do not lie inside the key bytes")
-        return Keys(offsets - first, self._read("key", first, last)).check()
+        if (np.diff(offsets) < 0).any():
+            raise ValueError("key offsets fall")
+        return Keys(offsets - first, self._read("key", first, last))
+
+    def _window(self, name: str, start: int, stop: int) -> Array:
+        """Rows as a view on the mapped file. What was read before is let go of: little of a shard counts as memory."""
+        dataset = self._data[name]
+        shape = (stop - start, *dataset.shape[1:])
+        count = int(np.prod(shape))
+        if not count:
+            return np.empty(shape, dataset.dtype)
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):
+                self._map.madvise(mmap.MADV_SEQUENTIAL)
+        row_bytes = dataset.dtype.itemsize * count // len(range(start, stop))
+        offset = dataset.id.get_offset() + start * row_bytes
+        return np.frombuffer(self._map, dataset.dtype, count, offset).reshape(shape)
 
     def mapped(self, name: str) -> Array | None:
         dataset = self._data[name]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from softlabel.errors import DataError
+from softlabel.errors import DataError, StoreCorruptError
 
 KEY_LIMIT = 65_535  # bytes of UTF-8; longer ones are somebody's mistake, and hashing goes word by word
 
@@ -46,10 +46,10 @@ class Keys:
 
     @staticmethod
     def read(array: Any) -> "Keys":
-        """A text array of a file. Raises ValueError when it is not what a shard may hold."""
+        """A text array of a file, not yet checked. Raises ValueError for nulls."""
         if array.null_count:
             raise ValueError("a key is null")
-        return Keys._of_arrow(array.cast(pa.large_string())).check()
+        return Keys._of_arrow(array.cast(pa.large_string()))
 
     @staticmethod
     def _of_arrow(array: Any) -> "Keys":
@@ -93,8 +93,12 @@ class Keys:
         return Keys(offsets, self.data[positions])
 
     def to_list(self) -> list[str]:
+        """Raises StoreCorruptError when the bytes, read from a damaged store, are no text."""
         data, offsets = self.data.tobytes(), self.offsets_N1.tolist()
-        return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        try:
+            return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        except UnicodeDecodeError as error:
+            raise StoreCorruptError(f"keys are not UTF-8 ({error}); run 'softlabel verify' on the store") from None
 
     def __getitem__(self, row: int) -> str:
         return self.data[self.offsets_N1[row] : self.offsets_N1[row + 1]].tobytes().decode()
@@ -111,3 +115,19 @@ class Keys:
         except pa.ArrowInvalid as error:
             raise ValueError(f"keys are not UTF-8: {error}") from None
         return self
+
+
+class PickedKeys:
+    """Some rows of a key table, copied out only when somebody wants them (a pickle holds them, not the table)."""
+
+    __slots__ = ("_keys", "_rows")
+
+    def __init__(self, keys: Keys, rows: npt.NDArray[np.int64] | None = None) -> None:
+        self._keys, self._rows = keys, rows
+
+    def get(self) -> Keys:
+        return self._keys if self._rows is None else self._keys.take(self._rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        found = self.get()
+        return PickedKeys, (Keys(found.offsets_N1, found.data),)

@@ -18,7 +18,7 @@ from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.folder import Folder
 from softlabel.store.index import KeyIndex, word_view
-from softlabel.store.keys import Keys
+from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.listing import check_sizes, load_manifest
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.rows import Parts
@@ -37,7 +37,7 @@ class StoredRows:
 
     run: Run
     views: npt.NDArray[np.int32]
-    key_data: Keys | None
+    key_data: PickedKeys | None
     label_data: npt.NDArray[np.int64] | None
     content_data: npt.NDArray[np.uint64] | None
     columns: dict[str, Array]
@@ -47,7 +47,7 @@ class StoredRows:
 
     @property
     def keys(self) -> list[str]:
-        return _asked(self.key_data, "key").to_list()
+        return _asked(self.key_data, "key").get().to_list()
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -231,6 +231,10 @@ class Store:
         append("key_offsets", np.zeros(1, np.int64))
         for _, part in self._blocks(["key", "label", "content"], 0, len(self)):
             keys = _asked(part.keys, "key")
+            try:
+                keys.check()
+            except ValueError as error:
+                raise StoreCorruptError(f"{self.path}: {error}; run 'softlabel verify {self.path}'") from None
             append("key", keys.data)
             append("key_offsets", keys.offsets_N1[1:] + base)
             append("label", part.labels)
@@ -352,7 +356,7 @@ class Store:
         return StoredRows(
             run=self.run,
             views=self.views[rows_B],
-            key_data=self.keys.take(rows_B) if "key" in names else None,
+            key_data=PickedKeys(self.keys, rows_B) if "key" in names else None,
             label_data=self.labels[rows_B] if "label" in names else None,
             content_data=self.content[rows_B] if "content" in names else None,
             columns={name: parts.take(rows_B) for name, parts in payload.items()},
@@ -388,7 +392,7 @@ class Store:
                     yield StoredRows(
                         run=self.run,
                         views=np.full(last - first, shard.identity.view, np.int32),
-                        key_data=part.keys,
+                        key_data=None if part.keys is None else PickedKeys(part.keys),
                         label_data=part.labels,
                         content_data=part.content,
                         columns=part.columns,

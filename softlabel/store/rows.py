@@ -18,7 +18,8 @@ class Parts:
     """Arrays (n, W) of one dtype that together hold N rows; `take` gathers (B, W)."""
 
     def __init__(self, parts: Sequence[Array]) -> None:
-        kept = [part for part in parts if len(part)] or list(parts[:1])
+        # Plain arrays: indexing a memmap costs a few microseconds more.
+        kept = [np.asarray(part) for part in parts if len(part)] or list(parts[:1])
         self._parts = kept
         self._starts = np.array(list(itertools.accumulate((len(part) for part in kept), initial=0)), np.int64)
         self._bytes: list[memoryview] | None = None
