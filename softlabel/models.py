@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,14 +101,16 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _refused(path: Path, error: Exception) -> str:
     """torch's own message advises to switch the protection off: keep its reason and give a safe remedy."""
     text = " ".join(str(error).split())
-    if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
-        reason = next((s for s in text.split(". ") if "GLOBAL" in s or "Unsupported" in s), text.split(". ")[-1])
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
         return (
-            f"{path}: refused, because it holds more than tensors and reading it could execute code "
-            f"({reason.strip()[:200]}). Ask for the weights as safetensors, or, if you trust its author, load it "
-            "yourself and save model.state_dict() alone"
+            f"{path}: refused, because it holds more than tensors ({found[1].rstrip('.')}) and reading it could "
+            "execute code. Ask for the weights as safetensors, or, if you trust its author, load it yourself and save "
+            "model.state_dict() alone"
         )
-    return f"{path}: expected a PyTorch checkpoint, found a file that is damaged or something else ({text[:200]})"
+    if "TorchScript" in text:
+        return f"{path}: expected weights, found a TorchScript program; save torch.jit.load(path).state_dict() instead"
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0][:200]
+    return f"{path}: expected a PyTorch checkpoint, found a file that is damaged or something else ({reason})"
 
 
 def _describe(found: object) -> str:

@@ -24,7 +24,7 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def pixels_HW3(image: object) -> np.ndarray:
+def pixels_of(image: object) -> np.ndarray:
     decoded_CHW = decode_image(image)
     assert decoded_CHW.dtype == torch.uint8
     assert decoded_CHW.dim() == 3
@@ -85,18 +85,18 @@ BITS_HW = GREY_HW > 127
 def test_lossless_formats_become_the_painted_rgb(data: bytes, expected: np.ndarray) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(pixels_HW3(data), expected)
+        assert np.array_equal(pixels_of(data), expected)
 
 
 def test_cmyk_is_converted_by_the_naive_formula() -> None:
     data = encoded(Image.frombytes("CMYK", (W, H), CMYK_HW4.tobytes()), "TIFF")
-    assert np.abs(pixels_HW3(data).astype(float) - CMYK_AS_RGB).max() <= 1
+    assert np.abs(pixels_of(data).astype(float) - CMYK_AS_RGB).max() <= 1
 
 
 def test_cmyk_jpeg_is_not_inverted() -> None:
     """Adobe writes its CMYK JPEGs inverted; white paper must come out white."""
     white = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
-    assert pixels_HW3(encoded(white, "JPEG")).min() > 250
+    assert pixels_of(encoded(white, "JPEG")).min() > 250
 
 
 def test_sixteen_bit_colour_keeps_the_upper_byte() -> None:
@@ -112,13 +112,13 @@ def test_sixteen_bit_colour_keeps_the_upper_byte() -> None:
 
     header = struct.pack(">IIBBBBB", W, H, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    assert np.array_equal(pixels_HW3(data), (colour >> 8).astype(np.uint8))
+    assert np.array_equal(pixels_of(data), (colour >> 8).astype(np.uint8))
 
 
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (W, H), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert np.array_equal(pixels_HW3(data), np.full((H, W, 3), (255, 0, 0), dtype=np.uint8))
+    assert np.array_equal(pixels_of(data), np.full((H, W, 3), (255, 0, 0), dtype=np.uint8))
 
 
 TURNED = {
@@ -140,7 +140,7 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(Image.fromarray(RGB_HW3), format, exif=exif, **options)
-    assert np.array_equal(pixels_HW3(data), TURNED.get(orientation, RGB_HW3))
+    assert np.array_equal(pixels_of(data), TURNED.get(orientation, RGB_HW3))
 
 
 def test_exif_orientation_of_a_jpeg_and_of_a_grey_one() -> None:
@@ -150,19 +150,19 @@ def test_exif_orientation_of_a_jpeg_and_of_a_grey_one() -> None:
         data = encoded(image, "JPEG", exif=exif)
         plain = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         assert plain.size == (H, W)
-        assert np.array_equal(pixels_HW3(data), np.asarray(plain))
+        assert np.array_equal(pixels_of(data), np.asarray(plain))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_data_does_not_spoil_good_pixels() -> None:
     data = encoded(Image.fromarray(RGB_HW3), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
-    assert np.array_equal(pixels_HW3(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.array_equal(pixels_of(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (20000, 2), (2, 20000), (1, 7)])
 def test_odd_sizes(width: int, height: int) -> None:
     painted = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert np.array_equal(pixels_HW3(encoded(Image.fromarray(painted), "PNG")), painted)
+    assert np.array_equal(pixels_of(encoded(Image.fromarray(painted), "PNG")), painted)
 
 
 def whole_jpeg() -> bytes:
@@ -237,9 +237,9 @@ def test_pixels_that_a_dataset_has_decoded() -> None:
         torch.from_numpy(RGB_HW3).permute(2, 0, 1),
         torch.from_numpy(with_alpha(RGB_HW3)).permute(2, 0, 1),
     ):
-        assert np.array_equal(pixels_HW3(image), RGB_HW3)
+        assert np.array_equal(pixels_of(image), RGB_HW3)
     for image in (Image.fromarray(GREY_HW), GREY_HW, GREY_HW[:, :, None], torch.from_numpy(GREY_HW)[None]):
-        assert np.array_equal(pixels_HW3(image), grey(GREY_HW))
+        assert np.array_equal(pixels_of(image), grey(GREY_HW))
 
 
 def test_decoded_pixels_are_a_copy() -> None:

@@ -1,6 +1,6 @@
 """Folders of images against the file system and torchvision's ImageFolder."""
 
-import errno
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -147,7 +147,7 @@ def test_too_many_open_files_is_not_a_bad_image(classes: Path) -> None:
     held = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+        with contextlib.suppress(OSError):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(DataError, match="open files") as caught:
@@ -162,15 +162,15 @@ def test_too_many_open_files_is_not_a_bad_image(classes: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no such file or folder"):
         open_source(tmp_path / "missing")
+    (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(SpecError, match=r"found \.zip file"):
-        (tmp_path / "a.zip").write_bytes(b"PK")
         open_source(tmp_path / "a.zip")
     with pytest.raises(DataError, match="found 1 other files"):
         open_source(tmp_path)
     with pytest.raises(SpecError, match="download it first"):
         open_source("s3://bucket/images")
+    paint(tmp_path / "a.png", 3)
     with pytest.raises(SpecError, match="unknown option colour"):
-        paint(tmp_path / "a.png", 3)
         open_source(f"{tmp_path}?colour=red")
     with pytest.raises(SpecError, match="key_fn goes with a Dataset"):
         open_source(tmp_path, key_fn=str)

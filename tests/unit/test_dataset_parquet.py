@@ -133,7 +133,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path: Path) -> None
 def test_files_of_two_schemas_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", columns())
     write(tmp_path / "b.parquet", {"image": columns()["image"]})
-    with pytest.raises(DataError, match="b.parquet"):
+    with pytest.raises(DataError, match=r"b\.parquet"):
         open_source(tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_a_row_without_bytes_is_a_bad_image(tmp_path: Path) -> None:
 
 def test_labels_beyond_the_class_names(tmp_path: Path) -> None:
     features = {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}
-    with pytest.raises(DataError, match="below 2.*found 2"):
+    with pytest.raises(DataError, match=r"below 2.*found 2"):
         open_source(write(tmp_path / "a.parquet", columns(), features=features))
 
 
