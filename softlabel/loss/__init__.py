@@ -1,6 +1,16 @@
-"""The distillation loss: targets, one float64 reference, and fast paths that equal it."""
+"""The distillation loss: targets, one float64 reference, fast paths that equal it, and the other losses."""
 
 from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss
+from softlabel.loss.others import (
+    decoupled_kd,
+    dist_loss,
+    jensen_shannon,
+    mse_logits,
+    reverse_kl,
+    soft_cross_entropy,
+    standardize_logits,
+    standardized_kl,
+)
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
 
 __all__ = [
@@ -12,5 +22,13 @@ __all__ = [
     "SampledTarget",
     "Target",
     "TopKTarget",
+    "decoupled_kd",
+    "dist_loss",
     "distillation_loss",
+    "jensen_shannon",
+    "mse_logits",
+    "reverse_kl",
+    "soft_cross_entropy",
+    "standardize_logits",
+    "standardized_kl",
 ]

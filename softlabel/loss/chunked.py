@@ -16,9 +16,17 @@ from torch import Tensor
 from softlabel.loss.rows import Kept, RowLosses, Settings, Shares, kept_probs, work_dtype
 from softlabel.loss.targets import DenseTarget, Int8Target, SampledTarget, Target, TopKTarget
 
-__all__ = ["row_losses"]
+__all__ = ["chunk_rows", "row_losses"]
 
 CHUNK_ELEMENTS = 2**17
+DEVICE_CHUNK_ELEMENTS = 2**24  # elsewhere than on the CPU: enough work for every launch
+
+
+def chunk_rows(logits_NC: Tensor) -> int:
+    """How many rows make a chunk."""
+    rows, classes = logits_NC.shape
+    elements = CHUNK_ELEMENTS if logits_NC.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    return max(1, min(rows, elements // max(classes, 1)))
 
 
 def row_losses(
@@ -67,7 +75,7 @@ class _Chunks:
         self.kept: Kept | None = None
         if self.soft_on and isinstance(target, TopKTarget | SampledTarget):
             self.kept = kept_probs(target, settings, dtype)
-        self.step = max(1, min(rows, CHUNK_ELEMENTS // max(classes, 1)))
+        self.step = chunk_rows(logits_NC)
         chunk = (self.step, classes)
         self.x_RC = torch.empty(chunk, dtype=dtype, device=device)
         self.e_RC = torch.empty(chunk, dtype=dtype, device=device)
