@@ -21,8 +21,9 @@ import softlabel
 from softlabel.report import plot_runs
 
 LABELLED, TEST = 150, 500  # of 1,797 digits; the rest is unlabelled
-TEACHERS = {"resnet14": "zoo:resnet14?resize=16&crop=16", "cnn4": "zoo:cnn4?resize=16&crop=16"}
-STUDENT = "zoo:cnn2?resize=16&crop=16"
+BATCH = 50
+TEACHERS = {"resnet20": "zoo:resnet20?resize=16&crop=16", "resnet14": "zoo:resnet14?resize=16&crop=16"}
+STUDENT = "zoo:resnet8?resize=16&crop=16"
 
 
 def write_images(path: Path, images: np.ndarray, labels: list[int | None], start: int) -> str:
@@ -55,7 +56,7 @@ def prepare(folder: Path) -> dict[str, str]:
 
 
 def train(out: Path, student: str, data: str, test: str, **options: object) -> str:
-    settings: dict[str, object] = {"batch_size": 50, "lr": 0.05, "crop_padding": 2, "augment": "crop", **options}
+    settings: dict[str, object] = {"batch_size": BATCH, "lr": 0.05, "crop_padding": 2, "augment": "crop", **options}
     config = softlabel.TrainConfig(data=data, student=student, out=str(out), eval_data=test, **settings)  # type: ignore[arg-type]
     softlabel.train(config)
     return str(out)
@@ -64,7 +65,7 @@ def train(out: Path, student: str, data: str, test: str, **options: object) -> s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that this writes")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs over the labelled digits")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs over the labelled digits")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started = time.perf_counter()
@@ -82,8 +83,8 @@ def main() -> None:
     summary = softlabel.generate(data["all"], teachers=teachers, out=store, combine="probs", temperature=2.0)
     print(f"3. the ensemble labelled {summary.total_rows:,} digits, {LABELLED} of them with a hard label: {store}")
 
-    # Both students take about as many steps: the one with soft labels sees more digits in fewer epochs.
-    fewer = max(3, round(options.epochs * LABELLED / (summary.total_rows / 3)))
+    # Both students take as many steps: the one with soft labels sees more digits in fewer epochs.
+    fewer = max(1, round(options.epochs * (LABELLED // BATCH) / (summary.total_rows // BATCH)))
     students = {
         "hard labels alone": train(
             out / "runs" / "hard", STUDENT, data["labelled"], data["test"], epochs=options.epochs
@@ -102,7 +103,10 @@ def main() -> None:
     print(f"4. trained the student twice: {out / 'runs'}")
 
     print(f"\n{'on the test digits':<26}{'accuracy':>10}{'cross-entropy':>16}{'calibration error':>20}")
-    models = {**{f"teacher {t}": run.removeprefix("run:") for t, run in zip(TEACHERS, teachers, strict=True)}, **students}
+    models = {
+        **{f"teacher {t}": run.removeprefix("run:") for t, run in zip(TEACHERS, teachers, strict=True)},
+        **students,
+    }
     for name, run in models.items():
         label = name if name.startswith("teacher") else f"student, {name}"
         found = softlabel.evaluate(run, data["test"], progress=False)
