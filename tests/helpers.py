@@ -1,4 +1,4 @@
-"""What several tests build: small image files of the real formats, teachers with weights, and runs of the command line."""
+"""What several tests build: small image files of real formats, teachers with weights, runs of the command line."""
 
 import io
 import json

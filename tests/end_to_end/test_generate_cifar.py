@@ -1,4 +1,4 @@
-"""Real images through real teachers: what lies in the store against an independent forward pass and published figures."""
+"""Real images through real teachers: the store against an independent forward pass and published figures."""
 
 import json
 from pathlib import Path
