@@ -4,7 +4,8 @@ Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -176,7 +177,8 @@ class Teacher:
             images_BCHW = images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             inputs_BCHW = self.preprocessing.normalize(images_BCHW)
             dtype = PRECISIONS[self.precision]
-            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            lower = dtype != torch.float32
+            with _true_float32(not lower), torch.autocast(self.device.type, dtype=dtype, enabled=lower):
                 output = self.model(inputs_BCHW)
             logits_BC = _logits_of(self.spec.text, output)
             expected = (len(images_BCHW), self.num_classes)
@@ -186,6 +188,17 @@ class Teacher:
                     f"found {tuple(logits_BC.shape)}"
                 )
             return logits_BC.float()
+
+
+@contextmanager
+def _true_float32(wanted: bool) -> Iterator[None]:
+    """fp32 means it: cuDNN's convolutions would otherwise round their inputs to TF32's 10 bits on newer GPUs."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and not wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _logits_of(spec: str, output: object) -> Tensor:

@@ -110,8 +110,11 @@ class ParquetSource(Source):
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(group, first, last): which rows of which groups make up rows start to stop."""
+        # "right" steps over empty groups; stop itself is outside.
+        first_group = int(np.searchsorted(self._starts_G, start, side="right")) - 1
+        last_group = int(np.searchsorted(self._starts_G, stop, side="left"))
         pieces = []
-        for group in range(len(self._groups)):
+        for group in range(first_group, last_group):
             begin, end = int(self._starts_G[group]), int(self._starts_G[group + 1])
             if begin < stop and end > start:
                 pieces.append((group, max(start, begin) - begin, min(stop, end) - begin))
