@@ -196,7 +196,15 @@ def train(config: "TrainConfig") -> int:
     """
     from softlabel.train import train as run
 
-    print(run(config))
+    result = run(config)
+    if result.already_done:
+        print(f"{result.out}: already trained; --overwrite trains it anew")
+        return 0
+    last = result.history[-1]
+    print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
+    if last.eval_accuracy is not None:
+        print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
+    print(f"  measure it with: softlabel evaluate --data SOURCE --model {result.out}")
     return 0
 
 
