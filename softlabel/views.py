@@ -73,23 +73,22 @@ class CropFlip:
         """Cut the crops out of a batch.
 
         Args:
-            images_BCHW: uint8, any device.
+            images_BCHW: uint8, in main memory.
 
         Returns:
-            uint8 of the same shape, on the same device; the input is left as it was.
+            uint8 of the same shape; the input is left as it was.
         """
-        device, (height, width) = images_BCHW.device, images_BCHW.shape[-2:]
-        side, flip_B = self.padding, crops.flip.to(device)
-        padded_BCHW = images_BCHW.new_zeros(*images_BCHW.shape[:2], height + 2 * side, width + 2 * side)
-        padded_BCHW[:, :, side : side + height, side : side + width] = images_BCHW
+        height, width = images_BCHW.shape[-2:]
+        side, flip_B = self.padding, crops.flip.numpy()
+        # In numpy: these are small copies, over which torch would set all of its threads in motion.
+        padded_BCHW = np.zeros((*images_BCHW.shape[:2], height + 2 * side, width + 2 * side), dtype=np.uint8)
+        padded_BCHW[:, :, side : side + height, side : side + width] = images_BCHW.numpy()
         # The mirror image of a crop is the crop at the mirrored place of the mirror image.
-        mirrored = flip_B.nonzero()[:, 0]
-        padded_BCHW[mirrored] = padded_BCHW[mirrored].flip(3)
-        left_B = torch.where(flip_B, 2 * side - crops.left.to(device), crops.left.to(device))
+        padded_BCHW[flip_B] = padded_BCHW[flip_B, :, :, ::-1]
+        left_B = np.where(flip_B, 2 * side - crops.left.numpy(), crops.left.numpy())
         # All crops of all images, as a view without a copy; out of them one of each image is gathered.
-        windows = padded_BCHW.unfold(2, height, 1).unfold(3, width, 1)
-        cropped_BCHW: Tensor = windows[torch.arange(len(flip_B), device=device), :, crops.top.to(device), left_B]
-        return cropped_BCHW
+        windows = np.lib.stride_tricks.sliding_window_view(padded_BCHW, (height, width), axis=(2, 3))
+        return torch.from_numpy(windows[np.arange(len(flip_B)), :, crops.top.numpy(), left_B])
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
         """One view of a batch: `crops` and `apply` in one go."""

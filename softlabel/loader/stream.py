@@ -3,6 +3,7 @@
 Legend: B batch, N samples.
 """
 
+import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,8 @@ class SoftLabelLoader:
         """
         if "DataLoader worker" in str(error):
             # Until it is forgotten, the dead worker is reported again whenever any child process ends.
-            self.close()
+            with contextlib.suppress(RuntimeError):
+                self.close()
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"{self.source.name}: a loader process died ({reason}); is there memory for so many workers?"
@@ -209,8 +211,8 @@ class SoftLabelLoader:
         """End the worker processes. A loader can be iterated again afterwards."""
         iterator = getattr(self._batches, "_iterator", None)
         if iterator is not None:
-            iterator._shutdown_workers()
             self._batches._iterator = None
+            iterator._shutdown_workers()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
