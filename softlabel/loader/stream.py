@@ -152,7 +152,7 @@ class SoftLabelLoader:
                     raise batch.error
                 self._place = _Place(epoch=epoch, step=step)
                 yield batch
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             self.raise_if_worker_died(error)
             raise
         self.set_epoch(epoch + 1)
@@ -192,17 +192,27 @@ class SoftLabelLoader:
             )
         self.set_epoch(epoch, min(step + bool(rest), len(self)))
 
-    def raise_if_worker_died(self, error: RuntimeError) -> None:
-        """Torch reports the death of a worker process as a RuntimeError wherever the main process happens to be.
+    def raise_if_worker_died(self, error: Exception) -> None:
+        """The death of a worker process shows as a RuntimeError wherever the main process happens to be, or as a broken
+        connection: make one clear error of it.
 
         Raises:
-            DataError: this is such an error.
+            DataError: a worker has died.
         """
-        if "DataLoader worker" in str(error):
+        iterator = getattr(self._batches, "_iterator", None)
+        workers = getattr(iterator, "_workers", ())
+        try:
+            if isinstance(error, OSError | EOFError):
+                # The connection breaks an instant before the process is known to be dead.
+                for worker in workers:
+                    worker.join(timeout=0.5)
+        except RuntimeError as death:  # of torch's signal handler
+            error = death
+        if "DataLoader worker" in str(error) or any(worker.exitcode not in (None, 0) for worker in workers):
             # Until it is forgotten, the dead worker is reported again whenever any child process ends.
             with contextlib.suppress(RuntimeError):
                 self.close()
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"{self.source.name}: a loader process died ({reason}); is there memory for so many workers?"
             ) from error

@@ -108,7 +108,7 @@ def train(
             run.announce()
             try:
                 run.train(folder)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 loader.raise_if_worker_died(error)
                 raise
         described = RunModel(student=config.student, num_classes=num_classes, preprocessing=preprocessing.to_dict())
