@@ -19,13 +19,17 @@ from softlabel.loss.targets import DenseTarget, Int8Target, SampledTarget, Targe
 __all__ = ["chunk_rows", "row_losses"]
 
 CHUNK_ELEMENTS = 2**17
+LEAST_CHUNK_ELEMENTS = 2**15
 DEVICE_CHUNK_ELEMENTS = 2**24  # elsewhere than on the CPU: enough work for every launch
+LEAST_REST = 1e-30  # a sum of exponentials below this is taken again, against its own maximum
 
 
 def chunk_rows(logits_NC: Tensor) -> int:
-    """How many rows make a chunk."""
+    """How many rows make a chunk: its two buffers are to be small against the gradient too."""
     rows, classes = logits_NC.shape
-    elements = CHUNK_ELEMENTS if logits_NC.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    elements = DEVICE_CHUNK_ELEMENTS
+    if logits_NC.device.type == "cpu":
+        elements = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, rows * classes // 25))
     return max(1, min(rows, elements // max(classes, 1)))
 
 
@@ -74,12 +78,25 @@ class _Chunks:
             self.labels_N1 = labels_N.where(labels_N != settings.ignore_index, 0)[:, None]
         self.kept: Kept | None = None
         if self.soft_on and isinstance(target, TopKTarget | SampledTarget):
-            self.kept = kept_probs(target, settings, dtype)
+            kept = kept_probs(target, settings, dtype)
+            if self.blank_target_N1 is not None:
+                kept = Kept(*(part.masked_fill(self.blank_target_N1, 0.0) for part in kept))
+            self.kept = kept
+            self.index_NK = target.index.long()
+            self.p_log_p_N1 = torch.where(kept.p == 0, 0.0, kept.p * kept.log_p).sum(1, keepdim=True)
+            # Importance weights need not sum to 1; the student's part has the weight of the teacher's.
+            self.mass_N1 = kept.p.sum(1, keepdim=True)
+            others = classes - target.index.shape[1]
+            self.tail = settings.tail if isinstance(target, TopKTarget) and others > 0 else "renormalize"
+            if self.tail == "uniform":
+                per_class_N1 = kept.log_rest - math.log(others)
+                self.p_log_p_N1 += torch.where(kept.rest == 0, 0.0, kept.rest * per_class_N1)
+                self.mass_N1 += kept.rest
+                self.each_N1 = kept.rest / others
         self.step = chunk_rows(logits_NC)
         chunk = (self.step, classes)
         self.x_RC = torch.empty(chunk, dtype=dtype, device=device)
         self.e_RC = torch.empty(chunk, dtype=dtype, device=device)
-        self.t_RC = torch.empty(chunk, dtype=dtype, device=device) if self.soft_on and self.kept is None else None
         self.grad_NC = torch.empty((rows, classes), dtype=logits_NC.dtype, device=device) if want_grad else None
         # A half-precision gradient is summed in float32 and rounded once.
         narrow = want_grad and logits_NC.dtype != dtype
@@ -122,7 +139,8 @@ class _Chunks:
     def _hard(self, rows: slice, x_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
         smoothing = self.settings.label_smoothing
         y_R1, scale_R1 = self.labels_N1[rows], self.hard_scale_N1[rows]
-        sum_R1 = torch.exp(x_RC, out=e_RC).sum(1, keepdim=True)
+        h_RC = torch.exp(x_RC, out=e_RC if g_RC is None else g_RC)
+        sum_R1 = h_RC.sum(1, keepdim=True)
         hard_R1 = sum_R1.log()
         if smoothing < 1:
             hard_R1.sub_(x_RC.gather(1, y_R1), alpha=1.0 - smoothing)
@@ -130,26 +148,26 @@ class _Chunks:
             hard_R1.sub_(x_RC.mean(1, keepdim=True), alpha=smoothing)
         self.hard_N[rows] = hard_R1[:, 0].masked_fill_((scale_R1 == 0)[:, 0], 0.0)
         if g_RC is not None:
-            torch.mul(e_RC, scale_R1 / sum_R1, out=g_RC)
+            g_RC.mul_(scale_R1 / sum_R1)
             if smoothing > 0:
                 g_RC.sub_(scale_R1 * (smoothing / self.classes))
             g_RC.scatter_add_(1, y_R1, scale_R1 * -(1.0 - smoothing))
 
     def _soft_dense(self, rows: slice, u_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
         temperature = self.settings.temperature
-        assert self.t_RC is not None
-        t_RC = self.t_RC[: e_RC.shape[0]]
         slope_R1 = self.soft_scale_N1[rows] * temperature
         sum_q_R1 = torch.exp(u_RC, out=e_RC).sum(1, keepdim=True)
         if g_RC is not None:
             g_RC.addcmul_(e_RC, slope_R1 / sum_q_R1)
+        t_RC = e_RC  # one buffer is the student's exponentials, then the teacher's logits, then their exponentials
         self._teacher(rows, t_RC)
         t_RC.sub_(t_RC.amax(1, keepdim=True))
-        sum_p_R1 = torch.exp(t_RC, out=e_RC).sum(1, keepdim=True)
+        difference_RC = torch.sub(t_RC, u_RC, out=u_RC)
+        sum_p_R1 = t_RC.exp_().sum(1, keepdim=True)
         if g_RC is not None:
-            g_RC.addcmul_(e_RC, slope_R1 / sum_p_R1, value=-1.0)
+            g_RC.addcmul_(t_RC, slope_R1 / sum_p_R1, value=-1.0)
         # nansum: where p is 0 and a logit -inf, 0 * inf has to count nothing. A NaN logit is in the sums of e.
-        cross_R1 = t_RC.sub_(u_RC).mul_(e_RC).nansum(1, keepdim=True)
+        cross_R1 = difference_RC.mul_(t_RC).nansum(1, keepdim=True)
         soft_R1 = (cross_R1 / sum_p_R1 + sum_q_R1.log() - sum_p_R1.log()) * temperature**2
         self.soft_N[rows] = soft_R1[:, 0]
 
@@ -179,49 +197,56 @@ class _Chunks:
         return self.target.weight.to(self.soft_N.dtype)
 
     def _soft_kept(self, rows: slice, u_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
-        target, kept, temperature = self.target, self.kept, self.settings.temperature
+        kept, temperature = self.kept, self.settings.temperature
         assert kept is not None
-        assert isinstance(target, TopKTarget | SampledTarget)
-        index_RK = target.index[rows].long()
-        p_RK, log_p_RK, rest_R1, log_rest_R1 = (part[rows] for part in kept)
-        if self.blank_target_N1 is not None:
-            blank_R1 = self.blank_target_N1[rows]
-            p_RK, log_p_RK = p_RK.masked_fill(blank_R1, 0.0), log_p_RK.masked_fill(blank_R1, 0.0)
-            rest_R1, log_rest_R1 = rest_R1.masked_fill(blank_R1, 0.0), log_rest_R1.masked_fill(blank_R1, 0.0)
-        u_RK = u_RC.gather(1, index_RK)
-        others = self.classes - index_RK.shape[1]
-        ghost = isinstance(target, TopKTarget) and self.settings.tail == "ghost" and others > 0
+        index_RK, p_RK = self.index_NK[rows], kept.p[rows]
         slope_R1 = self.soft_scale_N1[rows] * temperature
-        if ghost:
-            # The kept classes are left out of the sum: 1 - sum of their probabilities would cancel to nothing.
+        u_RK = u_RC.gather(1, index_RK)
+        torch.exp(u_RC, out=e_RC)
+        # p = 0 at u = -inf counts nothing; a NaN logit is in the sums of e.
+        cross_R1 = (p_RK * u_RK).nansum(1, keepdim=True)
+        if self.tail == "ghost":
+            log_sum_R1, rest_soft_R1, by_R1 = self._ghost(rows, u_RC, u_RK, e_RC, index_RK)
+            soft_R1 = rest_soft_R1 + kept.p[rows].sum(1, keepdim=True) * log_sum_R1
+            if g_RC is not None:
+                g_RC.addcmul_(e_RC, slope_R1 * by_R1)
+                g_RC.scatter_add_(1, index_RK, ((u_RK - log_sum_R1).exp_() - p_RK).mul_(slope_R1))
+        else:
+            sum_R1 = e_RC.sum(1, keepdim=True)
+            mass_R1 = self.mass_N1[rows]
+            soft_R1 = mass_R1 * sum_R1.log()
+            if g_RC is not None:
+                g_RC.addcmul_(e_RC, slope_R1 * mass_R1 / sum_R1)
+                g_RC.scatter_add_(1, index_RK, p_RK * -slope_R1)
+            if self.tail == "uniform":
+                each_R1 = self.each_N1[rows]
+                outside_R1 = u_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
+                cross_R1 += torch.where(each_R1 == 0, 0.0, each_R1 * outside_R1)
+                if g_RC is not None:
+                    g_RC.sub_(slope_R1 * each_R1)
+                    g_RC.scatter_add_(1, index_RK, (slope_R1 * each_R1).expand_as(p_RK))
+        soft_R1 = soft_R1 + self.p_log_p_N1[rows] - cross_R1
+        self.soft_N[rows] = soft_R1[:, 0] * temperature**2
+
+    def _ghost(
+        self, rows: slice, u_RC: Tensor, u_RK: Tensor, e_RC: Tensor, index_RK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log of the sum over all classes, the rest's part of the loss, and the slope of the gradient outside of the
+        kept classes, whose entries of `e` become 0: 1 - the sum of their probabilities would cancel to nothing."""
+        assert self.kept is not None
+        rest_R1, log_rest_R1 = self.kept.rest[rows], self.kept.log_rest[rows]
+        sum_rest_R1 = e_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
+        top_R1 = torch.zeros_like(sum_rest_R1)
+        # Looking costs a device synchronisation elsewhere than on the CPU: there it is always done the long way.
+        if u_RC.device.type != "cpu" or bool((sum_rest_R1 < LEAST_REST).any()):
             u_RC.scatter_(1, index_RK, -torch.inf)
             top_R1 = u_RC.amax(1, keepdim=True)
             top_R1.masked_fill_(top_R1 == -torch.inf, 0.0)
             sum_rest_R1 = torch.exp(u_RC.sub_(top_R1), out=e_RC).sum(1, keepdim=True)
-            log_sum_rest_R1 = sum_rest_R1.log().add_(top_R1)
-            log_sum_R1 = torch.logaddexp(log_sum_rest_R1, u_RK.logsumexp(1, keepdim=True))
-            log_q_rest_R1 = log_sum_rest_R1 - log_sum_R1
-            rest_soft_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 * (log_rest_R1 - log_q_rest_R1))
-            if g_RC is not None:
-                spread_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 / sum_rest_R1)
-                g_RC.addcmul_(e_RC, slope_R1 * ((top_R1 - log_sum_R1).exp() - spread_R1))
-                g_RC.scatter_add_(1, index_RK, slope_R1 * ((u_RK - log_sum_R1).exp() - p_RK))
+            log_sum_R1 = torch.logaddexp(sum_rest_R1.log() + top_R1, u_RK.logsumexp(1, keepdim=True))
         else:
-            sum_R1 = torch.exp(u_RC, out=e_RC).sum(1, keepdim=True)
-            log_sum_R1 = sum_R1.log()
-            # Importance weights need not sum to 1; the student's part has the weight of the teacher's.
-            mass_R1 = p_RK.sum(1, keepdim=True) if isinstance(target, SampledTarget) else torch.ones_like(sum_R1)
-            if g_RC is not None:
-                g_RC.addcmul_(e_RC, slope_R1 * mass_R1 / sum_R1)
-                g_RC.scatter_add_(1, index_RK, slope_R1 * -p_RK)
-            rest_soft_R1 = torch.zeros_like(sum_R1)
-            if isinstance(target, TopKTarget) and self.settings.tail == "uniform" and others > 0:
-                each_R1 = rest_R1 / others
-                log_q_sum_R1 = u_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True) - others * log_sum_R1
-                cross_R1 = rest_R1 * (log_rest_R1 - math.log(others)) - each_R1 * log_q_sum_R1
-                rest_soft_R1 = torch.where(rest_R1 == 0, 0.0, cross_R1)
-                if g_RC is not None:
-                    g_RC.sub_(slope_R1 * each_R1)
-                    g_RC.scatter_add_(1, index_RK, (slope_R1 * each_R1).expand_as(p_RK))
-        kept_soft_RK = torch.where(p_RK == 0, 0.0, p_RK * (log_p_RK - (u_RK - log_sum_R1)))
-        self.soft_N[rows] = (kept_soft_RK.sum(1) + rest_soft_R1[:, 0]) * temperature**2
+            log_sum_R1 = (sum_rest_R1 + u_RK.exp().sum(1, keepdim=True)).log_()
+        log_q_rest_R1 = sum_rest_R1.log() + top_R1 - log_sum_R1
+        loss_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 * (log_rest_R1 - log_q_rest_R1))
+        spread_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 / sum_rest_R1)
+        return log_sum_R1, loss_R1, (top_R1 - log_sum_R1).exp_() - spread_R1

@@ -202,7 +202,8 @@ def standardized_kl(
     target = as_target(target)
     _check_dense(student_logits_NC, target)
     shares = row_shares(student_logits_NC, None, weight, None, ignore_index=-100, reduction=reduction)
-    return fused_loss(student_logits_NC, target, None, shares.soft, standardized_rows(temperature), 1.0, reduction)
+    rows = standardized_rows(temperature)
+    return fused_loss(student_logits_NC, target, None, shares.soft, rows, target.temperature, reduction)
 
 
 def _mass_times(mass: Tensor, log_ratio: Tensor) -> Tensor:

@@ -1,0 +1,6 @@
+"""The loss's part of `make bench`: the CPU table. The GPU's is `python -m tests.benchmarks.loss_gpu`."""
+
+from tests.benchmarks.loss_cpu import main
+
+if __name__ == "__main__":
+    main()
