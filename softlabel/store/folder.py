@@ -6,6 +6,7 @@ place. Names are relative to the store's root, with forward slashes, and come fr
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import uuid
@@ -18,7 +19,7 @@ from softlabel.errors import StoreCorruptError, StoreError
 
 TEMPORARY = ".tmp-"
 SUBFOLDERS = ("shards", "segments", "extra")
-_BLOCK = 1 << 22
+_BLOCK = 32 << 20
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -44,12 +45,16 @@ def writing(where: object) -> Iterator[None]:
 
 def file_xxh3(path: Path) -> str:
     """xxh3-128 of a file's bytes as 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    block = bytearray(_BLOCK)
-    view = memoryview(block)
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(view[:count])
+        if not (size := os.fstat(file.fileno()).st_size):
+            return xxhash.xxh3_128_hexdigest(b"")
+        digest = xxhash.xxh3_128()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            for start in range(0, size, _BLOCK):
+                with view[start : start + _BLOCK] as block:
+                    digest.update(block)
+                if hasattr(mmap, "MADV_DONTNEED"):  # so that a large file does not count as our memory
+                    mapped.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK, size - start))
     return digest.hexdigest()
 
 

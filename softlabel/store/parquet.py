@@ -27,7 +27,7 @@ from softlabel.store.shard import (
     group_rows,
 )
 
-_MAGIC = b"PAR1"
+_MAPPED = 64 << 20
 _ROW_FIELDS = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("view", pa.int32(), nullable=False),
@@ -83,6 +83,7 @@ class ParquetShard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._since = 0  # bytes read since pages were let go of
         with _reading(path):
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -125,8 +126,10 @@ class ParquetShard:
 
     def _forget(self) -> None:
         """Let go of the pages that were read: whatever the size of a shard, little of it counts as our memory."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._since > _MAPPED:
+            self._since = 0
+            if hasattr(self._map, "madvise"):
+                self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -142,6 +145,7 @@ class ParquetShard:
                     if table.num_rows != last - first:
                         raise StoreCorruptError(f"{self.path}: row group {group} is shorter than its footer says")
                     whole = start <= first and last <= stop
+                    self._since += table.nbytes
                     tables.append(
                         table if whole else table.slice(max(start - first, 0), min(stop, last) - max(start, first))
                     )

@@ -3,47 +3,47 @@
 N rows in all, B rows asked for, W elements in one row.
 """
 
+import ctypes
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from softlabel.store.columns import Array
 
-_FEW = 12  # arrays hit by one batch, up to which a gather from each beats copying row by row
-
 
 class Parts:
-    """Arrays (n, W) of one dtype that together hold N rows; `take` gathers (B, W)."""
+    """Arrays (n, W) of one dtype that together hold N rows; `take` gathers (B, W) in one sweep over all of them.
+
+    numpy can gather from one array only, and a gather from each of many small ones is several times slower. So the rows
+    are addressed by their distance in memory from the first array, as items of an array that spans all of them.
+    """
 
     def __init__(self, parts: Sequence[Array]) -> None:
-        # Plain arrays: indexing a memmap costs a few microseconds more.
-        kept = [np.asarray(part) for part in parts if len(part)] or list(parts[:1])
-        self._parts = kept
-        self._starts = np.array(list(itertools.accumulate((len(part) for part in kept), initial=0)), np.int64)
-        self._bytes: list[memoryview] | None = None
+        # Kept alive here: what is addressed below lies in them.
+        self._parts = [np.ascontiguousarray(part) for part in parts if len(part)] or [np.ascontiguousarray(parts[0])]
+        self._starts = np.array(list(itertools.accumulate((len(part) for part in self._parts), initial=0)), np.int64)
+        first = self._parts[0]
+        self._row_bytes = first.dtype.itemsize * int(np.prod(first.shape[1:]))
+        self._span: npt.NDArray[Any] | None = None
+        if len(self._parts) > 1:
+            addresses = np.array([part.__array_interface__["data"][0] for part in self._parts], np.int64)
+            base = int(addresses.min())
+            end = max(int(address) + part.nbytes for address, part in zip(addresses, self._parts, strict=True))
+            memory: Any = (ctypes.c_char * (end - base)).from_address(base)
+            row = np.dtype((np.void, self._row_bytes))
+            self._span = np.ndarray((end - base - self._row_bytes + 1,), row, memory, strides=(1,))
+            self._offsets = addresses - base
 
     def take(self, rows_B: npt.NDArray[np.int64]) -> Array:
+        """(B, W), a copy. `rows_B` int64 must lie in 0 to N - 1."""
         first = self._parts[0]
-        if len(self._parts) == 1:
+        if self._span is None:
             return first[rows_B]
+        if len(rows_B) and not 0 <= rows_B.min() <= rows_B.max() < self._starts[-1]:  # never outside the arrays
+            raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of {self._starts[-1]}")
         part_B = np.searchsorted(self._starts, rows_B, side="right") - 1
-        hit = np.unique(part_B)
-        out = np.empty((len(rows_B), *first.shape[1:]), first.dtype)
-        if len(hit) <= max(_FEW, len(rows_B) // 64):
-            for part in hit.tolist():
-                mine = np.flatnonzero(part_B == part)
-                out[mine] = self._parts[part][rows_B[mine] - self._starts[part]]
-        elif out.size:
-            self._copy(out, part_B, rows_B - self._starts[part_B])
-        return out
-
-    def _copy(self, out: Array, part_B: npt.NDArray[np.int64], within_B: npt.NDArray[np.int64]) -> None:
-        if self._bytes is None:
-            self._bytes = [memoryview(part.data).cast("B") for part in self._parts]
-        sources, target = self._bytes, memoryview(out.data).cast("B")
-        size, position = out.nbytes // len(out), 0
-        for part, within in zip(part_B.tolist(), (within_B * size).tolist(), strict=True):
-            target[position : position + size] = sources[part][within : within + size]
-            position += size
+        places_B = self._offsets[part_B] + (rows_B - self._starts[part_B]) * self._row_bytes
+        return self._span[places_B].view(first.dtype).reshape(len(rows_B), *first.shape[1:])

@@ -1,13 +1,16 @@
 """Checking every byte of a store against what its manifest and its shards promise."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from softlabel.errors import StoreCorruptError, StoreError, StoreIncompleteError, StoreNotFoundError
 from softlabel.store.columns import ROW_NAMES
 from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.index import U64, Hasher
 from softlabel.store.listing import load_manifest
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.shard import IGNORE, OpenShard, open_shard
@@ -51,21 +54,25 @@ def verify_store(
         raise StoreIncompleteError(
             f"{folder}: its run has finished {len(records)} of {manifest.run.shard_count} shards; finish it first"
         )
+    hasher, hashes = Hasher(), {}
+
+    def check(record: ShardRecord) -> list[str]:
+        found, hashes[record.number] = _check_shard(folder, manifest.run, record, hasher)
+        return found
+
     total = sum(record.bytes for record in records)
     problems = _check_extra(folder, manifest)
     damaged = []
     done = 0
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for record, found in zip(
-            records, pool.map(lambda record: _check_shard(folder, manifest.run, record), records), strict=True
-        ):
+        for record, found in zip(records, pool.map(check, records), strict=True):
             problems += found
             if found:
                 damaged.append(record.number)
             done += record.bytes
             if progress is not None:
                 progress(done, total)
-    if not problems:
+    if not problems and _alike(list(hashes.values())):
         problems += _check_keys(folder, manifest, records)
     return VerifyReport(
         rows=manifest.totals.rows, shards=len(records), bytes=total, problems=tuple(problems), damaged=tuple(damaged)
@@ -88,56 +95,73 @@ def _check_extra(folder: Folder, manifest: Manifest) -> list[str]:
     return problems
 
 
-def _check_shard(folder: Folder, run: Run, record: ShardRecord) -> list[str]:
+def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) -> tuple[list[str], U64]:
+    """What is wrong with one shard, and the hashes of its (key, view)."""
     path = folder.path(record.file)
     cure = f"run 'softlabel repair {folder}' to relabel it"
+    hashes: list[U64] = [np.zeros(0, np.uint64)]
     try:
         if (size := folder.size(record.file)) != record.bytes:
-            return [f"{path}: expected {record.bytes} bytes, found {size}; {cure}"]
-        if (found := file_xxh3(path)) != record.xxh3:
-            return [f"{path}: xxh3 expected {record.xxh3}, found {found}; {cure}"]
-        shard = open_shard(path, run.format)
-        try:
-            return [f"{path}: {problem}; {cure}" for problem in _check_content(shard, run, record)]
-        finally:
-            shard.close()
+            problem = f"expected {record.bytes} bytes, found {size}"
+        elif (found := file_xxh3(path)) != record.xxh3:
+            problem = f"xxh3 expected {record.xxh3}, found {found}"
+        else:
+            shard = open_shard(path, run.format)
+            try:
+                problem = _check_content(shard, run, record, hasher, hashes)
+            finally:
+                shard.close()
     except FileNotFoundError:
-        return [f"{path}: is missing; {cure}"]
-    except StoreError as error:
-        return [str(error)]
+        problem = "is missing"
     except OSError as error:
-        return [f"{path}: cannot be read: {error}; {cure}"]
+        problem = f"cannot be read: {error}"
+    except StoreError as error:
+        return [str(error)], hashes[0]
+    return [f"{path}: {problem}; {cure}"] if problem else [], np.concatenate(hashes)
 
 
-def _check_content(shard: OpenShard, run: Run, record: ShardRecord) -> Sequence[str]:
+def _check_content(shard: OpenShard, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64]) -> str:
+    """The first problem of a shard whose bytes are those that were recorded, or nothing; appends its keys' hashes."""
     plan, identity = run.shard(record.number), shard.identity
     if not identity.belongs(run, plan):
-        return ["holds a shard of another run or range"]
+        return "holds a shard of another run or range"
     said = (identity.rows, identity.bad, identity.first_key, identity.last_key, identity.fidelity)
     if said != (record.rows, record.bad, record.first_key, record.last_key, record.fidelity):
-        return ["its identity is not what the manifest records"]
+        return "its identity is not what the manifest records"
     if any(not plan.start <= row.index < plan.stop for row in record.bad):
-        return ["a bad row lies outside its range"]
-    edges = []
+        return "a bad row lies outside its range"
+    edges: list[str] = []
+    names = [*ROW_NAMES, *(column.name for column in run.columns)]
     for start, stop in shard.blocks:
-        part = shard.read([*ROW_NAMES, *(column.name for column in run.columns)], start, stop)
+        part = shard.read(names, start, stop)
         assert part.keys is not None
         assert part.views is not None
         assert part.labels is not None
-        edges += [part.keys[0], part.keys[stop - start - 1]]
+        try:
+            keys = part.keys.check()
+        except ValueError as error:
+            return str(error)
+        hashes.append(hasher(keys, plan.view))
+        edges += [keys[0], keys[len(keys) - 1]]
         if not (part.views == plan.view).all():
-            return [f"holds rows of another view than {plan.view}"]
+            return f"holds rows of another view than {plan.view}"
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
-            return ["holds a negative label"]
+            return "holds a negative label"
         if problem := run.encoding.problem(part.columns, num_classes=run.num_classes):
-            return [problem]
+            return f"{problem} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
-        return ["its keys are not in the range that the manifest records"]
-    return []
+        return "its keys are not in the range that the manifest records"
+    return ""
+
+
+def _alike(hashes: list[U64]) -> bool:
+    """Whether any two (key, view) may be equal."""
+    rising = np.sort(np.concatenate([np.zeros(0, np.uint64), *hashes]))
+    return bool((rising[1:] == rising[:-1]).any())
 
 
 def _check_keys(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> list[str]:
-    """No (key, view) twice; the same samples in every view."""
+    """No (key, view) twice."""
     from softlabel.store.reader import Store
 
     store = Store(folder, manifest, records)
