@@ -19,7 +19,7 @@ def generate(
     data: str,
     teacher: list[str],
     out: str,
-    combine: Literal["logits", "probs"] = "logits",
+    combine: Literal["logits", "probs", "keep"] = "logits",
     weights: list[float] | None = None,
     temperature: float = 4.0,
     format: Literal["parquet", "hdf5"] = "parquet",
@@ -44,7 +44,7 @@ def generate(
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER;
             options after '?': mean, std, resize, crop, interpolation, weights. Several make an ensemble.
         out: folder of the store.
-        combine: mean of the members' logits (re-tempers exactly) or of their softmax at the temperature.
+        combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature, or keep all.
         weights: one number a teacher, normalised to sum 1; equal when absent.
         temperature: logits are divided by it before they are stored.
         format: file format of the shards.

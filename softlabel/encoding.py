@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import UsageError
+from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Fidelity
 
 
-def encode(scaled_logits_BC: Tensor, encoding: str) -> dict[str, Tensor]:
+def encode(scaled_logits_BC: Tensor, encoding: Encoding) -> dict[str, Tensor]:
     """The columns that a store keeps of these rows.
 
     Args:
         scaled_logits_BC: float32 (B, C), the row's maximum subtracted: near zero, where most of the probability is,
             float16 is finest.
-        encoding: ``float16``.
+        encoding: ``float16`` stores them as they are.
 
     Returns:
         ``{"logits": float16 (B, C)}``.
     """
-    if encoding != "float16":
-        raise UsageError(f"encoding: expected 'float16', found {encoding!r}")
+    if encoding.name != "float16":
+        raise UsageError(f"encoding: expected 'float16', found {encoding.name!r}")
     return {"logits": scaled_logits_BC.half()}
 
 

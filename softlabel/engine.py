@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import IGNORE, Source, content_hash, decode_image
+from softlabel.dataset import IGNORE, Source, content_hash, decode_image, stack_images
 from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import BadImageError, DataError, TeacherError
-from softlabel.labels import CombineRule, combine
-from softlabel.store.manifest import BadRow, Fidelity, ShardPlan
+from softlabel.labels import combine
+from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 from softlabel.store.shard import Rows
 from softlabel.teacher import Preprocessing, Teacher
 
@@ -85,7 +85,7 @@ class _Batches(Dataset[DecodedBatch]):
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
             content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
-            images=tuple(torch.stack(stack) for stack in images) if kept else (),
+            images=tuple(stack_images(stack) for stack in images) if kept else (),
             bad=tuple(bad),
         )
 
@@ -97,17 +97,13 @@ class Labeller:
         self,
         source: Source,
         teachers: Sequence[Teacher],
+        run: Run,
         *,
-        rule: CombineRule,
-        weights: Sequence[float],
-        temperature: float,
-        encoding: str,
         batch_size: int,
-        on_bad_image: BadImagePolicy,
+        on_bad_image: BadImagePolicy = "skip",
     ) -> None:
-        self.source, self.teachers, self.rule, self.weights = source, tuple(teachers), rule, tuple(weights)
-        self.temperature, self.encoding, self.batch_size = temperature, encoding, batch_size
-        self.on_bad_image = on_bad_image
+        self.source, self.teachers, self.run = source, tuple(teachers), run
+        self.batch_size, self.on_bad_image = min(batch_size, run.shard_rows), on_bad_image
         shapes = [teacher.preprocessing for teacher in self.teachers]
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
         keys = [(p.resize, p.crop, p.interpolation) for p in shapes]
@@ -132,7 +128,7 @@ class Labeller:
         return iter(loader)
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
-        """Combined scaled logits (len(batch.keys), C), float32, on the device.
+        """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
 
         Raises:
             TeacherError: a member's logits are not numbers.
@@ -145,7 +141,8 @@ class Labeller:
             logits_BC = teacher.logits(padded[geometry])[:kept]
             _check_logits(logits_BC, teacher, batch.keys)
             logits_MBC.append(logits_BC)
-        return combine(logits_MBC, rule=self.rule, temperature=self.temperature, weights=self.weights)
+        rule, weights = self.run.combine.rule, self.run.combine.weights
+        return combine(logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights)
 
 
 def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBatch] | None = None) -> LabelledShard:
@@ -155,7 +152,8 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
         batches: the shard's decoded batches, where a caller decodes ahead of several shards; decoded here if absent.
     """
     batches = labeller.decoded([plan], workers=0) if batches is None else batches
-    fidelity = FidelityMeter(temperature=labeller.temperature)
+    run = labeller.run
+    fidelity = FidelityMeter(temperature=run.temperature)
     parts: list[DecodedBatch] = []
     columns: list[dict[str, Tensor]] = []
     correct = labelled = 0
@@ -169,21 +167,26 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
             )
         if not batch.keys:
             continue
-        scaled_logits_BC = labeller.scaled_logits(batch)
-        encoded = encode(scaled_logits_BC, labeller.encoding)
-        fidelity.add(scaled_logits_BC, encoded["logits"])
-        columns.append({name: column.cpu() for name, column in encoded.items()})
-        top_B = scaled_logits_BC.argmax(dim=-1).cpu().numpy()
+        scaled_logits = labeller.scaled_logits(batch)
+        flat_RC = scaled_logits.reshape(-1, run.num_classes)  # R is B, or B * M where members are kept apart
+        encoded = encode(flat_RC, run.encoding)
+        fidelity.add(flat_RC, encoded["logits"])
+        columns.append({name: column.reshape(len(batch.keys), -1).cpu() for name, column in encoded.items()})
+        mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
+        top_B = mixed_BC.argmax(dim=-1).cpu().numpy()
         correct += int((top_B == batch.labels).sum())
         labelled += int((batch.labels != IGNORE).sum())
     if not columns:  # every image of the shard is bad
-        columns.append(encode(torch.empty(0, labeller.teachers[0].num_classes), labeller.encoding))
+        columns.append({column.name: torch.empty(0, column.width) for column in run.columns})
     keys = [key for part in parts for key in part.keys]
     rows = Rows(
         keys=keys,
         labels=np.concatenate([part.labels for part in parts]),
         content=np.concatenate([part.content for part in parts]),
-        columns={name: torch.cat([part[name] for part in columns]).numpy() for name in columns[0]},
+        columns={
+            c.name: torch.cat([part[c.name] for part in columns]).numpy().astype(c.numpy, copy=False)
+            for c in run.columns
+        },
     )
     return LabelledShard(
         plan=plan,

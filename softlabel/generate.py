@@ -25,8 +25,7 @@ from softlabel.device import resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import CombineRule, normalized_weights
-from softlabel.spec import Spec
-from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
+from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
 
@@ -61,7 +60,7 @@ def generate(
     combine: CombineRule = "logits",
     weights: Sequence[float] | None = None,
     temperature: float = 4.0,
-    format: Literal["parquet", "hdf5"] = "parquet",
+    format: Format = "parquet",
     shard_rows: int = 16384,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
@@ -79,7 +78,8 @@ def generate(
         data: a SOURCE (see `open_source`), or a map-style dataset of (image, label) or images.
         teachers: one SPEC for each member of the ensemble, such as ``torchvision:resnet50@weights.pth``.
         out: folder of the store.
-        combine: ``logits`` averages logits (re-tempers exactly), ``probs`` the softmax at `temperature`.
+        combine: ``logits`` averages logits (re-tempers exactly), ``probs`` the softmax at `temperature`, ``keep``
+            stores every member, to be mixed later.
         weights: one number a teacher, normalised to sum 1; equal when absent.
         temperature: logits are divided by it before they are stored.
         format: file format of the shards.
@@ -103,11 +103,63 @@ def generate(
         DataError: a source that cannot be read, or a bad image if `on_bad_image` is ``error``.
         StoreError: the store cannot be written; what was committed stays and the same call resumes.
     """
+    job = prepare(
+        data,
+        teachers=teachers,
+        combine=combine,
+        weights=weights,
+        temperature=temperature,
+        format=format,
+        shard_rows=shard_rows,
+        batch_size=batch_size,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        ignore_labels=ignore_labels,
+        on_bad_image=on_bad_image,
+        device=device,
+        key_fn=key_fn,
+    )
+    with Committer.open(out, job.run, job.recorded) as committer:
+        return label_missing(committer, out, job, progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Loaded and checked: what labels the shards of one run."""
+
+    run: Run
+    recorded: dict[str, Any]
+    labeller: Labeller
+    workers: int
+
+
+def prepare(
+    data: "str | Path | Source | Dataset[Any]",
+    *,
+    teachers: Sequence[str],
+    combine: CombineRule,
+    weights: Sequence[float] | None,
+    temperature: float,
+    format: Format,
+    shard_rows: int,
+    batch_size: int,
+    precision: Literal["fp32", "bf16", "fp16"],
+    workers: int | None,
+    seed: int,
+    ignore_labels: bool,
+    on_bad_image: BadImagePolicy,
+    device: str,
+    key_fn: Callable[[int], str] | None = None,
+) -> Job:
+    """Load data and teachers and check that they fit together; writes nothing. See `generate`."""
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
     for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name}: expected a number above 0, found {value}")
+    if combine == "keep" and weights is not None:
+        raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
@@ -118,8 +170,19 @@ def generate(
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in members)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
-    share = normalized_weights(weights, len(members))
-    run = _run_of(source, members, share, combine, temperature, format, shard_rows, seed)
+    run = Run(
+        format=format,
+        num_classes=members[0].num_classes,
+        class_names=_class_names(source, members[0].num_classes),
+        temperature=float(temperature),
+        combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
+        members=tuple(_member(teacher) for teacher in members),
+        dataset=DatasetInfo(
+            kind=source.kind, rows=len(source), fingerprint=source.fingerprint(), has_labels=source.has_labels
+        ),
+        views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
+        shard_rows=shard_rows,
+    )
     recorded = {
         "data": source.name,
         "teachers": [teacher.spec.text for teacher in members],
@@ -127,33 +190,29 @@ def generate(
         "batch_size": batch_size,
         "libraries": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
-    labeller = Labeller(
-        source,
-        members,
-        rule=combine,
-        weights=share,
-        temperature=temperature,
-        encoding=run.encoding.name,
-        batch_size=min(batch_size, shard_rows),
-        on_bad_image=on_bad_image,
-    )
+    labeller = Labeller(source, members, run, batch_size=batch_size, on_bad_image=on_bad_image)
+    return Job(run=run, recorded=recorded, labeller=labeller, workers=_workers(workers, target))
+
+
+def label_missing(committer: Committer, out: str | Path, job: Job, *, progress: bool | None = None) -> GenerateSummary:
+    """Label and commit the shards that the store lacks, and declare it complete."""
     started = time.perf_counter()
+    run, labeller = job.run, job.labeller
     images = written = correct = labelled = 0
-    with Committer.open(out, run, recorded) as committer:
-        missing = committer.missing()
-        rows = sum(plan.stop - plan.start for plan in missing)
-        total = sum(plan.stop - plan.start for plan in run.plan())
-        if missing and committer.resumed:
-            log.info("%s: resuming, %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
-        batches = labeller.decoded(missing, _workers(workers, target))
-        with _bar(total, total - rows, progress) as bar, _writer(committer, out, run) as write:
-            for plan in missing:
-                shard = label_shard(plan, labeller, _counted(batches, bar))
-                write(shard)
-                images += len(shard.rows.keys) + len(shard.bad)
-                correct, labelled = correct + shard.correct, labelled + shard.labelled
-                written += 1
-        totals = committer.finish().totals
+    missing = committer.missing()
+    rows = sum(plan.stop - plan.start for plan in missing)
+    total = run.dataset.rows * run.views.count
+    if missing and committer.resumed:
+        log.info("%s: resuming, %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
+    batches = labeller.decoded(missing, job.workers)
+    with _bar(total, total - rows, progress) as bar, _writer(committer, out, run) as write:
+        for plan in missing:
+            shard = label_shard(plan, labeller, _counted(batches, bar))
+            write(shard)
+            images += len(shard.rows.keys) + len(shard.bad)
+            correct, labelled = correct + shard.correct, labelled + shard.labelled
+            written += 1
+    totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),
         total_rows=totals.rows,
@@ -165,51 +224,29 @@ def generate(
     )
 
 
-def _run_of(
-    source: Source,
-    members: Sequence[Teacher],
-    weights: Sequence[float],
-    rule: CombineRule,
-    temperature: float,
-    format: Literal["parquet", "hdf5"],
-    shard_rows: int,
-    seed: int,
-) -> Run:
-    num_classes = members[0].num_classes
+def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:
     names = source.class_names
-    if source.has_labels and names is not None and len(names) != num_classes:
+    if names is None or len(names) == num_classes:
+        return names
+    if source.has_labels:
         raise MismatchError(
             f"classes: the teachers have {num_classes}, {source.name} has {len(names)}; "
             "use teachers of these classes, or --ignore-labels to store the soft labels alone"
         )
-    return Run(
-        format=format,
-        num_classes=num_classes,
-        class_names=names if names is not None and len(names) == num_classes else None,
-        temperature=float(temperature),
-        combine=Combine(rule=rule, weights=tuple(weights)),
-        members=tuple(
-            Member(
-                spec=_portable(teacher.spec),
-                sha256=teacher.sha256,
-                preprocessing=teacher.preprocessing.to_dict(),
-                precision=teacher.precision,
-                num_classes=teacher.num_classes,
-            )
-            for teacher in members
-        ),
-        dataset=DatasetInfo(
-            kind=source.kind, rows=len(source), fingerprint=source.fingerprint(), has_labels=source.has_labels
-        ),
-        views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
-        shard_rows=shard_rows,
-    )
+    return None
 
 
-def _portable(spec: Spec) -> str:
-    """A SPEC without the place of its weights, which is not part of a store's identity: their hash is."""
+def _member(teacher: Teacher) -> Member:
+    # Where its weights lie is not part of a store's identity: their hash is.
+    spec = teacher.spec
     name = Path(spec.name).name if spec.kind == "run" else spec.name
-    return dataclasses.replace(spec, name=name, checkpoint=None).text
+    return Member(
+        spec=dataclasses.replace(spec, name=name, checkpoint=None).text,
+        sha256=teacher.sha256,
+        preprocessing=teacher.preprocessing.to_dict(),
+        precision=teacher.precision,
+        num_classes=teacher.num_classes,
+    )
 
 
 @contextlib.contextmanager

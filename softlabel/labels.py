@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softlabel.errors import MismatchError, UsageError
 
-CombineRule = Literal["logits", "probs"]
+CombineRule = Literal["logits", "probs", "keep"]
 
 
 def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:
@@ -33,21 +33,24 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[f
     return tuple(w / total for w in weights)
 
 
-def combine(logits_MBC: Sequence[Tensor], *, rule: CombineRule, temperature: float, weights: Sequence[float]) -> Tensor:
+def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weights: Sequence[float]) -> Tensor:
     """One teacher's worth of scaled logits out of an ensemble's logits.
 
     ``logits`` averages logits and divides by the temperature (a geometric mean of the distributions), which
-    re-tempers exactly. ``probs`` is the logarithm of the weighted mean of ``softmax(logits / temperature)``, the
-    usual ensemble average (Hinton et al. 2015), which belongs to that one temperature.
+    re-tempers exactly. ``probs`` is the logarithm of the weighted mean of ``softmax(logits / temperature)``, the usual
+    ensemble average (Hinton et al. 2015), which belongs to that one temperature. ``keep`` mixes nothing.
 
     Args:
         logits_MBC: M tensors (B, C), float; -inf masks a class.
         weights: M numbers that sum to 1.
 
     Returns:
-        float32 (B, C) scaled logits, the row's maximum subtracted.
+        float32 (B, C) scaled logits, the row's maximum subtracted; (B, M, C) of each member for ``keep``.
     """
     scaled = [logits_BC.float() / temperature for logits_BC in logits_MBC]
+    if rule == "keep":
+        scaled_logits_BMC = torch.stack(scaled, dim=1)
+        return scaled_logits_BMC - scaled_logits_BMC.amax(dim=-1, keepdim=True)
     used = [(w, z) for w, z in zip(weights, scaled, strict=True) if w > 0]
     if rule == "logits" or len(used) == 1:
         # A weight of zero must not meet a masked class: 0 * -inf is NaN.
@@ -57,13 +60,13 @@ def combine(logits_MBC: Sequence[Tensor], *, rule: CombineRule, temperature: flo
         log_weights_M11 = torch.tensor([w for w, _ in used], device=log_probs_MBC.device).log()[:, None, None]
         scaled_logits_BC = torch.logsumexp(log_probs_MBC + log_weights_M11, dim=0)
     else:
-        raise UsageError(f"combine: expected 'logits' or 'probs', found {rule!r}")
+        raise UsageError(f"combine: expected 'logits', 'probs' or 'keep', found {rule!r}")
     return scaled_logits_BC - scaled_logits_BC.amax(dim=-1, keepdim=True)
 
 
 def retemperable(rule: str, members: int) -> bool:
     """Whether labels of one temperature are exact at another: averages of logits are, averages of probabilities not."""
-    return rule == "logits" or members == 1
+    return rule != "probs" or members == 1
 
 
 def retemper(scaled_logits_BC: Tensor, *, stored: float, wanted: float, rule: str, members: int) -> Tensor:
