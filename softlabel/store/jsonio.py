@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 T = TypeVar("T")
 INT_LIMIT = 2**63
+OMIT = {"omit": True}  # metadata of a field that is left out of the JSON while it has its default
 
 
 class SchemaError(ValueError):
@@ -32,7 +33,12 @@ class SchemaError(ValueError):
 def to_json(value: Any) -> Any:
     """A dataclass, tuple, mapping or scalar as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: to_json(found)
+            for field, found in fields
+            if not (field.metadata.get("omit") and found == field.default)
+        }
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):

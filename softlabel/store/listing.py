@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+import safetensors
+import safetensors.numpy
+import xxhash
+
 from softlabel.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from softlabel.store.columns import Array
 from softlabel.store.folder import Folder
 from softlabel.store.manifest import (
     ROOT_LIMIT,
@@ -72,3 +78,31 @@ def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
     """Raises StoreCorruptError; FileNotFoundError when it is gone (a newer root may not need it)."""
     raw = folder.read(ref.file, SEGMENT_LIMIT)
     return list(decode_segment(raw, ref, str(folder.path(ref.file))).shards)
+
+
+def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
+    """The arrays of the store's safetensors file, checked against its hash and the run. Raises StoreCorruptError."""
+    run = manifest.run
+    name = run.encoding.extra[0]
+    ref = next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
+    if ref is None:
+        raise StoreCorruptError(
+            f"{folder.path(ROOT_NAME)}: encoding {run.encoding.name!r} needs extra/{name}, lists none"
+        )
+    where = folder.path(ref.file)
+    try:
+        raw = folder.read(ref.file, ref.bytes)
+    except FileNotFoundError:
+        raise StoreCorruptError(f"{where}: is missing; copy the store again from its source") from None
+    if (found := xxhash.xxh3_128_hexdigest(raw)) != ref.xxh3:
+        raise StoreCorruptError(f"{where}: xxh3 expected {ref.xxh3}, found {found}; copy the store again")
+    try:
+        arrays = safetensors.numpy.load(raw)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
+        raise StoreCorruptError(f"{where}: not readable as safetensors: {error}") from None
+    shapes = {"weight": (run.num_classes, run.encoding.width), "bias": (run.num_classes,)}
+    for one, shape in shapes.items():
+        array = arrays.get(one)
+        if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise StoreCorruptError(f"{where}: expected a finite float32 {one!r} of shape {shape}")
+    return arrays

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from softlabel.store.columns import Column, Encoding
+from softlabel.store.columns import ROW_NAMES, Column, Encoding
 from softlabel.store.jsonio import dumps, to_json
 
 FORMAT_NAME = "softlabel-store"
@@ -119,6 +119,10 @@ class Run:
             raise ValueError("shard_rows, views and members: expected at least 1 of each")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
+        if self.encoding.name == "topk" and self.temperature not in self.encoding.temperatures:
+            raise ValueError(f"encoding: its temperatures {self.encoding.temperatures} lack {self.temperature}")
+        names = [column.name for column in self.columns]
+        assert len({*names, *ROW_NAMES}) == len(names) + len(ROW_NAMES)
 
     @property
     def kept(self) -> bool:
@@ -126,8 +130,13 @@ class Run:
         return self.combine.rule == "keep"
 
     @property
+    def members_stored(self) -> int:
+        """M of a row: all members when they are kept, else the one that they were combined to."""
+        return len(self.members) if self.kept else 1
+
+    @property
     def columns(self) -> tuple[Column, ...]:
-        return self.encoding.columns(num_classes=self.num_classes, members=len(self.members) if self.kept else 1)
+        return self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
 
     def fingerprint(self, part: int | None = None) -> str:
         """xxh3-128 of the canonical JSON; of the run as it was at growth `part` when given."""

@@ -4,7 +4,7 @@ N rows of the store in the order of its shards (view by view, each in dataset or
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -16,10 +16,11 @@ import xxhash
 from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, StoreIncompleteError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
+from softlabel.store.decode import decode
 from softlabel.store.folder import Folder
 from softlabel.store.index import KeyIndex, word_view
 from softlabel.store.keys import Keys, PickedKeys
-from softlabel.store.listing import check_sizes, load_manifest
+from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.rows import Parts
 from softlabel.store.shard import OpenShard, ShardRows, open_shard
@@ -41,6 +42,7 @@ class StoredRows:
     label_data: npt.NDArray[np.int64] | None
     content_data: npt.NDArray[np.uint64] | None
     columns: dict[str, Array]
+    extra: Mapping[str, Array] | None = None
 
     def __len__(self) -> int:
         return len(self.views)
@@ -63,8 +65,14 @@ class StoredRows:
         run = self.run
         if missing := [column.name for column in run.columns if column.name not in self.columns]:
             raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
-        return run.encoding.decode(
-            self.columns, num_classes=run.num_classes, members=len(run.members) if run.kept else 1, kept=run.kept
+        return decode(
+            run.encoding,
+            self.columns,
+            num_classes=run.num_classes,
+            temperature=run.temperature,
+            members=run.members_stored,
+            kept=run.kept,
+            extra=self.extra,
         )
 
 
@@ -132,6 +140,7 @@ class Store:
         self._small: _Small | None = None
         self._views: npt.NDArray[np.int32] | None = None
         self._parts: dict[str, Parts] = {}
+        self._extra: Mapping[str, Array] | None = None
 
     @property
     def path(self) -> Path:
@@ -196,6 +205,16 @@ class Store:
     def content(self) -> npt.NDArray[np.uint64]:
         """uint64 (N,), xxh3-64 of the encoded images, 0 where the source has none. Possibly read-only."""
         return self._load_small().content
+
+    @property
+    def extra(self) -> Mapping[str, Array] | None:
+        """The arrays that all rows share (encoding `head`: weight (C, D) and bias (C,)); None where there are none.
+
+        Raises StoreCorruptError when the file is not what the manifest promises.
+        """
+        if self._extra is None and self.run.encoding.extra:
+            self._extra = read_extra(self._folder, self.manifest)
+        return self._extra
 
     @property
     def _payload_bytes(self) -> int:
@@ -360,6 +379,7 @@ class Store:
             label_data=self.labels[rows_B] if "label" in names else None,
             content_data=self.content[rows_B] if "content" in names else None,
             columns={name: parts.take(rows_B) for name, parts in payload.items()},
+            extra=self.extra,
         )
 
     def _names(self, columns: Sequence[str] | None) -> list[str]:
@@ -396,6 +416,7 @@ class Store:
                         label_data=part.labels,
                         content_data=part.content,
                         columns=part.columns,
+                        extra=self.extra,
                     )
                     del part  # so that its memory serves the next batch
 

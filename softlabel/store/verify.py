@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softlabel.errors import StoreCorruptError, StoreError, StoreIncompleteError, StoreNotFoundError
+from softlabel.errors import StoreError, StoreIncompleteError, StoreNotFoundError
 from softlabel.store.columns import ROW_NAMES
+from softlabel.store.decode import problem
 from softlabel.store.folder import Folder, file_xxh3
 from softlabel.store.index import U64, Hasher
-from softlabel.store.listing import load_manifest
+from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.shard import IGNORE, OpenShard, open_shard
 
@@ -80,19 +81,12 @@ def verify_store(
 
 
 def _check_extra(folder: Folder, manifest: Manifest) -> list[str]:
-    problems = []
-    for ref in manifest.extra:
-        try:
-            size = folder.size(ref.file)
-            found = file_xxh3(folder.path(ref.file))
-        except FileNotFoundError:
-            problems.append(f"{folder.path(ref.file)}: is missing")
-        except StoreCorruptError as error:
-            problems.append(str(error))
-        else:
-            if (size, found) != (ref.bytes, ref.xxh3):
-                problems.append(f"{folder.path(ref.file)}: xxh3 expected {ref.xxh3}, found {found}")
-    return problems
+    try:
+        if manifest.run.encoding.extra:
+            read_extra(folder, manifest)
+    except StoreError as error:
+        return [str(error)]
+    return []
 
 
 def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) -> tuple[list[str], U64]:
@@ -102,22 +96,22 @@ def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) 
     hashes: list[U64] = [np.zeros(0, np.uint64)]
     try:
         if (size := folder.size(record.file)) != record.bytes:
-            problem = f"expected {record.bytes} bytes, found {size}"
+            text = f"expected {record.bytes} bytes, found {size}"
         elif (found := file_xxh3(path)) != record.xxh3:
-            problem = f"xxh3 expected {record.xxh3}, found {found}"
+            text = f"xxh3 expected {record.xxh3}, found {found}"
         else:
             shard = open_shard(path, run.format)
             try:
-                problem = _check_content(shard, run, record, hasher, hashes)
+                text = _check_content(shard, run, record, hasher, hashes)
             finally:
                 shard.close()
     except FileNotFoundError:
-        problem = "is missing"
+        text = "is missing"
     except OSError as error:
-        problem = f"cannot be read: {error}"
+        text = f"cannot be read: {error}"
     except StoreError as error:
         return [str(error)], hashes[0]
-    return [f"{path}: {problem}; {cure}"] if problem else [], np.concatenate(hashes)
+    return [f"{path}: {text}; {cure}"] if text else [], np.concatenate(hashes)
 
 
 def _check_content(shard: OpenShard, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64]) -> str:
@@ -147,8 +141,9 @@ def _check_content(shard: OpenShard, run: Run, record: ShardRecord, hasher: Hash
             return f"holds rows of another view than {plan.view}"
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
             return "holds a negative label"
-        if problem := run.encoding.problem(part.columns, num_classes=run.num_classes):
-            return f"{problem} (blocks of {stop - start} rows, this one from row {start})"
+        found = problem(run.encoding, part.columns, num_classes=run.num_classes, members=run.members_stored)
+        if found:
+            return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
         return "its keys are not in the range that the manifest records"
     return ""

@@ -207,10 +207,17 @@ class Committer:
             self._folder.publish_bytes(ref.file, data, xxh3)
             self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
 
+    def _has_extra(self, name: str) -> bool:
+        return any(ref.file.startswith(f"extra/{name}-") for ref in self._manifest.extra)
+
     def finish(self, recorded: Json | None = None) -> Manifest:
         """Declare the store complete and collect what no manifest lists. StoreError while shards are missing."""
         if missing := self.missing():
             raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
+        if absent := [name for name in self.run.encoding.extra if not self._has_extra(name)]:
+            raise StoreError(
+                f"{self._folder}: extra/{absent[0]} is missing, encoding {self.run.encoding.name} needs it"
+            )
         with writing(self._folder):
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}

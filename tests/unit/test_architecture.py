@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "teacher": {"torch", "torchvision", "models", "spec", "device"},
     "labels": {"torch"},
     "encoding": {"torch", "numpy", "store.columns", "store.manifest"},
-    "store": {"numpy", "pyarrow", "h5py", "fsspec", "xxhash"},
+    "store": {"numpy", "pyarrow", "h5py", "fsspec", "safetensors", "xxhash"},
     "engine": {"torch", "numpy", "dataset", "teacher", "labels", "encoding", "store"},
     "generate": {"torch", "numpy", "tqdm", "spec", "device", "dataset", "teacher", "labels", "engine", "store"},
     "order": {"numpy"},
