@@ -49,12 +49,14 @@ class RowLosses(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The teacher on the classes that it names: probabilities (N, K) and their logs; what is left over (N, 1)."""
+    """The teacher on the classes that it names: probabilities (N, K) and their logs; what is left over (N, 1); what is
+    taken off the scaled logits to make them log-probabilities (N, 1). Drawn classes have weights and no logs."""
 
     p: Tensor
     log_p: Tensor
     rest: Tensor
     log_rest: Tensor
+    log_whole: Tensor
 
 
 def work_dtype(logits: Tensor) -> torch.dtype:
@@ -108,7 +110,7 @@ def kept_probs(target: TopKTarget | SampledTarget, settings: Settings, dtype: to
     if isinstance(target, SampledTarget):
         weight_NK = target.weight.to(dtype)
         nothing_N1 = torch.zeros_like(weight_NK[:, :1])
-        return Kept(weight_NK, torch.zeros_like(weight_NK), nothing_N1, nothing_N1)
+        return Kept(weight_NK, torch.zeros_like(weight_NK), nothing_N1, nothing_N1, nothing_N1)
     value_NK = target.value.to(dtype) * settings.factor
     if settings.tail == "renormalize" or target.index.shape[1] == target.num_classes:
         tail_N1 = torch.full_like(value_NK[:, :1], -torch.inf)
@@ -116,9 +118,9 @@ def kept_probs(target: TopKTarget | SampledTarget, settings: Settings, dtype: to
         tail_N1 = target.tail[:, tail_column(target, settings.temperature), None].to(dtype)
     top_N1 = torch.maximum(value_NK.amax(1, keepdim=True), tail_N1)
     whole_N1 = (value_NK - top_N1).exp().sum(1, keepdim=True) + (tail_N1 - top_N1).exp()
-    log_p_NK = value_NK - top_N1 - whole_N1.log()
-    log_rest_N1 = tail_N1 - top_N1 - whole_N1.log()
-    return Kept(log_p_NK.exp(), log_p_NK, log_rest_N1.exp(), log_rest_N1)
+    log_whole_N1 = top_N1 + whole_N1.log()
+    log_p_NK, log_rest_N1 = value_NK - log_whole_N1, tail_N1 - log_whole_N1
+    return Kept(log_p_NK.exp(), log_p_NK, log_rest_N1.exp(), log_rest_N1, log_whole_N1)
 
 
 def reduce_rows(

@@ -107,9 +107,9 @@ def _soft_kept(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     kept = kept_probs(target, settings, u_NC.dtype)
-    p_NK, log_p_NK, rest_N1, log_rest_N1 = kept
+    p_NK, log_p_NK, rest_N1, log_rest_N1, _ = kept
     if shares.gaps:
-        p_NK, log_p_NK, rest_N1, log_rest_N1 = (torch.where(scale_N1 == 0, 0.0, part) for part in kept)
+        p_NK, log_p_NK, rest_N1, log_rest_N1 = (torch.where(scale_N1 == 0, 0.0, part) for part in kept[:4])
     index_NK = target.index.long()
     others = target.num_classes - index_NK.shape[1]
     u_NK = u_NC.gather(1, index_NK)

@@ -94,7 +94,7 @@ def _call(
         kept = kept_probs(target, settings, work_dtype(logits_NC))
         drawn = isinstance(target, SampledTarget)
         mode = "drawn" if drawn else settings.tail if target.index.shape[1] < target.num_classes else "renormalize"
-        parts = [part.contiguous() for part in (target.index, *kept)]
+        parts = [part.contiguous() for part in (target.index, *kept[:4])]
         outputs: Outputs = kept_rows(logits_NC, *parts, labels_N, soft_scale_N, hard_scale_N, mode, *numbers)
         return outputs
     scales = (labels_N, soft_scale_N, hard_scale_N, settings.factor)

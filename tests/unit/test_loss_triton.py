@@ -28,7 +28,8 @@ pytestmark = needs_triton
 
 def _run_inside(marks: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(Path(__file__))]
+    pytest_options = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-m", marks]
+    command = [sys.executable, "-m", "pytest", *pytest_options, str(Path(__file__))]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
