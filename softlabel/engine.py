@@ -21,6 +21,8 @@ from softlabel.dataset import IGNORE, Source, content_hash, decode_image, stack_
 from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import BadImageError, DataError, TeacherError
 from softlabel.labels import combine
+from softlabel.store.index import Hasher
+from softlabel.store.keys import Keys
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 from softlabel.store.shard import Rows
 from softlabel.teacher import Preprocessing, Teacher
@@ -61,33 +63,41 @@ class _Batches(Dataset[DecodedBatch]):
         return len(self.spans)
 
     def __getitem__(self, number: int) -> DecodedBatch:
-        start, stop = self.spans[number]
-        images: list[list[Tensor]] = [[] for _ in self.geometries]
-        kept, bad, hashes = [], [], []
-        for index, sample in enumerate(self.source.read(range(start, stop)), start):
-            try:
-                image_CHW = decode_image(sample.image)
-                # Each member shapes the source image, never what another member left of it.
-                shaped = [geometry.geometry(image_CHW) for geometry in self.geometries]
-            except BadImageError as error:
-                bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
-                continue
-            for stack, view in zip(images, shaped, strict=True):
-                if stack and view.shape != stack[0].shape:
-                    raise DataError(
-                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
-                        f"{_size(view)}; give the teacher a size, such as '?resize=256&crop=224'"
-                    )
-                stack.append(view)
-            kept.append(sample)
-            hashes.append(content_hash(sample.image))
-        return DecodedBatch(
-            keys=[sample.key for sample in kept],
-            labels=np.array([sample.label for sample in kept], dtype=np.int64),
-            content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
-            images=tuple(stack_images(stack) for stack in images) if kept else (),
-            bad=tuple(bad),
-        )
+        return decode_batch(self.source, range(*self.spans[number]), self.geometries)
+
+
+def decode_batch(source: Source, indices: Sequence[int], geometries: Sequence[Preprocessing]) -> DecodedBatch:
+    """Read, decode and shape these samples; what cannot be decoded is listed as bad.
+
+    Raises:
+        DataError: images of different sizes for a teacher that takes them as they are.
+    """
+    images: list[list[Tensor]] = [[] for _ in geometries]
+    kept, bad, hashes = [], [], []
+    for index, sample in zip(indices, source.read(indices), strict=True):
+        try:
+            image_CHW = decode_image(sample.image)
+            # Each member shapes the source image, never what another member left of it.
+            shaped = [geometry.geometry(image_CHW) for geometry in geometries]
+        except BadImageError as error:
+            bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
+            continue
+        for stack, view in zip(images, shaped, strict=True):
+            if stack and view.shape != stack[0].shape:
+                raise DataError(
+                    f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
+                    f"{_size(view)}; give the teacher a size, such as '?resize=256&crop=224'"
+                )
+            stack.append(view)
+        kept.append(sample)
+        hashes.append(content_hash(sample.image))
+    return DecodedBatch(
+        keys=[sample.key for sample in kept],
+        labels=np.array([sample.label for sample in kept], dtype=np.int64),
+        content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
+        images=tuple(stack_images(stack) for stack in images) if kept else (),
+        bad=tuple(bad),
+    )
 
 
 class Labeller:
@@ -104,6 +114,7 @@ class Labeller:
     ) -> None:
         self.source, self.teachers, self.run = source, tuple(teachers), run
         self.batch_size, self.on_bad_image = min(batch_size, run.shard_rows), on_bad_image
+        self.first_member = 0  # the number in the store of the first of these members, where they join others
         shapes = [teacher.preprocessing for teacher in self.teachers]
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
         keys = [(p.resize, p.crop, p.interpolation) for p in shapes]
@@ -114,6 +125,10 @@ class Labeller:
     def spans(self, plan: ShardPlan) -> list[tuple[int, int]]:
         """The ranges of samples of a shard's batches, from the shard's own start."""
         return [(i, min(i + self.batch_size, plan.stop)) for i in range(plan.start, plan.stop, self.batch_size)]
+
+    def decode(self, samples: Sequence[int]) -> DecodedBatch:
+        """At most `batch_size` samples, by their indices in the source."""
+        return decode_batch(self.source, samples, self.geometries)
 
     def decoded(self, plans: Sequence[ShardPlan], workers: int) -> Iterator[DecodedBatch]:
         """The decoded batches of shards, in order, by worker processes when there are any."""
@@ -153,7 +168,7 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
     """
     batches = labeller.decoded([plan], workers=0) if batches is None else batches
     run = labeller.run
-    fidelity = FidelityMeter(temperature=run.temperature)
+    fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
     parts: list[DecodedBatch] = []
     columns: list[dict[str, Tensor]] = []
     correct = labelled = 0
@@ -169,8 +184,9 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
             continue
         scaled_logits = labeller.scaled_logits(batch)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)  # R is B, or B * M where members are kept apart
-        encoded = encode(flat_RC, run.encoding)
-        fidelity.add(flat_RC, encoded["logits"])
+        seeds_R = _row_seeds(labeller, plan, batch.keys).to(flat_RC.device)
+        encoded = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
+        fidelity.add(flat_RC, encoded)
         columns.append({name: column.reshape(len(batch.keys), -1).cpu() for name, column in encoded.items()})
         mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
         top_B = mixed_BC.argmax(dim=-1).cpu().numpy()
@@ -196,6 +212,14 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
         correct=correct,
         labelled=labelled,
     )
+
+
+def _row_seeds(labeller: Labeller, plan: ShardPlan, keys: Sequence[str]) -> Tensor:
+    """int64 (R,): what is drawn for a row follows from (seed, key, view, member) and from nothing else."""
+    run = labeller.run
+    hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
+    members_M = labeller.first_member + np.arange(run.members_stored, dtype=np.int64)
+    return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1))
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,53 +1,64 @@
+# ruff: noqa: SIM115  (short is the point)
 """Reads a store by FORMAT.md alone: no softlabel in here, only what anybody has."""
 
 import json
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 
 
-def read_parquet(path):
-    file = pq.ParquetFile(path)
-    identity = json.loads(file.metadata.metadata[b"softlabel"])
-    table = file.read()
-    row = {
-        "key": table["key"].to_pylist(),
-        "view": table["view"].to_numpy(),
-        "label": table["label"].fill_null(-100).to_numpy(),
-        "content": table["content"].fill_null(0).to_numpy(),
-    }
-    for column in identity["columns"]:
-        raw = b"".join(table[column["name"]].to_pylist())
-        row[column["name"]] = np.frombuffer(raw, column["dtype"]).reshape(-1, column["width"])
-    return row
+def read_shard(path):
+    if path.endswith(".parquet"):
+        file = pq.ParquetFile(path)
+        spec, table = json.loads(file.metadata.metadata[b"softlabel"]), file.read()
+        row = {"key": table["key"].to_pylist(), "view": table["view"].to_numpy()}
+        row |= {one: table[one].fill_null(none).to_numpy() for one, none in (("label", -100), ("content", 0))}
+        raw = {one["name"]: np.frombuffer(b"".join(table[one["name"]].to_pylist()), "u1") for one in spec["columns"]}
+    else:
+        with h5py.File(path, "r") as file:
+            spec, data, at = json.loads(file.attrs["softlabel"]), file["key"][:].tobytes(), file["key_offsets"][:]
+            row = {one: file[one][:] for one in ("view", "label", "content")}
+            row["key"] = [data[a:b].decode() for a, b in zip(at[:-1], at[1:], strict=True)]  # noqa: RUF007
+            raw = {one["name"]: file[one["name"]][:] for one in spec["columns"]}
+    return row, {one["name"]: raw[one["name"]].view(one["dtype"]).reshape(-1, one["width"]) for one in spec["columns"]}
 
 
-def read_hdf5(path):
-    with h5py.File(path, "r") as file:
-        identity = json.loads(file.attrs["softlabel"])
-        data, offsets = file["key"][:].tobytes(), file["key_offsets"][:]
-        row = {name: file[name][:] for name in ("view", "label", "content")}
-        row["key"] = [data[offsets[i] : offsets[i + 1]].decode() for i in range(len(offsets) - 1)]
-        for column in identity["columns"]:
-            row[column["name"]] = file[column["name"]][:].view(column["dtype"])
-    return row
+def read_safetensors(path):
+    raw = open(path, "rb").read()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    spots = [(name, *one["data_offsets"], one["shape"]) for name, one in json.loads(raw[8:start]).items()]
+    return {name: np.frombuffer(raw[start + a : start + b], "<f4").reshape(shape) for name, a, b, shape in spots}
 
 
-def decode(run, row):
-    """Scaled logits, float32 (N, C)."""
-    assert run["encoding"]["name"] == "float16"
-    return row["logits"].astype(np.float32)
+def decode(run, columns, head):
+    kept, classes, name = run["combine"]["rule"] == "keep", run["num_classes"], run["encoding"]["name"]
+    members = len(run["members"]) if kept else 1
+    at = {one: array.reshape(len(array) * members, -1) for one, array in columns.items()}
+    if name in ("float16", "float32"):
+        logits = at["logits"].astype("f4")
+    elif name == "int8":
+        logits = at["q"] * at["scale"] + at["offset"]
+        np.put_along_axis(logits, at["top_index"].astype("i8"), at["top_value"].astype("f4"), 1)
+    elif name == "topk":
+        tail = at["tail"][:, [run["encoding"]["temperatures"].index(run["temperature"])]]
+        logits = np.repeat(tail - np.log(max(1, classes - at["index"].shape[1])), classes, 1).astype("f4")
+        np.put_along_axis(logits, at["index"].astype("i8"), at["value"].astype("f4"), 1)
+    elif name == "sampled":
+        logits = np.full((len(at["index"]), classes), -np.inf, "f4")
+        for r, s in zip(*np.nonzero(at["weight"]), strict=True):
+            logits[r, at["index"][r, s]] = np.log(at["weight"][r, s])
+    elif name == "head":
+        hidden = at["hidden"].astype("f4") * at.get("hidden_scale", np.float32(1))
+        logits = (hidden @ head["weight"].T + head["bias"]) / np.float32(run["temperature"])
+    return logits.reshape(-1, members, classes) if kept else logits
 
 
 def read_store(root):
-    """Key, view, label, content and scaled logits of every row, in order."""
-    manifest = json.loads((Path(root) / "manifest.json").read_text())
-    assert (manifest["format"], manifest["format_version"], manifest["complete"]) == ("softlabel-store", 1, True)
-    segments = [json.loads((Path(root) / one["file"]).read_text()) for one in manifest["segments"]]
-    records = sorted((record for one in segments for record in one["shards"]), key=lambda record: record["number"])
-    read = read_parquet if manifest["run"]["format"] == "parquet" else read_hdf5
-    shards = [read(Path(root) / record["file"]) for record in records]
-    out = {name: np.concatenate([shard[name] for shard in shards]) for name in ("key", "view", "label", "content")}
-    return out | {"scaled_logits": np.concatenate([decode(manifest["run"], shard) for shard in shards])}
+    main = json.load(open(f"{root}/manifest.json"))
+    assert (main["format"], main["format_version"], main["complete"]) == ("softlabel-store", 1, True)
+    records = [one for seg in main["segments"] for one in json.load(open(f"{root}/{seg['file']}"))["shards"]]
+    head = read_safetensors(f"{root}/{main['extra'][0]['file']}") if main["extra"] else None
+    shards = [read_shard(f"{root}/{one['file']}") for one in sorted(records, key=lambda one: one["number"])]
+    out = {name: np.concatenate([row[name] for row, _ in shards]) for name in ("key", "view", "label", "content")}
+    return out | {"scaled_logits": np.concatenate([decode(main["run"], columns, head) for _, columns in shards])}

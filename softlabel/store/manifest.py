@@ -150,6 +150,13 @@ class Run:
         )
         return dataclasses.replace(self, dataset=dataset)
 
+    def grown_to(self, dataset: DatasetInfo) -> "Run | None":
+        """This run over a dataset that has grown from this one's; None when `dataset` has not."""
+        mine = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
+        if dataset.earlier != (*self.dataset.earlier, mine):
+            return None
+        return dataclasses.replace(self, dataset=dataset)
+
     def _parts(self) -> Iterable[tuple[int, int, int]]:
         """(first sample, last sample + 1, shards per view) of each growth."""
         start = 0

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +38,7 @@ from softlabel.store.manifest import (
     SegmentRef,
     ShardPlan,
     ShardRecord,
+    Totals,
     shard_file,
 )
 from softlabel.store.root import decode_root, encode_root, encode_segment
@@ -120,8 +121,19 @@ class Committer:
         self._tail: list[ShardRecord] = []
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str], run: Run, recorded: Json | None = None) -> Self:
+    def open(
+        cls,
+        root: str | os.PathLike[str],
+        run: Run,
+        recorded: Json | None = None,
+        *,
+        grow: bool = False,
+        relabel: Collection[int] = (),
+    ) -> Self:
         """Create the store or resume it, and take its lease.
+
+        grow: a complete store whose dataset is the last but one extent of the run's becomes an unfinished store of the
+        run; its shards stay. relabel: shards to forget, which are then missing.
 
         Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
         shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
@@ -134,13 +146,15 @@ class Committer:
             lease = Lease(folder.root)
         try:
             with writing(folder):
-                return cls._open(folder, lease, run, recorded or {})
+                return cls._open(folder, lease, run, recorded or {}, grow, frozenset(relabel))
         except BaseException:
             lease.release()
             raise
 
     @classmethod
-    def _open(cls, folder: Folder, lease: Lease, run: Run, recorded: Json) -> Self:
+    def _open(
+        cls, folder: Folder, lease: Lease, run: Run, recorded: Json, grow: bool, relabel: frozenset[int]
+    ) -> Self:
         where = str(folder.path(ROOT_NAME))
         try:
             raw = folder.read(ROOT_NAME, ROOT_LIMIT)
@@ -151,6 +165,8 @@ class Committer:
             self._adopt()
             return self
         manifest = decode_root(raw, where)
+        if grow and manifest.complete and manifest.run.grown_to(run.dataset) == run:
+            manifest = dataclasses.replace(manifest, run=run, complete=False)
         if differences := manifest.run.differences(run):
             raise MismatchError(
                 f"{folder}: holds a store of another run; {'; '.join(differences)}; "
@@ -159,9 +175,11 @@ class Committer:
         records, tail = _load(folder, manifest)
         self = cls(folder, lease, manifest, records)
         self._tail = tail
+        if relabel:
+            self._forget(relabel)
         self._check_sizes()
         self._collect_temporaries()
-        if not manifest.complete:
+        if not self._manifest.complete:
             if recorded:
                 self._manifest = dataclasses.replace(manifest, recorded={**manifest.recorded, **recorded})
             self._adopt()
@@ -280,6 +298,19 @@ class Committer:
         for name in self._folder.sizes("segments"):
             if SEGMENT_FILE.fullmatch(name) and name not in listed:
                 self._folder.remove(name)
+
+    def _forget(self, numbers: frozenset[int]) -> None:
+        """Take shards out of the manifest; their files, damaged as they are, go once the new root is published."""
+        forgotten = [self._records.pop(number) for number in sorted(numbers) if number in self._records]
+        kept = [self._records[number] for number in sorted(self._records)]
+        self._records, self._tail = {}, []
+        self._manifest = dataclasses.replace(self._manifest, complete=False, segments=(), totals=Totals())
+        if kept:
+            self._append(kept)
+        else:
+            self._publish_root(self._manifest)
+        for record in forgotten:
+            self._folder.remove(record.file)
 
     # What a killed run left.
 
