@@ -23,12 +23,12 @@ LEAST_CHUNK_ELEMENTS = 2**15
 DEVICE_CHUNK_ELEMENTS = 2**24  # elsewhere than on the CPU: enough work for every launch
 
 
-def chunk_rows(logits_NC: Tensor) -> int:
-    """How many rows make a chunk: its two buffers are to be small against the gradient too."""
+def chunk_rows(logits_NC: Tensor, buffers: int = 2) -> int:
+    """How many rows make a chunk, whose buffers are to be small against the gradient too."""
     rows, classes = logits_NC.shape
     elements = DEVICE_CHUNK_ELEMENTS
     if logits_NC.device.type == "cpu":
-        elements = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, rows * classes // 32))
+        elements = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, rows * classes // (16 * buffers)))
     return max(1, min(rows, elements // max(classes, 1)))
 
 
@@ -85,10 +85,12 @@ class _Chunks:
         self.kept: KeptPart | None = None
         if self.soft_on and isinstance(target, TopKTarget | SampledTarget):
             self.kept = KeptPart(target, settings, self.slope_N1, self.blank_target_N1, dtype)
-        self.step = chunk_rows(logits_NC)
+        # A kept target's exponentials are computed where the gradient will be.
+        two = self.kept is None or not want_grad
+        self.step = chunk_rows(logits_NC, 2 if two else 1)
         chunk = (self.step, classes)
         self.x_RC = torch.empty(chunk, dtype=dtype, device=device)
-        self.e_RC = torch.empty(chunk, dtype=dtype, device=device)
+        self.e_RC = torch.empty(chunk, dtype=dtype, device=device) if two else self.x_RC
         self.grad_NC = torch.empty((rows, classes), dtype=logits_NC.dtype, device=device) if want_grad else None
         # A half-precision gradient is summed in float32 and rounded once.
         narrow = want_grad and logits_NC.dtype != dtype
@@ -122,30 +124,35 @@ class _Chunks:
         g_RC = None
         if self.grad_NC is not None:
             g_RC = self.grad_NC[rows] if self.g_RC is None else self.g_RC[:count]
-        if self.hard_on:
-            self._hard(rows, x_RC, e_RC, g_RC)
-        elif g_RC is not None:
-            g_RC.zero_()
-        if self.soft_on:
-            if self.settings.temperature != 1:
-                x_RC.mul_(1.0 / self.settings.temperature)
-            if self.kept is None:
+        if self.kept is not None:
+            self.kept.chunk(rows, x_RC, e_RC if g_RC is None else g_RC, want_grad=g_RC is not None)
+            if self.hard_on:
+                self._hard(rows, x_RC, x_RC, g_RC)
+        else:
+            if self.hard_on:
+                self._hard(rows, x_RC, e_RC if g_RC is None else g_RC, g_RC)
+            elif g_RC is not None:
+                g_RC.zero_()
+            if self.soft_on:
+                if self.settings.temperature != 1:
+                    x_RC.mul_(1.0 / self.settings.temperature)
                 self._soft_dense(rows, x_RC, e_RC, g_RC)
-            else:
-                self.kept.chunk(rows, x_RC, e_RC, g_RC)
         if g_RC is not None and self.g_RC is not None:
             assert self.grad_NC is not None
             self.grad_NC[rows] = g_RC
 
-    def _hard(self, rows: slice, x_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
+    def _hard(self, rows: slice, x_RC: Tensor, h_RC: Tensor, g_RC: Tensor | None) -> None:
+        """Exponentials into h, which may be x, or the gradient if nothing is in that yet."""
         smoothing = self.settings.label_smoothing
-        h_RC = torch.exp(x_RC, out=e_RC if g_RC is None else g_RC)
-        sum_R1 = torch.sum(h_RC, 1, keepdim=True, out=self.sum_1_N1[rows])
         if smoothing > 0:
             torch.sum(x_RC, 1, keepdim=True, out=self.sum_x_N1[rows])
+        sum_R1 = torch.sum(torch.exp(x_RC, out=h_RC), 1, keepdim=True, out=self.sum_1_N1[rows])
         if g_RC is not None:
             scale_R1 = self.hard_scale_N1[rows]
-            g_RC.mul_(scale_R1 / sum_R1)
+            if h_RC is g_RC:
+                g_RC.mul_(scale_R1 / sum_R1)
+            else:
+                g_RC.addcmul_(h_RC, scale_R1 / sum_R1)
             if smoothing > 0:
                 g_RC.sub_(scale_R1 * (smoothing / self.classes))
             g_RC.scatter_add_(1, self.labels_N1[rows], self.label_slope_N1[rows])

@@ -1,7 +1,7 @@
 """The soft term of a teacher that names K classes a row (top-k or drawn), as `chunked` computes it.
 
-N rows, C classes, R rows of a chunk, K kept or drawn classes. The student's row is passed over as for a dense teacher;
-everything of the teacher is (R, K) or (N, 1).
+N rows, C classes, R rows of a chunk, K kept or drawn classes. x = z - max z, u = x / T. The student's row is
+passed over as for a dense teacher; everything of the teacher is (R, K) or (N, 1).
 
     top-k, ghost:    the classes that were not kept are one more outcome; gradient T (q_j - rest q_j / q_rest) there
     top-k, uniform:  they share the teacher's rest evenly; gradient T (q_j - rest / (C - K))
@@ -33,6 +33,7 @@ class KeptPart:
         dtype: torch.dtype,
     ) -> None:
         self.target, self.factor, self.slope_N1, self.blank_N1 = target, settings.factor, slope_N1, blank_N1
+        self.per_t = 1.0 / settings.temperature
         self.index_NK = target.index.long()
         kept = kept_probs(target, settings, dtype)
         if blank_N1 is not None:
@@ -70,52 +71,53 @@ class KeptPart:
             loss_N1 += torch.where(self.rest_N1 == 0, 0.0, self.rest_N1 * (self.log_rest_N1 - log_q_rest_N1))
         return loss_N1[:, 0]
 
-    def chunk(self, rows: slice, u_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
+    def chunk(self, rows: slice, x_RC: Tensor, e_RC: Tensor, *, want_grad: bool) -> None:
+        """Leaves x as it is, and in e (another buffer) the soft term's gradient, if that is wanted."""
         index_RK, p_RK, slope_R1 = self.index_NK[rows], self._probs(rows), self.slope_N1[rows]
-        u_RK = u_RC.gather(1, index_RK)
+        u_RK = x_RC.gather(1, index_RK).mul_(self.per_t)
         # nansum: p = 0 at u = -inf counts nothing. A NaN logit is in the sums of e.
         self.loss_N1[rows] -= (p_RK * u_RK).nansum(1, keepdim=True)
-        torch.exp(u_RC, out=e_RC)
+        each_R1 = self.each_N1[rows]
+        if self.tail == "uniform":
+            outside_R1 = torch.mul(x_RC, self.per_t, out=e_RC).scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
+            self.loss_N1[rows] -= torch.where(each_R1 == 0, 0.0, each_R1 * outside_R1)
+        torch.mul(x_RC, self.per_t, out=e_RC).exp_()
         if self.tail == "ghost":
-            return self._ghost(rows, u_RC, u_RK, p_RK, e_RC, g_RC)
+            by_R1, q_RK = self._ghost(rows, x_RC, u_RK, e_RC)
+            if want_grad:
+                e_RC.mul_(by_R1 * slope_R1)
+                e_RC.scatter_add_(1, index_RK, q_RK.sub_(p_RK).mul_(slope_R1))
+            return
         sum_R1 = e_RC.sum(1, keepdim=True)
         torch.log(sum_R1, out=self.log_sum_N1[rows])
-        if g_RC is not None:
-            g_RC.addcmul_(e_RC, slope_R1 * self.mass_N1[rows] / sum_R1)
-            g_RC.scatter_add_(1, index_RK, p_RK * -slope_R1)
-        if self.tail == "uniform":
-            each_R1 = self.each_N1[rows]
-            outside_R1 = u_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
-            self.loss_N1[rows] -= torch.where(each_R1 == 0, 0.0, each_R1 * outside_R1)
-            if g_RC is not None:
-                g_RC.sub_(slope_R1 * each_R1)
-                g_RC.scatter_add_(1, index_RK, (slope_R1 * each_R1).expand_as(p_RK))
-        return None
+        if want_grad:
+            e_RC.mul_(slope_R1 * self.mass_N1[rows] / sum_R1)
+            e_RC.scatter_add_(1, index_RK, p_RK * -slope_R1)
+            if self.tail == "uniform":
+                e_RC.sub_(slope_R1 * each_R1)
+                e_RC.scatter_add_(1, index_RK, (slope_R1 * each_R1).expand_as(p_RK))
 
-    def _ghost(self, rows: slice, u_RC: Tensor, u_RK: Tensor, p_RK: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
-        """The kept classes' entries of `e` become 0 before it is summed: 1 - the sum of their probabilities would
-        cancel to nothing."""
-        index_RK, slope_R1, rest_R1 = self.index_NK[rows], self.slope_N1[rows], self.rest_N1[rows]
+    def _ghost(self, rows: slice, x_RC: Tensor, u_RK: Tensor, e_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """What e is multiplied by outside of the kept classes, and the student's probabilities of these.
+
+        Their entries of e become 0 before it is summed: 1 - the sum of their probabilities would cancel to nothing.
+        """
+        index_RK, rest_R1 = self.index_NK[rows], self.rest_N1[rows]
         sum_rest_R1 = e_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
         # Looking costs a device synchronisation elsewhere than on the CPU: there it is always done the long way.
-        if u_RC.device.type != "cpu" or bool((sum_rest_R1 < LEAST_REST).any()):
-            u_RC.scatter_(1, index_RK, -torch.inf)
+        if x_RC.device.type != "cpu" or bool((sum_rest_R1 < LEAST_REST).any()):
+            u_RC = torch.mul(x_RC, self.per_t, out=e_RC).scatter_(1, index_RK, -torch.inf)
             top_R1 = u_RC.amax(1, keepdim=True)
             top_R1.masked_fill_(top_R1 == -torch.inf, 0.0)
-            sum_rest_R1 = torch.exp(u_RC.sub_(top_R1), out=e_RC).sum(1, keepdim=True)
+            sum_rest_R1 = u_RC.sub_(top_R1).exp_().sum(1, keepdim=True)
             log_sum_rest_R1 = sum_rest_R1.log() + top_R1
             log_sum_R1 = torch.logaddexp(log_sum_rest_R1, u_RK.logsumexp(1, keepdim=True))
-            by_R1 = (top_R1 - log_sum_R1).exp_() - torch.where(rest_R1 == 0, 0.0, rest_R1 / sum_rest_R1)
-            q_RK = (u_RK - log_sum_R1).exp_()
             self.log_sum_N1[rows], self.log_sum_rest_N1[rows] = log_sum_R1, log_sum_rest_R1
-        else:
-            q_RK = u_RK.exp_()
-            sum_R1 = q_RK.sum(1, keepdim=True).add_(sum_rest_R1)
-            torch.log(sum_R1, out=self.log_sum_N1[rows])
-            torch.log(sum_rest_R1, out=self.log_sum_rest_N1[rows])
-            by_R1 = sum_R1.reciprocal_()
-            q_RK.mul_(by_R1)
-            by_R1 = by_R1 - rest_R1 / sum_rest_R1
-        if g_RC is not None:
-            g_RC.addcmul_(e_RC, by_R1 * slope_R1)
-            g_RC.scatter_add_(1, index_RK, q_RK.sub_(p_RK).mul_(slope_R1))
+            spread_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 / sum_rest_R1)
+            return (top_R1 - log_sum_R1).exp_() - spread_R1, (u_RK - log_sum_R1).exp_()
+        q_RK = u_RK.exp_()
+        sum_R1 = q_RK.sum(1, keepdim=True).add_(sum_rest_R1)
+        torch.log(sum_R1, out=self.log_sum_N1[rows])
+        torch.log(sum_rest_R1, out=self.log_sum_rest_N1[rows])
+        by_R1 = sum_R1.reciprocal_()
+        return by_R1 - rest_R1 / sum_rest_R1, q_RK.mul_(by_R1)

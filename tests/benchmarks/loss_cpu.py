@@ -60,15 +60,16 @@ def ours(student_NC: Tensor, target: object, labels_N: Tensor, impl: str) -> Ten
 
 
 def ratios(sides: Mapping[str, Step], base: str, student_NC: Tensor, rounds: int) -> dict[str, tuple[float, float]]:
-    """name -> (median milliseconds, median over rounds of base / side)."""
+    """name -> (median milliseconds, median over rounds of base / side), in CPU time of the one thread, page faults and
+    all: other programs on the machine then cost nothing but cache."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 2):
         for name, side in sides.items():
             student_NC.grad = None
-            started = time.perf_counter()
+            started = time.process_time()
             side().backward()
             if number >= 2:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     return {
         name: (
             1e3 * statistics.median(times),
