@@ -26,6 +26,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "generate": commands.generate,
     "inspect": commands.inspect,
     "verify": commands.verify,
+    "repair": commands.repair,
+    "extend": commands.extend,
     "train": commands.train,
     "evaluate": commands.evaluate,
 }

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from softlabel.generate import GenerateSummary
+    from softlabel.store.columns import Encoding
     from softlabel.train import TrainConfig
 
 DAMAGED = 3  # exit code of `verify`
@@ -30,6 +32,12 @@ def generate(
     seed: int = 0,
     ignore_labels: bool = False,
     on_bad_image: Literal["skip", "error"] = "skip",
+    encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16",
+    top_k: int = 50,
+    samples: int = 50,
+    temperatures: list[float] | None = None,
+    hidden: Literal["float16", "int8"] = "float16",
+    grow: bool = False,
     device: str = "auto",
 ) -> int:
     """Run one or several teachers over a dataset and store their soft labels.
@@ -55,6 +63,12 @@ def generate(
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
+        encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
+        top_k: classes that encoding topk keeps of a row.
+        samples: draws that encoding sampled keeps of a row.
+        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
+        hidden: type in which encoding head stores the teacher's last hidden layer.
+        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: auto, cpu, cuda or cuda:N.
     """
     options = dict(locals())
@@ -75,12 +89,21 @@ def generate(
         seed=seed,
         ignore_labels=ignore_labels,
         on_bad_image=on_bad_image,
+        encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
+        grow=grow,
         device=device,
     )
+    tell(summary)
+    if summary.shards_written:
+        write_config(Path(out) / "config.yaml", options)
+    return 0
+
+
+def tell(summary: "GenerateSummary") -> None:
+    """What a run of the teachers did."""
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
-        return 0
-    write_config(Path(out) / "config.yaml", options)
+        return
     print(f"{summary.path}: complete, {summary.total_rows:,} rows")
     print(
         f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s, "
@@ -90,7 +113,19 @@ def generate(
         print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
-    return 0
+
+
+def encoding_of(
+    name: str, temperature: float, top_k: int, samples: int, temperatures: list[float] | None, hidden: str
+) -> "Encoding | str":
+    """The encoding that the options name; the width of `head` is the teacher's."""
+    from softlabel.store.columns import Encoding
+
+    if name == "topk":
+        return Encoding(name="topk", k=top_k, temperatures=tuple(sorted({temperature, *(temperatures or ())})))
+    if name == "sampled":
+        return Encoding(name="sampled", samples=samples)
+    return f"head:{hidden}" if name == "head" else name
 
 
 def inspect(store: str, /, *, json: bool = False) -> int:
@@ -148,17 +183,30 @@ def inspect(store: str, /, *, json: bool = False) -> int:
     return 0
 
 
-def verify(store: str, /, *, workers: int | None = None) -> int:
+def verify(
+    store: str,
+    /,
+    *,
+    recompute: int = 0,
+    data: str | None = None,
+    teacher: list[str] | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+) -> int:
     """Check every byte of a store: file hashes, rows, keys, ranges, finite values, manifest.
 
-    Exit code 0 means whole, 3 damaged.
+    Exit code 0 means whole, 3 damaged or not what --data shows.
 
     Example:
         softlabel verify labels/resnet50
 
     Args:
         store: folder of the store.
+        recompute: run the teachers again on this many rows and report how far the stored labels are from theirs.
+        data: check that the store covers this SOURCE, and the content hashes of its images.
+        teacher: the SPECs for --recompute, where the weights are not at the recorded places any more.
         workers: threads; one a core when absent.
+        device: auto, cpu, cuda or cuda:N.
     """
     import time
 
@@ -175,15 +223,104 @@ def verify(store: str, /, *, workers: int | None = None) -> int:
 
         report = verify_store(store, workers=workers, progress=progress)
     seconds = time.perf_counter() - started
-    if report.ok:
-        print(
-            f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s"
-        )
-        return 0
-    for problem in report.problems:
-        print(f"damaged: {problem}")
-    print(f"{store}: DAMAGED, {len(report.problems)} problem(s) found")
-    return DAMAGED
+    if not report.ok:
+        for problem in report.problems:
+            print(f"damaged: {problem}")
+        print(f"{store}: DAMAGED, {len(report.problems)} problem(s) found")
+        return DAMAGED
+    print(f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s")
+    good = data is None or _tell_coverage(store, data)
+    if recompute:
+        _tell_recomputed(store, recompute, data, teacher, device)
+    return 0 if good else DAMAGED
+
+
+def _tell_coverage(store: str, data: str) -> bool:
+    from softlabel.store.reader import open_store
+    from softlabel.upkeep import coverage
+
+    found = coverage(open_store(store), data)
+    print(f"  {found.samples:,} samples in {data}, {found.compared:,} of them compared by content")
+    for count, keys, what in (
+        (found.missing_count, found.missing, "samples have no row"),
+        (found.surplus_count, (), "rows are of samples that the data do not have"),
+        (found.changed_count, found.changed, "images are not those that were labelled"),
+    ):
+        if count:
+            print(f"  {count:,} {what}{': ' * bool(keys)}{', '.join(keys)}")
+    return found.ok
+
+
+def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> None:
+    from softlabel.store.reader import open_store
+    from softlabel.upkeep import job_of, recompute
+
+    opened = open_store(store)
+    found = recompute(opened, job_of(opened.manifest, store, data=data, teachers=teachers, device=device), rows)
+    print(
+        f"  {found.rows:,} rows recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
+        f"{found.worst_difference:.1e} at worst; top-1 differs in {found.top1_disagreement:.4%} of the rows"
+    )
+
+
+def repair(
+    store: str,
+    /,
+    *,
+    data: str | None = None,
+    teacher: list[str] | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+) -> int:
+    """Relabel the shards of a store that are missing or damaged, and nothing else.
+
+    Refused if teachers or data are not the same any more.
+
+    Example:
+        softlabel repair labels/resnet50
+
+    Args:
+        store: folder of the store.
+        data: the SOURCE, where it is not at the recorded place any more.
+        teacher: the SPECs, where the weights are not at the recorded places any more.
+        workers: processes that decode; absent, chosen from the machine.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from softlabel.upkeep import repair as run
+
+    summary = run(store, data=data, teachers=teacher, workers=workers, device=device)
+    if summary.shards_written:
+        print(f"{store}: {summary.shards_written} shards relabelled, {summary.total_rows:,} rows, whole again")
+    else:
+        print(f"{store}: whole, {summary.total_rows:,} rows; nothing to repair")
+    return 0
+
+
+def extend(
+    store: str,
+    /,
+    *,
+    teacher: str,
+    data: str | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+) -> int:
+    """Add a member to a store that keeps its members (--combine keep); the others are not run again.
+
+    Example:
+        softlabel extend labels/ensemble --teacher torchvision:resnet50@resnet50.pth
+
+    Args:
+        store: folder of the store.
+        teacher: SPEC of the new member.
+        data: the SOURCE, where it is not at the recorded place any more.
+        workers: processes that decode; absent, chosen from the machine.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from softlabel.extend import extend as run
+
+    tell(run(store, teacher=teacher, data=data, workers=workers, device=device))
+    return 0
 
 
 def train(config: "TrainConfig") -> int:

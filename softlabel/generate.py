@@ -24,7 +24,9 @@ from softlabel.dataset import Source, open_source
 from softlabel.device import resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.history import History
 from softlabel.labels import CombineRule, normalized_weights
+from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
@@ -68,6 +70,8 @@ def generate(
     seed: int = 0,
     ignore_labels: bool = False,
     on_bad_image: BadImagePolicy = "skip",
+    encoding: Encoding | str = "float16",
+    grow: bool = False,
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
     progress: bool | None = None,
@@ -90,6 +94,8 @@ def generate(
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: ``skip`` lists an image that cannot be decoded in the manifest, ``error`` stops at it.
+        encoding: how logits are stored; a name for those without parameters, or an `Encoding`.
+        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         progress: show a bar; absent: if standard error is a terminal.
@@ -105,6 +111,7 @@ def generate(
     """
     job = prepare(
         data,
+        history=History.of(out, grow=grow),
         teachers=teachers,
         combine=combine,
         weights=weights,
@@ -117,10 +124,11 @@ def generate(
         seed=seed,
         ignore_labels=ignore_labels,
         on_bad_image=on_bad_image,
+        encoding=encoding,
         device=device,
         key_fn=key_fn,
     )
-    with Committer.open(out, job.run, job.recorded) as committer:
+    with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
         return label_missing(committer, out, job, progress=progress)
 
 
@@ -149,8 +157,10 @@ def prepare(
     seed: int,
     ignore_labels: bool,
     on_bad_image: BadImagePolicy,
+    encoding: Encoding | str,
     device: str,
     key_fn: Callable[[int], str] | None = None,
+    history: History | None = None,
 ) -> Job:
     """Load data and teachers and check that they fit together; writes nothing. See `generate`."""
     if not teachers:
@@ -163,6 +173,7 @@ def prepare(
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
+    source, earlier = history.arrange(source) if history is not None else (source, ())
     target = resolve_device(device)
     torch.manual_seed(seed)
     members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]
@@ -175,10 +186,15 @@ def prepare(
         num_classes=members[0].num_classes,
         class_names=_class_names(source, members[0].num_classes),
         temperature=float(temperature),
+        encoding=Encoding(name=encoding) if isinstance(encoding, str) else encoding,  # type: ignore[arg-type]
         combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
         members=tuple(_member(teacher) for teacher in members),
         dataset=DatasetInfo(
-            kind=source.kind, rows=len(source), fingerprint=source.fingerprint(), has_labels=source.has_labels
+            kind=source.kind,
+            rows=len(source),
+            fingerprint=source.fingerprint(),
+            has_labels=source.has_labels,
+            earlier=earlier,
         ),
         views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
         shard_rows=shard_rows,
@@ -194,21 +210,31 @@ def prepare(
     return Job(run=run, recorded=recorded, labeller=labeller, workers=_workers(workers, target))
 
 
-def label_missing(committer: Committer, out: str | Path, job: Job, *, progress: bool | None = None) -> GenerateSummary:
-    """Label and commit the shards that the store lacks, and declare it complete."""
+def label_missing(
+    committer: Committer,
+    out: str | Path,
+    job: Job,
+    *,
+    progress: bool | None = None,
+    complement: Callable[[LabelledShard], LabelledShard] | None = None,
+) -> GenerateSummary:
+    """Label and commit the shards that the store lacks, and declare it complete.
+
+    complement: what is added to the rows of a shard before they are written.
+    """
     started = time.perf_counter()
-    run, labeller = job.run, job.labeller
+    run, labeller = committer.run, job.labeller
     images = written = correct = labelled = 0
     missing = committer.missing()
     rows = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
-        log.info("%s: resuming, %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
+        log.info("%s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
     batches = labeller.decoded(missing, job.workers)
-    with _bar(total, total - rows, progress) as bar, _writer(committer, out, run) as write:
+    with _bar(total, total - rows, progress) as bar, _writer(committer, out) as write:
         for plan in missing:
             shard = label_shard(plan, labeller, _counted(batches, bar))
-            write(shard)
+            write(shard if complement is None else complement(shard))
             images += len(shard.rows.keys) + len(shard.bad)
             correct, labelled = correct + shard.correct, labelled + shard.labelled
             written += 1
@@ -250,12 +276,12 @@ def _member(teacher: Teacher) -> Member:
 
 
 @contextlib.contextmanager
-def _writer(committer: Committer, out: str | Path, run: Run) -> Iterator[Callable[[LabelledShard], None]]:
+def _writer(committer: Committer, out: str | Path) -> Iterator[Callable[[LabelledShard], None]]:
     """Write and commit in the background, few in flight; a failure is raised at the next call or at exit."""
     pending: list[Future[None]] = []
 
     def publish(shard: LabelledShard) -> None:
-        record = write_shard(out, run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+        record = write_shard(out, committer.run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
         committer.commit(record)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:

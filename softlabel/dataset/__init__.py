@@ -3,6 +3,7 @@
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
 from softlabel.dataset.decode import content_hash, decode_image, stack_images
 from softlabel.dataset.opening import open_source
+from softlabel.dataset.reordered import known_first
 
 __all__ = [
     "IGNORE",
@@ -11,6 +12,7 @@ __all__ = [
     "Source",
     "content_hash",
     "decode_image",
+    "known_first",
     "open_source",
     "stack_images",
 ]

@@ -1,0 +1,63 @@
+"""A source in another order: what lets a dataset grow without moving the samples that were labelled before."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.dataset.base import Sample, Source, span
+from softlabel.errors import MismatchError
+
+
+class ReorderedSource(Source):
+    """The samples of another source in the order of `order_N`, int64 indices into it, each at most once."""
+
+    def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
+        self.base, self.order_N = base, order_N
+        self.kind, self.name = base.kind, base.name
+        self.class_names, self.has_labels = base.class_names, base.has_labels
+
+    def __len__(self) -> int:
+        return len(self.order_N)
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        start, stop = span(start, stop, len(self))
+        # By runs of neighbours, which most of a grown dataset is: a source reads those at once.
+        found: list[str] = []
+        for first, last in _runs(self.order_N[start:stop]):
+            found += self.base.keys(first, last)
+        return found
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        start, stop = span(start, stop, len(self))
+        return self.base.labels()[self.order_N[start:stop]]
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        return self.base.read(self.order_N[np.asarray(indices, dtype=np.int64)])
+
+
+def known_first(source: Source, known: Sequence[str], *, where: object) -> Source:
+    """The source with the samples of these keys first, in the order of the keys, and the others after them.
+
+    Raises:
+        MismatchError: a known key is not in the source.
+    """
+    position = {key: index for index, key in enumerate(source.keys())}
+    absent = [key for key in known if key not in position]
+    if absent:
+        listed = ", ".join(repr(key) for key in absent[:3])
+        raise MismatchError(
+            f"{source.name}: {len(absent)} of the {len(known)} samples that {where} was made from are not there: "
+            f"{listed}; give the data that was labelled, grown or as it was"
+        )
+    first = np.array([position[key] for key in known], dtype=np.int64)
+    others = np.setdiff1d(np.arange(len(source), dtype=np.int64), first, assume_unique=True)
+    order_N = np.concatenate([first, others])
+    return source if np.array_equal(order_N, np.arange(len(source))) else ReorderedSource(source, order_N)
+
+
+def _runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
+    if not len(indices):
+        return []
+    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, cuts)]

@@ -1,0 +1,121 @@
+"""A new member for a store that keeps its members: the same rows, seen by one more teacher.
+
+Legend: B rows, M members, W elements of a column in one row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from softlabel.engine import LabelledShard
+from softlabel.errors import MismatchError, UsageError
+from softlabel.generate import GenerateSummary, label_missing, prepare
+from softlabel.history import History
+from softlabel.labels import normalized_weights
+from softlabel.store.keys import Keys
+from softlabel.store.manifest import Combine, Fidelity, Run
+from softlabel.store.reader import Store, open_store
+from softlabel.store.shard import Rows
+from softlabel.store.supplant import supplant
+from softlabel.store.writer import Committer
+from softlabel.upkeep import recorded_place
+
+
+def extend(
+    store: str | Path,
+    *,
+    teacher: str,
+    data: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> GenerateSummary:
+    """Add a member to a store that keeps its members; the others are not run again.
+
+    The new shards are written beside the store, in ``STORE.extending``, and take its place in one step at the end; the
+    same call resumes an interrupted one.
+
+    Args:
+        store: its folder.
+        teacher: SPEC of the new member.
+        data: the SOURCE, where it is not at the recorded place any more.
+
+    Raises:
+        UsageError: the store does not keep its members.
+        MismatchError: the data are not those that were labelled; the teacher has other classes, or is a member already.
+    """
+    opened = open_store(store, verify="full")
+    manifest, run = opened.manifest, opened.run
+    if not run.kept:
+        raise UsageError(
+            f"{store}: holds the {run.combine.rule} average of its members, which cannot take another one; "
+            "generate with --combine keep to add members later"
+        )
+    job = prepare(
+        recorded_place(manifest, "data", store, data),
+        teachers=[teacher],
+        combine="keep",
+        weights=None,
+        temperature=run.temperature,
+        format=run.format,
+        shard_rows=run.shard_rows,
+        batch_size=int(manifest.recorded.get("batch_size", 256)),
+        precision=run.members[0].precision,  # type: ignore[arg-type]
+        workers=workers,
+        seed=run.views.seed,
+        ignore_labels=not run.dataset.has_labels,
+        on_bad_image="skip",
+        encoding=run.encoding,
+        device=device,
+        history=History.of(store),
+    )
+    (member,) = job.run.members
+    if any((member.sha256, member.preprocessing) == (one.sha256, one.preprocessing) for one in run.members):
+        raise MismatchError(f"{store}: {member.spec} with these weights is a member already")
+    members = (*run.members, member)
+    combine = Combine(rule="keep", weights=normalized_weights(None, len(members)))
+    # All but the members must be the store's own.
+    if differences := run.differences(dataclasses.replace(job.run, members=run.members, combine=run.combine)):
+        raise MismatchError(f"{store}: the data are not those that were labelled; {'; '.join(differences)}")
+    extended = dataclasses.replace(run, members=members, combine=combine)
+    teachers = [*manifest.recorded.get("teachers", []), teacher]
+    beside = Path(f"{Path(store)}.extending")
+    job.labeller.first_member = len(run.members)
+    with Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers}) as committer:
+        summary = label_missing(committer, beside, job, progress=progress, complement=_beside(opened, extended))
+    opened.close()
+    supplant(store, beside)
+    return dataclasses.replace(summary, path=str(store))
+
+
+def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledShard]:
+    """Put a new member's columns to the right of those that the store has for the same rows."""
+    starts = np.cumsum([0, *(record.rows for record in store.shards)])
+
+    def complement(shard: LabelledShard) -> LabelledShard:
+        record = store.shards[shard.plan.number]
+        kept = store.take(np.arange(starts[record.number], starts[record.number + 1]))
+        if Keys.of(shard.rows.keys).to_list() != kept.keys or {r.key for r in record.bad} != {r.key for r in shard.bad}:
+            raise MismatchError(f"{store.path / record.file}: holds other samples than can be labelled now")
+        changed = kept.content != shard.rows.content
+        if changed.any():
+            key = kept.keys[int(np.flatnonzero(changed)[0])]
+            raise MismatchError(f"image {key!r}: its bytes are not those that the other members of {store.path} saw")
+        columns = {
+            column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)
+            for column in extended.columns
+        }
+        rows = Rows(keys=shard.rows.keys, labels=kept.labels, content=kept.content, columns=columns)
+        members = len(extended.members)
+        fidelity = _mean(record.fidelity, shard.fidelity, members)
+        return dataclasses.replace(shard, rows=rows, fidelity=fidelity)
+
+    return complement
+
+
+def _mean(kept: Fidelity | None, new: Fidelity | None, members: int) -> Fidelity | None:
+    if kept is None or new is None:
+        return None
+    return Fidelity.total([(members - 1, kept), (1, new)])

@@ -1,0 +1,229 @@
+"""What happens to a store after it was written: relabelling what is damaged, and audits against data and teachers.
+
+A store knows its identity, not the places of its data and weights; those are recorded beside it, and can be given anew.
+
+Legend: B rows, C classes, M members.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from softlabel.dataset import Source, content_hash, open_source
+from softlabel.errors import MismatchError, StoreCorruptError, UsageError
+from softlabel.generate import GenerateSummary, Job, label_missing, prepare
+from softlabel.history import History
+from softlabel.store.manifest import Manifest
+from softlabel.store.reader import Store, open_store
+from softlabel.store.verify import verify_store
+from softlabel.store.writer import Committer
+
+CHUNK = 4096  # samples read at a time
+LISTED = 3  # keys that a message spells out
+
+
+def job_of(
+    manifest: Manifest,
+    where: str | Path,
+    *,
+    data: str | None = None,
+    teachers: Sequence[str] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+) -> Job:
+    """Load what labelled a store, from where the store says it lay or from where it lies now.
+
+    Raises:
+        MismatchError: data or teachers are not those that labelled it.
+    """
+    run, recorded = manifest.run, manifest.recorded
+    job = prepare(
+        recorded_place(manifest, "data", where, data),
+        teachers=recorded_place(manifest, "teachers", where, teachers),
+        combine=run.combine.rule,  # type: ignore[arg-type]
+        weights=None if run.kept else run.combine.weights,
+        temperature=run.temperature,
+        format=run.format,
+        shard_rows=run.shard_rows,
+        # The recorded size: labels agree across sizes within a rounding step, with the same size to the bit.
+        batch_size=int(recorded.get("batch_size", 256)),
+        precision=run.members[0].precision,  # type: ignore[arg-type]
+        workers=workers,
+        seed=run.views.seed,
+        ignore_labels=not run.dataset.has_labels,
+        on_bad_image="skip",
+        encoding=run.encoding,
+        device=device,
+        history=History.of(where),
+    )
+    if differences := run.differences(job.run):
+        raise MismatchError(
+            f"{where}: data or teachers are not those that labelled it; {'; '.join(differences)}; "
+            "give --data and --teacher as they were"
+        )
+    return job
+
+
+def repair(
+    store: str | Path,
+    *,
+    data: str | None = None,
+    teachers: Sequence[str] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> GenerateSummary:
+    """Relabel the shards that are missing or damaged, and nothing else.
+
+    Args:
+        store: its folder.
+        data: the SOURCE, where it is not at the recorded place any more.
+        teachers: the SPECs, where the weights are not at the recorded places any more.
+
+    Raises:
+        MismatchError: data or teachers are not the same any more.
+        StoreCorruptError: the manifest itself is damaged, so that nothing says what the store was.
+    """
+    report = verify_store(store, workers=workers, allow_incomplete=True)
+    if not report.ok and not report.damaged:
+        raise StoreCorruptError(
+            f"{'; '.join(report.problems[:LISTED])}; the shards alone cannot tell what the store was: remove "
+            "manifest.json and run the same 'softlabel generate' again, which takes over every shard that is whole"
+        )
+    manifest = open_store(store, verify="none", allow_incomplete=True).manifest
+    job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers)
+    with Committer.open(store, job.run, relabel=report.damaged) as committer:
+        return label_missing(committer, store, job, progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed:
+    """Stored rows against the teachers' answers today, in scaled logits with each row's maximum at 0.
+
+    Attributes:
+        rows: how many were compared.
+        mean_difference: mean absolute difference, over rows and classes.
+        worst_difference: the largest one.
+        top1_disagreement: share of rows whose most probable class is another.
+    """
+
+    rows: int
+    mean_difference: float
+    worst_difference: float
+    top1_disagreement: float
+
+
+def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
+    """Run the teachers again on `rows` rows drawn at random, and compare."""
+    drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
+    asked = store.take(drawn_B)
+    position = {key: index for index, key in enumerate(job.labeller.source.keys())}
+    wanted = [position[key] for key in asked.keys]
+    size = job.labeller.batch_size
+    found = [_scaled_logits(job, wanted[start : start + size]) for start in range(0, len(wanted), size)]
+    now = np.concatenate(found)
+    stored = np.asarray(asked.scaled_logits, dtype=np.float64)
+    stored -= stored.max(axis=-1, keepdims=True)
+    now -= now.max(axis=-1, keepdims=True)
+    finite = np.isfinite(stored) & np.isfinite(now)
+    difference = np.abs(np.where(finite, stored - now, 0.0))
+    return Recomputed(
+        rows=len(drawn_B),
+        mean_difference=float(difference.mean()),
+        worst_difference=float(difference.max()),
+        top1_disagreement=float((stored.argmax(axis=-1) != now.argmax(axis=-1)).mean()),
+    )
+
+
+def _scaled_logits(job: Job, samples: Sequence[int]) -> NDArray[np.float64]:
+    batch = job.labeller.decode(samples)
+    if batch.bad:
+        raise MismatchError(
+            f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
+        )
+    return job.labeller.scaled_logits(batch).double().cpu().numpy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """A source against a store. Keys are listed up to a few, counted in full.
+
+    Attributes:
+        samples: in the source.
+        missing: samples without a row, that the store does not list as bad either.
+        surplus: rows whose key the source does not have.
+        changed: samples whose bytes are not those that were labelled.
+        compared: samples whose bytes could be compared.
+    """
+
+    samples: int
+    missing: tuple[str, ...]
+    missing_count: int
+    surplus_count: int
+    changed: tuple[str, ...]
+    changed_count: int
+    compared: int
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing_count or self.surplus_count or self.changed_count)
+
+
+def coverage(store: Store, data: str | Source, *, progress: bool | None = None) -> Coverage:
+    """Check that a store has a row for every sample of a source, no other ones, and for the very same images."""
+    source = open_source(data)
+    bad = store.bad
+    missing: list[str] = []
+    changed: list[str] = []
+    missing_count = changed_count = compared = found = 0
+    with tqdm(total=len(source), unit="img", unit_scale=True, desc="comparing", disable=_off(progress)) as bar:
+        for start in range(0, len(source), CHUNK):
+            samples = source.read(range(start, min(start + CHUNK, len(source))))
+            keys = [sample.key for sample in samples]
+            rows_B = store.lookup(keys, missing="mask")
+            absent = [key for key, row in zip(keys, rows_B.tolist(), strict=True) if row < 0 and key not in bad]
+            missing_count += len(absent)
+            missing += absent[: LISTED - len(missing)] if len(missing) < LISTED else []
+            found += int((rows_B >= 0).sum())
+            stored_B = store.take(np.maximum(rows_B, 0), columns=[]).content
+            for sample, row, stored in zip(samples, rows_B.tolist(), stored_B.tolist(), strict=True):
+                now = content_hash(sample.image) if row >= 0 and stored else None
+                if now is None:
+                    continue
+                compared += 1
+                if now != stored:
+                    changed_count += 1
+                    if len(changed) < LISTED:
+                        changed.append(sample.key)
+            bar.update(len(samples))
+    per_view = len(store) // store.run.views.count
+    return Coverage(
+        samples=len(source),
+        missing=tuple(missing),
+        missing_count=missing_count,
+        surplus_count=per_view - found,
+        changed=tuple(changed),
+        changed_count=changed_count,
+        compared=compared,
+    )
+
+
+def _off(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress
+
+
+def recorded_place(manifest: Manifest, name: Literal["data", "teachers"], where: object, given: Any = None) -> Any:
+    """Where data or teachers lie: as given, or else as they lay when the store was written.
+
+    Raises:
+        UsageError: neither is known.
+    """
+    found = manifest.recorded.get(name) if given is None else given
+    if not found:
+        raise UsageError(f"{where}: does not say where its {name} lay; give --{name.removesuffix('s')}")
+    return found
