@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset import IGNORE, Source, content_hash, decode_image, stack_images
-from softlabel.encoding import FidelityMeter, encode
+from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.errors import BadImageError, DataError, TeacherError
+from softlabel.head import Head
 from softlabel.labels import combine
 from softlabel.store.index import Hasher
 from softlabel.store.keys import Keys
@@ -114,6 +115,7 @@ class Labeller:
     ) -> None:
         self.source, self.teachers, self.run = source, tuple(teachers), run
         self.batch_size, self.on_bad_image = min(batch_size, run.shard_rows), on_bad_image
+        self.head = Head.of(self.teachers[0]) if run.encoding.name == "head" else None
         self.first_member = 0  # the number in the store of the first of these members, where they join others
         shapes = [teacher.preprocessing for teacher in self.teachers]
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
@@ -149,13 +151,27 @@ class Labeller:
             TeacherError: a member's logits are not numbers.
         """
         kept = len(batch.keys)
-        # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
-        padded = [_pad(images_BCHW, self.batch_size) for images_BCHW in batch.images]
+        padded = self._padded(batch)
         logits_MBC = []
         for teacher, geometry in zip(self.teachers, self.geometry_of, strict=True):
             logits_BC = teacher.logits(padded[geometry])[:kept]
             _check_logits(logits_BC, teacher, batch.keys)
             logits_MBC.append(logits_BC)
+        return self._combine(logits_MBC)
+
+    def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
+        """Scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32."""
+        assert self.head is not None
+        logits_BC, hidden_BD = self.head.logits(self._padded(batch)[0])
+        kept = len(batch.keys)
+        _check_logits(logits_BC[:kept], self.teachers[0], batch.keys)
+        return self._combine([logits_BC[:kept]]), hidden_BD[:kept]
+
+    def _padded(self, batch: DecodedBatch) -> list[Tensor]:
+        # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
+        return [_pad(images_BCHW, self.batch_size) for images_BCHW in batch.images]
+
+    def _combine(self, logits_MBC: Sequence[Tensor]) -> Tensor:
         rule, weights = self.run.combine.rule, self.run.combine.weights
         return combine(logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights)
 
@@ -182,11 +198,16 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
             )
         if not batch.keys:
             continue
-        scaled_logits = labeller.scaled_logits(batch)
-        flat_RC = scaled_logits.reshape(-1, run.num_classes)  # R is B, or B * M where members are kept apart
-        seeds_R = _row_seeds(labeller, plan, batch.keys).to(flat_RC.device)
-        encoded = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
-        fidelity.add(flat_RC, encoded)
+        if labeller.head is not None:
+            scaled_logits, hidden_BD = labeller.hidden(batch)
+            encoded = encode_hidden(hidden_BD, run.encoding)
+            fidelity.add(scaled_logits, encoded, (labeller.head.weight, labeller.head.bias))
+        else:
+            scaled_logits = labeller.scaled_logits(batch)
+            flat_RC = scaled_logits.reshape(-1, run.num_classes)  # R is B, or B * M where members are kept apart
+            seeds_R = _row_seeds(labeller, plan, batch.keys).to(flat_RC.device)
+            encoded = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
+            fidelity.add(flat_RC, encoded)
         columns.append({name: column.reshape(len(batch.keys), -1).cpu() for name, column in encoded.items()})
         mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
         top_B = mixed_BC.argmax(dim=-1).cpu().numpy()

@@ -24,9 +24,10 @@ from softlabel.dataset import Source, open_source
 from softlabel.device import resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.head import Head
 from softlabel.history import History
 from softlabel.labels import CombineRule, normalized_weights
-from softlabel.store.columns import Encoding
+from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
@@ -129,6 +130,8 @@ def generate(
         key_fn=key_fn,
     )
     with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
+        if job.labeller.head is not None:
+            committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
         return label_missing(committer, out, job, progress=progress)
 
 
@@ -186,7 +189,7 @@ def prepare(
         num_classes=members[0].num_classes,
         class_names=_class_names(source, members[0].num_classes),
         temperature=float(temperature),
-        encoding=Encoding(name=encoding) if isinstance(encoding, str) else encoding,  # type: ignore[arg-type]
+        encoding=_encoding(encoding, members, temperature),
         combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
         members=tuple(_member(teacher) for teacher in members),
         dataset=DatasetInfo(
@@ -248,6 +251,25 @@ def label_missing(
         seconds=time.perf_counter() - started,
         teacher_accuracy=correct / labelled if labelled else None,
     )
+
+
+def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
+    """A full encoding from a name; ``head:float16`` and ``head:int8`` get their width from the teacher."""
+    if isinstance(encoding, Encoding):
+        if encoding.name == "topk" and temperature not in encoding.temperatures:
+            raise UsageError(
+                f"temperatures: expected the store's {temperature:g} among them, found {encoding.temperatures}"
+            )
+        return encoding
+    name, _, hidden = encoding.partition(":")
+    if name != "head":
+        try:
+            return Encoding(name=name)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UsageError(f"encoding: {error}") from None
+    if len(members) > 1:
+        raise UsageError(f"encoding head: stores the last layer of one teacher, found {len(members)} teachers")
+    return Encoding(name="head", width=Head.of(members[0]).width, hidden=hidden or "float16")  # type: ignore[arg-type]
 
 
 def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:

@@ -1,0 +1,95 @@
+"""A teacher's last linear layer, for the encoding that stores what goes into it.
+
+Where a network ends in logits = W h + b with a width D below the number of classes C, the D numbers of h are a smaller
+and, at every temperature, exact description of the logits; W and b are stored once.
+
+Legend: B batch, C classes, D width of the layer's input.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from softlabel.errors import UsageError
+from softlabel.teacher import Teacher
+
+# How far W h + b may lie from the output, relative to the batch's largest logit: another order of sums, or the
+# output's own rounding.
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last linear layer of a teacher: weight (C, D) and bias (C,)."""
+
+    teacher: Teacher
+    layer: nn.Linear
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> "Head":
+        """Raises UsageError where a teacher has no linear layer that could give its logits."""
+        layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
+        if not layers or layers[-1].out_features != teacher.num_classes:
+            found = f"one with {layers[-1].out_features} outputs" if layers else "none"
+            raise UsageError(
+                f"encoding head: {teacher.spec.text}: expected a last linear layer with {teacher.num_classes} outputs, "
+                f"found {found}; use another --encoding"
+            )
+        return cls(teacher=teacher, layer=layers[-1])
+
+    @property
+    def width(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight.detach().float()
+
+    @property
+    def bias(self) -> Tensor:
+        bias = self.layer.bias
+        return self.weight.new_zeros(self.layer.out_features) if bias is None else bias.detach().float()
+
+    def safetensors(self) -> bytes:
+        """The file that the store shares: float32 `weight` (C, D) and `bias` (C,)."""
+        return save({"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()})
+
+    def logits(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits float32 (B, C), hidden float32 (B, D)) of a batch: the forward pass with an ear at its head.
+
+        Raises:
+            UsageError: the layer ran more than once, not on (B, D), or W h + b is not what the teacher answered.
+        """
+        with self._listening() as heard:
+            logits_BC = self.teacher.logits(images_BCHW)
+        fits = len(heard) == 1 and heard[0].shape == (len(logits_BC), self.width)
+        if fits:
+            hidden_BD = heard[0].float()
+            with torch.inference_mode():
+                off = (F.linear(hidden_BD, self.weight, self.bias) - logits_BC).abs().max()
+            fits = bool(off <= TOLERANCE[self.teacher.precision] * (1 + logits_BC.abs().max()))
+        if not fits:
+            raise UsageError(
+                f"encoding head: {self.teacher.spec.text}: the output is not that of its last linear layer; "
+                "use another --encoding"
+            )
+        return logits_BC, hidden_BD
+
+    @contextmanager
+    def _listening(self) -> Iterator[list[Tensor]]:
+        heard: list[Tensor] = []
+
+        def hear(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            heard.append(inputs[0])
+
+        handle = self.layer.register_forward_pre_hook(hear)
+        try:
+            yield heard
+        finally:
+            handle.remove()
