@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from softlabel import commands
+from softlabel import commands, commands_algebra
 from softlabel.errors import SoftLabelError
 
 INTERRUPTED = 130
@@ -28,6 +28,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "verify": commands.verify,
     "repair": commands.repair,
     "extend": commands.extend,
+    "combine": commands_algebra.combine,
+    "merge": commands_algebra.merge,
+    "convert": commands_algebra.convert,
+    "export": commands_algebra.export,
     "train": commands.train,
     "evaluate": commands.evaluate,
 }
@@ -69,6 +73,9 @@ class _Options:
             hint = self.hints[name]
             settings: dict[str, Any] = {"help": self.help[name]}
             if parameter.kind is POSITIONAL:
+                if (element := _element(hint)) is not None:
+                    hint = element
+                    settings["nargs"] = "+"
                 parser.add_argument(name, type=hint, **settings)
             elif hint is bool and parameter.default is False:
                 parser.add_argument(_flag(name), action="store_true", **settings)

@@ -143,6 +143,7 @@ def inspect(store: str, /, *, json: bool = False) -> int:
     import dataclasses
     from json import dumps
 
+    from softlabel.commands_algebra import provenance
     from softlabel.store.reader import open_store
 
     opened = open_store(store, allow_incomplete=True)
@@ -170,6 +171,7 @@ def inspect(store: str, /, *, json: bool = False) -> int:
         at = [(1.0, cost.mean_t1, cost.worst_t1), (run.temperature, cost.mean_t, cost.worst_t)]
         told = "; ".join(f"T = {t:g}: mean {mean:.1e}, worst {worst:.1e}" for t, mean, worst in dict.fromkeys(at))
         lines.append(("cost", f"KL(teacher || stored) in nats at {told}"))
+    lines += provenance(manifest)
     weights = run.combine.weights or (1.0,) * len(run.members)
     for number, (member, weight) in enumerate(zip(run.members, weights, strict=True), 1):
         lines.append((f"teacher {number}", f"{member.spec}  weight {weight:.3g}, {member.precision}"))

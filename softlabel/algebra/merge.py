@@ -1,0 +1,114 @@
+"""Several stores of different samples -> one."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import xxhash
+
+from softlabel.algebra.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
+from softlabel.algebra.samples import Samples
+from softlabel.errors import MismatchError, UsageError
+from softlabel.store.keys import Keys
+from softlabel.store.manifest import DatasetInfo
+from softlabel.store.reader import Store
+
+
+def merge_stores(stores: Sequence[str | Path], out: str | Path, *, progress: bool | None = None) -> RewriteSummary:
+    """One store of the samples of several, in the order given; not one number of a label changes.
+
+    The merged dataset is the datasets one behind the other: its fingerprint is that of a source which lists their
+    samples in this order. Its rows are cut into shards anew. The same call again resumes what was interrupted.
+
+    Args:
+        stores: folders of two or more finished stores with equal teachers, temperature, combination, encoding, views,
+            classes, file format and rows per shard, which have no key in common.
+        out: folder of the new one.
+        progress: show a bar; absent: if standard error is a terminal.
+
+    Raises:
+        UsageError: fewer than two stores. MismatchError: stores differ or share keys, or `out` holds another store.
+        StoreError: a store cannot be read or written.
+    """
+    if len(stores) < 2:
+        raise UsageError(f"merge: expected two stores or more, found {len(stores)}")
+    opened = [open_whole(store, of="merge", out=out) for store in stores]
+    first = opened[0]
+    for other in opened[1:]:
+        _refuse_difference(first, other)
+    for position, other in enumerate(opened[1:], 1):
+        for earlier in opened[:position]:
+            _refuse_overlap(earlier, other)
+    samples = Samples(opened)
+    kinds = {store.run.dataset.kind for store in opened}
+    dataset = DatasetInfo(
+        kind=kinds.pop() if len(kinds) == 1 else "merged",
+        rows=samples.count,
+        fingerprint=_fingerprint(samples),
+        has_labels=any(store.run.dataset.has_labels for store in opened),
+    )
+    run = dataclasses.replace(first.run, dataset=dataset)
+    places = ", ".join(str(store.manifest.recorded.get("data", "?")) for store in opened)
+    return rewrite(
+        samples,
+        out,
+        run,
+        keep_columns,
+        command="merge",
+        truth="carried",
+        progress=progress,
+        recorded={"data": places},
+    )
+
+
+def _refuse_difference(first: Store, other: Store) -> None:
+    same_dataset = dataclasses.replace(other.run, dataset=first.run.dataset)
+    if differences := first.run.differences(same_dataset):
+        words = "; ".join(
+            one.replace("the store has", "it has").replace("this run", "the other") for one in differences
+        )
+        raise MismatchError(
+            f"{first.path} and {other.path}: expected labels of one run over different samples, found in the first: "
+            f"{words}; 'softlabel convert' changes format, encoding and shard rows, the rest needs generating anew"
+        )
+    hashes = [[ref.xxh3 for ref in store.manifest.extra] for store in (first, other)]
+    if hashes[0] != hashes[1]:
+        raise MismatchError(
+            f"{first.path} and {other.path}: their heads (extra/) differ; they are of different teachers"
+        )
+
+
+def _refuse_overlap(first: Store, other: Store) -> None:
+    """Keys decide, by the store's own index; samples without a row count as well."""
+    shared: list[str] = []
+    for rows in other.stream(["key"]):
+        assert rows.key_data is not None
+        keys = rows.key_data.get()
+        found = first.lookup(keys, missing="mask") >= 0
+        if found.any():
+            shared += [key for key, hit in zip(keys.to_list(), found, strict=True) if hit]
+            break
+    bad = list(other.bad)
+    if bad:
+        shared += [key for key, row in zip(bad, first.lookup(Keys.of(bad), missing="mask"), strict=True) if row >= 0]
+    if first.bad:
+        shared += [key for key in bad if key in first.bad]
+        if other_rows := list(first.bad):
+            hits = other.lookup(Keys.of(other_rows), missing="mask")
+            shared += [key for key, row in zip(other_rows, hits, strict=True) if row >= 0]
+    if shared:
+        names = ", ".join(repr(key[:80]) for key in dict.fromkeys(shared[:3]))
+        raise MismatchError(
+            f"{first.path} and {other.path}: expected different samples, found keys in both, the first: {names}; "
+            "leave one of the stores out, or label each sample once"
+        )
+
+
+def _fingerprint(samples: Samples) -> str:
+    """As a source computes it: every key's length (uint32, little-endian) and bytes, in order."""
+    digest = xxhash.xxh3_128()
+    for key in samples.keys():  # noqa: SIM118
+        encoded = key.encode()
+        digest.update(len(encoded).to_bytes(4, "little"))
+        digest.update(encoded)
+    return digest.hexdigest()

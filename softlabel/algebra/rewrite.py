@@ -1,0 +1,245 @@
+"""How a store is made out of others: shard by shard of the new plan, each read, recoded, written, committed.
+
+Legend: B rows of a batch, R = B * M rows of single members, C classes, M members.
+
+Only one shard of the new store is in memory. A kill loses at most that shard, and the same command resumes.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softlabel.algebra.samples import Samples
+from softlabel.encoding import FidelityMeter, encode
+from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
+from softlabel.store.columns import EXTRA_NAME, Array
+from softlabel.store.index import Hasher
+from softlabel.store.jsonio import to_json
+from softlabel.store.keys import Keys
+from softlabel.store.manifest import Fidelity, Run
+from softlabel.store.reader import Store, StoredRows, open_store
+from softlabel.store.shard import Rows
+from softlabel.store.writer import Committer, write_shard
+
+# The columns of some rows; what encoding them costs goes to the meter.
+Recode = Callable[[StoredRows, FidelityMeter], dict[str, Array]]
+# What a new store can say of KL(teacher || decoded): what its sources say, what was measured just now, or nothing.
+Truth = Literal["carried", "measured", "unknown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewriteSummary:
+    """What a call did. `step` is what recoding cost, KL(source || new) in nats, over the rows written by this call."""
+
+    path: str
+    total_rows: int
+    total_bad: int
+    shards_written: int
+    rows_written: int
+    bytes: int
+    seconds: float
+    step: Fidelity | None
+
+
+def open_whole(path: str | Path, *, of: str, out: str | Path) -> Store:
+    """A finished store to work from. Raises UsageError when `out` is the same folder, beside what `open_store` does."""
+    if Path(path).resolve() == Path(out).resolve():
+        raise UsageError(
+            f"{of}: {out} is the store itself, which is never changed; choose another folder for the result"
+        )
+    return open_store(path)
+
+
+def rewrite(
+    samples: Samples,
+    out: str | Path,
+    run: Run,
+    recode: Recode,
+    *,
+    command: str,
+    truth: Truth,
+    progress: bool | None,
+    recorded: Mapping[str, Any] | None = None,
+) -> RewriteSummary:
+    """Write the store `run` from `samples`, or what is missing of it.
+
+    recorded: what to record otherwise than the first source does.
+
+    Raises:
+        MismatchError: `out` holds a store of another run or one that was made in another way.
+        StoreCorruptError: a source is damaged. Its bytes are checked first: a copy would have right checksums.
+        StoreError: the disk does not take it.
+    """
+    started = time.perf_counter()
+    made = _provenance(samples.stores, command)
+    _refuse_other(out, made)
+    notes = {**samples.stores[0].manifest.recorded, **(recorded or {}), "derived": made}
+    steps: list[tuple[int, Fidelity | None]] = []
+    written = 0
+    with Committer.open(out, run, notes) as committer:
+        missing = committer.missing()
+        if missing:
+            for store in samples.stores:
+                open_store(store.path, verify="full").close()
+        if not committer.complete:
+            _share_extra(samples.stores[0], run, committer)
+        total = run.dataset.rows * run.views.count
+        left = sum(plan.stop - plan.start for plan in missing)
+        with _bar(command, total, total - left, progress) as bar:
+            for plan in missing:
+                meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
+                rows = _gather(samples, run, plan.view, plan.start, plan.stop, recode, meter, bar)
+                steps.append((meter.rows, meter.result()))
+                match truth:
+                    case "carried":
+                        cost = samples.cost(plan.view, plan.start, plan.stop)
+                    case "measured":
+                        cost = meter.result()
+                    case "unknown":
+                        cost = None
+                bad = samples.bad(plan.view, plan.start, plan.stop)
+                committer.commit(write_shard(out, run, plan, rows, bad, fidelity=cost))
+                written += len(rows.keys)
+                bar.update(len(bad))
+        step = Fidelity.total(steps)
+        if step is not None:
+            counted = sum(rows for rows, _ in steps) // run.members_stored
+            made = {**made, "step": {"rows": counted, **to_json(step)}}
+        totals = committer.finish({"derived": made} if missing else None).totals
+    return RewriteSummary(
+        path=str(out),
+        total_rows=totals.rows,
+        total_bad=totals.bad,
+        shards_written=len(missing),
+        rows_written=written,
+        bytes=totals.bytes,
+        seconds=time.perf_counter() - started,
+        step=step,
+    )
+
+
+def keep_columns(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
+    """Recode nothing."""
+    return rows.columns
+
+
+def encoded(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMeter) -> dict[str, Array]:
+    """The columns of `run` for scaled logits (B, C), or (B, M, C) where it keeps members; measured."""
+    scaled_RC = scaled_logits.reshape(-1, run.num_classes)
+    scaled_RC = scaled_RC - scaled_RC.amax(dim=-1, keepdim=True)
+    seeds_R = _row_seeds(run, rows) if run.encoding.name == "sampled" else None
+    columns = encode(scaled_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
+    meter.add(scaled_RC, columns)
+    return {
+        column.name: columns[column.name].numpy().astype(column.numpy, copy=False).reshape(len(rows), column.width)
+        for column in run.columns
+    }
+
+
+def _row_seeds(run: Run, rows: StoredRows) -> Tensor:
+    """int64 (R,): the draws of a row follow from (seed, key, view, member), as when a teacher's rows are written."""
+    assert rows.key_data is not None
+    hashes_B = np.empty(len(rows), np.int64)
+    for view in np.unique(rows.views):
+        at = np.flatnonzero(rows.views == view)
+        hashes_B[at] = Hasher(run.views.seed)(rows.key_data.get().take(at), int(view)).view(np.int64)
+    members_M = np.arange(run.members_stored, dtype=np.int64)
+    return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1))
+
+
+def _gather(
+    samples: Samples,
+    run: Run,
+    view: int,
+    start: int,
+    stop: int,
+    recode: Recode,
+    meter: FidelityMeter,
+    bar: "tqdm[Any]",
+) -> Rows:
+    """The rows of one shard of the new store."""
+    keys: list[Keys] = []
+    labels, content = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    columns: dict[str, list[Array]] = {
+        column.name: [np.zeros((0, column.width), column.numpy)] for column in run.columns
+    }
+    for rows in samples.read(view, start, stop):
+        assert rows.key_data is not None
+        keys.append(rows.key_data.get())
+        labels.append(rows.labels)
+        content.append(rows.content)
+        for name, array in recode(rows, meter).items():
+            columns[name].append(array)
+        bar.update(len(rows))
+    return Rows(
+        keys=Keys.join(keys) if keys else Keys.of([]),
+        labels=np.concatenate(labels),
+        content=np.concatenate(content),
+        columns={name: np.concatenate(parts) for name, parts in columns.items()},
+    )
+
+
+def _share_extra(store: Store, run: Run, committer: Committer) -> None:
+    """The teacher's head, where the encoding keeps one beside the shards."""
+    if not run.encoding.extra or store.extra is None:  # reading it has checked its hash
+        return
+    ref = next(ref for ref in store.manifest.extra if ref.file.startswith(f"extra/{EXTRA_NAME}-"))
+    committer.add_extra(EXTRA_NAME, (store.path / ref.file).read_bytes())
+
+
+def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:
+    """What `manifest.recorded.derived` says: which command, from which stores, and what they cost already."""
+    return {
+        "command": command,
+        "sources": [
+            {
+                "path": str(store.path),
+                "store_id": store.manifest.store_id,
+                "run": store.run.fingerprint(),
+                "encoding": to_json(store.run.encoding),
+                "temperature": store.run.temperature,
+                "fidelity": to_json(store.manifest.totals.fidelity),
+                "derived": store.manifest.recorded.get("derived"),
+            }
+            for store in stores
+        ],
+    }
+
+
+def _refuse_other(out: str | Path, made: Mapping[str, Any]) -> None:
+    """Rows of one run that came through another encoding are not the same rows: never finish a store with them."""
+    try:
+        found = open_store(out, verify="none", allow_incomplete=True)
+    except StoreNotFoundError:
+        return
+    there = found.manifest.recorded.get("derived")
+    if _essence(there) != _essence(made):
+        how = f"'softlabel {there.get('command')}' from other stores" if isinstance(there, Mapping) else "a teacher"
+        raise MismatchError(
+            f"{out}: expected nothing there, or what 'softlabel {made['command']}' began from the same store; found a "
+            f"store made by {how}; choose another folder"
+        )
+
+
+def _essence(made: object) -> object:
+    """What decides whether two provenances give the same rows: commands and runs, not paths."""
+    if not isinstance(made, Mapping):
+        return None
+    sources = made.get("sources")
+    listed = sources if isinstance(sources, list | tuple) else ()
+    return (
+        made.get("command"),
+        [(one.get("run"), _essence(one.get("derived"))) for one in listed if isinstance(one, Mapping)],
+    )
+
+
+def _bar(command: str, total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
+    disable = None if progress is None else not progress
+    return tqdm(total=total, initial=initial, unit="row", unit_scale=True, desc=command, disable=disable, leave=False)

@@ -1,0 +1,145 @@
+"""The samples of one or several stores, end to end, addressed by view and by position in the dataset.
+
+A row's place in a store follows from the plan: a shard holds a range of samples in order, without its bad ones.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
+from softlabel.store.reader import Store, StoredRows
+
+NUMBERS = 4 << 20  # numbers of decoded logits that are held at once, whatever a row group has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Span:
+    """A shard: samples `start` to `stop`, whose good ones are the store's rows from `row` on."""
+
+    start: int
+    stop: int
+    row: int
+    record: ShardRecord
+
+    def row_of(self, index: int) -> int:
+        """The row of sample `index`, or of the next good one."""
+        bad_before = bisect.bisect_left([bad.index for bad in self.record.bad], index)
+        return self.row + index - self.start - bad_before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """A store and the position of its first sample among all samples; spans of each view, by start."""
+
+    store: Store
+    offset: int
+    spans: dict[int, list[_Span]]
+
+    def overlapping(self, view: int, start: int, stop: int) -> Iterator[_Span]:
+        """`start` and `stop` among all samples."""
+        spans = self.spans.get(view, [])
+        first = bisect.bisect_right(spans, start - self.offset, key=lambda span: span.start) - 1
+        for span in spans[max(0, first) :]:
+            if span.start >= stop - self.offset:
+                break
+            if span.stop > start - self.offset:
+                yield span
+
+
+class Samples:
+    """What stores hold, as if their datasets lay one behind the other."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = tuple(stores)
+        self._pieces: list[_Piece] = []
+        self.count = 0
+        for store in stores:
+            spans: dict[int, list[_Span]] = {}
+            row = 0
+            for record in store.shards:
+                plan = store.run.shard(record.number)
+                span = _Span(start=plan.start, stop=plan.stop, row=row, record=record)
+                spans.setdefault(plan.view, []).append(span)
+                row += record.rows
+            for listed in spans.values():
+                listed.sort(key=lambda span: span.start)
+            self._pieces.append(_Piece(store=store, offset=self.count, spans=spans))
+            self.count += store.run.dataset.rows
+
+    @property
+    def measured(self) -> bool:
+        """Whether what the encoding costs is known for every row."""
+        return all(record.fidelity is not None for store in self.stores for record in store.shards if record.rows)
+
+    def read(self, view: int, start: int, stop: int, *, columns: Sequence[str] | None = None) -> Iterator[StoredRows]:
+        """The rows of samples `start` to `stop`, in order, in batches of bounded size."""
+        for piece in self._pieces:
+            run = piece.store.run
+            limit = max(1, NUMBERS // (run.num_classes * run.members_stored))
+            for span in piece.overlapping(view, start, stop):
+                first = span.row_of(max(span.start, start - piece.offset))
+                last = span.row_of(min(span.stop, stop - piece.offset))
+                for rows in piece.store.stream(columns, start=first, stop=last):
+                    yield from split(rows, limit)
+
+    def bad(self, view: int, start: int, stop: int) -> list[BadRow]:
+        """The samples `start` to `stop` that have no row, at their positions among all samples."""
+        return [
+            dataclasses.replace(bad, index=bad.index + piece.offset)
+            for piece in self._pieces
+            for span in piece.overlapping(view, start, stop)
+            for bad in span.record.bad
+            if start <= bad.index + piece.offset < stop
+        ]
+
+    def cost(self, view: int, start: int, stop: int) -> Fidelity | None:
+        """What the encoding costs there: the shards' means weighted by their rows in the range, and the worst of them.
+
+        So the totals over all shards stay exactly those of the stores. None where one was not measured.
+        """
+        parts: list[tuple[int, Fidelity | None]] = []
+        for piece in self._pieces:
+            for span in piece.overlapping(view, start, stop):
+                first = span.row_of(max(span.start, start - piece.offset))
+                last = span.row_of(min(span.stop, stop - piece.offset))
+                if last > first:
+                    parts.append((last - first, span.record.fidelity))
+        return None if any(cost is None for _, cost in parts) else Fidelity.total(parts)
+
+    def keys(self) -> Iterator[str]:
+        """The key of every sample in order, those without a row included."""
+        for piece in self._pieces:
+            for span in piece.spans.get(0, []):
+                bad = iter(span.record.bad)
+                waiting = next(bad, None)
+                index = span.start
+                for rows in piece.store.stream(["key"], start=span.row, stop=span.row + span.record.rows):
+                    for key in rows.keys:
+                        while waiting is not None and waiting.index == index:
+                            yield waiting.key
+                            waiting, index = next(bad, None), index + 1
+                        yield key
+                        index += 1
+                while waiting is not None:
+                    yield waiting.key
+                    waiting = next(bad, None)
+
+
+def split(rows: StoredRows, limit: int) -> Iterator[StoredRows]:
+    """The same rows, at most `limit` at a time: what is small when stored may be large when decoded."""
+    if len(rows) <= limit:
+        yield rows
+        return
+    keys = None if rows.key_data is None else rows.key_data.get()
+    for start in range(0, len(rows), limit):
+        part = slice(start, min(start + limit, len(rows)))
+        yield dataclasses.replace(
+            rows,
+            views=rows.views[part],
+            key_data=None if keys is None else type(rows.key_data)(keys.slice(part.start, part.stop)),  # type: ignore[misc]
+            label_data=None if rows.label_data is None else rows.label_data[part],
+            content_data=None if rows.content_data is None else rows.content_data[part],
+            columns={name: array[part] for name, array in rows.columns.items()},
+        )

@@ -1,0 +1,161 @@
+"""The commands that make stores and files out of stores: combine, merge, convert, export. See commands.py."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from softlabel.algebra import RewriteSummary
+    from softlabel.store.manifest import Fidelity, Manifest
+
+
+def combine(
+    store: str,
+    out: str,
+    /,
+    *,
+    weights: list[float] | None = None,
+    members: list[str] | None = None,
+    rule: Literal["logits", "probs"] | None = None,
+    temperature: float | None = None,
+) -> int:
+    """Mix the members of a store that kept them, or change its temperature, without running a teacher.
+
+    A store that keeps no members can only change its temperature, where that is exact. The same command again resumes
+    what was interrupted.
+
+    Example:
+        softlabel combine labels/three labels/mixed --weights 0.5 0.3 0.2 --rule probs --temperature 2
+
+    Args:
+        store: folder of the store.
+        out: folder of the new one.
+        weights: one number a chosen member, normalised to sum 1; equal when absent.
+        members: numbers (from 1, as inspect lists them) or SPECs of those to mix; all when absent.
+        rule: mean of the logits (when absent), or of the softmax at the temperature.
+        temperature: of the new store; the store's when absent.
+    """
+    from softlabel.algebra import combine_store
+
+    return _tell(combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature))
+
+
+def merge(stores: list[str], /, *, out: str) -> int:
+    """Make one store of several with different samples and equal teachers and settings.
+
+    The same command again resumes what was interrupted.
+
+    Example:
+        softlabel merge labels/part1 labels/part2 --out labels/all
+
+    Args:
+        stores: folders of the stores, in the order that their samples shall have.
+        out: folder of the new one.
+    """
+    from softlabel.algebra import merge_stores
+
+    return _tell(merge_stores(stores, out))
+
+
+def convert(
+    store: str,
+    out: str,
+    /,
+    *,
+    format: Literal["parquet", "hdf5"] | None = None,
+    encoding: Literal["float32", "float16", "int8", "topk", "sampled"] | None = None,
+    top_k: int = 50,
+    samples: int = 50,
+    temperatures: list[float] | None = None,
+    shard_rows: int | None = None,
+) -> int:
+    """Write a store's labels in another file format, encoding or shard size.
+
+    What an encoding has lost stays lost in a finer one. The same command again resumes what was interrupted.
+
+    Example:
+        softlabel convert labels/resnet50 labels/small --encoding topk --top-k 32
+
+    Args:
+        store: folder of the store.
+        out: folder of the new one.
+        format: file format of the shards; as it is when absent.
+        encoding: how logits are stored; as it is when absent.
+        top_k: classes that encoding topk keeps of a row.
+        samples: draws that encoding sampled keeps of a row.
+        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
+        shard_rows: samples a shard; as it is when absent.
+    """
+    from softlabel.algebra import convert_store
+    from softlabel.commands import encoding_of
+    from softlabel.store.reader import open_store
+
+    wanted = None
+    if encoding is not None:
+        wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, "")
+    return _tell(convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows))
+
+
+def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
+    """Write a store as Parquet of plain columns for any tool (hf), or as NumPy arrays (npz).
+
+    pandas, polars, DuckDB and Hugging Face datasets read the Parquet files.
+
+    Example:
+        softlabel export labels/resnet50 exported --to hf
+
+    Args:
+        store: folder of the store.
+        out: a folder for hf, a file name that ends in .npz for npz.
+        to: a folder of Parquet files, or one file of NumPy arrays.
+    """
+    from softlabel.algebra import export_store
+
+    done = export_store(store, out, to=to)
+    if not done.files_written:
+        print(f"{done.path}: already exported, {done.total_rows:,} rows; nothing to do")
+    else:
+        print(f"{done.path}: {done.total_rows:,} rows, {done.bytes:,} bytes, in {done.seconds:.1f} s")
+    return 0
+
+
+def _tell(summary: "RewriteSummary") -> int:
+    if not summary.shards_written:
+        print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
+        return 0
+    print(f"{summary.path}: complete, {summary.total_rows:,} rows, {summary.bytes:,} bytes, in {summary.seconds:.1f} s")
+    if summary.step is not None:
+        print(f"  encoding them again cost {nats(summary.step)}")
+    if summary.total_bad:
+        print(f"  {summary.total_bad:,} bad images have no row; 'softlabel inspect {summary.path}' lists them")
+    return 0
+
+
+def nats(cost: "Fidelity") -> str:
+    return (
+        f"KL in nats at T = 1: mean {cost.mean_t1:.1e}, worst {cost.worst_t1:.1e}; "
+        f"at the store's T: mean {cost.mean_t:.1e}, worst {cost.worst_t:.1e}"
+    )
+
+
+def provenance(manifest: "Manifest") -> list[tuple[str, str]]:
+    """Lines for `inspect` on a store that was made out of others: from what, and what is known of its cost."""
+    made = manifest.recorded.get("derived")
+    if not isinstance(made, Mapping):
+        return []
+    sources = [one for one in made.get("sources") or () if isinstance(one, Mapping)]
+    lines = [
+        ("made by", f"softlabel {made.get('command')} from {', '.join(str(one.get('path')) for one in sources)}"),
+    ]
+    if manifest.totals.fidelity is None and manifest.totals.rows:
+        through = sorted({str((one.get("encoding") or {}).get("name")) for one in sources})
+        lines.append(("cost", f"against the teacher unknown: the labels came through {', '.join(through)}"))
+        step = made.get("step")
+        if isinstance(step, Mapping):
+            lines.append(
+                (
+                    "",
+                    f"this step: KL(source || stored) in nats at T = {manifest.run.temperature:g}: mean "
+                    f"{step.get('mean_t'):.1e}, worst {step.get('worst_t'):.1e}, on {step.get('rows'):,} rows",
+                )
+            )
+    return lines
