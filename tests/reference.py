@@ -67,7 +67,8 @@ def _top_k_row(log_q: Tensor, target: TopKTarget, row: int, temperature: float, 
     kept = (target.value[row].double() * target.temperature / temperature).exp()
     column = target.tail_temperatures.index(temperature)
     rest = target.tail[row, column].double().exp()
-    others = torch.tensor([c for c in range(classes) if c not in set(places.tolist())], dtype=torch.long)
+    named = set(places.tolist())
+    others = torch.tensor([c for c in range(classes) if c not in named], dtype=torch.long)
     if tail == "renormalize" or len(others) == 0:
         return kl(kept / kept.sum(), log_q[places])
     whole = kept.sum() + rest
