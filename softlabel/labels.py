@@ -7,6 +7,7 @@ defined up to a constant per row, so a store keeps them with the row's maximum s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +16,21 @@ from torch import Tensor
 from softlabel.errors import MismatchError, UsageError
 
 CombineRule = Literal["logits", "probs", "keep"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """How members that a store keeps apart become one teacher.
+
+    Attributes:
+        rule: ``logits`` or ``probs``, see `combine`.
+        weights: one number a member, normalised; None: equal. 0 leaves a member out.
+        temperature: at which they are mixed; None: that of the store.
+    """
+
+    rule: Literal["logits", "probs"] = "probs"
+    weights: tuple[float, ...] | None = None
+    temperature: float | None = None
 
 
 def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[float, ...]:

@@ -190,7 +190,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
             missing_count += len(absent)
             missing += absent[: LISTED - len(missing)] if len(missing) < LISTED else []
             found += int((rows_B >= 0).sum())
-            stored_B = store.take(np.maximum(rows_B, 0), columns=[]).content
+            stored_B = store.content[np.maximum(rows_B, 0)]
             for sample, row, stored in zip(samples, rows_B.tolist(), stored_B.tolist(), strict=True):
                 now = content_hash(sample.image) if row >= 0 and stored else None
                 if now is None:

@@ -8,7 +8,7 @@ its labels, and nothing per row that Python has to loop over once the images are
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch.utils.data import Dataset
 
 from softlabel.dataset import Source, content_hash, decode_image
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError
+from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.pixels import PixelCache
-from softlabel.loss.targets import DenseTarget, Target
+from softlabel.loader.target import as_target
+from softlabel.loss.targets import Target
 from softlabel.store.keys import Keys
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
@@ -50,6 +52,7 @@ class JoinedDataset(Dataset[Batch]):
             unreadable images are left out in any case.
         cache_bytes: memory for decoded images; they are kept if all of them fit.
         workers: how many processes will share the dataset.
+        mix: how a store's members become one teacher, where it keeps them apart.
 
     Raises:
         MissingKeyError: see `missing`.
@@ -68,8 +71,9 @@ class JoinedDataset(Dataset[Batch]):
         missing: Missing = "error",
         cache_bytes: int = 4 << 30,
         workers: int = 0,
+        mix: Mix | None = None,
     ) -> None:
-        self.source, self.store = source, store
+        self.source, self.store, self._mix = source, store, mix
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
         keys = _all_keys(source)
         labels_N = source.labels()
@@ -206,16 +210,7 @@ class JoinedDataset(Dataset[Batch]):
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
         stored = store.take(np.maximum(rows_B, 0), [column.name for column in store.run.columns])
-        return as_target(store.manifest.run, stored.columns)
-
-
-def as_target(run: Run, columns: dict[str, NDArray[Any]]) -> Target:
-    """Columns of a store as what the loss takes. Copies: stored arrays may be read-only."""
-    return DenseTarget(
-        scaled_logits=torch.from_numpy(np.array(columns["logits"])),
-        temperature=run.temperature,
-        retemperable=run.combine.rule == "logits" or len(run.members) == 1,
-    )
+        return as_target(store.run, stored.columns, extra=store.extra, mix=self._mix)
 
 
 def _all_keys(source: Source) -> Keys:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
+from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.order import EpochOrder
@@ -54,6 +55,7 @@ class SoftLabelLoader:
         pin_memory: hand out batches in page-locked memory.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 for every hard label.
+        mix: rule, weights and temperature for the members of a store that keeps them apart.
 
     Raises:
         SoftLabelError: data or store cannot be opened, or do not belong together (see `JoinedDataset`).
@@ -76,6 +78,7 @@ class SoftLabelLoader:
         pin_memory: bool = False,
         key_fn: Callable[[int], str] | None = None,
         ignore_labels: bool = False,
+        mix: Mix | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, found {batch_size}")
@@ -93,7 +96,9 @@ class SoftLabelLoader:
             missing=missing,
             cache_bytes=cache_mb << 20,
             workers=workers,
+            mix=mix,
         )
+        self._mix = mix
         self._drop_tail = tail == "drop" and len(self.dataset) >= batch_size
         order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
         self._plan = _Plan(order, batch_size, len(self))
@@ -129,7 +134,9 @@ class SoftLabelLoader:
 
     @property
     def temperature(self) -> float:
-        """The temperature of the store's labels, at which the loss needs no conversion; 1 without a store."""
+        """The temperature of the labels, at which the loss needs no conversion; 1 without a store."""
+        if self._mix is not None and self._mix.temperature is not None:
+            return self._mix.temperature
         return self.store.manifest.run.temperature if self.store is not None else 1.0
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:

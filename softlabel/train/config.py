@@ -20,6 +20,9 @@ class TrainConfig:
         epochs: passes over the data.
         batch_size: samples a step.
         temperature: of the soft term; absent: that of the store.
+        mix_rule: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
+            their probabilities, at the temperature of the soft term.
+        mix_weights: one number a member of such a store; equal when absent, 0 leaves a member out.
         soft_weight: of the soft term; absent: 0.9 with a store, 0 without.
         hard_weight: of the hard term; absent: 0.1 with a store, 1 without.
         label_smoothing: of the hard term.
@@ -54,6 +57,8 @@ class TrainConfig:
     epochs: int = 10
     batch_size: int = 128
     temperature: float | None = None
+    mix_rule: Literal["logits", "probs"] | None = None
+    mix_weights: list[float] | None = None
     soft_weight: float | None = None
     hard_weight: float | None = None
     label_smoothing: float = 0.0

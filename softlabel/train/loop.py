@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from softlabel.dataset import Source, open_source
 from softlabel.device import resolve_device
 from softlabel.errors import DataError, MismatchError, TrainingError, UsageError
+from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import RunModel, build_model, save_run
 from softlabel.store.reader import Store, open_store
@@ -101,6 +102,7 @@ def train(
             workers=workers,
             cache_mb=config.cache_mb,
             pin_memory=device.type == "cuda",
+            mix=_mix(config, store),
         )
         with contextlib.closing(loader), _eval_loader(config, eval_data, preprocessing, device, workers) as eval_loader:
             run = Run(config, loader, eval_loader, model, preprocessing, device, precision)
@@ -120,6 +122,19 @@ def train(
             ) from error
     seconds = time.perf_counter() - started
     return TrainResult(out=str(folder), history=tuple(run.history), seconds=seconds, resumed_from=resumed_from)
+
+
+def _mix(config: TrainConfig, store: Store | None) -> Mix | None:
+    asked = config.mix_rule is not None or config.mix_weights is not None
+    if store is None or not store.run.kept:
+        if asked:
+            raise UsageError(
+                "mix_rule, mix_weights: only the members of a store that keeps them apart can be mixed; "
+                "generate with --combine keep"
+            )
+        return None
+    weights = None if config.mix_weights is None else tuple(config.mix_weights)
+    return Mix(rule=config.mix_rule or "probs", weights=weights, temperature=config.temperature)
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:

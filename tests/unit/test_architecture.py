@@ -44,9 +44,9 @@ MAY_IMPORT = {
     "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "store"},
     "extend": {"numpy", "engine", "generate", "history", "labels", "store", "upkeep"},
     "generate": {"torch", "numpy", "tqdm", "spec", "head", "history", "device", "dataset", "teacher", "labels", "engine", "store"},
-    "algebra": {"torch", "numpy", "pyarrow", "tqdm", "xxhash", "encoding", "labels", "store"},
+    "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},
     "order": {"numpy"},
-    "loader": {"torch", "numpy", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},
+    "loader": {"torch", "numpy", "labels", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},
     "loss": {"torch", "triton"},
     "train": {
         "torch",

@@ -1,0 +1,111 @@
+"""Rows of a store as what the loss takes, whatever they are encoded as.
+
+Legend: B batch, C classes, M members.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.errors import UsageError
+from softlabel.labels import Mix, combine, normalized_weights, retemperable
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
+from softlabel.store.decode import decode
+from softlabel.store.manifest import Run
+
+Columns = Mapping[str, NDArray[Any]]
+
+
+def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: Mix | None = None) -> Target:
+    """The target that columns of a store hold.
+
+    Args:
+        columns: of B rows, as `Store.take` gives them. Copied: stored arrays may be read-only.
+        extra: the arrays that the store shares (`Store.extra`), for encoding ``head``.
+        mix: how the members of a store that keeps them become one teacher; None: their mean probability at the store's
+            temperature. Only such a store takes one.
+
+    Raises:
+        UsageError: a mix for a store that has mixed its members already, or of another number of members.
+    """
+    if run.kept:
+        return _mixed(run, columns, mix or Mix(rule="probs"))
+    if mix is not None:
+        raise UsageError(
+            f"mix: the store holds the {run.combine.rule} average of its members, which cannot be mixed again; "
+            "generate with --combine keep to choose weights while training"
+        )
+    exact = retemperable(run.combine.rule, len(run.members))
+    temperature = run.temperature
+    match run.encoding.name:
+        case "float32" | "float16":
+            return DenseTarget(scaled_logits=_copy(columns["logits"]), temperature=temperature, retemperable=exact)
+        case "int8":
+            return Int8Target(
+                q=_copy(columns["q"]),
+                scale=_copy(columns["scale"])[:, 0],
+                offset=_copy(columns["offset"])[:, 0],
+                top_index=_ids(columns["top_index"]),
+                top_value=_copy(columns["top_value"]),
+                temperature=temperature,
+                retemperable=exact,
+            )
+        case "topk":
+            return TopKTarget(
+                index=_ids(columns["index"]),
+                value=_copy(columns["value"]),
+                tail=_copy(columns["tail"]),
+                tail_temperatures=run.encoding.temperatures,
+                temperature=temperature,
+                num_classes=run.num_classes,
+            )
+        case "sampled":
+            return SampledTarget(
+                index=_ids(columns["index"]),
+                weight=_copy(columns["weight"]),
+                temperature=temperature,
+                num_classes=run.num_classes,
+            )
+        case "head":
+            assert extra is not None, "a head store has its safetensors file"
+            scale = columns.get("hidden_scale")
+            return HeadTarget(
+                hidden=_copy(columns["hidden"]),
+                hidden_scale=None if scale is None else _copy(scale)[:, 0],
+                weight=_copy(extra["weight"]),
+                bias=_copy(extra["bias"]),
+            )
+
+
+def _mixed(run: Run, columns: Columns, mix: Mix) -> DenseTarget:
+    members = len(run.members)
+    weights = normalized_weights(mix.weights, members)
+    temperature = run.temperature if mix.temperature is None else mix.temperature
+    scaled_logits_BMC = torch.from_numpy(
+        decode(
+            run.encoding,
+            columns,
+            num_classes=run.num_classes,
+            temperature=run.temperature,
+            members=members,
+            kept=True,
+        )
+    )
+    mixed_BC = combine(
+        list(scaled_logits_BMC.unbind(dim=1)), rule=mix.rule, temperature=temperature / run.temperature, weights=weights
+    )
+    used = sum(weight > 0 for weight in weights)
+    return DenseTarget(scaled_logits=mixed_BC, temperature=temperature, retemperable=retemperable(mix.rule, used))
+
+
+def _copy(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def _ids(array: NDArray[Any]) -> Tensor:
+    # torch gathers with int32 and int64 alone; ids are stored in the smallest type that holds them.
+    return torch.from_numpy(array.astype(np.int32))
