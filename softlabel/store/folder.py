@@ -12,10 +12,15 @@ import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
+from softlabel.store.lease import Lease
+
+if TYPE_CHECKING:
+    from softlabel.store.remote import RemoteLease
 
 TEMPORARY = ".tmp-"
 SUBFOLDERS = ("shards", "segments", "extra")
@@ -83,6 +88,27 @@ class Folder:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def where(self, name: str) -> str:
+        """The name as a message shows it."""
+        return str(self.path(name))
+
+    def check_root(self) -> None:
+        """Raises StoreError where no store can be."""
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self}: is a file; a store is a folder, choose another path")
+
+    def lease(self) -> "Lease | RemoteLease":
+        """Take the lease for writing. Raises StoreLockedError."""
+        return Lease(self.root)
+
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """The file on a local disk while the block lasts."""
+        yield self.path(name)
+
+    def make(self, subfolder: str) -> None:
+        self.path(subfolder).mkdir(exist_ok=True)
 
     def create(self) -> None:
         for name in ("", *SUBFOLDERS[:2]):
@@ -180,3 +206,15 @@ class Folder:
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
+
+
+def open_folder(root: str | os.PathLike[str]) -> Folder:
+    """The folder at a path, or behind a URL such as s3://bucket/labels."""
+    text = os.fspath(root)
+    if "://" not in text:
+        return Folder(root)
+    if text.startswith("file://"):
+        return Folder(text.removeprefix("file://"))
+    from softlabel.store.remote import RemoteFolder
+
+    return RemoteFolder(text)

@@ -130,12 +130,15 @@ class Hdf5Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
         if not path.is_file():
             raise FileNotFoundError(path)
         with _reading(path):
             import h5py
 
+            with open(path, "rb") as mapped:
+                self._map = mmap.mmap(mapped.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):
+                self._map.madvise(mmap.MADV_SEQUENTIAL)
             # No locking: shards never change once published, and read-only mounts refuse locks.
             self._file = h5py.File(path, "r", locking=False)
             try:
@@ -193,7 +196,7 @@ class Hdf5Shard:
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         with _reading(self.path):
-            if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
             return ShardRows(
                 keys=self._keys(start, stop) if "key" in names else None,
@@ -223,11 +226,6 @@ class Hdf5Shard:
         count = int(np.prod(shape))
         if not count:
             return np.empty(shape, dataset.dtype)
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_SEQUENTIAL"):
-                self._map.madvise(mmap.MADV_SEQUENTIAL)
         row_bytes = dataset.dtype.itemsize * count // len(range(start, stop))
         offset = dataset.id.get_offset() + start * row_bytes
         return np.frombuffer(self._map, dataset.dtype, count, offset).reshape(shape)

@@ -33,7 +33,7 @@ def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
             ) from None
         except PermissionError as error:
             raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
-        manifest = decode_root(raw, str(folder.path(ROOT_NAME)))
+        manifest = decode_root(raw, folder.where(ROOT_NAME))
         try:
             records = [record for ref in manifest.segments for record in read_segment(folder, ref)]
             break
@@ -47,7 +47,7 @@ def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
 
 
 def _check_records(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> None:
-    where, run = folder.path(ROOT_NAME), manifest.run
+    where, run = folder.where(ROOT_NAME), manifest.run
     if len({record.number for record in records}) != len(records):
         raise StoreCorruptError(f"{where}: a shard is listed twice")
     planned = run.shard_count
@@ -69,7 +69,7 @@ def check_sizes(folder: Folder, manifest: Manifest, records: Sequence[ShardRecor
         if (found := sizes.get(record.file)) != record.bytes:
             what = "no file" if found is None else "a link, folder or device" if found < 0 else f"{found} bytes"
             raise StoreCorruptError(
-                f"{folder.path(record.file)}: expected {record.bytes} bytes, found {what}; "
+                f"{folder.where(record.file)}: expected {record.bytes} bytes, found {what}; "
                 f"run 'softlabel repair {folder}' to relabel it"
             )
 
@@ -77,7 +77,7 @@ def check_sizes(folder: Folder, manifest: Manifest, records: Sequence[ShardRecor
 def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
     """Raises StoreCorruptError; FileNotFoundError when it is gone (a newer root may not need it)."""
     raw = folder.read(ref.file, SEGMENT_LIMIT)
-    return list(decode_segment(raw, ref, str(folder.path(ref.file))).shards)
+    return list(decode_segment(raw, ref, folder.where(ref.file)).shards)
 
 
 def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
@@ -87,9 +87,9 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     ref = next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
     if ref is None:
         raise StoreCorruptError(
-            f"{folder.path(ROOT_NAME)}: encoding {run.encoding.name!r} needs extra/{name}, lists none"
+            f"{folder.where(ROOT_NAME)}: encoding {run.encoding.name!r} needs extra/{name}, lists none"
         )
-    where = folder.path(ref.file)
+    where = folder.where(ref.file)
     try:
         raw = folder.read(ref.file, ref.bytes)
     except FileNotFoundError:

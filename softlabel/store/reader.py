@@ -17,7 +17,7 @@ from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, Sto
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.decode import decode
-from softlabel.store.folder import Folder
+from softlabel.store.folder import Folder, open_folder
 from softlabel.store.index import KeyIndex, word_view
 from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.listing import check_sizes, load_manifest, read_extra
@@ -104,7 +104,7 @@ def open_store(
     """
     if verify not in ("none", "sizes", "full"):
         raise UsageError(f"verify: expected 'none', 'sizes' or 'full', found {verify!r}")
-    folder = Folder(path)
+    folder = open_folder(path)
     manifest, records = load_manifest(folder)
     if not manifest.complete and not allow_incomplete:
         raise StoreIncompleteError(
@@ -144,7 +144,13 @@ class Store:
 
     @property
     def path(self) -> Path:
+        """Its folder (of a remote store a name only: see `url`)."""
         return self._folder.root
+
+    @property
+    def url(self) -> str:
+        """What `open_store` opens again."""
+        return str(self._folder)
 
     @property
     def run(self) -> Run:
@@ -165,7 +171,7 @@ class Store:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r}, {len(self)} rows, {len(self._records)} shards)"
+        return f"Store({self.url!r}, {len(self)} rows, {len(self._records)} shards)"
 
     def __enter__(self) -> Self:
         return self
@@ -174,7 +180,7 @@ class Store:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.manifest.store_id, not self.manifest.complete, self._memory)
+        return _reopen, (self.url, self.manifest.store_id, not self.manifest.complete, self._memory)
 
     def close(self) -> None:
         """Let go of memory and mapped files; a later call reads them again."""
@@ -253,7 +259,7 @@ class Store:
             try:
                 keys.check()
             except ValueError as error:
-                raise StoreCorruptError(f"{self.path}: {error}; run 'softlabel verify {self.path}'") from None
+                raise StoreCorruptError(f"{self.url}: {error}; run 'softlabel verify {self.url}'") from None
             append("key", keys.data)
             append("key_offsets", keys.offsets_N1[1:] + base)
             append("label", part.labels)
@@ -312,16 +318,17 @@ class Store:
                     yield base + first, shard.read(names, first, last)
 
     def _open(self, record: ShardRecord) -> OpenShard:
-        path = self._folder.path(record.file)
+        path = self._folder.where(record.file)
         try:
-            shard = open_shard(path, self.run.format)
+            with self._folder.local(record.file) as local:
+                shard = open_shard(local, self.run.format)
         except FileNotFoundError:
-            raise StoreCorruptError(f"{path}: is missing; run 'softlabel repair {self.path}' to relabel it") from None
+            raise StoreCorruptError(f"{path}: is missing; run 'softlabel repair {self.url}' to relabel it") from None
         plan = self.run.shard(record.number)
         if not shard.identity.belongs(self.run, plan) or shard.identity.rows != record.rows:
             shard.close()
             raise StoreCorruptError(
-                f"{path}: holds a shard of another run or range; run 'softlabel repair {self.path}' to relabel it"
+                f"{path}: holds a shard of another run or range; run 'softlabel repair {self.url}' to relabel it"
             )
         return shard
 
@@ -341,7 +348,7 @@ class Store:
         if missing not in ("error", "mask"):
             raise UsageError(f"missing: expected 'error' or 'mask', found {missing!r}")
         if not 0 <= view < self.run.views.count:
-            raise UsageError(f"view {view}: {self.path} has the views 0 to {self.run.views.count - 1}")
+            raise UsageError(f"view {view}: {self.url} has the views 0 to {self.run.views.count - 1}")
         if self._index is None:
             self._index = KeyIndex(self.keys, self.views, where=str(self.path))
         asked = Keys.of(keys)
@@ -351,7 +358,7 @@ class Store:
             reason = self.bad.get(asked[int(absent[0])])
             why = f" ({reason})" if reason else ""
             raise MissingKeyError(
-                f"{self.path}: {absent.size} of {len(asked)} keys have no row, the first: {names}{why}; "
+                f"{self.url}: {absent.size} of {len(asked)} keys have no row, the first: {names}{why}; "
                 "label these samples too, or ask for them to be skipped"
             )
         return rows_Q
@@ -369,7 +376,7 @@ class Store:
         rows_B = np.asarray(rows, np.int64).reshape(-1)
         if len(rows_B) and (rows_B.min() < 0 or rows_B.max() >= len(self)):
             wrong = rows_B.min() if rows_B.min() < 0 else rows_B.max()
-            raise UsageError(f"{self.path}: row {wrong} is not one of its {len(self)} rows")
+            raise UsageError(f"{self.url}: row {wrong} is not one of its {len(self)} rows")
         names = self._names(columns)
         payload = self._columns_of([column.name for column in self.run.columns if column.name in names])
         return StoredRows(
@@ -385,7 +392,7 @@ class Store:
     def _names(self, columns: Sequence[str] | None) -> list[str]:
         known = [*ROW_NAMES, *(column.name for column in self.run.columns)]
         if columns is not None and (odd := set(columns) - set(known)):
-            raise UsageError(f"{self.path}: no column {sorted(odd)[0]!r}; it has {', '.join(known)}")
+            raise UsageError(f"{self.url}: no column {sorted(odd)[0]!r}; it has {', '.join(known)}")
         return known if columns is None else list(columns)
 
     def stream(
@@ -400,7 +407,7 @@ class Store:
         names = self._names(columns)
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
-            raise UsageError(f"{self.path}: rows {start} to {stop} are not within its {len(self)} rows")
+            raise UsageError(f"{self.url}: rows {start} to {stop} are not within its {len(self)} rows")
         return self._stream([name for name in names if name != "view"], start, stop)
 
     def _stream(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:

@@ -10,7 +10,7 @@ import numpy as np
 from softlabel.errors import StoreError, StoreIncompleteError, StoreNotFoundError
 from softlabel.store.columns import ROW_NAMES
 from softlabel.store.decode import problem
-from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.folder import Folder, file_xxh3, open_folder
 from softlabel.store.index import U64, Hasher
 from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
@@ -44,7 +44,7 @@ def verify_store(
     workers: threads, the processor's cores by default. progress: called with (bytes done, bytes in all).
     Raises StoreNotFoundError or StoreIncompleteError; damage is reported, not raised.
     """
-    folder = Folder(path)
+    folder = open_folder(path)
     try:
         manifest, records = load_manifest(folder)
     except StoreNotFoundError:
@@ -91,20 +91,22 @@ def _check_extra(folder: Folder, manifest: Manifest) -> list[str]:
 
 def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) -> tuple[list[str], U64]:
     """What is wrong with one shard, and the hashes of its (key, view)."""
-    path = folder.path(record.file)
+    path = folder.where(record.file)
     cure = f"run 'softlabel repair {folder}' to relabel it"
     hashes: list[U64] = [np.zeros(0, np.uint64)]
     try:
         if (size := folder.size(record.file)) != record.bytes:
             text = f"expected {record.bytes} bytes, found {size}"
-        elif (found := file_xxh3(path)) != record.xxh3:
-            text = f"xxh3 expected {record.xxh3}, found {found}"
         else:
-            shard = open_shard(path, run.format)
-            try:
-                text = _check_content(shard, run, record, hasher, hashes)
-            finally:
-                shard.close()
+            with folder.local(record.file) as local:
+                if (found := file_xxh3(local)) != record.xxh3:
+                    text = f"xxh3 expected {record.xxh3}, found {found}"
+                else:
+                    shard = open_shard(local, run.format)
+                    try:
+                        text = _check_content(shard, run, record, hasher, hashes)
+                    finally:
+                        shard.close()
     except FileNotFoundError:
         text = "is missing"
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import Self
 import xxhash
 
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError
-from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, sync, writing
+from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, open_folder, sync, writing
 from softlabel.store.lease import Lease
 from softlabel.store.listing import read_segment
 from softlabel.store.manifest import (
@@ -41,6 +41,7 @@ from softlabel.store.manifest import (
     Totals,
     shard_file,
 )
+from softlabel.store.remote import RemoteLease
 from softlabel.store.root import decode_root, encode_root, encode_segment
 from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module, open_shard
 
@@ -77,9 +78,9 @@ def write_shard(
         bad=bad,
         fidelity=fidelity,
     )
-    folder = Folder(root)
+    folder = open_folder(root)
     temporary = folder.temporary("shards")
-    with writing(folder.path(f"shards/{plan.number:05d}")):
+    with writing(folder.where(f"shards/{plan.number:05d}")):
         try:
             format_module(run.format).write(temporary, identity, checked)
             sync(temporary)
@@ -112,7 +113,9 @@ class Committer:
     Leaving the `with` block releases the lease and commits nothing: what was committed stays, `finish` completes.
     """
 
-    def __init__(self, folder: Folder, lease: Lease, manifest: Manifest, records: dict[int, ShardRecord]) -> None:
+    def __init__(
+        self, folder: Folder, lease: Lease | RemoteLease, manifest: Manifest, records: dict[int, ShardRecord]
+    ) -> None:
         self._folder, self._lease = folder, lease
         self._manifest = manifest
         self._records = records
@@ -138,12 +141,11 @@ class Committer:
         Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
         shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
         """
-        folder = Folder(root)
-        if folder.root.exists() and not folder.root.is_dir():
-            raise StoreError(f"{folder}: is a file; a store is a folder, choose another path")
+        folder = open_folder(root)
+        folder.check_root()
         with writing(folder):
             folder.create()
-            lease = Lease(folder.root)
+            lease = folder.lease()
         try:
             with writing(folder):
                 return cls._open(folder, lease, run, recorded or {}, grow, frozenset(relabel))
@@ -153,9 +155,9 @@ class Committer:
 
     @classmethod
     def _open(
-        cls, folder: Folder, lease: Lease, run: Run, recorded: Json, grow: bool, relabel: frozenset[int]
+        cls, folder: Folder, lease: Lease | RemoteLease, run: Run, recorded: Json, grow: bool, relabel: frozenset[int]
     ) -> Self:
-        where = str(folder.path(ROOT_NAME))
+        where = folder.where(ROOT_NAME)
         try:
             raw = folder.read(ROOT_NAME, ROOT_LIMIT)
         except FileNotFoundError:
@@ -221,7 +223,7 @@ class Committer:
         if (*others, ref) == self._manifest.extra:
             return
         with writing(self._folder):
-            self._folder.path("extra").mkdir(exist_ok=True)
+            self._folder.make("extra")
             self._folder.publish_bytes(ref.file, data, xxh3)
             self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
 
@@ -320,7 +322,7 @@ class Committer:
             if sizes.get(record.file) != record.bytes:
                 found = sizes.get(record.file)
                 raise StoreCorruptError(
-                    f"{self._folder.path(record.file)}: expected {record.bytes} bytes, found "
+                    f"{self._folder.where(record.file)}: expected {record.bytes} bytes, found "
                     f"{'no file' if found is None else found}; run 'softlabel repair {self._folder}' to relabel it"
                 )
 
@@ -347,14 +349,16 @@ class Committer:
 
     def _identity(self, name: str, xxh3: str) -> ShardIdentity | None:
         """What an orphan says it is, None when it is damaged or of another format."""
-        path = self._folder.path(name)
-        if file_xxh3(path) != xxh3 or shard_file(0, xxh3, self.run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
+        if shard_file(0, xxh3, self.run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
             return None
-        try:
-            shard = open_shard(path, self.run.format)
-        except StoreCorruptError:
-            return None
-        shard.close()
+        with self._folder.local(name) as path:
+            if file_xxh3(path) != xxh3:
+                return None
+            try:
+                shard = open_shard(path, self.run.format)
+            except StoreCorruptError:
+                return None
+            shard.close()
         return shard.identity
 
     def _collect_orphans(self) -> None:
@@ -377,7 +381,7 @@ def _load(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], l
         tail = read_segment(folder, ref)
         for record in tail:
             if record.number in records:
-                raise StoreCorruptError(f"{folder.path(ref.file)}: lists shard {record.number} a second time")
+                raise StoreCorruptError(f"{folder.where(ref.file)}: lists shard {record.number} a second time")
             records[record.number] = record
     last = manifest.segments[-1] if manifest.segments else None
     open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
