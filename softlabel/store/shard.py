@@ -24,8 +24,8 @@ from softlabel.store.manifest import FORMAT_VERSION, BadRow, Fidelity, Format, R
 IGNORE = -100  # label of a row without one
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
 IDENTITY_LIMIT = 32 << 20
-GROUP_ROWS = 4096
-GROUP_BYTES = 16 << 20  # so that a few row groups fit in memory whatever the class count
+GROUP_ROWS = 1 << 16
+GROUP_BYTES = 8 << 20  # 4096 rows of 1000 float16; a few row groups fit in memory whatever the class count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +138,9 @@ class OpenShard(Protocol):
 
 
 def group_rows(columns: Sequence[Column]) -> int:
-    """Rows of a Parquet row group (and of a read): 4096, fewer when rows are wide."""
-    width = sum(column.row_bytes for column in columns)
-    return max(1, min(GROUP_ROWS, GROUP_BYTES // max(1, width)))
+    """Rows of a Parquet row group (and of a read): the power of two that fills 8 MiB, at most 65,536."""
+    fitting = max(1, GROUP_BYTES // sum(column.row_bytes for column in columns))
+    return min(GROUP_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:

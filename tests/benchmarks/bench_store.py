@@ -4,6 +4,7 @@ C = 1000, float16, 100,000 rows (200 MB), files in the page cache, medians of in
 ratio that the store reaches and the one that it must reach.
 """
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -239,6 +240,58 @@ def bench_open(folder: Path) -> None:
     report("open a store of 10,000 shards: 0.5 s / it", 0.5 / seconds, 1, f"{seconds:.3f} s")
 
 
+def bench_topk(folder: Path) -> None:
+    """1,000,000 rows of top-k 32 (136 MB) into tensors that the loss takes: int32 ids, float16 values, float32 tails."""
+    import torch
+
+    from softlabel.store.columns import Encoding
+
+    count, kept, root = 1_000_000, 32, folder / "topk"
+    rng = np.random.default_rng(0)
+    run = run_of("parquet", rows=count, shard_rows=1 << 17)
+    run = dataclasses.replace(run, encoding=Encoding(name="topk", k=kept, temperatures=(4.0,)))
+    with Committer.open(root, run) as committer:
+        for plan in committer.missing():
+            size = plan.stop - plan.start
+            columns = {
+                "index": rng.permuted(np.tile(np.arange(kept, dtype="<u2") * 31, (size, 1)), axis=1),
+                "value": -np.sort(rng.random((size, kept)), axis=1).astype("<f2"),
+                "tail": rng.random((size, 1)).astype("<f4"),
+            }
+            columns["value"][:, 0] = 0
+            keys = [f"image-{index:08d}" for index in range(plan.start, plan.stop)]
+            committer.commit(write_shard(root, run, plan, Rows(keys=keys, columns=columns)))
+        committer.finish()
+    files = sorted((root / "shards").iterdir())
+    names = ["index", "value", "tail"]
+    types = {"index": np.uint16, "value": np.float16, "tail": np.float32}
+
+    def raw() -> int:
+        seen = 0
+        for path in files:
+            file = pq.ParquetFile(pa.memory_map(str(path)), pre_buffer=False)
+            for group in range(file.metadata.num_row_groups):
+                table = file.read_row_group(group, columns=names, use_threads=False)
+                for name in names:
+                    for chunk in table.column(name).chunks:
+                        size = chunk.type.byte_width // np.dtype(types[name]).itemsize
+                        flat = np.frombuffer(chunk.buffers()[1], types[name], len(chunk) * size)
+                        seen += len(flat.reshape(-1, size))
+        return seen
+
+    def ours() -> int:
+        seen = 0
+        for part in open_store(root).stream(names):
+            index = torch.from_numpy(part.columns["index"].astype(np.int32))
+            value, tail = (torch.from_numpy(part.columns[name].copy()) for name in ("value", "tail"))
+            seen += len(index) + len(value) + len(tail)
+        return seen
+
+    seconds = interleaved({"raw": raw, "ours": ours}, REPEATS)
+    ratio = seconds["raw"] / seconds["ours"]
+    report("top-k 32 to loss-ready tensors / the same bytes by pyarrow", ratio, 0.80, f"{seconds['ours'] * 1e3:.0f} ms")
+
+
 PEAK = """
 import sys
 import h5py
@@ -283,6 +336,7 @@ def steps(folder: Path) -> Iterator[Callable[[], None]]:
     yield bench_lookup
     yield lambda: bench_open(folder)
     yield lambda: bench_memory(folder, keys, labels, logits)
+    yield lambda: bench_topk(folder)
 
 
 def main() -> None:

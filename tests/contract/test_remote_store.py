@@ -23,7 +23,7 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "memory":
         yield f"memory://labels-{uuid.uuid4().hex}"
         return
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
     server.start()
     try:
@@ -35,8 +35,10 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         ):
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("labels")
-        yield "s3://labels/cifar"
+        s3fs.S3FileSystem.clear_instance_cache()  # one that knows this server's port
+        name = f"labels-{uuid.uuid4().hex}"
+        fsspec.filesystem("s3").mkdir(name)
+        yield f"s3://{name}/cifar"
     finally:
         server.stop()
 
