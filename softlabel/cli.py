@@ -17,23 +17,24 @@ from typing import Any, get_type_hints
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from softlabel import commands, commands_algebra
+from softlabel.commands import algebra, label, store, student
 from softlabel.errors import SoftLabelError
 
 INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "generate": commands.generate,
-    "inspect": commands.inspect,
-    "verify": commands.verify,
-    "repair": commands.repair,
-    "extend": commands.extend,
-    "combine": commands_algebra.combine,
-    "merge": commands_algebra.merge,
-    "convert": commands_algebra.convert,
-    "export": commands_algebra.export,
-    "train": commands.train,
-    "evaluate": commands.evaluate,
+    "plan": label.plan,
+    "generate": label.generate,
+    "inspect": store.inspect,
+    "verify": store.verify,
+    "repair": store.repair,
+    "extend": store.extend,
+    "combine": algebra.combine,
+    "merge": algebra.merge,
+    "convert": algebra.convert,
+    "export": algebra.export,
+    "train": student.train,
+    "evaluate": student.evaluate,
 }
 # A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
 CONFIGS = {"train": ("softlabel.train", "TrainConfig")}

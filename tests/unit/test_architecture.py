@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
     "commands": {"*"},
+    "plan": {"numpy", "torch", "dataset", "encoding", "engine", "generate", "head", "store"},
     "commands_algebra": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},

@@ -1,4 +1,4 @@
-"""The commands that make stores and files out of stores: combine, merge, convert, export. See commands.py."""
+"""The commands that make stores and files out of stores: combine, merge, convert, export."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal

@@ -1,0 +1,219 @@
+"""Commands that run teachers over a dataset: generate, plan."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from softlabel.commands.config import write_config
+
+if TYPE_CHECKING:
+    from softlabel.generate import GenerateSummary
+    from softlabel.store.columns import Encoding
+
+
+def generate(
+    *,
+    data: str,
+    teacher: list[str],
+    out: str,
+    combine: Literal["logits", "probs", "keep"] = "logits",
+    weights: list[float] | None = None,
+    temperature: float = 4.0,
+    format: Literal["parquet", "hdf5"] = "parquet",
+    shard_rows: int = 16384,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int | None = None,
+    seed: int = 0,
+    ignore_labels: bool = False,
+    on_bad_image: Literal["skip", "error"] = "skip",
+    encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16",
+    top_k: int = 50,
+    samples: int = 50,
+    temperatures: list[float] | None = None,
+    hidden: Literal["float16", "int8"] = "float16",
+    grow: bool = False,
+    device: str = "auto",
+) -> int:
+    """Run one or several teachers over a dataset and store their soft labels.
+
+    The same command again resumes what was interrupted.
+
+    Example:
+        softlabel generate --data train.parquet --teacher torchvision:resnet50@resnet50.pth --out labels/resnet50
+
+    Args:
+        data: Parquet file or folder of images, folder of images, torchvision:NAME?root=..., or digits.
+        teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER;
+            options after '?': mean, std, resize, crop, interpolation, weights. Several make an ensemble.
+        out: folder of the store.
+        combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature, or keep all.
+        weights: one number a teacher, normalised to sum 1; equal when absent.
+        temperature: logits are divided by it before they are stored.
+        format: file format of the shards.
+        shard_rows: samples a shard.
+        batch_size: samples a forward pass.
+        precision: of the forward pass.
+        workers: processes that decode; absent, chosen from the machine.
+        seed: of the view policy, and of what a teacher's factory draws at random.
+        ignore_labels: store no hard labels even if the data has them.
+        on_bad_image: list an image that cannot be decoded and go on, or stop at it.
+        encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
+        top_k: classes that encoding topk keeps of a row.
+        samples: draws that encoding sampled keeps of a row.
+        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
+        hidden: type in which encoding head stores the teacher's last hidden layer.
+        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    options = dict(locals())
+    from softlabel.generate import generate as run
+
+    summary = run(
+        data,
+        teachers=teacher,
+        out=out,
+        combine=combine,
+        weights=weights,
+        temperature=temperature,
+        format=format,
+        shard_rows=shard_rows,
+        batch_size=batch_size,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        ignore_labels=ignore_labels,
+        on_bad_image=on_bad_image,
+        encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
+        grow=grow,
+        device=device,
+    )
+    tell(summary)
+    if summary.shards_written:
+        write_config(Path(out) / "config.yaml", options)
+    return 0
+
+
+def tell(summary: "GenerateSummary") -> None:
+    """What a run of the teachers did."""
+    if not summary.shards_written:
+        print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
+        return
+    print(f"{summary.path}: complete, {summary.total_rows:,} rows")
+    print(
+        f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s, "
+        f"{summary.shards_written} shards written"
+    )
+    if summary.teacher_accuracy is not None:
+        print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
+    if summary.total_bad:
+        print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
+
+
+def encoding_of(
+    name: str, temperature: float, top_k: int, samples: int, temperatures: list[float] | None, hidden: str
+) -> "Encoding | str":
+    """The encoding that the options name; the width of `head` is the teacher's."""
+    from softlabel.store.columns import Encoding
+
+    if name == "topk":
+        return Encoding(name="topk", k=top_k, temperatures=tuple(sorted({temperature, *(temperatures or ())})))
+    if name == "sampled":
+        return Encoding(name="sampled", samples=samples)
+    return f"head:{hidden}" if name == "head" else name
+
+
+def plan(
+    *,
+    data: str,
+    teacher: list[str],
+    combine: Literal["logits", "probs", "keep"] = "logits",
+    weights: list[float] | None = None,
+    temperature: float = 4.0,
+    encoding: list[str] | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    seconds: float = 5.0,
+    seed: int = 0,
+    ignore_labels: bool = False,
+    device: str = "auto",
+) -> int:
+    """Show what labelling would take, and what every encoding costs in bytes and nats, from a short timed sample.
+
+    Nothing is written.
+
+    Example:
+        softlabel plan --data train.parquet --teacher torchvision:resnet50@resnet50.pth
+
+    Args:
+        data: a SOURCE, see 'softlabel generate --help'.
+        teacher: the SPECs, see 'softlabel generate --help'.
+        combine: as for generate.
+        weights: one number a teacher.
+        temperature: at which the labels would be stored.
+        encoding: show these alone (float32, float16, int8, topk, sampled, head); all when absent.
+        batch_size: samples a forward pass.
+        precision: of the forward pass.
+        seconds: how long the sample is labelled for.
+        seed: of the sample.
+        ignore_labels: do not look at hard labels.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from softlabel.errors import UsageError
+    from softlabel.generate import prepare
+    from softlabel.plan import ENCODINGS
+    from softlabel.plan import plan as run
+
+    if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
+        raise UsageError(f"encoding: expected some of {', '.join(ENCODINGS)}, found {sorted(odd)[0]!r}")
+    job = prepare(
+        data,
+        teachers=teacher,
+        combine=combine,
+        weights=weights,
+        temperature=temperature,
+        format="parquet",
+        shard_rows=16384,
+        batch_size=batch_size,
+        precision=precision,
+        workers=0,
+        seed=seed,
+        ignore_labels=ignore_labels,
+        on_bad_image="skip",
+        encoding="float16",
+        device=device,
+    )
+    found = run(job, seconds=seconds, seed=seed)
+    print(f"{data}: {found.rows:,} images, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
+    print(
+        f"  {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}: about "
+        f"{_duration(found.seconds)} for everything"
+    )
+    if found.accuracy is not None:
+        print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
+    if found.bad:
+        print(f"  {found.bad} images of the sample cannot be decoded")
+    nats = "nats lost (mean / worst)"
+    print(
+        f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}{f'at T = {temperature:g}'}"
+    )
+    for offer in found.offers:
+        if encoding is None or offer.name.split()[0] in encoding:
+            cost = offer.fidelity
+            at_1 = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}"
+            at_t = f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
+            print(f"{offer.name:<12}{offer.row_bytes:>10,}{_size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

@@ -1,0 +1,83 @@
+"""Commands about students: train, evaluate."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from softlabel.commands.config import write_config
+
+if TYPE_CHECKING:
+    from softlabel.train import TrainConfig
+
+
+def train(config: "TrainConfig") -> int:
+    """Train a student from a store of soft labels, or on hard labels alone.
+
+    The same command again resumes what was interrupted. Soft labels are joined to the images by key.
+
+    Example:
+        softlabel train --data train.parquet --labels labels/resnet50 --student zoo:resnet8 --epochs 10 --out runs/kd
+    """
+    from softlabel.train import train as run
+
+    result = run(config)
+    if result.already_done:
+        print(f"{result.out}: already trained; --overwrite trains it anew")
+        return 0
+    last = result.history[-1]
+    print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
+    if last.eval_accuracy is not None:
+        print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
+    print(f"  measure it with: softlabel evaluate --data SOURCE --model {result.out}")
+    return 0
+
+
+def evaluate(
+    *,
+    data: str,
+    model: str,
+    labels: str | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    missing: Literal["error", "skip", "hard-only"] = "error",
+    workers: int = 0,
+    device: str = "auto",
+    out: str | None = None,
+) -> int:
+    """Measure a model: accuracy, cross-entropy, calibration error, agreement with the teacher of a store.
+
+    Example:
+        softlabel evaluate --data test.parquet --model runs/kd
+
+    Args:
+        data: a SOURCE with hard labels.
+        model: the folder of a run, or a SPEC with a checkpoint.
+        labels: a store of the same data, with which the model is compared too.
+        batch_size: images a forward pass.
+        precision: of the forward pass.
+        missing: samples without a row in the store.
+        workers: processes that decode.
+        device: auto, cpu, cuda or cuda:N.
+        out: JSON file for the figures; the settings go beside it.
+    """
+    options = dict(locals())
+    from json import dumps
+
+    from softlabel.evaluate import evaluate as run
+
+    found = run(
+        model,
+        data,
+        labels,
+        batch_size=batch_size,
+        precision=precision,
+        missing=missing,
+        workers=workers,
+        device=device,
+    )
+    print(found)
+    if out is not None:
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dumps(found.to_dict(), indent=2) + "\n")
+        write_config(path.with_suffix(".config.yaml"), options)
+    return 0
