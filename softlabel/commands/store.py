@@ -21,7 +21,7 @@ def inspect(store: str, /, *, json: bool = False) -> int:
     import dataclasses
     from json import dumps
 
-    from softlabel.commands_algebra import provenance
+    from softlabel.commands.algebra import provenance
     from softlabel.store.reader import open_store
 
     opened = open_store(store, allow_incomplete=True)

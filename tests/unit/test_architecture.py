@@ -67,7 +67,6 @@ MAY_IMPORT = {
     "cli": THIRD | {"*"},
     "commands": {"*"},
     "plan": {"numpy", "torch", "dataset", "encoding", "engine", "generate", "head", "store"},
-    "commands_algebra": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},
 }
