@@ -68,14 +68,12 @@ def _refuse_difference(first: Store, other: Store) -> None:
             one.replace("the store has", "it has").replace("this run", "the other") for one in differences
         )
         raise MismatchError(
-            f"{first.path} and {other.path}: expected labels of one run over different samples, found in the first: "
+            f"{first.url} and {other.url}: expected labels of one run over different samples, found in the first: "
             f"{words}; 'softlabel convert' changes format, encoding and shard rows, the rest needs generating anew"
         )
     hashes = [[ref.xxh3 for ref in store.manifest.extra] for store in (first, other)]
     if hashes[0] != hashes[1]:
-        raise MismatchError(
-            f"{first.path} and {other.path}: their heads (extra/) differ; they are of different teachers"
-        )
+        raise MismatchError(f"{first.url} and {other.url}: their heads (extra/) differ; they are of different teachers")
 
 
 def _refuse_overlap(first: Store, other: Store) -> None:
@@ -99,7 +97,7 @@ def _refuse_overlap(first: Store, other: Store) -> None:
     if shared:
         names = ", ".join(repr(key[:80]) for key in dict.fromkeys(shared[:3]))
         raise MismatchError(
-            f"{first.path} and {other.path}: expected different samples, found keys in both, the first: {names}; "
+            f"{first.url} and {other.url}: expected different samples, found keys in both, the first: {names}; "
             "leave one of the stores out, or label each sample once"
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -50,11 +51,16 @@ class RewriteSummary:
 
 def open_whole(path: str | Path, *, of: str, out: str | Path) -> Store:
     """A finished store to work from. Raises UsageError when `out` is the same folder, beside what `open_store` does."""
-    if Path(path).resolve() == Path(out).resolve():
+    if _place(path) == _place(out):
         raise UsageError(
             f"{of}: {out} is the store itself, which is never changed; choose another folder for the result"
         )
     return open_store(path)
+
+
+def _place(path: str | Path) -> str:
+    text = str(path).removeprefix("file://")
+    return text.rstrip("/") if "://" in text else str(Path(text).resolve())
 
 
 def rewrite(
@@ -87,7 +93,7 @@ def rewrite(
         missing = committer.missing()
         if missing:
             for store in samples.stores:
-                open_store(store.path, verify="full").close()
+                open_store(store.url, verify="full").close()
         if not committer.complete:
             _share_extra(samples.stores[0], run, committer)
         total = run.dataset.rows * run.views.count
@@ -190,8 +196,7 @@ def _share_extra(store: Store, run: Run, committer: Committer) -> None:
     """The teacher's head, where the encoding keeps one beside the shards."""
     if not run.encoding.extra or store.extra is None:  # reading it has checked its hash
         return
-    ref = next(ref for ref in store.manifest.extra if ref.file.startswith(f"extra/{EXTRA_NAME}-"))
-    committer.add_extra(EXTRA_NAME, (store.path / ref.file).read_bytes())
+    committer.add_extra(EXTRA_NAME, safetensors.numpy.save(dict(store.extra)))
 
 
 def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:
@@ -200,7 +205,7 @@ def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:
         "command": command,
         "sources": [
             {
-                "path": str(store.path),
+                "path": store.url,
                 "store_id": store.manifest.store_id,
                 "run": store.run.fingerprint(),
                 "encoding": to_json(store.run.encoding),

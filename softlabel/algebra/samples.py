@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
 from softlabel.store.reader import Store, StoredRows
 
-NUMBERS = 4 << 20  # numbers of decoded logits that are held at once, whatever a row group has
+NUMBERS = 1 << 20  # numbers of decoded logits that are held at once, whatever a row group has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,102 @@
+"""A store as one file of NumPy arrays, written piece by piece."""
+
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
+from softlabel.errors import MismatchError, UsageError
+from softlabel.store.columns import Array
+from softlabel.store.folder import TEMPORARY, sync, writing
+from softlabel.store.reader import Store, open_store
+
+
+def write_npz(store: Store, out: Path, progress: bool | None) -> tuple[int, int]:
+    if out.suffix != ".npz":
+        raise UsageError(f"export: with --to npz, expected a file name that ends in .npz, found {out.name!r}")
+    about = describe(store)
+    if out.exists():
+        _refuse_other_npz(out, about)
+        return 0, out.stat().st_size
+    open_store(store.url, verify="full").close()
+    run, count = store.run, len(store)
+    widths = widths_of(run.encoding, run.num_classes)
+    longest = max((len(key) for rows in store.stream(["key"]) for key in rows.keys), default=1)
+    temporary = out.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    with writing(out), bar_of(count * len(widths), progress) as bar:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with zipfile.ZipFile(temporary, "w") as archive:
+                _add(archive, "softlabel", np.array(json.dumps(about)))
+                _add(archive, "temperature", np.array(run.temperature))
+                if run.class_names is not None:
+                    _add(archive, "class_names", np.array(run.class_names))
+                if run.encoding.temperatures:
+                    _add(archive, "temperatures", np.array(run.encoding.temperatures))
+                text = np.dtype(f"<U{longest}")
+                # Padded to one width, as NumPy's text is: only compressed is it small.
+                keys = (np.array(rows.keys, text) for rows in store.stream(["key"]))
+                _stream(archive, "key", (count,), text, keys, compress=True)
+                _stream(archive, "view", (count,), np.dtype("<i4"), (rows.views for rows in store.stream(["label"])))
+                _stream(archive, "label", (count,), np.dtype("<i8"), (rows.labels for rows in store.stream(["label"])))
+                payload = [column.name for column in run.columns]
+                for name, width in widths.items():
+                    shape = (count, run.members_stored, width) if run.kept else (count, width)
+                    dtype = np.dtype("<i4") if name == "index" else np.dtype("<f4")
+                    _stream(archive, name, shape, dtype, _counted(store, payload, name, bar))
+            sync(temporary)
+            os.replace(temporary, out)
+            sync(out.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return 1, out.stat().st_size
+
+
+def _counted(store: Store, payload: list[str], name: str, bar: "tqdm[Any]") -> Iterator[Array]:
+    needs = payload if name == "scaled_logits" else [name]
+    for rows in batches(store, needs=needs):
+        yield plain(rows)[name]
+        bar.update(len(rows))
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: Array) -> None:
+    with archive.open(f"{name}.npy", "w") as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _stream(
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    parts: Iterator[Array],
+    *,
+    compress: bool = False,
+) -> None:
+    """An array that never is in memory as a whole."""
+    entry = zipfile.ZipInfo(f"{name}.npy")
+    entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(entry, "w", force_zip64=True) as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype).data.cast("B") if part.size else b"")
+
+
+def _refuse_other_npz(out: Path, about: dict[str, Any]) -> None:
+    try:
+        with np.load(out, allow_pickle=False) as found:
+            same = json.loads(str(found["softlabel"])) == json.loads(json.dumps(about))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        same = False
+    if not same:
+        raise MismatchError(
+            f"{out}: expected no file or an export of store {about['store_id']}, found another; choose another name"
+        )

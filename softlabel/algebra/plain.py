@@ -1,0 +1,65 @@
+"""A store's rows in types that every tool has, and what the numbers mean.
+
+Legend: B rows of a batch, M members, W numbers of a column.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from softlabel.algebra.samples import NUMBERS, split
+from softlabel.store.columns import Array, Encoding
+from softlabel.store.jsonio import to_json
+from softlabel.store.reader import Store, StoredRows
+
+SPARSE = ("topk", "sampled")
+
+
+def describe(store: Store) -> dict[str, Any]:
+    """What the numbers mean: goes into the schema's metadata and beside the files."""
+    run = store.run
+    return {
+        "format": "softlabel-export",
+        "store_id": store.manifest.store_id,
+        "temperature": run.temperature,
+        "combine": to_json(run.combine),
+        "encoding": to_json(run.encoding),
+        "num_classes": run.num_classes,
+        "class_names": to_json(run.class_names),
+        "members": to_json(run.members),
+        "views": to_json(run.views),
+        "fidelity": to_json(store.manifest.totals.fidelity),
+    }
+
+
+def plain(rows: StoredRows) -> dict[str, Array]:
+    """The numbers of rows in types that every tool has: (B, M, W) int32 or float32, M 1 where members are mixed."""
+    run = rows.run
+    if run.encoding.name not in SPARSE:
+        scaled = rows.scaled_logits.reshape(len(rows), run.members_stored, run.num_classes)
+        return {"scaled_logits": scaled - scaled.max(axis=-1, keepdims=True)}
+    return {
+        name: array.astype(np.int32 if name == "index" else np.float32).reshape(len(rows), run.members_stored, -1)
+        for name, array in rows.columns.items()
+    }
+
+
+def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
+    if encoding.name not in SPARSE:
+        return {"scaled_logits": num_classes}
+    return {column.name: column.width for column in encoding.columns(num_classes=num_classes)}
+
+
+def batches(
+    store: Store, start: int = 0, stop: int | None = None, *, needs: list[str] | None = None
+) -> Iterator[StoredRows]:
+    limit = max(1, NUMBERS // (store.run.num_classes * store.run.members_stored))
+    for rows in store.stream(needs, start=start, stop=stop):
+        yield from split(rows, limit)
+
+
+def bar_of(total: int, progress: bool | None) -> "tqdm[Any]":
+    disable = None if progress is None else not progress
+    return tqdm(total=total, unit="row", unit_scale=True, desc="export", disable=disable, leave=False)
