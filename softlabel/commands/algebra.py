@@ -86,7 +86,7 @@ def convert(
         shard_rows: samples a shard; as it is when absent.
     """
     from softlabel.algebra import convert_store
-    from softlabel.commands import encoding_of
+    from softlabel.commands.label import encoding_of
     from softlabel.store.reader import open_store
 
     wanted = None
