@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# Small models and small batches: more threads than cores only make tests wait for each other.
-export OMP_NUM_THREADS ?= 2
-
 .PHONY: help demo test lint test-slow bench clean
 
 help:
@@ -30,11 +27,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One process a core with one thread each: tests compare results bit for bit, and small models gain little from more.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow"
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks

@@ -241,3 +241,21 @@ def test_verify_compares_with_data_and_teachers(ready: Path, tmp_path: Path) -> 
     assert "3 rows are of samples that the data do not have" in run("verify", store, "--data", fewer, code=3).stdout
     more = write_dataset(tmp_path / "more.parquet", ROWS + 1)
     assert f"1 samples have no row: image-{ROWS:05d}.jpg" in run("verify", store, "--data", more, code=3).stdout
+
+
+def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_path: Path) -> None:
+    options = ["--data", ready / "data.parquet", "--teacher", spec(ready, 0), "--seconds", 0.1, "--batch-size", 16]
+    told = run("plan", *options, cwd=tmp_path).stdout
+    assert not list(tmp_path.iterdir())
+    lines = {line.split()[0]: line.split() for line in told.splitlines() if line and line[0].isalpha()}
+    assert f"{ROWS} images" in told
+    assert "images/s" in told
+    # Four classes: float16 takes 8 bytes; a head of width 64 in float16 takes 128.
+    assert lines["float32"][1] == "16"
+    assert lines["float16"][1] == "8"
+    assert lines["head"][1] == "128"
+    store = generate(ready, tmp_path / "store", 0)
+    assert store.manifest.totals.fidelity is not None
+    assert float(lines["float16"][-1]) <= store.manifest.totals.fidelity.worst_t * 1.05 + 1e-12
+    assert "int8" not in run("plan", *options, "--encoding", "float16", "head").stdout
+    assert "votes" in run("plan", *options, "--encoding", "votes", code=2).stderr
