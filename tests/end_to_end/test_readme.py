@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from softlabel.cli import COMMANDS
 from tests.conftest import ROOT
 from tests.helpers import environment
 
@@ -62,7 +63,7 @@ def test_the_cifar_commands_run(tmp_path: Path, shared_data: Path) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     helps = ""
-    for command in ("generate", "inspect", "verify", "train", "evaluate"):
+    for command in COMMANDS:
         helps += execute("sh", f"softlabel {command} --help", ROOT, timeout=60)
     for option in set(re.findall(r"`(--[a-z_-]+)", README)) | set(re.findall(r" (--[a-z-]+) ", README)):
         assert option in helps, f"{option} is in the README and in no --help"
