@@ -147,8 +147,8 @@ def provenance(manifest: "Manifest") -> list[tuple[str, str]]:
         ("made by", f"softlabel {made.get('command')} from {', '.join(str(one.get('path')) for one in sources)}"),
     ]
     if manifest.totals.fidelity is None and manifest.totals.rows:
-        through = sorted({str((one.get("encoding") or {}).get("name")) for one in sources})
-        lines.append(("cost", f"against the teacher unknown: the labels came through {', '.join(through)}"))
+        through = ", ".join(dict.fromkeys(_came_through(made)))
+        lines.append(("cost", f"against the teacher unknown: the labels came through {through}"))
         step = made.get("step")
         if isinstance(step, Mapping):
             lines.append(
@@ -159,3 +159,18 @@ def provenance(manifest: "Manifest") -> list[tuple[str, str]]:
                 )
             )
     return lines
+
+
+def _came_through(made: object) -> list[str]:
+    """The encodings on the way to a derived store, the first one first."""
+    if not isinstance(made, Mapping):
+        return []
+    found: list[str] = []
+    for one in made.get("sources") or ():
+        if isinstance(one, Mapping):
+            encoding = one.get("encoding")
+            found += [
+                *_came_through(one.get("derived")),
+                str(encoding.get("name") if isinstance(encoding, Mapping) else "?"),
+            ]
+    return found

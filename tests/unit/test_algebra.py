@@ -694,5 +694,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert f"softlabel convert from {mixed}" in told
     assert "against the teacher unknown: the labels came through float16" in told
+    assert main(["convert", mixed, str(tmp_path / "fine"), "--encoding", "float32"]) == 0
+    assert main(["convert", str(tmp_path / "fine"), str(tmp_path / "last"), "--encoding", "int8"]) == 0
+    assert main(["inspect", str(tmp_path / "last")]) == 0
+    assert "the labels came through float16, float32" in capsys.readouterr().out
     assert main(["combine", small, str(tmp_path / "x"), "--weights", "1", "1"]) == 2
     assert "expected a store that keeps its members" in capsys.readouterr().err
