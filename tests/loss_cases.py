@@ -172,7 +172,7 @@ def compare(case: Case, impl: str, *, upstream: float = 1.0, device: str = "cpu"
     assert student_NC.grad is not None
     assert student_NC.grad.dtype == case.dtype
     grad_bound = max(GRAD_TOLERANCE[case.dtype], rounded)
-    size = max(expected_grad.nan_to_num().abs().max().item(), 1e-3) if expected_grad.numel() else 1.0
+    size = max(expected_grad.nan_to_num().abs().max().item(), 1e-2) if expected_grad.numel() else 1.0
     torch.testing.assert_close(
         student_NC.grad.double().cpu(), expected_grad, rtol=0, atol=grad_bound * size, equal_nan=False
     )

@@ -83,7 +83,7 @@ class _Chunks:
             self.labels_N1 = labels_N.long().where(labels_N != settings.ignore_index, 0)[:, None]
             self.label_slope_N1 = self.hard_scale_N1 * -(1.0 - settings.label_smoothing)
         self.kept: KeptPart | None = None
-        if self.soft_on and isinstance(target, TopKTarget | SampledTarget):
+        if self.soft_on and isinstance(target, (TopKTarget, SampledTarget)):
             self.kept = KeptPart(target, settings, self.slope_N1, self.blank_target_N1, dtype)
         # A kept target's exponentials are computed where the gradient will be.
         two = self.kept is None or not want_grad

@@ -4,6 +4,8 @@ N rows, C classes. "auto" means: under `torch.compile`, what can be traced (the 
 of `traced` elsewhere); else Triton kernels on CUDA where triton is installed, and `chunked` everywhere else.
 """
 
+from __future__ import annotations  # dynamo of torch 2.9 cannot evaluate `X | None` inside a function
+
 import functools
 import importlib.util
 import os

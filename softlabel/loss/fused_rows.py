@@ -4,6 +4,8 @@ N rows, C classes, R rows of a chunk. z student logits, t scaled teacher logits,
 p = softmax(t). A function of rows takes (z, t, labels) of a chunk and gives the losses (R,) and their gradients in z.
 """
 
+from __future__ import annotations  # dynamo of torch 2.9 cannot evaluate `X | None` inside a function
+
 from collections.abc import Callable
 
 import torch
@@ -80,7 +82,7 @@ def fused_loss(
     reduction: str,
 ) -> Tensor:
     """The loss reduced, its gradient attached as in `distillation_loss`."""
-    assert not isinstance(target, TopKTarget | SampledTarget)
+    assert not isinstance(target, (TopKTarget, SampledTarget))
     whole = reduction != "none"
     if torch.compiler.is_compiling():
         t_NC = scaled_logits(target, work_dtype(logits_NC)) * factor

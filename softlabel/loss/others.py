@@ -216,7 +216,7 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _check_dense(logits_NC: Tensor, target: Target) -> None:
-    if isinstance(target, TopKTarget | SampledTarget):
+    if isinstance(target, (TopKTarget, SampledTarget)):
         raise UsageError(
             f"target: expected one of all classes, found {type(target).__name__}; use distillation_loss, or a store "
             f"with a dense encoding"
@@ -239,7 +239,7 @@ def _dense(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Ta
 def _logits(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Tensor, Tensor]:
     """The student's logits and the teacher's, the latter at `temperature`."""
     target, factor = _dense(logits_NC, target, temperature)
-    assert not isinstance(target, TopKTarget | SampledTarget)
+    assert not isinstance(target, (TopKTarget, SampledTarget))
     dtype = work_dtype(logits_NC)
     return logits_NC.to(dtype), scaled_logits(target, dtype) * factor
 

@@ -42,7 +42,7 @@ def row_losses(
     soft_N = hard_N = torch.zeros(logits_NC.shape[0], dtype=dtype, device=logits_NC.device)
     grad_NC = torch.zeros((), dtype=dtype, device=logits_NC.device)
     moves: list[tuple[Tensor, Tensor]] = []  # (index, what is added to the gradient there)
-    if soft_on and isinstance(target, TopKTarget | SampledTarget):
+    if soft_on and isinstance(target, (TopKTarget, SampledTarget)):
         soft_N, grad_NC, moves = _soft_kept(u_NC, e_NC, target, soft_scale_N1, shares, settings)
     elif soft_on:
         soft_N, grad_NC = _soft_dense(u_NC, e_NC, target, soft_scale_N1, shares, settings)
@@ -84,7 +84,7 @@ def _power(e_NC: Tensor, x_NC: Tensor, temperature: float) -> Tensor:
 def _soft_dense(
     u_NC: Tensor, e_NC: Tensor, target: Target, scale_N1: Tensor, shares: Shares, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    assert not isinstance(target, TopKTarget | SampledTarget)
+    assert not isinstance(target, (TopKTarget, SampledTarget))
     t_NC = scaled_logits(target, u_NC.dtype)
     if settings.factor != 1:
         t_NC = t_NC * settings.factor

@@ -66,8 +66,8 @@ def _load_t(
 
 @triton.jit
 def store_hard(
-    hard_ptr, logits_ptr, labels_ptr, row, inside, read_z, hard_scale, classes, stride, top_z, sum_1, sum_x, smoothing,
-    ignore_index, W: tl.constexpr,
+    hard_ptr, logits_ptr, labels_ptr, row, inside, read_z, hard_scale, classes: tl.constexpr, stride, top_z,
+    sum_1, sum_x, smoothing, ignore_index, W: tl.constexpr,
 ):  # fmt: skip
     """Stores the hard losses and returns the labels."""
     label = tl.load(labels_ptr + row, mask=inside, other=0).to(tl.int64)
@@ -106,8 +106,8 @@ def _store_grad(
 @triton.jit
 def dense_row_kernel(
     logits_ptr, teacher_ptr, scale_ptr, offset_ptr, top_index_ptr, top_value_ptr, labels_ptr, soft_scale_ptr,
-    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes, logits_stride, teacher_stride, temperature, factor,
-    smoothing, ignore_index,
+    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride, teacher_stride,
+    temperature, factor, smoothing, ignore_index,
     SOFT: tl.constexpr, HARD: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr, INT8: tl.constexpr,
     TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +157,8 @@ def dense_row_kernel(
 @triton.jit
 def dense_sweep_kernel(
     logits_ptr, teacher_ptr, scale_ptr, offset_ptr, top_index_ptr, top_value_ptr, labels_ptr, soft_scale_ptr,
-    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes, logits_stride, teacher_stride, temperature, factor,
-    smoothing, ignore_index,
+    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride, teacher_stride,
+    temperature, factor, smoothing, ignore_index,
     SOFT: tl.constexpr, HARD: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr, INT8: tl.constexpr,
     TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip

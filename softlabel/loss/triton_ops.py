@@ -90,7 +90,7 @@ def _call(
     numbers = (settings.temperature, settings.label_smoothing, settings.ignore_index, gaps, want_grad)
     if not soft:
         return _dense(logits_NC, None, None, None, None, None, labels_N, soft_scale_N, hard_scale_N, 1.0, *numbers)
-    if isinstance(target, TopKTarget | SampledTarget):
+    if isinstance(target, (TopKTarget, SampledTarget)):
         kept = kept_probs(target, settings, work_dtype(logits_NC))
         drawn = isinstance(target, SampledTarget)
         mode = "drawn" if drawn else settings.tail if target.index.shape[1] < target.num_classes else "renormalize"
