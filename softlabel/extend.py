@@ -20,7 +20,7 @@ from softlabel.store.reader import Store, open_store
 from softlabel.store.shard import Rows
 from softlabel.store.supplant import supplant
 from softlabel.store.writer import Committer
-from softlabel.upkeep import recorded_place
+from softlabel.upkeep import recorded_place, refuse_derived
 
 
 def extend(
@@ -53,6 +53,7 @@ def extend(
             f"{store}: holds the {run.combine.rule} average of its members, which cannot take another one; "
             "generate with --combine keep to add members later"
         )
+    refuse_derived(manifest, store)
     job = prepare(
         recorded_place(manifest, "data", store, data),
         teachers=[teacher],

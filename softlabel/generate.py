@@ -130,6 +130,11 @@ def generate(
         key_fn=key_fn,
     )
     with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
+        if committer.manifest.recorded.get("derived") and committer.missing():
+            raise MismatchError(
+                f"{out}: holds labels that were being made from another store, which teachers cannot finish; run the "
+                "command that began it again, or choose another folder"
+            )
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
         return label_missing(committer, out, job, progress=progress)

@@ -6,6 +6,7 @@ Scaled logits are logits divided by the temperature: ``softmax(scaled_logits)`` 
 defined up to a constant per row, so a store keeps them with the row's maximum subtracted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +47,8 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[f
     total = sum(weights)
     if not all(0 <= w < float("inf") for w in weights) or not total > 0:
         raise UsageError(f"weights: expected finite numbers of at least 0, not all 0, found {list(weights)}")
-    return tuple(w / total for w in weights)
+    # Normalising again what sums to 1 must not change a bit: weights are part of a store's identity.
+    return tuple(weights) if math.isclose(total, 1.0, rel_tol=1e-12) else tuple(w / total for w in weights)
 
 
 def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weights: Sequence[float]) -> Tensor:

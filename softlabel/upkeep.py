@@ -42,6 +42,7 @@ def job_of(
         MismatchError: data or teachers are not those that labelled it.
     """
     run, recorded = manifest.run, manifest.recorded
+    refuse_derived(manifest, where)
     job = prepare(
         recorded_place(manifest, "data", where, data),
         teachers=recorded_place(manifest, "teachers", where, teachers),
@@ -215,6 +216,15 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
 
 def _off(progress: bool | None) -> bool | None:
     return None if progress is None else not progress
+
+
+def refuse_derived(manifest: Manifest, where: object) -> None:
+    """Raises UsageError for a store that was made from others: teachers give other rows than its recoded ones."""
+    if manifest.recorded.get("derived"):
+        raise UsageError(
+            f"{where}: was made from another store (see 'softlabel inspect {where}'), not by teachers; make it again from "
+            "there"
+        )
 
 
 def recorded_place(manifest: Manifest, name: Literal["data", "teachers"], where: object, given: Any = None) -> Any:
