@@ -222,8 +222,8 @@ def refuse_derived(manifest: Manifest, where: object) -> None:
     """Raises UsageError for a store that was made from others: teachers give other rows than its recoded ones."""
     if manifest.recorded.get("derived"):
         raise UsageError(
-            f"{where}: was made from another store (see 'softlabel inspect {where}'), not by teachers; make it again from "
-            "there"
+            f"{where}: was made from another store (see 'softlabel inspect {where}'), not by teachers; make it again "
+            "from there"
         )
 
 
