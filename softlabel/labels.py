@@ -48,7 +48,7 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[f
     if not all(0 <= w < float("inf") for w in weights) or not total > 0:
         raise UsageError(f"weights: expected finite numbers of at least 0, not all 0, found {list(weights)}")
     # Normalising again what sums to 1 must not change a bit: weights are part of a store's identity.
-    return tuple(weights) if math.isclose(total, 1.0, rel_tol=1e-12) else tuple(w / total for w in weights)
+    return tuple(float(w) if math.isclose(total, 1.0, rel_tol=1e-12) else w / total for w in weights)
 
 
 def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weights: Sequence[float]) -> Tensor:
