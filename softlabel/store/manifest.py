@@ -50,6 +50,10 @@ class Combine:
     rule: str = "logits"
     weights: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        # 1 and 1.0 are equal and have different texts, and the text is what a run's fingerprint hashes.
+        object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
@@ -111,6 +115,7 @@ class Run:
     class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", float(self.temperature))
         if not 1 <= self.num_classes < 2**31:
             raise ValueError(f"num_classes: expected at least 1, found {self.num_classes}")
         if not 0 < self.temperature < float("inf"):
