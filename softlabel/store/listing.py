@@ -13,7 +13,9 @@ from softlabel.store.folder import Folder
 from softlabel.store.manifest import (
     ROOT_LIMIT,
     ROOT_NAME,
+    SEGMENT_BYTES,
     SEGMENT_LIMIT,
+    SEGMENT_SHARDS,
     ExtraRef,
     Manifest,
     SegmentRef,
@@ -106,3 +108,18 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
         if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
             raise StoreCorruptError(f"{where}: expected a finite float32 {one!r} of shape {shape}")
     return arrays
+
+
+def load_for_writing(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], list[ShardRecord]]:
+    """All records by number, and those of the last segment while it is open."""
+    records: dict[int, ShardRecord] = {}
+    tail: list[ShardRecord] = []
+    for ref in manifest.segments:
+        tail = read_segment(folder, ref)
+        for record in tail:
+            if record.number in records:
+                raise StoreCorruptError(f"{folder.where(ref.file)}: lists shard {record.number} a second time")
+            records[record.number] = record
+    last = manifest.segments[-1] if manifest.segments else None
+    open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
+    return records, tail if open_tail else []

@@ -19,7 +19,7 @@ from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
 from softlabel.store.keys import Keys
-from softlabel.store.manifest import FORMAT_VERSION, BadRow, Fidelity, Format, Run, ShardPlan
+from softlabel.store.manifest import FORMAT_VERSION, BadRow, Fidelity, Format, Run, ShardPlan, ShardRecord
 
 IGNORE = -100  # label of a row without one
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
@@ -73,6 +73,20 @@ class ShardIdentity:
 
     def encode(self) -> bytes:
         return dumps(to_json(self))
+
+    def record(self, file: str, size: int, xxh3: str) -> ShardRecord:
+        """What a manifest says about this shard, in a file of `size` bytes."""
+        return ShardRecord(
+            number=self.number,
+            file=file,
+            rows=self.rows,
+            bytes=size,
+            xxh3=xxh3,
+            first_key=self.first_key,
+            last_key=self.last_key,
+            bad=self.bad,
+            fidelity=self.fidelity,
+        )
 
     @staticmethod
     def decode(raw: bytes, where: object) -> "ShardIdentity":
@@ -128,6 +142,11 @@ class OpenShard(Protocol):
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         """Some rows of the columns `names` ("key", "view", "label", "content" and the encoding's)."""
+        ...
+
+    def extents(self, name: str) -> list[tuple[int, int]] | None:
+        """Where the file holds whole rows of a column back to back, as (offset, rows) that together are all rows in
+        order; None when that is not plain to see."""
         ...
 
     def mapped(self, name: str) -> Array | None:

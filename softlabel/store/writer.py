@@ -1,23 +1,27 @@
 """Writing a store: shards from any process, the manifest from one committer that holds the lease.
 
 Order on disk: shard (temporary, synced, linked to its content-hashed name, folder synced), then the segment that
-records it, then the root. Killing the process between any two steps leaves a store that the next run resumes.
+records it, then the root. Killing the process between any two steps leaves a store that the next run resumes: a shard
+that no segment records yet is adopted. So records may wait a moment and reach the disk together.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+import time
 import uuid
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import xxhash
 
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError
 from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, open_folder, sync, writing
 from softlabel.store.lease import Lease
-from softlabel.store.listing import read_segment
+from softlabel.store.listing import load_for_writing
 from softlabel.store.manifest import (
     EXTRA_FILE,
     REASON_LENGTH,
@@ -45,6 +49,7 @@ from softlabel.store.remote import RemoteLease
 from softlabel.store.root import decode_root, encode_root, encode_segment
 from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module, open_shard
 
+COMMIT_SECONDS = 1.0  # records that come faster than this reach the disk together
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -83,34 +88,22 @@ def write_shard(
     with writing(folder.where(f"shards/{plan.number:05d}")):
         try:
             format_module(run.format).write(temporary, identity, checked)
-            sync(temporary)
-            xxh3 = file_xxh3(temporary)
+            with ThreadPoolExecutor(1) as pool:  # the processor hashes while the disk syncs
+                synced = pool.submit(sync, temporary)
+                xxh3 = file_xxh3(temporary)
+                synced.result()
             size = temporary.stat().st_size
             file = shard_file(plan.number, xxh3, run.format)
             folder.publish(temporary, file, xxh3)
         finally:
             temporary.unlink(missing_ok=True)
-    return _record(identity, file, size, xxh3)
-
-
-def _record(identity: ShardIdentity, file: str, size: int, xxh3: str) -> ShardRecord:
-    return ShardRecord(
-        number=identity.number,
-        file=file,
-        rows=identity.rows,
-        bytes=size,
-        xxh3=xxh3,
-        first_key=identity.first_key,
-        last_key=identity.last_key,
-        bad=identity.bad,
-        fidelity=identity.fidelity,
-    )
+    return identity.record(file, size, xxh3)
 
 
 class Committer:
     """The one writer of a store's manifest. Make it with `Committer.open`, use it as a context manager.
 
-    Leaving the `with` block releases the lease and commits nothing: what was committed stays, `finish` completes.
+    Leaving the `with` block releases the lease: what was committed stays, `finish` completes.
     """
 
     def __init__(
@@ -122,6 +115,10 @@ class Committer:
         self.run = manifest.run
         self.resumed = len(records)  # shards that were there before this run
         self._tail: list[ShardRecord] = []
+        self._pending: dict[int, ShardRecord] = {}
+        self._published = float("-inf")  # when records last reached the disk, monotonic seconds
+        self._torn = False  # a publication did not end: memory may be behind the disk
+        self._process = os.getpid()
 
     @classmethod
     def open(
@@ -174,7 +171,7 @@ class Committer:
                 f"{folder}: holds a store of another run; {'; '.join(differences)}; "
                 "give the same settings to resume it, or another folder"
             )
-        records, tail = _load(folder, manifest)
+        records, tail = load_for_writing(folder, manifest)
         self = cls(folder, lease, manifest, records)
         self._tail = tail
         if relabel:
@@ -196,22 +193,31 @@ class Committer:
         return self._manifest.complete
 
     def missing(self) -> list[ShardPlan]:
-        """The plan minus what is recorded."""
-        return [self.run.shard(number) for number in range(self.run.shard_count) if number not in self._records]
+        """The plan minus what is committed."""
+        there = self._records.keys() | self._pending.keys()
+        return [self.run.shard(number) for number in range(self.run.shard_count) if number not in there]
 
     def commit(self, *records: ShardRecord) -> int:
-        """Record published shards, durably. The first record of a shard wins; returns how many were new."""
+        """Record published shards. The first record of a shard wins; returns how many were new.
+
+        Shards are durable already. Their records are when this returns, or, where the last ones reached the disk less
+        than a second ago, with a later `commit`, `finish` or `close`; a run that is killed before, adopts the shards.
+        """
         new: dict[int, ShardRecord] = {}
         for record in records:
             plan = self.run.shard(record.number)
             if record.rows + len(record.bad) != plan.stop - plan.start:
                 raise ValueError(f"shard {record.number}: {record.rows} rows, planned {plan.stop - plan.start}")
-            if record.number not in self._records:
+            if record.number not in self._records and record.number not in self._pending:
                 new.setdefault(record.number, record)
         if new:
             assert not self._manifest.complete
-            with writing(self._folder):
-                self._append(list(new.values()))
+            waiting = {**self._pending, **new}
+            if len(waiting) >= SEGMENT_SHARDS or time.monotonic() - self._published > COMMIT_SECONDS:
+                with writing(self._folder):
+                    self._append(list(waiting.values()))
+            else:
+                self._pending = waiting
         return len(new)
 
     def add_extra(self, name: str, data: bytes) -> None:
@@ -241,12 +247,19 @@ class Committer:
         with writing(self._folder):
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}
-                self._publish_root(dataclasses.replace(self._manifest, complete=True, recorded=both))
+                self._append(list(self._pending.values()), complete=True, recorded=both)
             self._collect_orphans()
         return self._manifest
 
     def close(self) -> None:
-        self._lease.release()
+        """Publish the records that wait, if the disk takes them (else the next run adopts their shards), and release
+        the lease."""
+        try:
+            if self._pending and not self._torn and self._process == os.getpid():
+                with contextlib.suppress(StoreError), writing(self._folder):
+                    self._append(list(self._pending.values()))
+        finally:
+            self._lease.release()
 
     def __enter__(self) -> Self:
         return self
@@ -258,11 +271,12 @@ class Committer:
 
     # How the manifest grows: sealed segments stay, the open tail is written anew under a new name.
 
-    def _append(self, records: list[ShardRecord]) -> None:
-        """Publish segments and root with these records; memory follows only once the disk has them."""
+    def _append(self, records: list[ShardRecord], **changes: Any) -> None:
+        """Publish segments and root with these records and `changes`; memory follows only once the disk has them."""
+        self._torn = True
         segments = list(self._manifest.segments)
         tail, open_tail = [*self._tail, *records], bool(self._tail)
-        while tail:
+        while tail and records:
             batch, rest = tail[:SEGMENT_SHARDS], tail[SEGMENT_SHARDS:]
             raw = encode_segment(Segment(shards=tuple(batch)))
             if len(raw) > SEGMENT_LIMIT:
@@ -283,10 +297,13 @@ class Committer:
         totals = self._manifest.totals
         for record in records:
             totals += record
-        self._publish_root(dataclasses.replace(self._manifest, segments=tuple(segments), totals=totals))
+        self._publish_root(dataclasses.replace(self._manifest, segments=tuple(segments), totals=totals, **changes))
         self._tail = tail
         self._records.update((record.number, record) for record in records)
-        self._drop_old_tails()
+        self._pending = {}
+        self._published, self._torn = time.monotonic(), False
+        if records:
+            self._drop_old_tails()
 
     def _publish_root(self, manifest: Manifest) -> None:
         raw = encode_root(manifest)
@@ -343,7 +360,7 @@ class Committer:
             if identity is None or identity.number != number or number >= self.run.shard_count:
                 continue
             if identity.belongs(self.run, self.run.shard(number)):
-                adopted[number] = _record(identity, name, size, found[2])
+                adopted[number] = identity.record(name, size, found[2])
         if adopted:
             self._append([adopted[number] for number in sorted(adopted)])
 
@@ -371,18 +388,3 @@ class Committer:
             for name in self._folder.sizes(subfolder):
                 if name not in listed and (pattern.fullmatch(name) or name.split("/")[1].startswith(TEMPORARY)):
                     self._folder.remove(name)
-
-
-def _load(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], list[ShardRecord]]:
-    """All records by number, and those of the last segment while it is open."""
-    records: dict[int, ShardRecord] = {}
-    tail: list[ShardRecord] = []
-    for ref in manifest.segments:
-        tail = read_segment(folder, ref)
-        for record in tail:
-            if record.number in records:
-                raise StoreCorruptError(f"{folder.where(ref.file)}: lists shard {record.number} a second time")
-            records[record.number] = record
-    last = manifest.segments[-1] if manifest.segments else None
-    open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
-    return records, tail if open_tail else []

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -428,13 +429,45 @@ def test_segments_are_sealed_and_the_tail_replaced(tmp_path: Path, format: str) 
 
 
 def test_a_reader_while_a_run_commits(tmp_path: Path, format: str) -> None:
+    """It sees whole shards in order, never fewer than before, and all of them once the run closes or waits."""
     run, root = make_run(format, samples=20, shard_rows=1), tmp_path / "s"
     samples = Samples.of(run)
+
+    def seen() -> int:
+        half = open_store(root, allow_incomplete=True)
+        assert half.take(range(len(half))).keys == samples.keys[: len(half)]
+        return len(half)
+
+    with Committer.open(root, run) as committer:
+        before = 0
+        for plan in committer.missing()[:18]:
+            committer.commit(write_shard(root, run, plan, *samples.rows(plan)))
+            assert plan.number not in [one.number for one in committer.missing()]
+            assert before <= seen() <= plan.number + 1
+            before = seen()
+    assert seen() == 18
     with Committer.open(root, run) as committer:
         for plan in committer.missing():
             committer.commit(write_shard(root, run, plan, *samples.rows(plan)))
-            half = open_store(root, allow_incomplete=True)
-            assert half.take(range(len(half))).keys == samples.keys[: plan.number + 1]
+            time.sleep(1.1)  # records that come slower than that do not wait for another
+        assert seen() >= 19
+        committer.finish()
+        assert seen() == 20
+
+
+def test_records_that_wait_survive_an_exception(tmp_path: Path, format: str) -> None:
+    run, root = make_run(format), tmp_path / "s"
+    samples = Samples.of(run)
+
+    def interrupted() -> None:
+        with Committer.open(root, run) as committer:
+            for plan in committer.missing()[:3]:
+                committer.commit(write_shard(root, run, plan, *samples.rows(plan)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert open_store(root, allow_incomplete=True).manifest.totals.shards == 3
 
 
 def test_pickle_reopens(tmp_path: Path, format: str) -> None:

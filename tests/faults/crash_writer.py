@@ -1,8 +1,9 @@
 """A process that writes a store and kills itself with SIGKILL at the n-th thing that it asks of the file system.
 
-`python -m tests.faults.crash_writer FOLDER FORMAT` writes FOLDER/whole undisturbed, then for n = 1, 2, ... FOLDER/n
-in a forked child that dies at n, until a child lives to the end. After each death a reader looks, and the run is
-resumed. Prints what it saw as JSON. Its own process, because it forks, and a test process has threads.
+`python -m tests.faults.crash_writer FOLDER FORMAT PACE` writes FOLDER/whole undisturbed, then for n = 1, 2, ...
+FOLDER/n in a forked child that dies at n, until a child lives to the end. After each death a reader looks, and the run
+is resumed. PACE: seconds that records may wait for others. Prints what it saw as JSON. Its own process, because it
+forks, and a test process has threads.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 import h5py  # noqa: F401  imported once, before the forks
 
 from softlabel.errors import StoreIncompleteError, StoreNotFoundError
+from softlabel.store import writer
 from softlabel.store.reader import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
@@ -82,4 +84,5 @@ def main(folder: Path, format: str) -> None:
 
 
 if __name__ == "__main__":
+    writer.COMMIT_SECONDS = float(sys.argv[3])
     main(Path(sys.argv[1]), sys.argv[2])
