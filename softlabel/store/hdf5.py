@@ -230,6 +230,10 @@ class Hdf5Shard:
         offset = dataset.id.get_offset() + start * row_bytes
         return np.frombuffer(self._map, dataset.dtype, count, offset).reshape(shape)
 
+    def extents(self, name: str) -> list[tuple[int, int]] | None:
+        dataset = self._data[name]
+        return [(dataset.id.get_offset(), len(dataset))] if dataset.size else []
+
     def mapped(self, name: str) -> Array | None:
         dataset = self._data[name]
         if not dataset.size:

@@ -49,7 +49,12 @@ class Keys:
         """A text array of a file, not yet checked. Raises ValueError for nulls."""
         if array.null_count:
             raise ValueError("a key is null")
-        return Keys._of_arrow(array.cast(pa.large_string()))
+        if len(array) == 0 or array.type != pa.string():
+            return Keys._of_arrow(array.cast(pa.large_string()))
+        offsets_buffer, data_buffer = array.buffers()[1:3]
+        narrow_N1 = np.frombuffer(offsets_buffer, np.int32)[array.offset : array.offset + len(array) + 1]
+        data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
+        return Keys._rebased(narrow_N1.astype(np.int64), data)
 
     @staticmethod
     def _of_arrow(array: Any) -> "Keys":

@@ -6,6 +6,7 @@ that cannot be compressed cannot be a decompression bomb.
 
 import contextlib
 import mmap
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ _ROW_FIELDS = (
     pa.field("view", pa.int32(), nullable=False),
     pa.field("label", pa.int64()),
     pa.field("content", pa.uint64()),
+)
+_VARINT = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
+# A page header (Thrift compact): a data page, its size, its stored size, the number of values; PLAIN, no levels.
+_PAGE = re.compile(
+    rb"\x15\x00\x15"
+    + _VARINT
+    + rb"\x15"
+    + _VARINT
+    + rb"\x2c\x15"
+    + _VARINT
+    + rb"\x15\x00\x15\x06\x15\x06(?:\x1c\x00)?\x00\x00",
+    re.DOTALL,
 )
 _ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
 
@@ -175,6 +188,29 @@ class ParquetShard:
             columns=columns,
         )
 
+    def extents(self, name: str) -> list[tuple[int, int]] | None:
+        """Page by page; None unless every page is the plain, whole one that `write` makes."""
+        metadata, column = self._file.metadata, self._columns[name]
+        found: list[tuple[int, int]] = []
+        for group in range(metadata.num_row_groups):
+            chunk = metadata.row_group(group).column(self._names.index(name))
+            if chunk.path_in_schema != name or chunk.has_dictionary_page:
+                return None
+            position = chunk.data_page_offset
+            end, left = position + chunk.total_compressed_size, metadata.row_group(group).num_rows
+            while left > 0:
+                header = _PAGE.match(self._map, max(position, 0), min(end, len(self._map)))
+                if header is None:
+                    return None
+                size, stored, values = (_integer(part) for part in header.groups())
+                if not (size == stored == values * column.row_bytes) or not 0 < values <= left:
+                    return None
+                found.append((header.end(), values))
+                position, left = header.end() + size, left - values
+            if position != end or end > len(self._map):
+                return None
+        return found
+
     def mapped(self, name: str) -> Array | None:
         return None  # pages have headers between them
 
@@ -182,7 +218,15 @@ class ParquetShard:
         self._file.close()
 
 
+def _integer(raw: bytes) -> int:
+    """A Thrift integer: 7 bits a byte, the sign in the lowest."""
+    value = sum((byte & 127) << (7 * place) for place, byte in enumerate(raw))
+    return (value >> 1) ^ -(value & 1)
+
+
 def _filled(chunk: Any, absent: int) -> Array:
+    if chunk.null_count == len(chunk) > 0:
+        return np.full(len(chunk), absent, chunk.type.to_pandas_dtype())
     filled: Array = (chunk.fill_null(absent) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
     return filled
 
