@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ import xxhash
 from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, StoreIncompleteError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
-from softlabel.store.decode import decode
 from softlabel.store.folder import Folder, open_folder
 from softlabel.store.index import KeyIndex, word_view
 from softlabel.store.keys import Keys, PickedKeys
@@ -24,62 +23,13 @@ from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.rows import Parts
 from softlabel.store.shard import OpenShard, ShardRows, open_shard
+from softlabel.store.stored import StoredRows, asked
+
+__all__ = ["MEMORY", "Store", "StoredRows", "Verify", "open_store"]
 
 Verify = Literal["none", "sizes", "full"]
 I64 = npt.NDArray[np.int64]
 MEMORY = 512 << 20
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StoredRows:
-    """Rows as they were stored: views int32 (B,), labels int64 (B,) with -100 for none, content uint64 (B,) with 0 for
-    none, columns of the encoding (B, W). Arrays may be read-only. What was not asked for raises UsageError."""
-
-    run: Run
-    views: npt.NDArray[np.int32]
-    key_data: PickedKeys | None
-    label_data: npt.NDArray[np.int64] | None
-    content_data: npt.NDArray[np.uint64] | None
-    columns: dict[str, Array]
-    extra: Mapping[str, Array] | None = None
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    @property
-    def keys(self) -> list[str]:
-        return _asked(self.key_data, "key").get().to_list()
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        return _asked(self.label_data, "label")
-
-    @property
-    def content(self) -> npt.NDArray[np.uint64]:
-        return _asked(self.content_data, "content")
-
-    @property
-    def scaled_logits(self) -> Array:
-        """float32, logits / temperature up to a constant per row: (B, C), or (B, M, C) when members are kept."""
-        run = self.run
-        if missing := [column.name for column in run.columns if column.name not in self.columns]:
-            raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
-        return decode(
-            run.encoding,
-            self.columns,
-            num_classes=run.num_classes,
-            temperature=run.temperature,
-            members=run.members_stored,
-            kept=run.kept,
-            extra=self.extra,
-        )
-
-
-def _asked(value: T | None, name: str) -> T:
-    if value is None:
-        raise UsageError(f"column {name!r} was not read; ask for it too")
-    return value
 
 
 def open_store(
@@ -255,7 +205,7 @@ class Store:
         base = 0
         append("key_offsets", np.zeros(1, np.int64))
         for _, part in self._blocks(["key", "label", "content"], 0, len(self)):
-            keys = _asked(part.keys, "key")
+            keys = asked(part.keys, "key")
             try:
                 keys.check()
             except ValueError as error:
@@ -351,14 +301,14 @@ class Store:
             raise UsageError(f"view {view}: {self.url} has the views 0 to {self.run.views.count - 1}")
         if self._index is None:
             self._index = KeyIndex(self.keys, self.views, where=str(self.path))
-        asked = Keys.of(keys)
-        rows_Q = self._index(asked, view, self.views)
+        wanted = Keys.of(keys)
+        rows_Q = self._index(wanted, view, self.views)
         if missing == "error" and (absent := np.flatnonzero(rows_Q < 0)).size:
-            names = ", ".join(repr(asked[int(position)][:80]) for position in absent[:3])
-            reason = self.bad.get(asked[int(absent[0])])
+            names = ", ".join(repr(wanted[int(position)][:80]) for position in absent[:3])
+            reason = self.bad.get(wanted[int(absent[0])])
             why = f" ({reason})" if reason else ""
             raise MissingKeyError(
-                f"{self.url}: {absent.size} of {len(asked)} keys have no row, the first: {names}{why}; "
+                f"{self.url}: {absent.size} of {len(wanted)} keys have no row, the first: {names}{why}; "
                 "label these samples too, or ask for them to be skipped"
             )
         return rows_Q
