@@ -24,7 +24,8 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
     """The target that columns of a store hold.
 
     Args:
-        columns: of B rows, as `Store.take` gives them. Copied: stored arrays may be read-only.
+        columns: of B rows, as `Store.take` gives them. The target shares their memory where it may be written to;
+            arrays that are read-only (mapped files) are copied.
         extra: the arrays that the store shares (`Store.extra`), for encoding ``head``.
         mix: how the members of a store that keeps them become one teacher; None: their mean probability at the store's
             temperature. Only such a store takes one.
@@ -43,22 +44,22 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
     temperature = run.temperature
     match run.encoding.name:
         case "float32" | "float16":
-            return DenseTarget(scaled_logits=_copy(columns["logits"]), temperature=temperature, retemperable=exact)
+            return DenseTarget(scaled_logits=_own(columns["logits"]), temperature=temperature, retemperable=exact)
         case "int8":
             return Int8Target(
-                q=_copy(columns["q"]),
-                scale=_copy(columns["scale"])[:, 0],
-                offset=_copy(columns["offset"])[:, 0],
+                q=_own(columns["q"]),
+                scale=_own(columns["scale"])[:, 0],
+                offset=_own(columns["offset"])[:, 0],
                 top_index=_ids(columns["top_index"]),
-                top_value=_copy(columns["top_value"]),
+                top_value=_own(columns["top_value"]),
                 temperature=temperature,
                 retemperable=exact,
             )
         case "topk":
             return TopKTarget(
                 index=_ids(columns["index"]),
-                value=_copy(columns["value"]),
-                tail=_copy(columns["tail"]),
+                value=_own(columns["value"]),
+                tail=_own(columns["tail"]),
                 tail_temperatures=run.encoding.temperatures,
                 temperature=temperature,
                 num_classes=run.num_classes,
@@ -66,7 +67,7 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
         case "sampled":
             return SampledTarget(
                 index=_ids(columns["index"]),
-                weight=_copy(columns["weight"]),
+                weight=_own(columns["weight"]),
                 temperature=temperature,
                 num_classes=run.num_classes,
             )
@@ -74,10 +75,10 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
             assert extra is not None, "a head store has its safetensors file"
             scale = columns.get("hidden_scale")
             return HeadTarget(
-                hidden=_copy(columns["hidden"]),
-                hidden_scale=None if scale is None else _copy(scale)[:, 0],
-                weight=_copy(extra["weight"]),
-                bias=_copy(extra["bias"]),
+                hidden=_own(columns["hidden"]),
+                hidden_scale=None if scale is None else _own(scale)[:, 0],
+                weight=_own(extra["weight"]),
+                bias=_own(extra["bias"]),
             )
 
 
@@ -102,8 +103,8 @@ def _mixed(run: Run, columns: Columns, mix: Mix) -> DenseTarget:
     return DenseTarget(scaled_logits=mixed_BC, temperature=temperature, retemperable=retemperable(mix.rule, used))
 
 
-def _copy(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.array(array))
+def _own(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else np.array(array))
 
 
 def _ids(array: NDArray[Any]) -> Tensor:

@@ -242,8 +242,7 @@ def bench_open(folder: Path) -> None:
 
 def bench_topk(folder: Path) -> None:
     """1,000,000 rows of top-k 32 (136 MB) into the loss's tensors: int32 ids, float16 values, float32 tails."""
-    import torch
-
+    from softlabel.loader.target import as_target
     from softlabel.store.columns import Encoding
 
     count, kept, root = 1_000_000, 32, folder / "topk"
@@ -282,9 +281,7 @@ def bench_topk(folder: Path) -> None:
     def ours() -> int:
         seen = 0
         for part in open_store(root).stream(names):
-            index = torch.from_numpy(part.columns["index"].astype(np.int32))
-            value, tail = (torch.from_numpy(part.columns[name].copy()) for name in ("value", "tail"))
-            seen += len(index) + len(value) + len(tail)
+            seen += len(as_target(run, part.columns))
         return seen
 
     seconds = interleaved({"raw": raw, "ours": ours}, REPEATS)
