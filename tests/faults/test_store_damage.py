@@ -370,3 +370,27 @@ def test_cache_of_two_builders_at_once_and_its_repair(tmp_path: Path, monkeypatc
     again = open_store(tmp_path / "s", memory=1000).take(range(3000))
     np.testing.assert_array_equal(again.columns["logits"], samples.logits[0].astype(np.float16))
     assert Samples.of(run).keys == again.keys
+
+
+@pytest.mark.parametrize("format", ["parquet", "hdf5"])
+@pytest.mark.parametrize("wrong", [np.nan, -np.nan, np.inf, 0.5, "no zero"])
+def test_verify_names_the_row_of_wrong_logits_under_a_right_hash(tmp_path: Path, format: str, wrong: object) -> None:
+    run, root = make_run(format), tmp_path / "s"
+    samples = Samples.of(run)
+    with Committer.open(root, run) as committer:
+        for plan in committer.missing():
+            rows, bad = samples.rows(plan)
+            if plan.number == 2:
+                if wrong == "no zero":
+                    rows.columns["logits"][5] -= np.float16(1)
+                else:
+                    rows.columns["logits"][5, 1] = wrong
+                record = write_shard(root, run, plan, rows, bad)
+                damaged = record.file
+            else:
+                record = write_shard(root, run, plan, rows, bad)
+            committer.commit(record)
+        committer.finish()
+    (problem,) = verify_store(root).problems
+    assert damaged in problem
+    assert "row 5 of a block" in problem
