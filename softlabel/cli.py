@@ -66,6 +66,7 @@ class _Options:
             f"  {line.strip()}" for e in self.doc.examples for line in (e.description or "").splitlines()
         )
         parser = ArgumentParser(
+            allow_abbrev=False,
             description=f"{self.doc.short_description}\n\n{self.doc.long_description or ''}".strip(),
             epilog=f"Example:\n{examples}",
         )
@@ -132,6 +133,7 @@ def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
 def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog="softlabel",
+        allow_abbrev=False,
         description="Offline soft labels for knowledge distillation: run the teachers once, train from disk.",
     )
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")

@@ -17,6 +17,8 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
     return found

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from softlabel.dataset import IGNORE, Source
 from softlabel.device import resolve_device
-from softlabel.errors import MismatchError, TeacherError
+from softlabel.errors import MismatchError, SpecError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.reference import scaled_logits
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model
+from softlabel.spec import parse_spec
 from softlabel.store.reader import Store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 
@@ -116,6 +117,7 @@ def evaluate(
         preprocessing = preprocessing or Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     else:
         spec = _spec(model)
+        _refuse_random(spec)
         module = build_model(spec)
         preprocessing = preprocessing or student_preprocessing(spec, module)
     loader = SoftLabelLoader(
@@ -132,14 +134,27 @@ def evaluate(
     )
     batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
     with _eval_mode(module.to(target)):
-        return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision)
+        return measure(
+            module, batches, preprocessing=preprocessing, device=target, precision=precision, source=loader.source
+        )
 
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, batches: Iterable[Batch], *, preprocessing: Preprocessing, device: torch.device, precision: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+    source: Source,
 ) -> Evaluation:
-    """Measure a module, already on `device` and in eval mode, on the batches of a loader."""
+    """Measure a module, already on `device` and in eval mode, on the batches of a loader over `source`.
+
+    Raises:
+        MismatchError: the model's classes are not those of the source.
+    """
+    names = source.class_names if source.has_labels else None
     totals = _Totals()
     for batch in batches:
         moved = batch.to(device, non_blocking=True)
@@ -148,6 +163,11 @@ def measure(
             logits_BC = model(images_BCHW)
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
+        if names is not None and len(names) != logits_BC.shape[1]:
+            raise MismatchError(
+                f"model: has {logits_BC.shape[1]} classes, {source.name} has {len(names)}; "
+                "measure it on data of its own classes"
+            )
         totals.add(logits_BC.double(), moved)
     return totals.result()
 
@@ -165,6 +185,13 @@ def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
         correct_N: bool (N,).
     """
     return _ece(*_bins(confidence_N.double(), correct_N))
+
+
+def _refuse_random(spec: str) -> None:
+    parsed = parse_spec(spec)
+    weights = parsed.options.get("weights", "none").lower() not in ("none", "null")
+    if parsed.kind in ("zoo", "torchvision") and parsed.checkpoint is None and not weights:
+        raise SpecError(f"{spec}: expected a checkpoint, found none: random weights measure nothing; give {spec}@FILE")
 
 
 class _Totals:

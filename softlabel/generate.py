@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from softlabel.device import resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.head import Head
-from softlabel.history import History
+from softlabel.history import History, check_same_data
 from softlabel.labels import CombineRule, normalized_weights
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
+from softlabel.store.reader import open_store
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
 
@@ -76,6 +77,7 @@ def generate(
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
     progress: bool | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> GenerateSummary:
     """Run teachers over a dataset and store their combined soft labels; resumes what an earlier call left unfinished.
 
@@ -100,6 +102,7 @@ def generate(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         progress: show a bar; absent: if standard error is a terminal.
+        begin: called once the store is open and something is left to do, before the first image is labelled.
 
     Returns:
         Counts and times of this call.
@@ -130,6 +133,10 @@ def generate(
         key_fn=key_fn,
     )
     with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
+        if committer.resumed:
+            check_same_data(out, job.labeller.source)
+        if begin is not None and committer.missing():
+            begin()
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(
                 f"{out}: holds labels that were being made from another store, which teachers cannot finish; run the "
@@ -176,6 +183,17 @@ def prepare(
     for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name}: expected a number above 0, found {value}")
+    for name, given, allowed in (
+        ("combine", combine, get_args(CombineRule)),
+        ("format", format, get_args(Format)),
+        ("on_bad_image", on_bad_image, get_args(BadImagePolicy)),
+    ):
+        if given not in allowed:
+            raise UsageError(f"{name}: expected {' or '.join(allowed)}, found {given!r}")
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers: expected at least 0, found {workers}")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: expected at least 0, found {seed}")
     if combine == "keep" and weights is not None:
         raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
@@ -246,6 +264,9 @@ def label_missing(
             images += len(shard.rows.keys) + len(shard.bad)
             correct, labelled = correct + shard.correct, labelled + shard.labelled
             written += 1
+    if not committer.manifest.totals.rows:
+        first = next(iter(open_store(out, verify="none", allow_incomplete=True).bad.items()), ("?", "?"))
+        raise DataError(f"{out}: no image could be labelled; the first, {first[0]!r}: {first[1]}")
     totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),
@@ -279,6 +300,13 @@ def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature:
 
 def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:
     names = source.class_names
+    if source.has_labels:
+        highest = max(int(source.labels(start, start + 2**20).max()) for start in range(0, len(source), 2**20))
+        if highest >= num_classes:
+            raise MismatchError(
+                f"classes: the teachers have {num_classes}, {source.name} has label {highest}; "
+                "use teachers of these classes, or --ignore-labels to store the soft labels alone"
+            )
     if names is None or len(names) == num_classes:
         return names
     if source.has_labels:

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from softlabel.dataset import Source, known_first
-from softlabel.errors import StoreNotFoundError
+import numpy as np
+
+from softlabel.dataset import Source, content_hash, known_first
+from softlabel.errors import MismatchError, StoreNotFoundError
 from softlabel.store.manifest import DatasetInfo, Extent
 from softlabel.store.reader import Store, open_store
+
+_SHARDS, _ROWS = 64, 8  # how many shards a comparison looks into, and at how many rows of each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,40 @@ class History:
             grown = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
             return arranged, (*self.dataset.earlier, grown)
         return arranged, self.dataset.earlier
+
+
+def check_same_data(path: str | Path, source: Source) -> None:
+    """Compare labelled samples with the source's, some of every part of the store: equal keys are not equal images.
+
+    Raises:
+        MismatchError: an image's bytes or hard label are not those that the store has.
+    """
+    with open_store(path, verify="none", allow_incomplete=True) as store:
+        start = 0
+        step = -(-len(store.shards) // _SHARDS)
+        for number, record in enumerate(store.shards):
+            if record.rows and number % step == 0:
+                bad = {row.index for row in record.bad}
+                plan = store.run.shard(record.number)
+                kept = [index for index in range(plan.start, plan.stop) if index not in bad]
+                picked = np.unique(np.linspace(0, record.rows - 1, _ROWS).astype(np.int64))
+                stored = store.take(start + picked)
+                for sample, key, label, content in zip(
+                    source.read([kept[place] for place in picked.tolist()]),
+                    stored.keys,
+                    stored.labels.tolist(),
+                    stored.content.tolist(),
+                    strict=True,
+                ):
+                    now = content_hash(sample.image) if content else None
+                    changed = now is not None and now != content
+                    if sample.key != key or changed or sample.label != label:
+                        what = "bytes" if changed else "hard label"
+                        raise MismatchError(
+                            f"{path}: dataset: the {what} of {key!r} in {source.name} are not what was labelled there; "
+                            "give the data that it was made from, or another folder"
+                        )
+            start += record.rows
 
 
 def _known(store: Store) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ defined up to a constant per row, so a store keeps them with the row's maximum s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weig
     Returns:
         float32 (B, C) scaled logits, the row's maximum subtracted; (B, M, C) of each member for ``keep``.
     """
+    if rule not in get_args(CombineRule):
+        raise UsageError(f"combine: expected 'logits', 'probs' or 'keep', found {rule!r}")
     scaled = [logits_BC.float() / temperature for logits_BC in logits_MBC]
     if rule == "keep":
         scaled_logits_BMC = torch.stack(scaled, dim=1)
@@ -73,12 +75,10 @@ def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weig
     if rule == "logits" or len(used) == 1:
         # A weight of zero must not meet a masked class: 0 * -inf is NaN.
         scaled_logits_BC = sum((w * z for w, z in used[1:]), used[0][0] * used[0][1])
-    elif rule == "probs":
+    else:
         log_probs_MBC = torch.stack([torch.log_softmax(z, dim=-1) for _, z in used])
         log_weights_M11 = torch.tensor([w for w, _ in used], device=log_probs_MBC.device).log()[:, None, None]
         scaled_logits_BC = torch.logsumexp(log_probs_MBC + log_weights_M11, dim=0)
-    else:
-        raise UsageError(f"combine: expected 'logits', 'probs' or 'keep', found {rule!r}")
     return scaled_logits_BC - scaled_logits_BC.amax(dim=-1, keepdim=True)
 
 

@@ -220,7 +220,7 @@ def _python_builder(spec: Spec) -> Callable[..., nn.Module]:
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # it is the user's code: whatever it raises is a fact about the SPEC
         raise SpecError(
             f"{spec.text}: cannot import it: {error}; is it installed, or in the current folder?"
         ) from error
@@ -246,6 +246,10 @@ def _call(spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any]
         raise SpecError(f"{spec.text}: its builder refuses the options {options}: {error}") from error
     except OSError as error:  # torchvision fetches weights= on first use
         raise SpecError(f"{spec.text}: cannot get the weights: {error}; download them and give NAME@FILE") from error
+    except Exception as error:
+        if spec.kind != "python":
+            raise
+        raise SpecError(f"{spec.text}: its factory fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SpecError(f"{spec.text}: expected a torch.nn.Module from the factory, found {type(model).__name__}")
     return model
@@ -352,6 +356,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunModel:
 
 def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     run = read_run(spec.name)
+    if unknown := sorted(set(spec.options) - set(PREPROCESSING_OPTIONS)):
+        raise SpecError(f"{spec.text}: expected no option but {', '.join(PREPROCESSING_OPTIONS)}, found {unknown[0]!r}")
     if num_classes not in (None, run.num_classes):
         raise SpecError(f"{spec.text}: the run has {run.num_classes} classes, but {num_classes} are needed here")
     student = parse_spec(run.student)

@@ -179,7 +179,16 @@ class Teacher:
             dtype = PRECISIONS[self.precision]
             lower = dtype != torch.float32
             with _true_float32(not lower), torch.autocast(self.device.type, dtype=dtype, enabled=lower):
-                output = self.model(inputs_BCHW)
+                try:
+                    output = self.model(inputs_BCHW)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # somebody's network: what it raises is a fact about this teacher
+                    size = f"{images_BCHW.shape[3]} x {images_BCHW.shape[2]}"
+                    raise TeacherError(
+                        f"{self.spec.text}: the network fails on images of {size}: {type(error).__name__}: {error}; "
+                        "give the size that it needs with resize= and crop="
+                    ) from error
             logits_BC = _logits_of(self.spec.text, output)
             expected = (len(images_BCHW), self.num_classes)
             if tuple(logits_BC.shape) != expected:
@@ -271,7 +280,7 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: Preprocessing, de
         with torch.inference_mode():
             try:
                 output = model(preprocessing.normalize(grey_BCHW))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except Exception as error:
                 raise TeacherError(
                     f"{spec}: the network fails on a {side} x {side} image: {error}; give the size that it needs with "
                     "resize= and crop="

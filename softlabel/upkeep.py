@@ -121,6 +121,8 @@ class Recomputed:
 
 def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
     """Run the teachers again on `rows` rows drawn at random, and compare."""
+    if rows < 1:
+        raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
     asked = store.take(drawn_B)
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}

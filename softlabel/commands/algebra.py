@@ -63,8 +63,8 @@ def convert(
     *,
     format: Literal["parquet", "hdf5"] | None = None,
     encoding: Literal["float32", "float16", "int8", "topk", "sampled"] | None = None,
-    top_k: int = 50,
-    samples: int = 50,
+    top_k: int | None = None,
+    samples: int | None = None,
     temperatures: list[float] | None = None,
     shard_rows: int | None = None,
 ) -> int:
@@ -91,7 +91,7 @@ def convert(
 
     wanted = None
     if encoding is not None:
-        wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, "")
+        wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, None)
     return _tell(convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows))
 
 

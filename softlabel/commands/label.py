@@ -1,6 +1,5 @@
 """Commands that run teachers over a dataset: generate, plan."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.commands.config import write_config
@@ -27,10 +26,10 @@ def generate(
     ignore_labels: bool = False,
     on_bad_image: Literal["skip", "error"] = "skip",
     encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16",
-    top_k: int = 50,
-    samples: int = 50,
+    top_k: int | None = None,
+    samples: int | None = None,
     temperatures: list[float] | None = None,
-    hidden: Literal["float16", "int8"] = "float16",
+    hidden: Literal["float16", "int8"] | None = None,
     grow: bool = False,
     device: str = "auto",
 ) -> int:
@@ -58,10 +57,10 @@ def generate(
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
         encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
-        top_k: classes that encoding topk keeps of a row.
-        samples: draws that encoding sampled keeps of a row.
+        top_k: classes that encoding topk keeps of a row; 50 when absent.
+        samples: draws that encoding sampled keeps of a row; 50 when absent.
         temperatures: where the tail of encoding topk is known; the store's temperature when absent.
-        hidden: type in which encoding head stores the teacher's last hidden layer.
+        hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -86,10 +85,9 @@ def generate(
         encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
         grow=grow,
         device=device,
+        begin=lambda: write_config(out, options),
     )
     tell(summary)
-    if summary.shards_written:
-        write_config(Path(out) / "config.yaml", options)
     return 0
 
 
@@ -110,15 +108,35 @@ def tell(summary: "GenerateSummary") -> None:
 
 
 def encoding_of(
-    name: str, temperature: float, top_k: int, samples: int, temperatures: list[float] | None, hidden: str
+    name: str,
+    temperature: float,
+    top_k: int | None,
+    samples: int | None,
+    temperatures: list[float] | None,
+    hidden: str | None,
 ) -> "Encoding | str":
-    """The encoding that the options name; the width of `head` is the teacher's."""
+    """The encoding that the options name; the width of `head` is the teacher's.
+
+    Raises:
+        UsageError: an option of another encoding, or a number that makes no sense.
+    """
+    from softlabel.errors import UsageError
     from softlabel.store.columns import Encoding
 
-    if name == "topk":
-        return Encoding(name="topk", k=top_k, temperatures=tuple(sorted({temperature, *(temperatures or ())})))
-    if name == "sampled":
-        return Encoding(name="sampled", samples=samples)
+    owners = {"top_k": "topk", "temperatures": "topk", "samples": "sampled", "hidden": "head"}
+    given = {"top_k": top_k, "temperatures": temperatures, "samples": samples, "hidden": hidden}
+    for option, value in given.items():
+        if value is not None and owners[option] != name:
+            raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owners[option]}, found {name!r}")
+    try:
+        if name == "topk":
+            declared = tuple(sorted({float(temperature), *(temperatures or ())}))
+            return Encoding(name="topk", k=50 if top_k is None else top_k, temperatures=declared)
+        if name == "sampled":
+            return Encoding(name="sampled", samples=50 if samples is None else samples)
+    except ValueError as error:
+        raise UsageError(f"encoding: {error}") from None
+    hidden = hidden or "float16"
     return f"head:{hidden}" if name == "head" else name
 
 

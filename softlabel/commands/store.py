@@ -1,6 +1,7 @@
 """Commands about one store: inspect, verify, repair, extend."""
 
 from softlabel.commands.label import tell
+from softlabel.errors import UsageError
 
 DAMAGED = 3  # exit code of `verify`
 BAD_SHOWN = 10
@@ -94,6 +95,8 @@ def verify(
 
     from softlabel.store.verify import verify_store
 
+    if recompute < 0 or (workers is not None and workers < 1):
+        raise UsageError("recompute and workers: expected at least 0 rows and 1 thread")
     started = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
 
@@ -168,6 +171,8 @@ def repair(
     """
     from softlabel.upkeep import repair as run
 
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers: expected at least 0, found {workers}")
     summary = run(store, data=data, teachers=teacher, workers=workers, device=device)
     if summary.shards_written:
         print(f"{store}: {summary.shards_written} shards relabelled, {summary.total_rows:,} rows, whole again")

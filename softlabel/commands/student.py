@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.commands.config import write_config
+from softlabel.commands.config import local, write_config
+from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
     from softlabel.train import TrainConfig
@@ -19,6 +20,7 @@ def train(config: "TrainConfig") -> int:
     """
     from softlabel.train import train as run
 
+    local(config.out, "--out")
     result = run(config)
     if result.already_done:
         print(f"{result.out}: already trained; --overwrite trains it anew")
@@ -62,6 +64,13 @@ def evaluate(
     options = dict(locals())
     from json import dumps
 
+    if out is not None:
+        path = Path(local(out, "--out"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {out}: its folder cannot be made: {error.strerror}") from error
+
     from softlabel.evaluate import evaluate as run
 
     found = run(
@@ -76,8 +85,6 @@ def evaluate(
     )
     print(found)
     if out is not None:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dumps(found.to_dict(), indent=2) + "\n")
-        write_config(path.with_suffix(".config.yaml"), options)
+        write_config(str(path.parent), options, f"{path.stem}.config.yaml")
     return 0

@@ -1,6 +1,7 @@
 """Folders of image files, labelled by their sub-folders or not at all."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.errors import BadImageError, DataError, SpecError
+
+log = logging.getLogger("softlabel")
 
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo"
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
@@ -94,6 +97,12 @@ def open_folder(root: Path, paths: Sequence[str], name: str, options: dict[str, 
         depths = {path.count("/") for path in paths}
         with_images = {path.partition("/")[0] for path in paths}
         wanted = "folders" if depths == {1} and len(with_images) > 1 else "none"
+        if wanted == "none" and depths != {0}:
+            log.warning(
+                "%s: its sub-folders are not taken for classes (some image lies elsewhere than in one of two or more); "
+                "'?labels=folders' takes the first folder of a path as the class, '?labels=none' says that it is not",
+                name,
+            )
     if wanted == "none":
         return FolderSource(root, paths, name=name)
     loose = next((path for path in paths if "/" not in path), None)
@@ -123,7 +132,11 @@ def walk(root: Path, *, below: str = "", above: frozenset[tuple[int, int]] = fro
         if entry.name.startswith("."):
             continue
         path = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir():
+        try:
+            is_folder = entry.is_dir()
+        except OSError as error:
+            raise DataError(f"{root / path}: cannot be read: {error.strerror}; remove it") from error
+        if is_folder:
             yield from walk(root, below=path, above=above | {identity})
         elif entry.is_file():
             yield path

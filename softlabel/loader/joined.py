@@ -91,6 +91,8 @@ class JoinedDataset(Dataset[Batch]):
         self.rows: Int64s = rows_N[kept].astype(np.int64)
         self._keys = keys if len(kept) == len(keys) else keys.take(kept)
         self._all_have_rows = bool((self.rows >= 0).all())
+        if store is not None:
+            self._check_same_images(store)
         if store is not None and len(store):
             store.take([0])  # reads the columns into memory, which forked workers then share
         self._cache: PixelCache | None = None
@@ -144,6 +146,29 @@ class JoinedDataset(Dataset[Batch]):
         drop = absent if missing == "skip" else absent[is_bad]
         self.skipped_missing = len(drop) - self.skipped_bad
         return np.delete(np.arange(len(keys)), drop)
+
+    def _check_same_images(self, store: Store) -> None:
+        """Where no content hash can tell images apart, the hard labels must: keys such as "17" fit any dataset."""
+        joined = np.flatnonzero(self.rows >= 0)
+        first = self.source.read(self.samples[joined[:1]].tolist())
+        if not first or (content_hash(first[0].image) is not None and store.content[self.rows[joined[0]]] != 0):
+            return
+        if self.source.kind != store.run.dataset.kind:
+            log.warning(
+                "%s: its images cannot be compared with those that were labelled in %s, from %s (one of the two has no "
+                "encoded files); the join rests on the keys alone",
+                self.source.name,
+                store.url,
+                store.run.dataset.kind,
+            )
+        ours, theirs = self.labels[joined], store.labels[self.rows[joined]]
+        other = joined[(ours >= 0) & (theirs >= 0) & (ours != theirs)]
+        if len(other):
+            raise MismatchError(
+                f"{self.source.name}: {len(other)} of {len(joined)} samples have another hard label than in "
+                f"{store.url}, the first {self.keys(other[:1])[0]!r}: equal keys, other images; train on the data "
+                "that was labelled"
+            )
 
     def _new_cache(self, budget: int, workers: int) -> PixelCache | None:
         if budget <= 0:

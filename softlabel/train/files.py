@@ -109,6 +109,10 @@ def is_finished(folder: Path) -> bool:
 
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder}: holds a store of soft labels; use another --out")
+    if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
+        path.unlink(missing_ok=True)  # a run without a checkpoint, refused for its settings perhaps: nothing to protect
     if not path.exists():
         found = [name for name in (CHECKPOINT, *MODEL, METRICS) if (folder / name).exists()]
         if found:

@@ -242,6 +242,7 @@ class Run:
             preprocessing=self.preprocessing,
             device=self.device,
             precision=self.precision,
+            source=self.eval_loader.source,
         )
         return found, time.perf_counter() - started
 

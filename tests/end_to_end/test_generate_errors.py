@@ -47,6 +47,10 @@ def test_another_run_into_the_same_store_is_refused_by_name(ready: Path) -> None
     other_teacher = write_teacher(ready / "other.safetensors", seed=1)
     shorter = write_dataset(ready / "shorter.parquet", 59)
     renamed = write_parquet(ready / "renamed.parquet", [jpeg(n) for n in range(60)], keys=[f"{n}" for n in range(60)])
+    good = [jpeg(n) for n in range(60)]
+    labels = [n % len(CLASSES) for n in range(60)]
+    repainted = write_parquet(ready / "repainted.parquet", [jpeg(n + 500) for n in range(60)], labels=labels)
+    relabelled = write_parquet(ready / "relabelled.parquet", good, labels=labels[1:] + labels[:1])
     for changes, named in [
         ({"teacher": other_teacher}, "teacher"),
         ({"temperature": 4}, "temperature"),
@@ -55,6 +59,8 @@ def test_another_run_into_the_same_store_is_refused_by_name(ready: Path) -> None
         ({"data": shorter}, "dataset"),
         ({"data": renamed}, "dataset"),
         ({"shard_rows": 7}, "shard"),
+        ({"data": repainted}, "bytes of"),
+        ({"data": relabelled}, "hard label of"),
     ]:
         refused = run(*again(ready, **changes), code=2)
         assert named in refused.stderr, refused.stderr
@@ -79,6 +85,12 @@ def test_another_run_into_the_same_store_is_refused_by_name(ready: Path) -> None
         ({"device": "tpu"}, "device"),
         ({"combine": "votes"}, "combine"),
         ({"batch_size": "many"}, "batch-size"),
+        ({"workers": -1}, "workers"),
+        ({"seed": -1}, "seed"),
+        ({"device": "meta"}, "device"),
+        ({"encoding": "topk", "top_k": 0}, "topk"),
+        ({"top_k": 3}, "--top-k belongs to --encoding topk"),
+        ({"teach": "zoo:resnet8"}, "--teach"),
     ],
     ids=str,
 )
@@ -159,6 +171,47 @@ def test_images_of_every_mode_become_rgb(tmp_path: Path) -> None:
     assert (store.labels == -100).all()
 
 
+def test_only_bad_images_make_no_store(tmp_path: Path) -> None:
+    data = write_parquet(tmp_path / "bad.parquet", [b"", b"text"], keys=["a.jpg", "b.jpg"])
+    teacher = write_teacher(tmp_path / "teacher.safetensors")
+    done = run("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "store", code=1)
+    assert "a.jpg" in done.stderr
+    with pytest.raises(softlabel.SoftLabelError, match="finish"):
+        softlabel.open_store(tmp_path / "store")
+
+
+def test_equal_keys_of_other_images_are_not_trained_on(tmp_path: Path) -> None:
+    fake = "torchvision:FakeData?size=60&image_size=[3,32,32]&num_classes=4"
+    teacher = write_teacher(tmp_path / "teacher.safetensors")
+    run("generate", "--data", fake, "--teacher", teacher, "--out", tmp_path / "store")
+    data = write_parquet(
+        tmp_path / "data.parquet",
+        [jpeg(n) for n in range(60)],
+        keys=[f"{n}" for n in range(60)],
+        labels=[n % 4 for n in range(60)],
+    )
+    train = ["train", "--data", data, "--labels", tmp_path / "store", "--student", "zoo:resnet8", "--epochs", 1]
+    done = run(*train, "--out", tmp_path / "run", code=2)
+    assert "another hard label" in done.stderr
+
+
+def test_what_measures_nothing_is_refused(ready: Path, tmp_path: Path) -> None:
+    data = ready / "data.parquet"
+    assert "random weights" in run("evaluate", "--data", data, "--model", "zoo:resnet8", code=2).stderr
+    seven = write_teacher(tmp_path / "seven.safetensors", num_classes=7)
+    assert "7 classes" in run("evaluate", "--data", data, "--model", seven, code=2).stderr
+    into_store = ["train", "--data", data, "--student", "zoo:resnet8", "--epochs", 1, "--out", ready / "store"]
+    assert "holds a store" in run(*into_store, code=2).stderr
+
+
+def test_a_refused_training_does_not_block_its_remedy(ready: Path, tmp_path: Path) -> None:
+    more = write_dataset(tmp_path / "more.parquet", 63)
+    train = ["train", "--data", more, "--labels", ready / "store", "--student", "zoo:resnet8", "--epochs", 1]
+    train += ["--batch-size", 16, "--out", tmp_path / "run"]
+    assert "image-00060.jpg" in run(*train, code=1).stderr
+    assert "trained for 1 epochs" in run(*train, "--missing", "skip").stdout
+
+
 def test_data_and_teachers_must_agree_on_classes(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data.parquet", 8)
     seven = write_teacher(tmp_path / "seven.safetensors", num_classes=7)
@@ -210,7 +263,12 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     store = tmp_path / "store"
     command = ["generate", "--data", data, "--teacher", teacher, "--out", store, "--shard-rows", 10, "--batch-size", 10]
     process = subprocess.Popen(
-        [sys.executable, "-m", "softlabel", *map(str, command)], env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "softlabel", *map(str, command)],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background ignores Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and len(list(store.glob("shards/[0-9]*"))) < 5:
         time.sleep(0.002)

@@ -161,12 +161,15 @@ def test_a_grown_dataset_is_labelled_without_touching_old_shards(ready: Path, tm
     # New images come between the old ones, and one cannot be read.
     keys = [f"image-{n:05d}.jpg" for n in range(ROWS)]
     images = [jpeg(n) for n in range(ROWS)]
+    labels = [n % len(CLASSES) for n in range(ROWS)]
     for place, seed in ((0, 900), (30, 901), (60, 902)):
         keys.insert(place, f"new-{seed}.jpg")
         images.insert(place, jpeg(seed))
+        labels.insert(place, 3)
     keys.append("broken.jpg")
     images.append(b"nothing")
-    grown = write_parquet(tmp_path / "grown.parquet", images, keys=keys, labels=[n % 4 for n in range(len(keys))])
+    labels.append(0)
+    grown = write_parquet(tmp_path / "grown.parquet", images, keys=keys, labels=labels)
     with pytest.raises(softlabel.SoftLabelError, match="dataset"):
         generate(ready, store, 0, data=grown)
     after = generate(ready, store, 0, data=grown, grow=True)

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "store": {"numpy", "pyarrow", "h5py", "fsspec", "safetensors", "xxhash"},
     "head": {"torch", "safetensors", "teacher"},
     "engine": {"torch", "numpy", "dataset", "teacher", "head", "labels", "encoding", "store"},
-    "history": {"dataset", "store"},
+    "history": {"numpy", "dataset", "store"},
     "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "store"},
     "extend": {"numpy", "engine", "generate", "history", "labels", "store", "upkeep"},
     "generate": {"torch", "numpy", "tqdm", "spec", "device", "dataset", "teacher", "labels", "engine", "store"}
@@ -63,7 +63,7 @@ MAY_IMPORT = {
         "dataset",
     }
     | {"evaluate", "store", "tensorboard", "device", "labels"},
-    "evaluate": {"device", "torch", "tqdm", "numpy", "loader", "loss", "models", "teacher", "dataset", "store"},
+    "evaluate": {"device", "spec", "torch", "tqdm", "numpy", "loader", "loss", "models", "teacher", "dataset", "store"},
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
     "commands": {"*"},
