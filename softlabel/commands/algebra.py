@@ -1,7 +1,10 @@
 """The commands that make stores and files out of stores: combine, merge, convert, export."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from softlabel.commands.config import write_config
 
 if TYPE_CHECKING:
     from softlabel.algebra import RewriteSummary
@@ -34,9 +37,12 @@ def combine(
         rule: mean of the logits (when absent), or of the softmax at the temperature.
         temperature: of the new store; the store's when absent.
     """
+    options = dict(locals())
     from softlabel.algebra import combine_store
 
-    return _tell(combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature))
+    return _tell(
+        options, combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature)
+    )
 
 
 def merge(stores: list[str], /, *, out: str) -> int:
@@ -51,9 +57,10 @@ def merge(stores: list[str], /, *, out: str) -> int:
         stores: folders of the stores, in the order that their samples shall have.
         out: folder of the new one.
     """
+    options = dict(locals())
     from softlabel.algebra import merge_stores
 
-    return _tell(merge_stores(stores, out))
+    return _tell(options, merge_stores(stores, out))
 
 
 def convert(
@@ -85,6 +92,7 @@ def convert(
         temperatures: where the tail of encoding topk is known; the store's temperature when absent.
         shard_rows: samples a shard; as it is when absent.
     """
+    options = dict(locals())
     from softlabel.algebra import convert_store
     from softlabel.commands.label import encoding_of
     from softlabel.store.reader import open_store
@@ -92,7 +100,7 @@ def convert(
     wanted = None
     if encoding is not None:
         wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, None)
-    return _tell(convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows))
+    return _tell(options, convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows))
 
 
 def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
@@ -108,20 +116,27 @@ def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
         out: a folder for hf, a file name that ends in .npz for npz.
         to: a folder of Parquet files, or one file of NumPy arrays.
     """
+    options = dict(locals())
     from softlabel.algebra import export_store
 
     done = export_store(store, out, to=to)
     if not done.files_written:
         print(f"{done.path}: already exported, {done.total_rows:,} rows; nothing to do")
     else:
+        beside = Path(out)
+        if to == "hf":
+            write_config(out, options)
+        else:
+            write_config(str(beside.parent), options, f"{beside.stem}.config.yaml")
         print(f"{done.path}: {done.total_rows:,} rows, {done.bytes:,} bytes, in {done.seconds:.1f} s")
     return 0
 
 
-def _tell(summary: "RewriteSummary") -> int:
+def _tell(options: Mapping[str, object], summary: "RewriteSummary") -> int:
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return 0
+    write_config(summary.path, options)
     print(f"{summary.path}: complete, {summary.total_rows:,} rows, {summary.bytes:,} bytes, in {summary.seconds:.1f} s")
     if summary.step is not None:
         print(f"  encoding them again cost {nats(summary.step)}")
