@@ -1,4 +1,4 @@
-"""The loss under DistributedDataParallel: two real gloo processes get the gradient that one gets from the whole batch."""
+"""The loss under DistributedDataParallel: two gloo processes get the gradient that one gets from the whole batch."""
 
 from pathlib import Path
 
