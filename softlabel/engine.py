@@ -9,6 +9,7 @@ Legend: B batch, C classes, H height, M members, W width.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -142,7 +143,8 @@ class Labeller:
             collate_fn=_as_it_is,
             pin_memory=False,
         )
-        return iter(loader)
+        # Without processes one thread decodes ahead: PIL and the forward pass leave the interpreter to each other.
+        return iter(loader) if workers else _ahead(iter(loader))
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
         """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
@@ -241,6 +243,15 @@ def _row_seeds(labeller: Labeller, plan: ShardPlan, keys: Sequence[str]) -> Tens
     hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
     members_M = labeller.first_member + np.arange(run.members_stored, dtype=np.int64)
     return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1))
+
+
+def _ahead(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
+    """The same batches, the next one made by a thread while this one is used; what it raises is raised here."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-decode") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
 
 
 def _as_it_is(batch: Any) -> Any:
