@@ -1,4 +1,6 @@
-"""Where to compute: one meaning of `--device` for teachers and students."""
+"""Where to compute: one meaning of `--device` and of `--workers` for teachers and students."""
+
+import os
 
 import torch
 
@@ -22,3 +24,10 @@ def resolve_device(device: str) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
     return found
+
+
+def decoders(workers: int | None, device: torch.device) -> int:
+    """How many processes decode, where nobody says: a CPU model uses every core already, beside a GPU they are free."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -6,7 +6,6 @@ plan minus manifest -> label_shard -> write_shard -> commit
 import contextlib
 import dataclasses
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.dataset import Source, open_source
-from softlabel.device import resolve_device
+from softlabel.device import decoders, resolve_device
 from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.head import Head
@@ -29,7 +28,6 @@ from softlabel.history import History, check_same_data
 from softlabel.labels import CombineRule, normalized_weights
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
-from softlabel.store.reader import open_store
 from softlabel.store.writer import Committer, write_shard
 from softlabel.teacher import Teacher, load_teacher
 
@@ -133,10 +131,6 @@ def generate(
         key_fn=key_fn,
     )
     with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
-        if committer.resumed:
-            check_same_data(out, job.labeller.source)
-        if begin is not None and committer.missing():
-            begin()
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(
                 f"{out}: holds labels that were being made from another store, which teachers cannot finish; run the "
@@ -144,7 +138,7 @@ def generate(
             )
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
-        return label_missing(committer, out, job, progress=progress)
+        return label_missing(committer, out, job, progress=progress, begin=begin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +227,7 @@ def prepare(
         "libraries": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
     labeller = Labeller(source, members, run, batch_size=batch_size, on_bad_image=on_bad_image)
-    return Job(run=run, recorded=recorded, labeller=labeller, workers=_workers(workers, target))
+    return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))
 
 
 def label_missing(
@@ -242,16 +236,27 @@ def label_missing(
     job: Job,
     *,
     progress: bool | None = None,
+    begin: Callable[[], None] | None = None,
     complement: Callable[[LabelledShard], LabelledShard] | None = None,
 ) -> GenerateSummary:
     """Label and commit the shards that the store lacks, and declare it complete.
 
-    complement: what is added to the rows of a shard before they are written.
+    begin: called before the first image is labelled. complement: what is added to a shard's rows before they are
+    written.
+
+    Raises:
+        MismatchError: the data are not those that the store's shards were made from.
+        DataError: no image could be labelled, in this call or before.
     """
     started = time.perf_counter()
     run, labeller = committer.run, job.labeller
     images = written = correct = labelled = 0
     missing = committer.missing()
+    if committer.resumed:
+        check_same_data(out, labeller.source)
+    if begin is not None and missing:
+        begin()
+    good, first_bad = committer.manifest.totals.rows, ""
     rows = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
@@ -262,11 +267,12 @@ def label_missing(
             shard = label_shard(plan, labeller, _counted(batches, bar))
             write(shard if complement is None else complement(shard))
             images += len(shard.rows.keys) + len(shard.bad)
+            good += len(shard.rows.keys)
+            first_bad = first_bad or (f"; the first, {shard.bad[0].key!r}: {shard.bad[0].reason}" if shard.bad else "")
             correct, labelled = correct + shard.correct, labelled + shard.labelled
             written += 1
-    if not committer.manifest.totals.rows:
-        first = next(iter(open_store(out, verify="none", allow_incomplete=True).bad.items()), ("?", "?"))
-        raise DataError(f"{out}: no image could be labelled; the first, {first[0]!r}: {first[1]}")
+    if not good:
+        raise DataError(f"{out}: no image could be labelled{first_bad}")
     totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),
@@ -366,10 +372,3 @@ def _bar(total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
         desc="labelling",
         disable=None if progress is None else not progress,
     )
-
-
-def _workers(workers: int | None, device: torch.device) -> int:
-    """A CPU teacher uses every core already; beside a GPU the cores are free to decode."""
-    if workers is not None:
-        return workers
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.dataset import Source, open_source
-from softlabel.device import resolve_device
+from softlabel.device import decoders, resolve_device
 from softlabel.errors import DataError, MismatchError, TrainingError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader
@@ -89,7 +88,7 @@ def train(
             log.info("%s: finished already; --overwrite trains it anew", folder)
             history = tuple(read_csv(folder / files.METRICS))
             return TrainResult(out=str(folder), history=history, seconds=0.0, already_done=True)
-        workers = _workers(config.workers, device)
+        workers = decoders(config.workers, device)
         loader = SoftLabelLoader(
             source,
             store,
@@ -145,13 +144,6 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     if config.precision == "fp16" and device.type != "cuda":
         raise UsageError("precision: fp16 trains on CUDA only; use bf16 or fp32 on the CPU")
     return config.precision
-
-
-def _workers(workers: int | None, device: torch.device) -> int:
-    """A CPU student uses every core already; beside a GPU the cores are free to decode."""
-    if workers is not None:
-        return workers
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def _augment(config: TrainConfig) -> CropFlip | None:

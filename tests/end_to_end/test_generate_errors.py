@@ -171,6 +171,14 @@ def test_images_of_every_mode_become_rgb(tmp_path: Path) -> None:
     assert (store.labels == -100).all()
 
 
+def test_a_first_shard_of_bad_images_alone_does_not_stop_the_others(tmp_path: Path) -> None:
+    images = [b"", b"text", *(jpeg(n) for n in range(6))]
+    data = write_parquet(tmp_path / "data.parquet", images)
+    teacher = write_teacher(tmp_path / "teacher.safetensors")
+    run("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "store", "--shard-rows", 2)
+    assert len(softlabel.open_store(tmp_path / "store", verify="full")) == 6
+
+
 def test_only_bad_images_make_no_store(tmp_path: Path) -> None:
     data = write_parquet(tmp_path / "bad.parquet", [b"", b"text"], keys=["a.jpg", "b.jpg"])
     teacher = write_teacher(tmp_path / "teacher.safetensors")

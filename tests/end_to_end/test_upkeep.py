@@ -222,6 +222,15 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
     other = write_dataset(tmp_path / "other.parquet", ROWS - 1)
     with pytest.raises(softlabel.SoftLabelError, match="dataset"):
         repair(store, data=str(other), progress=False)
+    keys = [f"image-{n:05d}.jpg" for n in range(ROWS)]
+    repainted = write_parquet(
+        tmp_path / "repainted.parquet",
+        [jpeg(n + 700) for n in range(ROWS)],
+        keys=keys,
+        labels=[n % 4 for n in range(ROWS)],
+    )
+    with pytest.raises(softlabel.SoftLabelError, match="bytes of"):
+        repair(store, data=str(repainted), progress=False)
     moved = tmp_path / "moved.safetensors"
     shutil.copy(ready / "teacher0.safetensors", moved)
     assert repair(store, teachers=[f"zoo:resnet8@{moved}"], progress=False).shards_written == 1
