@@ -9,38 +9,26 @@ Legend: B batch, C classes, H height, M members, W width.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import IGNORE, Source, content_hash, decode_image, stack_images
+from softlabel.dataset import IGNORE, Source
 from softlabel.encoding import FidelityMeter, encode, encode_hidden
-from softlabel.errors import BadImageError, DataError, TeacherError
+from softlabel.errors import DataError, TeacherError
 from softlabel.head import Head
+from softlabel.intake import DecodedBatch, Intake, Span
 from softlabel.labels import combine
 from softlabel.store.index import Hasher
 from softlabel.store.keys import Keys
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 from softlabel.store.shard import Rows
-from softlabel.teacher import Preprocessing, Teacher
+from softlabel.teacher import Teacher
 
 BadImagePolicy = Literal["skip", "error"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodedBatch:
-    """Up to B samples, decoded and shaped for every distinct geometry among the members."""
-
-    keys: list[str]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
-    content: np.ndarray[Any, np.dtype[np.uint64]]
-    images: tuple[Tensor, ...]
-    bad: tuple[BadRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,53 +41,6 @@ class LabelledShard:
     fidelity: Fidelity | None
     correct: int
     labelled: int
-
-
-class _Batches(Dataset[DecodedBatch]):
-    """Batch number -> decoded images: what the worker processes run."""
-
-    def __init__(self, source: Source, spans: Sequence[tuple[int, int]], geometries: Sequence[Preprocessing]) -> None:
-        self.source, self.spans, self.geometries = source, spans, geometries
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, number: int) -> DecodedBatch:
-        return decode_batch(self.source, range(*self.spans[number]), self.geometries)
-
-
-def decode_batch(source: Source, indices: Sequence[int], geometries: Sequence[Preprocessing]) -> DecodedBatch:
-    """Read, decode and shape these samples; what cannot be decoded is listed as bad.
-
-    Raises:
-        DataError: images of different sizes for a teacher that takes them as they are.
-    """
-    images: list[list[Tensor]] = [[] for _ in geometries]
-    kept, bad, hashes = [], [], []
-    for index, sample in zip(indices, source.read(indices), strict=True):
-        try:
-            image_CHW = decode_image(sample.image)
-            # Each member shapes the source image, never what another member left of it.
-            shaped = [geometry.geometry(image_CHW) for geometry in geometries]
-        except BadImageError as error:
-            bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
-            continue
-        for stack, view in zip(images, shaped, strict=True):
-            if stack and view.shape != stack[0].shape:
-                raise DataError(
-                    f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
-                    f"{_size(view)}; give the teacher a size, such as '?resize=256&crop=224'"
-                )
-            stack.append(view)
-        kept.append(sample)
-        hashes.append(content_hash(sample.image))
-    return DecodedBatch(
-        keys=[sample.key for sample in kept],
-        labels=np.array([sample.label for sample in kept], dtype=np.int64),
-        content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
-        images=tuple(stack_images(stack) for stack in images) if kept else (),
-        bad=tuple(bad),
-    )
 
 
 class Labeller:
@@ -122,29 +63,19 @@ class Labeller:
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
         keys = [(p.resize, p.crop, p.interpolation) for p in shapes]
         unique = list(dict.fromkeys(keys))
-        self.geometries = tuple(shapes[keys.index(key)] for key in unique)
+        self.intake = Intake(source=source, geometries=tuple(shapes[keys.index(key)] for key in unique))
         self.geometry_of = tuple(unique.index(key) for key in keys)
 
-    def spans(self, plan: ShardPlan) -> list[tuple[int, int]]:
-        """The ranges of samples of a shard's batches, from the shard's own start."""
-        return [(i, min(i + self.batch_size, plan.stop)) for i in range(plan.start, plan.stop, self.batch_size)]
-
-    def decode(self, samples: Sequence[int]) -> DecodedBatch:
-        """At most `batch_size` samples, by their indices in the source."""
-        return decode_batch(self.source, samples, self.geometries)
+    def spans(self, plan: ShardPlan) -> list[Span]:
+        """The samples of a shard's batches, from the shard's own start."""
+        return [
+            Span(view=plan.view, start=start, stop=min(start + self.batch_size, plan.stop))
+            for start in range(plan.start, plan.stop, self.batch_size)
+        ]
 
     def decoded(self, plans: Sequence[ShardPlan], workers: int) -> Iterator[DecodedBatch]:
-        """The decoded batches of shards, in order, by worker processes when there are any."""
-        spans = [span for plan in plans for span in self.spans(plan)]
-        loader = DataLoader(
-            _Batches(self.source, spans, self.geometries),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=False,
-        )
-        # Without processes one thread decodes ahead: PIL and the forward pass leave the interpreter to each other.
-        return iter(loader) if workers else _ahead(iter(loader))
+        """The decoded batches of shards, in order."""
+        return self.intake.stream([span for plan in plans for span in self.spans(plan)], workers=workers)
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
         """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
@@ -243,23 +174,6 @@ def _row_seeds(labeller: Labeller, plan: ShardPlan, keys: Sequence[str]) -> Tens
     hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
     members_M = labeller.first_member + np.arange(run.members_stored, dtype=np.int64)
     return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1))
-
-
-def _ahead(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
-    """The same batches, the next one made by a thread while this one is used; what it raises is raised here."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-decode") as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _size(image_CHW: Tensor) -> str:
-    return f"{image_CHW.shape[2]}x{image_CHW.shape[1]} pixels"
 
 
 def _pad(images_BCHW: Tensor, batch_size: int) -> Tensor:

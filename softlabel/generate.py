@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from softlabel.dataset import Source, open_source
 from softlabel.device import decoders, resolve_device
-from softlabel.engine import BadImagePolicy, DecodedBatch, LabelledShard, Labeller, label_shard
+from softlabel.engine import BadImagePolicy, LabelledShard, Labeller, label_shard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.head import Head
 from softlabel.history import History, check_same_data
+from softlabel.intake import DecodedBatch
 from softlabel.labels import CombineRule, normalized_weights
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from softlabel.dataset import IGNORE
 from softlabel.encoding import FidelityMeter, encode, encode_hidden
-from softlabel.engine import DecodedBatch, Labeller
+from softlabel.engine import Labeller
 from softlabel.errors import DataError, UsageError
 from softlabel.generate import Job
 from softlabel.head import Head
+from softlabel.intake import DecodedBatch
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, Fidelity, Run
 
@@ -106,7 +107,7 @@ def plan(job: Job, *, seconds: float = SECONDS, seed: int = 0) -> Plan:
 
 
 def _label(labeller: Labeller, indices_B: NDArray[np.int64]) -> tuple[DecodedBatch, Tensor | None]:
-    batch = labeller.decode(indices_B.tolist())
+    batch = labeller.intake.batch(indices_B.tolist())
     return batch, labeller.scaled_logits(batch).cpu() if batch.keys else None
 
 
@@ -131,7 +132,7 @@ def _offer(name: str, encoding: Encoding, run: Run, scaled_logits_RC: Tensor, ro
 def _head_offer(labeller: Labeller, indices_B: NDArray[np.int64], rows: int) -> Offer | None:
     """The head encoding where the teacher has a head that is smaller than its logits."""
     run = labeller.run
-    batch = labeller.decode(indices_B.tolist())
+    batch = labeller.intake.batch(indices_B.tolist())
     if len(labeller.teachers) > 1 or not batch.keys:
         return None
     try:

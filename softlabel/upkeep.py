@@ -144,7 +144,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
 
 
 def _scaled_logits(job: Job, samples: Sequence[int]) -> NDArray[np.float64]:
-    batch = job.labeller.decode(samples)
+    batch = job.labeller.intake.batch(samples)
     if batch.bad:
         raise MismatchError(
             f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"

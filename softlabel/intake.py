@@ -1,0 +1,128 @@
+"""From a source to whole batches of pixels: read, decode, make the view, shape it for every member.
+
+    source -> decode -> view -> geometry of each member -> uint8 batch
+
+What a view of a sample is depends on (seed, key, view) alone, never on the batch that it is made in.
+
+Legend: B batch, H height, W width.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from softlabel.dataset import Source, content_hash, decode_image, stack_images
+from softlabel.errors import BadImageError, DataError
+from softlabel.store.manifest import BadRow
+from softlabel.teacher import Preprocessing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The samples of one batch: `view` of the samples `start` to `stop` of the source."""
+
+    view: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedBatch:
+    """Up to B samples, decoded and shaped for every distinct geometry among the members."""
+
+    keys: list[str]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    content: np.ndarray[Any, np.dtype[np.uint64]]
+    images: tuple[Tensor, ...]
+    bad: tuple[BadRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """What turns samples of a source into batches, in this process or in workers.
+
+    Attributes:
+        geometries: the distinct ones among the members; a batch has a tensor for each.
+    """
+
+    source: Source
+    geometries: tuple[Preprocessing, ...]
+
+    def batch(self, indices: Sequence[int], *, view: int = 0) -> DecodedBatch:
+        """Read, decode and shape these samples; what cannot be decoded is listed as bad.
+
+        Raises:
+            DataError: images of different sizes for a teacher that takes them as they are.
+        """
+        images: list[list[Tensor]] = [[] for _ in self.geometries]
+        kept, bad, hashes = [], [], []
+        for index, sample in zip(indices, self.source.read(indices), strict=True):
+            try:
+                image_CHW = decode_image(sample.image)
+                # Each member shapes the source image, never what another member left of it.
+                shaped = [geometry.geometry(image_CHW) for geometry in self.geometries]
+            except BadImageError as error:
+                bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
+                continue
+            for stack, image_CHW in zip(images, shaped, strict=True):
+                if stack and image_CHW.shape != stack[0].shape:
+                    raise DataError(
+                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
+                        f"{_size(image_CHW)}; give the teacher a size, such as '?resize=256&crop=224'"
+                    )
+                stack.append(image_CHW)
+            kept.append(sample)
+            hashes.append(content_hash(sample.image))
+        return DecodedBatch(
+            keys=[sample.key for sample in kept],
+            labels=np.array([sample.label for sample in kept], dtype=np.int64),
+            content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
+            images=tuple(stack_images(stack) for stack in images) if kept else (),
+            bad=tuple(bad),
+        )
+
+    def stream(self, spans: Sequence[Span], *, workers: int) -> Iterator[DecodedBatch]:
+        """The batches of these spans, in order, made ahead by worker processes, or by a thread where there are none."""
+        batches = iter(
+            DataLoader(
+                _Spans(self, spans), batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
+            )
+        )
+        # One thread is enough to overlap: PIL and the forward pass leave the interpreter to each other.
+        return batches if workers else _ahead(batches)
+
+
+class _Spans(Dataset[DecodedBatch]):
+    """Number of a span -> its batch: what the worker processes run."""
+
+    def __init__(self, intake: Intake, spans: Sequence[Span]) -> None:
+        self.intake, self.spans = intake, spans
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, number: int) -> DecodedBatch:
+        span = self.spans[number]
+        return self.intake.batch(range(span.start, span.stop), view=span.view)
+
+
+def _ahead(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
+    """The same batches, the next one made by a thread while this one is used; what it raises is raised here."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-decode") as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+def _size(image_CHW: Tensor) -> str:
+    return f"{image_CHW.shape[2]}x{image_CHW.shape[1]} pixels"
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
