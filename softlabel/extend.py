@@ -11,8 +11,9 @@ import numpy as np
 
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
-from softlabel.generate import GenerateSummary, label_missing, prepare
+from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
+from softlabel.job import prepare
 from softlabel.labels import normalized_weights
 from softlabel.store.keys import Keys
 from softlabel.store.manifest import Combine, Fidelity, Run

@@ -4,33 +4,27 @@ plan minus manifest -> label_shard -> write_shard -> commit
 """
 
 import contextlib
-import dataclasses
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.dataset import Source, open_source
-from softlabel.device import decoders, resolve_device
-from softlabel.engine import BadImagePolicy, LabelledShard, Labeller, label_shard
-from softlabel.errors import DataError, MismatchError, UsageError
-from softlabel.head import Head
+from softlabel.dataset import Source
+from softlabel.engine import BadImagePolicy, LabelledShard, label_shard
+from softlabel.errors import DataError, MismatchError
 from softlabel.history import History, check_same_data
 from softlabel.intake import DecodedBatch
-from softlabel.labels import CombineRule, normalized_weights
+from softlabel.job import Job, prepare
+from softlabel.labels import CombineRule
 from softlabel.store.columns import EXTRA_NAME, Encoding
-from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
+from softlabel.store.manifest import Format
 from softlabel.store.writer import Committer, write_shard
-from softlabel.teacher import Teacher, load_teacher
 
 log = logging.getLogger("softlabel")
 
@@ -142,95 +136,6 @@ def generate(
         return label_missing(committer, out, job, progress=progress, begin=begin)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """Loaded and checked: what labels the shards of one run."""
-
-    run: Run
-    recorded: dict[str, Any]
-    labeller: Labeller
-    workers: int
-
-
-def prepare(
-    data: "str | Path | Source | Dataset[Any]",
-    *,
-    teachers: Sequence[str],
-    combine: CombineRule,
-    weights: Sequence[float] | None,
-    temperature: float,
-    format: Format,
-    shard_rows: int,
-    batch_size: int,
-    precision: Literal["fp32", "bf16", "fp16"],
-    workers: int | None,
-    seed: int,
-    ignore_labels: bool,
-    on_bad_image: BadImagePolicy,
-    encoding: Encoding | str,
-    device: str,
-    key_fn: Callable[[int], str] | None = None,
-    history: History | None = None,
-) -> Job:
-    """Load data and teachers and check that they fit together; writes nothing. See `generate`."""
-    if not teachers:
-        raise UsageError("teachers: expected at least one SPEC, found none")
-    for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
-        if not 0 < value < float("inf"):
-            raise UsageError(f"{name}: expected a number above 0, found {value}")
-    for name, given, allowed in (
-        ("combine", combine, get_args(CombineRule)),
-        ("format", format, get_args(Format)),
-        ("on_bad_image", on_bad_image, get_args(BadImagePolicy)),
-    ):
-        if given not in allowed:
-            raise UsageError(f"{name}: expected {' or '.join(allowed)}, found {given!r}")
-    if workers is not None and workers < 0:
-        raise UsageError(f"workers: expected at least 0, found {workers}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: expected at least 0, found {seed}")
-    if combine == "keep" and weights is not None:
-        raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
-    source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
-    if not len(source):
-        raise DataError(f"{source.name}: holds no samples")
-    source, earlier = history.arrange(source) if history is not None else (source, ())
-    target = resolve_device(device)
-    torch.manual_seed(seed)
-    members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]
-    classes = {teacher.num_classes for teacher in members}
-    if len(classes) > 1:
-        listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in members)
-        raise MismatchError(f"teachers: expected one number of classes, found {listed}")
-    run = Run(
-        format=format,
-        num_classes=members[0].num_classes,
-        class_names=_class_names(source, members[0].num_classes),
-        temperature=float(temperature),
-        encoding=_encoding(encoding, members, temperature),
-        combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
-        members=tuple(_member(teacher) for teacher in members),
-        dataset=DatasetInfo(
-            kind=source.kind,
-            rows=len(source),
-            fingerprint=source.fingerprint(),
-            has_labels=source.has_labels,
-            earlier=earlier,
-        ),
-        views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
-        shard_rows=shard_rows,
-    )
-    recorded = {
-        "data": source.name,
-        "teachers": [teacher.spec.text for teacher in members],
-        "device": str(target),
-        "batch_size": batch_size,
-        "libraries": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    }
-    labeller = Labeller(source, members, run, batch_size=batch_size, on_bad_image=on_bad_image)
-    return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))
-
-
 def label_missing(
     committer: Committer,
     out: str | Path,
@@ -283,57 +188,6 @@ def label_missing(
         images=images,
         seconds=time.perf_counter() - started,
         teacher_accuracy=correct / labelled if labelled else None,
-    )
-
-
-def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
-    """A full encoding from a name; ``head:float16`` and ``head:int8`` get their width from the teacher."""
-    if isinstance(encoding, Encoding):
-        if encoding.name == "topk" and temperature not in encoding.temperatures:
-            raise UsageError(
-                f"temperatures: expected the store's {temperature:g} among them, found {encoding.temperatures}"
-            )
-        return encoding
-    name, _, hidden = encoding.partition(":")
-    if name != "head":
-        try:
-            return Encoding(name=name)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UsageError(f"encoding: {error}") from None
-    if len(members) > 1:
-        raise UsageError(f"encoding head: stores the last layer of one teacher, found {len(members)} teachers")
-    return Encoding(name="head", width=Head.of(members[0]).width, hidden=hidden or "float16")  # type: ignore[arg-type]
-
-
-def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:
-    names = source.class_names
-    if source.has_labels:
-        highest = max(int(source.labels(start, start + 2**20).max()) for start in range(0, len(source), 2**20))
-        if highest >= num_classes:
-            raise MismatchError(
-                f"classes: the teachers have {num_classes}, {source.name} has label {highest}; "
-                "use teachers of these classes, or --ignore-labels to store the soft labels alone"
-            )
-    if names is None or len(names) == num_classes:
-        return names
-    if source.has_labels:
-        raise MismatchError(
-            f"classes: the teachers have {num_classes}, {source.name} has {len(names)}; "
-            "use teachers of these classes, or --ignore-labels to store the soft labels alone"
-        )
-    return None
-
-
-def _member(teacher: Teacher) -> Member:
-    # Where its weights lie is not part of a store's identity: their hash is.
-    spec = teacher.spec
-    name = Path(spec.name).name if spec.kind == "run" else spec.name
-    return Member(
-        spec=dataclasses.replace(spec, name=name, checkpoint=None).text,
-        sha256=teacher.sha256,
-        preprocessing=teacher.preprocessing.to_dict(),
-        precision=teacher.precision,
-        num_classes=teacher.num_classes,
     )
 
 

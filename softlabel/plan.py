@@ -16,9 +16,9 @@ from softlabel.dataset import IGNORE
 from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.engine import Labeller
 from softlabel.errors import DataError, UsageError
-from softlabel.generate import Job
 from softlabel.head import Head
 from softlabel.intake import DecodedBatch
+from softlabel.job import Job
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, Fidelity, Run
 

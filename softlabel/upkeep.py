@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from softlabel.dataset import Source, content_hash, open_source
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
-from softlabel.generate import GenerateSummary, Job, label_missing, prepare
+from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
+from softlabel.job import Job, prepare
 from softlabel.store.manifest import Manifest
 from softlabel.store.reader import Store, open_store
 from softlabel.store.verify import verify_store

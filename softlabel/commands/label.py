@@ -177,7 +177,7 @@ def plan(
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.errors import UsageError
-    from softlabel.generate import prepare
+    from softlabel.job import prepare
     from softlabel.plan import ENCODINGS
     from softlabel.plan import plan as run
 

@@ -42,10 +42,10 @@ MAY_IMPORT = {
     "intake": {"torch", "numpy", "dataset", "store", "teacher", "views"},
     "engine": {"torch", "numpy", "dataset", "intake", "teacher", "head", "labels", "encoding", "store"},
     "history": {"numpy", "dataset", "store"},
-    "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "store"},
-    "extend": {"numpy", "engine", "generate", "history", "labels", "store", "upkeep"},
-    "generate": {"torch", "numpy", "tqdm", "spec", "device", "dataset", "teacher", "labels", "engine", "store"}
-    | {"head", "history", "intake"},
+    "job": {"torch", "numpy", "device", "dataset", "teacher", "labels", "engine", "store", "head", "history"},
+    "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
+    "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep"},
+    "generate": {"torch", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"},
     "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},
     "order": {"numpy"},
     "loader": {"torch", "numpy", "labels", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},
@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
     "commands": {"*"},
-    "plan": {"numpy", "torch", "dataset", "encoding", "engine", "generate", "head", "intake", "store"},
+    "plan": {"numpy", "torch", "dataset", "encoding", "engine", "head", "intake", "job", "store"},
     "__main__": {"cli"},
     "__init__": {"*"},
 }
