@@ -29,6 +29,7 @@ THIRD |= {"jsonargparse", "docstring_parser", "tqdm", "matplotlib", "triton", "d
 MAY_IMPORT = {
     "errors": set(),
     "device": {"torch"},
+    "pace": set(),
     "spec": set(),
     "dataset": {"spec", "torch", "torchvision", "pyarrow", "h5py", "numpy", "xxhash", "PIL", "sklearn"},
     "views": {"torch", "torchvision", "numpy", "xxhash"},
