@@ -60,6 +60,11 @@ class EpochOrder:
         if self.size < 1:
             raise ValueError(f"size: expected at least 1 sample to put into an order, found {self.size}")
 
+    @property
+    def name(self) -> str:
+        """Which kind of order this is; orders of another name are other orders."""
+        return "shuffled" if self.shuffle else "in order"
+
     def samples(self, epoch: int, start: int = 0, stop: int | None = None) -> Int64s:
         """The samples at positions start to stop (default: the end) of an epoch, int64."""
         stop = self.size if stop is None else min(stop, self.size)

@@ -27,6 +27,8 @@ class Batch:
         target: what the teacher says, for `softlabel.distillation_loss`; None without a store.
         has_target: bool (B,), False where the store has no row for the sample (its target is filler); None: all have
             one, or there is no store at all.
+        weight: float32 (B,), 1 where the row counts and 0 where it is filler that makes the shares of all ranks, or
+            the last batch, as large as the others; None: all count, on every rank. Filler repeats samples.
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class Batch:
     rows: Tensor
     target: Target | None = None
     has_target: Tensor | None = None
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,6 +51,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=non_blocking),
             target=None if self.target is None else self.target.to(device, non_blocking=non_blocking),
             has_target=None if self.has_target is None else self.has_target.to(device, non_blocking=non_blocking),
+            weight=None if self.weight is None else self.weight.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Self:
@@ -58,12 +62,15 @@ class Batch:
             labels=self.labels.pin_memory(),
             target=None if self.target is None else self.target.pin_memory(),
             has_target=None if self.has_target is None else self.has_target.pin_memory(),
+            weight=None if self.weight is None else self.weight.pin_memory(),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BatchRequest:
-    """Which batch is wanted: positions are those of the joined dataset, `view` numbers the augmentation (the epoch)."""
+    """Which batch is wanted: positions are those of the joined dataset, `view` numbers the augmentation (the epoch),
+    `counted` is how many of them count (None: all), the others being filler behind them."""
 
     positions: NDArray[np.int64]
     view: int
+    counted: int | None = None

@@ -1,15 +1,16 @@
-"""The loader that a training loop iterates: deterministic, resumable at any step.
+"""The loader that a training loop iterates: deterministic, resumable at any step, on any number of ranks.
 
-Legend: B batch, N samples.
+Legend: B rows of a global batch, N samples, S rows of a rank's share.
 """
 
 import contextlib
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -18,6 +19,7 @@ from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageErro
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.joined import JoinedDataset, Missing
+from softlabel.loader.shares import Shares, Tail
 from softlabel.order import EpochOrder
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing
@@ -39,14 +41,19 @@ class SoftLabelLoader:
     Every complete iteration is one epoch, and the next one is shuffled anew. The order and the augmentation are a pure
     function of (seed, epoch, step): `set_epoch` reaches any of them, `state_dict` and `load_state_dict` resume there.
 
+    Several processes train together when each has a loader with its own `rank`: every global batch is the same
+    `batch_size` samples whatever the number of ranks, and each rank gets its part of it, in as many steps and as many
+    rows as every other. Rows with `Batch.weight` 0 are there for that alone and must not count.
+
     Args:
         data: a SOURCE (see `open_source`), or a map-style dataset.
         labels: a store or its path; None: hard labels only.
-        batch_size: samples a batch.
+        batch_size: samples a batch, over all ranks together.
         seed: of order and augmentation.
         shuffle: False gives the source's own order.
-        tail: what becomes of the samples that do not fill the last batch; ``keep`` gives a smaller batch, ``drop``
-            leaves them out of this epoch (unless there is no other batch).
+        tail: what becomes of the samples that do not fill the last batch; ``keep`` gives a smaller batch (one rank
+            only), ``drop`` leaves them out of this epoch (unless there is no other batch), ``pad`` fills the batch with
+            rows of weight 0.
         augment: drawn anew in every epoch; None: none. The soft labels are those of the un-augmented image.
         preprocessing: whose geometry brings images to one size; None: they are of one size.
         missing: ``error``, ``skip`` or ``hard-only``, for samples that the store has no row for.
@@ -56,8 +63,11 @@ class SoftLabelLoader:
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 for every hard label.
         mix: rule, weights and temperature for the members of a store that keeps them apart.
+        rank: which of the processes this is, from 0.
+        world_size: how many processes train together.
 
     Raises:
+        UsageError: numbers that make no sense, or a tail that several ranks cannot have.
         SoftLabelError: data or store cannot be opened, or do not belong together (see `JoinedDataset`).
     """
 
@@ -69,7 +79,7 @@ class SoftLabelLoader:
         batch_size: int = 128,
         seed: int = 0,
         shuffle: bool = True,
-        tail: Literal["keep", "drop"] = "keep",
+        tail: Tail = "keep",
         augment: CropFlip | None = None,
         preprocessing: Preprocessing | None = None,
         missing: Missing = "error",
@@ -79,9 +89,11 @@ class SoftLabelLoader:
         key_fn: Callable[[int], str] | None = None,
         ignore_labels: bool = False,
         mix: Mix | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size: expected at least 1, found {batch_size}")
+        # Before anything is opened: wrong numbers cost nothing.
+        shares = Shares(samples=0, batch_size=batch_size, tail=tail, rank=rank, world_size=world_size)
         if workers < 0:
             raise UsageError(f"workers: expected at least 0, found {workers}")
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
@@ -99,11 +111,11 @@ class SoftLabelLoader:
             mix=mix,
         )
         self._mix = mix
-        self._drop_tail = tail == "drop" and len(self.dataset) >= batch_size
-        order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
-        self._plan = _Plan(order, batch_size, len(self))
+        self._shares = replace(shares, samples=len(self.dataset))
+        self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
+        self._plan = _Plan(self._order, self._shares)
         self._place = _Place()
-        self._start_step = 0
+        self._start = 0
         # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
         self._batches = DataLoader(
             _Guarded(self.dataset),
@@ -118,13 +130,12 @@ class SoftLabelLoader:
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        samples = len(self.dataset)
-        return samples // self.batch_size if self._drop_tail else -(-samples // self.batch_size)
+        """Batches in a whole epoch; the same on every rank."""
+        return len(self._shares)
 
     @property
     def num_samples(self) -> int:
-        """Samples in an epoch, those of a dropped tail included."""
+        """Samples in an epoch over all ranks, those of a dropped tail included."""
         return len(self.dataset)
 
     @property
@@ -145,19 +156,22 @@ class SoftLabelLoader:
             raise UsageError(
                 f"epoch and step: expected step 0 to {len(self)} of epoch 0 or later, found {epoch}, {step}"
             )
-        self._place = _Place(epoch=epoch, step=step)
-        self._start_step = step
+        self._enter(epoch, self._shares.after(0, step))
+
+    def _enter(self, epoch: int, sample: int) -> None:
+        self._place = _Place(epoch=epoch, sample=sample)
+        self._start = sample
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of one epoch. An iteration that is left early begins again, one that ends moves on."""
-        epoch, start = self._place.epoch, self._start_step
+        epoch, start = self._place.epoch, self._start
         self._plan.epoch, self._plan.start = epoch, start
-        self._place = _Place(epoch=epoch, step=start)
+        self._place = _Place(epoch=epoch, sample=start)
         try:
-            for step, batch in enumerate(self._batches, start + 1):
+            for done, batch in enumerate(self._batches, 1):
                 if isinstance(batch, _Failure):
                     raise batch.error
-                self._place = _Place(epoch=epoch, step=step)
+                self._place = _Place(epoch=epoch, sample=self._shares.after(start, done))
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
             self.raise_if_worker_died(error)
@@ -165,39 +179,41 @@ class SoftLabelLoader:
         self.set_epoch(epoch + 1)
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where the iteration is, after the last batch that was handed out; plain numbers and strings."""
-        store_id = self.store.manifest.store_id if self.store is not None else ""
-        place = self._place
+        """Where the iteration is, after the last batch that was handed out; plain numbers and strings.
+
+        Every rank has the same state: `sample` counts those of all of them.
+        """
         return {
-            "epoch": place.epoch,
-            "sample": min(place.step * self.batch_size, len(self.dataset)),
+            "epoch": self._place.epoch,
+            "sample": self._place.sample,
             "seed": self.seed,
             "samples": len(self.dataset),
-            "store": store_id,
+            "store": self.store.manifest.store_id if self.store is not None else "",
+            "order": self._order.name,
         }
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continue where `state_dict` was called, also with another batch size if the place is a multiple of it.
+        """Continue where `state_dict` was called: with the next sample of the epoch, whatever the batch size, the
+        number of ranks and the number of workers were and are.
 
         Raises:
-            MismatchError: the state is of another seed, dataset size or store.
+            MismatchError: the state is of another seed, dataset size, store or order.
         """
         mine = self.state_dict()
         different = [
-            f"{name}: {state.get(name)!r} in the state, {mine[name]!r} here"
-            for name in ("seed", "samples", "store")
-            if state.get(name) != mine[name]
+            f"{name}: {state.get(name)!r} in the state, {value!r} here"
+            for name, value in mine.items()
+            if name not in ("epoch", "sample") and state.get(name) != value
         ]
         if different:
             raise MismatchError(f"loader state of another loader: {'; '.join(different)}")
-        epoch, sample = int(state["epoch"]), int(state["sample"])
-        step, rest = divmod(sample, self.batch_size)
-        if rest and sample != len(self.dataset):
+        epoch, sample = state.get("epoch"), state.get("sample")
+        if not (isinstance(epoch, int) and isinstance(sample, int) and epoch >= 0 and 0 <= sample <= self.num_samples):
             raise MismatchError(
-                f"loader state: sample {sample} of the epoch is not at the start of a batch of {self.batch_size}; "
-                "resume with a batch size that divides it"
+                f"loader state: expected sample 0 to {self.num_samples} of epoch 0 or later, found {sample!r} of "
+                f"{epoch!r}"
             )
-        self.set_epoch(epoch, min(step + bool(rest), len(self)))
+        self._enter(epoch, sample)
 
     def raise_if_worker_died(self, error: Exception) -> None:
         """The death of a worker process shows as a RuntimeError wherever the main process happens to be, or as a broken
@@ -235,7 +251,7 @@ class SoftLabelLoader:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     epoch: int = 0
-    step: int = 0
+    sample: int = 0  # of the epoch, over all ranks: how many were handed out
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,22 +262,27 @@ class _Failure:
 
 
 class _Plan(Sampler[Any]):
-    """The requests of one epoch, from `start` on."""
+    """This rank's requests of one epoch, from position `start` on."""
 
-    def __init__(self, order: EpochOrder, batch_size: int, steps: int) -> None:
-        self.order, self.batch_size, self.steps = order, batch_size, steps
+    def __init__(self, order: EpochOrder, shares: Shares) -> None:
+        self.order, self.shares = order, shares
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return self.shares.left(self.start)
 
     def __iter__(self) -> Iterator[BatchRequest]:
-        epoch, size = self.epoch, self.batch_size
-        for start in range(self.start, self.steps, _STEPS_AT_ONCE):
-            stop = min(start + _STEPS_AT_ONCE, self.steps)
-            samples = self.order.samples(epoch, start * size, stop * size)
-            for first in range(0, (stop - start) * size, size):
-                yield BatchRequest(positions=samples[first : first + size], view=epoch)
+        epoch, shares, sample, left = self.epoch, self.shares, self.start, len(self)
+        while left:
+            steps = min(_STEPS_AT_ONCE, left)
+            cuts = list(shares.cut(sample, steps))
+            samples = self.order.at(epoch, np.concatenate([cut.places for cut in cuts]))
+            first = 0
+            for cut in cuts:
+                stop = first + len(cut.places)
+                yield BatchRequest(positions=samples[first:stop], view=epoch, counted=cut.counted)
+                first = stop
+            sample, left = shares.after(sample, steps), left - steps
 
 
 class _Guarded(Dataset[Batch]):
@@ -272,7 +293,11 @@ class _Guarded(Dataset[Batch]):
 
     def __getitems__(self, request: BatchRequest | Sequence[int]) -> "Batch | _Failure":
         try:
-            return self.dataset.__getitems__(request)
+            batch = self.dataset.__getitems__(request)
+            if isinstance(request, BatchRequest) and request.counted is not None:
+                weight_S = (torch.arange(len(batch)) < request.counted).float()
+                batch = replace(batch, weight=weight_S)
+            return batch
         except SoftLabelError as error:
             return _Failure(error)
 

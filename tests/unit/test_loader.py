@@ -293,19 +293,37 @@ def test_a_state_resumes_with_another_batch_size_and_only_where_it_belongs(digit
     finer = loader(batch_size=10)
     finer.load_state_dict(state)
     assert keys(finer) == expected[30:]
-    with pytest.raises(MismatchError, match="batch size that divides"):
-        loader(batch_size=40).load_state_dict(state)
+    other = loader(batch_size=40)
+    other.load_state_dict(state)
+    assert [len(batch) for batch in other] == [40, 20]
+    other.load_state_dict(state)
+    assert keys(other) == expected[30:]
     with pytest.raises(MismatchError, match="seed: 0 in the state, 1 here"):
         loader(seed=1).load_state_dict(state)
-    with pytest.raises(MismatchError, match="store"):
+    with pytest.raises(MismatchError, match=r"store: '.*' in the state, '' here"):
         SoftLabelLoader(digits / "data.parquet", batch_size=30).load_state_dict(state)
+    with pytest.raises(MismatchError, match="samples: 90 in the state, 80 here"):
+        SoftLabelLoader(f"{digits / 'data.parquet'}?rows=0:80", digits / "store").load_state_dict(state)
+    with pytest.raises(MismatchError, match="order: 'shuffled' in the state, 'in order' here"):
+        loader(shuffle=False).load_state_dict(state)
+    with pytest.raises(MismatchError, match="expected sample 0 to 90"):
+        loader().load_state_dict({**state, "sample": 91})
 
 
-@pytest.mark.parametrize(("tail", "sizes"), [("keep", [40, 40, 10]), ("drop", [40, 40])])
-def test_the_tail_is_kept_or_dropped(digits: Path, tail: str, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("tail", "sizes"), [("keep", [40, 40, 10]), ("drop", [40, 40]), ("pad", [40, 40, 40])], ids=lambda value: str(value)
+)
+def test_the_tail_is_kept_dropped_or_padded(digits: Path, tail: str, sizes: list[int]) -> None:
     loader = SoftLabelLoader(digits / "data.parquet", digits / "store", batch_size=40, tail=tail)
-    assert [len(batch) for batch in loader] == sizes
+    batches = list(loader)
+    assert [len(batch) for batch in batches] == sizes
     assert len(loader) == len(sizes)
+    assert batches[0].weight is None
+    if tail == "pad":
+        assert batches[-1].weight.tolist() == [1.0] * 10 + [0.0] * 30
+        assert set(batches[-1].keys[10:]) <= set(batches[-1].keys[:10])
+    else:
+        assert batches[-1].weight is None
 
 
 def test_the_source_s_own_order_without_shuffle(digits: Path) -> None:
