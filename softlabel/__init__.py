@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softlabel.calibrate import calibrate
     from softlabel.dataset import Source, open_source
     from softlabel.errors import SoftLabelError
     from softlabel.evaluate import Evaluation, evaluate
@@ -32,6 +33,7 @@ __all__ = [
     "Store",
     "TrainConfig",
     "TrainResult",
+    "calibrate",
     "distillation_loss",
     "evaluate",
     "generate",
@@ -51,6 +53,7 @@ _HOME = {
     "Store": "softlabel.store.reader",
     "TrainConfig": "softlabel.train",
     "TrainResult": "softlabel.train",
+    "calibrate": "softlabel.calibrate",
     "distillation_loss": "softlabel.loss",
     "evaluate": "softlabel.evaluate",
     "generate": "softlabel.generate",
@@ -74,8 +77,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`generate`, `train` and `evaluate` are functions here and files as well: whoever imports the file first, the name
-    in the package stays the function."""
+    """`generate`, `calibrate`, `train` and `evaluate` are functions here and files as well: whoever imports the file
+    first, the name in the package stays the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:

@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "plan": label.plan,
+    "calibrate": label.calibrate,
     "generate": label.generate,
     "inspect": store.inspect,
     "verify": store.verify,

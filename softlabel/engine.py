@@ -57,7 +57,7 @@ class Labeller:
     ) -> None:
         self.source, self.teachers, self.run = source, tuple(teachers), run
         self.batch_size, self.on_bad_image = min(batch_size, run.shard_rows), on_bad_image
-        self.head = Head.of(self.teachers[0]) if run.encoding.name == "head" else None
+        self.head = Head.of(self.teachers[0], run.members[0].calibration) if run.encoding.name == "head" else None
         self.first_member = 0  # the number in the store of the first of these members, where they join others
         shapes = [teacher.preprocessing for teacher in self.teachers]
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
@@ -106,7 +106,10 @@ class Labeller:
 
     def _combine(self, logits_MBC: Sequence[Tensor]) -> Tensor:
         rule, weights = self.run.combine.rule, self.run.combine.weights
-        return combine(logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights)
+        calibration = [member.calibration for member in self.run.members]
+        return combine(
+            logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights, calibration=calibration
+        )
 
 
 def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBatch] | None = None) -> LabelledShard:

@@ -29,6 +29,7 @@ def extend(
     *,
     teacher: str,
     data: str | None = None,
+    calibration: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: bool | None = None,
@@ -42,9 +43,10 @@ def extend(
         store: its folder.
         teacher: SPEC of the new member.
         data: the SOURCE, where it is not at the recorded place any more.
+        calibration: file of `softlabel calibrate` with this teacher; needed where the other members are calibrated.
 
     Raises:
-        UsageError: the store does not keep its members.
+        UsageError: the store does not keep its members, or keeps them calibrated and this one is not, or the reverse.
         MismatchError: the data are not those that were labelled; the teacher has other classes, or is a member already.
     """
     opened = open_store(store, verify="full")
@@ -55,6 +57,11 @@ def extend(
             "generate with --combine keep to add members later"
         )
     refuse_derived(manifest, store)
+    if (calibration is not None) != (calibrated := any(member.calibration != 1.0 for member in run.members)):
+        raise UsageError(
+            f"{store}: its members are {'' if calibrated else 'not '}calibrated; "
+            f"{'give --calibration for this one too' if calibrated else 'leave out --calibration'}"
+        )
     job = prepare(
         recorded_place(manifest, "data", store, data),
         teachers=[teacher],
@@ -70,6 +77,7 @@ def extend(
         ignore_labels=not run.dataset.has_labels,
         on_bad_image="skip",
         encoding=run.encoding,
+        calibration=calibration,
         device=device,
         history=History.of(store),
     )

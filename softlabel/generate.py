@@ -66,6 +66,7 @@ def generate(
     ignore_labels: bool = False,
     on_bad_image: BadImagePolicy = "skip",
     encoding: Encoding | str = "float16",
+    calibration: str | Path | None = None,
     grow: bool = False,
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
@@ -91,6 +92,7 @@ def generate(
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: ``skip`` lists an image that cannot be decoded in the manifest, ``error`` stops at it.
         encoding: how logits are stored; a name for those without parameters, or an `Encoding`.
+        calibration: file of `softlabel calibrate`; each teacher's logits are divided by its temperature in there first.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
@@ -122,6 +124,7 @@ def generate(
         ignore_labels=ignore_labels,
         on_bad_image=on_bad_image,
         encoding=encoding,
+        calibration=calibration,
         device=device,
         key_fn=key_fn,
     )

@@ -26,13 +26,14 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last linear layer of a teacher: weight (C, D) and bias (C,)."""
+    """The last linear layer of a teacher: weight (C, D) and bias (C,), both divided by the teacher's calibration."""
 
     teacher: Teacher
     layer: nn.Linear
+    calibration: float = 1.0
 
     @classmethod
-    def of(cls, teacher: Teacher) -> "Head":
+    def of(cls, teacher: Teacher, calibration: float = 1.0) -> "Head":
         """Raises UsageError where a teacher has no linear layer that could give its logits."""
         layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
         if not layers or layers[-1].out_features != teacher.num_classes:
@@ -41,7 +42,7 @@ class Head:
                 f"encoding head: {teacher.spec.text}: expected a last linear layer with {teacher.num_classes} outputs, "
                 f"found {found}; use another --encoding"
             )
-        return cls(teacher=teacher, layer=layers[-1])
+        return cls(teacher=teacher, layer=layers[-1], calibration=calibration)
 
     @property
     def width(self) -> int:
@@ -49,12 +50,14 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach().float()
+        return self.layer.weight.detach().float() / self.calibration
 
     @property
     def bias(self) -> Tensor:
         bias = self.layer.bias
-        return self.weight.new_zeros(self.layer.out_features) if bias is None else bias.detach().float()
+        return (
+            self.weight.new_zeros(self.layer.out_features) if bias is None else bias.detach().float() / self.calibration
+        )
 
     def safetensors(self) -> bytes:
         """The file that the store shares: float32 `weight` (C, D) and `bias` (C,)."""
@@ -72,7 +75,8 @@ class Head:
         if fits:
             hidden_BD = heard[0].float()
             with torch.inference_mode():
-                off = (F.linear(hidden_BD, self.weight, self.bias) - logits_BC).abs().max()
+                found_BC = F.linear(hidden_BD, self.weight, self.bias) * self.calibration
+                off = (found_BC - logits_BC).abs().max()
             fits = bool(off <= TOLERANCE[self.teacher.precision] * (1 + logits_BC.abs().max()))
         if not fits:
             raise UsageError(

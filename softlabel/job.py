@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from softlabel.calibration import read_calibration
 from softlabel.dataset import Source, open_source
 from softlabel.device import decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
@@ -50,10 +51,14 @@ def prepare(
     on_bad_image: BadImagePolicy,
     encoding: Encoding | str,
     device: str,
+    calibration: "str | Path | Sequence[float] | None" = None,
     key_fn: Callable[[int], str] | None = None,
     history: History | None = None,
 ) -> Job:
-    """Load data and teachers and check that they fit together; writes nothing. See `generate`."""
+    """Load data and teachers and check that they fit together; writes nothing. See `generate`.
+
+    calibration: the file of `softlabel calibrate`, or the temperatures themselves, one a teacher.
+    """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
     for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
@@ -90,7 +95,7 @@ def prepare(
         temperature=float(temperature),
         encoding=_encoding(encoding, members, temperature),
         combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
-        members=tuple(_member(teacher) for teacher in members),
+        members=_members(members, calibration),
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
@@ -148,6 +153,15 @@ def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:
             "use teachers of these classes, or --ignore-labels to store the soft labels alone"
         )
     return None
+
+
+def _members(teachers: Sequence[Teacher], calibration: "str | Path | Sequence[float] | None") -> tuple[Member, ...]:
+    members = tuple(_member(teacher) for teacher in teachers)
+    if calibration is None:
+        return members
+    if isinstance(calibration, str | Path):
+        calibration = read_calibration(calibration).temperatures(members, calibration)
+    return tuple(dataclasses.replace(member, calibration=own) for member, own in zip(members, calibration, strict=True))
 
 
 def _member(teacher: Teacher) -> Member:

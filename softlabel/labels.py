@@ -51,7 +51,14 @@ def normalized_weights(weights: Sequence[float] | None, members: int) -> tuple[f
     return tuple(float(w) if math.isclose(total, 1.0, rel_tol=1e-12) else w / total for w in weights)
 
 
-def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weights: Sequence[float]) -> Tensor:
+def combine(
+    logits_MBC: Sequence[Tensor],
+    *,
+    rule: str,
+    temperature: float,
+    weights: Sequence[float],
+    calibration: Sequence[float] | None = None,
+) -> Tensor:
     """One teacher's worth of scaled logits out of an ensemble's logits.
 
     ``logits`` averages logits and divides by the temperature (a geometric mean of the distributions), which
@@ -61,13 +68,15 @@ def combine(logits_MBC: Sequence[Tensor], *, rule: str, temperature: float, weig
     Args:
         logits_MBC: M tensors (B, C), float; -inf masks a class.
         weights: M numbers that sum to 1.
+        calibration: M temperatures of the members' own, that their logits are divided by first; 1 when absent.
 
     Returns:
         float32 (B, C) scaled logits, the row's maximum subtracted; (B, M, C) of each member for ``keep``.
     """
     if rule not in get_args(CombineRule):
         raise UsageError(f"combine: expected 'logits', 'probs' or 'keep', found {rule!r}")
-    scaled = [logits_BC.float() / temperature for logits_BC in logits_MBC]
+    calibration = (1.0,) * len(logits_MBC) if calibration is None else calibration
+    scaled = [logits_BC.float() / (temperature * own) for logits_BC, own in zip(logits_MBC, calibration, strict=True)]
     if rule == "keep":
         scaled_logits_BMC = torch.stack(scaled, dim=1)
         return scaled_logits_BMC - scaled_logits_BMC.amax(dim=-1, keepdim=True)

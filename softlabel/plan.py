@@ -136,7 +136,7 @@ def _head_offer(labeller: Labeller, indices_B: NDArray[np.int64], rows: int) -> 
     if len(labeller.teachers) > 1 or not batch.keys:
         return None
     try:
-        head = Head.of(labeller.teachers[0])
+        head = Head.of(labeller.teachers[0], run.members[0].calibration)
         encoding = Encoding(name="head", width=head.width, hidden="float16")
         asked = Labeller(
             labeller.source,

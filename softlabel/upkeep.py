@@ -44,9 +44,14 @@ def job_of(
     """
     run, recorded = manifest.run, manifest.recorded
     refuse_derived(manifest, where)
+    places = recorded_place(manifest, "teachers", where, teachers)
+    if len(places) != len(run.members):
+        raise MismatchError(
+            f"{where}: expected {len(run.members)} teachers, as it was labelled by, found {len(places)}"
+        )
     job = prepare(
         recorded_place(manifest, "data", where, data),
-        teachers=recorded_place(manifest, "teachers", where, teachers),
+        teachers=places,
         combine=run.combine.rule,  # type: ignore[arg-type]
         weights=None if run.kept else run.combine.weights,
         temperature=run.temperature,
@@ -60,6 +65,7 @@ def job_of(
         ignore_labels=not run.dataset.has_labels,
         on_bad_image="skip",
         encoding=run.encoding,
+        calibration=[member.calibration for member in run.members],
         device=device,
         history=History.of(where),
     )

@@ -1,4 +1,4 @@
-"""Commands that run teachers over a dataset: generate, plan."""
+"""Commands that run teachers over a dataset: generate, plan, calibrate."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +30,7 @@ def generate(
     samples: int | None = None,
     temperatures: list[float] | None = None,
     hidden: Literal["float16", "int8"] | None = None,
+    calibration: str | None = None,
     grow: bool = False,
     device: str = "auto",
 ) -> int:
@@ -61,6 +62,7 @@ def generate(
         samples: draws that encoding sampled keeps of a row; 50 when absent.
         temperatures: where the tail of encoding topk is known; the store's temperature when absent.
         hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
+        calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -83,6 +85,7 @@ def generate(
         ignore_labels=ignore_labels,
         on_bad_image=on_bad_image,
         encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
+        calibration=calibration,
         grow=grow,
         device=device,
         begin=lambda: write_config(out, options),
@@ -148,6 +151,7 @@ def plan(
     weights: list[float] | None = None,
     temperature: float = 4.0,
     encoding: list[str] | None = None,
+    calibration: str | None = None,
     batch_size: int = 256,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     seconds: float = 5.0,
@@ -169,6 +173,7 @@ def plan(
         weights: one number a teacher.
         temperature: at which the labels would be stored.
         encoding: show these alone (float32, float16, int8, topk, sampled, head); all when absent.
+        calibration: as for generate.
         batch_size: samples a forward pass.
         precision: of the forward pass.
         seconds: how long the sample is labelled for.
@@ -198,6 +203,7 @@ def plan(
         ignore_labels=ignore_labels,
         on_bad_image="skip",
         encoding="float16",
+        calibration=calibration,
         device=device,
     )
     found = run(job, seconds=seconds, seed=seed)
@@ -220,6 +226,62 @@ def plan(
             at_1 = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}"
             at_t = f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
             print(f"{offer.name:<12}{offer.row_bytes:>10,}{_size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
+    return 0
+
+
+def calibrate(
+    *,
+    data: str,
+    teacher: list[str],
+    out: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> int:
+    """Fit a temperature to each teacher on labelled samples, and show its calibration before and after.
+
+    The file makes members comparable before they are averaged: give it to 'softlabel generate --calibration'.
+
+    Example:
+        softlabel calibrate --data val.parquet --teacher torchvision:resnet50@resnet50.pth --out calibration.json
+
+    Args:
+        data: a SOURCE with labels, that the teachers were not trained on.
+        teacher: the SPECs, see 'softlabel generate --help'.
+        out: JSON file for 'softlabel generate --calibration'; nothing is written when absent.
+        samples: how many labelled samples are drawn; all when absent.
+        batch_size: samples a forward pass.
+        precision: of the forward pass.
+        workers: processes that decode; absent, chosen from the machine.
+        seed: of the draw, and of what a teacher's factory draws at random.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    from softlabel.calibrate import calibrate as run
+
+    found = run(
+        data,
+        teachers=teacher,
+        out=out,
+        samples=samples,
+        batch_size=batch_size,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        device=device,
+    )
+    print(f"{data}: {found.samples:,} labelled images")
+    width = max(len(member.spec) for member in found.members)
+    print(f"{'teacher':<{width}}  {'T':>7}  {'nll before':>10} {'after':>8}  {'ece before':>10} {'after':>8}")
+    for member in found.members:
+        print(
+            f"{member.spec:<{width}}  {member.temperature:>7.4f}  {member.nll_before:>10.4f} {member.nll_after:>8.4f}"
+            f"  {member.ece_before:>10.4f} {member.ece_after:>8.4f}"
+        )
+    if out is not None:
+        print(f"wrote {out}; give it to 'softlabel generate --calibration {out}'")
     return 0
 
 

@@ -53,7 +53,8 @@ def inspect(store: str, /, *, json: bool = False) -> int:
     lines += provenance(manifest)
     weights = run.combine.weights or (1.0,) * len(run.members)
     for number, (member, weight) in enumerate(zip(run.members, weights, strict=True), 1):
-        lines.append((f"teacher {number}", f"{member.spec}  weight {weight:.3g}, {member.precision}"))
+        own = f", logits divided by {member.calibration:.4g}" if member.calibration != 1.0 else ""
+        lines.append((f"teacher {number}", f"{member.spec}  weight {weight:.3g}, {member.precision}{own}"))
         lines.append(("", f"weights sha256 {member.sha256}"))
         lines.append(("", ", ".join(f"{name} {value}" for name, value in member.preprocessing.items())))
     for key, reason in list(opened.bad.items())[:BAD_SHOWN]:
@@ -187,6 +188,7 @@ def extend(
     *,
     teacher: str,
     data: str | None = None,
+    calibration: str | None = None,
     workers: int | None = None,
     device: str = "auto",
 ) -> int:
@@ -199,12 +201,13 @@ def extend(
         store: folder of the store.
         teacher: SPEC of the new member.
         data: the SOURCE, where it is not at the recorded place any more.
+        calibration: file of 'softlabel calibrate' with this teacher, where the other members are calibrated.
         workers: processes that decode; absent, chosen from the machine.
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.extend import extend as run
 
-    tell(run(store, teacher=teacher, data=data, workers=workers, device=device))
+    tell(run(store, teacher=teacher, data=data, calibration=calibration, workers=workers, device=device))
     return 0
 
 

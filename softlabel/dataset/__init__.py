@@ -3,11 +3,12 @@
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
 from softlabel.dataset.decode import content_hash, decode_image, stack_images
 from softlabel.dataset.opening import open_source
-from softlabel.dataset.reordered import known_first
+from softlabel.dataset.reordered import ReorderedSource, known_first
 
 __all__ = [
     "IGNORE",
     "RawImage",
+    "ReorderedSource",
     "Sample",
     "Source",
     "content_hash",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import xxhash
 
 from softlabel.store.columns import ROW_NAMES, Column, Encoding
-from softlabel.store.jsonio import dumps, to_json
+from softlabel.store.jsonio import OMIT, dumps, to_json
 
 FORMAT_NAME = "softlabel-store"
 FORMAT_VERSION = 1
@@ -34,13 +34,22 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A teacher: its SPEC as given, the SHA-256 of its weights, how it sees an image and in which precision."""
+    """A teacher: its SPEC as given, the SHA-256 of its weights, how it sees an image and in which precision.
+
+    Its logits were divided by `calibration`, a temperature of its own, before anything else was done with them.
+    """
 
     spec: str
     sha256: str
     preprocessing: Json = field(default_factory=dict)
     precision: str = "fp32"
     num_classes: int = 0
+    calibration: float = field(default=1.0, metadata=OMIT)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", float(self.calibration))
+        if not 0 < self.calibration < float("inf"):
+            raise ValueError(f"calibration: expected above 0, found {self.calibration}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,5 +366,7 @@ def _differences(path: str, store: Any, run: Any) -> Iterable[str]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,153 @@
+"""Fitting a temperature to each teacher on labelled samples: what `softlabel calibrate` runs.
+
+Legend: B batch, C classes, M members, N samples.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from softlabel.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
+from softlabel.dataset import IGNORE, ReorderedSource, Source, open_source
+from softlabel.errors import DataError, UsageError
+from softlabel.evaluate import calibration_error
+from softlabel.job import Job, prepare
+from softlabel.store.columns import Encoding
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+
+def calibrate(
+    data: "str | Path | Source | Dataset[Any]",
+    *,
+    teachers: Sequence[str],
+    out: str | Path | None = None,
+    samples: int | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    workers: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    key_fn: Callable[[int], str] | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Fit a temperature to each teacher by the likelihood of the labels (Guo et al. 2017).
+
+    The logits of all samples are held in memory: 4 bytes x samples x classes x teachers.
+
+    Args:
+        data: labelled samples that the teachers were not trained on: a SOURCE, or a map-style dataset.
+        teachers: one SPEC for each.
+        out: JSON file for `generate(calibration=...)`; not written when absent.
+        samples: how many are drawn; all when absent.
+        batch_size: samples a forward pass.
+        precision: of the forward pass.
+        workers: processes that decode images; absent: chosen from the machine.
+        seed: of the draw, and of what a teacher's factory draws at random.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        key_fn: index -> key, for a map-style dataset; the decimal index when absent.
+        progress: show a bar; absent: if standard error is a terminal.
+
+    Raises:
+        UsageError: a request that cannot be.
+        DataError: no labels, or labels that no temperature fits.
+        TeacherError: a teacher's output is not (B, C) finite numbers.
+        StoreError: the file cannot be written.
+    """
+    if samples is not None and samples < 1:
+        raise UsageError(f"samples: expected at least 1, found {samples}")
+    job = prepare(
+        _labelled(open_source(data, key_fn=key_fn), samples, seed),
+        teachers=teachers,
+        combine="keep",
+        weights=None,
+        temperature=1.0,
+        format="parquet",
+        shard_rows=batch_size,
+        batch_size=batch_size,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+        ignore_labels=False,
+        on_bad_image="skip",
+        encoding=Encoding(name="float32"),
+        device=device,
+    )
+    logits_MNC, labels_N = _answers(job, progress)
+    found = Calibration(
+        data=job.labeller.source.name,
+        fingerprint=job.run.dataset.fingerprint,
+        samples=len(labels_N),
+        members=tuple(
+            _calibrated(job, number, logits_NC, labels_N) for number, logits_NC in enumerate(logits_MNC.unbind())
+        ),
+    )
+    if out is not None:
+        write_calibration(out, found)
+    return found
+
+
+def _labelled(source: Source, samples: int | None, seed: int) -> Source:
+    """Its labelled samples, all or so many of them, in order."""
+    chosen_N = np.flatnonzero(source.labels() != IGNORE)
+    if not len(chosen_N):
+        raise DataError(f"{source.name}: expected labelled samples to calibrate on, found none")
+    if samples is not None and samples < len(chosen_N):
+        chosen_N = np.sort(np.random.default_rng(seed).choice(chosen_N, size=samples, replace=False))
+    return source if len(chosen_N) == len(source) else ReorderedSource(source, chosen_N)
+
+
+def _answers(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
+    """float32 (M, N, C) logits, up to a constant a row, and int64 (N,) labels."""
+    labeller, run = job.labeller, job.run
+    batches = labeller.decoded([run.shard(number) for number in range(run.shard_count)], job.workers)
+    logits, labels = [], []
+    off = None if progress is None else not progress
+    with tqdm(total=len(labeller.source), unit="img", unit_scale=True, desc="calibrating", disable=off) as bar:
+        for batch in batches:
+            if batch.keys:
+                logits.append(labeller.scaled_logits(batch).transpose(0, 1).cpu())
+                labels.append(torch.from_numpy(batch.labels))
+            bar.update(len(batch.keys) + len(batch.bad))
+    if not logits:
+        raise DataError(f"{labeller.source.name}: none of its {len(labeller.source):,} labelled images can be decoded")
+    return torch.cat(logits, dim=1), torch.cat(labels)
+
+
+def _calibrated(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor) -> Calibrated:
+    member = job.run.members[number]
+    try:
+        temperature = fit_temperature(logits_NC, labels_N)
+    except DataError as error:
+        raise DataError(f"{member.spec} on {job.labeller.source.name}: {error}") from error
+    (nll_before, ece_before), (nll_after, ece_after) = (_quality(logits_NC, labels_N, at) for at in (1.0, temperature))
+    return Calibrated(
+        spec=member.spec,
+        sha256=member.sha256,
+        preprocessing=member.preprocessing,
+        precision=member.precision,
+        temperature=temperature,
+        nll_before=nll_before,
+        nll_after=nll_after,
+        ece_before=ece_before,
+        ece_after=ece_after,
+    )
+
+
+def _quality(logits_NC: Tensor, labels_N: Tensor, temperature: float) -> tuple[float, float]:
+    """Mean of -log p(label), and the expected calibration error."""
+    nats, confidences, correct = 0.0, [], []
+    for logits_BC, labels_B in zip(torch.split(logits_NC, CHUNK), torch.split(labels_N, CHUNK), strict=True):
+        log_probs_BC = F.log_softmax(logits_BC.double() / temperature, dim=1)
+        nats += float(F.nll_loss(log_probs_BC, labels_B, reduction="sum"))
+        best = log_probs_BC.max(dim=1)
+        confidences.append(best.values.exp())
+        correct.append(best.indices == labels_B)
+    return nats / len(labels_N), calibration_error(torch.cat(confidences), torch.cat(correct))
