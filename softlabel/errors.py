@@ -13,6 +13,7 @@
     │   ├── StoreIncompleteError  its run has not finished (exit code 2)
     │   ├── StoreCorruptError     bytes are not those that the manifest promises
     │   └── StoreLockedError      another run is writing to it (exit code 2)
+    ├── ClusterLostError      the scheduler is gone (exit code 75: run the same command again)
     └── TrainingError         a student whose training cannot go on (a loss that is not finite)
 
 A message names the subject, what was expected, what was found, and the remedy.
@@ -75,3 +76,7 @@ class StoreLockedError(StoreError):
 
 class TrainingError(SoftLabelError):
     pass
+
+
+class ClusterLostError(SoftLabelError):
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h

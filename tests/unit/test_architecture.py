@@ -83,6 +83,8 @@ MAY_IMPORT = {
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
     "commands": {"*"},
+    "shardjob": {"engine", "job", "store", "upkeep"},
+    "cluster": {"dask", "distributed", "tqdm", "generate", "history", "job", "shardjob", "store"},
     "plan": {"numpy", "torch", "dataset", "encoding", "engine", "head", "intake", "job", "store"},
     "__main__": {"cli"},
     "__init__": {"*"},

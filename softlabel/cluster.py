@@ -1,0 +1,409 @@
+"""Generation past one machine, on Dask: which worker labels which shard, and what happens when one of them dies.
+
+    plan minus manifest -> window of shards in flight -> label_one on a worker -> record -> commit (here, nowhere else)
+
+Dask is trusted with placement and with telling us that a worker is gone; the store carries correctness. Requests and
+records travel, arrays and models never do. A shard may run twice or late: it is published under the hash of its bytes,
+and the first record of a shard wins.
+
+Of Dask's ways these are met here: a dead worker's shards are all blamed for its death (`KilledWorker`), so each of them
+is tried again alone in a fresh process before it is called bad; results of a lost scheduler never arrive, so its health
+is asked for beside waiting for them; resource limits switch off the scheduler's queue, so none are used; the nanny's
+MALLOC_TRIM_THRESHOLD_ makes every freed batch go back to the kernel and doubles the time of small images.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import dask
+from distributed import Client, Future, LocalCluster
+from distributed.scheduler import KilledWorker
+from tqdm import tqdm
+
+from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
+from softlabel.shardjob import Outcome, Request, label_alone, label_one
+from softlabel.store.manifest import ShardRecord
+
+log = logging.getLogger("softlabel")
+
+ClusterKind = Literal["local", "slurm", "kubernetes", "cuda"]
+Work = Callable[[Request, int, float, str], Outcome]
+
+WINDOW = 1.75  # shards in flight for each thread of the workers: the next one is there when one ends
+ALONE_TRIES = 3  # processes of its own that a shard may take with it
+TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
+BREAK_AFTER = 8  # outcomes without one success: the whole run is wrong, not these shards
+LOST_SECONDS = 40.0  # without a sign of the scheduler
+ASK_SECONDS = 5.0  # between two looks at the cluster
+FIRST_LIMIT = 3600.0  # a shard's seconds while nothing is known about their length
+LEAST_LIMIT = 120.0
+SLOW = 3.0  # times the median: a straggler, which an idle worker may do as well
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A shard on its way: how often it was tried, and the futures that may bring its outcome."""
+
+    number: int
+    tries: int = 0
+    deaths: int = 0
+    alone: bool = False
+    since: float = 0.0
+    copies: list[Future] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run on a cluster did."""
+
+    shards: int = 0
+    correct: int = 0
+    labelled: int = 0
+    failed: list[Outcome] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def connected(
+    *,
+    scheduler: str | None = None,
+    cluster: ClusterKind | None = None,
+    workers: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Client]:
+    """A client of a running scheduler, or of a cluster that lives as long as the block.
+
+    Args:
+        scheduler: address, such as ``tcp://10.0.0.1:8786``.
+        cluster: ``local`` starts processes on this machine; ``slurm``, ``kubernetes`` and ``cuda`` use dask-jobqueue,
+            dask-kubernetes and dask-cuda.
+        workers: how many; absent: one for each core of this machine, or what `options` say.
+        options: further arguments of the cluster's class.
+
+    Raises:
+        UsageError: no scheduler answers there, or the package of this kind of cluster is absent.
+    """
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        if scheduler is not None:
+            where: Any = scheduler
+        else:
+            stack.enter_context(dask.config.set(_settings()))
+            where = stack.enter_context(_cluster(cluster or "local", workers, dict(options or {})))
+        try:
+            client = stack.enter_context(Client(where, timeout="20s", set_as_default=False))
+        except (OSError, TimeoutError, ValueError) as error:
+            raise UsageError(
+                f"--scheduler {scheduler}: no scheduler answers there ({type(error).__name__}); "
+                "start one with 'dask scheduler', or check the address"
+            ) from None
+        yield client
+
+
+def _settings() -> dict[str, Any]:
+    """Dask's settings for clusters that we start, where the user has not set them."""
+    wanted: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": 0,  # the first death says enough: we retry alone
+        "distributed.scheduler.worker-ttl": "60s",
+        "distributed.worker.memory.target": False,  # nothing of ours lies in Dask's memory: spilling cannot help
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
+    }
+    return {name: value for name, value in wanted.items() if not _set_by_user(name)}
+
+
+def _set_by_user(name: str) -> bool:
+    """Whether an environment variable says otherwise: DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL for worker-ttl."""
+    return f"DASK_{name.replace('.', '__').replace('-', '_').upper()}" in {key.upper() for key in os.environ}
+
+
+@contextlib.contextmanager
+def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) -> Iterator[Any]:
+    cores = os.cpu_count() or 1
+    if kind == "local":
+        count = workers or cores
+        threads = max(1, cores // count)
+        with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _THREADS}):
+            settings = {"n_workers": count, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
+            with LocalCluster(**{**settings, "silence_logs": logging.CRITICAL, **options}) as made:
+                yield made
+        return
+    package, place, name = {
+        "slurm": ("dask-jobqueue", "dask_jobqueue", "SLURMCluster"),
+        "kubernetes": ("dask-kubernetes", "dask_kubernetes.operator", "KubeCluster"),
+        "cuda": ("dask-cuda", "dask_cuda", "LocalCUDACluster"),
+    }[kind]
+    try:
+        module = __import__(place, fromlist=[name])
+    except ImportError as error:
+        raise UsageError(
+            f"--cluster {kind}: needs the package {package} ({error}); pip install 'softlabel[{kind}]'"
+        ) from None
+    if kind == "cuda" and workers is not None:
+        options = {"n_workers": workers, **options}
+    with getattr(module, name)(**options) as made:
+        if kind != "cuda" and workers is not None:
+            made.scale(workers)
+        yield made
+
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Drive:
+    """Brings shards through a cluster: one call of `run`.
+
+    Args:
+        client: of the cluster.
+        request: what a worker must know.
+        commit: records published shards; called in this thread alone, with the records that arrived together.
+        limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
+        work, alone: what a worker runs, and what it runs for a shard whose worker died.
+        bar: advanced by committed rows.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        request: Request,
+        commit: Callable[[Sequence[ShardRecord]], object],
+        *,
+        limit: float | None = None,
+        work: Work = label_one,
+        alone: Work = label_alone,
+        bar: "tqdm[Any] | None" = None,
+    ) -> None:
+        self.client, self.request, self.commit = client, request, commit
+        self.limit, self.work, self.alone, self.bar = limit, work, alone, bar
+        self.result = Result()
+        self._waiting: deque[_Flight] = deque()
+        self._flying: dict[int, _Flight] = {}
+        self._arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
+        self._later: list[tuple[float, _Flight]] = []
+        self._seconds: deque[float] = deque(maxlen=201)
+        self._rates: dict[str, float] = {}
+        self._threads = 1
+        self._seen = self._asked = time.monotonic()
+        self._keys = 0
+
+    def run(self, numbers: Sequence[int]) -> Result:
+        """Label these shards, all of them or with a reason for each that is not.
+
+        Raises:
+            ClusterLostError: the scheduler is gone; what was committed stays.
+            DataError, StoreError: nothing succeeds, for the reason of the first failures.
+        """
+        self._waiting.extend(_Flight(number) for number in numbers)
+        self._ask(force=True)
+        try:
+            while self._waiting or self._flying or self._later:
+                self._launch()
+                self._settle(self._landed())
+                self._ask()
+                self._second_copies()
+        finally:
+            left = [future for flight in self._flying.values() for future in flight.copies]
+            if left and self.client.status == "running":
+                with contextlib.suppress(Exception):
+                    self.client.sync(self.client._cancel, left, callback_timeout=5)
+        assert self.result.shards + len(self.result.failed) == len(numbers)
+        return self.result
+
+    # ---- out ----
+
+    def _launch(self) -> None:
+        now = time.monotonic()
+        for entry in [entry for entry in self._later if entry[0] <= now]:
+            self._later.remove(entry)
+            self._waiting.appendleft(entry[1])
+        room = max(2, round(WINDOW * self._threads)) - len(self._flying)
+        while self._waiting and room > 0:
+            flight = self._waiting.popleft()
+            flight.tries += 1
+            self._flying[flight.number] = flight
+            self._submit(flight)
+            room -= 1
+
+    def _submit(self, flight: _Flight) -> None:
+        self._keys += 1
+        flight.since = time.monotonic()
+        number = flight.number
+        try:
+            future = self.client.submit(
+                _on_worker,
+                self.alone if flight.alone else self.work,
+                self.request,
+                number,
+                self._limit(),
+                key=f"softlabel-{self.request.run[:8]}-{number}-{self._keys}-{os.getpid()}",
+                pure=False,
+                retries=0,
+                priority=10 if flight.alone else 0,
+            )
+        except Exception as error:
+            raise self._lost(error) from error
+        flight.copies.append(future)
+        future.add_done_callback(lambda done: self._arrived.put((number, done)))
+
+    def _limit(self) -> float:
+        if self.limit is not None:
+            return self.limit
+        if len(self._seconds) < 3:
+            return FIRST_LIMIT
+        return max(LEAST_LIMIT, 20 * statistics.median(self._seconds))
+
+    def _second_copies(self) -> None:
+        """At the end, let idle workers do again what others are slow with; the first to end counts."""
+        if self._waiting or self._later or len(self._seconds) < 3 or len(self._flying) >= self._threads:
+            return
+        slow = SLOW * statistics.median(self._seconds) + 5
+        for flight in self._flying.values():
+            if len(flight.copies) == 1 and not flight.alone and time.monotonic() - flight.since > slow:
+                log.info("shard %d is slow; another worker does it as well", flight.number)
+                self._submit(flight)
+
+    # ---- back ----
+
+    def _landed(self) -> list[tuple[int, Future]]:
+        """What arrived since, after waiting up to a second for the first."""
+        landed = []
+        with contextlib.suppress(queue.Empty):
+            landed.append(self._arrived.get(timeout=1.0))
+            while True:
+                landed.append(self._arrived.get_nowait())
+        return [(number, future) for number, future in landed if number in self._flying]
+
+    def _settle(self, landed: Sequence[tuple[int, Future]]) -> None:
+        good = [(number, future) for number, future in landed if future.status == "finished"]
+        outcomes = self._gather([future for _, future in good])
+        records, rows = [], 0
+        for (number, future), outcome in zip(good, outcomes, strict=True):
+            if outcome is None:  # its worker died between the answer and our question
+                self._gone(number, future)
+            elif (flight := self._flying.get(number)) is not None:
+                self._seconds.append(outcome.seconds)
+                if outcome.record is None:
+                    self._failed(flight, outcome)
+                    continue
+                del self._flying[number]
+                records.append(outcome.record)
+                count = outcome.record.rows + len(outcome.record.bad)
+                rows += count
+                self.result.correct += outcome.correct
+                self.result.labelled += outcome.labelled
+                self._rates[outcome.worker] = count / max(outcome.seconds, 1e-9)
+        for number, future in landed:
+            if future.status != "finished":
+                self._gone(number, future)
+        if records:
+            self.commit(records)
+            self.result.shards += len(records)
+            self._show(rows)
+
+    def _gather(self, futures: Sequence[Future]) -> list[Outcome | None]:
+        if not futures:
+            return []
+        try:
+            return list(self.client.sync(self.client._gather, futures, callback_timeout=LOST_SECONDS))
+        except Exception as error:
+            log.debug("gather: %s", error)
+        # Some worker took its answers with it; those of the others are still there.
+        return [self._one(future) for future in futures]
+
+    def _one(self, future: Future) -> Outcome | None:
+        try:
+            outcome: Outcome = future.result(timeout=10)
+        except Exception as error:
+            log.debug("gather: %s", error)
+            return None
+        return outcome
+
+    def _gone(self, number: int, future: Future) -> None:
+        """A future without an outcome: its worker died, or Dask lost or cancelled it, or our code raised there."""
+        flight = self._flying.get(number)
+        if flight is None or future not in flight.copies:
+            return
+        flight.copies.remove(future)
+        if future.status == "error":
+            error = future.exception(timeout=LOST_SECONDS)
+            if not isinstance(error, KilledWorker):
+                self._failed(flight, Outcome(number=number, error=f"{type(error).__name__}: {error}"))
+                return
+            flight.deaths += 1
+            flight.alone = True
+            log.warning("shard %d: its worker died; it is tried again alone in a process of its own", number)
+        if flight.copies:
+            return  # another copy is on its way
+        del self._flying[number]
+        if flight.deaths > ALONE_TRIES or flight.tries > TRIES + ALONE_TRIES:
+            self.result.failed.append(Outcome(number=number, error=f"its worker died {flight.deaths} times"))
+        else:
+            self._waiting.appendleft(flight)
+
+    def _failed(self, flight: _Flight, outcome: Outcome) -> None:
+        del self._flying[flight.number]
+        flight.copies.clear()
+        if outcome.died and flight.deaths < ALONE_TRIES:
+            flight.deaths += 1
+            self._waiting.appendleft(flight)
+        elif outcome.transient and flight.tries < TRIES:
+            self._later.append((time.monotonic() + 2.0**flight.tries / 2, flight))
+        else:
+            self.result.failed.append(outcome)
+            log.warning("shard %d: %s", outcome.number, outcome.error)
+            if not self.result.shards and len(self.result.failed) >= min(BREAK_AFTER, 2 * self._threads + 1):
+                kind = StoreError if outcome.transient else DataError
+                raise kind(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
+
+    # ---- the cluster's health ----
+
+    def _ask(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._asked < ASK_SECONDS:
+            return
+        self._asked = now
+        try:
+            threads = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=10)
+        except Exception as error:
+            if now - self._seen > LOST_SECONDS or self.client.status == "closed":
+                raise self._lost(error) from error
+            return
+        self._seen = time.monotonic()
+        if not threads and self._threads:
+            log.info("waiting for workers")
+        self._threads = sum(threads.values())
+
+    def _lost(self, error: BaseException) -> ClusterLostError:
+        return ClusterLostError(
+            f"the scheduler is gone ({type(error).__name__}); what was committed is kept: run the same command again"
+        )
+
+    def _show(self, rows: int) -> None:
+        if self.bar is None:
+            return
+        self.bar.update(rows)
+        if self._rates:
+            slowest = min(self._rates, key=self._rates.__getitem__)
+            usual = statistics.median(self._rates.values())
+            self.bar.set_postfix_str(
+                f"{self._threads} workers, {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}", refresh=False
+            )
+
+
+def _on_worker(work: Work, request: Request, number: int, limit: float) -> Outcome:
+    from distributed import get_worker
+
+    try:
+        name = get_worker().address
+    except ValueError:
+        name = ""
+    return dataclasses.replace(work(request, number, limit, name), worker=name)

@@ -1,0 +1,191 @@
+"""One shard, labelled and published anywhere: what a worker of a cluster runs, and a process of its own can.
+
+    Request -> the store's manifest -> Job (loaded once a process) -> label_shard -> write_shard -> Outcome
+
+No array, model or image leaves the process: a request names places, an outcome is the record of a published shard (or
+why there is none). Labelling is idempotent and shards are named by their content, so it may run twice, late, or beside
+itself. Nothing here knows what carries requests and outcomes.
+
+    python -m softlabel.shardjob REQUEST NUMBER [SECONDS]     prints the outcome; a crash takes this process alone
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from softlabel.engine import label_shard
+from softlabel.errors import MismatchError, SoftLabelError, StoreError
+from softlabel.job import Job
+from softlabel.store.jsonio import dumps, from_json, loads, to_json
+from softlabel.store.manifest import ShardRecord
+from softlabel.store.reader import open_store
+from softlabel.store.writer import write_shard
+from softlabel.upkeep import job_of
+
+HUNG = 86  # exit status of a process whose shard took too long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a worker must know, beside the manifest, to label shards of a store.
+
+    Attributes:
+        out: the store's folder or URL, as every worker reaches it.
+        run: fingerprint of the run, so that no shard of another one is made.
+        data: the SOURCE, as every worker reaches it.
+        teachers: their SPECs.
+        device: of the teachers.
+    """
+
+    out: str
+    run: str
+    data: str
+    teachers: tuple[str, ...]
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one shard: its record, or why it has none.
+
+    Attributes:
+        error: one line; `transient` where trying again may help (storage), not where the data or a teacher are wrong;
+            `died` where the shard took a process of its own with it.
+        correct, labelled: images whose hard label the labels hit, and images with a hard label.
+        worker: who did it; seconds: how long it took.
+    """
+
+    number: int
+    record: ShardRecord | None = None
+    error: str = ""
+    transient: bool = False
+    died: bool = False
+    correct: int = 0
+    labelled: int = 0
+    seconds: float = 0.0
+    worker: str = ""
+
+
+class _Loaded:
+    """The jobs that this process has loaded, one for each run: a teacher is loaded once, however many shards follow."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Request, Job] = {}
+        # One shard at a time in a process: teachers share a device, and its memory is planned for one batch.
+        self.turn = threading.Lock()
+
+    def job(self, request: Request) -> Job:
+        if request not in self._jobs:
+            self._jobs.clear()  # another run's teachers would only hold memory
+            with open_store(request.out, verify="none", allow_incomplete=True) as store:
+                manifest = store.manifest
+            if (found := manifest.run.fingerprint()) != request.run:
+                raise MismatchError(f"{request.out}: expected the run {request.run}, found {found}; start again")
+            self._jobs[request] = job_of(
+                manifest,
+                request.out,
+                data=request.data,
+                teachers=request.teachers,
+                device=request.device,
+                workers=0,
+            )
+        return self._jobs[request]
+
+
+_LOADED = _Loaded()
+
+
+def label_one(request: Request, number: int, seconds: float, worker: str = "") -> Outcome:
+    """Label and publish one shard. What is wrong with data, teachers or storage is in the outcome, not raised.
+
+    Args:
+        seconds: after which the shard counts as hung and this process ends; 0: never.
+        worker: what the outcome calls whoever did it.
+    """
+    started = time.monotonic()
+    with _LOADED.turn, _watchdog(seconds, number):
+        try:
+            job = _LOADED.job(request)
+            plan = job.run.shard(number)
+            shard = label_shard(plan, job.labeller)
+            record = write_shard(request.out, job.run, plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+        except (SoftLabelError, OSError, MemoryError) as error:
+            return Outcome(
+                number=number,
+                error=" ".join(f"{error}".split()) or type(error).__name__,
+                transient=isinstance(error, StoreError | OSError | MemoryError),
+                seconds=time.monotonic() - started,
+                worker=worker,
+            )
+    return Outcome(
+        number=number,
+        record=record,
+        correct=shard.correct,
+        labelled=shard.labelled,
+        seconds=time.monotonic() - started,
+        worker=worker,
+    )
+
+
+@contextmanager
+def _watchdog(seconds: float, number: int) -> Iterator[None]:
+    """End the process where a shard takes longer: a hung device still sends heartbeats, and cannot be interrupted."""
+    if seconds <= 0:
+        yield
+        return
+
+    def end() -> None:
+        print(f"softlabel: shard {number} took longer than {seconds:g} s; ending its process", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(HUNG)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def main() -> int:
+    """Label the shard that the command line names; the last line of the output is the outcome as JSON."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    request = from_json(Request, json.loads(sys.argv[1]))
+    seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
+    outcome = label_one(request, int(sys.argv[2]), seconds, worker=f"process {os.getpid()}")
+    print(dumps(to_json(outcome)).decode())
+    return 0
+
+
+def label_alone(request: Request, number: int, seconds: float, worker: str = "") -> Outcome:
+    """`label_one` in a fresh process of its own, so that a shard that kills its process kills no worker.
+
+    Its own outcome, or one with the signal or status that the process ended with.
+    """
+    started = time.monotonic()
+    command = [sys.executable, "-m", "softlabel.shardjob", dumps(to_json(request)).decode(), str(number), str(seconds)]
+    ended = subprocess.run(command, capture_output=True, check=False)
+    if ended.returncode == 0 and (lines := ended.stdout.splitlines()):
+        return dataclasses.replace(from_json(Outcome, loads(lines[-1])), worker=worker)
+    if ended.returncode == HUNG:
+        why = f"took longer than {seconds:g} s, alone in a process"
+    elif ended.returncode < 0:
+        why = f"kills its process ({signal.Signals(-ended.returncode).name}), alone in one too"
+    else:
+        last = ended.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        why = f"its process ends with status {ended.returncode}, alone in one too: {' '.join(last)[:300]}"
+    return Outcome(number=number, error=why, died=True, seconds=time.monotonic() - started, worker=worker)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
