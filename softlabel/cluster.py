@@ -20,22 +20,25 @@ import queue
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
+from softlabel.deployment import ClusterKind, Deployment, absolute_root
 from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
+from softlabel.generate import Counts, Label
+from softlabel.job import Job
 from softlabel.shardjob import Outcome, Request, label_alone, label_one
-from softlabel.store.manifest import ShardRecord
+from softlabel.store.manifest import ShardPlan
+from softlabel.store.writer import Committer
 
 log = logging.getLogger("softlabel")
 
-ClusterKind = Literal["local", "slurm", "kubernetes", "cuda"]
 Work = Callable[[Request, int, float, str], Outcome]
 
 WINDOW = 1.75  # shards in flight for each thread of the workers: the next one is there when one ends
@@ -61,48 +64,64 @@ class _Flight:
     copies: list[Future] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Result:
-    """What a run on a cluster did."""
+def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, device: str) -> Label:
+    """What labels a store's missing shards on a cluster, for `label_missing`."""
 
-    shards: int = 0
-    correct: int = 0
-    labelled: int = 0
-    failed: list[Outcome] = field(default_factory=list)
+    def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
+        request = Request(
+            out=absolute_root(out),
+            run=job.run.fingerprint(),
+            data=str(job.recorded["data"]),
+            teachers=tuple(job.recorded["teachers"]),
+            device=device,
+        )
+        counts = Counts()
+
+        def commit(outcomes: Sequence[Outcome]) -> None:
+            records = [outcome.record for outcome in outcomes if outcome.record is not None]
+            committer.commit(*records)
+            for outcome, record in zip(outcomes, records, strict=True):
+                counts.shards += 1
+                counts.good += record.rows
+                counts.images += record.rows + len(record.bad)
+                counts.first_bad = counts.first_bad or (record.bad[0] if record.bad else None)
+                counts.correct, counts.labelled = counts.correct + outcome.correct, counts.labelled + outcome.labelled
+
+        with connected(deployment) as client:
+            if client.dashboard_link:
+                log.info("dashboard: %s", client.dashboard_link)
+            drive = Drive(client, request, commit, limit=deployment.shard_seconds, bar=bar)
+            failed = drive.run([plan.number for plan in missing])
+        if failed:
+            listed = "; ".join(f"shard {one.number}: {one.error}" for one in failed[:3])
+            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+            raise DataError(
+                f"{out}: {len(failed)} of {len(missing)} shards could not be labelled, the others are kept: {listed}"
+                f"{more}; mend them and run the same command again"
+            )
+        return counts
+
+    return label
 
 
 @contextlib.contextmanager
-def connected(
-    *,
-    scheduler: str | None = None,
-    cluster: ClusterKind | None = None,
-    workers: int | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Iterator[Client]:
+def connected(deployment: Deployment) -> Iterator[Client]:
     """A client of a running scheduler, or of a cluster that lives as long as the block.
-
-    Args:
-        scheduler: address, such as ``tcp://10.0.0.1:8786``.
-        cluster: ``local`` starts processes on this machine; ``slurm``, ``kubernetes`` and ``cuda`` use dask-jobqueue,
-            dask-kubernetes and dask-cuda.
-        workers: how many; absent: one for each core of this machine, or what `options` say.
-        options: further arguments of the cluster's class.
 
     Raises:
         UsageError: no scheduler answers there, or the package of this kind of cluster is absent.
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
-        if scheduler is not None:
-            where: Any = scheduler
-        else:
+        where: Any = deployment.scheduler
+        if deployment.cluster is not None:
             stack.enter_context(dask.config.set(_settings()))
-            where = stack.enter_context(_cluster(cluster or "local", workers, dict(options or {})))
+            where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
         try:
             client = stack.enter_context(Client(where, timeout="20s", set_as_default=False))
         except (OSError, TimeoutError, ValueError) as error:
             raise UsageError(
-                f"--scheduler {scheduler}: no scheduler answers there ({type(error).__name__}); "
+                f"--scheduler {deployment.scheduler}: no scheduler answers there ({type(error).__name__}); "
                 "start one with 'dask scheduler', or check the address"
             ) from None
         yield client
@@ -165,7 +184,7 @@ class Drive:
     Args:
         client: of the cluster.
         request: what a worker must know.
-        commit: records published shards; called in this thread alone, with the records that arrived together.
+        commit: takes the outcomes of published shards; called in this thread alone, with those that arrived together.
         limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
         work, alone: what a worker runs, and what it runs for a shard whose worker died.
         bar: advanced by committed rows.
@@ -175,7 +194,7 @@ class Drive:
         self,
         client: Client,
         request: Request,
-        commit: Callable[[Sequence[ShardRecord]], object],
+        commit: Callable[[Sequence[Outcome]], object],
         *,
         limit: float | None = None,
         work: Work = label_one,
@@ -184,7 +203,8 @@ class Drive:
     ) -> None:
         self.client, self.request, self.commit = client, request, commit
         self.limit, self.work, self.alone, self.bar = limit, work, alone, bar
-        self.result = Result()
+        self.done = 0
+        self.failed: list[Outcome] = []
         self._waiting: deque[_Flight] = deque()
         self._flying: dict[int, _Flight] = {}
         self._arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
@@ -195,8 +215,8 @@ class Drive:
         self._seen = self._asked = time.monotonic()
         self._keys = 0
 
-    def run(self, numbers: Sequence[int]) -> Result:
-        """Label these shards, all of them or with a reason for each that is not.
+    def run(self, numbers: Sequence[int]) -> list[Outcome]:
+        """Label these shards; returns those that could not be, each with its reason.
 
         Raises:
             ClusterLostError: the scheduler is gone; what was committed stays.
@@ -215,8 +235,8 @@ class Drive:
             if left and self.client.status == "running":
                 with contextlib.suppress(Exception):
                     self.client.sync(self.client._cancel, left, callback_timeout=5)
-        assert self.result.shards + len(self.result.failed) == len(numbers)
-        return self.result
+        assert self.done + len(self.failed) == len(numbers)
+        return self.failed
 
     # ---- out ----
 
@@ -285,7 +305,7 @@ class Drive:
     def _settle(self, landed: Sequence[tuple[int, Future]]) -> None:
         good = [(number, future) for number, future in landed if future.status == "finished"]
         outcomes = self._gather([future for _, future in good])
-        records, rows = [], 0
+        published, rows = [], 0
         for (number, future), outcome in zip(good, outcomes, strict=True):
             if outcome is None:  # its worker died between the answer and our question
                 self._gone(number, future)
@@ -295,18 +315,16 @@ class Drive:
                     self._failed(flight, outcome)
                     continue
                 del self._flying[number]
-                records.append(outcome.record)
+                published.append(outcome)
                 count = outcome.record.rows + len(outcome.record.bad)
                 rows += count
-                self.result.correct += outcome.correct
-                self.result.labelled += outcome.labelled
                 self._rates[outcome.worker] = count / max(outcome.seconds, 1e-9)
         for number, future in landed:
             if future.status != "finished":
                 self._gone(number, future)
-        if records:
-            self.commit(records)
-            self.result.shards += len(records)
+        if published:
+            self.commit(published)
+            self.done += len(published)
             self._show(rows)
 
     def _gather(self, futures: Sequence[Future]) -> list[Outcome | None]:
@@ -345,7 +363,7 @@ class Drive:
             return  # another copy is on its way
         del self._flying[number]
         if flight.deaths > ALONE_TRIES or flight.tries > TRIES + ALONE_TRIES:
-            self.result.failed.append(Outcome(number=number, error=f"its worker died {flight.deaths} times"))
+            self.failed.append(Outcome(number=number, error=f"its worker died {flight.deaths} times"))
         else:
             self._waiting.appendleft(flight)
 
@@ -358,9 +376,9 @@ class Drive:
         elif outcome.transient and flight.tries < TRIES:
             self._later.append((time.monotonic() + 2.0**flight.tries / 2, flight))
         else:
-            self.result.failed.append(outcome)
+            self.failed.append(outcome)
             log.warning("shard %d: %s", outcome.number, outcome.error)
-            if not self.result.shards and len(self.result.failed) >= min(BREAK_AFTER, 2 * self._threads + 1):
+            if not self.done and len(self.failed) >= min(BREAK_AFTER, 2 * self._threads + 1):
                 kind = StoreError if outcome.transient else DataError
                 raise kind(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
 

@@ -16,14 +16,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.dataset import Source
+from softlabel.deployment import Deployment, absolute
 from softlabel.engine import BadImagePolicy, LabelledShard, label_shard
-from softlabel.errors import DataError, MismatchError
+from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.history import History, check_same_data
 from softlabel.intake import DecodedBatch
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule
 from softlabel.store.columns import EXTRA_NAME, Encoding
-from softlabel.store.manifest import Format
+from softlabel.store.manifest import BadRow, Format, ShardPlan
 from softlabel.store.writer import Committer, write_shard
 
 log = logging.getLogger("softlabel")
@@ -70,6 +71,7 @@ def generate(
     grow: bool = False,
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
+    deployment: Deployment | None = None,
     progress: bool | None = None,
     begin: Callable[[], None] | None = None,
 ) -> GenerateSummary:
@@ -96,6 +98,7 @@ def generate(
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
+        deployment: the Dask cluster whose workers label; absent: this process does.
         progress: show a bar; absent: if standard error is a terminal.
         begin: called once the store is open and something is left to do, before the first image is labelled.
 
@@ -108,6 +111,10 @@ def generate(
         DataError: a source that cannot be read, or a bad image if `on_bad_image` is ``error``.
         StoreError: the store cannot be written; what was committed stays and the same call resumes.
     """
+    if deployment is not None:
+        if not isinstance(data, str | Path):
+            raise UsageError("data: on a cluster expected a SOURCE that every worker can open, found an object")
+        data, teachers = absolute(str(data)), [absolute(teacher) for teacher in teachers]
     job = prepare(
         data,
         history=History.of(out, grow=grow),
@@ -136,7 +143,23 @@ def generate(
             )
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
-        return label_missing(committer, out, job, progress=progress, begin=begin)
+        label = None if deployment is None else _elsewhere(deployment, out, job, device)
+        return label_missing(committer, out, job, progress=progress, begin=begin, label=label)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was labelled: images, shards, rows among them that are good, and where hard labels exist and are hit."""
+
+    images: int = 0
+    shards: int = 0
+    good: int = 0
+    correct: int = 0
+    labelled: int = 0
+    first_bad: BadRow | None = None
+
+
+Label = Callable[[Committer, Sequence[ShardPlan], "tqdm[Any]"], Counts]
 
 
 def label_missing(
@@ -147,11 +170,12 @@ def label_missing(
     progress: bool | None = None,
     begin: Callable[[], None] | None = None,
     complement: Callable[[LabelledShard], LabelledShard] | None = None,
+    label: Label | None = None,
 ) -> GenerateSummary:
     """Label and commit the shards that the store lacks, and declare it complete.
 
     begin: called before the first image is labelled. complement: what is added to a shard's rows before they are
-    written.
+    written. label: what labels and commits shards, where it is not this process.
 
     Raises:
         MismatchError: the data are not those that the store's shards were made from.
@@ -159,39 +183,63 @@ def label_missing(
     """
     started = time.perf_counter()
     run, labeller = committer.run, job.labeller
-    images = written = correct = labelled = 0
     missing = committer.missing()
     if committer.resumed:
         check_same_data(out, labeller.source)
     if begin is not None and missing:
         begin()
-    good, first_bad = committer.manifest.totals.rows, ""
+    before = committer.manifest.totals.rows
     rows = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
         log.info("%s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
-    batches = labeller.decoded(missing, job.workers)
-    with _bar(total, total - rows, progress) as bar, _writer(committer, out) as write:
-        for plan in missing:
-            shard = label_shard(plan, labeller, _counted(batches, bar))
-            write(shard if complement is None else complement(shard))
-            images += len(shard.rows.keys) + len(shard.bad)
-            good += len(shard.rows.keys)
-            first_bad = first_bad or (f"; the first, {shard.bad[0].key!r}: {shard.bad[0].reason}" if shard.bad else "")
-            correct, labelled = correct + shard.correct, labelled + shard.labelled
-            written += 1
-    if not good:
-        raise DataError(f"{out}: no image could be labelled{first_bad}")
+    counts = Counts()
+    if missing:
+        with _bar(total, total - rows, progress) as bar:
+            counts = (label or _here(out, job, complement))(committer, missing, bar)
+    if not before + counts.good:
+        first = counts.first_bad
+        raise DataError(
+            f"{out}: no image could be labelled{f'; the first, {first.key!r}: {first.reason}' if first else ''}"
+        )
     totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),
         total_rows=totals.rows,
         total_bad=totals.bad,
-        shards_written=written,
-        images=images,
+        shards_written=counts.shards,
+        images=counts.images,
         seconds=time.perf_counter() - started,
-        teacher_accuracy=correct / labelled if labelled else None,
+        teacher_accuracy=counts.correct / counts.labelled if counts.labelled else None,
     )
+
+
+def _here(out: str | Path, job: Job, complement: Callable[[LabelledShard], LabelledShard] | None) -> Label:
+    """This process labels."""
+
+    def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
+        counts = Counts()
+        batches = job.labeller.decoded(missing, job.workers)
+        with _writer(committer, out) as write:
+            for plan in missing:
+                shard = label_shard(plan, job.labeller, _counted(batches, bar))
+                write(shard if complement is None else complement(shard))
+                counts.images += len(shard.rows.keys) + len(shard.bad)
+                counts.good += len(shard.rows.keys)
+                counts.first_bad = counts.first_bad or (shard.bad[0] if shard.bad else None)
+                counts.correct, counts.labelled = counts.correct + shard.correct, counts.labelled + shard.labelled
+                counts.shards += 1
+        return counts
+
+    return label
+
+
+def _elsewhere(deployment: Deployment, out: str | Path, job: Job, device: str) -> Label:
+    try:
+        from softlabel.cluster import on_cluster
+    except ImportError as error:
+        raise UsageError(f"generation on a cluster needs Dask ({error}); pip install 'softlabel[dask]'") from None
+    return on_cluster(deployment, out, job, device)
 
 
 @contextlib.contextmanager

@@ -33,3 +33,21 @@ def local(path: str, option: str) -> str:
     if not path or "://" in path:
         raise UsageError(f"{option}: expected a path on this machine, found {path!r}")
     return path
+
+
+def read_options(path: str) -> dict[str, object]:
+    """A YAML file of names and values.
+
+    Raises:
+        UsageError: it cannot be read, or is something else.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: expected names and values, found {type(found).__name__}")
+    return found

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.commands.config import write_config
+from softlabel.commands.config import read_options, write_config
 
 if TYPE_CHECKING:
+    from softlabel.deployment import Deployment
     from softlabel.generate import GenerateSummary
     from softlabel.store.columns import Encoding
 
@@ -33,6 +34,10 @@ def generate(
     calibration: str | None = None,
     grow: bool = False,
     device: str = "auto",
+    scheduler: str | None = None,
+    cluster: Literal["local", "slurm", "kubernetes", "cuda"] | None = None,
+    cluster_options: str | None = None,
+    shard_seconds: float | None = None,
 ) -> int:
     """Run one or several teachers over a dataset and store their soft labels.
 
@@ -53,7 +58,7 @@ def generate(
         shard_rows: samples a shard.
         batch_size: samples a forward pass.
         precision: of the forward pass.
-        workers: processes that decode; absent, chosen from the machine.
+        workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine.
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
@@ -65,9 +70,15 @@ def generate(
         calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
         device: auto, cpu, cuda or cuda:N.
+        scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
+        cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
+        cluster_options: YAML file with further arguments of the cluster's class (queue, memory, image, ...).
+        shard_seconds: after which a shard on a cluster counts as hung; absent, from what shards take.
     """
     options = dict(locals())
     from softlabel.generate import generate as run
+
+    deployment = _deployment(scheduler, cluster, workers, cluster_options, shard_seconds)
 
     summary = run(
         data,
@@ -80,7 +91,7 @@ def generate(
         shard_rows=shard_rows,
         batch_size=batch_size,
         precision=precision,
-        workers=workers,
+        workers=workers if deployment is None else 0,
         seed=seed,
         ignore_labels=ignore_labels,
         on_bad_image=on_bad_image,
@@ -88,10 +99,33 @@ def generate(
         calibration=calibration,
         grow=grow,
         device=device,
+        deployment=deployment,
         begin=lambda: write_config(out, options),
     )
     tell(summary)
     return 0
+
+
+def _deployment(
+    scheduler: str | None, cluster: str | None, workers: int | None, options_file: str | None, seconds: float | None
+) -> "Deployment | None":
+    """The cluster that the options name; None: this process labels."""
+    from softlabel.deployment import Deployment
+    from softlabel.errors import UsageError
+
+    if scheduler is None and cluster is None:
+        for flag, value in (("--cluster-options", options_file), ("--shard-seconds", seconds)):
+            if value is not None:
+                raise UsageError(f"{flag} belongs to --cluster or --scheduler, found neither")
+        return None
+    options = {} if options_file is None else read_options(options_file)
+    return Deployment(
+        scheduler=scheduler,
+        cluster=cluster,  # type: ignore[arg-type]
+        workers=workers,
+        options=options,
+        shard_seconds=seconds,
+    )
 
 
 def tell(summary: "GenerateSummary") -> None:
