@@ -60,7 +60,8 @@ MAY_IMPORT = {
     },
     "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
     "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep"},
-    "generate": {"torch", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job", "deployment", "cluster"},
+    "generate": {"torch", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
+    | {"deployment", "cluster"},
     "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},
     "order": {"numpy"},
     "loader": {"torch", "numpy", "labels", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},

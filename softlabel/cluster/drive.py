@@ -1,16 +1,4 @@
-"""Generation past one machine, on Dask: which worker labels which shard, and what happens when one of them dies.
-
-    plan minus manifest -> window of shards in flight -> label_one on a worker -> record -> commit (here, nowhere else)
-
-Dask is trusted with placement and with telling us that a worker is gone; the store carries correctness. Requests and
-records travel, arrays and models never do. A shard may run twice or late: it is published under the hash of its bytes,
-and the first record of a shard wins.
-
-Of Dask's ways these are met here: a dead worker's shards are all blamed for its death (`KilledWorker`), so each of them
-is tried again alone in a fresh process before it is called bad; results of a lost scheduler never arrive, so its health
-is asked for beside waiting for them; resource limits switch off the scheduler's queue, so none are used; the nanny's
-MALLOC_TRIM_THRESHOLD_ makes every freed batch go back to the kernel and doubles the time of small images.
-"""
+"""Shards through a cluster: a window of requests out, outcomes back, dead workers' shards again and alone."""
 
 import contextlib
 import dataclasses
@@ -20,22 +8,16 @@ import queue
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import dask
-from distributed import Client, Future, LocalCluster
+from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
-from softlabel.deployment import ClusterKind, Deployment, absolute_root
-from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
-from softlabel.generate import Counts, Label
-from softlabel.job import Job
+from softlabel.errors import ClusterLostError, DataError, StoreError
 from softlabel.shardjob import Outcome, Request, label_alone, label_one
-from softlabel.store.manifest import ShardPlan
-from softlabel.store.writer import Committer
 
 log = logging.getLogger("softlabel")
 
@@ -62,120 +44,6 @@ class _Flight:
     alone: bool = False
     since: float = 0.0
     copies: list[Future] = field(default_factory=list)
-
-
-def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, device: str) -> Label:
-    """What labels a store's missing shards on a cluster, for `label_missing`."""
-
-    def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
-        request = Request(
-            out=absolute_root(out),
-            run=job.run.fingerprint(),
-            data=str(job.recorded["data"]),
-            teachers=tuple(job.recorded["teachers"]),
-            device=device,
-        )
-        counts = Counts()
-
-        def commit(outcomes: Sequence[Outcome]) -> None:
-            records = [outcome.record for outcome in outcomes if outcome.record is not None]
-            committer.commit(*records)
-            for outcome, record in zip(outcomes, records, strict=True):
-                counts.shards += 1
-                counts.good += record.rows
-                counts.images += record.rows + len(record.bad)
-                counts.first_bad = counts.first_bad or (record.bad[0] if record.bad else None)
-                counts.correct, counts.labelled = counts.correct + outcome.correct, counts.labelled + outcome.labelled
-
-        with connected(deployment) as client:
-            if client.dashboard_link:
-                log.info("dashboard: %s", client.dashboard_link)
-            drive = Drive(client, request, commit, limit=deployment.shard_seconds, bar=bar)
-            failed = drive.run([plan.number for plan in missing])
-        if failed:
-            listed = "; ".join(f"shard {one.number}: {one.error}" for one in failed[:3])
-            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-            raise DataError(
-                f"{out}: {len(failed)} of {len(missing)} shards could not be labelled, the others are kept: {listed}"
-                f"{more}; mend them and run the same command again"
-            )
-        return counts
-
-    return label
-
-
-@contextlib.contextmanager
-def connected(deployment: Deployment) -> Iterator[Client]:
-    """A client of a running scheduler, or of a cluster that lives as long as the block.
-
-    Raises:
-        UsageError: no scheduler answers there, or the package of this kind of cluster is absent.
-    """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    with contextlib.ExitStack() as stack:
-        where: Any = deployment.scheduler
-        if deployment.cluster is not None:
-            stack.enter_context(dask.config.set(_settings()))
-            where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
-        try:
-            client = stack.enter_context(Client(where, timeout="20s", set_as_default=False))
-        except (OSError, TimeoutError, ValueError) as error:
-            raise UsageError(
-                f"--scheduler {deployment.scheduler}: no scheduler answers there ({type(error).__name__}); "
-                "start one with 'dask scheduler', or check the address"
-            ) from None
-        yield client
-
-
-def _settings() -> dict[str, Any]:
-    """Dask's settings for clusters that we start, where the user has not set them."""
-    wanted: dict[str, Any] = {
-        "distributed.scheduler.allowed-failures": 0,  # the first death says enough: we retry alone
-        "distributed.scheduler.worker-ttl": "60s",
-        "distributed.worker.memory.target": False,  # nothing of ours lies in Dask's memory: spilling cannot help
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
-    }
-    return {name: value for name, value in wanted.items() if not _set_by_user(name)}
-
-
-def _set_by_user(name: str) -> bool:
-    """Whether an environment variable says otherwise: DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL for worker-ttl."""
-    return f"DASK_{name.replace('.', '__').replace('-', '_').upper()}" in {key.upper() for key in os.environ}
-
-
-@contextlib.contextmanager
-def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) -> Iterator[Any]:
-    cores = os.cpu_count() or 1
-    if kind == "local":
-        count = workers or cores
-        threads = max(1, cores // count)
-        with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _THREADS}):
-            settings = {"n_workers": count, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
-            with LocalCluster(**{**settings, "silence_logs": logging.CRITICAL, **options}) as made:
-                yield made
-        return
-    package, place, name = {
-        "slurm": ("dask-jobqueue", "dask_jobqueue", "SLURMCluster"),
-        "kubernetes": ("dask-kubernetes", "dask_kubernetes.operator", "KubeCluster"),
-        "cuda": ("dask-cuda", "dask_cuda", "LocalCUDACluster"),
-    }[kind]
-    try:
-        module = __import__(place, fromlist=[name])
-    except ImportError as error:
-        raise UsageError(
-            f"--cluster {kind}: needs the package {package} ({error}); pip install 'softlabel[{kind}]'"
-        ) from None
-    if kind == "cuda" and workers is not None:
-        options = {"n_workers": workers, **options}
-    with getattr(module, name)(**options) as made:
-        if kind != "cuda" and workers is not None:
-            made.scale(workers)
-        yield made
-
-
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Drive:
