@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
+from softlabel.store.index import Hasher
+from softlabel.store.keys import Keys
 
 IGNORE = -100
 # Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
@@ -55,6 +57,14 @@ class Source(ABC):
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         """The keys of samples start to stop, in order; no two in the source are equal."""
 
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        """The same keys as two flat arrays: a million of them in milliseconds, where the source can give them so.
+
+        Raises:
+            DataError: a key is not Unicode text, or longer than a store takes.
+        """
+        return Keys.of(self.keys(start, stop))
+
     @abstractmethod
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """The labels of samples start to stop, -100 for none."""
@@ -88,22 +98,32 @@ def check_keys(source: Source, *, unique: bool = True) -> str:
     Raises:
         DataError: two samples have one key, or a key is not valid Unicode.
     """
-    digest = xxhash.xxh3_128()
+    digest, hasher = xxhash.xxh3_128(), Hasher()
     hashes_N = np.empty(len(source), dtype=np.uint64)
     for start in range(0, len(source), _CHUNK):
-        for index, key in enumerate(source.keys(start, start + _CHUNK), start):
-            try:
-                encoded = key.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{source.name}: the key of sample {index} is not valid Unicode: {key!r}; rename the file"
-                ) from error
-            digest.update(len(encoded).to_bytes(4, "little"))
-            digest.update(encoded)
-            hashes_N[index] = xxhash.xxh3_64_intdigest(encoded)
+        stop = min(start + _CHUNK, len(source))
+        try:
+            keys = source.key_table(start, stop)
+        except DataError as error:
+            raise DataError(f"{source.name}: samples {start} to {stop - 1}: {error}") from error
+        digest.update(_with_lengths(keys).data)
+        hashes_N[start:stop] = hasher(keys, 0)
     if unique:
         _refuse_duplicates(source, hashes_N)
     return digest.hexdigest()
+
+
+def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
+    """Every key behind its length in bytes, as uint32, little-endian."""
+    lengths_N = np.diff(keys.offsets_N1)
+    places_N = keys.offsets_N1[:-1] + 4 * np.arange(len(keys))
+    mixed = np.empty(4 * len(keys) + len(keys.data), dtype=np.uint8)
+    is_key = np.ones(len(mixed), dtype=np.bool_)
+    places_N4 = places_N[:, None] + np.arange(4)
+    is_key[places_N4] = False
+    mixed[places_N4] = lengths_N.astype("<u4").view(np.uint8).reshape(-1, 4)
+    mixed[is_key] = keys.data
+    return mixed
 
 
 def _refuse_duplicates(source: Source, hashes_N: NDArray[np.uint64]) -> None:
@@ -147,6 +167,10 @@ class PartSource(Source):
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         start, stop = span(start, stop, len(self))
         return self.base.keys(self.start + start, self.start + stop)
+
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        start, stop = span(start, stop, len(self))
+        return self.base.key_table(self.start + start, self.start + stop)
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.store.keys import Keys
 
 log = logging.getLogger("softlabel")
 
@@ -52,6 +53,10 @@ class FolderSource(Source):
         start, stop = span(start, stop, len(self))
         keys: list[str] = self._paths.slice(start, stop - start).to_pylist()
         return keys
+
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        start, stop = span(start, stop, len(self))
+        return Keys.of(self._paths.slice(start, stop - start))
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))

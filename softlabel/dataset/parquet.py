@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, check_keys, span
 from softlabel.dataset.wrapped import checked_labels
 from softlabel.errors import BadImageError, DataError
+from softlabel.store.keys import Keys
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
@@ -80,6 +81,17 @@ class ParquetSource(Source):
             keys += self._strings(group, slice(first, last))
         return keys
 
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        start, stop = span(start, stop, len(self))
+        if self._columns.key is None:
+            return Keys.of(pa.array(np.arange(start, stop)))
+        columns = [
+            self._column(self._columns.key, group).slice(first, last - first)
+            for group, first, last in self._pieces(start, stop)
+        ]
+        # A key column of integers counts as their decimal digits.
+        return Keys.join([Keys.of(chunk) for column in columns for chunk in column.chunks] or [Keys.of([])])
+
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))
         labels_N = np.full(stop - start, IGNORE, dtype=np.int64)
@@ -133,7 +145,9 @@ class ParquetSource(Source):
     def _label_column(self, group: int) -> NDArray[np.int64]:
         assert self._columns.label is not None
         column = self._column(self._columns.label, group)
-        labels: NDArray[np.int64] = pc.fill_null(column.cast(pa.int64()), IGNORE).to_numpy()
+        column = column.cast(pa.int64())
+        # pyarrow imports pandas, where there is one, for the sake of a number to fill in.
+        labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
         return checked_labels(labels, self.name, None)
 
     def _column(self, path: str, group: int) -> pa.ChunkedArray:

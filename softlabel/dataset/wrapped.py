@@ -15,6 +15,7 @@ from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
 from softlabel.dataset.folder import FolderSource
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.spec import literal
+from softlabel.store.keys import Keys
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
 
@@ -64,7 +65,12 @@ class DatasetSource(Source):
         wrong = next((index for index, key in enumerate(keys) if not isinstance(key, str)), None)
         if wrong is not None:
             raise DataError(f"{self.name}: key_fn({wrong}): expected a string, found {type(keys[wrong]).__name__}")
-        return pa.array(keys, type=pa.large_string())
+        try:
+            return pa.array(keys, type=pa.large_string())
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.name}: key_fn: expected valid Unicode, found {error.object!r}; give keys that are text"
+            ) from error
 
     def _listed(self) -> NDArray[np.int64] | None:
         """The dataset's own list of labels, where it has one that is surely that of its items."""
@@ -91,6 +97,12 @@ class DatasetSource(Source):
             return [str(index) for index in range(start, stop)]
         keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
         return keys
+
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        start, stop = span(start, stop, self._length)
+        if self._keys is None:
+            return Keys.of(pa.array(np.arange(start, stop)))
+        return Keys.of(self._keys.slice(start, stop - start))
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """As in `Source`; a dataset that does not list its labels is read through for them, once."""

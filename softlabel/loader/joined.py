@@ -33,7 +33,7 @@ log = logging.getLogger("softlabel")
 Missing = Literal["error", "skip", "hard-only"]
 Int64s = NDArray[np.int64]
 
-_CHUNK = 1 << 16  # keys handled at a time as Python strings
+_CHUNK = 1 << 16  # keys handled at a time
 _LISTED = 3  # keys that an error spells out
 
 
@@ -239,7 +239,7 @@ class JoinedDataset(Dataset[Batch]):
 
 
 def _all_keys(source: Source) -> Keys:
-    chunks = [Keys.of(source.keys(start, min(start + _CHUNK, len(source)))) for start in range(0, len(source), _CHUNK)]
+    chunks = [source.key_table(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     return Keys.join(chunks)
 
 

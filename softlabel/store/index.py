@@ -6,6 +6,7 @@ return the row of another key.
 """
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,40 @@ def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.
         active = active[equal & (left > 8)]
         step += 1
     return same
+
+
+def equal_runs(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.bool_]:
+    """The same for rising rows and picks, of which most are neighbours: those are compared as blocks of memory."""
+    same = np.empty(len(rows), np.bool_)
+    for start in range(0, len(rows), _CHUNK):
+        stop = min(start + _CHUNK, len(rows))
+        a, b = (int(rows[start]), int(rows[stop - 1]) + 1), (int(picks[start]), int(picks[stop - 1]) + 1)
+        side_by_side = a[1] - a[0] == b[1] - b[0] == stop - start
+        if side_by_side and _equal_tables(one.slice(*a), other.slice(*b)):
+            same[start:stop] = True
+        else:
+            other = with_words(other)
+            same[start:stop] = equal_keys(one, rows[start:stop], other, picks[start:stop])
+    return same
+
+
+def rows_in_order(asked: Keys, keys: Keys, rows_N: I64, bad: Sequence[int]) -> I64:
+    """int64 (Q,) rows of the keys that stand where they stood when they were labelled, -1 for the others.
+
+    rows_N: one view's rows of the key table, in the order of the dataset. bad: its samples that have none.
+    """
+    found_Q = np.full(len(asked), -1, np.int64)
+    is_bad = np.isin(np.arange(len(rows_N) + len(bad)), bad)
+    labelled = np.flatnonzero(~is_bad)
+    places = labelled[labelled < len(asked)]
+    rows_N = rows_N[: len(places)]
+    same = equal_runs(keys, rows_N, asked, places)
+    found_Q[places[same]] = rows_N[same]
+    return found_Q
+
+
+def _equal_tables(one: Keys, other: Keys) -> bool:
+    return np.array_equal(one.offsets_N1, other.offsets_N1) and np.array_equal(one.data, other.data)
 
 
 class KeyIndex:

@@ -17,7 +17,7 @@ from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, Sto
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.folder import Folder, open_folder
-from softlabel.store.index import KeyIndex, word_view
+from softlabel.store.index import KeyIndex, rows_in_order, word_view
 from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
@@ -299,10 +299,16 @@ class Store:
             raise UsageError(f"missing: expected 'error' or 'mask', found {missing!r}")
         if not 0 <= view < self.run.views.count:
             raise UsageError(f"view {view}: {self.url} has the views 0 to {self.run.views.count - 1}")
-        if self._index is None:
-            self._index = KeyIndex(self.keys, self.views, where=str(self.path))
         wanted = Keys.of(keys)
-        rows_Q = self._index(wanted, view, self.views)
+        rows_Q = np.full(len(wanted), -1, np.int64)
+        if self._index is None and 2 * len(wanted) >= self.run.dataset.rows:
+            # The data that was labelled is what most often asks, whole: then no index is needed.
+            bad = [row.index for record in self._records for row in record.bad]
+            rows_Q = rows_in_order(wanted, self.keys, np.flatnonzero(self.views == view), bad)
+        if (left := np.flatnonzero(rows_Q < 0)).size:
+            if self._index is None:
+                self._index = KeyIndex(self.keys, self.views, where=str(self.path))
+            rows_Q[left] = self._index(wanted if len(left) == len(wanted) else wanted.take(left), view, self.views)
         if missing == "error" and (absent := np.flatnonzero(rows_Q < 0)).size:
             names = ", ".join(repr(wanted[int(position)][:80]) for position in absent[:3])
             reason = self.bad.get(wanted[int(absent[0])])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import IterableDataset, Subset, TensorDataset
@@ -117,6 +118,20 @@ def test_keys_by_function() -> None:
         open_source(data, key_fn=lambda index: str(index % 2))
     with pytest.raises(DataError, match=r"key_fn\(0\): expected a string, found int"):
         open_source(data, key_fn=lambda index: index)
+
+
+def test_the_fingerprint_is_that_of_its_definition(tmp_path: Path) -> None:
+    names = ["", "ä/é.jpg", *(f"{'x' * (number % 40)}-{number}" for number in range(70_000))]
+    digest = xxhash.xxh3_128()
+    for name in names:
+        digest.update(len(name.encode()).to_bytes(4, "little") + name.encode())
+    items = Items(*[(PIXELS, 0)] * len(names))
+    source = open_source(items, key_fn=names.__getitem__)
+    assert source.fingerprint() == digest.hexdigest()
+    assert source.key_table(1, 4).to_list() == source.keys(1, 4) == names[1:4]
+    assert open_source(items).key_table(8, 11).to_list() == ["8", "9", "10"]
+    with pytest.raises(DataError, match="valid Unicode"):
+        open_source(Items((PIXELS, 0)), key_fn=lambda index: "\udcff.jpg")
 
 
 def test_whole_batches_are_asked_for_where_the_dataset_can() -> None:
