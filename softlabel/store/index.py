@@ -122,7 +122,7 @@ def rows_in_order(asked: Keys, keys: Keys, rows_N: I64, bad: Sequence[int]) -> I
     """
     found_Q = np.full(len(asked), -1, np.int64)
     is_bad = np.isin(np.arange(len(rows_N) + len(bad)), bad)
-    labelled = np.flatnonzero(~is_bad)
+    labelled = np.flatnonzero(~is_bad)[: len(rows_N)]
     places = labelled[labelled < len(asked)]
     rows_N = rows_N[: len(places)]
     same = equal_runs(keys, rows_N, asked, places)
