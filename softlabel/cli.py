@@ -2,25 +2,31 @@
 
 Every command takes ``--config FILE.yaml`` (flags override it) and ``--print_config``.
 
-Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 130 interrupted, run it again.
+Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 130 interrupted (Ctrl-C) and 143
+terminated (SIGTERM), run it again.
 """
 
 import importlib
 import inspect
 import logging
 import os
+import re
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from softlabel.commands import algebra, label, store, student
 from softlabel.errors import SoftLabelError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "plan": label.plan,
@@ -40,6 +46,45 @@ COMMANDS: dict[str, Callable[..., int]] = {
 # A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
 CONFIGS = {"train": ("softlabel.train", "TrainConfig")}
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
+
+
+class _Parser(ArgumentParser):
+    """A mistake is one line in the words of the command line."""
+
+    lists: frozenset[str] = frozenset()  # options that take several values, as a file names them
+    positional: frozenset[str] = frozenset()
+
+    def parse_string(self, content: Any, *args: Any, **settings: Any) -> Any:
+        """A list of one may be written without its brackets in a file."""
+        try:
+            loaded = yaml.safe_load(content)
+        except yaml.YAMLError:
+            loaded = None  # the parser says what is wrong with it
+        alone = {
+            name: value
+            for name, value in (loaded.items() if isinstance(loaded, dict) else ())
+            if name in self.lists and value is not None and not isinstance(value, list)
+        }
+        if alone:
+            content = yaml.safe_dump({**loaded, **{name: [value] for name, value in alone.items()}}, sort_keys=False)
+        return super().parse_string(content, *args, **settings)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+            command = f"softlabel {found[1].partition('.')[0]}"
+            names = [name.partition(".")[2] or name for name in found[1].split(", ")]
+            named = [name if name in self.positional or name == found[1] else _flag(name) for name in names]
+            message = f"expected {', '.join(named)}, not given"
+        message = re.sub(r'expected "subcommand".*', "expected a COMMAND, not given", message)
+        message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_flag(key[1])}:", " ".join(message.split()))
+        print(f"softlabel: {message}; see '{command} --help'", file=sys.stderr)
+        self.exit(2)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends like Ctrl-C, and a caller is told which of them it was."""
 
 
 class _Options:
@@ -62,15 +107,16 @@ class _Options:
         """The flags that take several values."""
         return {_flag(name) for name in self.parameters if _element(self.hints[name]) is not None}
 
-    def parser(self) -> ArgumentParser:
+    def parser(self) -> _Parser:
         examples = "\n".join(
             f"  {line.strip()}" for e in self.doc.examples for line in (e.description or "").splitlines()
         )
-        parser = ArgumentParser(
+        parser = _Parser(
             allow_abbrev=False,
             description=f"{self.doc.short_description}\n\n{self.doc.long_description or ''}".strip(),
             epilog=f"Example:\n{examples}",
         )
+        parser.lists = frozenset(name for name in self.parameters if _element(self.hints[name]) is not None)
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
         for name, parameter in self.parameters.items():
             hint = self.hints[name]
@@ -132,17 +178,39 @@ def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
 
 
 def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="softlabel",
         allow_abbrev=False,
         description="Offline soft labels for knowledge distillation: run the teachers once, train from disk.",
     )
+    if chosen is not None:
+        parser.positional = frozenset(name for name, one in chosen.parameters.items() if one.kind is POSITIONAL)
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for other, command in COMMANDS.items():
         # Only the chosen command's options are built: some need torch, and `softlabel --help` should not wait for it.
         subparser = chosen.parser() if chosen is not None and other == name else ArgumentParser()
         subcommands.add_subcommand(other, subparser, help=(inspect.getdoc(command) or "").splitlines()[0])
     return parser
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `_Terminated` here, in this process and thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != process:  # a child that was forked
+            os._exit(TERMINATED)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,13 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = _Options(name) if name in COMMANDS else None
         parsed = _parser(chosen, name).parse_args(_join_repeats(arguments, chosen.lists()) if chosen else arguments)
         assert chosen is not None, "without a known command the parser has left the program"
-        return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})
+        with _ended_by_sigterm():
+            return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})
     except SoftLabelError as error:
         print(f"softlabel: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("softlabel: interrupted; what is finished is kept, run the same command to resume", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        ended, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
+        print(f"softlabel: {ended}; what is finished is kept, run the same command to resume", file=sys.stderr)
+        return code
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): not an error, and nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -222,6 +222,8 @@ def plan(
 
     if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
         raise UsageError(f"encoding: expected some of {', '.join(ENCODINGS)}, found {sorted(odd)[0]!r}")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
     job = prepare(
         data,
         teachers=teacher,
