@@ -22,6 +22,7 @@ IGNORE = -100
 # Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
 RawImage: TypeAlias = bytes | Image.Image | NDArray[np.uint8] | Tensor | BadImageError
 
+BLOCK = 4096
 _CHUNK = 65536
 
 
@@ -37,8 +38,11 @@ class Sample:
 class Source(ABC):
     """An ordered collection of samples. It can be pickled, and opens its files again in the process that reads.
 
+    The order is a promise: sample i is the same in every process and every run as long as the data is. What cannot
+    promise one, a stream or the page of a web server, is refused when it is opened.
+
     Attributes:
-        kind: parquet, folder, torchvision, digits or dataset.
+        kind: parquet, tar, array, list, folder, torchvision, digits or dataset.
         name: what the user wrote.
         class_names: where the source knows them; label i is class_names[i].
         has_labels: at least one sample has a label.
@@ -78,6 +82,19 @@ class Source(ABC):
                 `decode_image` raises.
         """
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """Ranges (start, stop) that follow each other from the first sample to the last, none of them empty.
+
+        The samples of one are best read in one go, one after the other: a row group of a Parquet file, a tar file or
+        64 MiB of one, whole chunks of an HDF5 dataset. Who reads block by block, in any order of the blocks, touches
+        each byte once. Where the medium has no such parts they are `BLOCK` samples long.
+        """
+        return self.even_blocks(BLOCK)
+
+    def even_blocks(self, samples: int) -> list[tuple[int, int]]:
+        """Blocks of so many samples, the last one shorter."""
+        return [(start, min(start + samples, len(self))) for start in range(0, len(self), samples)]
+
     def fingerprint(self) -> str:
         """Hex xxh3-128 of the keys in order, each as its length in UTF-8 (uint32, little-endian) and its bytes."""
         if self._fingerprint is None:
@@ -90,6 +107,14 @@ def span(start: int, stop: int | None, length: int) -> tuple[int, int]:
     stop = length if stop is None else min(stop, length)
     assert start >= 0, start
     return min(start, stop), stop
+
+
+def runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Indices as ranges of neighbours that follow each other."""
+    if not len(indices):
+        return []
+    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, cuts)]
 
 
 def check_keys(source: Source, *, unique: bool = True) -> str:
@@ -177,6 +202,10 @@ class PartSource(Source):
         if self.ignore_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
         return self.base.labels(self.start + start, self.start + stop)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        cut = [(max(first, self.start), min(last, self.stop)) for first, last in self.base.blocks()]
+        return [(first - self.start, last - self.start) for first, last in cut if first < last]
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         samples = self.base.read(np.asarray(indices, dtype=np.int64) + self.start)

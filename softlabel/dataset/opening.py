@@ -1,28 +1,38 @@
 """SOURCE: the words in which a user names a dataset.
 
     FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index]     Hugging Face image layout
-    FOLDER[?files=GLOB&...]             a folder of such files, in the order of their names
+    FILE.tar[?image=EXT&label=FIELD|none&key=shard|index&classes=FILE]
+                                        a WebDataset shard: the label is `.cls`, or FIELD of `.json`
+    FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
+    FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
+    FILE.txt or FILE.csv[?root=FOLDER&labels=none&classes=FILE]        a list of image files, PATH[,LABEL] a line
     FOLDER[?labels=folders|none]        a folder of images (see `folder.open_folder`)
+    FOLDER[?files=GLOB&...]             a folder of Parquet or tar files, in the order of their names
+    data-{000..127}.tar[?...]           several Parquet or tar files, in this order; or a glob, data-*.tar, by name
+    PROTOCOL://PATH[?...]               Parquet or tar files behind a URL that fsspec knows (s3, gs, https, file, ...):
+                                        one, a folder of them, braces or a glob
     torchvision:NAME?root=...&train=true    any class of torchvision.datasets, with its arguments
     digits                              scikit-learn's handwritten digits, 8x8 grey
 
-`rows=START:STOP` takes a part of any of them.
+`rows=START:STOP` takes a part of any of them. Paths in options start at the working folder, those in a list at its own
+folder. A `?` that belongs to a URL is written `%3F`.
 """
 
 import os
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from softlabel.dataset.arrays import ARRAY_SUFFIXES, ArraySource
 from softlabel.dataset.base import PartSource, Source
-from softlabel.dataset.folder import IMAGE_SUFFIXES, open_folder, walk
+from softlabel.dataset.folder import open_folder
+from softlabel.dataset.listing import is_url, list_source
+from softlabel.dataset.lists import LIST_SUFFIXES, open_list
 from softlabel.dataset.parquet import ParquetSource
+from softlabel.dataset.tar import TarSource
 from softlabel.dataset.wrapped import DatasetSource, open_digits, open_torchvision
-from softlabel.errors import DataError, SpecError
+from softlabel.errors import SpecError
 from softlabel.spec import split_options
-
-PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 
 
 def open_source(
@@ -63,54 +73,38 @@ def _open_named(text: str, ignore_labels: bool) -> Source:
         source: Source = open_digits(text, ignore_labels)
     elif name.startswith("torchvision:"):
         source, options = open_torchvision(text, name.removeprefix("torchvision:"), options, ignore_labels), {}
-    elif "://" in name:
-        raise SpecError(f"{text}: expected a local path, found a URL; download it first")
     else:
-        source = _open_path(text, Path(name), options, ignore_labels)
+        source = _open_files(text, _plain(name), options, ignore_labels)
     if options:
         raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
     return source if rows is None else _part(source, rows)
 
 
-def _open_path(text: str, path: Path, options: dict[str, str], ignore_labels: bool) -> Source:
-    if path.is_file():
-        if path.suffix.lower() not in PARQUET_SUFFIXES:
-            raise SpecError(f"{text}: expected a folder of images or a .parquet file, found {path.suffix or 'a'} file")
-        return ParquetSource(path.parent, [path.name], options, name=text, ignore_labels=ignore_labels)
-    if not path.is_dir():
-        raise SpecError(
-            f"{text}: expected a Parquet file, a folder, torchvision:NAME or digits; found no such file or folder"
-        )
-    images, tables, others = [], [], 0
-    for found in walk(path):
-        suffix = os.path.splitext(found)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            images.append(found)
-        elif suffix in PARQUET_SUFFIXES:
-            tables.append(found)
-        else:
-            others += 1
-    pattern = options.pop("files", None)
-    if pattern is not None:
-        tables = [table for table in tables if fnmatch(table, pattern)]
-        if not tables:
-            raise SpecError(f"{text}: no Parquet file matches files={pattern}")
-        images = []
-    if tables and images:
-        raise DataError(
-            f"{text}: expected Parquet files or images, found {len(tables)} and {len(images)}; name the Parquet files "
-            "with '?files=*.parquet', or the sub-folder of the images"
-        )
-    if tables:
-        return ParquetSource(path, sorted(tables), options, name=text, ignore_labels=ignore_labels)
-    if not images:
-        raise DataError(
-            f"{text}: expected images or Parquet files, found {others} other files; images end in "
-            f"{' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+def _plain(name: str) -> str:
+    """A `file://` URL as the path that it is; a question mark of a web address, which would begin the options."""
+    if name.startswith("file://"):
+        return name.removeprefix("file://")
+    if name.startswith(("http://", "https://")):
+        return name.replace("%3F", "?").replace("%3f", "?")
+    return name
+
+
+def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in ARRAY_SUFFIXES | LIST_SUFFIXES:
+        if is_url(name):
+            raise SpecError(f"{text}: expected .parquet or .tar files behind a URL, found {suffix}; download it first")
+        if os.path.isfile(name):
+            open_one = open_list if suffix in LIST_SUFFIXES else ArraySource
+            return open_one(name, options, name=text, ignore_labels=ignore_labels)
+    found = list_source(name, options, subject=text)
+    if found.kind == "parquet":
+        return ParquetSource(found.files, options, name=text, ignore_labels=ignore_labels)
+    if found.kind == "tar":
+        return TarSource(found.files, options, name=text, ignore_labels=ignore_labels)
     if ignore_labels:
         options["labels"] = "none"
-    return open_folder(path, images, text, options)
+    return open_folder(Path(name), found.images, text, options)
 
 
 def _part(source: Source, rows: str) -> Source:

@@ -10,8 +10,9 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from softlabel.dataset.annotated import checked_labels
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, check_keys, span
-from softlabel.dataset.wrapped import checked_labels
+from softlabel.dataset.files import Files, LocalFiles
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.keys import Keys
 
@@ -44,19 +46,22 @@ class ParquetSource(Source):
 
     kind = "parquet"
 
-    def __init__(
-        self, root: Path, files: Sequence[str], options: dict[str, str], *, name: str, ignore_labels: bool = False
-    ) -> None:
-        self.name, self._root, self._files = name, root, tuple(files)
+    def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
+        self.name, self._files = name, files
         self._forget()
+        if not files.is_local:
+            with ThreadPoolExecutor(16) as pool:  # each footer waits for the network
+                self._open.update(enumerate(pool.map(self._opened, range(len(files)))))
         schemas = [self._file(number).schema_arrow for number in range(len(files))]
         asked: dict[str, str] = {k: options.pop(k) for k in ("image", "key", "label") if k in options}
         if ignore_labels:
             asked["label"] = "none"
         self._columns = _find_columns(schemas[0], asked, name)
-        for file, schema in zip(files, schemas, strict=True):
+        for file, schema in zip(files.names, schemas, strict=True):
             if not schema.equals(schemas[0]):
-                raise DataError(f"{name}: expected the columns of {files[0]} in every file, found others in {file}")
+                raise DataError(
+                    f"{name}: expected the columns of {files.names[0]} in all files, found others in {file}"
+                )
         footers = [self._file(number).metadata for number in range(len(files))]
         self._rows = tuple(footer.num_rows for footer in footers)
         groups = [(n, g, f.row_group(g).num_rows) for n, f in enumerate(footers) for g in range(f.num_row_groups)]
@@ -118,6 +123,11 @@ class ParquetSource(Source):
                 samples[place] = Sample(key=key, image=raw, label=label)
         return [sample for sample in samples if sample is not None]
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """As in `Source`: the row groups."""
+        starts = self._starts_G.tolist()
+        return [(first, last) for first, last in pairwise(starts) if first < last]
+
     # ---- one row group at a time ----
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
@@ -148,7 +158,7 @@ class ParquetSource(Source):
         column = column.cast(pa.int64())
         # pyarrow imports pandas, where there is one, for the sake of a number to fill in.
         labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
-        return checked_labels(labels, self.name, None)
+        return checked_labels(labels, self.name)
 
     def _column(self, path: str, group: int) -> pa.ChunkedArray:
         """A column of a row group, decompressed; `path` goes into a struct after a dot."""
@@ -162,7 +172,7 @@ class ParquetSource(Source):
                 table = self._file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
-                    f"{self._root / self._files[number]}: row group {group_in_file} cannot be read: {_line(error)}; "
+                    f"{self._files.where(number)}: row group {group_in_file} cannot be read: {_line(error)}; "
                     "fetch the file again"
                 ) from error
             column = table.column(0)
@@ -184,18 +194,24 @@ class ParquetSource(Source):
 
     def _file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
-            path = self._root / self._files[number]
-            try:
-                opened = pq.ParquetFile(path)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{path}: expected a Parquet file, found: {_line(error)}") from error
+            opened = self._opened(number)
             if hasattr(self, "_rows") and opened.metadata.num_rows != self._rows[number]:
                 raise DataError(
-                    f"{path}: expected {self._rows[number]} rows, found {opened.metadata.num_rows}; it was replaced "
-                    "while in use, start again"
+                    f"{self._files.where(number)}: expected {self._rows[number]} rows, found "
+                    f"{opened.metadata.num_rows}; it was replaced while in use, start again"
                 )
             self._open[number] = opened
         return self._open[number]
+
+    def _opened(self, number: int) -> pq.ParquetFile:
+        files = self._files
+        try:
+            if isinstance(files, LocalFiles):
+                return pq.ParquetFile(files.path(number))
+            # Whole column chunks in few requests, not one for each page.
+            return pq.ParquetFile(files.open(number), pre_buffer=True)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{files.where(number)}: expected a Parquet file, found: {_line(error)}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open", "_cache", "_cached")}

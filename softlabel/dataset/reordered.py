@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset.base import Sample, Source, span
+from softlabel.dataset.base import Sample, Source, runs, span
 from softlabel.errors import MismatchError
 
 
@@ -24,7 +24,7 @@ class ReorderedSource(Source):
         start, stop = span(start, stop, len(self))
         # By runs of neighbours, which most of a grown dataset is: a source reads those at once.
         found: list[str] = []
-        for first, last in _runs(self.order_N[start:stop]):
+        for first, last in runs(self.order_N[start:stop]):
             found += self.base.keys(first, last)
         return found
 
@@ -54,10 +54,3 @@ def known_first(source: Source, known: Sequence[str], *, where: object) -> Sourc
     others = np.setdiff1d(np.arange(len(source), dtype=np.int64), first, assume_unique=True)
     order_N = np.concatenate([first, others])
     return source if np.array_equal(order_N, np.arange(len(source))) else ReorderedSource(source, order_N)
-
-
-def _runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
-    if not len(indices):
-        return []
-    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(indices, cuts)]

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from torch.utils.data import IterableDataset
 
+from softlabel.dataset.annotated import checked_labels
 from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
 from softlabel.dataset.folder import FolderSource
 from softlabel.errors import BadImageError, DataError, SpecError
@@ -39,10 +41,12 @@ class DatasetSource(Source):
         kind: str = "dataset",
     ) -> None:
         self.kind, self.name = kind, name or type(dataset).__name__
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        streams = isinstance(dataset, IterableDataset)
+        if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
-                f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found one without; "
-                "write an iterable one out as files first"
+                f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found "
+                f"{'a stream, which promises no order and has no sample number i' if streams else 'one without'}; "
+                "write its samples out first, as tar shards or files"
             )
         self.dataset = dataset
         self._length = len(dataset)
@@ -85,7 +89,7 @@ class DatasetSource(Source):
             except (ValueError, TypeError):
                 continue
             if labels_N.shape == (self._length,) and labels_N.dtype.kind in "iu":
-                return checked_labels(labels_N.astype(np.int64), self.name, None)
+                return checked_labels(labels_N.astype(np.int64), self.name)
         return None
 
     def __len__(self) -> int:
@@ -180,29 +184,13 @@ def _label(raw: Any, name: str, key: str) -> int:
     try:
         value = np.asarray(raw)
         if value.ndim == 0 and value.dtype.kind in "iub":
-            return int(checked_labels(value.astype(np.int64)[None], name, [key])[0])
+            return int(checked_labels(value.astype(np.int64)[None], name, f"sample {key!r}")[0])
     except (TypeError, ValueError, RuntimeError):
         pass
     raise DataError(
         f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part "
         "of the item, or ask to ignore labels"
     )
-
-
-def checked_labels(labels_N: NDArray[np.int64], name: str, keys: Sequence[str] | None) -> NDArray[np.int64]:
-    """-1, as Hugging Face and STL-10 write it, is no label; another negative number is a mistake.
-
-    Raises:
-        DataError: such a number.
-    """
-    labels_N = np.where(labels_N == -1, IGNORE, labels_N)
-    wrong = np.flatnonzero((labels_N < 0) & (labels_N != IGNORE))
-    if len(wrong):
-        where = f"sample {keys[wrong[0]]!r}" if keys else f"sample {wrong[0]}"
-        raise DataError(
-            f"{name}: {where}: expected a label of at least 0, or -1, -100 or null for none; found {labels_N[wrong[0]]}"
-        )
-    return labels_N
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

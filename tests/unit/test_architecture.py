@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "device": {"torch"},
     "pace": set(),
     "spec": set(),
-    "dataset": {"spec", "torch", "torchvision", "pyarrow", "h5py", "numpy", "xxhash", "PIL", "sklearn"}
+    "dataset": {"spec", "torch", "torchvision", "pyarrow", "h5py", "fsspec", "numpy", "xxhash", "PIL", "sklearn"}
     | {"store.keys", "store.index"},
     "views": {"torch", "torchvision", "numpy", "xxhash"},
     "zoo": {"torch"},

@@ -163,12 +163,12 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no such file or folder"):
         open_source(tmp_path / "missing")
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(SpecError, match=r"found \.zip file"):
+    with pytest.raises(SpecError, match=r"found a \.zip file"):
         open_source(tmp_path / "a.zip")
     with pytest.raises(DataError, match="found 1 other files"):
         open_source(tmp_path)
     with pytest.raises(SpecError, match="download it first"):
-        open_source("s3://bucket/images")
+        open_source("s3://bucket/images.npy")
     paint(tmp_path / "a.png", 3)
     with pytest.raises(SpecError, match="unknown option colour"):
         open_source(f"{tmp_path}?colour=red")
@@ -179,7 +179,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_images_beside_parquet_files_are_ambiguous(tmp_path: Path) -> None:
     paint(tmp_path / "a.png", 3)
     (tmp_path / "b.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match="1 and 1"):
+    with pytest.raises(DataError, match="1 Parquet and 1 image"):
         open_source(tmp_path)
 
 

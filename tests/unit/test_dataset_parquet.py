@@ -126,7 +126,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path: Path) -> None
     assert source.keys() == [row["path"] for row in table["image"].to_pylist()]
     assert [sample.image for sample in source.read(range(N))] == [payload(i) for i in range(N)]
     assert len(open_source(f"{tmp_path}?files=data/train-00000*")) == 9
-    with pytest.raises(SpecError, match="no Parquet file matches"):
+    with pytest.raises(SpecError, match="no Parquet or tar file matches"):
         open_source(f"{tmp_path}?files=test-*")
 
 

@@ -1,0 +1,147 @@
+"""Images as one array: HDF5 datasets, `.npy` files and `.npz` archives.
+
+Legend: N samples, H and W height and width, C channels (1, 3 or 4).
+
+The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The last axis holds the channels if it is 1, 3 or 4 long,
+else the second one does. They have no encoded bytes, so no content hash: equal keys with other hard labels are what
+tells another dataset apart.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
+from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, Source, check_keys, span
+from softlabel.dataset.containers import H5, H5_SUFFIXES, Container, Npy, Npz
+from softlabel.errors import DataError, SpecError
+
+ARRAY_SUFFIXES = frozenset({".npy", ".npz"}) | H5_SUFFIXES
+_CHANNELS = (1, 3, 4)
+
+
+class ArraySource(Source):
+    """Rows of one array. Keys are the row numbers, or the strings of another array."""
+
+    kind = "array"
+
+    def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
+        self.name = name
+        self._path = path
+        images, labels, keys = (options.pop(word, None) for word in ("images", "labels", "keys"))
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix in H5_SUFFIXES:
+            container: Container = H5(path)
+        elif suffix == ".npz":
+            container = Npz(path)
+        else:
+            if images is not None:
+                raise SpecError(f"{name}: a .npy file is one array, so images= has nothing to choose; leave it out")
+            container = Npy(path)
+        self._container = container
+        self._images = container.images(images, name)
+        shape, dtype = container.shape_of(self._images, name)
+        self._shape, self._channels_first = _checked_shape(shape, dtype, f"{name}: {self._images}")
+        labels = None if ignore_labels or labels == "none" else labels or container.usual_labels()
+        self._labels_N = self._read_labels(labels)
+        self.has_labels = self._labels_N is not None and bool((self._labels_N != IGNORE).any())
+        classes = options.pop("classes", None)
+        if classes is not None and not ignore_labels:
+            self.class_names = read_classes(classes, subject=name)
+            if self._labels_N is not None:
+                checked_classes(self._labels_N, self.class_names, subject=name)
+        self._keys: pa.Array | None = None
+        if keys is not None:
+            self._keys = self._read_keys(keys)
+            self._fingerprint = check_keys(self)
+
+    def _read_labels(self, path: str | None) -> NDArray[np.int64] | None:
+        if path is None:
+            return None
+        found = self._container.whole(path, self.name)
+        if found.dtype.kind not in "iu" or found.shape not in ((len(self),), (len(self), 1)):
+            raise DataError(
+                f"{self.name}: labels in {path}: expected {len(self)} integers, found {found.dtype} of shape "
+                f"{found.shape}; name others with '?labels=', or go without with '?labels=none'"
+            )
+        return checked_labels(found.reshape(-1).astype(np.int64), self.name)
+
+    def _read_keys(self, path: str) -> pa.Array:
+        found = self._container.whole(path, self.name)
+        if found.shape != (len(self),) or found.dtype.kind not in "iuUSO":
+            raise DataError(
+                f"{self.name}: keys in {path}: expected {len(self)} strings or integers, found {found.dtype} of shape "
+                f"{found.shape}; leave keys= out to number the samples"
+            )
+        try:
+            # Strings come out of HDF5 as UTF-8 bytes.
+            texts = [one.decode() if isinstance(one, bytes) else str(one) for one in found.tolist()]
+            return pa.array(texts, type=pa.large_string())
+        except UnicodeError as error:
+            raise DataError(f"{self.name}: keys in {path}: not valid Unicode: {error}") from error
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        start, stop = span(start, stop, len(self))
+        if self._keys is None:
+            return [str(row) for row in range(start, stop)]
+        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
+        return keys
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        start, stop = span(start, stop, len(self))
+        if self._labels_N is None:
+            return np.full(stop - start, IGNORE, dtype=np.int64)
+        return self._labels_N[start:stop].copy()
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        rows_B = np.asarray(indices, dtype=np.int64)
+        assert not len(rows_B) or (rows_B.min() >= 0 and rows_B.max() < len(self)), (rows_B.min(), rows_B.max())
+        if (found := self._container.shape_of(self._images, self.name)[0]) != self._shape:
+            raise DataError(
+                f"{self.name}: expected images of shape {self._shape}, found {found}; the file was replaced while in "
+                "use, start again"
+            )
+        images = self._container.rows(self._images, rows_B, self.name)
+        return [
+            Sample(
+                key=str(row) if self._keys is None else self._keys[row].as_py(),
+                image=self._image(image),
+                label=IGNORE if self._labels_N is None else int(self._labels_N[row]),
+            )
+            for row, image in zip(rows_B.tolist(), images, strict=True)
+        ]
+
+    def _image(self, image: NDArray[np.uint8]) -> RawImage:
+        # A tensor is what `decode_image` takes with its channels first. Copied: a memory map may not be written to.
+        return torch.from_numpy(np.array(image)) if self._channels_first else image
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """As in `Source`: whole chunks of an HDF5 dataset."""
+        chunk = self._container.chunk(self._images)
+        return self.even_blocks(max(chunk, BLOCK // chunk * chunk))
+
+
+def _checked_shape(shape: tuple[int, ...], dtype: str, where: str) -> tuple[tuple[int, ...], bool]:
+    """The shape, and whether the channels come before height and width."""
+    if dtype != "uint8":
+        why = (
+            "floats have no agreed range, and normalisation belongs to each teacher"
+            if dtype.startswith(("float", "bfloat"))
+            else "other integers have no agreed range"
+        )
+        raise DataError(f"{where}: expected uint8 pixels from 0 to 255, found {dtype}; {why}: store them as uint8")
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] in _CHANNELS):
+        return shape, False
+    if len(shape) == 4 and shape[1] in _CHANNELS:
+        return shape, True
+    raise DataError(
+        f"{where}: expected images of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels C, found "
+        f"{shape}; reshape them"
+    )

@@ -1,0 +1,200 @@
+"""Files that hold arrays by name: HDF5, `.npy`, `.npz`. Rows are read where they lie; only a packed member of an
+`.npz` is unpacked as a whole.
+
+Legend: B rows.
+"""
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.dataset.base import runs
+from softlabel.dataset.files import PerProcess
+from softlabel.errors import DataError, SpecError
+
+H5_SUFFIXES = frozenset({".h5", ".hdf5", ".hdf", ".he5"})
+_H5_CACHE_BYTES = 64 << 20
+
+
+class Container(ABC):
+    """A file, or several, with arrays in it that have names."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @abstractmethod
+    def images(self, asked: str | None, subject: str) -> str:
+        """The name of the images' array."""
+
+    def usual_labels(self) -> str | None:
+        """The name of the labels where nobody gave one."""
+        return None
+
+    @abstractmethod
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]: ...
+
+    @abstractmethod
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]: ...
+
+    @abstractmethod
+    def whole(self, array: str, subject: str) -> NDArray[Any]: ...
+
+    def chunk(self, array: str) -> int:
+        """Rows that are stored, and unpacked, together."""
+        return 1
+
+
+class Npy(Container):
+    """`.npy` files, memory-mapped; the labels and keys are files of their own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._mapped: PerProcess[dict[str, NDArray[Any]]] = PerProcess(dict)
+
+    def images(self, asked: str | None, subject: str) -> str:
+        return self.path
+
+    def whole(self, array: str, subject: str) -> NDArray[Any]:
+        mapped = self._mapped.get()
+        if array not in mapped:
+            mapped[array] = self._map(array, subject)
+        return mapped[array]
+
+    def _map(self, array: str, subject: str) -> NDArray[Any]:
+        try:
+            found: NDArray[Any] = np.load(array, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise SpecError(f"{subject}: {array}: no such file; paths in options start at the working folder") from None
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{subject}: {array}: expected a .npy file, found: {error}; use numpy.save") from error
+        if not isinstance(found, np.ndarray):
+            raise DataError(f"{subject}: {array}: expected a .npy file of one array, found an .npz archive")
+        return found
+
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+        found = self.whole(array, subject)
+        return found.shape, str(found.dtype)
+
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]:
+        found = self.whole(array, subject)
+        return [found[row] for row in rows_B.tolist()]
+
+
+class Npz(Npy):
+    """An archive of `.npy` files. One that is stored as it is (numpy.savez) is memory-mapped, a packed one unpacked."""
+
+    def _names(self, subject: str) -> tuple[str, ...]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return tuple(one.removesuffix(".npy") for one in archive.namelist() if one.endswith(".npy"))
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{subject}: expected an .npz archive, found: {error}; use numpy.savez") from error
+
+    def images(self, asked: str | None, subject: str) -> str:
+        return _one_of(self._names(subject), asked or "images", subject)
+
+    def usual_labels(self) -> str | None:
+        return "labels" if "labels" in self._names(self.path) else None
+
+    def _map(self, array: str, subject: str) -> NDArray[Any]:
+        member = f"{_one_of(self._names(subject), array, subject)}.npy"
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                info = archive.getinfo(member)
+                with archive.open(member) as file:
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        unpacked: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+                        return unpacked
+                    version = np.lib.format.read_magic(file)
+                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    if version not in read:  # its field names are beyond Latin-1: no array of numbers
+                        raise ValueError("it is a structured array")
+                    shape, fortran, dtype = read[version](file)
+                    header = file.tell()
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            with open(self.path, "rb") as raw:
+                # The local header's own lengths count: those in the directory may differ.
+                raw.seek(info.header_offset + 26)
+                lengths = np.frombuffer(raw.read(4), dtype="<u2")
+            begin = info.header_offset + 30 + int(lengths.sum()) + header
+            return np.memmap(self.path, dtype, "r", begin, shape, "F" if fortran else "C")
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{subject}: {member}: cannot be read: {error}; write it with numpy.savez") from error
+
+
+class H5(Container):
+    """An HDF5 file; each process opens it for itself, because the library's state must not be inherited by a fork."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._file: PerProcess[Any] = PerProcess(partial(_open_h5, path))
+
+    def _dataset(self, array: str, subject: str) -> Any:
+        import h5py
+
+        file = self._file.get()
+        found = file.get(array)
+        if not isinstance(found, h5py.Dataset):
+            names: list[str] = []
+            file.visititems(lambda name, one: names.append(name) if isinstance(one, h5py.Dataset) else None)
+            raise DataError(
+                f"{subject}: there is no dataset {array!r}; the file has {', '.join(names) or 'none'}; "
+                "name it with images=, labels= or keys="
+            )
+        return found
+
+    def images(self, asked: str | None, subject: str) -> str:
+        self._dataset(asked or "images", subject)
+        return asked or "images"
+
+    def usual_labels(self) -> str | None:
+        return "labels" if "labels" in self._file.get() else None
+
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+        found = self._dataset(array, subject)
+        return found.shape, str(found.dtype)
+
+    def chunk(self, array: str) -> int:
+        chunks = self._dataset(array, self.path).chunks
+        return int(chunks[0]) if chunks else 1
+
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]:
+        found = self._dataset(array, subject)
+        images: list[NDArray[np.uint8]] = []
+        try:
+            for first, last in runs(rows_B):
+                images += list(found[first:last])
+        except OSError as error:
+            raise DataError(f"{subject}: {array}: cannot be read: {error}; fetch the file again") from error
+        return images
+
+    def whole(self, array: str, subject: str) -> NDArray[Any]:
+        try:
+            found: NDArray[Any] = self._dataset(array, subject)[()]
+        except OSError as error:
+            raise DataError(f"{subject}: {array}: cannot be read: {error}; fetch the file again") from error
+        return np.asarray(found)
+
+
+def _open_h5(path: str) -> Any:
+    import h5py
+
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=_H5_CACHE_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: expected an HDF5 file, found: {error}; fetch it again") from error
+
+
+def _one_of(names: Sequence[str], wanted: str, subject: str) -> str:
+    if wanted not in names:
+        raise DataError(
+            f"{subject}: there is no array {wanted!r}; the archive has {', '.join(names) or 'none'}; name it with "
+            "images=, labels= or keys="
+        )
+    return wanted

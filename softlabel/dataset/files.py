@@ -1,0 +1,150 @@
+"""The files of one source in their promised order, of which ranges are read: in a local folder here, behind a URL in
+`remote`.
+
+Legend: B ranges, each a file number, an offset and a size in bytes.
+
+Handles belong to the process that opened them: a pickled or forked source opens its files again.
+"""
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.errors import DataError
+
+# Far below the 1024 that a process may usually open; the loader's other files need some as well.
+_OPEN_FILES = 128
+
+Int64s = NDArray[np.int64]
+T = TypeVar("T")
+
+
+class Files(ABC):
+    """Files of one root, named relative to it with forward slashes.
+
+    Attributes:
+        root: a folder, or a URL.
+        names: of the files, in the order in which their samples follow each other.
+        is_local: they are files of this machine.
+    """
+
+    is_local: bool
+
+    def __init__(self, root: str, names: Sequence[str]) -> None:
+        self.root, self.names = root, tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def where(self, number: int) -> str:
+        """What to call a file in a message."""
+        return f"{self.root.rstrip('/')}/{self.names[number]}" if self.root else self.names[number]
+
+    @abstractmethod
+    def size(self, number: int) -> int:
+        """Bytes of a file. Raises DataError when it is not there."""
+
+    @abstractmethod
+    def open(self, number: int) -> BinaryIO:
+        """A file from its beginning, seekable. Raises DataError when it cannot be opened."""
+
+    @abstractmethod
+    def read(self, numbers_B: Int64s, offsets_B: Int64s, sizes_B: Int64s) -> list[bytes]:
+        """The bytes of these ranges, in their order. Raises DataError when a file is shorter, or cannot be read."""
+
+
+class LocalFiles(Files):
+    """Files in a local folder, read with pread."""
+
+    is_local = True
+
+    def __init__(self, root: str, names: Sequence[str]) -> None:
+        super().__init__(root, names)
+        self._open: PerProcess[_Handles] = PerProcess(_Handles)
+
+    def path(self, number: int) -> str:
+        return os.path.join(self.root, self.names[number])
+
+    def size(self, number: int) -> int:
+        try:
+            return os.stat(self.path(number)).st_size
+        except OSError as error:
+            raise DataError(f"{self.where(number)}: cannot be read: {error.strerror}") from error
+
+    def open(self, number: int) -> BinaryIO:
+        try:
+            return open(self.path(number), "rb")
+        except OSError as error:
+            raise DataError(f"{self.where(number)}: cannot be read: {error.strerror}") from error
+
+    def read(self, numbers_B: Int64s, offsets_B: Int64s, sizes_B: Int64s) -> list[bytes]:
+        found = []
+        handles = self._open.get()
+        for number, offset, size in zip(numbers_B.tolist(), offsets_B.tolist(), sizes_B.tolist(), strict=True):
+            try:
+                data = handles.pread(self.path(number), size, offset)
+            except OSError as error:
+                raise DataError(f"{self.where(number)}: cannot be read: {error.strerror}") from error
+            found.append(complete(data, size, offset, self.where(number)))
+        return found
+
+
+def complete(data: bytes, size: int, offset: int, where: str) -> bytes:
+    """`data`, unless it is not as long as asked for. Raises DataError."""
+    if len(data) != size:
+        raise DataError(
+            f"{where}: expected {size} bytes at offset {offset}, found {len(data)}; it was cut off, or replaced while "
+            "in use: fetch it again and start again"
+        )
+    return data
+
+
+class PerProcess(Generic[T]):
+    """Something that a process must make for itself: what a fork inherited is not used, nothing is pickled."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._of: tuple[int, T] | None = None
+
+    def get(self) -> T:
+        if self._of is None or self._of[0] != os.getpid():
+            self._of = (os.getpid(), self._make())
+        return self._of[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_make": self._make, "_of": None}
+
+
+class _Handles:
+    """Descriptors by path; those used last stay open. The lock keeps one that is being read from being closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def pread(self, path: str, size: int, offset: int) -> bytes:
+        with self._lock:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                descriptor = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._open) > _OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+            else:
+                self._open.move_to_end(path)
+            data = os.pread(descriptor, size, offset)
+            while 0 < len(data) < size:  # one call returns 2 GiB at most
+                more = os.pread(descriptor, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+            return data
+
+    def __del__(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)

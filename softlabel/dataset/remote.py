@@ -1,0 +1,227 @@
+"""Files behind a URL, through fsspec: `s3://bucket/train`, `gs://...`, `https://...`, `memory://...`.
+
+Legend: B ranges, each a file number, an offset and a size in bytes.
+
+Ranges that lie close together are one request; a request that goes on where the last one ended takes `AHEAD` bytes,
+of which the next ones are served. A process holds `_WINDOWS` such pieces, whatever the size of the data.
+"""
+
+import io
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import numpy as np
+
+from softlabel.dataset.files import Files, Int64s, PerProcess, complete
+from softlabel.errors import DataError, SpecError
+
+# As long as a request's own delay on a usual link: to read over a gap of this size costs less than to ask again.
+GAP = 64 << 10
+AHEAD = 8 << 20
+_SCAN_AHEAD = 1 << 20
+_WINDOWS = 4
+
+
+class RemoteFiles(Files):
+    """Files below one URL, whose sizes were seen when they were listed."""
+
+    is_local = False
+
+    def __init__(self, root: str, names: Sequence[str], sizes: Sequence[int]) -> None:
+        super().__init__(root, names)
+        self._sizes = tuple(sizes)
+        self._reach: PerProcess[_Reach] = PerProcess(partial(_Reach, root))
+
+    def size(self, number: int) -> int:
+        return self._sizes[number]
+
+    def open(self, number: int) -> BinaryIO:
+        return cast(BinaryIO, RangeFile(self, number))
+
+    def fetch(self, number: int, start: int, stop: int) -> bytes:
+        """The bytes start to stop of a file, by a request of their own."""
+        where = self.where(number)
+        try:
+            data: bytes = self._reach.get().fs.cat_file(self._object(number), start=start, end=stop)
+        except Exception as error:
+            raise DataError(f"{where}: cannot be read: {reason(error)}; start again, what was made stays") from error
+        if len(data) > stop - start:
+            raise DataError(
+                f"{where}: expected {stop - start} bytes, found {len(data)}: the server serves no ranges of files; "
+                "download it first"
+            )
+        return complete(data, stop - start, start, where)
+
+    def _object(self, number: int) -> str:
+        base = self._reach.get().base
+        return f"{base}/{self.names[number]}" if base else self.names[number]
+
+    def read(self, numbers_B: Int64s, offsets_B: Int64s, sizes_B: Int64s) -> list[bytes]:
+        found: list[bytes] = [b""] * len(numbers_B)
+        order = np.lexsort((offsets_B, numbers_B))
+        for places in _neighbours(order, numbers_B, offsets_B, offsets_B + sizes_B):
+            number, start = int(numbers_B[places[0]]), int(offsets_B[places[0]])
+            stop = int((offsets_B + sizes_B)[places].max())
+            data = self._reach.get().window.read(self, number, start, stop, AHEAD)
+            for place in places.tolist():
+                at = int(offsets_B[place]) - start
+                found[place] = data[at : at + int(sizes_B[place])]
+        return found
+
+
+def _neighbours(order: Int64s, numbers_B: Int64s, starts_B: Int64s, stops_B: Int64s) -> list[Int64s]:
+    """The ranges in groups that are worth one request."""
+    if not len(order):
+        return []
+    before, after = order[:-1], order[1:]
+    apart = (numbers_B[before] != numbers_B[after]) | (starts_B[after] - stops_B[before] > GAP)
+    return np.split(order, np.flatnonzero(apart) + 1)
+
+
+class _Reach:
+    """A connection, and what was read through it last."""
+
+    def __init__(self, url: str) -> None:
+        self.fs, base = connect(url)
+        self.base = base.rstrip("/")
+        self.window = _Window()
+
+
+class _Window:
+    """The last pieces that were read, by file; the oldest goes when there are too many."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: dict[int, tuple[int, bytes]] = {}
+
+    def read(self, files: RemoteFiles, number: int, start: int, stop: int, ahead: int) -> bytes:
+        with self._lock:
+            first, piece = self._pieces.get(number, (0, b""))
+            last = first + len(piece)
+            if piece and first <= start and stop <= last:
+                return piece[start - first : stop - first]
+            goes_on = bool(piece) and first <= start <= last + GAP
+            until = min(max(stop, start + ahead), files.size(number)) if goes_on else stop
+            piece = files.fetch(number, start, max(until, stop))
+            self._pieces.pop(number, None)
+            self._pieces[number] = (start, piece)
+            while len(self._pieces) > _WINDOWS:
+                self._pieces.pop(next(iter(self._pieces)))
+            return piece[: stop - start]
+
+
+class RangeFile(io.RawIOBase):
+    """A remote file as a seekable one, for those who read files: pyarrow and tarfile."""
+
+    def __init__(self, files: RemoteFiles, number: int) -> None:
+        self._files, self._number, self._at = files, number, 0
+        self._window = _Window()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._files.size(self._number))[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._files.size(self._number)
+        stop = end if size is None or size < 0 else min(self._at + size, end)
+        if stop <= self._at:
+            return b""
+        data = self._window.read(self._files, self._number, self._at, stop, _SCAN_AHEAD)
+        self._at = stop
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The file system behind a URL, and the path in it.
+
+    Raises:
+        SpecError: no such protocol, or the package that speaks it is not installed.
+    """
+    protocol = url.partition("://")[0]
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}.get(protocol)
+        cure = f"pip install 'softlabel[{extra}]'" if extra else "install that package"
+        raise SpecError(f"{url}: {protocol}:// needs a package that is not installed: {error}; {cure}") from error
+    except Exception as error:
+        raise SpecError(f"{url}: cannot be opened: {reason(error)}; write PROTOCOL://PATH") from error
+    return fs, str(path)
+
+
+def reason(error: Exception) -> str:
+    """What a file system's library says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def look(url: str) -> tuple[bool, int]:
+    """Whether a URL is a file, and its size.
+
+    Raises:
+        SpecError: nothing is there, or it cannot be looked at.
+    """
+    fs, path = connect(url)
+    try:
+        fs.invalidate_cache()
+        info = fs.info(path)
+    except Exception as error:
+        raise _refused(url, error) from error
+    if info["type"] != "file":
+        return False, 0
+    if not isinstance(info.get("size"), int):
+        raise SpecError(f"{url}: the server does not say how large it is, so no range can be asked for; download it")
+    return True, int(info["size"])
+
+
+def found_below(url: str) -> dict[str, int]:
+    """Paths of all files below a URL, relative to it, with their sizes; nothing whose name begins with a dot.
+
+    Raises:
+        SpecError: it cannot be listed, or by a protocol that has no listing to rely on.
+    """
+    fs, path = connect(url)
+    if url.startswith(("http://", "https://")):
+        raise SpecError(
+            f"{url}: expected a file, found a page: a web server promises no complete list of files, nor their order; "
+            "name them, such as 'https://HOST/data-{000..127}.tar'"
+        )
+    base = path.rstrip("/")
+    try:
+        fs.invalidate_cache()
+        listed = fs.find(base, detail=True)
+    except Exception as error:
+        raise _refused(url, error) from error
+    names = {full.removeprefix(base).lstrip("/"): info for full, info in listed.items() if info["type"] == "file"}
+    return {
+        name: int(info["size"])
+        for name, info in sorted(names.items())
+        if name and not any(part.startswith(".") for part in name.split("/"))
+    }
+
+
+def _refused(url: str, error: Exception) -> SpecError:
+    if isinstance(error, FileNotFoundError):
+        return SpecError(f"{url}: expected a file or folder, found nothing there; check the URL")
+    if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {error}".lower():
+        return SpecError(
+            f"{url}: access denied: {reason(error)}; give credentials as the protocol's package expects them (for S3 "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
+        )
+    return SpecError(f"{url}: cannot be reached: {reason(error)}; check the URL and the connection")

@@ -1,0 +1,40 @@
+"""What the tests of data sources share: members of tar files, and an S3 server in this process."""
+
+import io
+import os
+import tarfile
+import uuid
+from collections.abc import Iterator
+from unittest import mock
+
+import fsspec
+import pytest
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def s3_server() -> Iterator[str]:
+    """A server of the S3 protocol and the URL of an empty bucket on it; the environment leads to it."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with mock.patch.dict(os.environ, names):
+        try:
+            s3fs.S3FileSystem.clear_instance_cache()  # one that knows this server's port
+            bucket = f"data-{uuid.uuid4().hex}"
+            fsspec.filesystem("s3").mkdir(bucket)
+            yield f"s3://{bucket}"
+        finally:
+            s3fs.S3FileSystem.clear_instance_cache()
+            server.stop()
