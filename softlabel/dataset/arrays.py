@@ -16,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
-from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, Source, check_keys, span
+from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, check_keys, span
 from softlabel.dataset.containers import H5, H5_SUFFIXES, Container, Npy, Npz
+from softlabel.dataset.listed import ListedSource
 from softlabel.errors import DataError, SpecError
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"}) | H5_SUFFIXES
 _CHANNELS = (1, 3, 4)
 
 
-class ArraySource(Source):
+class ArraySource(ListedSource):
     """Rows of one array. Keys are the row numbers, or the strings of another array."""
 
     kind = "array"
@@ -54,7 +55,6 @@ class ArraySource(Source):
             self.class_names = read_classes(classes, subject=name)
             if self._labels_N is not None:
                 checked_classes(self._labels_N, self.class_names, subject=name)
-        self._keys: pa.Array | None = None
         if keys is not None:
             self._keys = self._read_keys(keys)
             self._fingerprint = check_keys(self)
@@ -87,13 +87,6 @@ class ArraySource(Source):
     def __len__(self) -> int:
         return self._shape[0]
 
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        start, stop = span(start, stop, len(self))
-        if self._keys is None:
-            return [str(row) for row in range(start, stop)]
-        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
-        return keys
-
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))
         if self._labels_N is None:
@@ -111,7 +104,7 @@ class ArraySource(Source):
         images = self._container.rows(self._images, rows_B, self.name)
         return [
             Sample(
-                key=str(row) if self._keys is None else self._keys[row].as_py(),
+                key=self.key_at(row),
                 image=self._image(image),
                 label=IGNORE if self._labels_N is None else int(self._labels_N[row]),
             )

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.dataset.base import IGNORE, Sample, Source, span
+from softlabel.dataset.base import IGNORE, Sample, span
+from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.store.keys import Keys
 
 log = logging.getLogger("softlabel")
 
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 _NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
-class FolderSource(Source):
+class FolderSource(ListedSource):
     """Files below a root; the key is the path relative to it, with forward slashes. One Arrow array holds the paths."""
 
     kind = "folder"
@@ -39,24 +39,16 @@ class FolderSource(Source):
     ) -> None:
         self.root, self.name, self.kind = root, name, kind
         try:
-            self._paths = pa.array(paths, type=pa.large_string())
+            self._keys = pa.array(paths, type=pa.large_string())
         except UnicodeEncodeError as error:
             raise DataError(f"{name}: a file name is not valid Unicode: {error.object!r}; rename the file") from error
+        self._length = len(paths)
         self._labels = labels
         self.class_names = class_names
         self.has_labels = labels is not None and bool((labels != IGNORE).any())
 
     def __len__(self) -> int:
-        return len(self._paths)
-
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        start, stop = span(start, stop, len(self))
-        keys: list[str] = self._paths.slice(start, stop - start).to_pylist()
-        return keys
-
-    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
-        start, stop = span(start, stop, len(self))
-        return Keys.of(self._paths.slice(start, stop - start))
+        return self._length
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))
@@ -67,7 +59,7 @@ class FolderSource(Source):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         samples = []
         for index in map(int, indices):
-            key = self._paths[index].as_py()
+            key = self.key_at(index)
             label = IGNORE if self._labels is None else int(self._labels[index])
             samples.append(Sample(key=key, image=self._bytes(key), label=label))
         return samples

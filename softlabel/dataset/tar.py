@@ -21,9 +21,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
-from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
+from softlabel.dataset.base import IGNORE, Sample, check_keys, span
 from softlabel.dataset.files import Files
 from softlabel.dataset.folder import IMAGE_SUFFIXES
+from softlabel.dataset.listed import ListedSource
 from softlabel.errors import DataError, SpecError
 
 log = logging.getLogger("softlabel")
@@ -68,7 +69,7 @@ class _Shard:
     without_image: tuple[str, int] | None
 
 
-class TarSource(Source):
+class TarSource(ListedSource):
     """One or several plain tar files, one after the other. The key is the path inside, up to the name's first dot."""
 
     kind = "tar"
@@ -85,7 +86,6 @@ class TarSource(Source):
         self._offsets_N = np.concatenate([shard.offsets for shard in shards])
         self._bytes_N = np.concatenate([shard.sizes for shard in shards])
         self._labels_N = checked_labels(np.concatenate([shard.labels for shard in shards]), name)
-        self._keys: pa.Array | None = None
         if key != "index":
             self._keys = pa.concat_arrays([shard.keys for shard in shards])
         _tell_without_image([shard.without_image for shard in shards if shard.without_image], len(self), wanted, name)
@@ -104,13 +104,6 @@ class TarSource(Source):
     def __len__(self) -> int:
         return int(self._starts_F[-1])
 
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        start, stop = span(start, stop, len(self))
-        if self._keys is None:
-            return [str(row) for row in range(start, stop)]
-        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
-        return keys
-
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))
         return self._labels_N[start:stop].copy()
@@ -120,10 +113,9 @@ class TarSource(Source):
         assert not len(rows_B) or (rows_B.min() >= 0 and rows_B.max() < len(self)), (rows_B.min(), rows_B.max())
         numbers_B = np.searchsorted(self._starts_F, rows_B, side="right") - 1
         images = self._files.read(numbers_B, self._offsets_N[rows_B], self._bytes_N[rows_B])
-        keys = rows_B.astype(str).tolist() if self._keys is None else self._keys.take(pa.array(rows_B)).to_pylist()
         return [
-            Sample(key=key, image=image, label=label)
-            for key, image, label in zip(keys, images, self._labels_N[rows_B].tolist(), strict=True)
+            Sample(key=self.key_at(row), image=image, label=label)
+            for row, image, label in zip(rows_B.tolist(), images, self._labels_N[rows_B].tolist(), strict=True)
         ]
 
     def blocks(self) -> list[tuple[int, int]]:

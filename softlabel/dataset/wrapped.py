@@ -15,14 +15,14 @@ from torch.utils.data import IterableDataset
 from softlabel.dataset.annotated import checked_labels
 from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
 from softlabel.dataset.folder import FolderSource
+from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.spec import literal
-from softlabel.store.keys import Keys
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
 
 
-class DatasetSource(Source):
+class DatasetSource(ListedSource):
     """Any object with `__len__` and `__getitem__`.
 
     Labels come from the items. Where the dataset also lists them (`targets` or `labels`, as torchvision's do) the list
@@ -51,7 +51,6 @@ class DatasetSource(Source):
         self.dataset = dataset
         self._length = len(dataset)
         self._ignore_labels = ignore_labels
-        self._keys: pa.Array | None = None
         if key_fn is not None:
             self._keys = self._keys_of(key_fn)
             self._fingerprint = check_keys(self)
@@ -95,19 +94,6 @@ class DatasetSource(Source):
     def __len__(self) -> int:
         return self._length
 
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        start, stop = span(start, stop, self._length)
-        if self._keys is None:
-            return [str(index) for index in range(start, stop)]
-        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
-        return keys
-
-    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
-        start, stop = span(start, stop, self._length)
-        if self._keys is None:
-            return Keys.of(pa.array(np.arange(start, stop)))
-        return Keys.of(self._keys.slice(start, stop - start))
-
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """As in `Source`; a dataset that does not list its labels is read through for them, once."""
         start, stop = span(start, stop, self._length)
@@ -124,7 +110,7 @@ class DatasetSource(Source):
         numbers = [int(index) for index in indices]
         samples = []
         for index, item in zip(numbers, self._items(numbers), strict=True):
-            key = str(index) if self._keys is None else self._keys[index].as_py()
+            key = self.key_at(index)
             if isinstance(item, BadImageError):
                 # The label may be known although the image is not.
                 samples.append(Sample(key=key, image=item, label=self._known_label(index)))

@@ -240,8 +240,9 @@ def test_every_source_keeps_the_contract(case: Case, place: str, request: pytest
     assert source.labels().dtype == np.int64
     assert source.labels().tolist() == LABELS
     assert source.fingerprint() == fingerprint(keys)
+    assert source.key_table().to_list() == keys
     for start, stop in [(0, 0), (0, 5), (4, 11), (8, 10), (9, 10), (22, 23), (20, 99), (N, None), (7, None)]:
-        assert source.keys(start, stop) == keys[start:stop]
+        assert source.keys(start, stop) == source.key_table(start, stop).to_list() == keys[start:stop]
         assert source.labels(start, stop).tolist() == LABELS[start:stop]
 
     def check(source: Source, indices: list[int], *, labelled: bool = True, shift: int = 0) -> None:
