@@ -53,6 +53,7 @@ class JoinedDataset(Dataset[Batch]):
         cache_bytes: memory for decoded images; they are kept if all of them fit.
         workers: how many processes will share the dataset.
         mix: how a store's members become one teacher, where it keeps them apart.
+        targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
 
     Raises:
         MissingKeyError: see `missing`.
@@ -72,8 +73,10 @@ class JoinedDataset(Dataset[Batch]):
         cache_bytes: int = 4 << 30,
         workers: int = 0,
         mix: Mix | None = None,
+        targets: bool = True,
     ) -> None:
         self.source, self.store, self._mix = source, store, mix
+        self._targets = targets
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
         keys = _all_keys(source)
         labels_N = source.labels()
@@ -93,7 +96,7 @@ class JoinedDataset(Dataset[Batch]):
         self._all_have_rows = bool((self.rows >= 0).all())
         if store is not None:
             self._check_same_images(store)
-        if store is not None and len(store):
+        if store is not None and targets and len(store):
             store.take([0])  # reads the columns into memory, which forked workers then share
         self._cache: PixelCache | None = None
         self._cache = self._new_cache(cache_bytes, workers)
@@ -121,9 +124,13 @@ class JoinedDataset(Dataset[Batch]):
             keys=tuple(keys),
             samples=torch.from_numpy(self.samples[positions]),
             rows=torch.from_numpy(rows_B),
-            target=None if self.store is None else self._target(self.store, rows_B),
+            target=self._target(self.store, rows_B) if self.store is not None and self._targets else None,
             has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
         )
+
+    def rows_of_epoch(self, epoch: int, positions: Int64s) -> Int64s:
+        """The rows of the store that these samples are joined to in an epoch, -1 for none."""
+        return self.rows[positions]
 
     def keys(self, positions: Int64s) -> list[str]:
         return self._keys.take(positions).to_list()

@@ -19,14 +19,17 @@ from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageErro
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.joined import JoinedDataset, Missing
+from softlabel.loader.labelstream import LabelStream, check_same_order
 from softlabel.loader.shares import Shares, Tail
-from softlabel.order import EpochOrder
+from softlabel.order import BlockOrder, EpochOrder
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip
 
 # Working out an order costs a hundred calls of numpy, however short it is.
 _STEPS_AT_ONCE = 64
+# Windows of a streamed epoch, unless the caller knows better.
+_WINDOW_SAMPLES, _WINDOW_BLOCKS = 16_384, 8
 
 
 class SoftLabelLoader:
@@ -63,6 +66,12 @@ class SoftLabelLoader:
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 for every hard label.
         mix: rule, weights and temperature for the members of a store that keeps them apart.
+        streaming: read labels in step with the images, a window of blocks at a time and the next one ahead, and keep
+            nothing: for stores that neither memory nor the local disk holds. The epoch is then shuffled block-locally
+            (see `BlockOrder` for how well), so that images come block by block too. Data and store must list their
+            samples in one order.
+        window: with `streaming`, how many blocks are shuffled together and held in memory (up to three times); None:
+            as many as hold 16,384 samples, at least 8.
         rank: which of the processes this is, from 0.
         world_size: how many processes train together.
 
@@ -89,6 +98,8 @@ class SoftLabelLoader:
         key_fn: Callable[[int], str] | None = None,
         ignore_labels: bool = False,
         mix: Mix | None = None,
+        streaming: bool = False,
+        window: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -96,6 +107,8 @@ class SoftLabelLoader:
         shares = Shares(samples=0, batch_size=batch_size, tail=tail, rank=rank, world_size=world_size)
         if workers < 0:
             raise UsageError(f"workers: expected at least 0, found {workers}")
+        if window is not None and (window < 1 or not streaming):
+            raise UsageError(f"window: expected at least 1 block, and streaming, found {window} and {streaming}")
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
         self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
         self.batch_size, self.seed = batch_size, seed
@@ -109,10 +122,19 @@ class SoftLabelLoader:
             cache_bytes=cache_mb << 20,
             workers=workers,
             mix=mix,
+            targets=not streaming,
         )
         self._mix = mix
         self._shares = replace(shares, samples=len(self.dataset))
-        self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
+        self._order: EpochOrder | BlockOrder
+        self._labels: LabelStream | None = None
+        if streaming:
+            self._order = self._block_order(window, shuffle)
+            if self.store is not None:
+                check_same_order(self.store, self.dataset.rows, self.source.name, self._key_at)
+                self._labels = LabelStream(self.store, self._order, self.dataset.rows_of_epoch, mix=mix)
+        else:
+            self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
         self._plan = _Plan(self._order, self._shares)
         self._place = _Place()
         self._start = 0
@@ -171,12 +193,32 @@ class SoftLabelLoader:
             for done, batch in enumerate(self._batches, 1):
                 if isinstance(batch, _Failure):
                     raise batch.error
+                batch = self._with_target(batch, epoch, self._place.sample, self._shares.after(start, done))
                 self._place = _Place(epoch=epoch, sample=self._shares.after(start, done))
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
             self.raise_if_worker_died(error)
             raise
         self.set_epoch(epoch + 1)
+
+    def _block_order(self, window: int | None, shuffle: bool) -> BlockOrder:
+        # Samples that are left out move the edges: they are places among those that stay.
+        stops = [0, *(stop for _, stop in self.source.blocks())]
+        edges = np.unique(np.searchsorted(self.dataset.samples, stops))
+        if window is None:
+            blocks = len(edges) - 1
+            window = max(_WINDOW_BLOCKS, -(-_WINDOW_SAMPLES * blocks // len(self.dataset)))
+        return BlockOrder(edges, seed=self.seed, window=window, shuffle=shuffle)
+
+    def _key_at(self, position: int) -> str:
+        return self.dataset.keys(np.array([position]))[0]
+
+    def _with_target(self, batch: Batch, epoch: int, start: int, stop: int) -> Batch:
+        """The batch of the positions start to stop, with its labels where these are streamed."""
+        if self._labels is None:
+            return batch
+        target = self._labels.target(epoch, start, stop, batch.rows.numpy())
+        return replace(batch, target=target.pin_memory() if self._batches.pin_memory else target)
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the iteration is, after the last batch that was handed out; plain numbers and strings.
@@ -241,7 +283,9 @@ class SoftLabelLoader:
             ) from error
 
     def close(self) -> None:
-        """End the worker processes. A loader can be iterated again afterwards."""
+        """End the worker processes and the reading of labels. A loader can be iterated again afterwards."""
+        if self._labels is not None:
+            self._labels.close()
         iterator = getattr(self._batches, "_iterator", None)
         if iterator is not None:
             self._batches._iterator = None
@@ -264,7 +308,7 @@ class _Failure:
 class _Plan(Sampler[Any]):
     """This rank's requests of one epoch, from position `start` on."""
 
-    def __init__(self, order: EpochOrder, shares: Shares) -> None:
+    def __init__(self, order: EpochOrder | BlockOrder, shares: Shares) -> None:
         self.order, self.shares = order, shares
         self.epoch = self.start = 0
 
