@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softlabel.errors import SoftLabelError
     from softlabel.evaluate import Evaluation, evaluate
     from softlabel.generate import GenerateSummary, generate
-    from softlabel.loader import SoftLabelLoader
+    from softlabel.loader import LabelJoin, SoftLabelLoader, with_soft_labels
     from softlabel.loss import DistillationLoss, distillation_loss
     from softlabel.store.reader import Store, open_store
     from softlabel.store.verify import verify_store
@@ -27,6 +27,7 @@ __all__ = [
     "DistillationLoss",
     "Evaluation",
     "GenerateSummary",
+    "LabelJoin",
     "SoftLabelError",
     "SoftLabelLoader",
     "Source",
@@ -41,12 +42,14 @@ __all__ = [
     "open_store",
     "train",
     "verify_store",
+    "with_soft_labels",
 ]
 
 _HOME = {
     "DistillationLoss": "softlabel.loss",
     "Evaluation": "softlabel.evaluate",
     "GenerateSummary": "softlabel.generate",
+    "LabelJoin": "softlabel.loader",
     "SoftLabelError": "softlabel.errors",
     "SoftLabelLoader": "softlabel.loader",
     "Source": "softlabel.dataset",
@@ -61,6 +64,7 @@ _HOME = {
     "open_store": "softlabel.store.reader",
     "train": "softlabel.train",
     "verify_store": "softlabel.store.verify",
+    "with_soft_labels": "softlabel.loader",
 }
 
 

@@ -4,8 +4,17 @@ order -> samples -> images (decoded once, then cached) -> view -> Batch
                  -> rows of the store, found by key   -> target ^
 """
 
+from softlabel.loader.adapters import LabelJoin, SoftLabelled, with_soft_labels
 from softlabel.loader.batch import Batch
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.loader.stream import SoftLabelLoader
 
-__all__ = ["Batch", "JoinedDataset", "Missing", "SoftLabelLoader"]
+__all__ = [
+    "Batch",
+    "JoinedDataset",
+    "LabelJoin",
+    "Missing",
+    "SoftLabelLoader",
+    "SoftLabelled",
+    "with_soft_labels",
+]

@@ -153,6 +153,7 @@ def test_public_names_are_exact_sorted_and_resolve() -> None:
         "DistillationLoss",
         "Evaluation",
         "GenerateSummary",
+        "LabelJoin",
         "SoftLabelError",
         "SoftLabelLoader",
         "Source",
@@ -167,6 +168,7 @@ def test_public_names_are_exact_sorted_and_resolve() -> None:
         "open_store",
         "train",
         "verify_store",
+        "with_soft_labels",
     }
     for name in softlabel.__all__:
         assert getattr(softlabel, name).__name__ == name

@@ -1,0 +1,209 @@
+"""Soft labels for loops that have their data already: attached by key, a whole batch at a time.
+
+Legend: B rows of a batch, N samples, W elements of a column in one row.
+
+    a map-style dataset and a plain DataLoader    with_soft_labels(dataset, store, key_fn=...)
+    a WebDataset pipeline, batched                pipeline.map(LabelJoin(store, key="__key__"))
+    Hugging Face datasets                         dataset.with_transform(LabelJoin(store, key="name").columns)
+
+They join by key alone. That an image is the one that was labelled is checked by `SoftLabelLoader`, which reads the
+files; here they are read elsewhere.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from softlabel.errors import DataError, UsageError
+from softlabel.labels import Mix
+from softlabel.loader.target import as_target
+from softlabel.loss.targets import Target
+from softlabel.store.reader import Store, open_store
+
+
+class LabelJoin:
+    """Finds the soft labels of samples by their keys. Picklable; forked workers share its memory.
+
+    Args:
+        labels: a store or its path.
+        key: where in a batch the keys are: a name, or a place in a tuple.
+        target: under which name a dict gets its target.
+        mix: rule, weights and temperature for the members of a store that keeps them apart.
+
+    Raises:
+        StoreError: the store cannot be opened.
+        UsageError: its rows are views of images, which only `SoftLabelLoader` replays.
+    """
+
+    def __init__(
+        self, labels: str | Path | Store, *, key: str | int = "__key__", target: str = "target", mix: Mix | None = None
+    ) -> None:
+        self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
+        self.key, self.name, self._mix = key, target, mix
+        if self.store.run.views.count > 1:
+            raise UsageError(
+                f"{self.store.url}: its rows are {self.store.run.views.count} views of each image; SoftLabelLoader "
+                "shows the student the same views, labels that are joined by key alone do not fit"
+            )
+        self._names = [column.name for column in self.store.run.columns]
+        # Labels and keys that are read and indexed now are shared by all workers that are forked later.
+        self.store.lookup([""], missing="mask")
+        self.of_rows(np.zeros(min(1, len(self.store)), dtype=np.int64))
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the labels, at which the loss needs no conversion."""
+        mixed = None if self._mix is None else self._mix.temperature
+        return self.store.run.temperature if mixed is None else mixed
+
+    def target(self, keys: Any) -> Target:
+        """The target of a batch of keys: strings, or integers, which count as their decimal digits.
+
+        Raises:
+            MissingKeyError: a key has no row in the store; the first ones are named.
+        """
+        return self.of_rows(self.store.lookup(_texts(keys)))
+
+    def of_rows(self, rows_B: NDArray[np.int64]) -> Target:
+        """The target of these rows of the store."""
+        stored = self.store.take(rows_B, self._names)
+        return as_target(self.store.run, stored.columns, extra=self.store.extra, mix=self._mix)
+
+    def __call__(self, batch: Any) -> Any:
+        """A batch with its target: a dict gets one more entry, a tuple or list one more place at its end.
+
+        For WebDataset, behind `.batched(...)`: ``pipeline.map(join)``. Raises as `target` does.
+        """
+        target = self.target(self._keys_in(batch))
+        return {**batch, self.name: target} if isinstance(batch, Mapping) else (*batch, target)
+
+    def columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch with the store's columns as tensors (B, W), named ``soft_...``: what Hugging Face datasets can cut
+        into rows and collate again. `from_columns` makes a target of them, best in the collate function.
+
+        For ``dataset.with_transform(join.columns)`` and ``dataset.map(join.columns, batched=True)``.
+        """
+        stored = self.store.take(self.store.lookup(_texts(self._keys_in(batch))), self._names)
+        return {**batch, **{f"soft_{name}": torch.from_numpy(np.array(a)) for name, a in stored.columns.items()}}
+
+    def from_columns(self, batch: dict[str, Any]) -> Target:
+        """The target that `columns` has put into a batch; takes its entries out of it.
+
+        Raises:
+            DataError: they are not there.
+        """
+        absent = [f"soft_{name}" for name in self._names if f"soft_{name}" not in batch]
+        if absent:
+            raise DataError(
+                f"batch: expected the column {absent[0]!r} that LabelJoin.columns adds, found {', '.join(batch)}; keep "
+                "it (remove_unused_columns=False)"
+            )
+        taken = {name: batch.pop(f"soft_{name}") for name in self._names}
+        device = next((value.device for value in taken.values() if isinstance(value, Tensor)), torch.device("cpu"))
+        dtypes = {column.name: column.numpy for column in self.store.run.columns}
+        columns = {name: torch.as_tensor(value).cpu().numpy().astype(dtypes[name]) for name, value in taken.items()}
+        return as_target(self.store.run, columns, extra=self.store.extra, mix=self._mix).to(device)
+
+    def _keys_in(self, batch: Any) -> Any:
+        try:
+            return batch[self.key]
+        except (KeyError, IndexError, TypeError):
+            found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"{len(batch)} places"
+            raise DataError(
+                f"batch: expected its keys under {self.key!r}, found {found}; say where they are with key="
+            ) from None
+
+
+class SoftLabelled(Dataset[tuple[Any, int]]):
+    """A map-style dataset whose items come with their row of the store; made by `with_soft_labels`.
+
+    An item is (what the dataset gives, row). `collate` turns a list of them into (collated items, target), with one
+    gather from the store: hand it to a DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: "Dataset[Any]",
+        join: LabelJoin,
+        indices: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        collate_fn: Callable[[list[Any]], Any],
+    ) -> None:
+        self.dataset, self.join, self._collate = dataset, join, collate_fn
+        self._indices, self._rows = indices, rows
+
+    @property
+    def temperature(self) -> float:
+        """That of the labels."""
+        return self.join.temperature
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        return self.dataset[int(self._indices[place])], int(self._rows[place])
+
+    def __getitems__(self, places: Sequence[int]) -> list[tuple[Any, int]]:
+        indices = self._indices[np.asarray(places, dtype=np.int64)].tolist()
+        many = getattr(self.dataset, "__getitems__", None)
+        items = many(indices) if many is not None else [self.dataset[index] for index in indices]
+        return list(zip(items, self._rows[np.asarray(places, dtype=np.int64)].tolist(), strict=True))
+
+    def collate(self, items: Sequence[tuple[Any, int]]) -> tuple[Any, Target]:
+        """(collated items, target), for ``DataLoader(collate_fn=...)``."""
+        rows_B = np.array([row for _, row in items], dtype=np.int64)
+        return self._collate([item for item, _ in items]), self.join.of_rows(rows_B)
+
+
+def with_soft_labels(
+    dataset: "Dataset[Any]",
+    labels: str | Path | Store,
+    *,
+    key_fn: Callable[[int], str] | None = None,
+    missing: Literal["error", "skip"] = "error",
+    mix: Mix | None = None,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+) -> SoftLabelled:
+    """Attach soft labels to any map-style dataset, for a plain DataLoader.
+
+        data = with_soft_labels(dataset, "labels/cifar10", key_fn=lambda index: paths[index])
+        for (images, labels), target in DataLoader(data, batch_size=128, shuffle=True, collate_fn=data.collate):
+            loss = distillation_loss(student(images), target, labels, temperature=data.temperature, ...)
+
+    Args:
+        dataset: anything with `__len__` and `__getitem__`; its items are left as they are.
+        labels: a store or its path.
+        key_fn: index -> key; the decimal index when absent.
+        missing: what happens to samples without a row: ``error`` names them, ``skip`` leaves them out.
+        mix: see `LabelJoin`.
+        collate_fn: of the dataset's items.
+
+    Raises:
+        MissingKeyError: see `missing`.
+        DataError: nothing is left.
+        StoreError, UsageError: see `LabelJoin`.
+    """
+    if missing not in ("error", "skip"):
+        raise UsageError(f"missing: expected 'error' or 'skip', found {missing!r}")
+    store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
+    count = len(dataset)  # type: ignore[arg-type]
+    keys = [str(index) if key_fn is None else key_fn(index) for index in range(count)]
+    rows_N = store.lookup(keys, missing="error" if missing == "error" else "mask")
+    kept = np.flatnonzero(rows_N >= 0)
+    if not len(kept):
+        raise DataError(
+            f"{type(dataset).__name__}: none of its {count} samples has a row in {store.url}; give the key_fn that the "
+            "labels were made with"
+        )
+    return SoftLabelled(dataset, LabelJoin(store, mix=mix), kept, rows_N[kept], collate_fn)
+
+
+def _texts(keys: Any) -> list[str]:
+    values = keys.tolist() if hasattr(keys, "tolist") else keys
+    return [str(value) if isinstance(value, int) else value for value in values]

@@ -1,0 +1,188 @@
+"""Soft labels attached by key to what people have: torch, WebDataset, Hugging Face datasets. Each against the file."""
+
+import dataclasses
+import io
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+import softlabel
+from softlabel.algebra.convert import convert_store
+from softlabel.errors import DataError, MissingKeyError, UsageError
+from softlabel.loss import DenseTarget, TopKTarget
+from softlabel.store.columns import Encoding
+from softlabel.store.reader import open_store
+from tests import storekit
+from tests.students import random_logits, write_store
+
+ROWS, CLASSES = 60, 7
+KEYS = [f"n0{number % 3}/image-{number:03d}" for number in range(ROWS)]
+LOGITS = random_logits(ROWS, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows in another order than the data's."""
+    path = tmp_path_factory.mktemp("adapters") / "store"
+    order = np.random.default_rng(1).permutation(ROWS)
+    write_store(path, [KEYS[place] for place in order], LOGITS[order], temperature=2)
+    return path
+
+
+def check(keys: list[str], target: Any) -> None:
+    assert isinstance(target, DenseTarget)
+    assert target.temperature == 2
+    logits = LOGITS[[KEYS.index(key) for key in keys]] / 2
+    expected = (logits - logits.max(axis=1, keepdims=True)).astype(np.float16)
+    assert np.array_equal(target.scaled_logits.numpy(), expected)
+
+
+class Pairs(Dataset[tuple[torch.Tensor, int]]):
+    """Item i is (a tensor of i, i), so that a batch says which samples it holds."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((2,), float(index)), index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_plain_dataloader_gets_the_label_of_each_item(store: Path, workers: int, batched: bool) -> None:
+    numbers = torch.arange(ROWS)
+    dataset: Dataset[Any] = TensorDataset(numbers.float(), numbers) if batched else Pairs()
+    data = softlabel.with_soft_labels(dataset, store, key_fn=KEYS.__getitem__)
+    assert len(data) == ROWS
+    assert data.temperature == 2
+    loader = DataLoader(data, batch_size=16, shuffle=True, collate_fn=data.collate, num_workers=workers)
+    seen: Counter[int] = Counter()
+    for (items, labels), target in loader:
+        assert torch.equal(items.reshape(len(labels), -1)[:, 0].long(), labels)
+        check([KEYS[number] for number in labels], target)
+        seen.update(labels.tolist())
+    assert seen == Counter(range(ROWS))
+    item, row = data[3]
+    assert int(item[1]) == 3
+    check([KEYS[3]], data.join.of_rows(np.array([row])))
+
+
+def test_a_dataset_that_batches_is_asked_for_batches(store: Path) -> None:
+    class Batched(Pairs):
+        def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
+            asked.append(list(indices))
+            return [self[index] for index in indices]
+
+    asked: list[list[int]] = []
+    data = softlabel.with_soft_labels(Batched(), store, key_fn=KEYS.__getitem__)
+    next(iter(DataLoader(data, batch_size=5, collate_fn=data.collate)))
+    assert asked == [[0, 1, 2, 3, 4]]
+
+
+def test_samples_without_labels_are_named_or_left_out(store: Path) -> None:
+    def key(index: int) -> str:
+        return KEYS[index] if index % 10 else f"new {index}"
+
+    with pytest.raises(MissingKeyError, match=r"6 of 60 keys have no row, the first: 'new 0', 'new 10', 'new 20'"):
+        softlabel.with_soft_labels(Pairs(), store, key_fn=key)
+    data = softlabel.with_soft_labels(Pairs(), store, key_fn=key, missing="skip")
+    seen = []
+    for (_, labels), target in DataLoader(data, batch_size=20, collate_fn=data.collate):
+        check([KEYS[number] for number in labels], target)
+        seen += labels.tolist()
+    assert seen == [number for number in range(ROWS) if number % 10]
+    with pytest.raises(DataError, match="none of its 60 samples has a row"):
+        softlabel.with_soft_labels(Pairs(), store, missing="skip")
+    with pytest.raises(UsageError, match="'error' or 'skip'"):
+        softlabel.with_soft_labels(Pairs(), store, missing="hard-only")  # type: ignore[arg-type]
+
+
+def write_tars(folder: Path) -> list[str]:
+    """Two WebDataset shards of raw arrays and class numbers."""
+    names = []
+    for number, keys in enumerate((KEYS[:40], KEYS[40:])):
+        names.append(str(folder / f"data-{number}.tar"))
+        with tarfile.open(names[-1], "w") as tar:
+            for key in keys:
+                for suffix, data in (("cls", str(KEYS.index(key)).encode()), ("txt", key.encode())):
+                    entry = tarfile.TarInfo(f"{key}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_webdataset_pipeline_gets_its_targets(store: Path, tmp_path: Path, workers: int) -> None:
+    wds = pytest.importorskip("webdataset", reason="needs the extra 'webdataset'")
+    urls = write_tars(tmp_path)
+    join = softlabel.LabelJoin(store)
+    dicts = wds.WebDataset(urls, shardshuffle=False).shuffle(10).decode().batched(8).map(join)
+    seen: Counter[str] = Counter()
+    for batch in wds.WebLoader(dicts, batch_size=None, num_workers=workers):
+        assert [KEYS[number] for number in batch["cls"]] == batch["__key__"] == batch["txt"]
+        check(batch["__key__"], batch["target"])
+        seen.update(batch["__key__"])
+    assert seen == Counter(KEYS)
+    by_place = softlabel.LabelJoin(store, key=1)
+    tuples = wds.WebDataset(urls, shardshuffle=False).decode().to_tuple("cls", "__key__").batched(8).map(by_place)
+    classes, keys, target = next(iter(tuples))
+    assert [KEYS[number] for number in classes] == keys
+    check(keys, target)
+
+
+def test_hugging_face_datasets_carry_the_columns(store: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets")
+    data = datasets.Dataset.from_dict({"name": KEYS, "label": list(range(ROWS))})
+    join = softlabel.LabelJoin(store, key="name")
+    written = data.map(join.columns, batched=True, batch_size=7).with_format("torch")
+    for dataset in (data.with_transform(join.columns), written):
+        for batch in DataLoader(dataset, batch_size=16, shuffle=True):
+            keys = [KEYS[number] for number in batch["label"]]
+            assert batch["name"] == keys
+            check(keys, join.from_columns(batch))
+            assert set(batch) == {"name", "label"}
+    for batch in DataLoader(data, batch_size=16, collate_fn=lambda rows: join(default_collate(rows))):
+        check([KEYS[number] for number in batch["label"]], batch["target"])
+    with pytest.raises(DataError, match="expected the column 'soft_logits'"):
+        join.from_columns({"name": KEYS})
+
+
+def test_other_encodings_survive_being_columns(tmp_path: Path) -> None:
+    run = storekit.make_run(samples=30, classes=300)
+    samples = storekit.Samples.of(run, keys=[str(number) for number in range(30)])
+    storekit.write_store(tmp_path / "dense", run, samples)
+    encoding = Encoding(name="topk", k=5, temperatures=(run.temperature,))
+    convert_store(tmp_path / "dense", tmp_path / "topk", encoding=encoding, progress=False)
+    join = softlabel.LabelJoin(tmp_path / "topk", key="id")
+    rows = [
+        {"id": number, **{k: v[0] for k, v in join.columns({"id": [number]}).items() if k != "id"}} for number in (7, 3)
+    ]
+    target, expected = join.from_columns(default_collate(rows)), join.target(["7", "3"])
+    assert isinstance(target, TopKTarget)
+    for field in dataclasses.fields(target):
+        one, other = getattr(target, field.name), getattr(expected, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    top = samples.logits[0, [7, 3]].argmax(axis=1)
+    assert target.index[:, 0].tolist() == top.tolist()
+
+
+def test_a_join_says_what_it_cannot_do(store: Path, tmp_path: Path) -> None:
+    join = softlabel.LabelJoin(store)
+    with pytest.raises(MissingKeyError, match="'nobody'"):
+        join({"__key__": [KEYS[0], "nobody"]})
+    with pytest.raises(DataError, match="expected its keys under '__key__', found name, x; say where they are"):
+        join({"name": KEYS, "x": KEYS})
+    with pytest.raises(DataError, match="expected its keys under '__key__', found 2 places"):
+        join((KEYS, KEYS))
+    copy = pickle.loads(pickle.dumps(join))
+    check(KEYS[:3], copy.target(KEYS[:3]))
+    storekit.write_store(tmp_path / "views", storekit.make_run(views=3))
+    with pytest.raises(UsageError, match="3 views of each image; SoftLabelLoader"):
+        softlabel.LabelJoin(open_store(tmp_path / "views"))
