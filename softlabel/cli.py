@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("softlabel").setLevel(logging.INFO)  # what other libraries tell at this level is not for the user
     try:
         chosen = _Options(name) if name in COMMANDS else None
         parsed = _parser(chosen, name).parse_args(_join_repeats(arguments, chosen.lists()) if chosen else arguments)

@@ -47,7 +47,9 @@ def generate(
         softlabel generate --data train.parquet --teacher torchvision:resnet50@resnet50.pth --out labels/resnet50
 
     Args:
-        data: Parquet file or folder of images, folder of images, torchvision:NAME?root=..., or digits.
+        data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
+            .npy, .npz), a list of files (.txt, .csv), torchvision:NAME?root=..., or digits; options behind '?', see
+            the README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER;
             options after '?': mean, std, resize, crop, interpolation, weights. Several make an ensemble.
         out: folder of the store.

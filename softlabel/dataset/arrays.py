@@ -29,6 +29,7 @@ class ArraySource(ListedSource):
     """Rows of one array. Keys are the row numbers, or the strings of another array."""
 
     kind = "array"
+    against_equal_keys = "mend the keys, or leave keys= out to number the samples"
 
     def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name = name

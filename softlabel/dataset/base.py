@@ -52,6 +52,8 @@ class Source(ABC):
     name: str
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
+    # What a user can do about two samples of one key.
+    against_equal_keys: str = "give a key_fn that tells them apart"
     _fingerprint: str | None = None
 
     @abstractmethod
@@ -170,8 +172,7 @@ def _refuse_duplicates(source: Source, hashes_N: NDArray[np.uint64]) -> None:
         listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in twice.items())
         raise DataError(
             f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; "
-            "name another column with '?key=COLUMN' (Parquet), number the samples with '?key=index', or give a key_fn "
-            "that tells them apart"
+            f"{source.against_equal_keys}"
         )
 
 

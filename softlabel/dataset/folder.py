@@ -26,6 +26,7 @@ class FolderSource(ListedSource):
     """Files below a root; the key is the path relative to it, with forward slashes. One Arrow array holds the paths."""
 
     kind = "folder"
+    against_equal_keys = "name each file once"
 
     def __init__(
         self,

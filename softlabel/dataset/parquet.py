@@ -45,6 +45,7 @@ class ParquetSource(Source):
     """One or several files of one schema, one after the other. The key is the image's `path` where there is one."""
 
     kind = "parquet"
+    against_equal_keys = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name, self._files = name, files

@@ -2,8 +2,9 @@
 
 Legend: B ranges, each a file number, an offset and a size in bytes.
 
-Ranges that lie close together are one request; a request that goes on where the last one ended takes `AHEAD` bytes,
-of which the next ones are served. A process holds `_WINDOWS` such pieces, whatever the size of the data.
+Ranges that lie close together are one request; one that goes on where the last one ended takes more and more ahead,
+up to `AHEAD` bytes, of which the next ones are served. A process holds `_WINDOWS` such pieces, however large the
+data.
 """
 
 import io
@@ -65,7 +66,7 @@ class RemoteFiles(Files):
         for places in _neighbours(order, numbers_B, offsets_B, offsets_B + sizes_B):
             number, start = int(numbers_B[places[0]]), int(offsets_B[places[0]])
             stop = int((offsets_B + sizes_B)[places].max())
-            data = self._reach.get().window.read(self, number, start, stop, AHEAD)
+            data = self._reach.get().window.read(self, number, start, stop, ahead=AHEAD, near=GAP)
             for place in places.tolist():
                 at = int(offsets_B[place]) - start
                 found[place] = data[at : at + int(sizes_B[place])]
@@ -97,15 +98,18 @@ class _Window:
         self._lock = threading.Lock()
         self._pieces: dict[int, tuple[int, bytes]] = {}
 
-    def read(self, files: RemoteFiles, number: int, start: int, stop: int, ahead: int) -> bytes:
+    def read(self, files: RemoteFiles, number: int, start: int, stop: int, *, ahead: int, near: int) -> bytes:
+        """The bytes start to stop; what begins at most `near` bytes behind the last piece goes on from there."""
         with self._lock:
             first, piece = self._pieces.get(number, (0, b""))
             last = first + len(piece)
             if piece and first <= start and stop <= last:
                 return piece[start - first : stop - first]
-            goes_on = bool(piece) and first <= start <= last + GAP
-            until = min(max(stop, start + ahead), files.size(number)) if goes_on else stop
-            piece = files.fetch(number, start, max(until, stop))
+            goes_on = bool(piece) and first <= start <= last + near
+            # Longer step by step, as kernels do it: two neighbours may be chance.
+            until = min(start + min(ahead, max(4 * len(piece), GAP)), files.size(number)) if goes_on else stop
+            known = piece[start - first :] if piece and first <= start <= last else b""
+            piece = known + files.fetch(number, start + len(known), max(until, stop))
             self._pieces.pop(number, None)
             self._pieces[number] = (start, piece)
             while len(self._pieces) > _WINDOWS:
@@ -138,7 +142,8 @@ class RangeFile(io.RawIOBase):
         stop = end if size is None or size < 0 else min(self._at + size, end)
         if stop <= self._at:
             return b""
-        data = self._window.read(self._files, self._number, self._at, stop, _SCAN_AHEAD)
+        # Who looks for headers steps over what lies between: a piece then holds several of them.
+        data = self._window.read(self._files, self._number, self._at, stop, ahead=_SCAN_AHEAD, near=_SCAN_AHEAD)
         self._at = stop
         return data
 
@@ -217,6 +222,9 @@ def found_below(url: str) -> dict[str, int]:
 
 
 def _refused(url: str, error: Exception) -> SpecError:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and "Connect" in type(cause).__name__:  # the web's calls all trouble "not found"
+        error = cause
     if isinstance(error, FileNotFoundError):
         return SpecError(f"{url}: expected a file or folder, found nothing there; check the URL")
     if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {error}".lower():

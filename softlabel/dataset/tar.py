@@ -73,6 +73,10 @@ class TarSource(ListedSource):
     """One or several plain tar files, one after the other. The key is the path inside, up to the name's first dot."""
 
     kind = "tar"
+    against_equal_keys = (
+        "put the tar file's name before its keys with '?key=shard', or number the samples with '?key=index'; samples "
+        "must differ before the first dot of their names, and their files must follow each other"
+    )
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name, self._files = name, files
