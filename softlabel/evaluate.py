@@ -18,7 +18,7 @@ from softlabel.dataset import IGNORE, Source
 from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, SpecError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
-from softlabel.loss.reference import scaled_logits
+from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model
 from softlabel.spec import parse_spec
@@ -43,6 +43,7 @@ class Evaluation:
         teacher_kl: mean KL(teacher || model) in nats, both at the store's temperature.
         teacher_accuracy: of the teacher's labels, on the images that have both.
         temperature: of the store.
+        note: which figures about the teacher its labels cannot give, and why.
     """
 
     samples: int
@@ -55,6 +56,7 @@ class Evaluation:
     teacher_kl: float | None = None
     teacher_accuracy: float | None = None
     temperature: float | None = None
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -73,6 +75,7 @@ class Evaluation:
             ("accuracy of the teacher", self.teacher_accuracy),
         )
         lines += [(name, f"{value:.4f}") for name, value in named if value is not None]
+        lines += [("teacher", self.note)] if self.note is not None else []
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
@@ -139,7 +142,6 @@ def evaluate(
         )
 
 
-@torch.inference_mode()
 def measure(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -154,22 +156,50 @@ def measure(
     Raises:
         MismatchError: the model's classes are not those of the source.
     """
-    names = source.class_names if source.has_labels else None
-    totals = _Totals()
+    measurement = Measurement(model, preprocessing=preprocessing, device=device, precision=precision, source=source)
     for batch in batches:
-        moved = batch.to(device, non_blocking=True)
-        images_BCHW = preprocessing.normalize(moved.images)
-        with autocast(device, precision):
-            logits_BC = model(images_BCHW)
+        measurement.add(batch.to(device, non_blocking=True))
+    return measurement.result()
+
+
+class Measurement:
+    """What `measure` does, batch by batch: for several models that share a pass, or several processes.
+
+    Args:
+        model: on `device` and in eval mode.
+        source: whose classes the model must have.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, preprocessing: Preprocessing, device: torch.device, precision: str, source: Source
+    ) -> None:
+        self._model, self._preprocessing, self._device, self._precision = model, preprocessing, device, precision
+        self._source = source
+        self._totals = _Totals()
+
+    @torch.inference_mode()
+    def add(self, batch: Batch) -> None:
+        """A batch on the device; rows of weight 0 do not count."""
+        images_BCHW = self._preprocessing.normalize(batch.images)
+        with autocast(self._device, self._precision):
+            logits_BC = self._model(images_BCHW)
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
+        names = self._source.class_names if self._source.has_labels else None
         if names is not None and len(names) != logits_BC.shape[1]:
             raise MismatchError(
-                f"model: has {logits_BC.shape[1]} classes, {source.name} has {len(names)}; "
+                f"model: has {logits_BC.shape[1]} classes, {self._source.name} has {len(names)}; "
                 "measure it on data of its own classes"
             )
-        totals.add(logits_BC.double(), moved)
-    return totals.result()
+        self._totals.add(logits_BC.double(), batch)
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Evaluation:
+        """Of all batches so far.
+
+        Args:
+            reduce: adds up a float64 tensor on the CPU over the processes that measure together.
+        """
+        return self._totals.result(reduce)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -197,60 +227,94 @@ def _refuse_random(spec: str) -> None:
 class _Totals:
     """Sums over batches, float64."""
 
+    NAMES = (
+        *("samples", "labelled", "correct", "nats"),
+        *("known", "agreed", "known_labelled", "known_correct", "comparable", "teacher_nats"),
+    )
+
     def __init__(self) -> None:
-        self.samples = self.labelled = self.correct = self.with_teacher = self.agreed = 0
-        self.teacher_labelled = self.teacher_correct = 0
-        self.nats = self.teacher_nats = 0.0
+        self.sums = dict.fromkeys(self.NAMES, 0.0)
         self.bins_3K = torch.zeros(3, BINS, dtype=torch.float64)
         self.temperature: float | None = None
+        self.unknown = 0.0  # images whose soft labels do not tell a most probable class
 
     def add(self, logits_BC: Tensor, batch: Batch) -> None:
-        self.samples += len(batch)
-        labelled_B = batch.labels != IGNORE
+        counts_B = torch.ones_like(batch.labels, dtype=torch.bool) if batch.weight is None else batch.weight > 0
+        labelled_B = (batch.labels != IGNORE) & counts_B
         labels_B = batch.labels[labelled_B]
         if len(labels_B) and int(labels_B.max()) >= logits_BC.shape[1]:
             raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the data has label {int(labels_B.max())}")
         log_probs_BC = F.log_softmax(logits_BC, dim=1)
         best_B = log_probs_BC.argmax(dim=1)
         correct_B = best_B[labelled_B] == labels_B
-        self.labelled += len(labels_B)
-        self.correct += int(correct_B.sum())
-        self.nats += float(F.nll_loss(log_probs_BC[labelled_B], labels_B, reduction="sum"))
         confidence_B = log_probs_BC.amax(dim=1).exp()[labelled_B]
         self.bins_3K += torch.stack(_bins(confidence_B, correct_B)).cpu()
+        self._sum(
+            samples=counts_B.sum(),
+            labelled=len(labels_B),
+            correct=correct_B.sum(),
+            nats=F.nll_loss(log_probs_BC[labelled_B], labels_B, reduction="sum"),
+        )
         if batch.target is not None:
-            known_B = batch.has_target if batch.has_target is not None else torch.ones_like(labelled_B)
+            known_B = counts_B if batch.has_target is None else counts_B & batch.has_target
             self._add_teacher(logits_BC[known_B], best_B[known_B], batch.target.take(known_B), batch.labels[known_B])
 
     def _add_teacher(self, logits_BC: Tensor, best_B: Tensor, target: Target, labels_B: Tensor) -> None:
-        if not isinstance(target, DenseTarget | Int8Target | HeadTarget):
-            return
         if target.num_classes != logits_BC.shape[1]:
             raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the store has {target.num_classes}")
         self.temperature = target.temperature
-        log_p_BC = F.log_softmax(scaled_logits(target), dim=1)
-        log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
-        p_BC = log_p_BC.exp()
-        teacher_B = log_p_BC.argmax(dim=1)
+        teacher_B = top_class(target)
+        if teacher_B is None:
+            self.unknown += len(best_B)
+            return
         labelled_B = labels_B != IGNORE
-        self.with_teacher += len(best_B)
-        self.agreed += int((best_B == teacher_B).sum())
-        self.teacher_nats += float(torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum())
-        self.teacher_labelled += int(labelled_B.sum())
-        self.teacher_correct += int((teacher_B == labels_B)[labelled_B].sum())
+        self._sum(
+            known=len(best_B),
+            agreed=(best_B == teacher_B).sum(),
+            known_labelled=labelled_B.sum(),
+            known_correct=(teacher_B == labels_B)[labelled_B].sum(),
+        )
+        if isinstance(target, DenseTarget | Int8Target | HeadTarget):
+            log_p_BC = teacher_log_probs(target, torch.float64)
+            log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
+            p_BC = log_p_BC.exp()
+            self._sum(
+                comparable=len(best_B),
+                teacher_nats=torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum(),
+            )
 
-    def result(self) -> Evaluation:
+    def _sum(self, **values: float | Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] += float(value)
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None) -> Evaluation:
+        sums, bins_3K, unknown = self.sums, self.bins_3K, self.unknown
+        if reduce is not None:
+            flat = torch.tensor([*sums.values(), unknown], dtype=torch.float64)
+            flat = reduce(torch.cat([flat, bins_3K.ravel()]))
+            *totals, unknown = flat[: len(sums) + 1].tolist()
+            sums, bins_3K = dict(zip(sums, totals, strict=True)), flat[len(sums) + 1 :].reshape(3, BINS)
+
+        def mean(name: str, count: str) -> float | None:
+            return sums[name] / sums[count] if sums[count] else None
+
+        note = None
+        if unknown:
+            note = "the store holds classes drawn from the teacher, which do not tell its most probable one"
+        elif sums["known"] and not sums["comparable"]:
+            note = "the store holds the teacher's largest classes alone: no KL divergence over all of them"
         return Evaluation(
-            samples=self.samples,
-            labelled=self.labelled,
-            accuracy=_mean(self.correct, self.labelled),
-            cross_entropy=_mean(self.nats, self.labelled),
-            calibration_error=_ece(*self.bins_3K) if self.labelled else None,
-            with_teacher=self.with_teacher,
-            agreement=_mean(self.agreed, self.with_teacher),
-            teacher_kl=_mean(self.teacher_nats, self.with_teacher),
-            teacher_accuracy=_mean(self.teacher_correct, self.teacher_labelled),
+            samples=int(sums["samples"]),
+            labelled=int(sums["labelled"]),
+            accuracy=mean("correct", "labelled"),
+            cross_entropy=mean("nats", "labelled"),
+            calibration_error=_ece(*bins_3K) if sums["labelled"] else None,
+            with_teacher=int(sums["known"]),
+            agreement=mean("agreed", "known"),
+            teacher_kl=mean("teacher_nats", "comparable"),
+            teacher_accuracy=mean("known_correct", "known_labelled"),
             temperature=self.temperature,
+            note=note,
         )
 
 
@@ -268,10 +332,6 @@ def _bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tens
 def _ece(samples_K: Tensor, confidence_K: Tensor, correct_K: Tensor) -> float:
     # Counts cancel: count / N * |correct / count - confidence / count|.
     return float((correct_K - confidence_K).abs().sum() / samples_K.sum())
-
-
-def _mean(total: float, count: int) -> float | None:
-    return total / count if count else None
 
 
 def _spec(model: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Commands about students: train, evaluate."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -7,7 +8,7 @@ from softlabel.commands.config import local, write_config
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
-    from softlabel.train import TrainConfig
+    from softlabel.train import TrainConfig, TrainResult
 
 
 def train(config: "TrainConfig") -> int:
@@ -22,6 +23,10 @@ def train(config: "TrainConfig") -> int:
 
     local(config.out, "--out")
     result = run(config)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # torchrun's first process speaks for all
+    if len(result.students) > 1:
+        return _several(result)
     if result.already_done:
         print(f"{result.out}: already trained; --overwrite trains it anew")
         return 0
@@ -31,6 +36,19 @@ def train(config: "TrainConfig") -> int:
         print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
     print(f"  measure it with: softlabel evaluate --data SOURCE --model {result.out}")
     return 0
+
+
+def _several(result: "TrainResult") -> int:
+    """The table and the picture of several students; 1 if one of them was given up."""
+    from softlabel.report import plot_runs
+
+    failed = [student for student in result.students if student.failure is not None]
+    print(f"{result.out}: {len(result.students)} students in one pass, in {result.seconds:.1f} s")
+    print(result.table())
+    drawn = {student.name: student.out for student in result.students if student.history}
+    if drawn:
+        print(f"curves: {plot_runs(drawn, Path(result.out) / 'curves.png')}")
+    return 1 if failed else 0
 
 
 def evaluate(

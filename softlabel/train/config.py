@@ -1,6 +1,7 @@
-"""What a run is: its settings, which of them are its identity, and the learning rate that follows from them."""
+"""What a run is: its settings, and which of them are its identity."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,139 +10,237 @@ from softlabel.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How to train a student.
+    """How to train a student, or several that share one pass over the data.
+
+    student, temperature, soft_weight, hard_weight, label_smoothing, optimizer, lr and weight_decay take several values.
+    Every combination of them is a student; they share decoding, augmentation and the reading of labels, and each has a
+    folder in `out`.
 
     Attributes:
-        data: a SOURCE of images, labelled or not.
+        data: a SOURCE of images, labelled or not; several are trained on together.
         student: a SPEC; without a checkpoint it starts from random weights.
-        out: the run folder.
+        out: the run folder; of several students, the folder of their run folders.
         labels: the store with the teacher's soft labels; absent: hard labels only.
-        eval_data: a SOURCE on which accuracy is measured after every epoch.
+        eval_data: a SOURCE on which accuracy is measured.
+        mix: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then ends
+            where the first source has been seen once. Absent: an epoch is every sample of all of them.
         epochs: passes over the data.
-        batch_size: samples a step.
+        batch_size: samples a step, over all processes together.
+        accumulate: parts into which a batch is cut, one forward and backward pass each.
         temperature: of the soft term; absent: that of the store.
         mix_rule: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
             their probabilities, at the temperature of the soft term.
         mix_weights: one number a member of such a store; equal when absent, 0 leaves a member out.
         soft_weight: of the soft term; absent: 0.9 with a store, 0 without.
-        hard_weight: of the hard term; absent: 0.1 with a store, 1 without.
+        hard_weight: of the hard term; absent: 0.1 beside a soft term, 1 without.
         label_smoothing: of the hard term.
+        mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
         optimizer: sgd (with momentum) or adamw.
         lr: the highest learning rate; absent: 0.1 for sgd, 0.001 for adamw.
         momentum: of sgd.
         nesterov: whether sgd looks ahead.
         weight_decay: of every parameter.
-        warmup_epochs: over which the learning rate rises linearly; then it falls to 0 along a cosine.
+        clip_norm: gradients of a larger norm than this are scaled down to it.
+        ema: decay of an exponential moving average of the weights, such as 0.999, which is then the student that is
+            evaluated and saved.
+        schedule: of the learning rate: cosine falls to 0, step falls at `lr_drops`, one-cycle rises for 30% of the run
+            from lr / 25 and falls to lr / 250000, constant stays.
+        warmup_epochs: over which the learning rate rises linearly; absent: 1, and none for one-cycle.
+        lr_drops: epochs at which schedule step multiplies the learning rate by `lr_factor`; absent: at 1/2 and 3/4.
+        lr_factor: see `lr_drops`.
         augment: crop-flip (pad by `crop_padding`, crop, mirror), crop (without mirroring) or none. The soft labels
             are those of the un-augmented image.
         crop_padding: pixels on each side.
         missing: samples without a row in the store: error, skip, or hard-only.
         ignore_labels: do not use hard labels even if the data has them.
+        eval_every: epochs from one evaluation to the next; the last epoch is always evaluated.
+        patience: stop once the accuracy has not risen for so many evaluations; absent: never.
+        select: which weights the finished student has: those of the last epoch, or of the best evaluation.
         seed: of the student's weights, the order and the augmentation.
         precision: bf16 and fp16 use autocast; auto is fp32 on the CPU, bf16 on CUDA devices that have it, else fp16.
         compile: compile the student with torch.compile.
+        sync_batchnorm: of several processes: normalise by the statistics of the whole batch.
         device: auto, cpu, cuda or cuda:N.
+        students_at_once: of several students on the CPU: how many are trained at the same time, sharing its cores;
+            absent: one for each core that torch uses.
         workers: processes that read and decode; absent: chosen from the machine.
         cache_mb: memory for decoded images in MiB; all or none are kept.
         checkpoint_minutes: how often a checkpoint is written within an epoch; one is written after every epoch.
         tensorboard: write TensorBoard events too.
+        tracker: send metrics to wandb or mlflow too (extras of the same names), as their environment says.
         overwrite: start anew where the folder holds another run or a finished one.
         progress: show a bar; absent: if standard error is a terminal.
     """
 
-    data: str
-    student: str
+    data: str | list[str]
+    student: str | list[str]
     out: str
     labels: str | None = None
     eval_data: str | None = None
+    mix: str | None = None
     epochs: int = 10
     batch_size: int = 128
-    temperature: float | None = None
+    accumulate: int = 1
+    temperature: float | list[float] | None = None
     mix_rule: Literal["logits", "probs"] | None = None
     mix_weights: list[float] | None = None
-    soft_weight: float | None = None
-    hard_weight: float | None = None
-    label_smoothing: float = 0.0
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float | None = None
+    soft_weight: float | list[float] | None = None
+    hard_weight: float | list[float] | None = None
+    label_smoothing: float | list[float] = 0.0
+    mixup: float = 0.0
+    optimizer: Literal["sgd", "adamw"] | list[Literal["sgd", "adamw"]] = "sgd"
+    lr: float | list[float] | None = None
     momentum: float = 0.9
     nesterov: bool = True
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 1.0
+    weight_decay: float | list[float] = 5e-4
+    clip_norm: float | None = None
+    ema: float | None = None
+    schedule: Literal["cosine", "step", "one-cycle", "constant"] = "cosine"
+    warmup_epochs: float | None = None
+    lr_drops: list[float] | None = None
+    lr_factor: float = 0.1
     augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
     crop_padding: int = 4
     missing: Literal["error", "skip", "hard-only"] = "error"
     ignore_labels: bool = False
+    eval_every: int = 1
+    patience: int | None = None
+    select: Literal["last", "best"] = "last"
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    sync_batchnorm: bool = False
     device: str = "auto"
+    students_at_once: int | None = None
     workers: int | None = None
     cache_mb: int = 4096
     checkpoint_minutes: float = 10.0
     tensorboard: bool = True
+    tracker: Literal["wandb", "mlflow"] | None = None
     overwrite: bool = False
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        at_least = {
-            "epochs": (self.epochs, 1),
-            "batch_size": (self.batch_size, 1),
-            "soft_weight": (self.soft_weight, 0),
-            "hard_weight": (self.hard_weight, 0),
-            "lr": (self.lr, 0),
-            "momentum": (self.momentum, 0),
-            "weight_decay": (self.weight_decay, 0),
-            "warmup_epochs": (self.warmup_epochs, 0),
-            "crop_padding": (self.crop_padding, 0),
-            "cache_mb": (self.cache_mb, 0),
-            "checkpoint_minutes": (self.checkpoint_minutes, 0),
-            "workers": (self.workers, 0),
-        }
-        for name, (value, least) in at_least.items():
-            if value is not None and not least <= value < math.inf:
-                raise UsageError(f"{name}: expected a number of at least {least}, found {value}")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise UsageError(f"temperature: expected a number above 0, found {self.temperature}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {self.label_smoothing}")
-        if self.soft and self.labels is None:
-            raise UsageError(f"soft_weight: {self.soft_weight} needs soft labels; give --labels STORE")
-        if self.soft == 0 and self.hard == 0:
-            raise UsageError("soft_weight and hard_weight: both are 0, there is nothing to learn from")
+        for name in ("data", *GRID):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                if not value:
+                    raise UsageError(f"{name}: expected at least one value, found none")
+                if len(value) == 1:  # one value of an option that takes several
+                    object.__setattr__(self, name, value[0])
+        _check_numbers(self)
+        _check_combinations(self)
 
     @property
-    def soft(self) -> float:
-        """The soft term's weight, resolved."""
-        return self.soft_weight if self.soft_weight is not None else (0.9 if self.labels is not None else 0.0)
+    def mix_shares(self) -> tuple[int, ...] | None:
+        """`mix` as whole numbers, one a source."""
+        if self.mix is None:
+            return None
+        try:
+            shares = tuple(int(part) for part in self.mix.split(":"))
+        except ValueError:
+            shares = ()
+        sources = self.data if isinstance(self.data, list) else [self.data]
+        if len(shares) != len(sources) or len(shares) < 2 or min(shares) < 1:
+            raise UsageError(
+                f"mix: expected a whole number of at least 1 for each of the {len(sources)} sources of --data, such as "
+                f"1:7 for two, found {self.mix!r}"
+            )
+        return shares
 
-    @property
-    def hard(self) -> float:
-        """The hard term's weight, resolved."""
-        return self.hard_weight if self.hard_weight is not None else (0.1 if self.labels is not None else 1.0)
+    def values(self, name: str) -> list[Any]:
+        """The values of an option that takes several, as a list."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, list) else [value]
 
-    @property
-    def peak_lr(self) -> float:
-        """The highest learning rate, resolved."""
-        return self.lr if self.lr is not None else {"sgd": 0.1, "adamw": 1e-3}[self.optimizer]
+    def shared_identity(self) -> dict[str, Any]:
+        """The settings that all students have in common and that decide what their weights become."""
+        return {name: value for name, value in asdict(self).items() if name not in (*_NOT_IDENTITY, *GRID)}
 
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over the whole run: a linear rise, then half a cosine to 0."""
-        total = self.epochs * steps_per_epoch
-        warmup = min(round(self.warmup_epochs * steps_per_epoch), total - 1)
-        if step < warmup:
-            return self.peak_lr * (step + 1) / (warmup + 1)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that decide what the weights become; a run is resumed only if they are the same."""
-        given = asdict(self) | {"soft_weight": self.soft, "hard_weight": self.hard, "lr": self.peak_lr}
-        return {name: value for name, value in given.items() if name not in _NOT_IDENTITY}
-
+# Whose several values make several students, in the order in which their names have them.
+GRID = ("student", "optimizer", "lr", "weight_decay", "label_smoothing", "temperature", "soft_weight", "hard_weight")
 
 # Where things lie (data and store are compared by what they hold), and what only changes speed or what is reported.
 _NOT_IDENTITY = {"data", "out", "labels", "eval_data", "device", "workers", "cache_mb", "checkpoint_minutes"} | {
     "tensorboard",
+    "tracker",
+    "students_at_once",
     "overwrite",
     "progress",
 }
+
+_AT_LEAST: Mapping[str, float] = {
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "soft_weight": 0,
+    "hard_weight": 0,
+    "mixup": 0,
+    "lr": 0,
+    "momentum": 0,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+    "lr_factor": 0,
+    "crop_padding": 0,
+    "eval_every": 1,
+    "patience": 1,
+    "students_at_once": 1,
+    "cache_mb": 0,
+    "checkpoint_minutes": 0,
+    "workers": 0,
+}
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, least in _AT_LEAST.items():
+        for value in config.values(name):
+            if value is not None and not least <= value < math.inf:
+                raise UsageError(f"{name}: expected a number of at least {least}, found {value}")
+    for name in ("temperature", "clip_norm"):
+        for value in config.values(name):
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name}: expected a number above 0, found {value}")
+    for value in config.values("label_smoothing"):
+        if not 0 <= value <= 1:
+            raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {value}")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise UsageError(f"ema: expected a number between 0 and 1, found {config.ema}")
+    for name in GRID:
+        values = config.values(name)
+        if len(set(values)) < len(values):
+            raise UsageError(f"{name}: expected different values, found {values}")
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    """Options that need another one, or exclude it: nothing that was asked for is ignored."""
+    soft = [weight for weight in config.values("soft_weight") if weight != 0]  # None stands for 0.9 with a store
+    without_soft = config.labels is None or 0 in config.values("soft_weight")
+    if without_soft and 0 in config.values("hard_weight"):
+        raise UsageError("soft_weight and hard_weight: both are 0, there is nothing to learn from")
+    if config.labels is None:
+        if any(config.values("soft_weight")):
+            raise UsageError(f"soft_weight: {config.soft_weight} needs soft labels; give --labels STORE")
+        if config.temperature is not None:
+            raise UsageError(
+                f"temperature: {config.temperature} is that of the soft term, which needs soft labels; give --labels "
+                "STORE, or leave --temperature out"
+            )
+    elif config.temperature is not None and not soft:
+        raise UsageError("temperature: soft_weight is 0, so there is no soft term whose temperature it could be")
+    if config.mixup and config.labels is not None and soft:
+        raise UsageError(
+            "mixup: a mixed image has no soft label in the store; use it with hard labels alone (without --labels, or "
+            "--soft-weight 0)"
+        )
+    if config.schedule == "one-cycle" and config.warmup_epochs is not None:
+        raise UsageError("warmup_epochs: schedule one-cycle rises by itself; leave --warmup-epochs out")
+    if config.schedule != "step" and config.lr_drops is not None:
+        raise UsageError(f"lr_drops: only schedule step has drops, found schedule {config.schedule}")
+    if config.eval_data is None:
+        for name, given in (("patience", config.patience is not None), ("select best", config.select == "best")):
+            if given:
+                raise UsageError(f"{name}: the accuracy has to be measured for it; give --eval-data SOURCE")
+    if config.accumulate > config.batch_size:
+        raise UsageError(f"accumulate: a batch of {config.batch_size} cannot be cut into {config.accumulate} parts")
+    _ = config.mix_shares

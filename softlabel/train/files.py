@@ -4,7 +4,11 @@ run.json            what the run is (its identity)
 config.yaml         the settings as given, for `--config`
 checkpoint.pt       where it is
 metrics.csv, tensorboard/
+best.safetensors    the weights of the best evaluation so far
+failed.json         why the student was given up
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
+
+The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them.
 """
 
 import contextlib
@@ -20,11 +24,16 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
+FORMAT = 2  # of a checkpoint
+BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -54,7 +63,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Raises TrainingError: the disk is full."""
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save({"format": FORMAT, **state}, buffer)
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
 
 
@@ -73,7 +82,43 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(f"{path}: damaged ({reason}); remove it, or start anew with --overwrite") from error
     assert isinstance(state, dict)
+    if state.get("format") != FORMAT:
+        raise TrainingError(
+            f"{path}: expected format {FORMAT}, found {state.get('format')}: another version of softlabel wrote it; "
+            "finish the run with that one, or start anew with --overwrite"
+        )
     return state
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Raises TrainingError: the disk is full."""
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomically(path, save(state))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill a model with what `save_weights` wrote.
+
+    Raises:
+        TrainingError: the file is gone or damaged.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
+
+
+def read_failure(folder: Path) -> str | None:
+    """Why the student of a folder was given up, if it was."""
+    try:
+        return str(json.loads((folder / FAILED).read_text())["reason"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_failure(folder: Path, reason: str) -> None:
+    write_atomically(folder / FAILED, json.dumps({"reason": reason}, indent=2).encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -103,6 +148,25 @@ def run_folder(
         yield
 
 
+def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+    """Make the folder of several students, and say in it which they are.
+
+    Raises:
+        UsageError: something else lies there.
+    """
+    if any((folder / name).exists() for name in (IDENTITY, CHECKPOINT, *MODEL)):
+        raise UsageError(f"{folder}: holds the run of a single student; use another --out")
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{folder}: holds a store of soft labels; use another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads((folder / STUDENTS).read_text()) if (folder / STUDENTS).exists() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: cannot be used as a run folder: {error}") from error
+    write_atomically(folder / STUDENTS, json.dumps({**earlier, **students}, indent=2).encode() + b"\n")
+    write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+
+
 def is_finished(folder: Path) -> bool:
     return all((folder / name).exists() for name in MODEL)
 
@@ -111,6 +175,8 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
     if (folder / "manifest.json").exists():
         raise UsageError(f"{folder}: holds a store of soft labels; use another --out")
+    if (folder / STUDENTS).exists():
+        raise UsageError(f"{folder}: holds the run folders of several students; use another --out")
     if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
         path.unlink(missing_ok=True)  # a run without a checkpoint, refused for its settings perhaps: nothing to protect
     if not path.exists():
@@ -138,6 +204,6 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, *MODEL):
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, *MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)

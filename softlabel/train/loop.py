@@ -1,51 +1,37 @@
-"""`train`: bring data, labels and student together, run or resume, and leave a run folder that is a SPEC."""
+"""`train`: bring data, labels and students together, run or resume, and leave run folders that are SPECs."""
 
 import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from softlabel.dataset import Source, open_source
-from softlabel.device import decoders, resolve_device
+from softlabel.device import decoders
 from softlabel.errors import DataError, MismatchError, TrainingError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader
-from softlabel.models import RunModel, build_model, save_run
+from softlabel.models import build_model
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing, student_preprocessing
 from softlabel.train import files
-from softlabel.train.config import TrainConfig
-from softlabel.train.metrics import EpochMetrics, read_csv
-from softlabel.train.run import Run
+from softlabel.train.config import GRID, TrainConfig
+from softlabel.train.distributed import Ranks
+from softlabel.train.grid import StudentConfig, students_of
+from softlabel.train.metrics import read_csv
+from softlabel.train.run import Pass, closing_loader
+from softlabel.train.student import Student
+from softlabel.train.summary import StudentResult, TrainResult, announce, write_summary
 from softlabel.views import CropFlip
 
 log = logging.getLogger("softlabel")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """What a call of `train` did.
-
-    Attributes:
-        out: the run folder; ``run:OUT`` is the student's SPEC.
-        history: every epoch of the run, also those before it was resumed.
-        seconds: wall time of this call.
-        resumed_from: epochs that were done before this call.
-        already_done: the folder held this very run, finished; nothing was done.
-    """
-
-    out: str
-    history: tuple[EpochMetrics, ...]
-    seconds: float
-    resumed_from: int = 0
-    already_done: bool = False
 
 
 def train(
@@ -55,9 +41,10 @@ def train(
     eval_data: "Source | Dataset[Any] | None" = None,
     key_fn: Callable[[int], str] | None = None,
 ) -> TrainResult:
-    """Train a student, or go on with the run in `config.out` if it was interrupted.
+    """Train a student, or several in one pass, or go on with what is in `config.out` if it was interrupted.
 
-    Ctrl-C and SIGTERM write a checkpoint after the step that is running, and raise KeyboardInterrupt.
+    Ctrl-C and SIGTERM write a checkpoint after the step that is running, and raise KeyboardInterrupt. Processes that
+    `torchrun` has started train together, and so do those of a process group that exists already.
 
     Args:
         config: see `TrainConfig`.
@@ -70,57 +57,142 @@ def train(
             the store's).
         MissingKeyError: samples without soft labels, see `config.missing`.
         DataError, StoreError: data or labels cannot be used.
-        TrainingError: the loss is not finite any more, or the run folder cannot be written to.
+        TrainingError: no student's loss is finite any more, the run folder cannot be written to, or another process of
+            the run has ended.
     """
     started = time.perf_counter()
-    device = resolve_device(config.device)
-    precision = _precision(config, device)
+    with Ranks(config.device) as ranks:
+        results = _train(config, ranks, data, eval_data, key_fn)
+        # Nobody leaves before everything is written: the others read it.
+        ranks.first(lambda: None)
+    return TrainResult(out=config.out, students=tuple(results), seconds=time.perf_counter() - started)
+
+
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    data: "Source | Dataset[Any] | None",
+    eval_data: "Source | Dataset[Any] | None",
+    key_fn: Callable[[int], str] | None,
+) -> list[StudentResult]:
+    precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
     store = open_store(config.labels, verify="full") if config.labels is not None else None
     num_classes = _num_classes(source, store)
-    torch.manual_seed(config.seed)
+    configs = students_of(config)
+    models = [_build(student, num_classes) for student in configs]
+    _check_geometry(configs, [preprocessing for _, preprocessing in models])
+    shared = _identity(source, store, precision, num_classes)
+    with contextlib.ExitStack() as held:
+        standing = ranks.first(lambda: _hold(held, config, configs, shared))
+        chosen = [number for number, found in enumerate(standing) if found is None]
+        students: dict[int, Student] = {}
+        before: dict[int, int] = {}
+        if chosen:
+            workers = decoders(config.workers, ranks.device)
+            loader = SoftLabelLoader(
+                source,
+                store,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                tail="drop",
+                augment=_augment(config),
+                preprocessing=models[0][1],
+                missing=config.missing,
+                workers=workers,
+                cache_mb=config.cache_mb,
+                pin_memory=ranks.device.type == "cuda",
+                mix=_mix(config, store),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+            for number in chosen:
+                model, preprocessing = models[number]
+                temperature = configs[number].temperature
+                student = students[number] = Student(
+                    configs[number],
+                    model,
+                    preprocessing,
+                    ranks=ranks,
+                    precision=precision,
+                    temperature=loader.temperature if temperature is None else temperature,
+                    steps=len(loader),
+                )
+                student.resume()
+                before[number] = student.epoch
+            with (
+                closing_loader(loader, ranks),
+                _eval_loader(config, eval_data, models[0][1], ranks, workers) as eval_loader,
+            ):
+                going = Pass(config, ranks, loader, eval_loader, list(students.values()), num_classes)
+                if ranks.is_first:
+                    announce(config, ranks, loader, list(students.values()))
+                going.run()
+        results = []
+        for number, (student_config, found) in enumerate(zip(configs, standing, strict=True)):
+            results.append(found or _result(student_config, students[number], before[number]))
+        if len(results) > 1 and ranks.is_first:
+            write_summary(Path(config.out), results)
+        if all(result.failure is not None for result in results):
+            raise TrainingError(str(results[0].failure))
+    return results
+
+
+def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, Preprocessing]:
+    torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on the others
     model = build_model(config.student, num_classes=num_classes)
-    preprocessing = student_preprocessing(config.student, model)
-    identity = _identity(config, source, store, precision, num_classes)
-    folder = Path(config.out)
-    with files.run_folder(folder, identity=identity, config=asdict(config), overwrite=config.overwrite):
+    return model, student_preprocessing(config.student, model)
+
+
+def _check_geometry(configs: list[StudentConfig], found: list[Preprocessing]) -> None:
+    """Students of one pass get the same pixels; how they are normalised is each student's own."""
+    for config, preprocessing in zip(configs, found, strict=True):
+        mine, first = ((p.resize, p.crop, p.interpolation) for p in (preprocessing, found[0]))
+        if mine != first:
+            raise UsageError(
+                f"student {config.student}: takes images of resize {mine[0]}, crop {mine[1]}, {mine[2]}, and "
+                f"{configs[0].student} of resize {first[0]}, crop {first[1]}, {first[2]}; students of one pass share "
+                "their pixels: give them one size, or train them apart"
+            )
+
+
+def _hold(
+    held: contextlib.ExitStack, config: TrainConfig, configs: list[StudentConfig], shared: Mapping[str, Any]
+) -> list[StudentResult | None]:
+    """Hold every student's folder for this run; the results of those that need no more training."""
+    if len(configs) > 1:
+        files.hold_students(Path(config.out), {c.name: c.identity() for c in configs}, asdict(config))
+    standing: list[StudentResult | None] = []
+    for student in configs:
+        folder = Path(student.out)
+        # The file that makes this student by itself.
+        one = asdict(config) | {"out": student.out}
+        one |= {name: getattr(student, name) for name in GRID} if len(configs) > 1 else {}
+        held.enter_context(
+            files.run_folder(folder, identity={**student.identity(), **shared}, config=one, overwrite=config.overwrite)
+        )
+        failure = files.read_failure(folder)
         if files.is_finished(folder):
             log.info("%s: finished already; --overwrite trains it anew", folder)
             history = tuple(read_csv(folder / files.METRICS))
-            return TrainResult(out=str(folder), history=history, seconds=0.0, already_done=True)
-        workers = decoders(config.workers, device)
-        loader = SoftLabelLoader(
-            source,
-            store,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            tail="drop",
-            augment=_augment(config),
-            preprocessing=preprocessing,
-            missing=config.missing,
-            workers=workers,
-            cache_mb=config.cache_mb,
-            pin_memory=device.type == "cuda",
-            mix=_mix(config, store),
-        )
-        with contextlib.closing(loader), _eval_loader(config, eval_data, preprocessing, device, workers) as eval_loader:
-            run = Run(config, loader, eval_loader, model, preprocessing, device, precision)
-            resumed_from = run.resume(folder)
-            run.announce()
-            try:
-                run.train(folder)
-            except (RuntimeError, OSError, EOFError) as error:
-                loader.raise_if_worker_died(error)
-                raise
-        described = RunModel(student=config.student, num_classes=num_classes, preprocessing=preprocessing.to_dict())
-        try:
-            save_run(folder, model, described)
-        except OSError as error:
-            raise TrainingError(
-                f"{folder}: the student cannot be written: {error}; the same command resumes"
-            ) from error
-    seconds = time.perf_counter() - started
-    return TrainResult(out=str(folder), history=tuple(run.history), seconds=seconds, resumed_from=resumed_from)
+            standing.append(StudentResult(name=student.name, out=student.out, history=history, already_done=True))
+        elif failure is not None and len(configs) > 1:
+            log.info("%s: given up before (%s); remove its %s to try again", folder, failure, files.FAILED)
+            history = tuple(read_csv(folder / files.METRICS))
+            standing.append(StudentResult(name=student.name, out=student.out, history=history, failure=failure))
+        else:
+            standing.append(None)
+    return standing
+
+
+def _result(config: StudentConfig, student: Student, before: int) -> StudentResult:
+    return StudentResult(
+        name=config.name,
+        out=config.out,
+        history=tuple(student.history),
+        resumed_from=before,
+        failure=student.failure,
+    )
 
 
 def _mix(config: TrainConfig, store: Store | None) -> Mix | None:
@@ -133,7 +205,15 @@ def _mix(config: TrainConfig, store: Store | None) -> Mix | None:
             )
         return None
     weights = None if config.mix_weights is None else tuple(config.mix_weights)
-    return Mix(rule=config.mix_rule or "probs", weights=weights, temperature=config.temperature)
+    rule, temperatures = config.mix_rule or "probs", config.values("temperature")
+    if len(temperatures) == 1:
+        return Mix(rule=rule, weights=weights, temperature=temperatures[0])
+    if rule == "probs":
+        raise UsageError(
+            "mix_rule: probabilities are mixed at one temperature, and students of one pass share the mixture; use "
+            f"--mix-rule logits, or train the temperatures {temperatures} apart"
+        )
+    return Mix(rule=rule, weights=weights)  # the mean of logits re-tempers exactly
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:
@@ -175,12 +255,10 @@ def _num_classes(source: Source, store: Store | None) -> int:
     return classes
 
 
-def _identity(
-    config: TrainConfig, source: Source, store: Store | None, precision: str, num_classes: int
-) -> dict[str, Any]:
-    """What decides what the weights become: a run goes on only if all of it is the same."""
+def _identity(source: Source, store: Store | None, precision: str, num_classes: int) -> dict[str, Any]:
+    """What decides what the weights become beside the settings: a run goes on only if all of it is the same."""
     hard_labels = hashlib.sha256(source.labels().astype("<i8").tobytes()).hexdigest()
-    return config.identity() | {
+    return {
         "precision": precision,
         "classes": num_classes,
         "data (fingerprint of the keys)": source.fingerprint(),
@@ -194,7 +272,7 @@ def _eval_loader(
     config: TrainConfig,
     data: "Source | Dataset[Any] | None",
     preprocessing: Preprocessing,
-    device: torch.device,
+    ranks: Ranks,
     workers: int,
 ) -> Iterator[SoftLabelLoader | None]:
     chosen = config.eval_data if data is None else data
@@ -205,10 +283,14 @@ def _eval_loader(
         chosen,
         batch_size=2 * config.batch_size,
         shuffle=False,
+        # Filler makes the shares of processes equal, and is not counted.
+        tail="pad" if ranks.several else "keep",
         preprocessing=preprocessing,
         workers=workers,
         cache_mb=config.cache_mb,
-        pin_memory=device.type == "cuda",
+        pin_memory=ranks.device.type == "cuda",
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )
     with contextlib.closing(loader):
         yield loader

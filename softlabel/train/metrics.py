@@ -1,20 +1,16 @@
-"""What a run says about itself: one record an epoch, as CSV and for TensorBoard."""
+"""What a student's run says about itself: one record an epoch, kept as CSV."""
 
 import csv
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softlabel.train.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch.utils import tensorboard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +28,9 @@ class EpochMetrics:
         seconds: wall time, evaluation included.
         images_per_second: of training alone.
         eval_accuracy, eval_cross_entropy, eval_calibration_error: on the evaluation data.
+        teacher_accuracy: of the soft labels, on the rows that were trained on and have a hard label too.
+        teacher_agreement: rows where the student's most probable class, on the augmented image, is the teacher's.
+        target_entropy: of the soft labels at the store's temperature, mean in nats.
     """
 
     epoch: int
@@ -46,6 +45,9 @@ class EpochMetrics:
     eval_accuracy: float | None = None
     eval_cross_entropy: float | None = None
     eval_calibration_error: float | None = None
+    teacher_accuracy: float | None = None
+    teacher_agreement: float | None = None
+    target_entropy: float | None = None
 
     def line(self, epochs: int) -> str:
         """For people."""
@@ -53,6 +55,7 @@ class EpochMetrics:
         parts += [f"soft {self.soft_loss:.4f}"] if self.soft_loss is not None else []
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
+        parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"eval {self.eval_accuracy:.4f}"] if self.eval_accuracy is not None else []
         return "  ".join([*parts, f"lr {self.lr:.4g}", f"{self.images_per_second:,.0f} img/s", f"{self.seconds:.1f} s"])
 
@@ -60,32 +63,40 @@ class EpochMetrics:
 class Sums:
     """Running totals of an epoch, on the device, so that a step waits for nothing."""
 
-    NAMES = ("samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct")
+    NAMES = ("samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
+    TOLD = ("told", "told_labelled", "told_correct", "entropy")  # what `Work.told` holds
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
-        self.values = torch.tensor(values or [0.0] * len(self.NAMES), dtype=torch.float64, device=device)
+        count = len(self.NAMES) + len(self.TOLD)
+        self.values = torch.tensor(values or [0.0] * count, dtype=torch.float64, device=device)
 
-    def add(self, *values: float | Tensor) -> None:
-        """One batch: its counts, and its sums over them, in the order of NAMES."""
-        self.values += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.values.device) for v in values])
+    def add(self, *values: float | Tensor, told: Tensor | None = None) -> None:
+        """One batch: its counts, and its sums over them, in the order of NAMES; and what the teacher said."""
+        device = self.values.device
+        new = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+        self.values[: len(self.NAMES)] += new
+        if told is not None:
+            self.values[len(self.NAMES) :] += told
 
     @property
-    def finite(self) -> bool:
-        """Whether every loss so far was a number."""
-        return bool(self.values.isfinite().all())
+    def samples(self) -> float:
+        return float(self.values[0])
 
-    def means(self) -> dict[str, float | None]:
-        """loss, soft_loss, hard_loss and train_accuracy."""
-        total = dict(zip(self.NAMES, self.values.tolist(), strict=True))
+    def means(self, *, soft: bool) -> dict[str, float | None]:
+        """The means of `EpochMetrics`; without a soft term none of the soft loss."""
+        total = dict(zip((*self.NAMES, *self.TOLD), self.values.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float | None:
             return total[name] / total[count] if total[count] else None
 
         return {
             "loss": mean("loss", "samples"),
-            "soft_loss": mean("soft", "soft_samples"),
+            "soft_loss": mean("soft", "soft_samples") if soft else None,
             "hard_loss": mean("hard", "labelled"),
             "train_accuracy": mean("correct", "labelled"),
+            "teacher_accuracy": mean("told_correct", "told_labelled"),
+            "teacher_agreement": mean("agreed", "told"),
+            "target_entropy": mean("entropy", "told"),
         }
 
 
@@ -113,30 +124,3 @@ def _number(name: str, value: str) -> Any:
     if value == "":
         return None
     return int(value) if name in ("epoch", "step") else float(value)
-
-
-class Board:
-    """TensorBoard events of a run; does nothing when they are not wanted."""
-
-    def __init__(self, folder: Path | None, *, resume_step: int) -> None:
-        self._writer: tensorboard.SummaryWriter | None = None
-        if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports
-
-            # What a killed run wrote after its last checkpoint is hidden.
-            self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-
-    def write(self, metrics: EpochMetrics) -> None:
-        if self._writer is None:
-            return
-        for name, value in asdict(metrics).items():
-            if name not in ("epoch", "step") and value is not None and math.isfinite(value):
-                self._writer.add_scalar(name.replace("eval_", "eval/"), value, metrics.step)
-        self._writer.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()

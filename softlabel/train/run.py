@@ -1,331 +1,225 @@
-"""One run: its state, its steps, its checkpoints.
+"""A pass: epochs of batches that are decoded, augmented and joined to their labels once, for all students.
 
-Legend: B batch, C classes, H and W pixels.
-
-A run is a sequence of steps, each a pure function of (weights, optimiser state, step): the loader gives the batch of a
-step, the configuration its learning rate. So a run that was interrupted anywhere goes on from its checkpoint as if
-nothing had happened, bit for bit on one kind of processor with the same number of threads.
+Every student goes its own way from its own checkpoint. The pass begins where the last of them is and hands each batch
+to the students whose next step it is, so that students that were stopped at different steps end at the same one.
 """
 
+import contextlib
 import logging
-import math
-import signal
-import threading
 import time
-from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softlabel.dataset import IGNORE
-from softlabel.errors import MismatchError, TrainingError
-from softlabel.evaluate import Evaluation, autocast, measure
+from softlabel.evaluate import Evaluation, Measurement
 from softlabel.loader import Batch, SoftLabelLoader
-from softlabel.loss import DistillationLoss, LossComponents
-from softlabel.teacher import Preprocessing
 from softlabel.train import files
 from softlabel.train.config import TrainConfig
-from softlabel.train.metrics import Board, EpochMetrics, Sums, write_csv
+from softlabel.train.crew import Crew
+from softlabel.train.distributed import Ranks
+from softlabel.train.interrupts import Interrupts
+from softlabel.train.metrics import write_csv
+from softlabel.train.student import Student
+from softlabel.train.trackers import Trackers
+from softlabel.train.work import Counts, Work, cut, prepare, without_filler
 
 log = logging.getLogger("softlabel")
 
-# On a GPU every look at a number makes the host wait: look for NaN this often, in steps, and after every epoch.
-_LOOK_EVERY = 50
 
+class Pass:
+    """Students in training.
 
-class Run:
-    """A student in training."""
+    Args:
+        students: those that are not finished; resumed from their checkpoints already.
+        num_classes: of all of them.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
+        ranks: Ranks,
         loader: SoftLabelLoader,
         eval_loader: SoftLabelLoader | None,
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        device: torch.device,
-        precision: str,
+        students: Sequence[Student],
+        num_classes: int,
     ) -> None:
-        self.config, self.loader, self.eval_loader = config, loader, eval_loader
-        self.preprocessing, self.device, self.precision = preprocessing, device, precision
-        # Channels last is how convolutions are fastest on both kinds of device.
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._forward = torch.compile(self.model) if config.compile else self.model
-        self._optimizer = _optimizer(config, self.model)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self._loss = None
-        if config.soft > 0:
-            self._loss = DistillationLoss(
-                temperature=config.temperature or loader.temperature,
-                soft_weight=config.soft,
-                hard_weight=config.hard,
-                label_smoothing=config.label_smoothing,
-                components=True,
-            )
-        self.epoch = self.step = 0  # epochs done; steps done of the next one
-        self.history: list[EpochMetrics] = []
-        self._sums = Sums(device)
-        self._seconds = 0.0  # of the unfinished epoch, before this process
+        self.config, self.ranks, self.loader, self.eval_loader = config, ranks, loader, eval_loader
+        self.students, self.num_classes = students, num_classes
+        self._active = [student for student in students if student.failure is None]
+        self._saved = time.perf_counter()
 
-    # ---- what people read ----
-
-    def announce(self) -> None:
-        """Say what is about to happen."""
-        config, loader = self.config, self.loader
-        parameters = sum(p.numel() for p in self.model.parameters())
-        log.info("student %s: %s parameters, %s, %s", config.student, f"{parameters:,}", self.device, self.precision)
-        log.info(
-            "data %s: %s samples, %d steps of %d an epoch",
-            loader.source.name,
-            f"{loader.num_samples:,}",
-            len(loader),
-            config.batch_size,
-        )
-        if loader.store is not None:
-            temperature = self._loss.temperature if self._loss is not None else loader.temperature
-            log.info(
-                "labels %s: T = %g, soft weight %g, hard weight %g",
-                loader.store.path,
-                temperature,
-                config.soft,
-                config.hard,
-            )
-            if config.augment != "none" and config.soft > 0:
-                log.info("augmentation %s: the soft labels are those of the un-augmented images", config.augment)
-        for count, why in (
-            (loader.dataset.skipped_bad, "could not be read when the store was made"),
-            (loader.dataset.skipped_missing, "have no row in the store"),
-        ):
-            if count:
-                log.info("left out: %s samples that %s", f"{count:,}", why)
-        if self.epoch or self.step:
-            log.info("resuming after epoch %d, step %d of %d", self.epoch, self.step, len(loader))
-
-    # ---- the loop ----
-
-    def train(self, folder: Path) -> None:
-        """All that is left to do. Raises KeyboardInterrupt after saving where it is."""
-        config, steps = self.config, len(self.loader)
-        board_folder = folder / files.BOARD if config.tensorboard else None
-        done = self.epoch * steps + self.step
+    def run(self) -> None:
+        """All that is left to do. Raises KeyboardInterrupt after saving where every student is."""
+        steps = len(self.loader)
+        for student in list(self._active):
+            if student.is_done:
+                self._publish(student)
+        if not self._active:
+            return
+        epoch, step = min(student.place for student in self._active)
+        shown = self.config.progress if self.ranks.is_first else False
         bar = tqdm(
-            total=config.epochs * steps * config.batch_size,
-            initial=done * config.batch_size,
+            total=self.config.epochs * steps * self.config.batch_size,
+            initial=(epoch * steps + step) * self.config.batch_size,
             unit="img",
             unit_scale=True,
-            desc=config.student,
-            disable=None if config.progress is None else not config.progress,
+            desc=self.students[0].config.student if len(self.students) == 1 else f"{len(self.students)} students",
+            disable=None if shown is None else not shown,
         )
-        with bar, logging_redirect_tqdm(), Board(board_folder, resume_step=done) as board, _Interrupts() as interrupts:
-            write_csv(folder / files.METRICS, self.history)
-            while self.epoch < config.epochs:
-                self._train_epoch(folder, bar, interrupts)
-                metrics = self._finish_epoch()
-                self.save(folder)
-                write_csv(folder / files.METRICS, self.history)
-                board.write(metrics)
-                log.info("%s", metrics.line(config.epochs))
-                if interrupts.pending and self.epoch < config.epochs:
-                    raise KeyboardInterrupt
+        with (
+            bar,
+            logging_redirect_tqdm(),
+            Trackers(self.config, self._active if self.ranks.is_first else [], steps) as trackers,
+            Interrupts() as interrupts,
+            Crew(self._at_once()) as crew,
+        ):
+            self._write_metrics()
+            while self._active:
+                epoch, step = min(student.place for student in self._active)
+                self._epoch(epoch, step, crew, bar, interrupts)
+                self._finish_epoch(epoch, trackers)
+                if self._active and self.ranks.sum([interrupts.pending])[0]:
+                    interrupts.end()
 
-    def _train_epoch(self, folder: Path, bar: "tqdm[Any]", interrupts: "_Interrupts") -> None:
-        self.model.train()
-        started = saved = time.perf_counter()
-        before = self._seconds
-        self.loader.set_epoch(self.epoch, self.step)
-        for batch in self.loader:
-            self._step(batch.to(self.device, non_blocking=True))
-            self.step += 1
-            self._seconds = before + time.perf_counter() - started
-            bar.update(len(batch))
-            if self.device.type == "cpu" or self.step % _LOOK_EVERY == 0:
-                self._check_finite()
-            if self.step == len(self.loader):
-                break
-            if interrupts.pending:
-                self.save(folder)
-                log.info("interrupted after step %d of epoch %d; saved", self.step, self.epoch + 1)
-                raise KeyboardInterrupt
-            if time.perf_counter() - saved > 60 * self.config.checkpoint_minutes:
-                self._check_finite()
-                self.save(folder)
-                saved = time.perf_counter()
-        self._check_finite()
+    def _at_once(self) -> int:
+        """How many students make a step at the same time; between processes each step is agreed on, one at a time."""
+        if self.ranks.device.type != "cpu" or self.ranks.several:
+            return 1
+        asked = self.config.students_at_once
+        return min(len(self._active), torch.get_num_threads() if asked is None else asked)
 
-    def _step(self, batch: Batch) -> None:
-        rate = self.config.learning_rate(self.epoch * len(self.loader) + self.step, len(self.loader))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        images_BCHW = self.preprocessing.normalize(batch.images).contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self.precision):
-            logits_BC = self._forward(images_BCHW)
-        logits_BC = self._checked(logits_BC).float()
-        parts = self._losses(logits_BC, batch)
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(parts.total).backward()  # type: ignore[no-untyped-call]
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        with torch.no_grad():
-            labelled_B = batch.labels != IGNORE
-            labelled = labelled_B.sum()
-            rows, soft_rows = len(batch), 0 if self._loss is None else _count(batch)
-            correct = (logits_BC.argmax(dim=1) == batch.labels).sum()
-            self._sums.add(
-                rows, parts.total * rows, soft_rows, parts.soft * soft_rows, labelled, parts.hard * labelled, correct
-            )
+    # ---- an epoch ----
 
-    def _losses(self, logits_BC: Tensor, batch: Batch) -> LossComponents:
-        if self._loss is not None:
-            assert batch.target is not None
-            parts = self._loss(logits_BC, batch.target, batch.labels, soft_mask=batch.has_target)
-            assert isinstance(parts, LossComponents)
-            return parts
-        # As in the distillation loss, the mean is over labelled rows, and 0 where there is none.
-        labelled = (batch.labels != IGNORE).sum().clamp_min(1)
-        smoothing = self.config.label_smoothing
-        hard = F.cross_entropy(logits_BC, batch.labels, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
-        hard = hard / labelled
-        return LossComponents(self.config.hard * hard, torch.zeros_like(hard), hard.detach())
-
-    def _checked(self, logits_BC: Any) -> Tensor:
-        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
-            shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
-            raise MismatchError(f"student {self.config.student}: expected logits (B, C), found {shape}")
-        return logits_BC
-
-    def _check_finite(self) -> None:
-        if not self._sums.finite:
-            raise TrainingError(
-                f"student {self.config.student}: the loss is not finite (found at step {self.step} of epoch "
-                f"{self.epoch + 1}); lower --lr (it is {self.config.peak_lr:g}), lengthen --warmup-epochs or use "
-                f"--precision fp32. The last checkpoint is from before"
-            )
-
-    def _finish_epoch(self) -> EpochMetrics:
+    def _epoch(self, epoch: int, step: int, crew: Crew, bar: "tqdm[Any]", interrupts: Interrupts) -> None:
         steps = len(self.loader)
-        means = self._sums.means()
-        evaluation, eval_seconds = self._evaluate()
-        trained = int(self._sums.values[0])
-        loss = means.pop("loss")
-        assert loss is not None
-        metrics = EpochMetrics(
-            epoch=self.epoch + 1,
-            step=(self.epoch + 1) * steps,
-            lr=self.config.learning_rate((self.epoch + 1) * steps - 1, steps),
-            loss=loss,
-            **{name: value if name != "soft_loss" or self._loss is not None else None for name, value in means.items()},
-            seconds=self._seconds + eval_seconds,
-            images_per_second=trained / self._seconds if self._seconds else math.nan,
-            eval_accuracy=evaluation.accuracy if evaluation is not None else None,
-            eval_cross_entropy=evaluation.cross_entropy if evaluation is not None else None,
-            eval_calibration_error=evaluation.calibration_error if evaluation is not None else None,
-        )
-        self.history.append(metrics)
-        self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
-        self._sums = Sums(self.device)
-        return metrics
+        self.loader.set_epoch(epoch, step)
+        last = time.perf_counter()
+        for batch in self.loader:
+            work, stop, due = self._work(batch, epoch, step, interrupts)
+            crew.advance([student for student in self._active if student.epoch == epoch], work)
+            step += 1
+            if stop or due or step == steps:
+                crew.drain()
+            now = time.perf_counter()
+            for student in self._active:
+                student.seconds += now - last if student.epoch == epoch else 0.0
+            last = now
+            bar.update(work.whole.rows)
+            self._give_up()
+            if step == steps or not self._active:
+                break
+            if stop:
+                self._save(self._active)
+                log.info("interrupted after step %d of epoch %d; saved", step, epoch + 1)
+                interrupts.end()
+            if due:
+                for student in self._active:
+                    student.look()
+                self._give_up()
+                self._save(self._active)
+                self._saved = time.perf_counter()
+        crew.drain()
 
-    def _evaluate(self) -> tuple[Evaluation | None, float]:
-        if self.eval_loader is None:
-            return None, 0.0
+    def _work(self, batch: Batch, epoch: int, step: int, interrupts: Interrupts) -> tuple[Work, bool, bool]:
+        """The step for all students; whether to stop after it, and whether to save: what any process says, all do."""
+        batch, counts_B = without_filler(batch)
+        parts = cut(batch, counts_B, self.config.accumulate)
+        due = time.perf_counter() - self._saved > 60 * self.config.checkpoint_minutes
+        totals = [sum(getattr(counts, name) for _, counts in parts) for name in ("rows", "soft", "hard")]
+        rows, soft, hard, stop, save = self.ranks.sum([*totals, interrupts.pending, due])
+        whole = Counts(rows=int(rows), soft=int(soft), hard=int(hard))
+        work = prepare(
+            batch.to(self.ranks.device, non_blocking=True),
+            parts,
+            whole,
+            [student.preprocessing for student in self._active],
+            epoch=epoch,
+            step=step,
+            listen=any(student.config.soft_weight > 0 for student in self._active),
+        )
+        return work, bool(stop), bool(save)
+
+    def _give_up(self) -> None:
+        """Go on without the students whose loss is not a number any more."""
+        for student in list(self._active):
+            if student.failure is not None:
+                self._active.remove(student)
+                if self.ranks.is_first:
+                    files.write_failure(student.folder, student.failure)
+                if len(self.students) > 1:
+                    log.warning("%s is given up: %s", student.config.name, student.failure)
+
+    def _finish_epoch(self, epoch: int, trackers: Trackers) -> None:
+        ended = [student for student in self._active if student.place == (epoch, len(self.loader))]
+        for student in ended:
+            student.look()
+        self._give_up()
+        ended = [student for student in ended if student.failure is None]
+        due = (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
         started = time.perf_counter()
-        self.model.eval()
-        found = measure(
-            self.model,
-            self.eval_loader,
-            preprocessing=self.preprocessing,
-            device=self.device,
-            precision=self.precision,
-            source=self.eval_loader.source,
-        )
-        return found, time.perf_counter() - started
+        found = self._evaluate(ended) if due else {}
+        seconds = time.perf_counter() - started
+        for student in ended:
+            metrics = student.finish_epoch(found.get(id(student)), seconds)
+            named = f"{student.config.name}: " if len(self.students) > 1 else ""
+            if self.ranks.is_first:
+                log.info("%s%s", named, metrics.line(self.config.epochs))
+                trackers.write(student, metrics)
+        self._save(ended)
+        self._write_metrics()
+        for student in ended:
+            if student.is_done:
+                self._publish(student)
 
-    # ---- checkpoints ----
+    def _evaluate(self, students: Sequence[Student]) -> dict[int, Evaluation]:
+        """Measure students in one pass over the evaluation data, each sample once over all processes."""
+        loader = self.eval_loader
+        if loader is None or not students:
+            return {}
+        measurements = {}
+        for student in students:
+            self.ranks.broadcast_buffers(student.evaluated)
+            measurements[id(student)] = Measurement(
+                student.evaluated.eval(),
+                preprocessing=student.preprocessing,
+                device=self.ranks.device,
+                precision=student.precision,
+                source=loader.source,
+            )
+        loader.set_epoch(0)
+        for batch in loader:
+            moved = batch.to(self.ranks.device, non_blocking=True)
+            for measurement in measurements.values():
+                measurement.add(moved)
+        return {name: measurement.result(self.ranks.sum_tensor) for name, measurement in measurements.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write where the run is: everything that a step depends on, and what people will want to see of it."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        files.save_checkpoint(
-            folder,
-            {
-                "format": 1,
-                "epoch": self.epoch,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "scaler": self._scaler.state_dict(),
-                "rng": rng,
-                "loader": self.loader.state_dict(),
-                "sums": self._sums.values.tolist(),
-                "seconds": self._seconds,
-                "history": [asdict(epoch) for epoch in self.history],
-            },
-        )
+    # ---- files ----
 
-    def resume(self, folder: Path) -> int:
-        """Take up the checkpoint in the folder, if there is one; returns the epochs that are done."""
-        state = files.load_checkpoint(folder)
-        if state is None:
-            return 0
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        self.epoch, self.step, self._seconds = state["epoch"], state["step"], state["seconds"]
-        self._sums = Sums(self.device, state["sums"])
-        self.history = [EpochMetrics(**epoch) for epoch in state["history"]]
-        return self.epoch
+    def _save(self, students: Sequence[Student]) -> None:
+        for student in students:
+            student.save()
 
+    def _write_metrics(self) -> None:
+        if self.ranks.is_first:
+            for student in self.students:
+                write_csv(student.folder / files.METRICS, student.history)
 
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.peak_lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
+    def _publish(self, student: Student) -> None:
+        self._active.remove(student)
+        if self.ranks.is_first:
+            student.publish(self.num_classes)
 
 
-def _count(batch: Batch) -> int | Tensor:
-    """Samples that have soft labels."""
-    return len(batch) if batch.has_target is None else batch.has_target.sum()
-
-
-class _Interrupts:
-    """Turns Ctrl-C and SIGTERM into a flag that is looked at between steps; a second one interrupts at once.
-
-    Only the main thread may do that; elsewhere signals stay as they are.
-    """
-
-    def __init__(self) -> None:
-        self.pending = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Interrupts":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.pending:
-            raise KeyboardInterrupt
-        self.pending = True
+@contextlib.contextmanager
+def closing_loader(loader: SoftLabelLoader, ranks: Ranks) -> Iterator[None]:
+    """End the loader's workers afterwards, and say clearly when one of them, or another process, has died."""
+    with contextlib.closing(loader):
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            loader.raise_if_worker_died(error)
+            ranks.explain(error)
+            raise

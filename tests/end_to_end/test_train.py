@@ -1,13 +1,10 @@
 """Training a student: what it computes, what it leaves behind, and that an interruption changes nothing."""
 
-import csv
 import json
 import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,76 +12,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from torch import Tensor
 
 import softlabel
-from softlabel import TrainConfig, train
+from softlabel import train
 from softlabel.errors import DataError, MismatchError, MissingKeyError, TrainingError, UsageError
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import build_model
 from softlabel.report import plot_runs
 from softlabel.teacher import student_preprocessing
 from softlabel.views import CropFlip
-from tests.helpers import environment, write_parquet
+from tests.helpers import write_parquet
+from tests.runs import (
+    ROWS,
+    STUDENT,
+    config,
+    equal,
+    finish,
+    history,
+    keys_of,
+    settings,
+    start,
+    wait_for,
+    weights,
+    write_digits,
+)
 from tests.students import DIGITS, digit_jpegs, random_logits, write_store
-
-ROWS = 120
-STUDENT = "zoo:cnn2?resize=16&crop=16"
-
-
-def keys_of(count: int) -> list[str]:
-    return [f"{number:04d}.jpg" for number in range(count)]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data.parquet, unlabelled.parquet, and a store whose teacher is almost sure of the label."""
-    folder = tmp_path_factory.mktemp("digits")
-    images, labels = digit_jpegs()
-    images, labels = images[:ROWS], labels[:ROWS]
-    write_parquet(folder / "data.parquet", images, keys=keys_of(ROWS), labels=labels, class_names=DIGITS)
-    write_parquet(folder / "unlabelled.parquet", images, keys=keys_of(ROWS))
-    logits_NC = random_logits(ROWS, 10) / 2
-    logits_NC[np.arange(ROWS), labels] += 8
-    write_store(folder / "store", keys_of(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
-    return folder
-
-
-def settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:
-    given = {
-        "data": digits / "data.parquet",
-        "labels": digits / "store",
-        "student": STUDENT,
-        "out": out,
-        "epochs": 3,
-        "batch_size": 32,
-        "lr": 0.003,
-        "device": "cpu",
-        "tensorboard": False,
-        **changes,
-    }
-    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-
-
-def config(digits: Path, out: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**settings(digits, out, **changes))  # type: ignore[arg-type]
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "model.safetensors")
-
-
-def equal(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def history(run: Path) -> list[dict[str, str]]:
-    """The metrics without what a clock says."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 # ---- what it computes ----
@@ -247,27 +204,6 @@ def test_a_finished_run_is_reported_and_another_one_refused(digits: Path, tmp_pa
 
 
 # ---- interruptions ----
-
-
-def start(given: dict[str, object]) -> subprocess.Popen[str]:
-    code = "import json, sys; from softlabel import TrainConfig, train; train(TrainConfig(**json.loads(sys.argv[1])))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(given)], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], change: bytes = b"") -> None:
-    """Until a file is there with a content other than `change`."""
-    while process.poll() is None:
-        if path.exists() and path.read_bytes() != change:
-            return
-        time.sleep(0.005)
-
-
-def finish(given: dict[str, object]) -> None:
-    process = start(given)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
 
 
 @pytest.mark.parametrize("student", [STUDENT, "python:tests.students:dropout_student"])

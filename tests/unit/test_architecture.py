@@ -26,6 +26,7 @@ THIRD = {
     "yaml",
 }
 THIRD |= {"jsonargparse", "docstring_parser", "tqdm", "matplotlib", "triton", "dask", "distributed", "tensorboard"}
+THIRD |= {"wandb", "mlflow"}
 MAY_IMPORT = {
     "errors": set(),
     "device": {"torch"},
@@ -80,7 +81,7 @@ MAY_IMPORT = {
         "views",
         "dataset",
     }
-    | {"evaluate", "store", "tensorboard", "device", "labels"},
+    | {"evaluate", "store", "tensorboard", "device", "labels", "order", "spec", "wandb", "mlflow"},
     "evaluate": {"device", "spec", "torch", "tqdm", "numpy", "loader", "loss", "models", "teacher", "dataset", "store"},
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},

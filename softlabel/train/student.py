@@ -1,0 +1,300 @@
+"""One student of a pass: its weights, its steps, its metrics, its checkpoints.
+
+Legend: B batch, C classes, H and W pixels.
+
+A student is a sequence of steps, each a pure function of (weights, optimiser state, step): the loader gives the batch
+of a step, the configuration its learning rate. So a student that was interrupted anywhere goes on from its checkpoint
+as if nothing had happened, bit for bit on one kind of processor with the same number of threads.
+"""
+
+import contextlib
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softlabel.errors import MismatchError, TrainingError
+from softlabel.evaluate import Evaluation, autocast
+from softlabel.models import RunModel, save_run
+from softlabel.teacher import Preprocessing
+from softlabel.train import files, random_state
+from softlabel.train.distributed import Ranks
+from softlabel.train.ema import Average
+from softlabel.train.grid import StudentConfig
+from softlabel.train.metrics import EpochMetrics, Sums
+from softlabel.train.objective import Objective
+from softlabel.train.schedule import learning_rate
+from softlabel.train.sync_norm import synchronize
+from softlabel.train.work import Counts, Work, norm_of, take
+
+log = logging.getLogger("softlabel")
+
+# On a GPU every look at a number makes the host wait, and several processes have to agree: look for NaN this often, in
+# steps, and after every epoch.
+_LOOK_EVERY = 50
+
+
+class Student:
+    """A student in training.
+
+    Args:
+        config: its settings.
+        model: with the weights that it starts from.
+        preprocessing: how its images are prepared.
+        ranks: the processes that train it together.
+        precision: fp32, bf16 or fp16.
+        temperature: of the soft term.
+        steps: of an epoch.
+    """
+
+    def __init__(
+        self,
+        config: StudentConfig,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        ranks: Ranks,
+        precision: str,
+        temperature: float,
+        steps: int,
+    ) -> None:
+        self.config, self.preprocessing, self.ranks = config, preprocessing, ranks
+        self.shared, self.device, self.precision, self.steps = config.shared, ranks.device, precision, steps
+        self.temperature = temperature
+        self._objective = Objective(config, temperature=temperature, world_size=ranks.world_size, rank=ranks.rank)
+        self.folder = Path(config.out)
+        if ranks.several and config.shared.sync_batchnorm:
+            model = synchronize(model)
+        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = Average(self.model, config.shared.ema) if config.shared.ema is not None else None
+        self._parallel: nn.parallel.DistributedDataParallel | None = None
+        if ranks.several:
+            places = [self.device] if self.device.type == "cuda" else None
+            self._parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=places)
+        forward: Any = self._parallel or self.model
+        self._forward = torch.compile(forward) if config.shared.compile else forward
+        self._optimizer = _optimizer(config, self.model)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._random = random_state.seeded(self.device, config.shared.seed, ranks.rank)
+        self.draws_random_numbers = False  # known once it has made a step
+        self.epoch = self.step = 0  # epochs done; steps done of the next one
+        self.history: list[EpochMetrics] = []
+        self.best: float | None = None
+        self._evaluations_since = 0
+        self.failure: str | None = None
+        self.seconds = 0.0  # of the unfinished epoch
+        self._sums = Sums(self.device)
+
+    # ---- steps ----
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epochs done, and steps done of the next one."""
+        return self.epoch, self.step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has had its epochs, or learns nothing more."""
+        patience = self.shared.patience
+        return self.epoch >= self.shared.epochs or (patience is not None and self._evaluations_since >= patience)
+
+    def advance(self, work: Work, *, alone: bool) -> None:
+        """Make the step, unless it is another student's, or this one has failed.
+
+        Args:
+            alone: no other student makes a step at the same time, so that random numbers may be drawn.
+        """
+        if self.failure is not None or self.place != (work.epoch, work.step):
+            return
+        if alone:
+            # The global generators are this student's meanwhile: students of one pass do not disturb one another.
+            with random_state.kept(self.device):
+                random_state.restore(self._random, self.device)
+                self._advance(work)
+                after = random_state.state_of(self.device)
+            self.draws_random_numbers |= not random_state.same(after, self._random)
+            self._random = after
+        else:
+            before = random_state.state_of(self.device)
+            self._advance(work)
+            if not random_state.same(before, random_state.state_of(self.device)):
+                raise TrainingError(
+                    f"student {self.config.student}: it draws random numbers in some steps only, which several "
+                    "students cannot do at the same time; use --students-at-once 1"
+                )
+        self.step += 1
+        if (self.device.type == "cpu" and not self.ranks.several) or self.step % _LOOK_EVERY == 0:
+            self.look()
+
+    def _advance(self, work: Work) -> None:
+        self.model.train()
+        rate = learning_rate(self.shared, self.config.lr, self.epoch * self.steps + self.step, self.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        for part, here in work.parts:
+            # Of several parts only the last one's backward pass sends gradients.
+            wait = self._parallel is not None and part != work.parts[-1][0]
+            with self._parallel.no_sync() if wait and self._parallel is not None else contextlib.nullcontext():
+                self._backward(work, part, here)
+        if self.shared.clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def _backward(self, work: Work, part: slice, here: Counts) -> None:
+        images_BCHW, batch, top_B = work.images[norm_of(self.preprocessing)], work.batch, work.top
+        if len(work.parts) > 1:
+            images_BCHW, batch, top_B = images_BCHW[part], take(batch, part), None if top_B is None else top_B[part]
+        mixing = self._objective.mixing(work.epoch, work.step, part, self.device)
+        if mixing is not None:
+            images_BCHW = torch.lerp(images_BCHW[mixing[1]], images_BCHW, mixing[0])
+        with autocast(self.device, self.precision):
+            logits_BC = self._forward(images_BCHW)
+        logits_BC = self._checked(logits_BC).float()
+        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixing)
+        self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            best_B = logits_BC.argmax(dim=1)
+            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
+            self._sums.add(
+                here.rows,
+                losses.total * (work.whole.rows / self.ranks.world_size),
+                here.soft,
+                losses.soft * here.soft,
+                here.hard,
+                losses.hard * here.hard,
+                (best_B == batch.labels).sum(),
+                0 if top_B is None else (best_B == top_B).sum(),
+                told=work.told if part.start == 0 else None,
+            )
+
+    def _checked(self, logits_BC: Any) -> Tensor:
+        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
+            shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+            raise MismatchError(f"student {self.config.student}: expected logits (B, C), found {shape}")
+        return logits_BC
+
+    def look(self) -> None:
+        """Note that the student has failed, if its loss is not a number any more."""
+        if self.failure is None and not bool(self.ranks.sum_tensor(self._sums.values).isfinite().all()):
+            self.failure = (
+                f"student {self.config.student}: the loss is not finite (found at step {self.step} of epoch "
+                f"{self.epoch + 1}); lower --lr (it is {self.config.lr:g}), lengthen --warmup-epochs or use "
+                f"--precision fp32. The last checkpoint is from before"
+            )
+
+    # ---- epochs ----
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and saved: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.model
+
+    def finish_epoch(self, evaluation: Evaluation | None, eval_seconds: float) -> EpochMetrics:
+        """Close the epoch whose last step was made."""
+        sums = Sums(torch.device("cpu"), self.ranks.sum_tensor(self._sums.values).tolist())
+        means = sums.means(soft=self.config.soft_weight > 0)
+        done = (self.epoch + 1) * self.steps
+        metrics = EpochMetrics(
+            epoch=self.epoch + 1,
+            step=done,
+            lr=learning_rate(self.shared, self.config.lr, done - 1, self.steps),
+            loss=means.pop("loss") or 0.0,
+            **means,
+            seconds=self.seconds + eval_seconds,
+            images_per_second=sums.samples / self.seconds if self.seconds else math.nan,
+            eval_accuracy=evaluation.accuracy if evaluation is not None else None,
+            eval_cross_entropy=evaluation.cross_entropy if evaluation is not None else None,
+            eval_calibration_error=evaluation.calibration_error if evaluation is not None else None,
+        )
+        self.history.append(metrics)
+        if metrics.eval_accuracy is not None:
+            if self.best is None or metrics.eval_accuracy > self.best:
+                self.best, self._evaluations_since = metrics.eval_accuracy, 0
+                if self.ranks.is_first:
+                    files.save_weights(self.folder / files.BEST, self.evaluated)
+            else:
+                self._evaluations_since += 1
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self._sums = Sums(self.device)
+        return metrics
+
+    # ---- files ----
+
+    def save(self) -> None:
+        """Write where the student is: everything that a step depends on, and what people will want to see of it."""
+        random = self.ranks.gather(self._random)
+        sums = self.ranks.sum_tensor(self._sums.values).tolist()
+        if not self.ranks.is_first:
+            return
+        files.save_checkpoint(
+            self.folder,
+            {
+                "epoch": self.epoch,
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scaler": self._scaler.state_dict(),
+                "random": random,
+                "sums": sums,
+                "seconds": self.seconds,
+                "best": self.best,
+                "evaluations_since": self._evaluations_since,
+                "history": [asdict(epoch) for epoch in self.history],
+            },
+        )
+
+    def resume(self) -> None:
+        """Take up the checkpoint in the folder, if there is one."""
+        state = files.load_checkpoint(self.folder)
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self.ranks.rank < len(state["random"]):  # more processes than before: the others begin with their own
+            self._random |= state["random"][self.ranks.rank]
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.best, self._evaluations_since = state["best"], state["evaluations_since"]
+        # What all processes have summed up so far is one of them's from here on.
+        self._sums = Sums(self.device, state["sums"] if self.ranks.is_first else None)
+        self.history = [EpochMetrics(**epoch) for epoch in state["history"]]
+
+    def publish(self, num_classes: int) -> None:
+        """Write the finished student, so that its folder is a SPEC."""
+        model = self.evaluated
+        if self.shared.select == "best":
+            files.load_weights(self.folder / files.BEST, model)
+        description = RunModel(
+            student=self.config.student, num_classes=num_classes, preprocessing=self.preprocessing.to_dict()
+        )
+        try:
+            save_run(self.folder, model, description)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.folder}: the student cannot be written: {error}; the same command resumes"
+            ) from error
+
+
+def _optimizer(config: StudentConfig, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=config.lr,
+        momentum=config.shared.momentum,
+        nesterov=config.shared.nesterov and config.shared.momentum > 0,
+        weight_decay=config.weight_decay,
+    )

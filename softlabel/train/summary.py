@@ -1,0 +1,172 @@
+"""What a run says to people: before it begins, and when it is over."""
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softlabel.errors import UsageError
+from softlabel.loader import SoftLabelLoader
+from softlabel.train import files
+from softlabel.train.config import TrainConfig
+from softlabel.train.distributed import Ranks
+from softlabel.train.metrics import EpochMetrics
+from softlabel.train.student import Student
+
+log = logging.getLogger("softlabel")
+
+RESULTS = "results.csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentResult:
+    """What became of one student.
+
+    Attributes:
+        name: of its settings, where there are several.
+        out: its run folder; ``run:OUT`` is its SPEC.
+        history: every epoch of the run, also those before it was resumed.
+        resumed_from: epochs that were done before this call.
+        already_done: the folder held this very run, finished; nothing was done.
+        failure: why it was given up; None if it was not.
+    """
+
+    name: str
+    out: str
+    history: tuple[EpochMetrics, ...]
+    resumed_from: int = 0
+    already_done: bool = False
+    failure: str | None = None
+
+    @property
+    def best(self) -> EpochMetrics | None:
+        """The epoch with the highest evaluation accuracy."""
+        measured = [epoch for epoch in self.history if epoch.eval_accuracy is not None]
+        return max(measured, key=lambda epoch: epoch.eval_accuracy or 0.0, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a call of `train` did.
+
+    Attributes:
+        out: the run folder, or the folder of the students' run folders.
+        students: one for each, in the order of the settings.
+        seconds: wall time of this call.
+    """
+
+    out: str
+    students: tuple[StudentResult, ...]
+    seconds: float
+
+    @property
+    def student(self) -> StudentResult:
+        """The only student.
+
+        Raises:
+            UsageError: there are several.
+        """
+        if len(self.students) != 1:
+            raise UsageError(f"{self.out}: expected one student, found {len(self.students)}; look at each of .students")
+        return self.students[0]
+
+    @property
+    def history(self) -> tuple[EpochMetrics, ...]:
+        """Of the only student."""
+        return self.student.history
+
+    @property
+    def resumed_from(self) -> int:
+        """Of the only student."""
+        return self.student.resumed_from
+
+    @property
+    def already_done(self) -> bool:
+        """Whether nothing was left to do, for any student."""
+        return all(student.already_done for student in self.students)
+
+    def table(self) -> str:
+        """The students side by side, for people."""
+        rows = [_row(student) for student in self.students]
+        columns = [name for name in rows[0] if any(row[name] for row in rows)]
+        widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+        lines = ["  ".join(f"{name:<{widths[name]}}" for name in columns)]
+        lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in columns) for row in rows]
+        lines += [f"{student.name}: given up: {student.failure}" for student in self.students if student.failure]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(student: StudentResult) -> dict[str, str]:
+    last = student.history[-1] if student.history else None
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    return {
+        "student": student.name,
+        "state": "failed" if student.failure is not None else "done",
+        "epochs": str(last.epoch) if last is not None else "0",
+        "accuracy": number(last.eval_accuracy if last is not None else None),
+        "best": number(student.best.eval_accuracy if student.best is not None else None),
+        "agreement": number(last.teacher_agreement if last is not None else None),
+        "loss": number(last.loss if last is not None else None),
+        "soft": number(last.soft_loss if last is not None else None),
+        "hard": number(last.hard_loss if last is not None else None),
+    }
+
+
+def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
+    """The table as `results.csv`."""
+    text = io.StringIO()
+    rows = [_row(student) | {"out": student.out, "failure": student.failure or ""} for student in students]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_atomically(folder / RESULTS, text.getvalue().encode())
+
+
+def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, students: Sequence[Student]) -> None:
+    """Say what is about to happen."""
+    together = f", {ranks.world_size} processes" if ranks.several else ""
+    for student in students:
+        parameters = sum(p.numel() for p in student.model.parameters())
+        named = f"{student.config.name}: " if len(students) > 1 else ""
+        log.info(
+            "%sstudent %s: %s parameters, %s, %s%s",
+            named,
+            student.config.student,
+            f"{parameters:,}",
+            ranks.device,
+            student.precision,
+            together,
+        )
+    log.info(
+        "data %s: %s samples, %d steps of %d an epoch",
+        loader.source.name,
+        f"{loader.num_samples:,}",
+        len(loader),
+        config.batch_size,
+    )
+    if loader.store is not None:
+        terms = {
+            f"T = {student.temperature:g}, soft weight {student.config.soft_weight:g}, hard weight "
+            f"{student.config.hard_weight:g}"
+            if student.config.soft_weight > 0
+            else f"not used, hard weight {student.config.hard_weight:g}"
+            for student in students
+        }
+        log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
+        if config.augment != "none":
+            log.info("augmentation %s: the soft labels are those of the un-augmented images", config.augment)
+    for count, why in (
+        (loader.dataset.skipped_bad, "could not be read when the store was made"),
+        (loader.dataset.skipped_missing, "have no row in the store"),
+    ):
+        if count:
+            log.info("left out: %s samples that %s", f"{count:,}", why)
+    for student in students:
+        if student.epoch or student.step:
+            named = f"{student.config.name}: " if len(students) > 1 else ""
+            log.info("%sresuming after epoch %d, step %d of %d", named, student.epoch, student.step, student.steps)
