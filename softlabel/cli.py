@@ -134,6 +134,9 @@ class _Options:
                 if (element := _element(hint)) is not None:
                     hint = element
                     settings["nargs"] = "+"
+                    default = settings.get("default")
+                    if default is not None and not isinstance(default, list):  # one value or several
+                        settings["default"] = [default]
                 parser.add_argument(_flag(name), type=hint, **settings)
         return parser
 

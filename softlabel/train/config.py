@@ -17,13 +17,11 @@ class TrainConfig:
     folder in `out`.
 
     Attributes:
-        data: a SOURCE of images, labelled or not; several are trained on together.
+        data: a SOURCE of images, labelled or not.
         student: a SPEC; without a checkpoint it starts from random weights.
         out: the run folder; of several students, the folder of their run folders.
         labels: the store with the teacher's soft labels; absent: hard labels only.
         eval_data: a SOURCE on which accuracy is measured.
-        mix: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then ends
-            where the first source has been seen once. Absent: an epoch is every sample of all of them.
         epochs: passes over the data.
         batch_size: samples a step, over all processes together.
         accumulate: parts into which a batch is cut, one forward and backward pass each.
@@ -72,12 +70,11 @@ class TrainConfig:
         progress: show a bar; absent: if standard error is a terminal.
     """
 
-    data: str | list[str]
+    data: str
     student: str | list[str]
     out: str
     labels: str | None = None
     eval_data: str | None = None
-    mix: str | None = None
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
@@ -121,7 +118,7 @@ class TrainConfig:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", *GRID):
+        for name in GRID:
             value = getattr(self, name)
             if isinstance(value, list):
                 if not value:
@@ -130,23 +127,6 @@ class TrainConfig:
                     object.__setattr__(self, name, value[0])
         _check_numbers(self)
         _check_combinations(self)
-
-    @property
-    def mix_shares(self) -> tuple[int, ...] | None:
-        """`mix` as whole numbers, one a source."""
-        if self.mix is None:
-            return None
-        try:
-            shares = tuple(int(part) for part in self.mix.split(":"))
-        except ValueError:
-            shares = ()
-        sources = self.data if isinstance(self.data, list) else [self.data]
-        if len(shares) != len(sources) or len(shares) < 2 or min(shares) < 1:
-            raise UsageError(
-                f"mix: expected a whole number of at least 1 for each of the {len(sources)} sources of --data, such as "
-                f"1:7 for two, found {self.mix!r}"
-            )
-        return shares
 
     def values(self, name: str) -> list[Any]:
         """The values of an option that takes several, as a list."""
@@ -243,4 +223,3 @@ def _check_combinations(config: TrainConfig) -> None:
                 raise UsageError(f"{name}: the accuracy has to be measured for it; give --eval-data SOURCE")
     if config.accumulate > config.batch_size:
         raise UsageError(f"accumulate: a batch of {config.batch_size} cannot be cut into {config.accumulate} parts")
-    _ = config.mix_shares
