@@ -61,7 +61,7 @@ class Labeller:
         self.first_member = 0  # the number in the store of the first of these members, where they join others
         shapes = [teacher.preprocessing for teacher in self.teachers]
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
-        keys = [(p.resize, p.crop, p.interpolation) for p in shapes]
+        keys = [p.shape for p in shapes]
         unique = list(dict.fromkeys(keys))
         self.intake = Intake(source=source, geometries=tuple(shapes[keys.index(key)] for key in unique))
         self.geometry_of = tuple(unique.index(key) for key in keys)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from softlabel.dataset import IGNORE, Source
 from softlabel.device import resolve_device
-from softlabel.errors import MismatchError, SpecError, TeacherError
+from softlabel.errors import MismatchError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
-from softlabel.models import build_model
+from softlabel.models import build_model, refuse_precision, refuse_random
 from softlabel.spec import parse_spec
 from softlabel.store.reader import Store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
@@ -120,8 +120,9 @@ def evaluate(
         preprocessing = preprocessing or Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     else:
         spec = _spec(model)
-        _refuse_random(spec)
+        refuse_random(parse_spec(spec))
         module = build_model(spec)
+        refuse_precision(parse_spec(spec), module, precision)
         preprocessing = preprocessing or student_preprocessing(spec, module)
     loader = SoftLabelLoader(
         data,
@@ -215,13 +216,6 @@ def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
         correct_N: bool (N,).
     """
     return _ece(*_bins(confidence_N.double(), correct_N))
-
-
-def _refuse_random(spec: str) -> None:
-    parsed = parse_spec(spec)
-    weights = parsed.options.get("weights", "none").lower() not in ("none", "null")
-    if parsed.kind in ("zoo", "torchvision") and parsed.checkpoint is None and not weights:
-        raise SpecError(f"{spec}: expected a checkpoint, found none: random weights measure nothing; give {spec}@FILE")
 
 
 class _Totals:

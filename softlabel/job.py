@@ -1,6 +1,5 @@
 """What a run of the teachers needs, loaded and checked: data, members, and the identity of the store they fill."""
 
-import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,11 +164,8 @@ def _members(teachers: Sequence[Teacher], calibration: "str | Path | Sequence[fl
 
 
 def _member(teacher: Teacher) -> Member:
-    # Where its weights lie is not part of a store's identity: their hash is.
-    spec = teacher.spec
-    name = Path(spec.name).name if spec.kind == "run" else spec.name
     return Member(
-        spec=dataclasses.replace(spec, name=name, checkpoint=None).text,
+        spec=teacher.spec.identity,
         sha256=teacher.sha256,
         preprocessing=teacher.preprocessing.to_dict(),
         precision=teacher.precision,

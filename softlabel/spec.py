@@ -1,6 +1,7 @@
 """The little language in which data, teachers and students are named: ``NAME?option=value&option=value``.
 
     SPEC    kind:name[@checkpoint][?options]       zoo:resnet20@weights/resnet20.th?mean=0.5,0.5,0.5
+            file.onnx[?options], file.pt2[?options]
     SOURCE  path[?options] or name[?options]       train.parquet?label=fine_label
 
 An option's value is a JSON literal (`true`, `32`, `[1, 2]`, `null`), or else a string. A `&` inside a value is
@@ -8,6 +9,7 @@ written `%26`; other `%xx` mean what they mean in a URL.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,11 @@ from urllib.parse import unquote
 
 from softlabel.errors import SpecError
 
-KINDS = ("torchvision", "zoo", "python", "run")
+KINDS = ("torchvision", "zoo", "timm", "hf", "python", "run")
+# A file that is a whole network, program and weights: its suffix says what it is.
+PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
+# Options that say where a network comes from, not what it is.
+_PLACES = ("download", "trust")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +36,20 @@ class Spec:
     @property
     def text(self) -> str:
         """The SPEC as one would write it: ``parse_spec(spec.text) == spec``."""
+        kind = "" if self.kind in PROGRAMS.values() else f"{self.kind}:"
         checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
         options = "&".join(
             f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in self.options.items()
         )
-        return f"{self.kind}:{self.name}{checkpoint}" + (f"?{options}" if options else "")
+        return f"{kind}{self.name}{checkpoint}" + (f"?{options}" if options else "")
+
+    @property
+    def identity(self) -> str:
+        """The SPEC without the place where its weights lie, which is no part of what a store is: their hash is."""
+        local = self.kind in ("run", *PROGRAMS.values()) or (self.kind == "hf" and os.path.isdir(self.name))
+        name = os.path.basename(os.path.normpath(self.name)) if local else self.name
+        options = {key: value for key, value in self.options.items() if key not in _PLACES}
+        return Spec(kind=self.kind, name=name, options=options).text
 
 
 def parse_spec(text: str) -> Spec:
@@ -45,13 +60,16 @@ def parse_spec(text: str) -> Spec:
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in KINDS:
+        head, options = split_options(text, subject=text)
+        if program := PROGRAMS.get(os.path.splitext(head)[1].lower()):
+            return Spec(kind=program, name=head, options=options)
         raise SpecError(
-            f"{text!r}: expected KIND:NAME[@CHECKPOINT][?OPTIONS] with a KIND of {', '.join(KINDS)}; "
-            "for instance zoo:resnet20@weights.th"
+            f"{text!r}: expected KIND:NAME[@CHECKPOINT][?OPTIONS] with a KIND of {', '.join(KINDS)}, "
+            f"or a file that ends in {' or '.join(PROGRAMS)}; for instance zoo:resnet20@weights.th"
         )
     head, options = split_options(rest, subject=text)
-    if kind == "run":
-        # The folder may well have an @ in its name, and a run brings its own weights.
+    if kind in ("run", "hf"):
+        # The folder may well have an @ in its name, and it brings its own weights.
         name, at, checkpoint = head, "", ""
     else:
         name, at, checkpoint = head.partition("@")

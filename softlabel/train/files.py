@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
+from softlabel.files import write_atomically as write_whole
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
@@ -37,26 +37,10 @@ BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by one that is on disk in whole before it gets its name.
-
-    Raises:
-        TrainingError: the disk is full or the folder cannot be written to.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Raises TrainingError: the disk is full or the folder cannot be written to."""
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise TrainingError(f"{path}: cannot be written: {error}; the same command resumes once it can") from error
 
 

@@ -27,6 +27,7 @@ THIRD = {
 }
 THIRD |= {"jsonargparse", "docstring_parser", "tqdm", "matplotlib", "triton", "dask", "distributed", "tensorboard"}
 THIRD |= {"wandb", "mlflow"}
+THIRD |= {"timm", "transformers", "onnx", "onnxruntime"}
 MAY_IMPORT = {
     "errors": set(),
     "device": {"torch"},
@@ -36,8 +37,11 @@ MAY_IMPORT = {
     | {"store.keys", "store.index"},
     "views": {"torch", "torchvision", "numpy", "xxhash"},
     "zoo": {"torch"},
-    "models": {"torch", "torchvision", "safetensors", "spec", "zoo"},
-    "teacher": {"torch", "torchvision", "models", "spec", "device"},
+    "files": set(),
+    "preprocessing": {"torch", "torchvision"},
+    "models": {"torch", "torchvision", "numpy", "safetensors", "files", "preprocessing", "spec", "zoo"}
+    | {"timm", "transformers", "onnx", "onnxruntime"},
+    "teacher": {"torch", "models", "preprocessing", "spec"},
     "labels": {"torch"},
     "encoding": {"torch", "numpy", "store.columns", "store.manifest"},
     "store": {"numpy", "pyarrow", "h5py", "fsspec", "safetensors", "xxhash"},
@@ -81,7 +85,7 @@ MAY_IMPORT = {
         "views",
         "dataset",
     }
-    | {"evaluate", "store", "tensorboard", "device", "labels", "order", "spec", "wandb", "mlflow"},
+    | {"files", "evaluate", "store", "tensorboard", "device", "labels", "order", "spec", "wandb", "mlflow"},
     "evaluate": {"device", "spec", "torch", "tqdm", "numpy", "loader", "loss", "models", "teacher", "dataset", "store"},
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
@@ -183,7 +187,7 @@ def run_python(code: str) -> str:
 
 
 def test_import_is_light() -> None:
-    heavy = "{'dask', 'triton', 'h5py', 'matplotlib', 'torchvision'}"
+    heavy = "{'dask', 'triton', 'h5py', 'matplotlib', 'torchvision', 'timm', 'transformers', 'onnx', 'onnxruntime'}"
     assert run_python(f"import softlabel, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 

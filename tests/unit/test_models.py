@@ -55,6 +55,10 @@ def student() -> nn.Module:
         ("python:a.b:make@w@2.pt", Spec(kind="python", name="a.b:make", checkpoint="w@2.pt")),
         ("run:runs/me@home", Spec(kind="run", name="runs/me@home")),
         ("zoo:cnn2?note=a%26b%3D1", Spec(kind="zoo", name="cnn2", options={"note": "a&b=1"})),
+        ("timm:resnet50.a1_in1k@w.pth", Spec(kind="timm", name="resnet50.a1_in1k", checkpoint="w.pth")),
+        ("hf:me/vit@home?download=true", Spec(kind="hf", name="me/vit@home", options={"download": "true"})),
+        ("a:b/net.onnx?mean=0.5", Spec(kind="onnx", name="a:b/net.onnx", options={"mean": "0.5"})),
+        ("net.PT2?trust=true", Spec(kind="pt2", name="net.PT2", options={"trust": "true"})),
         ("zoo:cnn2@C:/w.th?crop=none", Spec(kind="zoo", name="cnn2", checkpoint="C:/w.th", options={"crop": "none"})),
     ],
 )
@@ -75,7 +79,7 @@ def test_text_is_read_back_as_it_was(kind: str, name: str, checkpoint: str | Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "resnet20", "zoo:", "zoo:resnet8@", "timm:resnet50", "zoo:a?b", "zoo:a?b=1&b=2", "zoo:a?=1"]
+    "text", ["", "resnet20", "zoo:", "zoo:resnet8@", "keras:resnet50", "zoo:a?b", "zoo:a?b=1&b=2", "zoo:a?=1"]
 )
 def test_specs_that_cannot_be_meant(text: str) -> None:
     with pytest.raises(SpecError):

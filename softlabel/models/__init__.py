@@ -1,0 +1,29 @@
+"""From a SPEC to a network with weights, for teachers and students alike: a file for each kind.
+
+Nothing that a checkpoint contains is executed: safetensors, `torch.load(weights_only=True)`, ONNX. A .pt2 file, which
+torch cannot read in such a way, has to be trusted by name.
+"""
+
+from softlabel.models.build import build_model, own_preprocessing, refuse_random
+from softlabel.models.builders import torchvision_weights
+from softlabel.models.program import Program, logits_of, refuse_precision
+from softlabel.models.runs import RunModel, read_run, save_run
+from softlabel.models.weights import load_weights, weights_sha256
+from softlabel.spec import Spec, parse_spec
+
+__all__ = [
+    "Program",
+    "RunModel",
+    "Spec",
+    "build_model",
+    "load_weights",
+    "logits_of",
+    "own_preprocessing",
+    "parse_spec",
+    "read_run",
+    "refuse_precision",
+    "refuse_random",
+    "save_run",
+    "torchvision_weights",
+    "weights_sha256",
+]

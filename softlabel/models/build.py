@@ -1,0 +1,129 @@
+"""From a SPEC to a network with weights, for teachers and students alike."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from softlabel.errors import SpecError
+from softlabel.models.builders import accepts, builder, call, classes_of, torchvision_weights
+from softlabel.models.from_export import ExportedProgram
+from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
+from softlabel.models.from_onnx import OnnxProgram
+from softlabel.models.from_timm import timm_preprocessing
+from softlabel.models.options import PREPROCESSING_OPTIONS, refuse_others
+from softlabel.models.program import Program
+from softlabel.models.runs import read_run
+from softlabel.models.weights import fill, load_weights
+from softlabel.preprocessing import Preprocessing
+from softlabel.spec import Spec, literal, parse_spec
+
+
+def build_model(spec: Spec | str, *, num_classes: int | None = None) -> nn.Module:
+    """Build the network of a SPEC and load its checkpoint, on the CPU, in training mode.
+
+    Without `num_classes` (or an option of that name) the count is the checkpoint's, or else the builder's default. A
+    checkpoint must fit the network exactly.
+
+    Raises:
+        SpecError: an unknown name, an option that the builder refuses, a missing checkpoint or one of another network.
+        TeacherError: a checkpoint that cannot be read safely.
+    """
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.kind == "run":
+        return _build_run(spec, num_classes)
+    if spec.kind == "hf":
+        return build_hf(spec, num_classes)
+    if spec.kind in ("pt2", "onnx"):
+        return ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec)
+    options = {k: literal(v) for k, v in spec.options.items() if k not in PREPROCESSING_OPTIONS}
+    make = builder(spec, options)
+    weights = load_weights(spec.checkpoint) if spec.checkpoint else None
+    if num_classes is not None:
+        if options.get("num_classes", num_classes) != num_classes:
+            raise SpecError(
+                f"{spec.text}: num_classes={options['num_classes']}, but {num_classes} classes are needed here"
+            )
+        options["num_classes"] = num_classes
+    if weights is not None and "num_classes" not in options and accepts(make, "num_classes"):
+        options |= classes_of(spec, make, options, weights)
+    if spec.kind == "python" and not accepts(make, "num_classes") and "num_classes" not in spec.options:
+        options.pop("num_classes", None)  # a factory that knows its classes itself
+    model = call(spec, make, options)
+    if weights is not None:
+        fill(spec, model, weights)
+    return model
+
+
+def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
+    run = read_run(spec.name)
+    refuse_others(spec)
+    if num_classes not in (None, run.num_classes):
+        raise SpecError(f"{spec.text}: the run has {run.num_classes} classes, but {num_classes} are needed here")
+    student = parse_spec(run.student)
+    if student.kind == "run":
+        run = read_run(student.name)  # a student that started from another run
+        student = parse_spec(run.student)
+    # Its own weights replace those that it started from, which may be gone by now.
+    if run.config is not None:
+        model = hf_from_config(spec, run.config, run.num_classes)
+    else:
+        options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained")}
+        bare = Spec(kind=student.kind, name=student.name, options=options)
+        model = build_model(bare, num_classes=run.num_classes)
+    fill(spec, model, load_weights(Path(spec.name) / "model.safetensors"))
+    return model
+
+
+def refuse_random(spec: Spec) -> None:
+    """Raises SpecError for a network without weights, which would label with random numbers.
+
+    A python: factory may load its own, a run: or a file has them.
+    """
+    asked = {"torchvision": "weights=DEFAULT", "timm": "pretrained=true"}.get(spec.kind)
+    option = literal(spec.options.get("pretrained", "null"))
+    if spec.kind == "hf" and option is False:
+        raise SpecError(f"{spec.text}: expected weights, found pretrained=false: random weights label nothing")
+    found = torchvision_weights(spec) is not None or (spec.kind == "timm" and option not in (None, False))
+    if spec.kind in ("zoo", "torchvision", "timm") and not spec.checkpoint and not found:
+        named = f", or ask for those of {spec.kind} with ?{asked} (a download)" if asked else ""
+        raise SpecError(
+            f"{spec.text}: expected weights, found none: a network with random weights labels nothing. "
+            f"Give a checkpoint, {spec.kind}:{spec.name}@FILE{named}"
+        )
+
+
+def own_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
+    """The preprocessing that belongs to a network, before the options of its SPEC change it.
+
+    Raises:
+        SpecError: it cannot be told, or not be expressed.
+    """
+    if spec.kind == "zoo":
+        return Preprocessing(resize=32, crop=32)
+    if spec.kind == "run":
+        return Preprocessing.from_dict(read_run(spec.name).preprocessing)
+    if spec.kind == "timm":
+        return timm_preprocessing(spec, model)
+    if spec.kind == "hf":
+        return hf_preprocessing(spec)
+    if spec.kind in ("pt2", "onnx"):
+        program = model if isinstance(model, Program) else build_model(spec)
+        assert isinstance(program, Program)
+        return program.preprocessing
+    if spec.kind == "python":
+        found = getattr(model, "preprocessing", None)
+        if isinstance(found, Preprocessing):
+            return found
+        return Preprocessing.from_dict(found) if isinstance(found, Mapping) else Preprocessing()
+    weights = torchvision_weights(spec)
+    if weights is None:
+        return Preprocessing(resize=256, crop=224)
+    preset = weights.transforms()
+    return Preprocessing(
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        resize=preset.resize_size[0],
+        crop=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+    )

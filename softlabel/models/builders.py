@@ -1,0 +1,132 @@
+"""The function behind a SPEC that makes a network, and the call of it."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softlabel import zoo
+from softlabel.errors import SpecError
+from softlabel.models.from_timm import timm_builder
+from softlabel.spec import Spec, literal
+
+
+def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
+    """The function that makes the network. torchvision's `weights` are resolved here, out of `options`."""
+    if spec.kind == "zoo":
+        if spec.name not in zoo.BUILDERS:
+            raise SpecError(f"{spec.text}: expected one of {', '.join(zoo.BUILDERS)}; found {spec.name!r}")
+        return zoo.BUILDERS[spec.name]
+    if spec.kind == "torchvision":
+        return _torchvision_builder(spec, options)
+    if spec.kind == "timm":
+        return timm_builder(spec, options)
+    return _python_builder(spec)
+
+
+def _torchvision_builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if spec.name not in names:
+        close = get_close_matches(spec.name, names, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f": {', '.join(names)}"
+        raise SpecError(f"{spec.text}: torchvision has no image classification model {spec.name!r}{hint}")
+    if spec.checkpoint and options.get("weights") is not None:
+        raise SpecError(f"{spec.text}: give either a checkpoint after '@' or weights=, not both")
+    if options.get("weights") is not None:
+        options["weights"] = torchvision_weights(spec)
+    builder: Callable[..., nn.Module] = models.get_model_builder(spec.name)
+    return builder
+
+
+def torchvision_weights(spec: Spec) -> Any:
+    """The entry of torchvision's list of weights that ``?weights=`` names (None when it is not given).
+
+    Raises:
+        SpecError: there are no such weights for this network.
+    """
+    from torchvision import models
+
+    wanted = spec.options.get("weights")
+    if spec.kind != "torchvision" or wanted is None or literal(wanted) is None:
+        return None
+    entries = models.get_model_weights(spec.name)
+    name = wanted.rpartition(".")[2]
+    if name not in entries.__members__:
+        raise SpecError(
+            f"{spec.text}: expected weights={' or '.join([*entries.__members__, 'DEFAULT'])}, found {wanted!r}"
+        )
+    return entries[name]
+
+
+def _python_builder(spec: Spec) -> Callable[..., nn.Module]:
+    module_name, colon, attribute = spec.name.partition(":")
+    if not colon or not attribute:
+        raise SpecError(f"{spec.text}: expected python:package.module:factory, found no factory")
+    if os.getcwd() not in sys.path:
+        # As `python -m` does: a console script would not find the module that lies beside the user.
+        sys.path.append(os.getcwd())
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except Exception as error:  # it is the user's code: whatever it raises is a fact about the SPEC
+        raise SpecError(
+            f"{spec.text}: cannot import it: {error}; is it installed, or in the current folder?"
+        ) from error
+    if not callable(target):
+        raise SpecError(
+            f"{spec.text}: expected a function or class that returns a module, found {type(target).__name__}"
+        )
+    return target  # type: ignore[no-any-return]
+
+
+def accepts(builder: Callable[..., Any], name: str) -> bool:
+    try:
+        parameters = inspect.signature(builder).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def call(spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
+    try:
+        model = builder(**options)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"{spec.text}: its builder refuses the options {options}: {error}") from error
+    except OSError as error:  # torchvision fetches weights= on first use
+        raise SpecError(f"{spec.text}: cannot get the weights: {error}; download them and give NAME@FILE") from error
+    except Exception as error:
+        if spec.kind not in ("python", "timm"):
+            raise
+        whose = "its factory" if spec.kind == "python" else "timm"
+        raise SpecError(f"{spec.text}: {whose} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"{spec.text}: expected a torch.nn.Module from the factory, found {type(model).__name__}")
+    return model
+
+
+def classes_of(
+    spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any], weights: dict[str, Tensor]
+) -> dict[str, int]:
+    """The checkpoint's class count, as the builder's option: where only the first axis of the heads differs."""
+    try:
+        with torch.device("meta"):
+            shapes = {k: tuple(v.shape) for k, v in call(spec, builder, options).state_dict().items()}
+    except (RuntimeError, NotImplementedError, SpecError):
+        if spec.kind != "timm":
+            return {}  # a factory that computes with its weights, or insists on num_classes: the real call will say it
+        # Some of timm's networks compute while they are built, which the meta device cannot.
+        shapes = {k: tuple(v.shape) for k, v in call(spec, builder, options).state_dict().items()}
+    heads = [(tuple(w.shape), shapes[k]) for k, w in weights.items() if k in shapes and tuple(w.shape) != shapes[k]]
+    counts = {found[0] for found, built in heads if found and built and found[1:] == built[1:]}
+    if len(counts) == 1 and all(found[1:] == built[1:] for found, built in heads):
+        return {"num_classes": counts.pop()}
+    return {}

@@ -1,0 +1,71 @@
+"""Run folders: a student that `softlabel train` left, which the SPEC ``run:FOLDER`` names."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import nn
+
+from softlabel.errors import SpecError
+from softlabel.files import write_atomically
+from softlabel.models.from_hf import HuggingFaceClassifier
+from softlabel.models.weights import plain_names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunModel:
+    """What `model.json` of a run folder says about the student beside it in `model.safetensors`.
+
+    config: the architecture of a transformers student, so that the folder that it was read from may go.
+    """
+
+    student: str
+    num_classes: int
+    preprocessing: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
+
+
+def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunModel) -> None:
+    """Write `model.safetensors` and `model.json` into a run folder, so that ``run:FOLDER`` is a SPEC."""
+    folder = Path(folder)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    # safetensors refuses tensors that share memory, as tied weights do.
+    state = {name: value.clone() for name, value in state.items()}
+    write_atomically(folder / "model.safetensors", save(plain_names(state)))
+    fields: dict[str, Any] = {
+        "student": description.student,
+        "num_classes": description.num_classes,
+        "preprocessing": dict(description.preprocessing),
+    }
+    config = model.config if isinstance(model, HuggingFaceClassifier) else description.config
+    if config is not None:
+        fields["config"] = dict(config)
+    # Last: a folder with a model.json in it is a whole one.
+    write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())
+
+
+def read_run(folder: str | os.PathLike[str]) -> RunModel:
+    """Read `model.json` of a run folder.
+
+    Raises:
+        SpecError: the folder is not that of a finished `softlabel train`.
+    """
+    path = Path(folder) / "model.json"
+    try:
+        found = json.loads(path.read_text())
+        return RunModel(
+            student=str(found["student"]),
+            num_classes=int(found["num_classes"]),
+            preprocessing=dict(found["preprocessing"]),
+            config=dict(found["config"]) if "config" in found else None,
+        )
+    except FileNotFoundError:
+        raise SpecError(
+            f"{folder}: expected the folder of a run of `softlabel train`, found no model.json in it"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{path}: expected student, num_classes and preprocessing, found {error!r}") from error

@@ -1,0 +1,152 @@
+"""How an image of any size becomes a network's input.
+
+Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from softlabel.errors import BadImageError, SpecError
+
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Where PIL itself begins to speak of a decompression bomb: a 20000 x 2 image resized to 224 would take 1.5 GB.
+_MOST_PIXELS = 2**30 // 4 // 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How an image of any size becomes a network's input.
+
+    Attributes:
+        mean, std: of the three channels, for values in [0, 1].
+        resize: length of the shorter side after resizing; None leaves the size.
+        crop: side of the square cut from the middle; None leaves the size.
+        interpolation: nearest, nearest-exact, bilinear or bicubic (the last two with antialiasing).
+        squash: both sides become `resize`, whatever the image's proportions were.
+        floor_crop: half a pixel beside the crop is rounded down, as transformers does, and not to even, as torchvision.
+    """
+
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: str = "bilinear"
+    squash: bool = False
+    floor_crop: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise SpecError(f"mean and std: expected three numbers each, found {self.mean} and {self.std}")
+        if not all(map(math.isfinite, self.mean)) or not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise SpecError(f"mean and std: expected finite numbers, std above 0, found {self.mean} and {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise SpecError(f"interpolation: expected {', '.join(INTERPOLATIONS)}; found {self.interpolation!r}")
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and size < 1:
+                raise SpecError(f"{name}: expected a number of pixels of at least 1, or none; found {size}")
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise SpecError(f"crop={self.crop} does not fit into resize={self.resize}; make resize at least as large")
+        if self.squash and self.resize is None:
+            raise SpecError("squash: expected a resize= to squash to, found none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it; `from_dict` is the inverse."""
+        found = {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+        }
+        # Left out where they say nothing: members that were recorded before there were such fields stay what they are.
+        return found | {name: True for name in ("squash", "floor_crop") if getattr(self, name)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Preprocessing":
+        """Raises SpecError where a field is missing or of another kind."""
+        try:
+            return cls(
+                mean=tuple(float(x) for x in found["mean"]),
+                std=tuple(float(x) for x in found["std"]),
+                resize=None if found["resize"] is None else int(found["resize"]),
+                crop=None if found["crop"] is None else int(found["crop"]),
+                interpolation=str(found["interpolation"]),
+                squash=bool(found.get("squash", False)),
+                floor_crop=bool(found.get("floor_crop", False)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpecError(
+                f"preprocessing: expected mean, std, resize, crop, interpolation; found {error!r}"
+            ) from error
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What `geometry` depends on: members that are equal in it may share one tensor."""
+        return self.resize, self.crop, self.interpolation, self.squash, self.floor_crop
+
+    @property
+    def fixes_size(self) -> bool:
+        """True where images of every size come out with the same one."""
+        return self.crop is not None
+
+    def geometry(self, image_CHW: Tensor) -> Tensor:
+        """Resize the shorter side (or, to squash, both), antialiased; then cut the middle: uint8 (3, H, W) to uint8.
+
+        An image that has the size already is returned as it is.
+
+        Raises:
+            BadImageError: an image too small for the crop, or so thin that resizing it would fill the memory.
+        """
+        image_CHW = self._resized(image_CHW)
+        height, width = image_CHW.shape[-2:]
+        if self.crop is None or (height, width) == (self.crop, self.crop):
+            return image_CHW
+        if min(height, width) < self.crop:
+            raise BadImageError(
+                f"{width} x {height} pixels: smaller than crop={self.crop}; give resize={self.crop} as well"
+            )
+        if self.floor_crop:
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
+            return image_CHW[:, top : top + self.crop, left : left + self.crop]
+        cut_CHW: Tensor = transforms.center_crop(image_CHW, [self.crop, self.crop])
+        return cut_CHW
+
+    def _resized(self, image_CHW: Tensor) -> Tensor:
+        height, width = image_CHW.shape[-2:]
+        short, long = min(height, width), max(height, width)
+        if self.resize is None or (short == self.resize and (long == self.resize or not self.squash)):
+            return image_CHW
+        if not self.squash and self.resize * int(self.resize * long / short) > _MOST_PIXELS:
+            raise BadImageError(
+                f"{width} x {height} pixels: too thin, resizing its shorter side to {self.resize} would make "
+                f"the longer one {int(self.resize * long / short)}"
+            )
+        size = [self.resize, self.resize] if self.squash else [self.resize]
+        mode = InterpolationMode(self.interpolation)
+        resized_CHW: Tensor = transforms.resize(image_CHW, size, interpolation=mode, antialias=True)
+        return resized_CHW
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """``(x / 255 - mean) / std``: uint8 (B, 3, H, W) to float32 of the same shape, device and memory layout."""
+        mean_C11, std_C11 = _constants(self.mean, self.std, images_BCHW.device)
+        return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+
+
+@lru_cache(maxsize=64)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std on the device: copying them there for every batch would make the host wait for it."""
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None],
+            torch.tensor(std, dtype=torch.float32, device=device)[:, None, None],
+        )
