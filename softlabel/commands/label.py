@@ -50,8 +50,9 @@ def generate(
         data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
             .npy, .npz), a list of files (.txt, .csv), torchvision:NAME?root=..., or digits; options behind '?', see
             the README.
-        teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER;
-            options after '?': mean, std, resize, crop, interpolation, weights. Several make an ensemble.
+        teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, FILE.onnx, FILE.pt2,
+            python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize, crop, interpolation,
+            squash, weights, pretrained, download, trust. Several make an ensemble.
         out: folder of the store.
         combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature, or keep all.
         weights: one number a teacher, normalised to sum 1; equal when absent.

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 
 from softlabel.dataset import Source, open_source
 from softlabel.device import decoders
-from softlabel.errors import DataError, MismatchError, TrainingError, UsageError
+from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader
-from softlabel.models import build_model
+from softlabel.models import Program, build_model
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing, student_preprocessing
 from softlabel.train import files
@@ -141,13 +141,15 @@ def _train(
 def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, Preprocessing]:
     torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on the others
     model = build_model(config.student, num_classes=num_classes)
+    if isinstance(model, Program):
+        raise SpecError(f"student {config.student}: a file that is run as it is cannot be trained; name a network")
     return model, student_preprocessing(config.student, model)
 
 
 def _check_geometry(configs: list[StudentConfig], found: list[Preprocessing]) -> None:
     """Students of one pass get the same pixels; how they are normalised is each student's own."""
     for config, preprocessing in zip(configs, found, strict=True):
-        mine, first = ((p.resize, p.crop, p.interpolation) for p in (preprocessing, found[0]))
+        mine, first = (p.shape for p in (preprocessing, found[0]))
         if mine != first:
             raise UsageError(
                 f"student {config.student}: takes images of resize {mine[0]}, crop {mine[1]}, {mine[2]}, and "
