@@ -1,5 +1,6 @@
 """What a run of the teachers needs, loaded and checked: data, members, and the identity of the store they fill."""
 
+import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
