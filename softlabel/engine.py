@@ -27,6 +27,7 @@ from softlabel.store.keys import Keys
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 from softlabel.store.shard import Rows
 from softlabel.teacher import Teacher
+from softlabel.views import Views
 
 BadImagePolicy = Literal["skip", "error"]
 
@@ -63,7 +64,8 @@ class Labeller:
         # Members with the same geometry share one tensor; normalisation differs and happens on the device.
         keys = [p.shape for p in shapes]
         unique = list(dict.fromkeys(keys))
-        self.intake = Intake(source=source, geometries=tuple(shapes[keys.index(key)] for key in unique))
+        geometries = tuple(shapes[keys.index(key)] for key in unique)
+        self.intake = Intake(source=source, geometries=geometries, views=Views.of(run))
         self.geometry_of = tuple(unique.index(key) for key in keys)
 
     def spans(self, plan: ShardPlan) -> list[Span]:
@@ -150,7 +152,7 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
         correct += int((top_B == batch.labels).sum())
         labelled += int((batch.labels != IGNORE).sum())
     if not columns:  # every image of the shard is bad
-        columns.append({column.name: torch.empty(0, column.width) for column in run.columns})
+        columns.append({column.name: torch.empty(0, column.width) for column in run.label_columns})
     keys = [key for part in parts for key in part.keys]
     rows = Rows(
         keys=keys,
@@ -158,7 +160,13 @@ def label_shard(plan: ShardPlan, labeller: Labeller, batches: Iterator[DecodedBa
         content=np.concatenate([part.content for part in parts]),
         columns={
             c.name: torch.cat([part[c.name] for part in columns]).numpy().astype(c.numpy, copy=False)
-            for c in run.columns
+            for c in run.label_columns
+        }
+        | {
+            c.name: np.concatenate(
+                [np.empty((0, c.width), c.numpy), *(part.columns[c.name] for part in parts if part.keys)]
+            )
+            for c in run.view_columns
         },
     )
     return LabelledShard(

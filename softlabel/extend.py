@@ -22,6 +22,7 @@ from softlabel.store.shard import Rows
 from softlabel.store.supplant import supplant
 from softlabel.store.writer import Committer
 from softlabel.upkeep import recorded_place, refuse_derived
+from softlabel.views import changed as changed_libraries
 
 
 def extend(
@@ -80,6 +81,7 @@ def extend(
         calibration=calibration,
         device=device,
         history=History.of(store),
+        views=run.views,
     )
     (member,) = job.run.members
     if any((member.sha256, member.preprocessing) == (one.sha256, one.preprocessing) for one in run.members):
@@ -115,8 +117,17 @@ def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledSh
             raise MismatchError(f"image {key!r}: its bytes are not those that the other members of {store.path} saw")
         columns = {
             column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)
-            for column in extended.columns
+            for column in extended.label_columns
         }
+        for column in extended.view_columns:
+            said = kept.columns[column.name]
+            if (wrong := (said != shard.rows.columns[column.name]).any(axis=1)).any():
+                key = kept.keys[int(np.flatnonzero(wrong)[0])]
+                raise MismatchError(
+                    f"image {key!r}: its view {shard.plan.view} is not the one that the other members of {store.path} "
+                    f"saw ({column.name} differs); {changed_libraries(store.manifest.recorded.get('libraries'))}"
+                )
+            columns[column.name] = said
         rows = Rows(keys=shard.rows.keys, labels=kept.labels, content=kept.content, columns=columns)
         members = len(extended.members)
         fidelity = _mean(record.fidelity, shard.fidelity, members)

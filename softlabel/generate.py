@@ -26,6 +26,7 @@ from softlabel.labels import CombineRule
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import BadRow, Format, ShardPlan
 from softlabel.store.writer import Committer, write_shard
+from softlabel.views import view_policy
 
 log = logging.getLogger("softlabel")
 
@@ -69,6 +70,8 @@ def generate(
     encoding: Encoding | str = "float16",
     calibration: str | Path | None = None,
     grow: bool = False,
+    views: int = 1,
+    augment: str = "center",
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
     deployment: Deployment | None = None,
@@ -96,6 +99,9 @@ def generate(
         encoding: how logits are stored; a name for those without parameters, or an `Encoding`.
         calibration: file of `softlabel calibrate`; each teacher's logits are divided by its temperature in there first.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
+        views: how many views of each sample are labelled; more than a store has adds those that it lacks.
+        augment: what a view is, see `softlabel.views.parse_policy`: ``center`` (the image as it is), ``crop-flip``,
+            ``inception``, ``trivial``, ``randaugment``, ``mixup``, ``cutmix``, several joined by ``+``, or a YAML file.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         deployment: the Dask cluster whose workers label; absent: this process does.
@@ -117,7 +123,8 @@ def generate(
         data, teachers = absolute(str(data)), [absolute(teacher) for teacher in teachers]
     job = prepare(
         data,
-        history=History.of(out, grow=grow),
+        history=History.of(out, grow=grow, views=views),
+        views=view_policy(augment, count=views, seed=seed),
         teachers=teachers,
         combine=combine,
         weights=weights,
@@ -135,7 +142,7 @@ def generate(
         device=device,
         key_fn=key_fn,
     )
-    with Committer.open(out, job.run, job.recorded, grow=grow) as committer:
+    with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(
                 f"{out}: holds labels that were being made from another store, which teachers cannot finish; run the "
@@ -185,7 +192,7 @@ def label_missing(
     run, labeller = committer.run, job.labeller
     missing = committer.missing()
     if committer.resumed:
-        check_same_data(out, labeller.source)
+        check_same_data(out, labeller.intake)
     if begin is not None and missing:
         begin()
     before = committer.manifest.totals.rows

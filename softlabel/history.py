@@ -4,6 +4,7 @@ A store that grew keeps its old shards: its dataset is the samples that it knew,
 then what the source has more, in the source's order. Students join by key and do not care.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,8 +13,10 @@ import numpy as np
 
 from softlabel.dataset import Source, content_hash, known_first
 from softlabel.errors import MismatchError, StoreNotFoundError
+from softlabel.intake import Intake
 from softlabel.store.manifest import DatasetInfo, Extent
 from softlabel.store.reader import Store, open_store
+from softlabel.views import changed
 
 _SHARDS, _ROWS = 64, 8  # how many shards a comparison looks into, and at how many rows of each
 
@@ -26,45 +29,71 @@ class History:
         path: of the store.
         dataset: as its manifest has it.
         known: keys of all samples of the extents that are complete, in order, bad ones too.
+        extents: as `Run.extents` has them.
+        complete: whether every row of the last one is there.
         grow: whether more samples than these may come.
     """
 
     path: str
     dataset: DatasetInfo
     known: tuple[str, ...]
+    extents: tuple[Extent, ...]
+    complete: bool
     grow: bool = False
 
     @classmethod
-    def of(cls, path: str | Path, *, grow: bool = False) -> Self | None:
-        """The history of a store that has grown or shall grow; None where the source's own order is the store's."""
+    def of(cls, path: str | Path, *, grow: bool = False, views: int | None = None) -> Self | None:
+        """The history of a store that has grown or shall grow; None where the source's own order is the store's.
+
+        views: how many are wanted; absent: those that the store has.
+        """
         try:
             store = open_store(path, verify="none", allow_incomplete=True)
         except StoreNotFoundError:
             return None
-        dataset = store.run.dataset
-        if not grow and not dataset.earlier:
+        run = store.run
+        if not grow and not run.dataset.earlier and views in (None, run.views.count):
             return None
-        return cls(path=str(path), dataset=dataset, known=_known(store), grow=grow)
+        return cls(
+            path=str(path),
+            dataset=run.dataset,
+            known=_known(store),
+            extents=run.extents,
+            complete=store.manifest.complete,
+            grow=grow,
+        )
 
-    def arrange(self, source: Source) -> tuple[Source, tuple[Extent, ...]]:
-        """The source in the store's order, and the extents before its last one.
+    def arrange(self, source: Source, views: int) -> tuple[Source, tuple[Extent, ...]]:
+        """The source in the store's order, and the extents before the last one of a run with so many views.
 
         Raises:
-            MismatchError: samples that the store knows are not in the source.
+            MismatchError: samples that the store knows are not in the source; the store has more views, or is not
+                finished with those that it has.
         """
+        now = self.extents[-1]
+        assert now.views is not None
+        if views < now.views or (views > now.views and not self.complete):
+            why = "not all there yet" if views > now.views else "of which none can be taken away"
+            raise MismatchError(
+                f"{self.path}: has {now.views} views of each sample, {why}; found {views}, give --views {now.views}"
+            )
         arranged = known_first(source, self.known, where=self.path)
-        if len(self.known) == self.dataset.rows and len(arranged) > self.dataset.rows and self.grow:
-            grown = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
-            return arranged, (*self.dataset.earlier, grown)
-        return arranged, self.dataset.earlier
+        grown = [*self.extents[:-1]]
+        if views > now.views:
+            grown.append(now)
+            now = dataclasses.replace(now, views=views)
+        if self.grow and len(self.known) == self.dataset.rows and len(arranged) > self.dataset.rows:
+            grown.append(now)
+        return arranged, tuple(grown)
 
 
-def check_same_data(path: str | Path, source: Source) -> None:
+def check_same_data(path: str | Path, intake: Intake) -> None:
     """Compare labelled samples with the source's, some of every part of the store: equal keys are not equal images.
 
     Raises:
-        MismatchError: an image's bytes or hard label are not those that the store has.
+        MismatchError: an image's bytes, hard label or view are not those that the store has.
     """
+    source = intake.source
     with open_store(path, verify="none", allow_incomplete=True) as store:
         start = 0
         step = -(-len(store.shards) // _SHARDS)
@@ -90,7 +119,22 @@ def check_same_data(path: str | Path, source: Source) -> None:
                             f"{path}: dataset: the {what} of {key!r} in {source.name} are not what was labelled there; "
                             "give the data that it was made from, or another folder"
                         )
+                if store.run.view_columns:
+                    _check_same_view(store, start + int(picked[0]), kept[picked[0]], intake)
             start += record.rows
+
+
+def _check_same_view(store: Store, row: int, index: int, intake: Intake) -> None:
+    """One row that is there, made again: rows to come must be views of the same kind."""
+    stored = store.take([row])
+    made = intake.batch([index], view=int(stored.views[0])).columns
+    for column in store.run.view_columns:
+        if column.name not in made or not np.array_equal(made[column.name], stored.columns[column.name]):
+            raise MismatchError(
+                f"{store.url}: the view of {stored.keys[0]!r} comes out otherwise now ({column.name} differs); "
+                f"{changed(store.manifest.recorded.get('libraries'))}; go on with the libraries that began it, or "
+                "choose another folder"
+            )
 
 
 def _known(store: Store) -> tuple[str, ...]:

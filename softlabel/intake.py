@@ -9,7 +9,7 @@ Legend: B batch, H height, W width.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from softlabel.dataset import Source, content_hash, decode_image, stack_images
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
+from softlabel.views import Made, Views, stacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +34,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedBatch:
-    """Up to B samples, decoded and shaped for every distinct geometry among the members."""
+    """Up to B samples, decoded and shaped for every distinct geometry among the members.
+
+    `columns` are the store's that describe the views.
+    """
 
     keys: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]]
     content: np.ndarray[Any, np.dtype[np.uint64]]
     images: tuple[Tensor, ...]
     bad: tuple[BadRow, ...]
+    columns: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +53,12 @@ class Intake:
 
     Attributes:
         geometries: the distinct ones among the members; a batch has a tensor for each.
+        views: how views are made; None: a view is the image as it is.
     """
 
     source: Source
     geometries: tuple[Preprocessing, ...]
+    views: Views | None = None
 
     def batch(self, indices: Sequence[int], *, view: int = 0) -> DecodedBatch:
         """Read, decode and shape these samples; what cannot be decoded is listed as bad.
@@ -59,32 +66,68 @@ class Intake:
         Raises:
             DataError: images of different sizes for a teacher that takes them as they are.
         """
-        images: list[list[Tensor]] = [[] for _ in self.geometries]
-        kept, bad, hashes = [], [], []
-        for index, sample in zip(indices, self.source.read(indices), strict=True):
+        samples = self.source.read(indices)
+        reasons: dict[int, str] = {}  # place among the samples -> why it has no row
+        decoded: list[Tensor] = []
+        for place, sample in enumerate(samples):
             try:
-                image_CHW = decode_image(sample.image)
-                # Each member shapes the source image, never what another member left of it.
-                shaped = [geometry.geometry(image_CHW) for geometry in self.geometries]
+                decoded.append(decode_image(sample.image))
             except BadImageError as error:
-                bad.append(BadRow(index=index, key=sample.key, reason=str(error)))
+                reasons[place] = str(error)
+        there = [place for place in range(len(samples)) if place not in reasons]
+        made = self._views(decoded, [samples[place].key for place in there], view)
+        reasons |= {there[place]: reason for place, reason in made.failed.items()}
+        there = [place for place in there if place not in reasons]
+        images: list[list[Tensor]] = [[] for _ in self.geometries]
+        shapely: list[int] = []  # places among the views
+        for number, (place, view_CHW) in enumerate(zip(there, made.images, strict=True)):
+            try:
+                # Each member shapes the view itself, never what another member left of it.
+                shaped = [self._shaped(view_CHW, geometry) for geometry in self.geometries]
+            except BadImageError as error:
+                reasons[place] = str(error)
                 continue
             for stack, image_CHW in zip(images, shaped, strict=True):
                 if stack and image_CHW.shape != stack[0].shape:
                     raise DataError(
-                        f"image {sample.key!r}: expected {_size(stack[0])} like the images before it, found "
+                        f"image {samples[place].key!r}: expected {_size(stack[0])} like the images before it, found "
                         f"{_size(image_CHW)}; give the teacher a size, such as '?resize=256&crop=224'"
                     )
                 stack.append(image_CHW)
-            kept.append(sample)
-            hashes.append(content_hash(sample.image))
+            shapely.append(number)
+        kept = [samples[there[number]] for number in shapely]
+        hashes = [content_hash(sample.image) for sample in kept]
         return DecodedBatch(
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
             content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
             images=tuple(stack_images(stack) for stack in images) if kept else (),
-            bad=tuple(bad),
+            bad=tuple(
+                BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
+                for place in sorted(reasons)
+            ),
+            columns={name: column[shapely] for name, column in made.columns.items()},
         )
+
+    def _views(self, images: list[Tensor], keys: list[str], view: int) -> Made:
+        if self.views is None or not images:
+            return Made(images=images, columns={}, failed={})
+        return self.views.make(stacked(images), keys, view=view, read=self._decoded)
+
+    def _shaped(self, view_CHW: Tensor, geometry: Preprocessing) -> Tensor:
+        fixed = self.views is not None and self.views.policy.fixed
+        return geometry.view_geometry(view_CHW, fixed=fixed)
+
+    def _decoded(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
+        """Keys and images of samples that others are mixed with; None where one cannot be decoded."""
+        images: list[Tensor | None] = []
+        samples = self.source.read(indices)
+        for sample in samples:
+            try:
+                images.append(decode_image(sample.image))
+            except BadImageError:
+                images.append(None)
+        return [sample.key for sample in samples], images
 
     def stream(self, spans: Sequence[Span], *, workers: int) -> Iterator[DecodedBatch]:
         """The batches of these spans, in order, made ahead by worker processes, or by a thread where there are none."""

@@ -22,6 +22,7 @@ from softlabel.labels import CombineRule, normalized_weights
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.teacher import Teacher, load_teacher
+from softlabel.views import CENTER, libraries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +55,12 @@ def prepare(
     calibration: "str | Path | Sequence[float] | None" = None,
     key_fn: Callable[[int], str] | None = None,
     history: History | None = None,
+    views: ViewPolicy | None = None,
 ) -> Job:
     """Load data and teachers and check that they fit together; writes nothing. See `generate`.
 
     calibration: the file of `softlabel calibrate`, or the temperatures themselves, one a teacher.
+    views: absent: one, the image as it is.
     """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
@@ -80,7 +83,8 @@ def prepare(
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
-    source, earlier = history.arrange(source) if history is not None else (source, ())
+    views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
+    source, earlier = history.arrange(source, views.count) if history is not None else (source, ())
     target = resolve_device(device)
     torch.manual_seed(seed)
     members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]
@@ -103,7 +107,7 @@ def prepare(
             has_labels=source.has_labels,
             earlier=earlier,
         ),
-        views=ViewPolicy(count=1, policy={"name": "center"}, seed=seed),
+        views=views,
         shard_rows=shard_rows,
     )
     recorded = {
@@ -111,7 +115,7 @@ def prepare(
         "teachers": [teacher.spec.text for teacher in members],
         "device": str(target),
         "batch_size": batch_size,
-        "libraries": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
     labeller = Labeller(source, members, run, batch_size=batch_size, on_bad_image=on_bad_image)
     return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))

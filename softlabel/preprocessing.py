@@ -121,6 +121,21 @@ class Preprocessing:
         cut_CHW: Tensor = transforms.center_crop(image_CHW, [self.crop, self.crop])
         return cut_CHW
 
+    def view_geometry(self, view_CHW: Tensor, *, fixed: bool) -> Tensor:
+        """The same for a view: uint8 (3, H, W) to uint8.
+
+        Where views of all images have one size (`fixed`), the crop was chosen with the view, and cutting the middle
+        once more would show less than was chosen: the whole view is resized to S x S, S being this network's crop.
+        """
+        if not fixed or self.crop is None:
+            return self.geometry(view_CHW)
+        size = [self.crop, self.crop]
+        if list(view_CHW.shape[-2:]) == size:
+            return view_CHW
+        mode = InterpolationMode(self.interpolation)
+        resized_CHW: Tensor = transforms.resize(view_CHW, size, interpolation=mode, antialias=True)
+        return resized_CHW
+
     def _resized(self, image_CHW: Tensor) -> Tensor:
         height, width = image_CHW.shape[-2:]
         short, long = min(height, width), max(height, width)

@@ -68,6 +68,7 @@ def job_of(
         calibration=[member.calibration for member in run.members],
         device=device,
         history=History.of(where),
+        views=run.views,
     )
     if differences := run.differences(job.run):
         raise MismatchError(
@@ -133,11 +134,15 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
     asked = store.take(drawn_B)
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
-    wanted = [position[key] for key in asked.keys]
+    wanted_B = np.array([position[key] for key in asked.keys], np.int64)
     size = job.labeller.batch_size
-    found = [_scaled_logits(job, wanted[start : start + size]) for start in range(0, len(wanted), size)]
-    now = np.concatenate(found)
     stored = np.asarray(asked.scaled_logits, dtype=np.float64)
+    now = np.empty_like(stored)
+    for view in np.unique(asked.views).tolist():
+        places = np.flatnonzero(asked.views == view)
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view)
     stored -= stored.max(axis=-1, keepdims=True)
     now -= now.max(axis=-1, keepdims=True)
     finite = np.isfinite(stored) & np.isfinite(now)
@@ -150,8 +155,8 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     )
 
 
-def _scaled_logits(job: Job, samples: Sequence[int]) -> NDArray[np.float64]:
-    batch = job.labeller.intake.batch(samples)
+def _scaled_logits(job: Job, samples: Sequence[int], view: int) -> NDArray[np.float64]:
+    batch = job.labeller.intake.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
             f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"

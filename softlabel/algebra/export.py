@@ -30,8 +30,9 @@ def export_store(
     ``hf`` is a folder with `data/train-*.parquet`, one file a shard: `key` string, `view` int32, `label` int64 (null
     when unlabelled) and `scaled_logits` list<float32> of C; where members are kept, `scaled_logits_1`,
     `scaled_logits_2`, ... in their place. Encoding ``topk``: `index` list<int32>, `value` list<float32> and `tail`
-    list<float32> (one for each declared temperature); ``sampled``: `index` and `weight`, unused draws left out. The
-    schema's metadata has all else under `softlabel` as JSON.
+    list<float32> (one for each declared temperature); ``sampled``: `index` and `weight`, unused draws left out. What a
+    row says of its view follows, as the store has it (`view_box`, `view_flip`, ...). The schema's metadata has all else
+    under `softlabel` as JSON.
 
     ``npz`` is one file with the same names as arrays of N rows (`label` -100 when unlabelled, members as a second axis)
     and the JSON as array `softlabel`; it loads with ``allow_pickle=False``.

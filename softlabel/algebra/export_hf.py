@@ -90,6 +90,9 @@ def _schema(store: Store) -> Any:
     for name in widths_of(run.encoding, run.num_classes):
         kind = pa.list_(pa.int32() if name == "index" else pa.float32())
         fields += [(one, kind) for one in _names(name, run.members_stored if run.kept else 0)]
+    for column in run.view_columns:
+        one = pa.from_numpy_dtype(column.numpy)
+        fields.append((column.name, one if column.width == 1 else pa.list_(one)))
     return pa.schema(fields)
 
 
@@ -113,6 +116,9 @@ def _table(rows: StoredRows, schema: Any) -> Any:
     for name, array in arrays.items():
         for member, column in enumerate(_names(name, kept)):
             columns[column] = _lists(array[:, member], None if used is None else used[:, member])
+    for one in rows.run.view_columns:
+        values = rows.columns[one.name]
+        columns[one.name] = pa.array(values[:, 0]) if one.width == 1 else _lists(values, None)
     return pa.table([columns[field.name] for field in schema], schema=schema)
 
 

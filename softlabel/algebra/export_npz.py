@@ -46,7 +46,11 @@ def write_npz(store: Store, out: Path, progress: bool | None) -> tuple[int, int]
                 _stream(archive, "key", (count,), text, keys, compress=True)
                 _stream(archive, "view", (count,), np.dtype("<i4"), (rows.views for rows in store.stream(["label"])))
                 _stream(archive, "label", (count,), np.dtype("<i8"), (rows.labels for rows in store.stream(["label"])))
-                payload = [column.name for column in run.columns]
+                for column in run.view_columns:
+                    inner = (column.width,) if column.width > 1 else ()
+                    said = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
+                    _stream(archive, column.name, (count, *inner), column.numpy, said)
+                payload = [column.name for column in run.label_columns]
                 for name, width in widths.items():
                     shape = (count, run.members_stored, width) if run.kept else (count, width)
                     dtype = np.dtype("<i4") if name == "index" else np.dtype("<f4")

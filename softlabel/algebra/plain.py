@@ -43,6 +43,7 @@ def plain(rows: StoredRows) -> dict[str, Array]:
     return {
         name: array.astype(np.int32 if name == "index" else np.float32).reshape(len(rows), run.members_stored, -1)
         for name, array in rows.columns.items()
+        if not name.startswith("view_")
     }
 
 

@@ -145,7 +145,7 @@ def encoded(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMe
     meter.add(scaled_RC, columns)
     return {
         column.name: columns[column.name].numpy().astype(column.numpy, copy=False).reshape(len(rows), column.width)
-        for column in run.columns
+        for column in run.label_columns
     }
 
 
@@ -181,7 +181,8 @@ def _gather(
         keys.append(rows.key_data.get())
         labels.append(rows.labels)
         content.append(rows.content)
-        for name, array in recode(rows, meter).items():
+        views = {column.name: rows.columns[column.name] for column in run.view_columns}
+        for name, array in {**recode(rows, meter), **views}.items():
             columns[name].append(array)
         bar.update(len(rows))
     return Rows(

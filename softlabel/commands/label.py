@@ -33,6 +33,8 @@ def generate(
     hidden: Literal["float16", "int8"] | None = None,
     calibration: str | None = None,
     grow: bool = False,
+    views: int = 1,
+    augment: str = "center",
     device: str = "auto",
     scheduler: str | None = None,
     cluster: Literal["local", "slurm", "kubernetes", "cuda"] | None = None,
@@ -72,6 +74,10 @@ def generate(
         hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
         calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
         grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
+        views: how many views of each sample; more than a store has adds those that it lacks.
+        augment: what a view is: center (the image as it is), crop-flip, inception, trivial, randaugment, mixup or
+            cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of these
+            and of transforms in torchvision.transforms.v2.
         device: auto, cpu, cuda or cuda:N.
         scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
         cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
@@ -101,6 +107,8 @@ def generate(
         encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
         calibration=calibration,
         grow=grow,
+        views=views,
+        augment=augment,
         device=device,
         deployment=deployment,
         begin=lambda: write_config(out, options),

@@ -13,20 +13,22 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.dataset import Source, content_hash, decode_image
-from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError
+from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.pixels import PixelCache
+from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.keys import Keys
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.teacher import Preprocessing
-from softlabel.views import CropFlip
+from softlabel.views import CropFlip, Images, Views, stacked
 
 log = logging.getLogger("softlabel")
 
@@ -54,8 +56,11 @@ class JoinedDataset(Dataset[Batch]):
         workers: how many processes will share the dataset.
         mix: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
+        view_order, check_views: see `Replay`, of a store whose rows are views. Their images are then the views that the
+            teacher saw, and hard labels are left out where two images are mixed into one.
 
     Raises:
+        UsageError: an augmentation beside a store that has views of its own.
         MissingKeyError: see `missing`.
         MismatchError: the source's classes are not those of the store.
         DataError: nothing is left to train on.
@@ -74,6 +79,8 @@ class JoinedDataset(Dataset[Batch]):
         workers: int = 0,
         mix: Mix | None = None,
         targets: bool = True,
+        view_order: ViewOrder = "cycle",
+        check_views: int = 256,
     ) -> None:
         self.source, self.store, self._mix = source, store, mix
         self._targets = targets
@@ -81,11 +88,19 @@ class JoinedDataset(Dataset[Batch]):
         keys = _all_keys(source)
         labels_N = source.labels()
         self.skipped_bad = self.skipped_missing = 0
+        views = None if store is None else Views.of(store.run)
+        if views is not None and augment is not None:
+            raise UsageError(
+                f"augment: the views of {'' if store is None else store.url} are what its teacher saw, and another "
+                "augmentation on top of them it did not see; leave it out"
+            )
+        rows_VN: Int64s | None = None
         if store is None:
             kept, rows_N = np.arange(len(keys)), np.full(len(keys), -1)
         else:
             _check_classes(source, store.manifest.run)
-            rows_N = store.lookup(keys, missing="mask")
+            rows_VN = rows_of_views(store, keys) if views is not None else None
+            rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
             kept = self._kept(store, keys, rows_N, missing)
         if not len(kept):
             raise DataError(f"{source.name}: no sample to train on ({len(keys)} in the source, 0 of them in the store)")
@@ -98,6 +113,19 @@ class JoinedDataset(Dataset[Batch]):
             self._check_same_images(store)
         if store is not None and targets and len(store):
             store.take([0])  # reads the columns into memory, which forked workers then share
+        self._replay: Replay | None = None
+        if store is not None and views is not None and rows_VN is not None:
+            self._replay = Replay(
+                store,
+                views,
+                self._keys,
+                np.ascontiguousarray(rows_VN[:, kept], dtype=np.int64),
+                seed=seed,
+                order=view_order,
+                check=check_views,
+                decode=self._sources,
+                preprocessing=preprocessing,
+            )
         self._cache: PixelCache | None = None
         self._cache = self._new_cache(cache_bytes, workers)
 
@@ -108,19 +136,26 @@ class JoinedDataset(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, wanted: BatchRequest | Sequence[int]) -> Batch:
-        """A whole batch. Plain positions, without the number of a view, are not augmented."""
+        """A whole batch. Plain positions, without the number of a view, are not augmented; or are view 0 of a store."""
         if isinstance(wanted, BatchRequest):
             positions, view = wanted.positions, wanted.view
         else:
             positions, view = np.asarray(wanted, dtype=np.int64), None
         keys = self.keys(positions)
-        images_BCHW = torch.from_numpy(self._images(positions, keys))
-        if self._augment is not None and view is not None:
-            images_BCHW = self._augment(images_BCHW, keys, seed=self._seed, view=view)
-        rows_B = self.rows[positions]
+        labels_B = self.labels[positions]
+        if self._replay is not None:
+            views_B = self._replay.views_of(view, keys)
+            rows_B = self._replay.rows(positions, views_B)
+            labels_B = self._replay.labels(labels_B, rows_B)
+            images_BCHW = self._replay.images(positions, keys, views_B, rows_B, view)
+        else:
+            rows_B = self.rows[positions]
+            images_BCHW = torch.from_numpy(self._images(positions, keys))
+            if self._augment is not None and view is not None:
+                images_BCHW = self._augment(images_BCHW, keys, seed=self._seed, view=view)
         return Batch(
             images=images_BCHW,
-            labels=torch.from_numpy(self.labels[positions]),
+            labels=torch.from_numpy(labels_B),
             keys=tuple(keys),
             samples=torch.from_numpy(self.samples[positions]),
             rows=torch.from_numpy(rows_B),
@@ -130,7 +165,9 @@ class JoinedDataset(Dataset[Batch]):
 
     def rows_of_epoch(self, epoch: int, positions: Int64s) -> Int64s:
         """The rows of the store that these samples are joined to in an epoch, -1 for none."""
-        return self.rows[positions]
+        if self._replay is None:
+            return self.rows[positions]
+        return self._replay.rows(positions, self._replay.views_of(epoch, self.keys(positions)))
 
     def keys(self, positions: Int64s) -> list[str]:
         return self._keys.take(positions).to_list()
@@ -181,7 +218,9 @@ class JoinedDataset(Dataset[Batch]):
         if budget <= 0:
             return None
         first = np.zeros(1, dtype=np.int64)
-        shape = self._read(first, self.keys(first))[0].shape
+        read = self._read if self._replay is None else self._decoded
+        shape = tuple(read(first, self.keys(first))[0].shape)
+        assert len(shape) == 3
         return (
             PixelCache(len(self), shape) if PixelCache.fits(len(self), shape, budget=budget, workers=workers) else None
         )
@@ -195,10 +234,49 @@ class JoinedDataset(Dataset[Batch]):
             self._cache.put(positions[unknown], np.stack(images))
         return self._cache.get(positions)
 
+    def _sources(self, positions: Int64s, keys: list[str]) -> Images:
+        """Images as they are in the source, of any sizes; those of the cache's size come from there."""
+        cache = self._cache
+        if cache is None:
+            return stacked(self._decoded(positions, keys))
+        unknown = cache.unknown(positions)
+        images = self._decoded(positions[unknown], [keys[place] for place in unknown]) if len(unknown) else []
+        fit = [number for number, image in enumerate(images) if image.shape == cache.shape]
+        if fit:
+            cache.put(positions[unknown[fit]], np.stack([images[number].numpy() for number in fit]))
+        if len(fit) == len(unknown):
+            return torch.from_numpy(cache.get(positions))
+        others = dict(zip(unknown.tolist(), images, strict=True))
+        return stacked(
+            [
+                others[place] if place in others else torch.from_numpy(cache.get(positions[place : place + 1])[0])
+                for place in range(len(positions))
+            ]
+        )
+
     def _read(self, positions: Int64s, keys: list[str]) -> list[NDArray[np.uint8]]:
-        """Read, check and decode images, none of them cached."""
+        """Decoded images, none of them cached, in the student's size."""
+        images = []
+        for image_CHW, key in zip(self._decoded(positions, keys), keys, strict=True):
+            try:
+                shaped_CHW = image_CHW if self._preprocessing is None else self._preprocessing.geometry(image_CHW)
+            except BadImageError as error:
+                raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
+            images.append(shaped_CHW.numpy())
+        expected = self._cache.shape if self._cache is not None else images[0].shape
+        for image, key in zip(images, keys, strict=True):
+            if image.shape != expected:
+                raise DataError(
+                    f"image {key!r}: expected {_size(expected)} like those before it, found {_size(image.shape)}; "
+                    "give the student a size, such as '?resize=256&crop=224'"
+                )
+        return images
+
+    def _decoded(self, positions: Int64s, keys: list[str]) -> list[Tensor]:
+        """Read, check and decode images, none of them cached: uint8 (3, H, W) each."""
         samples = self.source.read(self.samples[positions].tolist())
-        images, hashes = [], np.zeros(len(samples), dtype=np.uint64)
+        images: list[Tensor] = []
+        hashes = np.zeros(len(samples), dtype=np.uint64)
         for place, (sample, key) in enumerate(zip(samples, keys, strict=True)):
             if sample.key != key:
                 raise DataError(
@@ -210,19 +288,9 @@ class JoinedDataset(Dataset[Batch]):
         self._check_content(positions, keys, hashes)
         for sample, key in zip(samples, keys, strict=True):
             try:
-                image_CHW = decode_image(sample.image)
-                if self._preprocessing is not None:
-                    image_CHW = self._preprocessing.geometry(image_CHW)
+                images.append(decode_image(sample.image))
             except BadImageError as error:
                 raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
-            images.append(image_CHW.numpy())
-        expected = self._cache.shape if self._cache is not None else images[0].shape
-        for image, key in zip(images, keys, strict=True):
-            if image.shape != expected:
-                raise DataError(
-                    f"image {key!r}: expected {_size(expected)} like those before it, found {_size(image.shape)}; "
-                    "give the student a size, such as '?resize=256&crop=224'"
-                )
         return images
 
     def _check_content(self, positions: Int64s, keys: list[str], hashes: NDArray[np.uint64]) -> None:
@@ -241,7 +309,7 @@ class JoinedDataset(Dataset[Batch]):
 
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
-        stored = store.take(np.maximum(rows_B, 0), [column.name for column in store.run.columns])
+        stored = store.take(np.maximum(rows_B, 0), [column.name for column in store.run.label_columns])
         return as_target(store.run, stored.columns, extra=store.extra, mix=self._mix)
 
 

@@ -44,7 +44,7 @@ class LabelStream:
         self, store: Store, order: BlockOrder, rows_of: Callable[[int, Int64s], Int64s], *, mix: Mix | None = None
     ) -> None:
         self._store, self._order, self._rows_of, self._mix = store, order, rows_of, mix
-        self._names = [column.name for column in store.run.columns]
+        self._names = [column.name for column in store.run.label_columns]
         self._loading: dict[int, Future[_Window]] = {}
         self._epoch = -1
         self._pool: ThreadPoolExecutor | None = None
@@ -93,7 +93,7 @@ class LabelStream:
 
     def _read(self, rows_R: Int64s) -> "_Window":
         """These rows, rising, piece by piece."""
-        widths = {column.name: column for column in self._store.run.columns}
+        widths = {column.name: column for column in self._store.run.label_columns}
         columns = {name: np.empty((len(rows_R), one.width), one.numpy) for name, one in widths.items()}
         for piece in np.split(rows_R, np.flatnonzero(np.diff(rows_R) > _GAP) + 1):
             at = int(piece[0])

@@ -20,6 +20,7 @@ from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.loader.labelstream import LabelStream, check_same_order
+from softlabel.loader.replay import ViewOrder
 from softlabel.loader.shares import Shares, Tail
 from softlabel.order import BlockOrder, EpochOrder
 from softlabel.store.reader import Store, open_store
@@ -57,7 +58,8 @@ class SoftLabelLoader:
         tail: what becomes of the samples that do not fill the last batch; ``keep`` gives a smaller batch (one rank
             only), ``drop`` leaves them out of this epoch (unless there is no other batch), ``pad`` fills the batch with
             rows of weight 0.
-        augment: drawn anew in every epoch; None: none. The soft labels are those of the un-augmented image.
+        augment: drawn anew in every epoch; None: none. The soft labels are those of the un-augmented image. A store
+            whose rows are views takes none: its images are the views that the teacher saw.
         preprocessing: whose geometry brings images to one size; None: they are of one size.
         missing: ``error``, ``skip`` or ``hard-only``, for samples that the store has no row for.
         workers: processes that read and decode; 0 does it in this one, which is best once images are cached.
@@ -72,6 +74,9 @@ class SoftLabelLoader:
             samples in one order.
         window: with `streaming`, how many blocks are shuffled together and held in memory (up to three times); None:
             as many as hold 16,384 samples, at least 8.
+        view_order: which views of a store that has several an epoch uses: ``cycle`` (epoch e: view e mod V) or
+            ``random`` (each sample its own, which follows from (seed, key, epoch)).
+        check_views: the pixels of one in so many replayed views are compared with what the teacher saw; 0: none.
         rank: which of the processes this is, from 0.
         world_size: how many processes train together.
 
@@ -100,6 +105,8 @@ class SoftLabelLoader:
         mix: Mix | None = None,
         streaming: bool = False,
         window: int | None = None,
+        view_order: ViewOrder = "cycle",
+        check_views: int = 256,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -123,6 +130,8 @@ class SoftLabelLoader:
             workers=workers,
             mix=mix,
             targets=not streaming,
+            view_order=view_order,
+            check_views=check_views,
         )
         self._mix = mix
         self._shares = replace(shares, samples=len(self.dataset))

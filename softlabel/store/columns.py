@@ -19,7 +19,7 @@ from softlabel.store.jsonio import OMIT
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Array]
-Dtype = Literal["<f2", "<f4", "|i1", "|u1", "<u2", "<i4"]
+Dtype = Literal["<f2", "<f4", "|i1", "|u1", "<u2", "<i4", "<u8"]
 
 ROW_NAMES = ("key", "view", "label", "content")  # taken by the row itself
 EXACT = 8  # classes of an int8 row that are stored exactly

@@ -5,6 +5,7 @@ the labels (device, batch size, versions) is `recorded` beside it. The plan of s
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any, Literal
 import xxhash
 
 from softlabel.store.columns import ROW_NAMES, Column, Encoding
+from softlabel.store.differences import differences
 from softlabel.store.jsonio import OMIT, dumps, to_json
+from softlabel.store.view_columns import view_columns
 
 FORMAT_NAME = "softlabel-store"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 2: rows say what their view is; every other store stays readable to a reader of 1
 ROOT_NAME = "manifest.json"
 ROOT_LIMIT = 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SEGMENT_LIMIT = 32 << 20
@@ -66,10 +69,11 @@ class Combine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """A dataset as it was when the store was last complete, before it grew."""
+    """What a store was complete as before it grew: samples, and `views` of each where the store has more now."""
 
     rows: int
     fingerprint: str
+    views: int | None = field(default=None, metadata=OMIT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +88,7 @@ class DatasetInfo:
 
     def __post_init__(self) -> None:
         sizes = [extent.rows for extent in self.earlier] + [self.rows]
-        if sizes != sorted(set(sizes)) or sizes[0] < 0:
+        if sizes != sorted(sizes) or sizes[0] < 0:
             raise ValueError(f"dataset extents must grow, found {sizes}")
 
 
@@ -135,6 +139,16 @@ class Run:
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
         if self.encoding.name == "topk" and self.temperature not in self.encoding.temperatures:
             raise ValueError(f"encoding: its temperatures {self.encoding.temperatures} lack {self.temperature}")
+        # An extent names its views only where they are fewer than now, so that equal histories have equal texts.
+        now = self.views.count
+        named = (
+            dataclasses.replace(one, views=None if one.views == now else one.views) for one in self.dataset.earlier
+        )
+        object.__setattr__(self, "dataset", dataclasses.replace(self.dataset, earlier=tuple(named)))
+        sizes = list(self._sizes())
+        for (rows, views), (next_rows, next_views) in itertools.pairwise(sizes):
+            if not (0 < views <= next_views and rows <= next_rows and (views == next_views) != (rows == next_rows)):
+                raise ValueError(f"dataset extents must grow by samples or by views, found {sizes} (samples, views)")
         names = [column.name for column in self.columns]
         assert len({*names, *ROW_NAMES}) == len(names) + len(ROW_NAMES)
 
@@ -150,48 +164,77 @@ class Run:
 
     @property
     def columns(self) -> tuple[Column, ...]:
+        """All columns of a row: what the teachers say, then what the view is."""
+        return (*self.label_columns, *self.view_columns)
+
+    @property
+    def label_columns(self) -> tuple[Column, ...]:
+        """The encoding's."""
         return self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
+
+    @property
+    def view_columns(self) -> tuple[Column, ...]:
+        """What a row says of its view; none where a view is the image as it is."""
+        return view_columns(self.views.policy)
+
+    @property
+    def format_version(self) -> int:
+        """Of the stores of this run."""
+        return 2 if self.view_columns else 1
 
     def fingerprint(self, part: int | None = None) -> str:
         """xxh3-128 of the canonical JSON; of the run as it was at growth `part` when given."""
         return _fingerprint(dumps(to_json(self if part is None else self._at(part))))
 
     def _at(self, part: int) -> "Run":
-        extents = (*self.dataset.earlier, Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint))
-        then = extents[part]
+        then = self.extents[part]
+        assert then.views is not None
         dataset = dataclasses.replace(
-            self.dataset, rows=then.rows, fingerprint=then.fingerprint, earlier=extents[:part]
+            self.dataset, rows=then.rows, fingerprint=then.fingerprint, earlier=self.extents[:part]
         )
-        return dataclasses.replace(self, dataset=dataset)
+        return dataclasses.replace(self, dataset=dataset, views=dataclasses.replace(self.views, count=then.views))
 
-    def grown_to(self, dataset: DatasetInfo) -> "Run | None":
-        """This run over a dataset that has grown from this one's; None when `dataset` has not."""
-        mine = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
-        if dataset.earlier != (*self.dataset.earlier, mine):
-            return None
-        return dataclasses.replace(self, dataset=dataset)
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """All that the store was complete as, and last what it is; each with its number of views."""
+        now = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
+        count = self.views.count
+        return tuple(dataclasses.replace(one, views=one.views or count) for one in (*self.dataset.earlier, now))
 
-    def _parts(self) -> Iterable[tuple[int, int, int]]:
-        """(first sample, last sample + 1, shards per view) of each growth."""
-        start = 0
-        for stop in (*(extent.rows for extent in self.dataset.earlier), self.dataset.rows):
-            yield start, stop, -(-(stop - start) // self.shard_rows)
-            start = stop
+    def grew_from(self, other: "Run") -> bool:
+        """Whether this is `other`, grown: its shards are then the first ones of this run."""
+        part = len(other.dataset.earlier)
+        return part < len(self.dataset.earlier) and self._at(part) == other
+
+    def _sizes(self) -> Iterable[tuple[int, int]]:
+        """(samples, views) of each extent."""
+        for extent in self.dataset.earlier:
+            yield extent.rows, extent.views or self.views.count
+        yield self.dataset.rows, self.views.count
+
+    def _parts(self) -> Iterable[tuple[range, range, int]]:
+        """(samples, views, shards per view) of each growth, which is one of samples or one of views."""
+        rows = views = 0
+        for next_rows, next_views in self._sizes():
+            grew = views and next_views > views
+            samples = range(next_rows) if grew else range(rows, next_rows)
+            yield samples, range(views if grew else 0, next_views), -(-len(samples) // self.shard_rows)
+            rows, views = next_rows, next_views
 
     @property
     def shard_count(self) -> int:
-        return sum(per_view * self.views.count for _, _, per_view in self._parts())
+        return sum(per_view * len(views) for _, views, per_view in self._parts())
 
     def shard(self, number: int) -> ShardPlan:
         """The plan of one shard. Raises ValueError beyond the last one."""
         first = 0
-        for part, (start, stop, per_view) in enumerate(self._parts()):
-            if 0 <= number - first < per_view * self.views.count:
+        for part, (samples, views, per_view) in enumerate(self._parts()):
+            if 0 <= number - first < per_view * len(views):
                 view, position = divmod(number - first, per_view)
-                begin = start + position * self.shard_rows
-                end = min(begin + self.shard_rows, stop)
-                return ShardPlan(number=number, view=view, start=begin, stop=end, part=part)
-            first += per_view * self.views.count
+                begin = samples.start + position * self.shard_rows
+                end = min(begin + self.shard_rows, samples.stop)
+                return ShardPlan(number=number, view=views.start + view, start=begin, stop=end, part=part)
+            first += per_view * len(views)
         raise ValueError(f"shard {number}: the plan has {self.shard_count} shards")
 
     def plan(self) -> list[ShardPlan]:
@@ -200,7 +243,7 @@ class Run:
 
     def differences(self, other: "Run") -> list[str]:
         """What `other` (this run) has otherwise than `self` (the store), in words; empty when interchangeable."""
-        return list(_differences("", to_json(self), to_json(other)))
+        return list(differences("", to_json(self), to_json(other)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,7 +359,7 @@ class Manifest:
     """The root, manifest.json. `complete` only once every shard of the plan is recorded."""
 
     format: Literal["softlabel-store"] = "softlabel-store"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     store_id: str
     complete: bool = False
     run: Run
@@ -324,6 +367,10 @@ class Manifest:
     totals: Totals = field(default_factory=Totals)
     segments: tuple[SegmentRef, ...] = ()
     extra: tuple[ExtraRef, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format_version != self.run.format_version:
+            raise ValueError(f"format_version: expected {self.run.format_version}, found {self.format_version}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,38 +382,3 @@ class Segment:
 
 def _fingerprint(raw: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(raw)
-
-
-_WORDS = {
-    "dataset.rows": "dataset size",
-    "dataset.fingerprint": "dataset keys (fingerprint)",
-    "combine.rule": "combine rule",
-    "combine.weights": "combine weights",
-    "encoding.name": "encoding",
-    "views.count": "number of views",
-    "views.policy": "view policy",
-    "views.seed": "view seed",
-    "num_classes": "number of classes",
-    "shard_rows": "rows per shard (--shard-rows)",
-}
-
-
-def _differences(path: str, store: Any, run: Any) -> Iterable[str]:
-    if isinstance(store, dict) and isinstance(run, dict):
-        for name in sorted(store.keys() | run.keys()):
-            yield from _differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
-    elif path == "members" and len(store) == len(run):
-        for position, (one, other) in enumerate(zip(store, run, strict=True), 1):
-            yield from _differences(f"teacher {position}", one, other)
-    elif store != run:
-        if path == "members":
-            store, run = ([member["spec"] for member in side] for side in (store, run))
-            path = "teachers"
-        yield f"{_WORDS.get(path, path)}: the store has {_short(store)}, this run {_short(run)}"
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

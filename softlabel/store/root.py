@@ -11,7 +11,7 @@ import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
-from softlabel.store.manifest import FORMAT_NAME, FORMAT_VERSION, Manifest, Segment, SegmentRef
+from softlabel.store.manifest import FORMAT_NAME, FORMAT_VERSIONS, Manifest, Segment, SegmentRef
 
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')
@@ -37,9 +37,10 @@ def decode_root(raw: bytes, where: str) -> Manifest:
         value = loads(raw)
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
             raise SchemaError(f"expected format {FORMAT_NAME!r}")
-        if (version := value.get("format_version")) != FORMAT_VERSION:
+        if (version := value.get("format_version")) not in FORMAT_VERSIONS:
+            listed = " and ".join(map(str, FORMAT_VERSIONS))
             raise StoreError(
-                f"{where}: format version {str(version)[:20]}, this softlabel reads version {FORMAT_VERSION}; "
+                f"{where}: format version {str(version)[:20]}, this softlabel reads {listed}; "
                 "read it with the softlabel that wrote it, or upgrade"
             )
         del value["checksum"]

@@ -19,8 +19,9 @@ from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
 from softlabel.store.keys import Keys
-from softlabel.store.manifest import FORMAT_VERSION, BadRow, Fidelity, Format, Run, ShardPlan, ShardRecord
+from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Format, Run, ShardPlan, ShardRecord
 
+_VERSIONS = " or ".join(map(str, FORMAT_VERSIONS))
 IGNORE = -100  # label of a row without one
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
 IDENTITY_LIMIT = 32 << 20
@@ -33,7 +34,7 @@ class Rows:
     """Rows on their way into a shard, in dataset order.
 
     keys: B strings or Keys; labels int64 (B,), -100 where there is none (None: nowhere); content uint64 (B,), xxh3-64
-    of the encoded image, 0 where there are no bytes (None: nowhere); columns: the encoding's, (B, W) each.
+    of the encoded image, 0 where there are no bytes (None: nowhere); columns: the run's, (B, W) each.
     """
 
     keys: Keys | Sequence[str] | npt.NDArray[Any]
@@ -58,7 +59,7 @@ class ShardIdentity:
     """What a shard says about itself: enough to adopt it into a manifest, and never into the wrong one."""
 
     format: Literal["softlabel-shard"] = "softlabel-shard"
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     run: str
     number: int
     view: int
@@ -93,8 +94,8 @@ class ShardIdentity:
         """Raises StoreCorruptError."""
         try:
             found = from_json(ShardIdentity, loads(raw))
-            if found.format_version != FORMAT_VERSION:
-                raise SchemaError(f"expected format version {FORMAT_VERSION}, found {found.format_version}")
+            if found.format_version not in FORMAT_VERSIONS:
+                raise SchemaError(f"expected format version {_VERSIONS}, found {found.format_version}")
             if (
                 not 0 <= found.rows <= found.stop - found.start
                 or found.rows + len(found.bad) != found.stop - found.start
@@ -113,6 +114,7 @@ class ShardIdentity:
             place == (plan.number, plan.view, plan.start, plan.stop)
             and self.run == run.fingerprint(plan.part)
             and self.columns == run.columns
+            and self.format_version == run.format_version
         )
 
 
@@ -171,7 +173,7 @@ def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> 
             f"shard {plan.number}: {count} rows and {len(bad)} bad ones, planned are {plan.stop - plan.start}"
         )
     if {column.name for column in run.columns} != set(rows.columns):
-        raise ValueError(f"columns {sorted(rows.columns)}, the encoding has {[column.name for column in run.columns]}")
+        raise ValueError(f"columns {sorted(rows.columns)}, the run has {[column.name for column in run.columns]}")
     columns = {}
     for column in run.columns:
         array = rows.columns[column.name]

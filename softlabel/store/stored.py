@@ -51,11 +51,12 @@ class StoredRows:
     def scaled_logits(self) -> Array:
         """float32, logits / temperature up to a constant per row: (B, C), or (B, M, C) when members are kept."""
         run = self.run
-        if missing := [column.name for column in run.columns if column.name not in self.columns]:
+        names = [column.name for column in run.label_columns]
+        if missing := [name for name in names if name not in self.columns]:
             raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
         return decode(
             run.encoding,
-            self.columns,
+            {name: self.columns[name] for name in names},
             num_classes=run.num_classes,
             temperature=run.temperature,
             members=run.members_stored,

@@ -18,6 +18,7 @@ from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.scan import scan
 from softlabel.store.shard import IGNORE, OpenShard, open_shard
+from softlabel.store.view_columns import view_problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +154,8 @@ def _check_content(
     if any(not plan.start <= row.index < plan.stop for row in record.bad):
         return "a bad row lies outside its range"
     edges: list[str] = []
-    names = [*ROW_NAMES, *(column.name for column in run.columns if not seen)]
+    labels = [column.name for column in run.label_columns if not seen]
+    names = [*ROW_NAMES, *labels, *(column.name for column in run.view_columns)]
     for start, stop in shard.blocks:
         part = shard.read(names, start, stop)
         assert part.keys is not None
@@ -169,9 +171,10 @@ def _check_content(
             return f"holds rows of another view than {plan.view}"
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
             return "holds a negative label"
-        if seen:
-            continue
-        found = problem(run.encoding, part.columns, num_classes=run.num_classes, members=run.members_stored)
+        found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
+        if not (seen or found):
+            kept = {name: part.columns[name] for name in labels}
+            found = problem(run.encoding, kept, num_classes=run.num_classes, members=run.members_stored)
         if found:
             return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):

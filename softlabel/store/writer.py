@@ -71,6 +71,7 @@ def write_shard(
     bad = tuple(dataclasses.replace(row, reason=row.reason[:REASON_LENGTH]) for row in bad)
     keys = checked.keys
     identity = ShardIdentity(
+        format_version=run.format_version,
         run=run.fingerprint(plan.part),
         number=plan.number,
         view=plan.view,
@@ -132,8 +133,8 @@ class Committer:
     ) -> Self:
         """Create the store or resume it, and take its lease.
 
-        grow: a complete store whose dataset is the last but one extent of the run's becomes an unfinished store of the
-        run; its shards stay. relabel: shards to forget, which are then missing.
+        grow: a complete store that the run has grown from, by samples or views, becomes an unfinished store of the run;
+        its shards stay. relabel: shards to forget, which are then missing.
 
         Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
         shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
@@ -158,13 +159,18 @@ class Committer:
         try:
             raw = folder.read(ROOT_NAME, ROOT_LIMIT)
         except FileNotFoundError:
-            self = cls(folder, lease, Manifest(store_id=uuid.uuid4().hex, run=run, recorded=recorded), {})
+            self = cls(
+                folder,
+                lease,
+                Manifest(format_version=run.format_version, store_id=uuid.uuid4().hex, run=run, recorded=recorded),
+                {},
+            )
             self._collect_temporaries()
             self._publish_root(self._manifest)
             self._adopt()
             return self
         manifest = decode_root(raw, where)
-        if grow and manifest.complete and manifest.run.grown_to(run.dataset) == run:
+        if grow and manifest.complete and run.grew_from(manifest.run):
             manifest = dataclasses.replace(manifest, run=run, complete=False)
         if differences := manifest.run.differences(run):
             raise MismatchError(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from softlabel.errors import UsageError
+from softlabel.store.reader import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +47,12 @@ class TrainConfig:
         warmup_epochs: over which the learning rate rises linearly; absent: 1, and none for one-cycle.
         lr_drops: epochs at which schedule step multiplies the learning rate by `lr_factor`; absent: at 1/2 and 3/4.
         lr_factor: see `lr_drops`.
-        augment: crop-flip (pad by `crop_padding`, crop, mirror), crop (without mirroring) or none. The soft labels
-            are those of the un-augmented image.
+        augment: crop-flip (pad by `crop_padding`, crop, mirror; the default), crop (without mirroring) or none. The
+            soft labels are those of the un-augmented image. A store with views of its own takes none: its images are
+            the views that the teacher saw.
         crop_padding: pixels on each side.
+        view_order: of a store that has several views: cycle (epoch e: view e mod V) or random (each sample its own).
+        check_views: compare the pixels of one in so many replayed views with what the teacher saw; 0 compares none.
         missing: samples without a row in the store: error, skip, or hard-only.
         ignore_labels: do not use hard labels even if the data has them.
         eval_every: epochs from one evaluation to the next; the last epoch is always evaluated.
@@ -96,8 +100,10 @@ class TrainConfig:
     warmup_epochs: float | None = None
     lr_drops: list[float] | None = None
     lr_factor: float = 0.1
-    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
+    augment: Literal["crop-flip", "crop", "none"] | None = None
     crop_padding: int = 4
+    view_order: Literal["cycle", "random"] = "cycle"
+    check_views: int = 256
     missing: Literal["error", "skip", "hard-only"] = "error"
     ignore_labels: bool = False
     eval_every: int = 1
@@ -133,6 +139,12 @@ class TrainConfig:
         value = getattr(self, name)
         return list(value) if isinstance(value, list) else [value]
 
+    def augmentation(self, store: Store | None) -> str:
+        """`augment`, resolved. What it says beside a store that has views is refused where the two meet."""
+        if self.augment is not None:
+            return self.augment
+        return "none" if store is not None and store.run.view_columns else "crop-flip"
+
     def shared_identity(self) -> dict[str, Any]:
         """The settings that all students have in common and that decide what their weights become."""
         return {name: value for name, value in asdict(self).items() if name not in (*_NOT_IDENTITY, *GRID)}
@@ -143,6 +155,7 @@ GRID = ("student", "optimizer", "lr", "weight_decay", "label_smoothing", "temper
 
 # Where things lie (data and store are compared by what they hold), and what only changes speed or what is reported.
 _NOT_IDENTITY = {"data", "out", "labels", "eval_data", "device", "workers", "cache_mb", "checkpoint_minutes"} | {
+    "check_views",
     "tensorboard",
     "tracker",
     "students_at_once",
@@ -167,6 +180,7 @@ _AT_LEAST: Mapping[str, float] = {
     "patience": 1,
     "students_at_once": 1,
     "cache_mb": 0,
+    "check_views": 0,
     "checkpoint_minutes": 0,
     "workers": 0,
 }

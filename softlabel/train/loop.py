@@ -82,7 +82,7 @@ def _train(
     configs = students_of(config)
     models = [_build(student, num_classes) for student in configs]
     _check_geometry(configs, [preprocessing for _, preprocessing in models])
-    shared = _identity(source, store, precision, num_classes)
+    shared = _identity(config, source, store, precision, num_classes)
     with contextlib.ExitStack() as held:
         standing = ranks.first(lambda: _hold(held, config, configs, shared))
         chosen = [number for number, found in enumerate(standing) if found is None]
@@ -96,13 +96,15 @@ def _train(
                 batch_size=config.batch_size,
                 seed=config.seed,
                 tail="drop",
-                augment=_augment(config),
+                augment=_augment(config, store),
                 preprocessing=models[0][1],
                 missing=config.missing,
                 workers=workers,
                 cache_mb=config.cache_mb,
                 pin_memory=ranks.device.type == "cuda",
                 mix=_mix(config, store),
+                view_order=config.view_order,
+                check_views=config.check_views,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )
@@ -228,10 +230,9 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     return config.precision
 
 
-def _augment(config: TrainConfig) -> CropFlip | None:
-    return (
-        None if config.augment == "none" else CropFlip(padding=config.crop_padding, flip=config.augment == "crop-flip")
-    )
+def _augment(config: TrainConfig, store: Store | None) -> CropFlip | None:
+    chosen = config.augmentation(store)
+    return None if chosen == "none" else CropFlip(padding=config.crop_padding, flip=chosen == "crop-flip")
 
 
 def _num_classes(source: Source, store: Store | None) -> int:
@@ -257,10 +258,13 @@ def _num_classes(source: Source, store: Store | None) -> int:
     return classes
 
 
-def _identity(source: Source, store: Store | None, precision: str, num_classes: int) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, source: Source, store: Store | None, precision: str, num_classes: int
+) -> dict[str, Any]:
     """What decides what the weights become beside the settings: a run goes on only if all of it is the same."""
     hard_labels = hashlib.sha256(source.labels().astype("<i8").tobytes()).hexdigest()
     return {
+        "augment": config.augmentation(store),
         "precision": precision,
         "classes": num_classes,
         "data (fingerprint of the keys)": source.fingerprint(),

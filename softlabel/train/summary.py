@@ -158,8 +158,14 @@ def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, student
             for student in students
         }
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
-        if config.augment != "none":
-            log.info("augmentation %s: the soft labels are those of the un-augmented images", config.augment)
+        views, chosen = loader.store.run.views, config.augmentation(loader.store)
+        if loader.store.run.view_columns:
+            which = f"epoch e uses view e mod {views.count}" if config.view_order == "cycle" else "each sample its own"
+            log.info(
+                "views %s: %d of each image, as the teacher saw them; %s", views.policy["name"], views.count, which
+            )
+        elif chosen != "none":
+            log.info("augmentation %s: the soft labels are those of the un-augmented images", chosen)
     for count, why in (
         (loader.dataset.skipped_bad, "could not be read when the store was made"),
         (loader.dataset.skipped_missing, "have no row in the store"),

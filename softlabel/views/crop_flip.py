@@ -1,11 +1,6 @@
-"""What a view of an image is: drawn from (seed, key, view) alone, then applied to whole batches of uint8 pixels.
+"""Pad, crop back, mirror: on whole batches of uint8 pixels, because small images are many.
 
 Legend: B batch, C colours (3), H and W pixels.
-
-A view is two steps. *Drawing* turns (seed, key, view) into explicit parameters (where the crop lies, whether it is
-mirrored), so that a sample's view does not depend on the batch, the worker or the order in which it is met.
-*Applying* takes the parameters and the pixels, uint8, in RGB, before any normalisation: teachers and students that
-normalise differently see the same pixels.
 """
 
 from collections.abc import Sequence
@@ -13,16 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xxhash
-from numpy.typing import NDArray
 from torch import Tensor
 
-
-def draw(keys: Sequence[str], *, seed: int, view: int) -> NDArray[np.uint64]:
-    """64 random bits for each sample, a pure function of (seed, key, view): uint64 (B,)."""
-    stream = xxhash.xxh3_64_intdigest(b"softlabel view %d %d" % (seed, view))
-    words = (xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"), seed=stream) for key in keys)
-    return np.fromiter(words, dtype=np.uint64, count=len(keys))
+from softlabel.views.drawing import U64, draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +45,10 @@ class CropFlip:
 
     def crops(self, keys: Sequence[str], *, seed: int, view: int) -> Crops:
         """The parameters of one view of these samples."""
-        words_B = draw(keys, seed=seed, view=view)
+        return self.crops_of(draw(keys, seed=seed, view=view))
+
+    def crops_of(self, words_B: U64) -> Crops:
+        """The parameters that 64 random bits of each sample give."""
         places = np.uint64(2 * self.padding + 1)
         # Disjoint bits for each parameter; 24 of them scaled to a few places are uniform to one in a million.
         top_B = ((words_B & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)

@@ -1,0 +1,213 @@
+"""The views that a teacher saw, made again for a student from the images, by the same code.
+
+Legend: B batch, H and W pixels, K samples that are kept, V views.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.dataset import IGNORE, stack_images
+from softlabel.errors import BadImageError, DataError, MismatchError, UsageError
+from softlabel.order import mix64, stream_key
+from softlabel.store.keys import Keys
+from softlabel.store.reader import Store
+from softlabel.store.view_columns import DIGEST, PARTNER
+from softlabel.teacher import Preprocessing
+from softlabel.views import Images, Views, changed, digests, draw, identity, stacked
+from softlabel.views.drawing import bits
+
+ViewOrder = Literal["cycle", "random"]
+Int64s = NDArray[np.int64]
+# Positions among the kept samples and their keys -> decoded images.
+Decode = Callable[[Int64s, list[str]], Images]
+
+_ORDER = 3000  # the number of a sample's stream that chooses its view
+
+
+class Replay:
+    """The views of the samples of a store.
+
+    Args:
+        rows_VK: row of each kept sample in each view, -1 where a sample has none.
+        seed: of the order `random`.
+        order: ``cycle``: epoch e uses view e mod V of every sample; ``random``: every sample one that follows from
+            (seed, key, e).
+        check: the pixels of one in so many rows are compared with the digest that the store has; 1: of all, 0: of none.
+        decode: gives the images as they are in the source.
+        preprocessing: whose geometry brings views to one size; None: they are of one size.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        views: Views,
+        keys: Keys,
+        rows_VK: Int64s,
+        *,
+        seed: int,
+        order: ViewOrder,
+        check: int,
+        decode: Decode,
+        preprocessing: Preprocessing | None,
+    ) -> None:
+        if order not in get_args(ViewOrder):
+            raise UsageError(f"view_order: expected cycle or random, found {order!r}")
+        if check < 0:
+            raise UsageError(f"check_views: expected 0 (no row) or one in how many, found {check}")
+        self._store, self._views, self._rows_VK = store, views, rows_VK
+        self._seed, self._order, self._check = seed, order, check
+        self._decode, self._preprocessing = decode, preprocessing
+        self._names = [column.name for column in store.run.view_columns]
+        if len(store):
+            store.take([0], self._names)  # reads them into memory, which forked workers then share
+        self._partners = _Partners(keys) if views.policy.mix is not None else None
+        self._keys = keys
+        self._checked = False
+
+    def views_of(self, epoch: int | None, keys: list[str]) -> Int64s:
+        """Which view each sample has in an epoch, int64 (B,); view 0 without an epoch."""
+        count = len(self._rows_VK)
+        if epoch is None or self._order == "cycle":
+            return np.full(len(keys), (epoch or 0) % count, np.int64)
+        words_B = bits(draw(keys, seed=self._seed, view=epoch), _ORDER, 1)[:, 0]
+        return (words_B % np.uint64(count)).astype(np.int64)
+
+    def rows(self, positions: Int64s, views_B: Int64s) -> Int64s:
+        return self._rows_VK[views_B, positions]
+
+    def labels(self, labels_B: Int64s, rows_B: Int64s) -> Int64s:
+        """Hard labels as they hold for views: an image that is mixed out of two has none."""
+        return labels_B if self._partners is None else np.where(rows_B >= 0, IGNORE, labels_B)
+
+    def images(self, positions: Int64s, keys: list[str], views_B: Int64s, rows_B: Int64s, epoch: int | None) -> Tensor:
+        """uint8 (B, 3, H, W): the views, brought to the student's size.
+
+        Raises:
+            MismatchError: a view is not what the teacher saw.
+            DataError: an image cannot be decoded or has no view.
+        """
+        seen: list[Tensor | None] = [None] * len(keys)
+        for view in np.unique(views_B).tolist():
+            for known in (True, False):
+                places = np.flatnonzero((views_B == view) & ((rows_B >= 0) == known))
+                if not len(places):
+                    continue
+                named = [keys[place] for place in places]
+                images = self._decode(positions[places], named)
+                if known:
+                    made = self._again(images, named, rows_B[places], view, epoch)
+                else:
+                    made = self._anew(images, named, view)
+                if len(places) == len(keys):
+                    return self._shaped(made, keys)
+                for place, image in zip(places.tolist(), made, strict=True):
+                    seen[place] = image
+        return self._shaped(stacked([image for image in seen if image is not None]), keys)
+
+    def _again(self, images: Images, keys: list[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
+        columns = self._store.take(rows_B, self._names).columns
+        partners: Images | None = None
+        partner_keys: list[str] = []
+        if self._partners is not None:
+            positions = self._partners.positions(columns[PARTNER], keys, self._store)
+            partner_keys = self._keys.take(positions).to_list()
+            partners = self._decode(positions, partner_keys)
+        try:
+            made = self._views.replay(images, keys, columns, view=view, partners=partners, partner_keys=partner_keys)
+        except ValueError as error:
+            raise MismatchError(
+                f"{self._store.url}: view {view} cannot be made again: {error}; {self._cure()}"
+            ) from None
+        self._compare(made, keys, columns[DIGEST][:, 0], rows_B, view, epoch)
+        return made
+
+    def _compare(
+        self, made: Images, keys: list[str], stored_B: NDArray[np.uint64], rows_B: Int64s, view: int, epoch: int | None
+    ) -> None:
+        if not self._check:
+            return
+        # Other rows in every epoch, and the first one of every process: a wrong library is wrong at once.
+        numbers_B = mix64(rows_B.astype(np.uint64) ^ stream_key(0 if epoch is None else epoch))
+        picked = np.flatnonzero(numbers_B % np.uint64(self._check) == 0)
+        if not self._checked:
+            picked, self._checked = np.union1d(picked, [0]), True
+        if not len(picked):
+            return
+        found = digests(stacked([made[place] for place in picked.tolist()]))
+        wrong = np.flatnonzero(found != stored_B[picked])
+        if len(wrong):
+            place = int(picked[wrong[0]])
+            raise MismatchError(
+                f"{self._store.url}: view {view} of {keys[place]!r} has other pixels than the teacher saw "
+                f"({len(wrong)} of {len(picked)} compared; xxh3-64 expected {stored_B[place]:016x}, "
+                f"found {found[wrong[0]]:016x}); {self._cure()}"
+            )
+
+    def _cure(self) -> str:
+        return (
+            f"{changed(self._store.manifest.recorded.get('libraries'))}; train with the libraries that labelled, label "
+            "anew, or accept other pixels with --check-views 0"
+        )
+
+    def _anew(self, images: Images, keys: list[str], view: int) -> Images:
+        """Views of samples that the store has no row for: of the same kind, and never mixed, for their hard labels."""
+        made = self._views.unmixed().make(images, keys, view=view, read=_nobody)
+        if made.failed:
+            place, reason = next(iter(made.failed.items()))
+            raise DataError(f"image {keys[place]!r}: {reason}; mend it or take it out")
+        return made.images
+
+    def _shaped(self, made: Images, keys: list[str]) -> Tensor:
+        shape, fixed = self._preprocessing, self._views.policy.fixed
+        first = made[0]
+        try:
+            if shape is None or (isinstance(made, Tensor) and shape.view_geometry(first, fixed=fixed) is first):
+                shaped: Images = made
+            else:
+                shaped = [shape.view_geometry(image_CHW, fixed=fixed) for image_CHW in made]
+        except BadImageError as error:
+            raise DataError(f"a view of one of {keys[0]!r} to {keys[-1]!r}: {error}") from error
+        if isinstance(shaped, Tensor):
+            return shaped
+        for image_CHW, key in zip(shaped, keys, strict=True):
+            if image_CHW.shape != shaped[0].shape:
+                raise DataError(
+                    f"image {key!r}: expected {tuple(shaped[0].shape[1:])} pixels like those before it, found "
+                    f"{tuple(image_CHW.shape[1:])}; give the student a size, such as '?resize=256&crop=224'"
+                )
+        return stack_images(shaped)
+
+
+class _Partners:
+    """From what rows say of their partners to positions among the samples."""
+
+    def __init__(self, keys: Keys) -> None:
+        named = np.array([identity(key) for key in keys.to_list()], np.uint64).reshape(-1, 2)
+        self._order = np.lexsort((named[:, 1], named[:, 0]))
+        self._low, self._high = named[self._order, 0], named[self._order, 1]
+
+    def positions(self, partners_B2: NDArray[np.uint64], keys: list[str], store: Store) -> Int64s:
+        places = np.minimum(np.searchsorted(self._low, partners_B2[:, 0]), len(self._low) - 1)
+        right = (self._low[places] == partners_B2[:, 0]) & (self._high[places] == partners_B2[:, 1])
+        if not right.all():
+            raise MismatchError(
+                f"{store.url}: image {keys[int(right.argmin())]!r} was mixed with one that is not among these samples; "
+                "train on all of the data that was labelled"
+            )
+        found: Int64s = self._order[places]
+        return found
+
+
+def _nobody(positions: object, /) -> tuple[list[str], list[Tensor | None]]:
+    raise AssertionError("an unmixed view has no partner")
+
+
+def rows_of_views(store: Store, keys: Keys) -> Int64s:
+    """Row of each key in each view, int64 (V, N); -1 in all views where it is missing in one."""
+    rows_VN = np.stack([store.lookup(keys, view, missing="mask") for view in range(store.run.views.count)])
+    rows_VN[:, (rows_VN < 0).any(axis=0)] = -1
+    return rows_VN

@@ -1,0 +1,39 @@
+"""Two runs compared in words, for whoever asked for one and found the other."""
+
+from collections.abc import Iterable
+from typing import Any
+
+_WORDS = {
+    "dataset.rows": "dataset size",
+    "dataset.fingerprint": "dataset keys (fingerprint)",
+    "combine.rule": "combine rule",
+    "combine.weights": "combine weights",
+    "encoding.name": "encoding",
+    "views.count": "number of views",
+    "views.policy": "view policy",
+    "views.seed": "view seed",
+    "num_classes": "number of classes",
+    "shard_rows": "rows per shard (--shard-rows)",
+}
+
+
+def differences(path: str, store: Any, run: Any) -> Iterable[str]:
+    """What a run has otherwise than a store, both as JSON; `path` is where in them the two stand."""
+    if isinstance(store, dict) and isinstance(run, dict):
+        for name in sorted(store.keys() | run.keys()):
+            yield from differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
+    elif path == "members" and len(store) == len(run):
+        for position, (one, other) in enumerate(zip(store, run, strict=True), 1):
+            yield from differences(f"teacher {position}", one, other)
+    elif store != run:
+        if path == "members":
+            store, run = ([member["spec"] for member in side] for side in (store, run))
+            path = "teachers"
+        yield f"{_WORDS.get(path, path)}: the store has {_short(store)}, this run {_short(run)}"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "none"
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

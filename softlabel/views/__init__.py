@@ -1,0 +1,33 @@
+"""What a view of an image is: drawn from (seed, key, view) alone, then made by one implementation for both stages.
+
+A view is two steps. *Drawing* turns (seed, key, view) into explicit parameters (where the crop lies, whether it is
+mirrored, with whom it is mixed), so that a sample's view does not depend on the batch, the worker or the order in which
+it is met. *Making* takes the parameters and the pixels, uint8, in RGB, before any normalisation: teachers and students
+that normalise differently see the same pixels.
+"""
+
+from softlabel.views.boxes import Images
+from softlabel.views.crop_flip import CropFlip, Crops
+from softlabel.views.drawing import draw
+from softlabel.views.libraries import changed, libraries
+from softlabel.views.making import Made, Views, digests, stacked
+from softlabel.views.mixing import identity
+from softlabel.views.policy import CENTER, Policy, parse_policy, view_policy
+
+__all__ = [
+    "CENTER",
+    "CropFlip",
+    "Crops",
+    "Images",
+    "Made",
+    "Policy",
+    "Views",
+    "changed",
+    "digests",
+    "draw",
+    "identity",
+    "libraries",
+    "parse_policy",
+    "stacked",
+    "view_policy",
+]

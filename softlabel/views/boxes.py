@@ -1,0 +1,147 @@
+"""Steps that choose a box of the image: drawn or read from a store, then cut out.
+
+Legend: B batch, H and W pixels, S side of a view.
+
+A box is (top, left, height, width) in pixels of the upright source image, int32. It may reach over the edge, where
+pixels are black. Pixels are cut, resized where the step says to which size, and only then mirrored.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from softlabel.errors import UsageError
+from softlabel.views.crop_flip import CropFlip, Crops
+from softlabel.views.drawing import U64, uniforms
+
+Images = Tensor | Sequence[Tensor]  # uint8: (B, 3, H, W), or B of (3, H, W) of any sizes
+
+_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boxes:
+    """Where the views of B images lie: boxes int32 (B, 4), flips uint8 (B,) 0 or 1."""
+
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropFlipStep:
+    """The usual CIFAR augmentation: the view has the image's size."""
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.padding < 1 << 16:
+            raise UsageError(f"crop-flip: expected a padding of 0 pixels or more, found {self.padding}")
+
+    @property
+    def fixed(self) -> bool:
+        return False
+
+    def draw(self, sizes_B2: NDArray[np.int64], words_B: U64) -> Boxes:
+        """sizes_B2: height and width of each image."""
+        crops = CropFlip(padding=self.padding, flip=self.flip).crops_of(words_B)
+        corner_B2 = np.stack([crops.top.numpy(), crops.left.numpy()], axis=1) - self.padding
+        boxes_B4 = np.concatenate([corner_B2, sizes_B2], axis=1).astype(np.int32)
+        return Boxes(boxes=boxes_B4, flips=crops.flip.numpy().astype(np.uint8))
+
+    def fits(self, sizes_B2: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
+        """Whether each box is one that could have been drawn for an image of this size, bool (B,)."""
+        at_B4 = boxes.boxes
+        inside_B = (np.abs(at_B4[:, :2]) <= self.padding).all(axis=1)
+        same_B: NDArray[np.bool_] = inside_B & (at_B4[:, 2:] == sizes_B2).all(axis=1)
+        return same_B
+
+    def cut(self, images: Images, boxes: Boxes) -> Images:
+        policy = CropFlip(padding=self.padding, flip=self.flip)
+        at_B4 = torch.from_numpy(boxes.boxes.astype(np.int64)) + self.padding
+        flip_B = torch.from_numpy(boxes.flips.astype(bool))
+        if isinstance(images, Tensor):
+            return policy.apply(images, Crops(top=at_B4[:, 0], left=at_B4[:, 1], flip=flip_B))
+        return [
+            policy.apply(image[None], Crops(top=at_4[None, 0], left=at_4[None, 1], flip=flip[None]))[0]
+            for image, at_4, flip in zip(images, at_B4, flip_B, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InceptionStep:
+    """A random part of the image, resized to S x S with antialiasing (Szegedy et al. 2014), as in torchvision.
+
+    PIL resizes: it gives the same pixels on every processor, which a student on another machine depends on.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= 1 << 14:
+            raise UsageError(f"inception: expected a size of 1 to {1 << 14} pixels, found {self.size}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UsageError(f"inception: expected a scale of two rising numbers in (0, 1], found {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise UsageError(f"inception: expected a ratio of two rising numbers above 0, found {self.ratio}")
+        if self.interpolation not in _RESAMPLING:
+            raise UsageError(f"inception: expected interpolation bilinear or bicubic, found {self.interpolation!r}")
+
+    @property
+    def fixed(self) -> bool:
+        return True
+
+    def draw(self, sizes_B2: NDArray[np.int64], words_B: U64) -> Boxes:
+        """The first of ten draws that lies in the image, or else the largest central crop of an allowed ratio."""
+        numbers = uniforms(words_B, 0, 4 * _ATTEMPTS + 1)
+        flips_B = ((numbers[:, -1] < 0.5) & self.flip).astype(np.uint8)
+        area_BA, ratio_BA, top_BA, left_BA = numbers[:, :-1].reshape(-1, 4, _ATTEMPTS).transpose(1, 0, 2)
+        height_B1, width_B1 = sizes_B2[:, :1].astype(np.float64), sizes_B2[:, 1:].astype(np.float64)
+        low, high = self.scale
+        area_BA = height_B1 * width_B1 * (low + (high - low) * area_BA)
+        low, high = (math.log(one) for one in self.ratio)
+        ratio_BA = np.exp(low + (high - low) * ratio_BA)
+        w_BA, h_BA = np.rint(np.sqrt(area_BA * ratio_BA)), np.rint(np.sqrt(area_BA / ratio_BA))
+        wide_BA, high_BA = (w_BA > 0) & (w_BA <= width_B1), (h_BA > 0) & (h_BA <= height_B1)
+        good_BA: NDArray[np.bool_] = np.logical_and(wide_BA, high_BA)
+        t_BA, l_BA = np.floor(top_BA * (height_B1 - h_BA + 1)), np.floor(left_BA * (width_B1 - w_BA + 1))
+        rows_B = np.arange(len(words_B))
+        first_B = good_BA.argmax(axis=1)
+        drawn_B4 = np.stack([t_BA, l_BA, h_BA, w_BA], axis=2)[rows_B, first_B]
+        boxes_B4 = np.where(good_BA.any(axis=1, keepdims=True), drawn_B4, self._central(height_B1, width_B1))
+        return Boxes(boxes=boxes_B4.astype(np.int32), flips=flips_B)
+
+    def _central(self, height_B1: NDArray[np.float64], width_B1: NDArray[np.float64]) -> NDArray[np.float64]:
+        w_B1 = np.minimum(width_B1, np.maximum(np.rint(height_B1 * self.ratio[1]), 1))
+        h_B1 = np.minimum(height_B1, np.maximum(np.rint(width_B1 / self.ratio[0]), 1))
+        return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
+
+    def fits(self, sizes_B2: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
+        at_B4 = boxes.boxes.astype(np.int64)
+        inside_B2 = (at_B4[:, :2] >= 0) & (at_B4[:, 2:] > 0) & (at_B4[:, :2] + at_B4[:, 2:] <= sizes_B2)
+        return np.logical_and(inside_B2[:, 0], inside_B2[:, 1])
+
+    def cut(self, images: Images, boxes: Boxes) -> Images:
+        resampling = _RESAMPLING[self.interpolation]
+        out = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        for place, (top, left, height, width) in enumerate(boxes.boxes.tolist()):
+            image_HWC = images[place].permute(1, 2, 0).numpy()
+            part = np.ascontiguousarray(image_HWC[top : top + height, left : left + width])
+            resized = np.asarray(Image.fromarray(part).resize((self.size, self.size), resampling))
+            out[place] = resized[:, ::-1] if boxes.flips[place] else resized
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+CropStep = CropFlipStep | InceptionStep

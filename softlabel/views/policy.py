@@ -1,0 +1,196 @@
+"""View policies: what a user may ask for, and the form in which a store keeps it.
+
+A policy is a list of steps: first one that chooses a box (`crop-flip`, `inception`), if any, then transforms of
+torchvision by name, last one that takes in another sample (`mixup`, `cutmix`), if any. `center` has no steps: the view
+is the image as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torchvision.transforms import v2
+
+from softlabel.errors import UsageError
+from softlabel.spec import literal, split_options
+from softlabel.store.manifest import ViewPolicy
+from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
+from softlabel.views.lists import fixes_size, named, transform_of
+from softlabel.views.mixing import MixStep
+
+CENTER = "center"
+_FILES = (".yaml", ".yml", ".json")
+_ALIASES = {"trivial": "TrivialAugmentWide", "randaugment": "RandAugment"}
+_ALPHA = {"mixup": 0.2, "cutmix": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """A policy, ready to be used.
+
+    Attributes:
+        crop: the step that chooses a box; None: the whole image.
+        transforms: of torchvision, in order.
+        mix: the step that takes in another sample; None: none does.
+        fixed: whether views of images of all sizes have one size.
+    """
+
+    crop: CropStep | None
+    transforms: tuple[v2.Transform, ...]
+    mix: MixStep | None
+    fixed: bool
+
+    @classmethod
+    def of(cls, policy: Mapping[str, Any]) -> "Policy | None":
+        """The policy of a store (`Run.views.policy`); None for views that are the image as it is.
+
+        Raises:
+            UsageError: it names something that is not there.
+        """
+        crop: CropStep | None = None
+        mix: MixStep | None = None
+        transforms: list[v2.Transform] = []
+        fixed = False
+        for step in policy.get("steps", ()):
+            op, rest = step["op"], {name: value for name, value in step.items() if name != "op"}
+            if mix is not None:
+                raise UsageError(f"augment: {mix.kind} must be the last step, found {op} behind it")
+            if op in _CROPS:
+                if crop is not None or transforms:
+                    raise UsageError(f"augment: {op} must be the first step, and the only one that chooses a box")
+                crop = _CROPS[op](rest)
+                fixed = crop.fixed
+            elif op in _ALPHA:
+                mix = _mix(op, rest)
+            else:
+                arguments = rest.get("arguments", {})
+                transforms.append(transform_of(op, arguments))
+                fixed = fixed or fixes_size(op, arguments)
+        if crop is None and mix is None and not transforms:
+            return None
+        return cls(crop=crop, transforms=tuple(transforms), mix=mix, fixed=fixed)
+
+
+def parse_policy(text: str) -> dict[str, Any]:
+    """What `--augment` says, in the form in which a store keeps it.
+
+    Args:
+        text: a preset, with options if any (``inception?size=160``), several joined by ``+`` (``crop-flip+mixup``), or
+            a YAML file with a list of presets and names of transforms in torchvision.transforms.v2.
+
+    Raises:
+        UsageError: it names something that is not there, or in an order that cannot be.
+    """
+    if text.endswith(_FILES):
+        entries = _read(text)
+    else:
+        entries = [_preset(part) for part in text.split("+")]
+    steps = [_step(*named(entry)) for entry in entries]
+    if [step["op"] for step in steps] == [CENTER]:
+        return {"name": CENTER}
+    if any(step["op"] == CENTER for step in steps) or not steps:
+        raise UsageError(f"augment: expected center alone or steps, found {text!r}; center is the image as it is")
+    found: dict[str, Any] = {"name": "+".join(step["op"] for step in steps), "steps": steps}
+    Policy.of(found)  # refuses what cannot be
+    return found
+
+
+def view_policy(augment: str, *, count: int, seed: int) -> ViewPolicy:
+    """`count` views of every sample, as `augment` says (see `parse_policy`).
+
+    Raises:
+        UsageError: beside what `parse_policy` raises, several views that would all be the same.
+    """
+    if not 1 <= count < 1 << 31:
+        raise UsageError(f"views: expected at least 1, found {count}")
+    policy = parse_policy(augment)
+    if count > 1 and "steps" not in policy:
+        raise UsageError(
+            f"views: center is the image as it is, {count} views of it would be one label {count} times; say what a "
+            "view is, for instance with --augment crop-flip"
+        )
+    return ViewPolicy(count=count, policy=policy, seed=seed)
+
+
+def _read(path: str) -> list[Any]:
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"augment: {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"augment: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, list):
+        raise UsageError(
+            f"augment: {path}: expected a list of steps, found {type(found).__name__}; for instance '- inception: "
+            "{size: 160}' and '- TrivialAugmentWide' on a line each"
+        )
+    return found
+
+
+def _preset(text: str) -> dict[str, dict[str, Any]]:
+    name, options = split_options(text, subject=text)
+    return {name: {option: literal(value) for option, value in options.items()}}
+
+
+def _step(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """One step with everything said that it depends on: defaults may change, stores do not."""
+    if name == CENTER and not arguments:
+        return {"op": CENTER}
+    if name in _CROPS:
+        return {"op": name, **_plain(asdict(_CROPS[name](arguments)))}
+    if name in _ALPHA:
+        return {"op": name, "alpha": _mix(name, {"alpha": _ALPHA[name], **arguments}).alpha}
+    if name == "randaugment":
+        arguments = {"num_ops": 2, "magnitude": 9, **arguments}
+    name = _ALIASES.get(name, name)
+    transform_of(name, arguments)
+    return {"op": name, **({"arguments": _plain(arguments)} if arguments else {})}
+
+
+def _crop_flip(arguments: Mapping[str, Any]) -> CropStep:
+    return CropFlipStep(**_checked(CropFlipStep, "crop-flip", arguments))
+
+
+def _inception(arguments: Mapping[str, Any]) -> CropStep:
+    pairs = {name: _pair(name, arguments[name]) for name in ("scale", "ratio") if name in arguments}
+    return InceptionStep(**_checked(InceptionStep, "inception", {**arguments, **pairs}))
+
+
+_CROPS: dict[str, Callable[[Mapping[str, Any]], CropStep]] = {"crop-flip": _crop_flip, "inception": _inception}
+_KINDS: dict[str, type | tuple[type, ...]] = {"padding": int, "size": int, "flip": bool, "alpha": (int, float)}
+
+
+def _mix(name: str, arguments: Mapping[str, Any]) -> MixStep:
+    return MixStep(kind=name, **_checked(MixStep, name, arguments))  # type: ignore[arg-type]
+
+
+def _checked(kind: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    known = [one for one in kind.__dataclass_fields__ if one != "kind"]
+    for argument, value in arguments.items():
+        if argument not in known:
+            raise UsageError(f"augment: {name} has no option {argument!r}; it has {', '.join(known)}")
+        wanted = _KINDS.get(argument, object)
+        if not isinstance(value, wanted) or (wanted is not bool and wanted is not object and isinstance(value, bool)):
+            raise UsageError(f"augment: {name}: {argument} cannot be {value!r}")
+    return dict(arguments)
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    numbers = [one for one in value if isinstance(one, int | float)] if isinstance(value, list | tuple) else []
+    if len(numbers) != 2 or len(value) != 2 or not all(map(math.isfinite, numbers)):
+        raise UsageError(f"augment: expected two numbers for {name}, such as [0.08, 1.0], found {value!r}")
+    return float(numbers[0]), float(numbers[1])
+
+
+def _plain(value: Any) -> Any:
+    """As JSON keeps it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise UsageError(f"augment: expected numbers, texts and lists as arguments, found {value!r}")
