@@ -1,6 +1,6 @@
 """Stage 1: the teachers label a dataset, once.
 
-plan minus manifest -> label_shard -> write_shard -> commit
+plan minus manifest -> label_shards -> write_shard -> commit
 """
 
 import contextlib
@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from softlabel.dataset import Source
 from softlabel.deployment import Deployment, absolute
-from softlabel.engine import BadImagePolicy, LabelledShard, label_shard
+from softlabel.engine import BadImagePolicy, LabelledShard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.history import History, check_same_data
-from softlabel.intake import DecodedBatch
+from softlabel.intake import deaths_told
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule
+from softlabel.lanes import label_shards
+from softlabel.pace import PaceMeter
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import BadRow, Format, ShardPlan
 from softlabel.store.writer import Committer, write_shard
@@ -226,10 +228,10 @@ def _here(out: str | Path, job: Job, complement: Callable[[LabelledShard], Label
 
     def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
         counts = Counts()
-        batches = job.labeller.decoded(missing, job.workers)
-        with _writer(committer, out) as write:
-            for plan in missing:
-                shard = label_shard(plan, job.labeller, _counted(batches, bar))
+        meter = PaceMeter()
+        shards = label_shards(missing, job.labeller, workers=job.workers, meter=meter, seen=bar.update)
+        with deaths_told(), contextlib.closing(shards), _writer(committer, out) as write:
+            for shard in shards:
                 write(shard if complement is None else complement(shard))
                 counts.images += len(shard.rows.keys) + len(shard.bad)
                 counts.good += len(shard.rows.keys)
@@ -268,12 +270,6 @@ def _writer(committer: Committer, out: str | Path) -> Iterator[Callable[[Labelle
         yield write
         for future in pending:
             future.result()
-
-
-def _counted(batches: Iterator[DecodedBatch], bar: "tqdm[Any]") -> Iterator[DecodedBatch]:
-    for batch in batches:
-        yield batch
-        bar.update(len(batch.keys) + len(batch.bad))
 
 
 def _bar(total: int, initial: int, progress: bool | None) -> "tqdm[Any]":

@@ -9,7 +9,7 @@ Legend: B batch, C classes, D width of the layer's input.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -67,23 +67,27 @@ class Head:
         """(logits float32 (B, C), hidden float32 (B, D)) of a batch: the forward pass with an ear at its head.
 
         Raises:
-            UsageError: the layer ran more than once, not on (B, D), or W h + b is not what the teacher answered.
+            UsageError: the layer ran more than once, or not on (B, D).
         """
         with self._listening() as heard:
             logits_BC = self.teacher.logits(images_BCHW)
-        fits = len(heard) == 1 and heard[0].shape == (len(logits_BC), self.width)
-        if fits:
-            hidden_BD = heard[0].float()
-            with torch.inference_mode():
-                found_BC = F.linear(hidden_BD, self.weight, self.bias) * self.calibration
-                off = (found_BC - logits_BC).abs().max()
-            fits = bool(off <= TOLERANCE[self.teacher.precision] * (1 + logits_BC.abs().max()))
-        if not fits:
-            raise UsageError(
-                f"encoding head: {self.teacher.spec.text}: the output is not that of its last linear layer; "
-                "use another --encoding"
-            )
-        return logits_BC, hidden_BD
+        if len(heard) != 1 or heard[0].shape != (len(logits_BC), self.width):
+            self.refuse()
+        return logits_BC, heard[0].float()
+
+    def explains(self, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
+        """Whether W h + b is what the teacher answered: bool (1,), on the device, so that nobody waits for it here."""
+        with torch.inference_mode():
+            found_BC = F.linear(hidden_BD, self.weight, self.bias) * self.calibration
+            off = (found_BC - logits_BC).abs().amax()
+            return (off <= TOLERANCE[self.teacher.precision] * (1 + logits_BC.abs().amax())).reshape(1)
+
+    def refuse(self) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(
+            f"encoding head: {self.teacher.spec.text}: the output is not that of its last linear layer; "
+            "use another --encoding"
+        )
 
     @contextmanager
     def _listening(self) -> Iterator[list[Tensor]]:

@@ -7,16 +7,19 @@ What a view of a sample is depends on (seed, key, view) alone, never on the batc
 Legend: B batch, H height, W width.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import Source, content_hash, decode_image, stack_images
+from softlabel.dataset import Sample, Source, content_hash, decode_image, stack_images
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
@@ -129,29 +132,74 @@ class Intake:
                 images.append(None)
         return [sample.key for sample in samples], images
 
-    def stream(self, spans: Sequence[Span], *, workers: int) -> Iterator[DecodedBatch]:
-        """The batches of these spans, in order, made ahead by worker processes, or by a thread where there are none."""
-        batches = iter(
-            DataLoader(
-                _Spans(self, spans), batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
-            )
+    def of(self, span: Span) -> DecodedBatch:
+        return self.batch(range(span.start, span.stop), view=span.view)
+
+    def one_reader(self) -> "Intake":
+        """The same for several threads, of which one at a time reads from the source: it may be somebody's own."""
+        return replace(self, source=_OneReader(self.source))
+
+    def stream(self, spans: Iterable[Span], *, workers: int) -> Generator[DecodedBatch, None, None]:
+        """The batches of these spans, in order, made ahead by worker processes, or by a thread where there are none.
+
+        Raises:
+            DataError: a worker process was killed; or see `batch`.
+        """
+        if not workers:
+            yield from _ahead(self.of(span) for span in spans)
+            return
+        loader = DataLoader(
+            _Spans(self), sampler=spans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
         )
-        # One thread is enough to overlap: PIL and the forward pass leave the interpreter to each other.
-        return batches if workers else _ahead(batches)
+        with deaths_told():
+            yield from loader
 
 
 class _Spans(Dataset[DecodedBatch]):
-    """Number of a span -> its batch: what the worker processes run."""
+    """Span -> its batch: what the worker processes run. The sampler yields spans, so that no list of them is held."""
 
-    def __init__(self, intake: Intake, spans: Sequence[Span]) -> None:
-        self.intake, self.spans = intake, spans
+    def __init__(self, intake: Intake) -> None:
+        self.intake = intake
+
+    def __getitem__(self, span: Span) -> DecodedBatch:
+        return self.intake.of(span)
+
+
+class _OneReader(Source):
+    def __init__(self, source: Source) -> None:
+        self._source, self._reading = source, threading.Lock()
+        self.kind, self.name = source.kind, source.name
+        self.class_names, self.has_labels = source.class_names, source.has_labels
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return len(self._source)
 
-    def __getitem__(self, number: int) -> DecodedBatch:
-        span = self.spans[number]
-        return self.intake.batch(range(span.start, span.stop), view=span.view)
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        with self._reading:
+            return self._source.keys(start, stop)
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        with self._reading:
+            return self._source.labels(start, stop)
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        with self._reading:
+            return self._source.read(indices)
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Turn what PyTorch raises when a worker process was killed, which is wherever the program just is, into a
+    DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a decoding process died ({' '.join(str(error).split())[:200]}), perhaps because memory ran out; what "
+            "was committed stays: run the same command again, with fewer --workers"
+        ) from error
 
 
 def _ahead(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:

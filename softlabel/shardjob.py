@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from softlabel.engine import label_shard
 from softlabel.errors import MismatchError, SoftLabelError, StoreError
 from softlabel.job import Job
+from softlabel.lanes import label_shard
 from softlabel.store.jsonio import dumps, from_json, loads, to_json
 from softlabel.store.manifest import ShardRecord
 from softlabel.store.reader import open_store

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from softlabel.device import out_of_memory
 from softlabel.errors import SpecError, TeacherError
 from softlabel.models import (
     Program,
@@ -73,14 +74,12 @@ class Teacher:
         with torch.inference_mode():
             images_BCHW = images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             inputs_BCHW = self.preprocessing.normalize(images_BCHW)
-            dtype = PRECISIONS[self.precision]
-            lower = dtype != torch.float32
-            with _true_float32(not lower), torch.autocast(self.device.type, dtype=dtype, enabled=lower):
+            with computing(self.precision, self.device):
                 try:
                     output = self.model(inputs_BCHW)
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:  # somebody's network: what it raises is a fact about this teacher
+                    if out_of_memory(error):  # or about the batch: a smaller one may fit
+                        raise
                     size = f"{images_BCHW.shape[3]} x {images_BCHW.shape[2]}"
                     raise TeacherError(
                         f"{self.spec.text}: the network fails on images of {size}: {type(error).__name__}: {error}; "
@@ -99,12 +98,16 @@ class Teacher:
 
 
 @contextmanager
-def _true_float32(wanted: bool) -> Iterator[None]:
-    """fp32 means it: cuDNN's convolutions would otherwise round their inputs to TF32's 10 bits on newer GPUs."""
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in this precision. fp32 means it: cuDNN's convolutions would otherwise round their inputs to TF32's 10
+    bits on newer GPUs."""
+    dtype = PRECISIONS[precision]
+    lower = dtype != torch.float32
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before and not wanted
+    torch.backends.cudnn.allow_tf32 = before and lower
     try:
-        yield
+        with torch.autocast(device.type, dtype=dtype, enabled=lower):
+            yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
 

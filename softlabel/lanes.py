@@ -1,0 +1,173 @@
+"""Shards through the engine, everything at once: while one batch is decoded others are computed, copied and written.
+
+On a CPU a few lanes run side by side, each decoding and labelling whole batches with few threads. Beside a GPU there
+is one lane, which only launches: processes decode, and what was launched is waited for two batches later.
+"""
+
+import contextlib
+import itertools
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from softlabel.device import out_of_memory
+from softlabel.engine import BatchLabels, LabelledShard, Labeller, Lane, assemble
+from softlabel.errors import TeacherError
+from softlabel.intake import DecodedBatch, Span
+from softlabel.pace import PaceMeter
+from softlabel.store.manifest import ShardPlan
+
+log = logging.getLogger("softlabel")
+
+_AHEAD = 2  # batches of each lane that are done, or waiting for it
+
+
+def label_shard(plan: ShardPlan, labeller: Labeller) -> LabelledShard:
+    """Label one shard. Idempotent: depends on the plan and the labeller alone."""
+    (shard,) = label_shards([plan], labeller)
+    return shard
+
+
+def label_shards(
+    plans: Iterable[ShardPlan],
+    labeller: Labeller,
+    *,
+    workers: int = 0,
+    meter: PaceMeter | None = None,
+    seen: Callable[[int], object] | None = None,
+) -> Generator[LabelledShard, None, None]:
+    """Label shards, in order. Where memory runs out the batch size is halved, and the shard begun anew.
+
+    Args:
+        workers: processes that decode.
+        meter: counts images and where the time goes.
+        seen: called with the number of images of each batch as it is done; negative for those that are done anew.
+
+    Raises:
+        TeacherError: one image does not fit into memory, or see `Labeller.scaled_logits`.
+        DataError: a bad image, where that stops the run, or a decoding process that died.
+    """
+    left, meter = deque(plans), meter or PaceMeter()
+
+    def count(images: int) -> None:
+        meter.count(images)
+        if seen is not None:
+            seen(images)
+
+    while left:
+        try:
+            for shard in _through(tuple(left), labeller, workers, meter, count):
+                left.popleft()
+                yield shard
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            _halve(labeller, error)
+
+
+def _halve(labeller: Labeller, error: Exception) -> None:
+    before = labeller.batch_size
+    if before == 1:
+        raise TeacherError(
+            "out of memory with a single image; use --precision bf16, a smaller input size, or a device with more "
+            f"memory ({' '.join(str(error).split())[:200]})"
+        ) from error
+    labeller.batch_size = before // 2
+    if labeller.members.device.type == "cuda":
+        torch.cuda.empty_cache()
+    log.warning("out of memory with batches of %d: going on with %d", before, labeller.batch_size)
+
+
+def _through(
+    plans: Sequence[ShardPlan], labeller: Labeller, workers: int, meter: PaceMeter, count: Callable[[int], None]
+) -> Iterator[LabelledShard]:
+    together = labeller.batches_together()
+    work = ((plan, group) for plan in plans for group in _groups(labeller.spans(plan), together))
+    answers = _answers(work, labeller, workers, meter)
+    counted = 0  # images of a shard that is not whole yet
+
+    def of_shard(rows: int) -> Iterator[BatchLabels]:
+        nonlocal counted
+        while counted < rows:
+            batch = next(answers)
+            images = len(batch.keys) + len(batch.bad)
+            count(images)
+            counted += images
+            yield batch
+
+    try:
+        with contextlib.closing(answers):
+            for plan in plans:
+                shard = assemble(plan, labeller, of_shard(plan.stop - plan.start), meter)
+                counted = 0
+                yield shard
+    finally:
+        if counted:
+            count(-counted)
+
+
+def _groups(spans: Iterator[Span], size: int) -> Iterator[tuple[Span, ...]]:
+    while group := tuple(itertools.islice(spans, size)):
+        yield group
+
+
+def _answers(
+    work: Iterator[tuple[ShardPlan, tuple[Span, ...]]], labeller: Labeller, workers: int, meter: PaceMeter
+) -> Generator[BatchLabels, None, None]:
+    """What the lanes make of this work, in its order, a bounded number of batches ahead of who asks."""
+    # Lanes of a CPU decode for themselves, so that its cores are never idle; else it is done ahead of the lane.
+    inside = workers == 0 and labeller.members.device.type == "cpu"
+    intake = labeller.intake.one_reader()
+    lanes, threads = _lanes(labeller)
+    count = lanes.qsize()
+
+    def run(plan: ShardPlan, spans: tuple[Span, ...], batches: list[DecodedBatch] | None) -> list[BatchLabels]:
+        lane = lanes.get()
+        try:
+            if batches is None:
+                with meter.spend("waiting"):
+                    batches = [intake.of(span) for span in spans]
+            return lane.label(plan, batches, meter)
+        finally:
+            lanes.put(lane)
+
+    ours, theirs = (work, iter(())) if inside else itertools.tee(work)
+    before = torch.get_num_threads()
+    pending: deque[Future[list[BatchLabels]]] = deque()
+    pool = ThreadPoolExecutor(count, "softlabel-lane", initializer=torch.set_num_threads, initargs=(threads,))
+    stream = labeller.intake.stream((span for _, spans in theirs for span in spans), workers=workers)
+    try:
+        for plan, spans in ours:
+            batches = None
+            if not inside:
+                with meter.spend("waiting"):
+                    batches = [next(stream) for _ in spans]
+            pending.append(pool.submit(run, plan, spans, batches))
+            if len(pending) > _AHEAD * count:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        stream.close()
+        torch.set_num_threads(before)
+
+
+def _lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":
+    """The lanes, and how many threads each has."""
+    count, threads = labeller.tuning.lanes(labeller.members.device)
+    lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+    lanes.put(labeller.lane)
+    if not labeller.members.in_turn:
+        try:
+            copies = [Lane(labeller, labeller.members.replica()) for _ in range(count - 1)]
+        except Exception as error:  # somebody's network: what it raises when it is copied is not for us to know
+            log.info("one lane: a teacher cannot be copied (%s)", type(error).__name__)
+            copies = []
+        for lane in copies:
+            lanes.put(lane)
+    return lanes, count * threads // lanes.qsize()
