@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "preprocessing": {"torch", "torchvision"},
     "models": {"torch", "torchvision", "numpy", "safetensors", "files", "preprocessing", "spec", "zoo"}
     | {"timm", "transformers", "onnx", "onnxruntime"},
-    "teacher": {"torch", "models", "preprocessing", "spec"},
+    "teacher": {"device", "torch", "models", "preprocessing", "spec"},
     "labels": {"torch"},
     "encoding": {"torch", "numpy", "store.columns", "store.manifest"},
     "store": {"numpy", "pyarrow", "h5py", "fsspec", "safetensors", "xxhash"},
