@@ -16,7 +16,15 @@ import numpy as np
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array
 from softlabel.store.keys import Keys
-from softlabel.store.shard import IDENTITY_LIMIT, IDENTITY_NAME, CheckedRows, ShardIdentity, ShardRows, group_rows
+from softlabel.store.shard import (
+    IDENTITY_LIMIT,
+    IDENTITY_NAME,
+    CheckedRows,
+    ShardIdentity,
+    ShardRows,
+    group_rows,
+    in_one_go,
+)
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
 _PAGE = 4096
@@ -126,7 +134,10 @@ def _structure(
 
 
 class Hdf5Shard:
-    """A shard open for reading. Not picklable, not shared over a fork."""
+    """A shard open for reading. Not picklable, not shared over a fork.
+
+    The HDF5 library tells where the numbers lie, and is done with then: they are read from the mapped file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,64 +151,67 @@ class Hdf5Shard:
             if hasattr(mmap, "MADV_SEQUENTIAL"):
                 self._map.madvise(mmap.MADV_SEQUENTIAL)
             # No locking: shards never change once published, and read-only mounts refuse locks.
-            self._file = h5py.File(path, "r", locking=False)
-            try:
-                self._check(h5py, path.stat().st_size)
-            except BaseException:
-                self._file.close()
-                raise
+            with h5py.File(path, "r", locking=False) as file:
+                self._check(h5py, file, len(self._map))
 
-    def _check(self, h5py: Any, size: int) -> None:
-        if IDENTITY_NAME not in self._file.attrs:
+    def _check(self, h5py: Any, file: Any, size: int) -> None:
+        root = file.id
+        if not h5py.h5a.exists(root, IDENTITY_NAME.encode()):
             raise StoreCorruptError(f"{self.path}: HDF5, but not a softlabel shard (no identity in its attributes)")
-        attribute = self._file.attrs.get_id(IDENTITY_NAME)
+        attribute = h5py.h5a.open(root, IDENTITY_NAME.encode())
         if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > min(size, IDENTITY_LIMIT):
             raise StoreCorruptError(f"{self.path}: its identity is not a text of at most {IDENTITY_LIMIT} bytes")
-        self.identity = identity = ShardIdentity.decode(bytes(self._file.attrs[IDENTITY_NAME]), self.path)
-        self._data: dict[str, Any] = {}
-        names = set(_layout(identity, 0))
-        if set(self._file) != names:
-            raise StoreCorruptError(
-                f"{self.path}: expected the datasets {sorted(names)}, found {sorted(self._file)[:20]}"
-            )
+        self.identity = identity = ShardIdentity.decode(bytes(file.attrs[IDENTITY_NAME]), self.path)
+        names = _layout(identity, 0)
+        if root.get_num_objs() != len(names) or not all(name.encode() in root for name in names):
+            raise StoreCorruptError(f"{self.path}: expected the datasets {sorted(names)}, found {sorted(file)[:20]}")
+        data: dict[str, Any] = {}
         for name in names:  # an external or soft link, or storage outside the file, would read somebody else's bytes
-            link = self._file.get(name, getlink=True)
-            dataset = self._file[name] if isinstance(link, h5py.HardLink) else None
-            if not isinstance(dataset, h5py.Dataset):
+            link = root.links.get_info(name.encode())
+            dataset = h5py.h5o.open(root, name.encode()) if link.type == h5py.h5l.TYPE_HARD else None
+            if not isinstance(dataset, h5py.h5d.DatasetID):
                 raise StoreCorruptError(f"{self.path}: {name!r} is not a dataset of this file")
-            self._data[name] = dataset
-        key_bytes = self._data["key"].shape[0] if self._data["key"].ndim == 1 else 0
-        for name, (shape, dtype) in _layout(identity, key_bytes).items():
-            dataset = self._data[name]
-            plist = dataset.id.get_create_plist()
-            if dataset.shape != shape or dataset.dtype != np.dtype(dtype):
+            data[name] = dataset
+        key_bytes = data["key"].shape[0] if data["key"].rank == 1 else 0
+        self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
+        for name, (shape, text) in _layout(identity, key_bytes).items():
+            dataset, dtype = data[name], np.dtype(text)
+            plist = dataset.get_create_plist()
+            if dataset.shape != shape or dataset.dtype != dtype:
                 raise StoreCorruptError(
-                    f"{self.path}: {name!r}: expected {dtype} {shape}, found {dataset.dtype} {dataset.shape}"
+                    f"{self.path}: {name!r}: expected {text} {shape}, found {dataset.dtype} {dataset.shape}"
                 )
             if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
                 raise StoreCorruptError(f"{self.path}: {name!r} is not stored contiguously in the file")
-            offset, count = dataset.id.get_offset(), int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
-            if count and (
-                offset is None or offset < 0 or offset + count > size or dataset.id.get_storage_size() != count
-            ):
+            offset, count = dataset.get_offset(), int(np.prod(shape, dtype=object)) * dtype.itemsize
+            if count and (offset is None or offset < 0 or offset + count > size or dataset.get_storage_size() != count):
                 raise StoreCorruptError(f"{self.path}: {name!r} does not lie inside the file")
+            self._places[name] = (offset or 0, shape, dtype)
 
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        step = group_rows(self.identity.columns)
-        return [(start, min(start + step, self.identity.rows)) for start in range(0, self.identity.rows, step)]
+    def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
+        rows = self.identity.rows
+        step = max(1, rows) if in_one_go(self.identity, len(self._map), names) else group_rows(self.identity.columns)
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _window(self, name: str, start: int, stop: int) -> Array:
+        """Elements or rows as a view on the mapped file."""
+        offset, shape, dtype = self._places[name]
+        width = int(np.prod(shape[1:]))
+        count = (stop - start) * width
+        if not count:
+            return np.empty((stop - start, *shape[1:]), dtype)
+        flat = np.frombuffer(self._map, dtype, count, offset + start * width * dtype.itemsize)
+        return flat.reshape(stop - start, *shape[1:])
 
     def _read(self, name: str, start: int, stop: int) -> Array:
-        dataset = self._data[name]
-        out = np.empty((stop - start, *dataset.shape[1:]), dataset.dtype)
-        if out.size:
-            dataset.read_direct(out, np.s_[start:stop])
-        return out
+        """A copy, aligned wherever the file has it."""
+        return self._window(name, start, stop).copy()
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
+        # What was read before is let go of: little of a shard counts as our memory.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
         with _reading(self.path):
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._map.madvise(mmap.MADV_DONTNEED)
             return ShardRows(
                 keys=self._keys(start, stop) if "key" in names else None,
                 views=self._read("view", start, stop) if "view" in names else None,
@@ -213,35 +227,23 @@ class Hdf5Shard:
     def _keys(self, start: int, stop: int) -> Keys:
         offsets = self._read("key_offsets", start, stop + 1)
         first, last = int(offsets[0]), int(offsets[-1])
-        if not 0 <= first <= last <= self._data["key"].shape[0] or (start == 0 and first):
+        if not 0 <= first <= last <= self._places["key"][1][0] or (start == 0 and first):
             raise ValueError("key offsets do not lie inside the key bytes")
         if (np.diff(offsets) < 0).any():
             raise ValueError("key offsets fall")
         return Keys(offsets - first, self._read("key", first, last))
 
-    def _window(self, name: str, start: int, stop: int) -> Array:
-        """Rows as a view on the mapped file. What was read before is let go of: little of a shard counts as memory."""
-        dataset = self._data[name]
-        shape = (stop - start, *dataset.shape[1:])
-        count = int(np.prod(shape))
-        if not count:
-            return np.empty(shape, dataset.dtype)
-        row_bytes = dataset.dtype.itemsize * count // len(range(start, stop))
-        offset = dataset.id.get_offset() + start * row_bytes
-        return np.frombuffer(self._map, dataset.dtype, count, offset).reshape(shape)
-
     def extents(self, name: str) -> list[tuple[int, int]] | None:
-        dataset = self._data[name]
-        return [(dataset.id.get_offset(), len(dataset))] if dataset.size else []
+        offset, shape, _ = self._places[name]
+        return [(offset, shape[0])] if shape[0] else []
 
     def mapped(self, name: str) -> Array | None:
-        dataset = self._data[name]
-        if not dataset.size:
-            return np.empty(dataset.shape, dataset.dtype)
-        return np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+        offset, shape, dtype = self._places[name]
+        return np.memmap(self.path, dtype, "r", offset, shape) if shape[0] else np.empty(shape, dtype)
 
     def close(self) -> None:
-        self._file.close()
+        """Arrays that were read keep the mapping; it goes with the last of them."""
+        del self._map
 
 
 @contextlib.contextmanager

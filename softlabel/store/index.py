@@ -21,7 +21,7 @@ I64 = npt.NDArray[np.int64]
 _K1 = np.uint64(0x9E3779B97F4A7C15)
 _K2 = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)
-_CHUNK = 1 << 16  # rows hashed at once: the working set stays in the processor's cache
+_CHUNK = 1 << 14  # rows hashed at once: the working set stays in the processor's cache
 _MASKS = np.array([(1 << (8 * size)) - 1 for size in range(1, 9)], np.uint64)  # of a word with 1 to 8 bytes left
 
 
@@ -43,9 +43,11 @@ def with_words(keys: Keys) -> Keys:
     return Keys(keys.offsets_N1, padded[: len(keys.data)], words)
 
 
-def _mix(state: U64) -> U64:
-    state = state * _K2
-    return state ^ (state >> _SHIFT)
+def _mix(state: U64, spare: U64) -> None:
+    """In place: memory that is taken anew costs more than the arithmetic."""
+    np.multiply(state, _K2, out=state)
+    np.right_shift(state, _SHIFT, out=spare)
+    np.bitwise_xor(state, spare, out=state)
 
 
 class Hasher:
@@ -66,19 +68,32 @@ class Hasher:
 
     def _chunk(self, offsets_N1: I64, words: U64, views_N: U64) -> U64:
         position_N, length_N = offsets_N1[:-1], np.diff(offsets_N1)
-        state_N = _mix((views_N + self.seed) * _K1 ^ length_N.astype(np.uint64))
+        state_N = (views_N + self.seed) * _K1 ^ length_N.astype(np.uint64)
+        spare_N = np.empty_like(state_N)
+        _mix(state_N, spare_N)
         longest = int(length_N.max(initial=0))
-        shortest = int(length_N.min(initial=0))
-        whole = shortest // 8  # words that every key has
-        for step in range(whole):
-            state_N = _mix(state_N ^ words[position_N + 8 * step])
-        active = np.flatnonzero(length_N > 8 * whole)
-        for step in range(whole, -(-longest // 8)):
-            left = length_N[active] - 8 * step
-            word = words[position_N[active] + 8 * step] & _MASKS[np.minimum(left, 8) - 1]
-            state_N[active] = _mix(state_N[active] ^ word)
-            active = active[left > 8]
-        return _mix(state_N ^ (state_N >> np.uint64(29)))
+        whole = int(length_N.min(initial=longest)) // 8  # words that every key has
+        if longest == length_N.min(initial=longest):  # then the words of all keys lie at equal distances
+            for step in range(-(-longest // 8)):
+                word_N = words[position_N[0] + 8 * step :: longest][: len(state_N)]
+                if step == whole:
+                    word_N = word_N & _MASKS[longest - 8 * whole - 1]
+                np.bitwise_xor(state_N, word_N, out=state_N)
+                _mix(state_N, spare_N)
+        else:
+            for step in range(whole):
+                np.bitwise_xor(state_N, words[position_N + 8 * step], out=state_N)
+                _mix(state_N, spare_N)
+            active = np.flatnonzero(length_N > 8 * whole)
+            for step in range(whole, -(-longest // 8)):
+                left = length_N[active] - 8 * step
+                state = state_N[active] ^ words[position_N[active] + 8 * step] & _MASKS[np.minimum(left, 8) - 1]
+                _mix(state, np.empty_like(state))
+                state_N[active] = state
+                active = active[left > 8]
+        state_N ^= state_N >> np.uint64(29)
+        _mix(state_N, spare_N)
+        return state_N
 
 
 def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.bool_]:

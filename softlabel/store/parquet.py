@@ -4,7 +4,9 @@ B rows, W elements of a column in one row. Nothing is compressed: logits do not 
 that cannot be compressed cannot be a decompression bomb.
 """
 
+import bisect
 import contextlib
+import itertools
 import mmap
 import re
 from collections.abc import Collection, Iterator
@@ -26,6 +28,7 @@ from softlabel.store.shard import (
     ShardIdentity,
     ShardRows,
     group_rows,
+    in_one_go,
 )
 
 _MAPPED = 64 << 20
@@ -144,29 +147,27 @@ class ParquetShard:
             if hasattr(self._map, "madvise"):
                 self._map.madvise(mmap.MADV_DONTNEED)
 
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        return list(zip(self._starts[:-1], self._starts[1:], strict=True))
+    def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
+        if in_one_go(self.identity, len(self._map), names):
+            return [(0, self.identity.rows)] if self.identity.rows else []
+        return list(itertools.pairwise(self._starts))
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        tables = []
         wanted = [name for name in self._names if name in names]
-        for group, (first, last) in enumerate(self.blocks):
-            if first < stop and start < last:
-                with _reading(self.path):
-                    table = self._file.read_row_group(group, columns=wanted, use_threads=False)
-                    if table.num_rows != last - first:
-                        raise StoreCorruptError(f"{self.path}: row group {group} is shorter than its footer says")
-                    whole = start <= first and last <= stop
-                    self._since += table.nbytes
-                    tables.append(
-                        table if whole else table.slice(max(start - first, 0), min(stop, last) - max(start, first))
-                    )
-        self._forget()
+        first = bisect.bisect_right(self._starts, start) - 1
+        last = bisect.bisect_left(self._starts, stop)
+        base, end = self._starts[first], self._starts[last]
         with _reading(self.path):
-            return self._rows(
-                {name: [chunk for table in tables for chunk in table.column(name).chunks] for name in wanted}
-            )
+            table = self._file.read_row_groups(range(first, last), columns=wanted, use_threads=False)
+            if table.num_rows != end - base:
+                raise StoreCorruptError(
+                    f"{self.path}: row groups {first} to {last - 1} are shorter than the footer says"
+                )
+            self._since += table.nbytes
+            if (start, stop) != (base, end):
+                table = table.slice(start - base, stop - start)
+            self._forget()
+            return self._rows({name: table.column(name).chunks for name in wanted})
 
     def _rows(self, chunks: dict[str, list[Any]]) -> ShardRows:
         scalars = {}

@@ -251,9 +251,14 @@ class Store:
 
     def _each(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, OpenShard]]:
         """(first row, open shard) of the shards that hold rows `start` to `stop`."""
-        for base, record in zip(self._starts.tolist(), self._records, strict=False):
-            if base + record.rows > start and (stop is None or base < stop):
-                shard = self._open(record)
+        stop = len(self) if stop is None else stop
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for number in range(max(0, first), len(self._records)):
+            base = int(self._starts[number])
+            if base >= stop:
+                return
+            if self._records[number].rows:
+                shard = self._open(self._records[number])
                 try:
                     yield base, shard
                 finally:
@@ -262,7 +267,7 @@ class Store:
     def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, ShardRows]]:
         """(first row, columns) block by block."""
         for base, shard in self._each(start, stop):
-            for first, last in shard.blocks:
+            for first, last in shard.blocks(names):
                 first, last = max(first, start - base), min(last, stop - base)
                 if first < last:
                     yield base + first, shard.read(names, first, last)
@@ -354,7 +359,7 @@ class Store:
     def stream(
         self, columns: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None
     ) -> Iterator[StoredRows]:
-        """Batches of consecutive rows in order, up to a row group each: sequential I/O, memory bounded by one batch.
+        """Batches of consecutive rows in order, a few MiB each: sequential I/O, memory bounded by one batch.
 
         Args:
             columns: as for `take`; what is left out is not read.
@@ -368,7 +373,7 @@ class Store:
 
     def _stream(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
         for base, shard in self._each(start, stop):
-            for first, last in shard.blocks:
+            for first, last in shard.blocks(names):
                 first, last = max(first, start - base), min(last, stop - base)
                 if first < last:
                     part = shard.read(names, first, last)

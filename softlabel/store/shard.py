@@ -26,6 +26,7 @@ IGNORE = -100  # label of a row without one
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
 IDENTITY_LIMIT = 32 << 20
 GROUP_ROWS = 1 << 16
+SMALL_BYTES = 32 << 20  # keys, labels and the like of a shard that are read at once
 GROUP_BYTES = 8 << 20  # 4096 rows of 1000 float16; a few row groups fit in memory whatever the class count
 
 
@@ -137,9 +138,9 @@ class OpenShard(Protocol):
 
     identity: ShardIdentity
 
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """The row ranges that are best read in one go."""
+    def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
+        """The row ranges of these columns that are best read in one go: all rows where only small columns are asked
+        for, and they fit SMALL_BYTES."""
         ...
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
@@ -162,6 +163,12 @@ def group_rows(columns: Sequence[Column]) -> int:
     """Rows of a Parquet row group (and of a read): the power of two that fills 8 MiB, at most 65,536."""
     fitting = max(1, GROUP_BYTES // sum(column.row_bytes for column in columns))
     return min(GROUP_ROWS, 1 << (fitting.bit_length() - 1))
+
+
+def in_one_go(identity: ShardIdentity, size: int, names: Collection[str]) -> bool:
+    """Whether all rows of these columns, in a file of `size` bytes, are a small read."""
+    payload = sum(column.row_bytes for column in identity.columns)
+    return size - identity.rows * payload <= SMALL_BYTES and not any(one.name in names for one in identity.columns)
 
 
 def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:

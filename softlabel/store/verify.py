@@ -1,6 +1,5 @@
 """Checking every byte of a store against what its manifest and its shards promise."""
 
-import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -103,15 +102,7 @@ def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) 
             text = f"expected {record.bytes} bytes, found {size}"
         else:
             with folder.local(record.file) as local:
-                found, seen = _scan(local, run)
-                if found != record.xxh3:
-                    text = f"xxh3 expected {record.xxh3}, found {found}"
-                else:
-                    shard = open_shard(local, run.format)
-                    try:
-                        text = _check_content(shard, run, record, hasher, hashes, seen)
-                    finally:
-                        shard.close()
+                text = _check_file(local, run, record, hasher, hashes)
     except FileNotFoundError:
         text = "is missing"
     except OSError as error:
@@ -121,20 +112,35 @@ def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) 
     return [f"{path}: {text}; {cure}"] if text else [], np.concatenate(hashes)
 
 
-def _scan(path: Path, run: Run) -> tuple[str, bool]:
+def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64]) -> str:
+    """The first problem of a shard file, or nothing; appends the hashes of its keys."""
+    shard, broken = None, None
+    try:
+        shard = open_shard(path, run.format)
+    except StoreCorruptError as error:
+        broken = error  # told only if its hash is right: what is wrong with a damaged file is that it is damaged
+    try:
+        found, seen = _scan(path, run, shard)
+        if found != record.xxh3:
+            return f"xxh3 expected {record.xxh3}, found {found}"
+        if broken is not None:
+            raise broken
+        assert shard is not None
+        return _check_content(shard, run, record, hasher, hashes, seen)
+    finally:
+        if shard is not None:
+            shard.close()
+
+
+def _scan(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
     """The hash of a shard's bytes, and whether its logits were seen to be in order on the way.
 
     False says nothing: they are then read the ordinary way, which tells what is wrong.
     """
-    if run.encoding.name == "float16":
-        with contextlib.suppress(StoreCorruptError):  # whatever is wrong with it, its hash comes first
-            shard = open_shard(path, run.format)
-            try:
-                extents = shard.extents("logits") if shard.identity.columns == run.columns else None
-            finally:
-                shard.close()
-            if extents and sum(rows for _, rows in extents) == shard.identity.rows:
-                return scan(path, extents, run.columns[0].row_bytes, run.members_stored)
+    if shard is not None and run.encoding.name == "float16" and shard.identity.columns == run.columns:
+        extents = shard.extents("logits")
+        if extents and sum(rows for _, rows in extents) == shard.identity.rows:
+            return scan(path, extents, run.columns[0].row_bytes, run.members_stored)
     return file_xxh3(path), False
 
 
@@ -156,7 +162,7 @@ def _check_content(
     edges: list[str] = []
     labels = [column.name for column in run.label_columns if not seen]
     names = [*ROW_NAMES, *labels, *(column.name for column in run.view_columns)]
-    for start, stop in shard.blocks:
+    for start, stop in shard.blocks(names):
         part = shard.read(names, start, stop)
         assert part.keys is not None
         assert part.views is not None
