@@ -21,7 +21,7 @@ I64 = npt.NDArray[np.int64]
 _K1 = np.uint64(0x9E3779B97F4A7C15)
 _K2 = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)
-_CHUNK = 1 << 14  # rows hashed at once: the working set stays in the processor's cache
+_CHUNK = 1 << 12  # rows hashed at once: the working set stays in the processor's cache
 _MASKS = np.array([(1 << (8 * size)) - 1 for size in range(1, 9)], np.uint64)  # of a word with 1 to 8 bytes left
 
 

@@ -100,9 +100,12 @@ class ParquetShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._since = 0  # bytes read since pages were let go of
+        self._kept: dict[str, Any] = {}
+        self._pages: dict[str, tuple[list[tuple[int, int]], list[int]] | None] = {}
         with _reading(path):
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
             self._file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(self._map)), pre_buffer=False)
             self._check()
 
@@ -140,54 +143,83 @@ class ParquetShard:
         if self._starts[-1] != identity.rows:
             raise StoreCorruptError(f"{self.path}: its row groups hold {self._starts[-1]} rows, not {identity.rows}")
 
-    def _forget(self) -> None:
-        """Let go of the pages that were read: whatever the size of a shard, little of it counts as our memory."""
-        if self._since > _MAPPED:
-            self._since = 0
-            if hasattr(self._map, "madvise"):
-                self._map.madvise(mmap.MADV_DONTNEED)
-
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
         if in_one_go(self.identity, len(self._map), names):
             return [(0, self.identity.rows)] if self.identity.rows else []
         return list(itertools.pairwise(self._starts))
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        wanted = [name for name in self._names if name in names]
+        with _reading(self.path):
+            row = self._row([name for name in ROW_NAMES if name in names], start, stop)
+            columns = {name: self._column(name, start, stop) for name in self._columns if name in names}
+        self._since += sum(array.nbytes for array in columns.values())
+        if self._since > _MAPPED:  # little of a shard counts as our memory, whatever its size
+            self._since = 0
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
+        return ShardRows(
+            keys=row.get("key"),
+            views=row.get("view"),
+            labels=row.get("label"),
+            content=row.get("content"),
+            columns=columns,
+        )
+
+    def _row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        """What a row has besides its encoding. Decoding a little of it takes as long as all: it is kept."""
+        if not in_one_go(self.identity, len(self._map), names):
+            return self._decode(names, start, stop)
+        if missing := [name for name in names if name not in self._kept]:
+            self._kept.update(self._decode(missing, 0, self.identity.rows))
+        return {
+            name: self._kept[name].slice(start, stop) if name == "key" else self._kept[name][start:stop]
+            for name in names
+        }
+
+    def _decode(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        chunks = self._chunks(names, start, stop) if names else {}
+        found: dict[str, Any] = {}
+        for name, kind, absent in (("view", "<i4", 0), ("label", "<i8", IGNORE), ("content", "<u8", 0)):
+            if name in chunks:
+                found[name] = np.concatenate([np.zeros(0, kind), *(_filled(chunk, absent) for chunk in chunks[name])])
+                found[name].flags.writeable = False  # it may be kept
+        if "key" in chunks:
+            found["key"] = Keys.join(Keys.read(chunk) for chunk in chunks["key"])
+        return found
+
+    def _chunks(self, names: list[str], start: int, stop: int) -> dict[str, list[Any]]:
+        """Arrow's arrays of some rows."""
         first = bisect.bisect_right(self._starts, start) - 1
         last = bisect.bisect_left(self._starts, stop)
         base, end = self._starts[first], self._starts[last]
-        with _reading(self.path):
-            table = self._file.read_row_groups(range(first, last), columns=wanted, use_threads=False)
-            if table.num_rows != end - base:
-                raise StoreCorruptError(
-                    f"{self.path}: row groups {first} to {last - 1} are shorter than the footer says"
-                )
-            self._since += table.nbytes
-            if (start, stop) != (base, end):
-                table = table.slice(start - base, stop - start)
-            self._forget()
-            return self._rows({name: table.column(name).chunks for name in wanted})
+        table = self._file.read_row_groups(range(first, last), columns=names, use_threads=False)
+        if table.num_rows != end - base:
+            raise StoreCorruptError(f"{self.path}: row groups {first} to {last - 1} are shorter than the footer says")
+        table = table.slice(start - base, stop - start)
+        return {name: table.column(name).chunks for name in names}
 
-    def _rows(self, chunks: dict[str, list[Any]]) -> ShardRows:
-        scalars = {}
-        for name, kind, absent in (("view", "<i4", 0), ("label", "<i8", IGNORE), ("content", "<u8", 0)):
-            if name in chunks:
-                parts = [_filled(chunk, absent) for chunk in chunks[name]]
-                scalars[name] = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, kind), *parts])
-        columns = {}
-        for name in chunks.keys() & self._columns.keys():
-            column = self._columns[name]
-            parts = [_view(chunk, column) for chunk in chunks[name]]
-            empty = np.zeros((0, column.width), column.numpy)
-            columns[name] = parts[0] if len(parts) == 1 else np.concatenate([empty, *parts])
-        return ShardRows(
-            keys=Keys.join(Keys.read(chunk) for chunk in chunks["key"]) if "key" in chunks else None,
-            views=scalars.get("view"),
-            labels=scalars.get("label"),
-            content=scalars.get("content"),
-            columns=columns,
-        )
+    def _column(self, name: str, start: int, stop: int) -> Array:
+        """Rows of a column of the encoding, straight from the pages where they are as `write` makes them."""
+        column = self._columns[name]
+        if name not in self._pages:
+            extents = self.extents(name)
+            firsts = None if extents is None else [0, *itertools.accumulate(rows for _, rows in extents)]
+            self._pages[name] = None if extents is None or firsts is None else (extents, firsts)
+        if (pages := self._pages[name]) is None:
+            parts = [_view(chunk, column) for chunk in self._chunks([name], start, stop)[name]]
+            return np.concatenate([np.zeros((0, column.width), column.numpy), *parts])
+        extents, firsts = pages
+        out = np.empty((stop - start, column.width), column.numpy)
+        raw = out.reshape(-1).view(np.uint8)
+        size = column.row_bytes
+        page = bisect.bisect_right(firsts, start) - 1
+        while start < stop:
+            until = min(stop, firsts[page + 1])
+            offset, count = extents[page][0] + (start - firsts[page]) * size, (until - start) * size
+            to = len(raw) - (stop - start) * size
+            raw[to : to + count] = self._bytes[offset : offset + count]
+            start, page = until, page + 1
+        return out
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
         """Page by page; None unless every page is the plain, whole one that `write` makes."""
