@@ -50,14 +50,14 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
                 q=_own(columns["q"]),
                 scale=_own(columns["scale"])[:, 0],
                 offset=_own(columns["offset"])[:, 0],
-                top_index=_ids(columns["top_index"]),
+                top_index=_own(columns["top_index"]),
                 top_value=_own(columns["top_value"]),
                 temperature=temperature,
                 retemperable=exact,
             )
         case "topk":
             return TopKTarget(
-                index=_ids(columns["index"]),
+                index=_own(columns["index"]),
                 value=_own(columns["value"]),
                 tail=_own(columns["tail"]),
                 tail_temperatures=run.encoding.temperatures,
@@ -66,7 +66,7 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
             )
         case "sampled":
             return SampledTarget(
-                index=_ids(columns["index"]),
+                index=_own(columns["index"]),
                 weight=_own(columns["weight"]),
                 temperature=temperature,
                 num_classes=run.num_classes,
@@ -105,8 +105,3 @@ def _mixed(run: Run, columns: Columns, mix: Mix) -> DenseTarget:
 
 def _own(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else np.array(array))
-
-
-def _ids(array: NDArray[Any]) -> Tensor:
-    # torch gathers with int32 and int64 alone; ids are stored in the smallest type that holds them.
-    return torch.from_numpy(array.astype(np.int32))

@@ -74,7 +74,8 @@ class DenseTarget(_Record):
 class Int8Target(_Record):
     """Every class in one byte: scaled logits `q * scale + offset`, with `top_value` in place of it at `top_index`.
 
-    q (N, C) int8, scale and offset (N,) float32, top_index (N, X) integer, top_value (N, X) float16 or float32.
+    q (N, C) int8, scale and offset (N,) float32, top_index (N, X) of any integer type, top_value (N, X) float16 or
+    float32.
     """
 
     q: Tensor
@@ -97,7 +98,7 @@ class Int8Target(_Record):
 class TopKTarget(_Record):
     """The K largest classes and how much the others weigh together.
 
-    index (N, K) int64 or int32, distinct in a row. value (N, K): scaled logits minus the row's maximum.
+    index (N, K) of any integer type, distinct in a row. value (N, K): scaled logits minus the row's maximum.
     tail (N, E) float32: for each of the E `tail_temperatures`, log-sum-exp over the classes that were not kept of
     (logit - row maximum) / temperature; -inf when nothing was left out. Kept probabilities and tail mass are exact at
     those temperatures and unknown at every other one.
@@ -116,8 +117,8 @@ class TopKTarget(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledTarget(_Record):
-    """Classes drawn from the teacher: index (N, S) int64 or int32, weight (N, S) float whose expectation, summed by
-    class, is the teacher's softmax at `temperature`. A class may be drawn twice; padding has weight 0 (and any valid
+    """Classes drawn from the teacher: index (N, S) of any integer type, weight (N, S) float whose expectation, summed
+    by class, is the teacher's softmax at `temperature`. A class may be drawn twice; padding has weight 0 (and any valid
     index). It knows no other temperature, and not the teacher's entropy: its soft term is the cross-entropy, which is
     the KL divergence plus a constant that no gradient sees."""
 

@@ -94,15 +94,20 @@ def _call(
         kept = kept_probs(target, settings, work_dtype(logits_NC))
         drawn = isinstance(target, SampledTarget)
         mode = "drawn" if drawn else settings.tail if target.index.shape[1] < target.num_classes else "renormalize"
-        parts = [part.contiguous() for part in (target.index, *kept[:4])]
+        parts = [_ids(target.index), *(part.contiguous() for part in kept[:4])]
         outputs: Outputs = kept_rows(logits_NC, *parts, labels_N, soft_scale_N, hard_scale_N, mode, *numbers)
         return outputs
     scales = (labels_N, soft_scale_N, hard_scale_N, settings.factor)
     if isinstance(target, Int8Target):
-        row = (target.scale, target.offset, target.top_index.contiguous(), target.top_value.contiguous())
+        row = (target.scale, target.offset, _ids(target.top_index), target.top_value.contiguous())
         return _dense(logits_NC, target.q, *row, *scales, *numbers)
     assert isinstance(target, DenseTarget)
     return _dense(logits_NC, target.scaled_logits, None, None, None, None, *scales, *numbers)
+
+
+def _ids(index: Tensor) -> Tensor:
+    """Class ids as the kernels read them: signed, so that -1 is no class."""
+    return (index if index.dtype in (torch.int32, torch.int64) else index.to(torch.int32)).contiguous()
 
 
 def _dense(*arguments: Any) -> Outputs:

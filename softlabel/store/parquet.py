@@ -50,6 +50,7 @@ _PAGE = re.compile(
     + rb"\x15\x00\x15\x06\x15\x06(?:\x1c\x00)?\x00\x00",
     re.DOTALL,
 )
+_HEADERS = 64  # different ones in a column; `write` makes a few
 _ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
 
 
@@ -209,9 +210,11 @@ class ParquetShard:
             parts = [_view(chunk, column) for chunk in self._chunks([name], start, stop)[name]]
             return np.concatenate([np.zeros((0, column.width), column.numpy), *parts])
         extents, firsts = pages
-        out = np.empty((stop - start, column.width), column.numpy)
-        raw = out.reshape(-1).view(np.uint8)
         size = column.row_bytes
+        if start == stop:
+            return np.empty((0, column.width), column.numpy)
+        # Arrow's memory pool: it gives out again what the batch before was read into, without asking the system.
+        raw = np.frombuffer(pa.allocate_buffer((stop - start) * size), np.uint8)
         page = bisect.bisect_right(firsts, start) - 1
         while start < stop:
             until = min(stop, firsts[page + 1])
@@ -219,12 +222,13 @@ class ParquetShard:
             to = len(raw) - (stop - start) * size
             raw[to : to + count] = self._bytes[offset : offset + count]
             start, page = until, page + 1
-        return out
+        return raw.view(column.numpy).reshape(-1, column.width)
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
         """Page by page; None unless every page is the plain, whole one that `write` makes."""
         metadata, column = self._file.metadata, self._columns[name]
         found: list[tuple[int, int]] = []
+        known: dict[bytes, tuple[int, int]] = {}  # headers that were read: those of most pages are alike
         for group in range(metadata.num_row_groups):
             chunk = metadata.row_group(group).column(self._names.index(name))
             if chunk.path_in_schema != name or chunk.has_dictionary_page:
@@ -232,14 +236,21 @@ class ParquetShard:
             position = chunk.data_page_offset
             end, left = position + chunk.total_compressed_size, metadata.row_group(group).num_rows
             while left > 0:
-                header = _PAGE.match(self._map, max(position, 0), min(end, len(self._map)))
-                if header is None:
+                begin = next((begin for begin in known if self._map[position : position + len(begin)] == begin), None)
+                if begin is None:
+                    header = _PAGE.match(self._map, max(position, 0), min(end, len(self._map)))
+                    if header is None or len(known) > _HEADERS:
+                        return None
+                    size, stored, values = (_integer(part) for part in header.groups())
+                    if size != stored or size != values * column.row_bytes:
+                        return None
+                    begin = header.group()
+                    known[begin] = size, values
+                size, values = known[begin]
+                if not 0 < values <= left:
                     return None
-                size, stored, values = (_integer(part) for part in header.groups())
-                if not (size == stored == values * column.row_bytes) or not 0 < values <= left:
-                    return None
-                found.append((header.end(), values))
-                position, left = header.end() + size, left - values
+                found.append((position + len(begin), values))
+                position, left = position + len(begin) + size, left - values
             if position != end or end > len(self._map):
                 return None
         return found

@@ -241,7 +241,7 @@ def bench_open(folder: Path) -> None:
 
 
 def bench_topk(folder: Path) -> None:
-    """1,000,000 rows of top-k 32 (136 MB) into the loss's tensors: int32 ids, float16 values, float32 tails."""
+    """1,000,000 rows of top-k 32 (136 MB) into the loss's tensors: uint16 ids, float16 values, float32 tails."""
     from softlabel.loader.target import as_target
     from softlabel.store.columns import Encoding
 
