@@ -29,6 +29,11 @@ TARGETS = ("dense16", "dense32", "raw", "int8", "top1", "topk", "topall", "sampl
 TAILS = ("ghost", "uniform", "renormalize")
 
 
+def narrow(index: Tensor) -> Tensor:
+    """Class ids in the type in which a store has them."""
+    return index.to(torch.uint8 if not len(index) or index.max() < 256 else torch.uint16)
+
+
 def top_k_target(teacher_NC: Tensor, k: int, temperatures: tuple[float, ...]) -> TopKTarget:
     """Keeps the k largest of raw logits (temperature 1), in float16 as a store does."""
     relative_NC = teacher_NC.double() - teacher_NC.double().amax(1, keepdim=True)
@@ -36,7 +41,7 @@ def top_k_target(teacher_NC: Tensor, k: int, temperatures: tuple[float, ...]) ->
     rest_NC = relative_NC.scatter(1, index_NK, -torch.inf)
     tail_NE = torch.stack([(rest_NC / t).logsumexp(1) for t in temperatures], dim=1)
     return TopKTarget(
-        index=index_NK,
+        index=narrow(index_NK) if k == 1 else index_NK,
         value=value_NK.half(),
         tail=tail_NE.float(),
         tail_temperatures=temperatures,
@@ -61,7 +66,7 @@ def make_target(kind: str, rows: int, classes: int, temperature: float, generato
             q=torch.randint(-127, 128, (rows, classes), dtype=torch.int8, generator=generator),
             scale=torch.rand(rows, generator=generator) * 0.05,
             offset=torch.randn(rows, generator=generator),
-            top_index=order_NX.int(),
+            top_index=narrow(order_NX),
             top_value=(torch.rand(rows, exact, generator=generator) * 9).half(),
             temperature=2.0,
             retemperable=True,

@@ -29,7 +29,7 @@ def scan(path: Path, extents: Iterable[tuple[int, int]], row_bytes: int, members
         if not (size := os.fstat(file.fileno()).st_size):
             return digest.hexdigest(), not any(rows for _, rows in extents)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    data = np.frombuffer(mapped, np.uint8)
+    data: Any = np.frombuffer(mapped, np.uint8)
     for start, stop in _pieces(extents, row_bytes, size):
         if start < position or stop > size:
             clean = False
