@@ -204,7 +204,7 @@ class Store:
         """Keys (with 8 bytes of padding), their offsets, labels and content of all shards, end to end."""
         base = 0
         append("key_offsets", np.zeros(1, np.int64))
-        for _, part in self._blocks(["key", "label", "content"], 0, len(self)):
+        for _, _, part in self._blocks(["key", "label", "content"], 0, len(self)):
             keys = asked(part.keys, "key")
             try:
                 keys.check()
@@ -235,13 +235,13 @@ class Store:
             return mapped
         if self._payload_bytes <= self._memory:
             whole = {name: np.empty((len(self), column.width), column.numpy) for name, column in widths.items()}
-            for first, part in self._blocks(names, 0, len(self)):
+            for rows, _, part in self._blocks(names, 0, len(self)):
                 for name, array in part.columns.items():
-                    whole[name][first : first + len(array)] = array
+                    whole[name][rows.start : rows.stop] = array
             return {name: [array] for name, array in whole.items()}
 
         def build(append: Append) -> None:
-            for _, part in self._blocks(names, 0, len(self)):
+            for _, _, part in self._blocks(names, 0, len(self)):
                 for name, array in part.columns.items():
                     append(name, array)
 
@@ -264,13 +264,13 @@ class Store:
                 finally:
                     shard.close()
 
-    def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[int, ShardRows]]:
-        """(first row, columns) block by block."""
+    def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
+        """(rows, view, columns) block by block."""
         for base, shard in self._each(start, stop):
             for first, last in shard.blocks(names):
                 first, last = max(first, start - base), min(last, stop - base)
                 if first < last:
-                    yield base + first, shard.read(names, first, last)
+                    yield range(base + first, base + last), shard.identity.view, shard.read(names, first, last)
 
     def _open(self, record: ShardRecord) -> OpenShard:
         path = self._folder.where(record.file)
@@ -372,21 +372,17 @@ class Store:
         return self._stream([name for name in names if name != "view"], start, stop)
 
     def _stream(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
-        for base, shard in self._each(start, stop):
-            for first, last in shard.blocks(names):
-                first, last = max(first, start - base), min(last, stop - base)
-                if first < last:
-                    part = shard.read(names, first, last)
-                    yield StoredRows(
-                        run=self.run,
-                        views=np.full(last - first, shard.identity.view, np.int32),
-                        key_data=None if part.keys is None else PickedKeys(part.keys),
-                        label_data=part.labels,
-                        content_data=part.content,
-                        columns=part.columns,
-                        extra=self.extra,
-                    )
-                    del part  # so that its memory serves the next batch
+        for rows, view, part in self._blocks(names, start, stop):
+            yield StoredRows(
+                run=self.run,
+                views=np.full(len(rows), view, np.int32),
+                key_data=None if part.keys is None else PickedKeys(part.keys),
+                label_data=part.labels,
+                content_data=part.content,
+                columns=part.columns,
+                extra=self.extra,
+            )
+            del part  # so that its memory serves the next batch
 
 
 @dataclass(frozen=True, slots=True)
