@@ -29,6 +29,7 @@ from softlabel.dataset.folder import open_folder
 from softlabel.dataset.listing import is_url, list_source
 from softlabel.dataset.lists import LIST_SUFFIXES, open_list
 from softlabel.dataset.parquet import ParquetSource
+from softlabel.dataset.several import SeveralSources
 from softlabel.dataset.tar import TarSource
 from softlabel.dataset.wrapped import DatasetSource, open_digits, open_torchvision
 from softlabel.errors import SpecError
@@ -36,7 +37,7 @@ from softlabel.spec import split_options
 
 
 def open_source(
-    source: "str | os.PathLike[str] | Source | Any",
+    source: "str | os.PathLike[str] | Source | list[str] | Any",
     *,
     key_fn: Callable[[int], str] | None = None,
     ignore_labels: bool = False,
@@ -45,7 +46,8 @@ def open_source(
 
     Args:
         source: SOURCE, a path, a `Source` (given back as it is) or anything with `__len__` and `__getitem__` whose
-            items are an image, (image, label) or a dict with `image` and `label`.
+            items are an image, (image, label) or a dict with `image` and `label`. A list of the first three is one
+            source after the other.
         key_fn: for such a dataset alone: the key of the sample at an index. Without it the key is the index.
         ignore_labels: treat every sample as unlabelled.
 
@@ -59,6 +61,8 @@ def open_source(
                 f"{source}: a key_fn goes with a Dataset object alone; a file's keys are named with '?key='"
             )
         return _open_named(os.fspath(source), ignore_labels)
+    if isinstance(source, list) and source and all(isinstance(one, str | os.PathLike | Source) for one in source):
+        return SeveralSources([open_source(one, key_fn=key_fn, ignore_labels=ignore_labels) for one in source])
     if isinstance(source, Source):
         if key_fn is not None:
             raise SpecError(f"{source.name}: a key_fn goes with a Dataset object alone; this source has its keys")

@@ -20,6 +20,7 @@ from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.loader.labelstream import LabelStream, check_same_order
+from softlabel.loader.mixed import MixedOrder, mixed_order
 from softlabel.loader.replay import ViewOrder
 from softlabel.loader.shares import Shares, Tail
 from softlabel.order import BlockOrder, EpochOrder
@@ -50,7 +51,7 @@ class SoftLabelLoader:
     rows as every other. Rows with `Batch.weight` 0 are there for that alone and must not count.
 
     Args:
-        data: a SOURCE (see `open_source`), or a map-style dataset.
+        data: a SOURCE (see `open_source`), several of them, or a map-style dataset.
         labels: a store or its path; None: hard labels only.
         batch_size: samples a batch, over all ranks together.
         seed: of order and augmentation.
@@ -72,6 +73,8 @@ class SoftLabelLoader:
             nothing: for stores that neither memory nor the local disk holds. The epoch is then shuffled block-locally
             (see `BlockOrder` for how well), so that images come block by block too. Data and store must list their
             samples in one order.
+        ratio: a whole number for each of several sources: so many samples of each there are for one another, evenly
+            spread; an epoch ends where the first source has been seen once. None: an epoch is every sample of all.
         window: with `streaming`, how many blocks are shuffled together and held in memory (up to three times); None:
             as many as hold 16,384 samples, at least 8.
         view_order: which views of a store that has several an epoch uses: ``cycle`` (epoch e: view e mod V) or
@@ -87,7 +90,7 @@ class SoftLabelLoader:
 
     def __init__(
         self,
-        data: "str | Path | Source | Dataset[Any]",
+        data: "str | Path | Source | list[str] | Dataset[Any]",
         labels: str | Path | Store | None = None,
         *,
         batch_size: int = 128,
@@ -103,6 +106,7 @@ class SoftLabelLoader:
         key_fn: Callable[[int], str] | None = None,
         ignore_labels: bool = False,
         mix: Mix | None = None,
+        ratio: Sequence[int] | None = None,
         streaming: bool = False,
         window: int | None = None,
         view_order: ViewOrder = "cycle",
@@ -116,6 +120,8 @@ class SoftLabelLoader:
             raise UsageError(f"workers: expected at least 0, found {workers}")
         if window is not None and (window < 1 or not streaming):
             raise UsageError(f"window: expected at least 1 block, and streaming, found {window} and {streaming}")
+        if ratio is not None and streaming:
+            raise UsageError("ratio: data that is read block by block has one order; give the mixture as one source")
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
         self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
         self.batch_size, self.seed = batch_size, seed
@@ -134,16 +140,18 @@ class SoftLabelLoader:
             check_views=check_views,
         )
         self._mix = mix
-        self._shares = replace(shares, samples=len(self.dataset))
-        self._order: EpochOrder | BlockOrder
+        self._order: EpochOrder | BlockOrder | MixedOrder
         self._labels: LabelStream | None = None
         if streaming:
             self._order = self._block_order(window, shuffle)
             if self.store is not None:
                 check_same_order(self.store, self.dataset.rows, self.source.name, self._key_at)
                 self._labels = LabelStream(self.store, self._order, self.dataset.rows_of_epoch, mix=mix)
+        elif ratio is not None:
+            self._order = mixed_order(self.source, self.dataset.samples, ratio, seed=seed, shuffle=shuffle)
         else:
             self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
+        self._shares = replace(shares, samples=self._order.size)
         self._plan = _Plan(self._order, self._shares)
         self._place = _Place()
         self._start = 0
@@ -167,7 +175,7 @@ class SoftLabelLoader:
     @property
     def num_samples(self) -> int:
         """Samples in an epoch over all ranks, those of a dropped tail included."""
-        return len(self.dataset)
+        return self._order.size
 
     @property
     def epoch(self) -> int:
@@ -317,7 +325,7 @@ class _Failure:
 class _Plan(Sampler[Any]):
     """This rank's requests of one epoch, from position `start` on."""
 
-    def __init__(self, order: EpochOrder | BlockOrder, shares: Shares) -> None:
+    def __init__(self, order: EpochOrder | BlockOrder | MixedOrder, shares: Shares) -> None:
         self.order, self.shares = order, shares
         self.epoch = self.start = 0
 

@@ -18,11 +18,15 @@ class TrainConfig:
     folder in `out`.
 
     Attributes:
-        data: a SOURCE of images, labelled or not.
+        data: a SOURCE of images, labelled or not; several are trained on together.
         student: a SPEC; without a checkpoint it starts from random weights.
         out: the run folder; of several students, the folder of their run folders.
         labels: the store with the teacher's soft labels; absent: hard labels only.
         eval_data: a SOURCE on which accuracy is measured.
+        mix: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then ends
+            where the first source has been seen once. Absent: an epoch is every sample of all of them.
+        streaming: read images and labels block by block, each once an epoch, for data that is not in memory; the order
+            is then shuffled within windows of blocks.
         epochs: passes over the data.
         batch_size: samples a step, over all processes together.
         accumulate: parts into which a batch is cut, one forward and backward pass each.
@@ -74,11 +78,13 @@ class TrainConfig:
         progress: show a bar; absent: if standard error is a terminal.
     """
 
-    data: str
+    data: str | list[str]
     student: str | list[str]
     out: str
     labels: str | None = None
     eval_data: str | None = None
+    mix: str | None = None
+    streaming: bool = False
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
@@ -124,7 +130,7 @@ class TrainConfig:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in GRID:
+        for name in ("data", *GRID):
             value = getattr(self, name)
             if isinstance(value, list):
                 if not value:
@@ -133,6 +139,20 @@ class TrainConfig:
                     object.__setattr__(self, name, value[0])
         _check_numbers(self)
         _check_combinations(self)
+
+    @property
+    def ratio(self) -> tuple[int, ...] | None:
+        """`mix` as whole numbers, one a source."""
+        if self.mix is None:
+            return None
+        found = tuple(int(part) for part in self.mix.split(":") if part.isdecimal())
+        sources = len(self.values("data"))
+        if len(found) != sources or len(found) < 2 or min(found) < 1 or len(self.mix.split(":")) != sources:
+            raise UsageError(
+                f"mix: expected a whole number of at least 1 for each source of --data, such as 1:7 for two, found "
+                f"{self.mix!r} for {sources}"
+            )
+        return found
 
     def values(self, name: str) -> list[Any]:
         """The values of an option that takes several, as a list."""
@@ -235,5 +255,7 @@ def _check_combinations(config: TrainConfig) -> None:
         for name, given in (("patience", config.patience is not None), ("select best", config.select == "best")):
             if given:
                 raise UsageError(f"{name}: the accuracy has to be measured for it; give --eval-data SOURCE")
+    if config.ratio is not None and config.streaming:
+        raise UsageError("mix: data that is read block by block has one order; leave --mix or --streaming out")
     if config.accumulate > config.batch_size:
         raise UsageError(f"accumulate: a batch of {config.batch_size} cannot be cut into {config.accumulate} parts")

@@ -105,6 +105,8 @@ def _train(
                 mix=_mix(config, store),
                 view_order=config.view_order,
                 check_views=config.check_views,
+                ratio=config.ratio,
+                streaming=config.streaming,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
             )

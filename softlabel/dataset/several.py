@@ -1,0 +1,80 @@
+"""Several sources as one, one after the other: labelled and unlabelled data that a student learns from together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
+from softlabel.errors import MismatchError
+from softlabel.store.keys import Keys
+
+
+class SeveralSources(Source):
+    """The samples of several sources, those of the first one first.
+
+    A key may be in more than one of them: a labelled image may be among the unlabelled ones too. Sources without class
+    names follow those that have them.
+
+    Raises:
+        MismatchError: two sources name other classes.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self.kind = self.sources[0].kind if len({source.kind for source in sources}) == 1 else "several"
+        self.name = " + ".join(source.name for source in sources)
+        self.has_labels = any(source.has_labels for source in sources)
+        named = [source for source in sources if source.class_names is not None]
+        for source in named[1:]:
+            if source.class_names != named[0].class_names:
+                raise MismatchError(
+                    f"classes: {source.name} names {list(source.class_names or ())[:5]}..., and {named[0].name} "
+                    f"{list(named[0].class_names or ())[:5]}...; data that is trained on together has the same classes "
+                    "in the same order"
+                )
+        self.class_names = named[0].class_names if named else None
+        # int64 (sources + 1,): source i is the samples edges[i] to edges[i + 1].
+        self.edges = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        return [key for source, first, last in self._parts(start, stop) for key in source.keys(first, last)]
+
+    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
+        return Keys.join([source.key_table(first, last) for source, first, last in self._parts(start, stop)])
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        parts = [source.labels(first, last) for source, first, last in self._parts(start, stop)]
+        return np.concatenate(parts) if parts else np.full(0, IGNORE, dtype=np.int64)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        starts = zip(self.sources, self.edges.tolist(), strict=False)
+        return [(edge + first, edge + last) for source, edge in starts for first, last in source.blocks()]
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        wanted = np.asarray(indices, dtype=np.int64)
+        number_B = np.searchsorted(self.edges, wanted, side="right") - 1
+        found: dict[int, Sample] = {}
+        for number in np.unique(number_B).tolist():
+            places = np.flatnonzero(number_B == number)
+            samples = self.sources[number].read(wanted[places] - self.edges[number])
+            found |= dict(zip(places.tolist(), samples, strict=True))
+        return [found[place] for place in range(len(wanted))]
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = check_keys(self, unique=False)
+        return self._fingerprint
+
+    def _parts(self, start: int, stop: int | None) -> list[tuple[Source, int, int]]:
+        """Which samples of which source a range is."""
+        start, stop = span(start, stop, len(self))
+        parts = []
+        for source, edge in zip(self.sources, self.edges.tolist(), strict=False):
+            first, last = max(start - edge, 0), min(stop - edge, len(source))
+            if first < last:
+                parts.append((source, first, last))
+        return parts
