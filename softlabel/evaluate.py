@@ -4,7 +4,7 @@ Legend: B batch, C classes, N samples.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.dataset import IGNORE, Source
+from softlabel.dataset import IGNORE, Source, open_source
 from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
@@ -22,7 +22,7 @@ from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model, refuse_precision, refuse_random
 from softlabel.spec import parse_spec
-from softlabel.store.reader import Store
+from softlabel.store.reader import Store, open_store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
@@ -99,7 +99,9 @@ def evaluate(
     Args:
         model: the folder of a run, a SPEC with a checkpoint, or a module (left in the mode that it was in).
         data: a SOURCE, or a map-style dataset.
-        labels: a store of the same data, with which the model is compared too.
+        labels: a store of the same data, with which the model is compared too. Where its rows are views, agreement,
+            teacher_kl and teacher_accuracy are measured on view 0, in a pass of their own; all else on the images as
+            they are.
         preprocessing: how images are prepared; absent: the model's own, or for a module [0, 1] as they are.
         batch_size: images a forward pass.
         precision: fp32, bf16 or fp16 (autocast).
@@ -124,23 +126,30 @@ def evaluate(
         module = build_model(spec)
         refuse_precision(parse_spec(spec), module, precision)
         preprocessing = preprocessing or student_preprocessing(spec, module)
-    loader = SoftLabelLoader(
-        data,
-        labels,
-        batch_size=batch_size,
-        shuffle=False,
-        preprocessing=preprocessing,
-        missing=missing,
-        workers=workers,
-        cache_mb=0,
-        pin_memory=target.type == "cuda",
-        key_fn=key_fn,
-    )
-    batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
-    with _eval_mode(module.to(target)):
-        return measure(
-            module, batches, preprocessing=preprocessing, device=target, precision=precision, source=loader.source
+    source = open_source(data, key_fn=key_fn)
+    store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
+
+    def measured(store: Store | None) -> Evaluation:
+        loader = SoftLabelLoader(
+            source,
+            store,
+            batch_size=batch_size,
+            shuffle=False,
+            preprocessing=preprocessing,
+            missing=missing,
+            workers=workers,
+            cache_mb=0,
+            pin_memory=target.type == "cuda",
         )
+        batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
+        return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision, source=source)
+
+    with _eval_mode(module.to(target)):
+        if store is None or not store.run.view_columns:
+            return measured(store)
+        as_it_is, view = measured(None), measured(store)
+    beside = ("samples", "labelled", "accuracy", "cross_entropy", "calibration_error")
+    return replace(view, **{name: getattr(as_it_is, name) for name in beside})
 
 
 def measure(

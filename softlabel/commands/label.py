@@ -202,6 +202,8 @@ def plan(
     seconds: float = 5.0,
     seed: int = 0,
     ignore_labels: bool = False,
+    views: int = 1,
+    augment: str = "center",
     device: str = "auto",
 ) -> int:
     """Show what labelling would take, and what every encoding costs in bytes and nats, from a short timed sample.
@@ -224,12 +226,15 @@ def plan(
         seconds: how long the sample is labelled for.
         seed: of the sample.
         ignore_labels: do not look at hard labels.
+        views: as for generate.
+        augment: as for generate; the sample is of view 0.
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.errors import UsageError
     from softlabel.job import prepare
     from softlabel.plan import ENCODINGS
     from softlabel.plan import plan as run
+    from softlabel.views import view_policy
 
     if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
         raise UsageError(f"encoding: expected some of {', '.join(ENCODINGS)}, found {sorted(odd)[0]!r}")
@@ -252,6 +257,7 @@ def plan(
         encoding="float16",
         calibration=calibration,
         device=device,
+        views=view_policy(augment, count=views, seed=seed),
     )
     found = run(job, seconds=seconds, seed=seed)
     print(f"{data}: {found.rows:,} images, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")

@@ -45,6 +45,7 @@ def inspect(store: str, /, *, json: bool = False) -> int:
         ("classes", _class_names(run.num_classes, run.class_names)),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a row"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
+        *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
     ]
     if (cost := totals.fidelity) is not None:
         at = [(1.0, cost.mean_t1, cost.worst_t1), (run.temperature, cost.mean_t, cost.worst_t)]

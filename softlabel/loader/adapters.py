@@ -46,9 +46,10 @@ class LabelJoin:
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
         self.key, self.name, self._mix = key, target, mix
-        if self.store.run.views.count > 1:
+        run = self.store.run
+        if run.views.count > 1 or run.view_columns:
             raise UsageError(
-                f"{self.store.url}: its rows are {self.store.run.views.count} views of each image; SoftLabelLoader "
+                f"{self.store.url}: its rows are {run.views.count} view(s) of each image; SoftLabelLoader "
                 "shows the student the same views, labels that are joined by key alone do not fit"
             )
         self._names = [column.name for column in self.store.run.columns]
