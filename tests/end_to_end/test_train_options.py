@@ -72,8 +72,9 @@ def test_evaluations_stop_a_run_and_choose_its_weights(digits: Path, tmp_path: P
     assert len(still.history) == 3  # the first is the best, two more are not better
     rare = train(config(digits, tmp_path / "rare", eval_every=5, **rest))
     assert [epoch.epoch for epoch in rare.history if epoch.eval_accuracy is not None] == [5, 7]
-    # A rate that grows until it destroys what was learned.
-    best = train(config(digits, tmp_path / "best", select="best", lr=3.0, warmup_epochs=30, **rest))
+    # A rate that destroys what was learned, from the sixth epoch on.
+    jump = {"schedule": "step", "lr_drops": [5], "lr_factor": 1e4, "lr": 0.02, "student": SMOOTH}
+    best = train(config(digits, tmp_path / "best", select="best", **{**rest, **jump}))
     accuracies = [epoch.eval_accuracy for epoch in best.history]
     assert best.student.best is not None
     assert max(accuracies) == best.student.best.eval_accuracy > accuracies[-1]  # type: ignore[type-var, operator]
