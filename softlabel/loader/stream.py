@@ -123,7 +123,7 @@ class SoftLabelLoader:
         if ratio is not None and streaming:
             raise UsageError("ratio: data that is read block by block has one order; give the mixture as one source")
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
-        self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
+        self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="once")
         self.batch_size, self.seed = batch_size, seed
         self.dataset = JoinedDataset(
             self.source,

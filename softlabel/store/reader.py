@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from softlabel.store.stored import StoredRows, asked
 
 __all__ = ["MEMORY", "Store", "StoredRows", "Verify", "open_store"]
 
-Verify = Literal["none", "sizes", "full"]
+Verify = Literal["none", "sizes", "once", "full"]
 I64 = npt.NDArray[np.int64]
 MEMORY = 512 << 20
 
@@ -44,7 +44,7 @@ def open_store(
     Args:
         path: its folder.
         verify: ``sizes`` checks that every file is there with its length, ``full`` hashes and checks every byte,
-            ``none`` trusts.
+            ``once`` does so unless this machine has, since a file last changed, ``none`` trusts.
         allow_incomplete: also open what a run has written so far, for inspection.
         memory: bytes that `take` may hold. A Parquet store that is larger decoded is decoded once into a cache on the
             local disk ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
@@ -52,8 +52,8 @@ def open_store(
     Raises:
         StoreNotFoundError, StoreIncompleteError, StoreCorruptError, or StoreError for another format version.
     """
-    if verify not in ("none", "sizes", "full"):
-        raise UsageError(f"verify: expected 'none', 'sizes' or 'full', found {verify!r}")
+    if verify not in get_args(Verify):
+        raise UsageError(f"verify: expected 'none', 'sizes', 'once' or 'full', found {verify!r}")
     folder = open_folder(path)
     manifest, records = load_manifest(folder)
     if not manifest.complete and not allow_incomplete:
@@ -63,11 +63,10 @@ def open_store(
         )
     if verify != "none":
         check_sizes(folder, manifest, records)
-    if verify == "full":
-        from softlabel.store.verify import verify_store
+    if verify in ("once", "full"):
+        from softlabel.store.trust import ensure_whole
 
-        if problems := verify_store(path, allow_incomplete=allow_incomplete).problems:
-            raise StoreCorruptError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" * (len(problems) > 3)))
+        ensure_whole(folder, manifest, records, once=verify == "once", allow_incomplete=allow_incomplete)
     return Store(folder, manifest, records, memory=memory, check_cache=verify != "none")
 
 

@@ -77,7 +77,7 @@ def _train(
 ) -> list[StudentResult]:
     precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
-    store = open_store(config.labels, verify="full") if config.labels is not None else None
+    store = open_store(config.labels, verify="once") if config.labels is not None else None
     num_classes = _num_classes(source, store)
     configs = students_of(config)
     models = [_build(student, num_classes) for student in configs]

@@ -75,3 +75,36 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     assert len(set(ours.keys)) == ROWS
     np.testing.assert_array_equal(ours.labels, theirs.labels)
     np.testing.assert_array_equal(ours.scaled_logits, theirs.scaled_logits)
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    """The one that comes second is told so, in one line; what the first makes is a store like any other."""
+    data = write_dataset(tmp_path / "data.parquet", 600)
+    teacher = write_teacher(tmp_path / "teacher.safetensors")
+    store, whole = tmp_path / "store", tmp_path / "whole"
+    options = ["--data", data, "--teacher", teacher, "--shard-rows", SHARD_ROWS, "--batch-size", 20]
+    command = [sys.executable, "-m", "softlabel", "generate", *map(str, options), "--out"]
+    both = [
+        subprocess.Popen(
+            [*command, str(store)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=250) for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 0], [0, 2]), said
+    for process, (out, err) in zip(both, said, strict=True):
+        if process.returncode:
+            line = err.strip().splitlines()[-1]
+            assert "is writing to this store; wait until it ends" in line
+            assert str(store) in line
+            assert "Traceback" not in err
+        else:
+            assert "complete, 600 rows" in out
+    assert not [path for path in store.rglob("*") if path.name.startswith(".")]
+    subprocess.run([*command, str(whole)], env=environment(), capture_output=True, check=True)
+    ours = softlabel.open_store(store, verify="full").take(np.arange(600))
+    theirs = softlabel.open_store(whole, verify="full").take(np.arange(600))
+    assert ours.keys == theirs.keys
+    np.testing.assert_array_equal(ours.scaled_logits, theirs.scaled_logits)
+    assert {path.name for path in (store / "shards").iterdir()} == {path.name for path in (whole / "shards").iterdir()}

@@ -88,6 +88,34 @@ def test_cut_and_grown_files_are_found_by_a_cheap_open(tmp_path: Path, format: s
     open_store(root, verify="full")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_verified_once_until_a_file_changes(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTLABEL_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "s"
+    head_store(root, format)
+    open_store(root, verify="once")
+    (note,) = (tmp_path / "cache" / "verified").iterdir()
+    before = note.stat().st_mtime_ns
+    open_store(root, verify="once")
+    assert note.stat().st_mtime_ns == before, "verified again though nothing had changed"
+    for name, whole in files_of(root).items():
+        times = os.stat(root / name).st_atime_ns, os.stat(root / name).st_mtime_ns
+        raw = bytearray(whole)
+        raw[len(raw) // 3] ^= 4
+        (root / name).write_bytes(raw)
+        os.utime(root / name, ns=times)  # somebody hides the time of the change
+        for verify in ("once", "full", "once"):
+            with pytest.raises(StoreError, match=name.split("-")[0]):
+                open_store(root, verify=verify)
+        (root / name).write_bytes(whole)
+        open_store(root, verify="once")
+    # Another store in its place, or a cache that cannot be read, is nothing that was verified.
+    assert note.stat().st_mtime_ns != before
+    note.write_bytes(b"{")
+    open_store(root, verify="once")
+    assert len(note.read_bytes()) > 10
+
+
 def resign(root: Path, change: Any) -> None:
     """Let a hostile hand change the manifest and make its checksum right again."""
     path = root / "manifest.json"

@@ -18,7 +18,9 @@ from tests.storekit import FORMATS, Samples, make_run, write_store
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("format", "pace", "steps"), [("parquet", 0, 60), ("hdf5", 0, 60), ("parquet", 1, 45)])
+@pytest.mark.parametrize(
+    ("format", "pace", "steps"), [("parquet", 0, 60), ("hdf5", 0, 60), ("parquet", 1, 45), ("hdf5", 1, 45)]
+)
 def test_killed_at_every_step(tmp_path: Path, format: str, pace: int, steps: int) -> None:
     """SIGKILL at every single file system call of a writer; see crash_writer.py for what is checked after each.
 
