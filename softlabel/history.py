@@ -14,7 +14,7 @@ import numpy as np
 from softlabel.dataset import Source, content_hash, known_first
 from softlabel.errors import MismatchError, StoreNotFoundError
 from softlabel.intake import Intake
-from softlabel.store.manifest import DatasetInfo, Extent
+from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
 from softlabel.store.reader import Store, open_store
 from softlabel.views import changed
 
@@ -29,7 +29,7 @@ class History:
         path: of the store.
         dataset: as its manifest has it.
         known: keys of all samples of the extents that are complete, in order, bad ones too.
-        extents: as `Run.extents` has them.
+        extents, views: as the run has them.
         complete: whether every row of the last one is there.
         grow: whether more samples than these may come.
     """
@@ -38,6 +38,7 @@ class History:
     dataset: DatasetInfo
     known: tuple[str, ...]
     extents: tuple[Extent, ...]
+    views: ViewPolicy
     complete: bool
     grow: bool = False
 
@@ -59,12 +60,13 @@ class History:
             dataset=run.dataset,
             known=_known(store),
             extents=run.extents,
+            views=run.views,
             complete=store.manifest.complete,
             grow=grow,
         )
 
-    def arrange(self, source: Source, views: int) -> tuple[Source, tuple[Extent, ...]]:
-        """The source in the store's order, and the extents before the last one of a run with so many views.
+    def arrange(self, source: Source, views: ViewPolicy) -> tuple[Source, tuple[Extent, ...]]:
+        """The source in the store's order, and the extents before the last one of a run with these views.
 
         Raises:
             MismatchError: samples that the store knows are not in the source; the store has more views, or is not
@@ -72,16 +74,16 @@ class History:
         """
         now = self.extents[-1]
         assert now.views is not None
-        if views < now.views or (views > now.views and not self.complete):
-            why = "not all there yet" if views > now.views else "of which none can be taken away"
-            raise MismatchError(
-                f"{self.path}: has {now.views} views of each sample, {why}; found {views}, give --views {now.views}"
-            )
+        more = views.count > now.views
+        if views.count < now.views or (more and not self.complete):
+            why = "not all there yet" if more else "of which none can be taken away"
+            raise MismatchError(f"{self.path}: has {now.views} views of each sample, {why}; give --views {now.views}")
         arranged = known_first(source, self.known, where=self.path)
         grown = [*self.extents[:-1]]
-        if views > now.views:
+        # Views of another kind are no growth; the store's own check says what differs.
+        if more and (views.policy, views.seed) == (self.views.policy, self.views.seed):
             grown.append(now)
-            now = dataclasses.replace(now, views=views)
+            now = dataclasses.replace(now, views=views.count)
         if self.grow and len(self.known) == self.dataset.rows and len(arranged) > self.dataset.rows:
             grown.append(now)
         return arranged, tuple(grown)

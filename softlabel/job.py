@@ -84,7 +84,7 @@ def prepare(
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
-    source, earlier = history.arrange(source, views.count) if history is not None else (source, ())
+    source, earlier = history.arrange(source, views) if history is not None else (source, ())
     target = resolve_device(device)
     torch.manual_seed(seed)
     members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]

@@ -56,7 +56,7 @@ def decode(run, columns, head):
 
 def read_store(root):
     main = json.load(open(f"{root}/manifest.json"))
-    assert (main["format"], main["format_version"], main["complete"]) == ("softlabel-store", 1, True)
+    assert (main["format"], main["complete"], main["format_version"] in (1, 2)) == ("softlabel-store", True, True)
     records = [one for seg in main["segments"] for one in json.load(open(f"{root}/{seg['file']}"))["shards"]]
     head = read_safetensors(f"{root}/{main['extra'][0]['file']}") if main["extra"] else None
     shards = [read_shard(f"{root}/{one['file']}") for one in sorted(records, key=lambda one: one["number"])]

@@ -10,7 +10,6 @@ _WORDS = {
     "combine.weights": "combine weights",
     "encoding.name": "encoding",
     "views.count": "number of views",
-    "views.policy": "view policy",
     "views.seed": "view seed",
     "num_classes": "number of classes",
     "shard_rows": "rows per shard (--shard-rows)",
@@ -19,7 +18,9 @@ _WORDS = {
 
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:
     """What a run has otherwise than a store, both as JSON; `path` is where in them the two stand."""
-    if isinstance(store, dict) and isinstance(run, dict):
+    if path == "views.policy" and store != run:
+        yield f"view policy: the store has {_policy(store)}, this run {_policy(run)}"
+    elif isinstance(store, dict) and isinstance(run, dict):
         for name in sorted(store.keys() | run.keys()):
             yield from differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
     elif path == "members" and len(store) == len(run):
@@ -30,6 +31,11 @@ def differences(path: str, store: Any, run: Any) -> Iterable[str]:
             store, run = ([member["spec"] for member in side] for side in (store, run))
             path = "teachers"
         yield f"{_WORDS.get(path, path)}: the store has {_short(store)}, this run {_short(run)}"
+
+
+def _policy(policy: Any) -> str:
+    """Its steps where it has some."""
+    return _short(policy.get("steps") or policy.get("name"))
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
@@ -49,7 +50,14 @@ def labelled(data: Path, out: Path, policy: str, *, views: int = 2, **options: o
 def check_replay(data: Path, store: softlabel.Store, side: int, *, workers: int, view_order: str = "cycle") -> int:
     """Every batch of one epoch a view has the teacher's pixels; returns how many different (key, view) were seen."""
     loader = softlabel.SoftLabelLoader(
-        data, store, batch_size=16, workers=workers, check_views=1, cache_mb=64, view_order=view_order
+        data,
+        store,
+        batch_size=16,
+        workers=workers,
+        check_views=1,
+        cache_mb=64,
+        view_order=view_order,
+        ignore_labels=True,
     )
     found = set()
     for epoch in range(store.run.views.count):
@@ -94,3 +102,16 @@ def test_the_student_sees_what_the_teacher_saw(name: str, images: Path, tmp_path
     assert len(set(digests.values())) > 60  # views differ
     # A view depends on (seed, key, view) alone.
     assert digests_of(labelled(images, tmp_path / "t", policy, workers=2, batch_size=7, shard_rows=33)) == digests
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_thousand_real_images_in_four_views(name: str, shared_data: Path, tmp_path: Path) -> None:
+    source = tmp_path / "cifar.parquet"
+    pq.write_table(pq.read_table(shared_data / "cifar10-jpeg" / "train.parquet").slice(0, 1000), source)
+    options = {"shard_rows": 512, "batch_size": 256, "ignore_labels": True}
+    store = labelled(source, tmp_path / "s", POLICIES[name], views=4, workers=2, **options)
+    for workers in (0, 2):
+        assert check_replay(source, store, side_of(POLICIES[name]), workers=workers) == 4000
+    check_replay(source, store, side_of(POLICIES[name]), workers=2, view_order="random")
