@@ -24,7 +24,9 @@ from softlabel.intake import deaths_told
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule
 from softlabel.lanes import label_shards
-from softlabel.pace import PaceMeter
+from softlabel.pace import Pace, PaceMeter
+from softlabel.preflight import Preflight
+from softlabel.preflight import preflight as try_out
 from softlabel.store.columns import EXTRA_NAME, Encoding
 from softlabel.store.manifest import BadRow, Format, ShardPlan
 from softlabel.store.writer import Committer, write_shard
@@ -38,15 +40,20 @@ WRITES_IN_FLIGHT = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSummary:
-    """What a call of `generate` did. Rows and images count this call's work, `total_rows` the finished store."""
+    """What a call of `generate` did: images, shards, seconds and accuracy of this call's work; totals of the store.
+
+    `pace`: where the time went; None on a cluster, whose workers do not tell.
+    """
 
     path: str
     total_rows: int
     total_bad: int
+    total_bytes: int
     shards_written: int
     images: int
     seconds: float
     teacher_accuracy: float | None
+    pace: Pace | None = None
 
     @property
     def images_per_second(self) -> float:
@@ -77,8 +84,9 @@ def generate(
     device: str = "auto",
     key_fn: Callable[[int], str] | None = None,
     deployment: Deployment | None = None,
+    preflight: bool = True,
     progress: bool | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[Preflight | None], None] | None = None,
 ) -> GenerateSummary:
     """Run teachers over a dataset and store their combined soft labels; resumes what an earlier call left unfinished.
 
@@ -107,8 +115,10 @@ def generate(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         deployment: the Dask cluster whose workers label; absent: this process does.
+        preflight: label two batches first, check that the disk has room, and warn of what looks wrong.
         progress: show a bar; absent: if standard error is a terminal.
-        begin: called once the store is open and something is left to do, before the first image is labelled.
+        begin: called with what preflight found, once the store is open and something is left to do, before the first
+            image is labelled.
 
     Returns:
         Counts and times of this call.
@@ -117,7 +127,8 @@ def generate(
         UsageError: a request that cannot be (SpecError, MismatchError: `out` holds another run's store).
         TeacherError: a member's output is not (B, C) finite numbers.
         DataError: a source that cannot be read, or a bad image if `on_bad_image` is ``error``.
-        StoreError: the store cannot be written; what was committed stays and the same call resumes.
+        StoreError: the store cannot be written, or would not fit on its disk; what was committed stays and the same
+            call resumes.
     """
     if deployment is not None:
         if not isinstance(data, str | Path):
@@ -153,7 +164,14 @@ def generate(
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
         label = None if deployment is None else _elsewhere(deployment, out, job, device)
-        return label_missing(committer, out, job, progress=progress, begin=begin, label=label)
+
+        def ready(missing: Sequence[ShardPlan]) -> Preflight | None:
+            found = try_out(job, out, missing, seed=seed) if preflight else None
+            if begin is not None:
+                begin(found)
+            return found
+
+        return label_missing(committer, out, job, progress=progress, begin=ready, label=label)
 
 
 @dataclass(slots=True)
@@ -177,14 +195,14 @@ def label_missing(
     job: Job,
     *,
     progress: bool | None = None,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[Sequence[ShardPlan]], Preflight | None] | None = None,
     complement: Callable[[LabelledShard], LabelledShard] | None = None,
     label: Label | None = None,
 ) -> GenerateSummary:
     """Label and commit the shards that the store lacks, and declare it complete.
 
-    begin: called before the first image is labelled. complement: what is added to a shard's rows before they are
-    written. label: what labels and commits shards, where it is not this process.
+    begin: called with what is missing before the first image is labelled. complement: what is added to a shard's rows
+    before they are written. label: what labels and commits shards, where it is not this process.
 
     Raises:
         MismatchError: the data are not those that the store's shards were made from.
@@ -195,17 +213,17 @@ def label_missing(
     missing = committer.missing()
     if committer.resumed:
         check_same_data(out, labeller.intake)
-    if begin is not None and missing:
-        begin()
+    found = begin(missing) if begin is not None and missing else None
     before = committer.manifest.totals.rows
     rows = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
         log.info("%s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
-    counts = Counts()
+    counts, meter = Counts(), PaceMeter()
+    meter.bare_rate = found.bare_rate if found is not None else None
     if missing:
         with _bar(total, total - rows, progress) as bar:
-            counts = (label or _here(out, job, complement))(committer, missing, bar)
+            counts = (label or _here(out, job, meter, complement))(committer, missing, bar)
     if not before + counts.good:
         first = counts.first_bad
         raise DataError(
@@ -216,23 +234,30 @@ def label_missing(
         path=str(out),
         total_rows=totals.rows,
         total_bad=totals.bad,
+        total_bytes=totals.bytes,
         shards_written=counts.shards,
         images=counts.images,
         seconds=time.perf_counter() - started,
         teacher_accuracy=counts.correct / counts.labelled if counts.labelled else None,
+        pace=meter.pace() if label is None else None,
     )
 
 
-def _here(out: str | Path, job: Job, complement: Callable[[LabelledShard], LabelledShard] | None) -> Label:
+def _here(
+    out: str | Path, job: Job, meter: PaceMeter, complement: Callable[[LabelledShard], LabelledShard] | None
+) -> Label:
     """This process labels."""
 
     def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
         counts = Counts()
-        meter = PaceMeter()
-        shards = label_shards(missing, job.labeller, workers=job.workers, meter=meter, seen=bar.update)
+        shards = label_shards(
+            missing, job.labeller, workers=job.workers, meter=meter, seen=lambda images: _show(bar, images, meter)
+        )
         with deaths_told(), contextlib.closing(shards), _writer(committer, out) as write:
             for shard in shards:
-                write(shard if complement is None else complement(shard))
+                shard = shard if complement is None else complement(shard)
+                with meter.spend("writing"):
+                    write(shard)
                 counts.images += len(shard.rows.keys) + len(shard.bad)
                 counts.good += len(shard.rows.keys)
                 counts.first_bad = counts.first_bad or (shard.bad[0] if shard.bad else None)
@@ -270,6 +295,17 @@ def _writer(committer: Committer, out: str | Path) -> Iterator[Callable[[Labelle
         yield write
         for future in pending:
             future.result()
+
+
+def _show(bar: "tqdm[Any]", images: int, meter: PaceMeter) -> None:
+    """Images/s and the time left are the bar's own; behind them, what the time goes into."""
+    pace = meter.pace()
+    bar.set_postfix_str(
+        f"data {pace.share('waiting'):.0%}, teachers {pace.share('forward') + pace.share('encoding'):.0%}, "
+        f"writing {pace.share('writing'):.0%}",
+        refresh=False,
+    )
+    bar.update(images)
 
 
 def _bar(total: int, initial: int, progress: bool | None) -> "tqdm[Any]":

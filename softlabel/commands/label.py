@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.commands.config import read_options, write_config
+from softlabel.commands.telling import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
     from softlabel.deployment import Deployment
-    from softlabel.generate import GenerateSummary
+    from softlabel.preflight import Preflight
     from softlabel.store.columns import Encoding
 
 
@@ -35,6 +36,7 @@ def generate(
     grow: bool = False,
     views: int = 1,
     augment: str = "center",
+    no_preflight: bool = False,
     device: str = "auto",
     scheduler: str | None = None,
     cluster: Literal["local", "slurm", "kubernetes", "cuda"] | None = None,
@@ -78,6 +80,7 @@ def generate(
         augment: what a view is: center (the image as it is), crop-flip, inception, trivial, randaugment, mixup or
             cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of these
             and of transforms in torchvision.transforms.v2.
+        no_preflight: do not try two batches first, which shows the plan, checks the disk and warns of what looks wrong.
         device: auto, cpu, cuda or cuda:N.
         scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
         cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
@@ -88,6 +91,11 @@ def generate(
     from softlabel.generate import generate as run
 
     deployment = _deployment(scheduler, cluster, workers, cluster_options, shard_seconds)
+
+    def begin(found: "Preflight | None") -> None:
+        write_config(out, options)
+        if found is not None:
+            tell_preflight(out, found)
 
     summary = run(
         data,
@@ -111,9 +119,10 @@ def generate(
         augment=augment,
         device=device,
         deployment=deployment,
-        begin=lambda: write_config(out, options),
+        preflight=not no_preflight,
+        begin=begin,
     )
-    tell(summary)
+    tell(summary, data)
     return 0
 
 
@@ -137,22 +146,6 @@ def _deployment(
         options=options,
         shard_seconds=seconds,
     )
-
-
-def tell(summary: "GenerateSummary") -> None:
-    """What a run of the teachers did."""
-    if not summary.shards_written:
-        print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
-        return
-    print(f"{summary.path}: complete, {summary.total_rows:,} rows")
-    print(
-        f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s, "
-        f"{summary.shards_written} shards written"
-    )
-    if summary.teacher_accuracy is not None:
-        print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
-    if summary.total_bad:
-        print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
 
 
 def encoding_of(
@@ -263,7 +256,7 @@ def plan(
     print(f"{data}: {found.rows:,} images, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
     print(
         f"  {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}: about "
-        f"{_duration(found.seconds)} for everything"
+        f"{duration(found.seconds)} for everything"
     )
     if found.accuracy is not None:
         print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
@@ -278,7 +271,7 @@ def plan(
             cost = offer.fidelity
             at_1 = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}"
             at_t = f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
-            print(f"{offer.name:<12}{offer.row_bytes:>10,}{_size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
+            print(f"{offer.name:<12}{offer.row_bytes:>10,}{size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
     return 0
 
 
@@ -336,17 +329,3 @@ def calibrate(
     if out is not None:
         print(f"wrote {out}; give it to 'softlabel generate --calibration {out}'")
     return 0
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

@@ -1,6 +1,6 @@
 """Commands about one store: inspect, verify, repair, extend."""
 
-from softlabel.commands.label import tell
+from softlabel.commands.telling import tell
 from softlabel.errors import UsageError
 
 DAMAGED = 3  # exit code of `verify`

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
     "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
     "generate": {"torch", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
-    | {"deployment", "cluster", "lanes", "pace", "views"},
+    | {"deployment", "cluster", "lanes", "pace", "preflight", "views"},
     "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},
     "order": {"numpy"},
     "loader": {"torch", "numpy", "labels", "store", "encoding", "views", "dataset", "order", "teacher", "loss"},
@@ -98,7 +98,10 @@ MAY_IMPORT = {
     "shardjob": {"job", "lanes", "store", "upkeep"},
     "deployment": set(),
     "cluster": {"dask", "distributed", "tqdm", "deployment", "generate", "job", "shardjob", "store"},
-    "plan": {"numpy", "torch", "dataset", "encoding", "engine", "head", "intake", "job", "store"},
+    "trial": {"numpy", "torch", "dataset", "intake", "job", "store"},
+    "diagnosis": {"numpy", "torch", "dataset", "engine", "intake", "teacher", "trial"},
+    "plan": {"torch", "encoding", "engine", "head", "job", "store", "trial"},
+    "preflight": {"diagnosis", "job", "plan", "store", "trial"},
     "__main__": {"cli"},
     "__init__": {"*"},
 }

@@ -1,0 +1,81 @@
+"""What the commands that run teachers say before and after."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softlabel.generate import GenerateSummary
+    from softlabel.pace import Pace
+    from softlabel.preflight import Preflight
+
+_SLOW = 0.3  # of the time, from which something else than the teachers is worth a word
+
+
+def tell_preflight(out: str, found: "Preflight") -> None:
+    """The plan, before the first image is labelled."""
+    views = f" ({found.views} views each)" if found.views > 1 else ""
+    print(f"{out}: {found.images:,} images{views}, {found.teachers} teacher(s), {found.classes:,} classes")
+    print(
+        f"  about {duration(found.seconds)}: {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}, "
+        f"the teachers alone {found.bare_rate:,.0f}"
+    )
+    free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
+    print(f"  about {size(found.store_bytes)} in {found.shards:,} shards; {free}")
+    cost = found.offer.fidelity
+    print(
+        f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a row, loses {cost.mean_t:.1e} nats in the "
+        f"mean, {cost.worst_t:.1e} at worst"
+    )
+    if found.accuracy is not None:
+        each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
+        alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""
+        print(f"  accuracy of the labels on {found.labelled:,} images of the sample: {found.accuracy:.4f}{alone}")
+    if found.bad:
+        first = found.bad[0]
+        print(f"  {len(found.bad):,} images of the sample cannot be decoded; {first.key!r}: {first.reason}")
+
+
+def tell(summary: "GenerateSummary", data: str | None = None) -> None:
+    """What a run of the teachers did, and what to do next. data: the SOURCE, where a student may train on it now."""
+    if not summary.shards_written:
+        print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
+        return
+    print(f"{summary.path}: complete, {summary.total_rows:,} rows, {size(summary.total_bytes)}")
+    bare = summary.pace.against_bare if summary.pace is not None else None
+    against = "" if bare is None else f", {bare:.0%} of the teachers alone"
+    print(
+        f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s"
+        f"{against}; {summary.shards_written} shards written"
+    )
+    if summary.teacher_accuracy is not None:
+        print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
+    if summary.total_bad:
+        print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
+    if summary.pace is not None and (hint := _hint(summary.pace)):
+        print(f"  {hint}")
+    if data is not None:
+        print(f"  next: softlabel train --data {data} --labels {summary.path} --student SPEC --out RUN")
+
+
+def _hint(pace: "Pace") -> str | None:
+    """What to change, where something but the teachers took the time."""
+    if (share := pace.share("waiting")) >= _SLOW:
+        return f"waiting for data {share:.0%} of the time: more --workers, or images that are smaller or already shrunk"
+    if (share := pace.share("writing")) >= _SLOW:
+        return f"waiting for the writer {share:.0%} of the time: a faster disk, or a smaller --encoding"
+    if (share := pace.share("encoding")) >= _SLOW:
+        return f"encoding took {share:.0%} of the time: --encoding float16 is the fastest"
+    return None
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

@@ -1,0 +1,186 @@
+"""Is a teacher right about images whose labels are known, and if not, is it the preprocessing or the order of classes?
+
+Legend: C classes, N labelled images.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.dataset import IGNORE
+from softlabel.engine import Labeller
+from softlabel.intake import DecodedBatch
+from softlabel.teacher import Teacher
+from softlabel.trial import Trial
+
+# What images are divided into in other people's code: (mean, std), as a SPEC takes them.
+NORMALISATIONS = {
+    "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "[-1, 1]": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "[0, 1]": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+FEWEST = 32  # labelled images, below which nothing is concluded
+_CLEARLY = 3.0  # standard errors
+_CONFIDENT = 0.5
+_REORDERED = 0.1  # what another order of classes has to gain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """One teacher on the sample's labelled images; `doubt` says what is odd about it, and what may be the reason."""
+
+    teacher: str
+    images: int
+    accuracy: float
+    confidence: float
+    doubt: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answers:
+    """Of N labelled images: the predicted class, its probability, the label."""
+
+    top: NDArray[np.int64]
+    sure: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        right_N: NDArray[np.bool_] = self.top == self.labels
+        return right_N
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.right.mean())
+
+
+def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:
+    """Every teacher on the labelled images of a sample's batches; none where there are no labels."""
+    if not any((batch.labels != IGNORE).any() for batch in trial.batches):
+        return ()
+    return tuple(_diagnosis(labeller, number, trial) for number in range(len(labeller.teachers)))
+
+
+def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
+    teacher, run = labeller.teachers[number], labeller.run
+    if run.kept or len(labeller.teachers) == 1:  # its answers are in the sample's labels
+        own = trial.scaled_logits.reshape(len(trial.labels), -1, run.num_classes)[:, number]
+        rows = sum(len(batch.keys) for batch in trial.batches)
+        logits_BC = own[:rows] * (run.temperature * run.members[number].calibration)
+        found = _found(logits_BC, trial.labels[:rows])
+    else:
+        found = _answers(teacher, labeller, trial.batches)
+    doubt = None
+    if len(found.labels) >= FEWEST:
+        doubt = (
+            _other_order(found, run.class_names)
+            or _other_normalisation(teacher, labeller, trial)
+            or _no_better_than_chance(found, teacher.num_classes)
+        )
+    return Diagnosis(
+        teacher=teacher.spec.text,
+        images=len(found.labels),
+        accuracy=found.accuracy,
+        confidence=float(found.sure.mean()),
+        doubt=doubt,
+    )
+
+
+def _found(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Answers:
+    known_B = labels_B != IGNORE
+    best = torch.softmax(logits_BC.double().cpu(), dim=1).max(dim=1)
+    return _Answers(top=best.indices.numpy()[known_B], sure=best.values.numpy()[known_B], labels=labels_B[known_B])
+
+
+def _answers(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Answers:
+    """What a teacher says itself of these batches."""
+    own = teacher.preprocessing
+    (place,) = [
+        number
+        for number, one in enumerate(labeller.intake.geometries)
+        if (one.resize, one.crop, one.interpolation) == (own.resize, own.crop, own.interpolation)
+    ]
+    full = [batch for batch in batches if batch.keys]
+    logits = torch.cat([teacher.logits(batch.images[place]) for batch in full])
+    return _found(logits, np.concatenate([batch.labels for batch in full]))
+
+
+def _other_order(found: _Answers, class_names: Sequence[str] | None) -> str | None:
+    """Whether another name for each class makes the answers right: found on one half of the images, tried on the other.
+
+    A class that the first half has not seen counts as wrong.
+    """
+    tell, test = slice(0, None, 2), slice(1, None, 2)
+    seen = Counter(zip(found.top[tell].tolist(), found.labels[tell].tolist(), strict=True))
+    meant: dict[int, int] = {}
+    taken: set[int] = set()
+    for (answer, label), _ in sorted(seen.items(), key=lambda item: (-item[1], item[0])):
+        if answer not in meant and label not in taken:
+            meant[answer] = label
+            taken.add(label)
+    labels_N = found.labels[test]
+    renamed_N = np.array([meant.get(answer, IGNORE) for answer in found.top[test].tolist()]) == labels_N
+    gain = _gain(renamed_N, found.right[test])
+    moved = sorted((answer, label) for answer, label in meant.items() if answer != label)
+    if gain is None or gain < _REORDERED or renamed_N.mean() < 0.5:
+        return None
+
+    def name(one: int) -> str:
+        return str(one) if class_names is None else f"{one} ({class_names[one]})"
+
+    shown = ", ".join(f"{answer} where the label is {name(label)}" for answer, label in moved[:3])
+    return (
+        f"its classes seem to be in another order than the data's: it answers {shown}; with its classes renamed so, "
+        f"its accuracy is {renamed_N.mean():.2f}. Give data whose class numbers are the teacher's, or --ignore-labels"
+    )
+
+
+def _other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial) -> str | None:
+    """The common mean and std, if any, with which it is clearly more often right."""
+    own, batches = teacher.preprocessing, [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
+    now = _answers(teacher, labeller, batches)
+    best, told = 0.0, None
+    for name, (mean, std) in NORMALISATIONS.items():
+        if max(abs(a - b) for a, b in zip((*mean, *std), (*own.mean, *own.std), strict=True)) < 1e-3:
+            continue
+        other = dataclasses.replace(teacher, preprocessing=dataclasses.replace(own, mean=mean, std=std))
+        then = _answers(other, labeller, batches)
+        gain = _gain(then.right, now.right)
+        if gain is not None and gain > best:
+            numbers = f"mean={_numbers(mean)}&std={_numbers(std)}"
+            best = gain
+            told = (
+                f"its preprocessing seems to be another: normalised as {name} ('?{numbers}' in its SPEC) its accuracy "
+                f"on {len(now.labels)} images is {then.accuracy:.2f} instead of {now.accuracy:.2f}"
+            )
+    return told
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in dict.fromkeys(values))
+
+
+def _gain(other_N: NDArray[np.bool_], own_N: NDArray[np.bool_]) -> float | None:
+    """By how much the first is more often right than the second; None unless clearly so (McNemar's test)."""
+    won, lost = int((other_N & ~own_N).sum()), int((own_N & ~other_N).sum())
+    gain = (won - lost) / len(own_N)
+    return gain if gain >= 0.05 and won - lost >= _CLEARLY * math.sqrt(won + lost) else None
+
+
+def _no_better_than_chance(found: _Answers, num_classes: int) -> str | None:
+    chance = 1 / num_classes
+    if found.accuracy > chance + _CLEARLY * math.sqrt(chance * (1 - chance) / len(found.labels)):
+        return None
+    sure = float(found.sure.mean()) >= max(_CONFIDENT, 3 * chance)
+    return (
+        f"it is {'sure of its answers and ' if sure else ''}no better than chance: {'' if sure else 'untrained, '}"
+        "wrong preprocessing (mean, std, resize, crop), or classes in another order than the data's"
+    )

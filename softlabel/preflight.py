@@ -1,0 +1,127 @@
+"""Before hours are spent: two batches of a run from end to end, what the whole run will take, and what looks wrong."""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softlabel.diagnosis import Diagnosis, diagnose
+from softlabel.errors import StoreError
+from softlabel.job import Job
+from softlabel.plan import Offer, offer
+from softlabel.store.manifest import BadRow, ShardPlan
+from softlabel.trial import Trial, label_sample
+
+log = logging.getLogger("softlabel")
+
+_ROW_BYTES = 24  # a row's label, view and content hash, and where its key begins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What is about to happen, found out on a sample.
+
+    Attributes:
+        images: to be labelled; views of each are counted in.
+        views: of a sample, in the whole store.
+        shards: to be written.
+        classes, teachers: how many.
+        sampled: images that were tried.
+        bad: those of them that cannot be decoded.
+        images_per_second: decoding and all teachers.
+        bare_rate: images/s of all teachers, on images that are decoded already.
+        seconds: for all images at that rate.
+        offer: what the encoding costs, in bytes and nats, on the sample.
+        store_bytes: of everything that is still to be written.
+        free_bytes: on the file system of the store; None where it does not tell.
+        accuracy: of the soft labels on the sample's labelled images; None without any.
+        labelled: how many these are.
+        diagnoses: of each teacher, where there are labels.
+    """
+
+    images: int
+    views: int
+    shards: int
+    classes: int
+    teachers: int
+    sampled: int
+    bad: tuple[BadRow, ...]
+    images_per_second: float
+    bare_rate: float
+    seconds: float
+    offer: Offer
+    store_bytes: int
+    free_bytes: int | None
+    accuracy: float | None
+    labelled: int
+    diagnoses: tuple[Diagnosis, ...]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        return tuple(
+            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.doubt}"
+            for one in self.diagnoses
+            if one.doubt is not None
+        )
+
+
+def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: int = 0) -> Preflight:
+    """Try two batches, and check that what is missing of a store fits on its disk. Doubts are logged as warnings.
+
+    Raises:
+        StoreError: the disk has not room enough.
+        DataError: no image of the sample can be decoded.
+        TeacherError: a member's output is not (B, C) finite numbers, or it is not in evaluation mode.
+        UsageError: the encoding does not go with the teacher.
+    """
+    run = job.run
+    trial = label_sample(job, seed=seed)
+    images = sum(plan.stop - plan.start for plan in missing)
+    found = offer(job, trial, run.encoding)
+    need = images * (found.row_bytes + _ROW_BYTES + _key_bytes(trial))
+    free = free_bytes(out)
+    if free is not None and need > free:
+        raise StoreError(
+            f"{out}: expected room for {need:,} bytes ({images:,} rows), found {free:,} free; make room, write to "
+            "another disk, or take a smaller --encoding ('softlabel plan' shows what each needs)"
+        )
+    rate = trial.images_per_second(job)
+    report = Preflight(
+        images=images,
+        views=run.views.count,
+        shards=len(missing),
+        classes=run.num_classes,
+        teachers=len(run.members),
+        sampled=trial.sampled,
+        bad=trial.bad,
+        images_per_second=rate,
+        bare_rate=1 / trial.forward,
+        seconds=images / rate,
+        offer=found,
+        store_bytes=need,
+        free_bytes=free,
+        accuracy=trial.accuracy,
+        labelled=trial.labelled,
+        diagnoses=diagnose(job.labeller, trial),
+    )
+    for doubt in report.doubts:
+        log.warning("warning: %s", doubt)
+    return report
+
+
+def free_bytes(out: str | Path) -> int | None:
+    """Bytes that may still be written where a store lies or will lie; None behind a URL, which does not tell."""
+    text = os.fspath(out).removeprefix("file://")
+    if "://" in text:
+        return None
+    place = Path(text).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _key_bytes(trial: Trial) -> int:
+    keys = [key for batch in trial.batches for key in batch.keys]
+    return -(-sum(len(key.encode()) for key in keys) // len(keys))

@@ -1,0 +1,133 @@
+"""A sample of a run, labelled before the run: what it costs, what comes out of it, and for whom.
+
+The sample is drawn over the whole dataset and depends on its size and the seed alone.
+
+Legend: B batch, C classes, M members, R rows of the sample.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.dataset import IGNORE
+from softlabel.errors import DataError
+from softlabel.intake import DecodedBatch
+from softlabel.job import Job
+from softlabel.store.manifest import BadRow
+
+BATCHES = 2  # one to warm up, one to be timed
+_RUN = 16  # neighbours that are drawn together: a source reads whole row groups
+_STRATA = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """The sample's first batches and what became of all of it.
+
+    Attributes:
+        batches: decoded, the first `BATCHES` of them.
+        scaled_logits: float32 (R, C), or (R, M, C) where members are kept, of every image that can be decoded.
+        labels: int64 (R,), -100 for none.
+        sampled: images, with the bad ones.
+        bad: those that cannot be decoded.
+        decoding: seconds an image, in one process.
+        forward: seconds an image, all teachers, combined; images at hand already.
+    """
+
+    batches: tuple[DecodedBatch, ...]
+    scaled_logits: Tensor
+    labels: NDArray[np.int64]
+    sampled: int
+    bad: tuple[BadRow, ...]
+    decoding: float
+    forward: float
+
+    def images_per_second(self, job: Job) -> float:
+        """Beside a GPU, decoding and the teachers overlap; on a CPU they share its cores."""
+        if job.labeller.teachers[0].device.type == "cpu":
+            return 1 / (self.decoding + self.forward)
+        return 1 / max(self.decoding / max(1, job.workers), self.forward)
+
+    @property
+    def top(self) -> NDArray[np.int64]:
+        """The labels' most probable class, int64 (R,)."""
+        mixed_RC = self.scaled_logits.mean(dim=1) if self.scaled_logits.dim() == 3 else self.scaled_logits
+        top_R: NDArray[np.int64] = mixed_RC.argmax(dim=-1).numpy()
+        return top_R
+
+    @property
+    def labelled(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the soft labels, where there are hard ones."""
+        known_R = self.labels != IGNORE
+        return float((self.top == self.labels)[known_R].mean()) if known_R.any() else None
+
+
+def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Batches of indices, each from all parts of the dataset, until every sample was drawn once."""
+    run = min(max(1, samples // _STRATA), _RUN, batch_size)
+    starts = np.random.default_rng(seed).permutation(-(-samples // run)) * run
+    each = batch_size // run
+    for first in range(0, len(starts), each):
+        indices = (starts[first : first + each, None] + np.arange(run)).reshape(-1)
+        yield indices[indices < samples]
+
+
+def label_sample(job: Job, *, seconds: float = 0.0, seed: int = 0) -> Trial:
+    """Label `BATCHES` batches at least, and go on for so many seconds. Writes nothing.
+
+    Raises:
+        DataError: no image of the sample can be decoded.
+        TeacherError: a member's output is not (B, C) finite numbers.
+    """
+    labeller = job.labeller
+    drawn = sample_indices(len(labeller.source), labeller.batch_size, seed)
+    batches: list[DecodedBatch] = []
+    scaled: list[Tensor] = []
+    labels: list[NDArray[np.int64]] = []
+    bad: list[BadRow] = []
+    sampled = timed = labelled = 0
+    decoding = forward = 0.0
+    for number, indices_B in enumerate(drawn):
+        started = time.perf_counter()
+        batch = labeller.intake.batch(indices_B.tolist())
+        decoded = time.perf_counter()
+        if batch.keys:
+            scaled.append(labeller.scaled_logits(batch).cpu())
+            labels.append(batch.labels)
+        ended = time.perf_counter()
+        sampled, bad = sampled + len(indices_B), [*bad, *batch.bad]
+        alone = len(indices_B) == len(labeller.source)
+        if alone and batch.keys:  # there is no second batch to be timed: this one once more
+            again = time.perf_counter()
+            labeller.scaled_logits(batch).cpu()
+            ended = decoded + time.perf_counter() - again
+        if number or alone:
+            timed, labelled = timed + len(indices_B), labelled + len(batch.keys)
+            decoding, forward = decoding + decoded - started, forward + ended - decoded
+        if len(batches) < BATCHES:
+            batches.append(batch)
+        if number + 1 >= BATCHES and decoding + forward > seconds:
+            break
+    if not scaled:
+        raise DataError(
+            f"{labeller.source.name}: no image of a sample of {sampled:,} can be decoded; the first, {bad[0].key!r}: "
+            f"{bad[0].reason}"
+        )
+    return Trial(
+        batches=tuple(batches),
+        scaled_logits=torch.cat(scaled),
+        labels=np.concatenate(labels),
+        sampled=sampled,
+        bad=tuple(bad),
+        decoding=decoding / timed,
+        forward=forward / max(1, labelled),
+    )
