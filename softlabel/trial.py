@@ -77,7 +77,7 @@ def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray
     starts = np.random.default_rng(seed).permutation(-(-samples // run)) * run
     each = batch_size // run
     for first in range(0, len(starts), each):
-        indices = (starts[first : first + each, None] + np.arange(run)).reshape(-1)
+        indices = (np.sort(starts[first : first + each])[:, None] + np.arange(run)).reshape(-1)
         yield indices[indices < samples]
 
 

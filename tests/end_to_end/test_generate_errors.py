@@ -265,8 +265,9 @@ def test_a_full_disk_is_one_line_and_the_store_can_be_resumed(tmp_path: Path) ->
         filler = disk / "filler"
         filler.write_bytes(bytes(80 * 1024))
         done = run(*options, code=1)
-        assert "disk is full" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        # One line, behind what preflight thinks of random weights.
+        (told,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: zoo:resnet8@")]
+        assert "disk is full" in told
         finished = len(list((disk / "store" / "shards").glob("[0-9]*.parquet")))
         assert finished > 0
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
