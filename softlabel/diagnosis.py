@@ -102,12 +102,7 @@ def _found(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Answers:
 
 def _answers(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Answers:
     """What a teacher says itself of these batches."""
-    own = teacher.preprocessing
-    (place,) = [
-        number
-        for number, one in enumerate(labeller.intake.geometries)
-        if (one.resize, one.crop, one.interpolation) == (own.resize, own.crop, own.interpolation)
-    ]
+    place = [one.shape for one in labeller.intake.geometries].index(teacher.preprocessing.shape)
     full = [batch for batch in batches if batch.keys]
     logits = torch.cat([teacher.logits(batch.images[place]) for batch in full])
     return _found(logits, np.concatenate([batch.labels for batch in full]))

@@ -80,7 +80,8 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
     trial = label_sample(job, seed=seed)
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
-    need = images * (found.row_bytes + _ROW_BYTES + _key_bytes(trial))
+    of_views = sum(column.row_bytes for column in run.view_columns)
+    need = images * (found.row_bytes + of_views + _ROW_BYTES + _key_bytes(trial))
     free = free_bytes(out)
     if free is not None and need > free:
         raise StoreError(
