@@ -77,7 +77,9 @@ def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
         logits_BC = own[:rows] * (run.temperature * run.members[number].calibration)
         found = _found(logits_BC, trial.labels[:rows])
     else:
-        found = _answers(teacher, labeller, trial.batches)
+        full = [batch for batch in trial.batches if batch.keys]
+        logits_BC = torch.cat([logits_MBC[number] for logits_MBC in labeller.lane.logits(full)])
+        found = _found(logits_BC, np.concatenate([batch.labels for batch in full]))
     doubt = None
     if len(found.labels) >= FEWEST:
         doubt = (
@@ -140,6 +142,8 @@ def _other_order(found: _Answers, class_names: Sequence[str] | None) -> str | No
 
 def _other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial) -> str | None:
     """The common mean and std, if any, with which it is clearly more often right."""
+    if labeller.members.in_turn:  # their weights are not on the device
+        return None
     own, batches = teacher.preprocessing, [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
     now = _answers(teacher, labeller, batches)
     best, told = 0.0, None

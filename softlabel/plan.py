@@ -138,4 +138,4 @@ def _head_labeller(job: Job, encoding: Encoding) -> Labeller:
         return job.labeller
     run = dataclasses.replace(job.run, encoding=encoding, combine=Combine(rule="logits", weights=(1.0,)))
     labeller = job.labeller
-    return Labeller(labeller.source, labeller.teachers, run, batch_size=labeller.batch_size)
+    return Labeller(labeller.source, labeller.members, run, batch_size=labeller.batch_size)
