@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import queue
@@ -24,6 +25,8 @@ log = logging.getLogger("softlabel")
 Work = Callable[[Request, int, float, str], Outcome]
 
 WINDOW = 1.75  # shards in flight for each thread of the workers: the next one is there when one ends
+BUNDLE_SECONDS = 0.5  # of work in flight for each thread at least, where shards are shorter
+MOST_IN_BUNDLE = 100
 ALONE_TRIES = 3  # processes of its own that a shard may take with it
 TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
 BREAK_AFTER = 8  # outcomes without one success: the whole run is wrong, not these shards
@@ -113,34 +116,50 @@ class Drive:
         for entry in [entry for entry in self._later if entry[0] <= now]:
             self._later.remove(entry)
             self._waiting.appendleft(entry[1])
-        room = max(2, round(WINDOW * self._threads)) - len(self._flying)
-        while self._waiting and room > 0:
-            flight = self._waiting.popleft()
+        room = self._window() - len(self._flying)
+        going = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        for flight in going:
             flight.tries += 1
             self._flying[flight.number] = flight
-            self._submit(flight)
-            room -= 1
+        for alone in (False, True):
+            self._submit([flight for flight in going if flight.alone == alone])
 
-    def _submit(self, flight: _Flight) -> None:
-        self._keys += 1
-        flight.since = time.monotonic()
-        number = flight.number
+    def _window(self) -> int:
+        # Shards of a moment come and go in bundles, or talking about them would take longer than they do.
+        usual = statistics.median(self._seconds) if len(self._seconds) >= 3 else BUNDLE_SECONDS
+        bundle = min(MOST_IN_BUNDLE, max(1.0, BUNDLE_SECONDS / max(usual, 1e-6)))
+        return max(2, round(WINDOW * self._threads * bundle))
+
+    def _submit(self, flights: Sequence[_Flight]) -> None:
+        """Send flights of one kind off, in one message."""
+        if not flights:
+            return
+        alone = flights[0].alone
+        keys = []
+        for flight in flights:
+            self._keys += 1
+            flight.since = time.monotonic()
+            keys.append(f"softlabel-{self.request.run[:8]}-{flight.number}-{self._keys}-{os.getpid()}")
         try:
-            future = self.client.submit(
+            futures = self.client.map(
                 _on_worker,
-                self.alone if flight.alone else self.work,
-                self.request,
-                number,
-                self._limit(),
-                key=f"softlabel-{self.request.run[:8]}-{number}-{self._keys}-{os.getpid()}",
+                [flight.number for flight in flights],
+                key=keys,
                 pure=False,
                 retries=0,
-                priority=10 if flight.alone else 0,
+                priority=10 if alone else 0,
+                work=self.alone if alone else self.work,
+                request=self.request,
+                limit=self._limit(),
             )
         except Exception as error:
             raise self._lost(error) from error
-        flight.copies.append(future)
-        future.add_done_callback(lambda done: self._arrived.put((number, done)))
+        for flight, future in zip(flights, futures, strict=True):
+            flight.copies.append(future)
+            future.add_done_callback(functools.partial(self._arrive, flight.number))
+
+    def _arrive(self, number: int, future: Future) -> None:
+        self._arrived.put((number, future))
 
     def _limit(self) -> float:
         if self.limit is not None:
@@ -157,7 +176,7 @@ class Drive:
         for flight in self._flying.values():
             if len(flight.copies) == 1 and not flight.alone and time.monotonic() - flight.since > slow:
                 log.info("shard %d is slow; another worker does it as well", flight.number)
-                self._submit(flight)
+                self._submit([flight])
 
     # ---- back ----
 
@@ -166,6 +185,8 @@ class Drive:
         landed = []
         with contextlib.suppress(queue.Empty):
             landed.append(self._arrived.get(timeout=1.0))
+            if len(self._flying) > 2 * WINDOW * self._threads:
+                time.sleep(BUNDLE_SECONDS / 4)  # they come in bundles
             while True:
                 landed.append(self._arrived.get_nowait())
         return [(number, future) for number, future in landed if number in self._flying]
@@ -285,7 +306,7 @@ class Drive:
             )
 
 
-def _on_worker(work: Work, request: Request, number: int, limit: float) -> Outcome:
+def _on_worker(number: int, *, work: Work, request: Request, limit: float) -> Outcome:
     from distributed import get_worker
 
     try:
