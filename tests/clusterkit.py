@@ -197,7 +197,7 @@ def published(store: Path) -> list[Path]:
     return sorted((store / "shards").glob("[0-9]*.parquet"))
 
 
-def wait_for(what: "object", *, seconds: float = 60.0) -> None:
+def wait_for(what: "object", *, seconds: float = 150.0) -> None:
     """Until `what()` is true."""
     assert callable(what)
     end = time.monotonic() + seconds

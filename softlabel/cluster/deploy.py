@@ -12,6 +12,9 @@ from distributed import Client, LocalCluster
 from softlabel.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
 
+log = logging.getLogger("softlabel")
+
+_TRIM = 1 << 30  # bytes of free memory that a worker keeps
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -35,7 +38,26 @@ def connected(deployment: Deployment) -> Iterator[Client]:
                 f"--scheduler {deployment.scheduler}: no scheduler answers there ({type(error).__name__}); "
                 "start one with 'dask scheduler', or check the address"
             ) from None
+        if deployment.scheduler is not None:
+            _warn(client)
         yield client
+
+
+def _warn(client: Client) -> None:
+    """Say so where workers that somebody else started are set up to be slow."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(Exception):  # a look at the workers' settings must not be what stops a run
+        found = client.sync(client._run, os.environ.get, "MALLOC_TRIM_THRESHOLD_", callback_timeout=10)
+    slow = [worker for worker, value in found.items() if str(value).isdigit() and int(value) < _TRIM]
+    if slow:
+        log.warning(
+            "%d of %d workers give every freed batch back to the system (MALLOC_TRIM_THRESHOLD_, Dask's default), "
+            "which can double the time of small images; start them with "
+            "DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__MALLOC_TRIM_THRESHOLD_=%d",
+            len(slow),
+            len(found),
+            _TRIM,
+        )
 
 
 def _settings() -> dict[str, Any]:
@@ -46,7 +68,7 @@ def _settings() -> dict[str, Any]:
         "distributed.worker.memory.target": False,  # nothing of ours lies in Dask's memory: spilling cannot help
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
-        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 1 << 30,
+        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": _TRIM,
     }
     return {name: value for name, value in wanted.items() if not _set_by_user(name)}
 

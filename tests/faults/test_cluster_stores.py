@@ -1,0 +1,257 @@
+"""What a cluster wrote is a store like any other, on a full disk and on an object store whose puts fail, too."""
+
+import http.client
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+import softlabel
+from softlabel.shardjob import Request, label_one
+from softlabel.store.manifest import ShardRecord
+from softlabel.store.writer import Committer
+from tests.clusterkit import (
+    assert_same_rows,
+    cluster,
+    dataset,
+    generate,
+    in_environment,
+    published,
+    teacher_spec,
+)
+from tests.helpers import softlabel as command_line
+
+pytest.importorskip("distributed", reason="dask is not installed")
+pytestmark = pytest.mark.timeout(280)
+
+
+def run(command: list[str], code: int = 0, **more: object) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(command, env=in_environment(**more), capture_output=True, text=True, check=False, timeout=250)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_begun_here_finished_there_and_kept_up(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data.parquet", 120)
+    options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+    run(generate(*options, "--out", tmp_path / "whole"))
+    here = tmp_path / "here"
+    # A store that one machine began: what it has of the whole one, and no more.
+    shutil.copytree(tmp_path / "whole", here)
+    for shard in published(here)[5:]:
+        shard.unlink()
+    for name in ("manifest.json", "segments"):
+        path = here / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        done = run(generate(*options, "--out", here, "--scheduler", dask.address))
+        assert "7 shards written" in done.stdout
+        assert_same_rows(here, tmp_path / "whole")
+        again = run(generate(*options, "--out", here, "--scheduler", dask.address))
+        assert "already complete" in again.stdout
+        second = dataset(tmp_path / "second.parquet", 40)
+        other = ["--data", f"{second}?key=index", *options[2:]]
+        run(generate(*other, "--out", tmp_path / "second", "--scheduler", dask.address))
+    command_line("verify", here, "--data", data)
+    # One flipped bit, found and relabelled by one machine.
+    victim = published(here)[3]
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    victim.write_bytes(raw)
+    assert victim.name in command_line("verify", here, code=3).stdout
+    run([sys.executable, "-m", "softlabel", "repair", str(here)])
+    assert_same_rows(here, tmp_path / "whole")
+    command_line("merge", here, tmp_path / "second", "--out", tmp_path / "merged")
+    with softlabel.open_store(tmp_path / "merged", verify="full") as merged:
+        assert len(merged) == 160
+
+
+def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
+    """The first record wins; the late file stays beside it, unlisted, and is collected at the end."""
+    data = dataset(tmp_path / "data.parquet", 30, white=(12,))
+    teacher = teacher_spec(harm="noise")
+    store = tmp_path / "store"
+    options = ["--data", data, "--teacher", teacher, "--shard-rows", 10, "--batch-size", 10]
+    run(generate(*options, "--out", tmp_path / "other"))
+    with softlabel.open_store(tmp_path / "other") as other:
+        planned = other.run
+    with Committer.open(store, planned, {"data": str(data), "teachers": [teacher], "batch_size": 10}) as committer:
+        request = Request(out=str(store), run=planned.fingerprint(), data=str(data), teachers=(teacher,), device="cpu")
+        records: list[ShardRecord] = []
+        for number in range(3):
+            record = label_one(request, number, 0.0).record
+            assert record is not None
+            records.append(record)
+        program = "import sys; from softlabel.shardjob import main; sys.exit(main())"
+        from softlabel.store.jsonio import dumps, to_json
+
+        asked = dumps(to_json(request)).decode()
+        late = run([sys.executable, "-c", program, asked, "1"])
+        assert records[1].xxh3 not in late.stdout, "two processes were to answer with other bytes"
+        assert len(published(store)) == 4
+        committer.commit(*records)
+        committer.finish()
+    assert len(published(store)) == 3
+    with softlabel.open_store(store, verify="full") as opened:
+        assert [record.xxh3 for record in opened.shards] == [record.xxh3 for record in records]
+        assert len(opened) == 30
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        data = dataset(tmp_path / "data.parquet", 400)
+        options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+        filler = disk / "filler"
+        filler.write_bytes(bytes(80 * 1024))
+        with cluster(tmp_path / "dask", workers=2) as dask:
+            placed = ["--out", disk / "store", "--scheduler", dask.address]
+            done = run(generate(*options, *placed), code=1)
+            assert "disk is full" in done.stderr.strip().splitlines()[-1]
+            assert published(disk / "store")
+            subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+            filler.unlink()
+            assert "complete, 400 rows" in run(generate(*options, *placed)).stdout
+        run(generate(*options, "--out", tmp_path / "whole"))
+        assert_same_rows(disk / "store", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_truncated_input_file(tmp_path: Path) -> None:
+    """One image of a folder is cut in the middle, one Parquet file is: listed by name, and refused by name."""
+    from tests.helpers import jpeg
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        (images / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    cut = images / "017.jpg"
+    cut.write_bytes(cut.read_bytes()[:200])
+    options = ["--data", images, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+    table = dataset(tmp_path / "data.parquet", 40)
+    table.write_bytes(table.read_bytes()[:-100])
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        done = run(generate(*options, "--out", tmp_path / "store", "--scheduler", dask.address))
+        assert "1 bad image" in done.stdout
+        other = ["--data", table, *options[2:], "--out", tmp_path / "none", "--scheduler", dask.address]
+        refused = run(generate(*other), code=1)
+    assert "data.parquet" in refused.stderr
+    with softlabel.open_store(tmp_path / "store", verify="full") as store:
+        assert list(store.bad) == ["017.jpg"]
+        assert len(store) == 39
+    run(generate(*options, "--out", tmp_path / "whole"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
+def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data.parquet", 8)
+    options = ["--data", data, "--teacher", teacher_spec(), "--out", tmp_path / "store"]
+    done = run(generate(*options, "--scheduler", "tcp://127.0.0.1:9"), code=2)
+    assert "no scheduler answers there" in done.stderr
+    done = run(generate(*options, "--cluster", "slurm"), code=2)
+    assert "pip install 'softlabel[slurm]'" in done.stderr
+    done = run(generate(*options, "--shard-seconds", 5), code=2)
+    assert "--cluster" in done.stderr
+
+
+@contextmanager
+def failing_puts(host: str, port: int, failures: int) -> Iterator[str]:
+    """A server before the object store that refuses the first puts of shards as an overloaded one does."""
+    left = [failures]
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with lock:
+                fails = self.command == "PUT" and "/shards/" in self.path and left[0] > 0
+                left[0] -= fails
+            if fails:
+                self._answer(503, [], b"<Error><Code>ServiceUnavailable</Code><Message>later</Message></Error>")
+                return
+            there = http.client.HTTPConnection(host, port, timeout=60)
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            there.request(self.command, self.path, body, {**headers, "Host": f"{host}:{port}"})
+            answer = there.getresponse()
+            self._answer(answer.status, answer.getheaders(), answer.read())
+            there.close()
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+            self.send_response(status)
+            length = None
+            for name, value in headers:
+                if name.lower() == "content-length":
+                    length = value
+                elif name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass_on  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+        assert left[0] <= 0, "not all failures were asked for"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_object_store_whose_puts_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        with failing_puts(host, port, failures=12) as endpoint:
+            keys = {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ACCESS_KEY_ID": "x",
+                "AWS_SECRET_ACCESS_KEY": "x",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "SOFTLABEL_CACHE": str(tmp_path / "cache"),
+            }
+            for name, value in keys.items():
+                monkeypatch.setenv(name, value)
+            s3fs.S3FileSystem.clear_instance_cache()
+            bucket = f"labels-{uuid.uuid4().hex}"
+            fsspec.filesystem("s3").mkdir(bucket)
+            data = dataset(tmp_path / "data.parquet", 60)
+            options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+            url = f"s3://{bucket}/labels"
+            with cluster(tmp_path / "dask", workers=2, **keys) as dask:
+                done = run(generate(*options, "--out", url, "--scheduler", dask.address))
+            assert "complete, 60 rows" in done.stdout
+            run(generate(*options, "--out", tmp_path / "whole"))
+            with softlabel.open_store(url, verify="full") as ours, softlabel.open_store(tmp_path / "whole") as theirs:
+                rows = np.arange(60)
+                assert list(ours.take(rows).keys) == list(theirs.take(rows).keys)
+                np.testing.assert_array_equal(ours.take(rows).scaled_logits, theirs.take(rows).scaled_logits)
+            assert command_line("verify", url).returncode == 0
+    finally:
+        server.stop()
