@@ -30,7 +30,8 @@ MOST_IN_BUNDLE = 100
 ALONE_TRIES = 3  # processes of its own that a shard may take with it
 TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
 BREAK_AFTER = 8  # outcomes without one success: the whole run is wrong, not these shards
-LOST_SECONDS = 40.0  # without a sign of the scheduler
+LOST_SECONDS = 30.0  # without a sign of the scheduler
+ANSWER_SECONDS = 8.0  # for the scheduler to say something
 ASK_SECONDS = 5.0  # between two looks at the cluster
 FIRST_LIMIT = 3600.0  # a shard's seconds while nothing is known about their length
 LEAST_LIMIT = 120.0
@@ -220,15 +221,17 @@ class Drive:
         if not futures:
             return []
         try:
-            return list(self.client.sync(self.client._gather, futures, callback_timeout=LOST_SECONDS))
+            return list(self.client.sync(self.client._gather, futures, callback_timeout=ANSWER_SECONDS))
         except Exception as error:
             log.debug("gather: %s", error)
+        if not self._ask(force=True):
+            return [None] * len(futures)
         # Some worker took its answers with it; those of the others are still there.
         return [self._one(future) for future in futures]
 
     def _one(self, future: Future) -> Outcome | None:
         try:
-            outcome: Outcome = future.result(timeout=10)
+            outcome: Outcome = future.result(timeout=ANSWER_SECONDS)
         except Exception as error:
             log.debug("gather: %s", error)
             return None
@@ -241,7 +244,7 @@ class Drive:
             return
         flight.copies.remove(future)
         if future.status == "error":
-            error = future.exception(timeout=LOST_SECONDS)
+            error = future.exception(timeout=ANSWER_SECONDS)
             if not isinstance(error, KilledWorker):
                 self._failed(flight, Outcome(number=number, error=f"{type(error).__name__}: {error}"))
                 return
@@ -273,21 +276,23 @@ class Drive:
 
     # ---- the cluster's health ----
 
-    def _ask(self, *, force: bool = False) -> None:
+    def _ask(self, *, force: bool = False) -> bool:
+        """Look at the cluster now and then; whether the scheduler answered when it was last asked."""
         now = time.monotonic()
         if not force and now - self._asked < ASK_SECONDS:
-            return
+            return self._seen >= self._asked
         self._asked = now
         try:
-            threads = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=10)
+            threads = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=ANSWER_SECONDS)
         except Exception as error:
             if now - self._seen > LOST_SECONDS or self.client.status == "closed":
                 raise self._lost(error) from error
-            return
+            return False
         self._seen = time.monotonic()
         if not threads and self._threads:
             log.info("waiting for workers")
         self._threads = sum(threads.values())
+        return True
 
     def _lost(self, error: BaseException) -> ClusterLostError:
         return ClusterLostError(
