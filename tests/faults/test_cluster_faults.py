@@ -26,7 +26,7 @@ from tests.clusterkit import (
 
 pytest.importorskip("distributed", reason="dask is not installed")
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 RESUME = 75
 
 

@@ -31,7 +31,7 @@ from tests.clusterkit import (
 from tests.helpers import softlabel as command_line
 
 pytest.importorskip("distributed", reason="dask is not installed")
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
 def run(command: list[str], code: int = 0, **more: object) -> "subprocess.CompletedProcess[str]":
