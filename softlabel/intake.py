@@ -23,7 +23,7 @@ from softlabel.dataset import Sample, Source, content_hash, decode_image, stack_
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
-from softlabel.views import Made, Views, stacked
+from softlabel.views import Images, Made, Views, stacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,30 +81,16 @@ class Intake:
         made = self._views(decoded, [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
-        images: list[list[Tensor]] = [[] for _ in self.geometries]
-        shapely: list[int] = []  # places among the views
-        for number, (place, view_CHW) in enumerate(zip(there, made.images, strict=True)):
-            try:
-                # Each member shapes the view itself, never what another member left of it.
-                shaped = [self._shaped(view_CHW, geometry) for geometry in self.geometries]
-            except BadImageError as error:
-                reasons[place] = str(error)
-                continue
-            for stack, image_CHW in zip(images, shaped, strict=True):
-                if stack and image_CHW.shape != stack[0].shape:
-                    raise DataError(
-                        f"image {samples[place].key!r}: expected {_size(stack[0])} like the images before it, found "
-                        f"{_size(image_CHW)}; give the teacher a size, such as '?resize=256&crop=224'"
-                    )
-                stack.append(image_CHW)
-            shapely.append(number)
+        images, misshapen = self._shapes(made.images, [samples[place].key for place in there])
+        reasons |= {there[number]: reason for number, reason in misshapen.items()}
+        shapely = [number for number in range(len(there)) if number not in misshapen]
         kept = [samples[there[number]] for number in shapely]
         hashes = [content_hash(sample.image) for sample in kept]
         return DecodedBatch(
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
             content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
-            images=tuple(stack_images(stack) for stack in images) if kept else (),
+            images=images,
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
                 for place in sorted(reasons)
@@ -117,9 +103,30 @@ class Intake:
             return Made(images=images, columns={}, failed={})
         return self.views.make(stacked(images), keys, view=view, read=self._decoded)
 
-    def _shaped(self, view_CHW: Tensor, geometry: Preprocessing) -> Tensor:
+    def _shapes(self, views: Images, keys: list[str]) -> tuple[tuple[Tensor, ...], dict[int, str]]:
+        """The views in every geometry, and those (place, reason) that do not fit one and are in none."""
         fixed = self.views is not None and self.views.policy.fixed
-        return geometry.view_geometry(view_CHW, fixed=fixed)
+        if isinstance(views, Tensor):
+            first = views[0]
+            if all(geometry.view_geometry(first, fixed=fixed) is first for geometry in self.geometries):
+                return (views,) * len(self.geometries), {}
+        stacks: list[list[Tensor]] = [[] for _ in self.geometries]
+        misshapen: dict[int, str] = {}
+        for number, view_CHW in enumerate(views):
+            try:
+                # Each member shapes the view itself, never what another member left of it.
+                shaped = [geometry.view_geometry(view_CHW, fixed=fixed) for geometry in self.geometries]
+            except BadImageError as error:
+                misshapen[number] = str(error)
+                continue
+            for stack, image_CHW in zip(stacks, shaped, strict=True):
+                if stack and image_CHW.shape != stack[0].shape:
+                    raise DataError(
+                        f"image {keys[number]!r}: expected {_size(stack[0])} like the images before it, found "
+                        f"{_size(image_CHW)}; give the teacher a size, such as '?resize=256&crop=224'"
+                    )
+                stack.append(image_CHW)
+        return tuple(stack_images(stack) for stack in stacks if stack), misshapen
 
     def _decoded(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
         """Keys and images of samples that others are mixed with; None where one cannot be decoded."""

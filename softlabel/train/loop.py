@@ -29,7 +29,7 @@ from softlabel.train.metrics import read_csv
 from softlabel.train.run import Pass, closing_loader
 from softlabel.train.student import Student
 from softlabel.train.summary import StudentResult, TrainResult, announce, write_summary
-from softlabel.views import CropFlip
+from softlabel.views import CropFlip, Views
 
 log = logging.getLogger("softlabel")
 
@@ -78,6 +78,10 @@ def _train(
     precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
     store = open_store(config.labels, verify="once") if config.labels is not None else None
+    if store is not None and Views.mixes(store.run) and 0 in config.values("soft_weight"):
+        raise UsageError(
+            f"soft_weight: the views of {store.url} are mixed images, which have no hard label; expected above 0"
+        )
     num_classes = _num_classes(source, store)
     configs = students_of(config)
     models = [_build(student, num_classes) for student in configs]

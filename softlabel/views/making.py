@@ -83,6 +83,11 @@ class Views:
         """The same without the step that takes in another sample."""
         return replace(self, policy=replace(self.policy, mix=None))
 
+    @staticmethod
+    def mixes(run: Run) -> bool:
+        """Whether a view is mixed out of two images."""
+        return any(column.name == PARTNER for column in run.view_columns)
+
     def make(self, images: Images, keys: Sequence[str], *, view: int, read: ReadPartners) -> Made:
         """Draw and make a view of each image.
 

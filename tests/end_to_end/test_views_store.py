@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from softlabel.upkeep import repair
 from softlabel.views import parse_policy
 from tests import format_reader
 from tests import teachers_that_tell as telling
-from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher
+from tests.helpers import CLASSES, environment, jpeg, write_parquet, write_teacher
 from tests.helpers import softlabel as command
 from tests.storekit import files_of
 
@@ -199,6 +202,25 @@ def test_views_are_added_and_samples_too(data: Path, teacher: str, tmp_path: Pat
     for (key, view), columns in all_rows(store).items():
         if (key, view) in whole:
             assert columns["view_xxh3"] == whole[key, view]["view_xxh3"]
+
+
+def test_a_kill_while_views_are_added_costs_a_shard(data: Path, teacher: str, tmp_path: Path) -> None:
+    whole = all_rows(generate(data, tmp_path / "whole", teacher, "crop-flip", 8, shard_rows=9))
+    generate(data, tmp_path / "s", teacher, "crop-flip", 2, shard_rows=9)
+    arguments = ["--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 8, "--augment", "crop-flip"]
+    command_line = [sys.executable, "-m", "softlabel", "generate", *map(str, arguments), "--shard-rows", "9"]
+    process = subprocess.Popen([*command_line, "--batch-size", "16"], env=environment(), stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list((tmp_path / "s" / "shards").glob("[0-9]*"))) < 14:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not open_store(tmp_path / "s", allow_incomplete=True).manifest.complete
+    with pytest.raises(MismatchError, match="has 8 views"):
+        generate(data, tmp_path / "s", teacher, "crop-flip", 9, shard_rows=9)
+    store = generate(data, tmp_path / "s", teacher, "crop-flip", 8, shard_rows=9)
+    found = all_rows(store)
+    assert found.keys() == whole.keys()
+    assert all(np.array_equal(found[key]["view_xxh3"], whole[key]["view_xxh3"]) for key in whole)
 
 
 def forged(
@@ -409,6 +431,9 @@ def test_training_replays_and_refuses_another_augmentation(data: Path, teacher: 
         "progress": False,
     }
     train(TrainConfig(out=str(tmp_path / "r"), check_views=1, **settings))  # type: ignore[arg-type]
+    generate(data, tmp_path / "m", teacher, "mixup", 2)
+    with pytest.raises(UsageError, match="mixed images"):
+        train(TrainConfig(out=str(tmp_path / "p"), soft_weight=0.0, **{**settings, "labels": str(tmp_path / "m")}))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="another augmentation on top"):
         train(TrainConfig(out=str(tmp_path / "q"), augment="crop-flip", **settings))  # type: ignore[arg-type]
     found = softlabel.evaluate(f"run:{tmp_path / 'r'}", data, tmp_path / "s", progress=False)
