@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from softlabel.dataset import Source
 from softlabel.deployment import Deployment, absolute
+from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy, LabelledShard
 from softlabel.errors import DataError, MismatchError, UsageError
-from softlabel.history import History, check_same_data
+from softlabel.history import History, check_same_data, recorded_there
 from softlabel.intake import deaths_told
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule
@@ -70,9 +71,13 @@ def generate(
     temperature: float = 4.0,
     format: Format = "parquet",
     shard_rows: int = 16384,
-    batch_size: int = 256,
+    batch_size: int | Literal["auto"] = 256,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    compile: bool = False,
+    stack: Choice = "auto",
+    members_in_turn: Choice = "auto",
     workers: int | None = None,
+    threads: int | None = None,
     seed: int = 0,
     ignore_labels: bool = False,
     on_bad_image: BadImagePolicy = "skip",
@@ -100,9 +105,14 @@ def generate(
         temperature: logits are divided by it before they are stored.
         format: file format of the shards.
         shard_rows: samples a shard; what a kill can cost.
-        batch_size: samples a forward pass; the last batch is padded to it.
+        batch_size: samples a forward pass, always: the last batch is padded to it; ``auto`` finds the fastest. Where
+            memory runs out it is halved.
         precision: of the forward pass; bf16 and fp16 use autocast.
+        compile: let `torch.compile` have the teachers.
+        stack: run members of one architecture as one stacked network; ``auto``: where a timed trial says so.
+        members_in_turn: move members to the device one after the other; ``auto``: where they do not fit together.
         workers: processes that decode images; absent: none on a CPU, up to 8 beside a GPU.
+        threads: that compute on a CPU; absent: as many as torch takes.
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: ``skip`` lists an image that cannot be decoded in the manifest, ``error`` stops at it.
@@ -146,6 +156,8 @@ def generate(
         shard_rows=shard_rows,
         batch_size=batch_size,
         precision=precision,
+        tuning=Tuning(threads=threads, compile=compile, stack=stack, members_in_turn=members_in_turn),
+        settled=recorded_there(out),
         workers=workers,
         seed=seed,
         ignore_labels=ignore_labels,

@@ -7,7 +7,7 @@ then what the source has more, in the source's order. Students join by key and d
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -87,6 +87,15 @@ class History:
         if self.grow and len(self.known) == self.dataset.rows and len(arranged) > self.dataset.rows:
             grown.append(now)
         return arranged, tuple(grown)
+
+
+def recorded_there(path: str | Path) -> dict[str, Any]:
+    """What the manifest of a store records beside its identity; empty where there is no store."""
+    try:
+        with open_store(path, verify="none", allow_incomplete=True) as store:
+            return dict(store.manifest.recorded)
+    except StoreNotFoundError:
+        return {}
 
 
 def check_same_data(path: str | Path, intake: Intake) -> None:

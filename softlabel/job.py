@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,16 +13,20 @@ from torch.utils.data import Dataset
 
 from softlabel.calibration import read_calibration
 from softlabel.dataset import Source, open_source
-from softlabel.device import decoders, resolve_device
+from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.head import Head
 from softlabel.history import History
 from softlabel.labels import CombineRule, normalized_weights
+from softlabel.members import Members, compile_members, find_stacks, load_members
+from softlabel.sizing import find_batch_size
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.teacher import Teacher, load_teacher
 from softlabel.views import CENTER, libraries
+
+_TRIAL_BATCH = 256  # where stacking is tried before the batch size is found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,7 @@ def prepare(
     temperature: float,
     format: Format,
     shard_rows: int,
-    batch_size: int,
+    batch_size: "int | Literal['auto']",
     precision: Literal["fp32", "bf16", "fp16"],
     workers: int | None,
     seed: int,
@@ -56,15 +60,22 @@ def prepare(
     key_fn: Callable[[int], str] | None = None,
     history: History | None = None,
     views: ViewPolicy | None = None,
+    tuning: Tuning | None = None,
+    settled: Mapping[str, Any] | None = None,
 ) -> Job:
     """Load data and teachers and check that they fit together; writes nothing. See `generate`.
 
     calibration: the file of `softlabel calibrate`, or the temperatures themselves, one a teacher.
     views: absent: one, the image as it is.
+    settled: what an unfinished run recorded, whose choices are kept where this one leaves them open.
     """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
-    for name, value in (("temperature", temperature), ("shard_rows", shard_rows), ("batch_size", batch_size)):
+    for name, value in (
+        ("temperature", temperature),
+        ("shard_rows", shard_rows),
+        ("batch_size", 1 if batch_size == "auto" else batch_size),
+    ):
         if not 0 < value < float("inf"):
             raise UsageError(f"{name}: expected a number above 0, found {value}")
     for name, given, allowed in (
@@ -86,8 +97,13 @@ def prepare(
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     target = resolve_device(device)
-    torch.manual_seed(seed)
-    members = [load_teacher(spec, device=target, precision=precision) for spec in teachers]
+    tuning, settled = tuning or Tuning(), settled or {}
+
+    def load(where: torch.device) -> list[Teacher]:
+        torch.manual_seed(seed)
+        return [load_teacher(spec, device=where, precision=precision) for spec in teachers]
+
+    members, in_turn = load_members(load, target, tuning, len(teachers))
     classes = {teacher.num_classes for teacher in members}
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in members)
@@ -110,14 +126,26 @@ def prepare(
         views=views,
         shard_rows=shard_rows,
     )
+    if tuning.compile:
+        compile_members(members, head=run.encoding.name == "head")
+    size = batch_size if isinstance(batch_size, int) else int(settled.get("batch_size", 0))
+    groups = find_stacks(
+        members, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=settled.get("stacked")
+    )
+    together = Members(members, groups=groups, in_turn=in_turn, device=target)
+    labeller = Labeller(
+        source, together, run, batch_size=size or _TRIAL_BATCH, on_bad_image=on_bad_image, tuning=tuning
+    )
+    labeller.batch_size = size or find_batch_size(labeller)
     recorded = {
         "data": source.name,
         "teachers": [teacher.spec.text for teacher in members],
         "device": str(target),
-        "batch_size": batch_size,
+        "batch_size": labeller.batch_size,
+        "compile": tuning.compile,
+        "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
-    labeller = Labeller(source, members, run, batch_size=batch_size, on_bad_image=on_bad_image)
     return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))
 
 

@@ -158,23 +158,29 @@ def _moved(teacher: Teacher, device: torch.device) -> Iterator[Teacher]:
 
 
 def load_members(
-    load: Callable[[torch.device], list[Teacher]], device: torch.device, tuning: Tuning
+    load: Callable[[torch.device], list[Teacher]], device: torch.device, tuning: Tuning, count: int
 ) -> tuple[list[Teacher], bool]:
     """The teachers, and whether they take turns on the device (they lie in main memory then).
 
     Args:
         load: loads all of them to a device.
+        count: how many there are.
+
+    Raises:
+        UsageError: turns are asked for, and there is one teacher alone.
     """
+    if tuning.members_in_turn == "yes" and count == 1:
+        raise UsageError("members_in_turn: expected several teachers to take turns, found one; leave it out")
     host = torch.device("cpu")
     if tuning.members_in_turn == "yes":
         return load(host), True
     try:
         teachers = load(device)
     except torch.OutOfMemoryError:
-        if tuning.members_in_turn == "no":
+        if tuning.members_in_turn == "no" or count == 1:
             raise
         teachers = []
-    if not teachers or (tuning.members_in_turn == "auto" and len(teachers) > 1 and _crowded(teachers, device)):
+    if not teachers or (tuning.members_in_turn == "auto" and count > 1 and _crowded(teachers, device)):
         del teachers
         torch.cuda.empty_cache()
         log.warning("the members do not fit on %s together: they take turns on it", device)
@@ -191,8 +197,32 @@ def _crowded(teachers: Sequence[Teacher], device: torch.device) -> bool:
     )
 
 
-def find_stacks(teachers: Sequence[Teacher], tuning: Tuning, *, batch_size: int, in_turn: bool) -> tuple[Group, ...]:
+def compile_members(teachers: Sequence[Teacher], *, head: bool) -> None:
+    """Let `torch.compile` have the networks, for the one shape that batches have.
+
+    Raises:
+        UsageError: a network that is no torch module, or one whose last layer is listened to.
+    """
+    if head:
+        raise UsageError("compile: encoding head listens to a layer that a compiled network has no more; leave it out")
+    for teacher in teachers:
+        if isinstance(teacher.model, Program):
+            raise UsageError(f"compile: {teacher.spec.text} is a file that is run as it is; leave out --compile")
+        teacher.model.compile(dynamic=False)
+
+
+def find_stacks(
+    teachers: Sequence[Teacher],
+    tuning: Tuning,
+    *,
+    batch_size: int,
+    in_turn: bool,
+    before: Sequence[Sequence[int]] | None = None,
+) -> tuple[Group, ...]:
     """Which members run stacked: those of one architecture, where that is asked for, or faster by a timed trial.
+
+    before: how they ran when the shards that are there were labelled. The others are labelled so too, where nothing
+    else is asked for: a trial could end otherwise this time.
 
     Raises:
         UsageError: stacking is asked for, and there is nothing to stack.
@@ -206,6 +236,8 @@ def find_stacks(teachers: Sequence[Teacher], tuning: Tuning, *, batch_size: int,
     groups = tuple(tuple(numbers) for numbers in alike.values() if len(numbers) > 1)
     if tuning.stack == "yes" and not groups:
         raise UsageError("stack: expected members of one architecture and one input size, found none; leave it out")
+    if tuning.stack == "auto" and before is not None:
+        return tuple(group for group in groups if list(group) in [list(one) for one in before])
     return tuple(group for group in groups if _stacks(teachers, group, tuning, batch_size))
 
 

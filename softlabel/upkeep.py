@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from softlabel.dataset import Source, content_hash, open_source
+from softlabel.device import Tuning
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
@@ -60,6 +61,8 @@ def job_of(
         # The recorded size: labels agree across sizes within a rounding step, with the same size to the bit.
         batch_size=int(recorded.get("batch_size", 256)),
         precision=run.members[0].precision,  # type: ignore[arg-type]
+        tuning=Tuning(compile=bool(recorded.get("compile", False))),
+        settled=recorded,
         workers=workers,
         seed=run.views.seed,
         ignore_labels=not run.dataset.has_labels,

@@ -21,9 +21,13 @@ def generate(
     temperature: float = 4.0,
     format: Literal["parquet", "hdf5"] = "parquet",
     shard_rows: int = 16384,
-    batch_size: int = 256,
+    batch_size: int | Literal["auto"] = 256,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    compile: bool = False,
+    stack: Literal["auto", "yes", "no"] = "auto",
+    members_in_turn: Literal["auto", "yes", "no"] = "auto",
     workers: int | None = None,
+    threads: int | None = None,
     seed: int = 0,
     ignore_labels: bool = False,
     on_bad_image: Literal["skip", "error"] = "skip",
@@ -63,9 +67,13 @@ def generate(
         temperature: logits are divided by it before they are stored.
         format: file format of the shards.
         shard_rows: samples a shard.
-        batch_size: samples a forward pass.
+        batch_size: samples a forward pass; auto finds the fastest. Halved where memory runs out.
         precision: of the forward pass.
+        compile: let torch.compile have the teachers.
+        stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
+        members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
         workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine.
+        threads: that compute on a CPU; absent, as many as torch takes.
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
@@ -108,6 +116,10 @@ def generate(
         shard_rows=shard_rows,
         batch_size=batch_size,
         precision=precision,
+        compile=compile,
+        stack=stack,
+        members_in_turn=members_in_turn,
+        threads=threads,
         workers=workers if deployment is None else 0,
         seed=seed,
         ignore_labels=ignore_labels,

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "members": {"torch", "device", "models", "preprocessing", "teacher", "transfer"},
     "engine": {"torch", "numpy", "dataset", "device", "intake", "members", "teacher", "head", "labels", "encoding"}
     | {"pace", "store", "transfer", "views"},
+    "sizing": {"torch", "device", "engine", "members"},
     "lanes": {"torch", "device", "engine", "intake", "pace", "store"},
     "history": {"numpy", "dataset", "intake", "store", "views"},
     "calibration": {"torch", "store"},
@@ -59,6 +60,8 @@ MAY_IMPORT = {
         "torch",
         "numpy",
         "calibration",
+        "members",
+        "sizing",
         "device",
         "dataset",
         "teacher",
@@ -69,9 +72,9 @@ MAY_IMPORT = {
         "history",
         "views",
     },
-    "upkeep": {"numpy", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
+    "upkeep": {"numpy", "device", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
     "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
-    "generate": {"torch", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
+    "generate": {"torch", "device", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
     | {"deployment", "cluster", "lanes", "pace", "preflight", "views"},
     "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},
     "order": {"numpy"},

@@ -1,0 +1,85 @@
+"""Finding, by short timed trials, the batch size with which the teachers are fastest.
+
+Legend: B batch, H height, W width.
+"""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from softlabel.device import out_of_memory
+from softlabel.engine import Labeller
+from softlabel.errors import DataError, TeacherError
+from softlabel.members import using_threads
+
+log = logging.getLogger("softlabel")
+
+_SMALLEST, _LARGEST = 8, 4096
+_GAIN = 1.03  # doubling has to be worth that much
+_SECONDS = 0.2  # a trial is repeated for as long
+_SAMPLES = 64  # looked at for an image that can be decoded
+
+
+def find_batch_size(labeller: Labeller) -> int:
+    """The batch size of the most images a second, doubling from 8 until that helps no more or memory runs out.
+
+    Raises:
+        DataError: no image at the source's beginning can be decoded.
+        TeacherError: not even the smallest batch fits.
+    """
+    images = _one_of_each(labeller)
+    most = min(_LARGEST, max(_SMALLEST, len(labeller.source)))
+    found: dict[int, float] = {}
+    size = _SMALLEST
+    with using_threads(labeller.tuning.lanes(labeller.members.device)[1]):
+        while size <= most:
+            try:
+                found[size] = _rate(labeller, images, size)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if not found:
+                    raise TeacherError(
+                        f"out of memory with a batch of {size}; give a smaller --batch-size, or use --precision bf16"
+                    ) from error
+                log.info("batch size %d does not fit into memory", size)
+                if labeller.members.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                break
+            if size // 2 in found and found[size] < _GAIN * found[size // 2]:
+                break
+            size *= 2
+    best = max(found, key=lambda size: found[size])
+    rates = ", ".join(f"{rate:,.0f} with {size}" for size, rate in found.items())
+    log.warning("batch size %d: images/s %s", best, rates)
+    return best
+
+
+def _one_of_each(labeller: Labeller) -> list[Tensor]:
+    """uint8 (1, 3, H, W) for every geometry: the source's first image that can be decoded."""
+    for index in range(min(_SAMPLES, len(labeller.source))):
+        batch = labeller.intake.batch([index])
+        if batch.keys:
+            return list(batch.images)
+    raise DataError(f"{labeller.source.name}: none of its first {_SAMPLES} images can be decoded")
+
+
+def _rate(labeller: Labeller, images: list[Tensor], size: int) -> float:
+    """Images/s of all members on batches that are at hand already."""
+    device = labeller.members.device
+    whole = [image.repeat(size, 1, 1, 1).contiguous(memory_format=torch.channels_last) for image in images]
+    labeller.members.logits([whole])  # warms up
+    _wait(device)
+    started, passes = time.perf_counter(), 0
+    while not passes or time.perf_counter() - started < _SECONDS:
+        labeller.members.logits([whole])
+        passes += 1
+        _wait(device)
+    return passes * size / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
