@@ -21,7 +21,6 @@ from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy, LabelledShard
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.history import History, check_same_data, recorded_there
-from softlabel.intake import deaths_told
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule
 from softlabel.lanes import label_shards
@@ -265,7 +264,7 @@ def _here(
         shards = label_shards(
             missing, job.labeller, workers=job.workers, meter=meter, seen=lambda images: _show(bar, images, meter)
         )
-        with deaths_told(), contextlib.closing(shards), _writer(committer, out) as write:
+        with contextlib.closing(shards), _writer(committer, out) as write:
             for shard in shards:
                 shard = shard if complement is None else complement(shard)
                 with meter.spend("writing"):

@@ -7,6 +7,7 @@ What a view of a sample is depends on (seed, key, view) alone, never on the batc
 Legend: B batch, H height, W width.
 """
 
+import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset import Sample, Source, content_hash, decode_image, stack_images
-from softlabel.errors import BadImageError, DataError
+from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
 from softlabel.views import Images, Made, Views, stacked
@@ -158,18 +159,27 @@ class Intake:
         loader = DataLoader(
             _Spans(self), sampler=spans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
         )
-        with deaths_told():
-            yield from loader
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        _handle_children(before)
+        with _deaths_told():
+            for batch in batches:
+                if isinstance(batch, SoftLabelError):
+                    raise batch
+                yield batch
 
 
-class _Spans(Dataset[DecodedBatch]):
+class _Spans(Dataset[DecodedBatch | SoftLabelError]):
     """Span -> its batch: what the worker processes run. The sampler yields spans, so that no list of them is held."""
 
     def __init__(self, intake: Intake) -> None:
         self.intake = intake
 
-    def __getitem__(self, span: Span) -> DecodedBatch:
-        return self.intake.of(span)
+    def __getitem__(self, span: Span) -> DecodedBatch | SoftLabelError:
+        try:
+            return self.intake.of(span)
+        except SoftLabelError as error:  # handed over as it is: PyTorch would put a traceback into its message
+            return error.with_traceback(None)
 
 
 class _OneReader(Source):
@@ -194,14 +204,23 @@ class _OneReader(Source):
             return self._source.read(indices)
 
 
+def _handle_children(before: Any) -> None:
+    """Take back the handler of SIGCHLD that a DataLoader sets: it raises wherever the program just is, while a lease is
+    given back, say. Who waits for a batch is told of a death all the same, within seconds."""
+    # Only the main thread can set handlers, PyTorch's loader too.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
 @contextmanager
-def deaths_told() -> Iterator[None]:
-    """Turn what PyTorch raises when a worker process was killed, which is wherever the program just is, into a
-    DataError."""
+def _deaths_told() -> Iterator[None]:
+    """Turn what PyTorch raises when a worker process was killed into a DataError."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # A batch that its worker could not hand over any more breaks off as a connection does. What a worker itself
+        # raises is told as "Caught ...".
+        if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "worker (pid" not in str(error)):
             raise
         raise DataError(
             f"a decoding process died ({' '.join(str(error).split())[:200]}), perhaps because memory ran out; what "
