@@ -11,6 +11,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from softlabel.errors import TeacherError
 from softlabel.intake import DecodedBatch, Span
 from softlabel.pace import PaceMeter
 from softlabel.store.manifest import ShardPlan
+
+T = TypeVar("T")
 
 log = logging.getLogger("softlabel")
 
@@ -63,6 +66,21 @@ def label_shards(
             for shard in _through(tuple(left), labeller, workers, meter, count):
                 left.popleft()
                 yield shard
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            _halve(labeller, error)
+
+
+def fitting(labeller: Labeller, compute: Callable[[], T]) -> T:
+    """What `compute` returns, begun anew with half the batch size where memory runs out.
+
+    Raises:
+        TeacherError: one image does not fit into memory.
+    """
+    while True:
+        try:
+            return compute()
         except Exception as error:
             if not out_of_memory(error):
                 raise

@@ -18,6 +18,7 @@ from softlabel.dataset import IGNORE
 from softlabel.errors import DataError
 from softlabel.intake import DecodedBatch
 from softlabel.job import Job
+from softlabel.lanes import fitting
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to be timed
@@ -88,6 +89,10 @@ def label_sample(job: Job, *, seconds: float = 0.0, seed: int = 0) -> Trial:
         DataError: no image of the sample can be decoded.
         TeacherError: a member's output is not (B, C) finite numbers.
     """
+    return fitting(job.labeller, lambda: _label_sample(job, seconds, seed))
+
+
+def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
     labeller = job.labeller
     drawn = sample_indices(len(labeller.source), labeller.batch_size, seed)
     batches: list[DecodedBatch] = []

@@ -101,7 +101,7 @@ MAY_IMPORT = {
     "shardjob": {"job", "lanes", "store", "upkeep"},
     "deployment": set(),
     "cluster": {"dask", "distributed", "tqdm", "deployment", "generate", "job", "shardjob", "store"},
-    "trial": {"numpy", "torch", "dataset", "intake", "job", "store"},
+    "trial": {"numpy", "torch", "dataset", "intake", "job", "lanes", "store"},
     "diagnosis": {"numpy", "torch", "dataset", "engine", "intake", "teacher", "trial"},
     "plan": {"torch", "encoding", "engine", "head", "job", "store", "trial"},
     "preflight": {"diagnosis", "job", "plan", "store", "trial"},
