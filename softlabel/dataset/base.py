@@ -4,7 +4,7 @@ Legend: N samples. Labels are int64, `IGNORE` where there is none.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from softlabel.dataset.distinct import Repeated
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.index import Hasher
 from softlabel.store.keys import Keys
@@ -126,18 +127,25 @@ def check_keys(source: Source, *, unique: bool = True) -> str:
         DataError: two samples have one key, or a key is not valid Unicode.
     """
     digest, hasher = xxhash.xxh3_128(), Hasher()
-    hashes_N = np.empty(len(source), dtype=np.uint64)
+    # 64-bit hashes find the candidates; the keys themselves decide.
+    with Repeated(len(source) if unique else 0) as repeated:
+        for _, keys in _tables(source):
+            digest.update(_with_lengths(keys).data)
+            if unique:
+                repeated.add(hasher(keys, 0))
+        for hashes in repeated.found():
+            _refuse_equal(source, hasher, hashes)
+    return digest.hexdigest()
+
+
+def _tables(source: Source) -> Iterator[tuple[int, Keys]]:
+    """All keys, and the number of the first of each table."""
     for start in range(0, len(source), _CHUNK):
         stop = min(start + _CHUNK, len(source))
         try:
-            keys = source.key_table(start, stop)
+            yield start, source.key_table(start, stop)
         except DataError as error:
             raise DataError(f"{source.name}: samples {start} to {stop - 1}: {error}") from error
-        digest.update(_with_lengths(keys).data)
-        hashes_N[start:stop] = hasher(keys, 0)
-    if unique:
-        _refuse_duplicates(source, hashes_N)
-    return digest.hexdigest()
 
 
 def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
@@ -153,23 +161,20 @@ def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
     return mixed
 
 
-def _refuse_duplicates(source: Source, hashes_N: NDArray[np.uint64]) -> None:
-    """64-bit hashes find the candidates in 8 bytes a sample; the keys themselves decide."""
-    sorted_N = np.sort(hashes_N)
-    repeated = np.unique(sorted_N[1:][sorted_N[1:] == sorted_N[:-1]])
-    if not len(repeated):
-        return
+def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) -> None:
+    """Raises DataError if two of the keys with these hashes are equal."""
     first: dict[str, int] = {}
     twice: dict[str, tuple[int, int]] = {}
-    for index in np.flatnonzero(np.isin(hashes_N, repeated)).tolist():
-        key = source.keys(index, index + 1)[0]
-        if key in first:
-            twice.setdefault(key, (first[key], index))
-        first.setdefault(key, index)
-        if len(twice) == 2:
+    for start, keys in _tables(source):
+        for place in np.flatnonzero(np.isin(hasher(keys, 0), hashes)).tolist():
+            key = keys[place]
+            if key in first:
+                twice.setdefault(key, (first[key], start + place))
+            first.setdefault(key, start + place)
+        if len(twice) >= 2:
             break
     if twice:
-        listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in twice.items())
+        listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in list(twice.items())[:2])
         raise DataError(
             f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; "
             f"{source.against_equal_keys}"

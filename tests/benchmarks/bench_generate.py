@@ -55,7 +55,12 @@ def main() -> None:
     def generate() -> None:
         shutil.rmtree(work / "store", ignore_errors=True)
         softlabel.generate(
-            work / "images.parquet", teachers=[teacher], out=work / "store", batch_size=BATCH, progress=False
+            work / "images.parquet",
+            teachers=[teacher],
+            out=work / "store",
+            batch_size=BATCH,
+            preflight=False,
+            progress=False,
         )
 
     seconds = interleaved({"decode": decode, "forward": forward, "generate": generate}, options.repeats)
