@@ -305,7 +305,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path, format: str) -> None:
             {"dataset": DatasetInfo(kind="parquet", rows=51, fingerprint="x")},
             "dataset size: the store has 50, this run 51",
         ),
-        ({"views": ViewPolicy(count=1, policy={"name": "crop"})}, "views.policy.name"),
+        ({"views": ViewPolicy(count=1, policy={"name": "crop"})}, "view policy: the store has center, this run crop"),
         ({"shard_rows": 8}, "rows per shard (--shard-rows): the store has 16, this run 8"),
     ):
         with pytest.raises(MismatchError) as caught:
