@@ -29,7 +29,9 @@ PARTNER_BOX, PARTNER_FLIP = "view_partner_box", "view_partner_flip"
 def view_columns(policy: Mapping[str, Any]) -> tuple[Column, ...]:
     """The columns of the views of a policy. ValueError when it is not one."""
     steps = policy.get("steps", [])
-    if not isinstance(steps, list | tuple) or not all(isinstance(step, Mapping) and "op" in step for step in steps):
+    if not isinstance(steps, list | tuple) or not all(
+        isinstance(step, Mapping) and isinstance(step.get("op"), str) for step in steps
+    ):
         raise ValueError("views.policy.steps: expected a list of objects with an 'op'")
     if not steps:
         return ()

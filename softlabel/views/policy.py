@@ -67,6 +67,8 @@ class Policy:
                 mix = _mix(op, rest)
             else:
                 arguments = rest.get("arguments", {})
+                if not isinstance(arguments, Mapping):
+                    raise UsageError(f"augment: {op}: expected arguments by name, found {arguments!r}")
                 transforms.append(transform_of(op, arguments))
                 fixed = fixed or fixes_size(op, arguments)
         if crop is None and mix is None and not transforms:
@@ -160,7 +162,13 @@ def _inception(arguments: Mapping[str, Any]) -> CropStep:
 
 
 _CROPS: dict[str, Callable[[Mapping[str, Any]], CropStep]] = {"crop-flip": _crop_flip, "inception": _inception}
-_KINDS: dict[str, type | tuple[type, ...]] = {"padding": int, "size": int, "flip": bool, "alpha": (int, float)}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "padding": int,
+    "size": int,
+    "flip": bool,
+    "interpolation": str,
+    "alpha": (int, float),
+}
 
 
 def _mix(name: str, arguments: Mapping[str, Any]) -> MixStep:
