@@ -1,0 +1,155 @@
+"""What training from cached labels costs: resnet8 on CIFAR JPEG images, batch 256.
+
+python -m tests.benchmarks.bench_train [--rows 5120] [--repeats 5] [--precision fp32]
+
+Prints medians of interleaved runs: a step with soft labels beside one with hard labels alone; an epoch from cached
+labels beside one that runs the teacher (resnet56) for every batch; four students in one pass beside four passes, and
+how often images were decoded and rows of labels read.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import softlabel
+from softlabel.loader import SoftLabelLoader, joined
+from softlabel.loss import DenseTarget
+from softlabel.models import build_model
+from softlabel.store.reader import Store
+from softlabel.teacher import load_teacher, student_preprocessing
+from softlabel.train.distributed import Ranks
+from softlabel.train.grid import students_of
+from softlabel.train.student import Student
+from softlabel.train.work import Counts, Work, cut, prepare, without_filler
+from softlabel.views import CropFlip
+from tests.benchmarks.timing import interleaved
+from tests.students import random_logits, write_store
+
+STUDENT, BATCH, T = "zoo:resnet8", 256, 4.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=5120, help="images of an epoch")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    options = parser.parse_args()
+    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    if not shared.is_dir():
+        sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg and cifar10-resnets")
+    logging.disable(logging.WARNING)
+    data = f"{shared / 'cifar10-jpeg' / 'train.parquet'}?rows=0:{options.rows}"
+    print(f"{STUDENT}, batch {BATCH}, {options.precision}, {torch.get_num_threads()} threads, {options.rows:,} images")
+    with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
+        source = softlabel.open_source(data)
+        # Whose labels these are makes no difference to the time.
+        write_store(Path(folder) / "store", source.keys(), random_logits(len(source), 10), temperature=T)
+        labels = str(Path(folder) / "store")
+        teacher = f"zoo:resnet56@{shared / 'cifar10-resnets' / 'resnet56-jpeg.safetensors'}"
+        steps(data, labels, teacher, options.precision, options.repeats)
+        passes(data, labels, Path(folder), options.precision, options.repeats)
+
+
+def steps(data: str, labels: str, teacher_spec: str, precision: str, repeats: int, count: int = 6) -> None:
+    """Steps of the trainer, from the loader to the optimiser, images and labels cached."""
+    preprocessing = student_preprocessing(STUDENT)
+    teacher = load_teacher(teacher_spec, precision=precision)  # type: ignore[arg-type]
+    ranks = Ranks("cpu")
+    common = {"batch_size": BATCH, "tail": "drop", "preprocessing": preprocessing, "augment": CropFlip()}
+    loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
+    students = {}
+    for kind, store in (("hard", None), ("soft", labels), ("online", labels)):
+        config = softlabel.TrainConfig(data=data, student=STUDENT, out="unused", labels=store)
+        students[kind] = Student(
+            students_of(config)[0],
+            build_model(STUDENT, num_classes=10),
+            preprocessing,
+            ranks=ranks,
+            precision=precision,
+            temperature=T,
+            steps=count,
+        )
+
+    def works(kind: str) -> Iterator[Work]:
+        loader = loaders["soft" if kind == "soft" else "hard"]
+        loader.set_epoch(0)
+        for step, batch in zip(range(count), loader, strict=False):
+            if kind == "online":
+                logits_BC = teacher.logits(batch.images)
+                target = DenseTarget(scaled_logits=logits_BC / T, temperature=T, retemperable=True)
+                batch = replace(batch, target=target)
+            batch, counts_B = without_filler(batch)
+            whole = Counts(rows=BATCH, soft=0 if batch.target is None else BATCH, hard=BATCH)
+            yield prepare(
+                batch, cut(batch, counts_B, 1), whole, [preprocessing], epoch=0, step=step, listen=kind != "hard"
+            )
+
+    def run(kind: str) -> None:
+        student = students[kind]
+        student.epoch = student.step = 0
+        for work in works(kind):
+            student.advance(work, alone=True)
+
+    for loader in loaders.values():
+        for _ in loader:  # fills the cache
+            pass
+    ms = {
+        name: 1e3 * seconds / count
+        for name, seconds in interleaved({k: lambda k=k: run(k) for k in students}, repeats).items()  # type: ignore[misc]
+    }
+    named = {"hard": "hard labels", "soft": "cached soft labels", "online": "teacher on line"}
+    print("ms a step: " + ", ".join(f"{named[kind]} {value:.1f}" for kind, value in ms.items()))
+    print(f"soft / hard = {ms['soft'] / ms['hard']:.3f}   (goal: at most 1.03)")
+    print(f"cached / on line = {ms['soft'] / ms['online']:.3f}   (goal: at most 0.25)")
+
+
+def passes(data: str, labels: str, folder: Path, precision: str, repeats: int) -> None:
+    """One epoch of four students, everything included: opening, decoding, training, writing the run folders."""
+    temperatures, number = [1.0, 2.0, 4.0, 8.0], [0]
+
+    def train(temperature: float | list[float]) -> None:
+        number[0] += 1
+        softlabel.train(
+            softlabel.TrainConfig(
+                data=data,
+                labels=labels,
+                student=STUDENT,
+                out=str(folder / f"run-{number[0]}"),
+                epochs=1,
+                batch_size=BATCH,
+                temperature=temperature,
+                precision=precision,  # type: ignore[arg-type]
+                tensorboard=False,
+                progress=False,
+                device="cpu",
+            )
+        )
+
+    def apart() -> None:
+        for temperature in temperatures:
+            train(temperature)
+
+    for name, side in (("one pass", lambda: train(temperatures)), ("four passes", apart)):
+        take, decode = Store.take, joined.decode_image
+        with (
+            mock.patch.object(Store, "take", autospec=True, side_effect=take) as taken,
+            mock.patch.object(joined, "decode_image", side_effect=decode) as decoded,
+        ):
+            side()
+        rows = sum(len(call.args[1]) for call in taken.call_args_list)
+        print(f"{name}: {decoded.call_count:,} images decoded, {rows:,} rows of labels read")
+    seconds = interleaved({"one": lambda: train(temperatures), "four": apart}, repeats, warmup=0)
+    print(f"four students, one epoch: one pass {seconds['one']:.1f} s, four passes {seconds['four']:.1f} s")
+    print(f"one pass / four passes = {seconds['one'] / seconds['four']:.3f}   (goal: at most 0.85)")
+
+
+if __name__ == "__main__":
+    main()
