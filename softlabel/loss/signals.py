@@ -10,7 +10,7 @@ from torch import Tensor
 from softlabel.loss.reference import scaled_logits
 from softlabel.loss.targets import SampledTarget, Target, TopKTarget, tail_column
 
-__all__ = ["entropy", "teacher_log_probs", "top_class"]
+__all__ = ["teacher_log_probs", "top_class", "top_class_and_entropy"]
 
 
 def top_class(target: Target) -> Tensor | None:
@@ -23,18 +23,24 @@ def top_class(target: Target) -> Tensor | None:
     return scaled_logits(target, torch.float32).argmax(dim=1)
 
 
-def entropy(target: Target) -> Tensor | None:
-    """float32 (N,), nats at the target's own temperature. The classes that a top-k target left out count as one, which
-    is the least that their entropy can be. None for drawn classes."""
-    if isinstance(target, SampledTarget):
-        return None
+def top_class_and_entropy(target: Target) -> tuple[Tensor, Tensor] | None:
+    """The most probable class, int64 (N,), and the entropy in nats at the target's own temperature, float32 (N,).
+
+    The classes that a top-k target left out count as one, which is the least that their entropy can be. None for drawn
+    classes.
+    """
     if isinstance(target, TopKTarget):
         column = tail_column(target, target.temperature)
         log_p = F.log_softmax(torch.cat([target.value.float(), target.tail[:, column, None].float()], dim=1), dim=1)
+        top_N = top_class(target)
+    elif isinstance(target, SampledTarget):
+        return None
     else:
-        log_p = teacher_log_probs(target)
+        log_p = teacher_log_probs(target)  # once: for a head it is a product of matrices
+        top_N = log_p.argmax(dim=1)
+    assert top_N is not None
     p = log_p.exp()
-    return -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
+    return top_N, -torch.where(p > 0, p * log_p, 0.0).sum(dim=1)
 
 
 def teacher_log_probs(target: Target, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -274,6 +274,7 @@ def _identity(
         "precision": precision,
         "classes": num_classes,
         "data (fingerprint of the keys)": source.fingerprint(),
+        "samples of each source": [len(one) for one in getattr(source, "sources", [source])],
         "hard labels (fingerprint)": hard_labels,
         "store": None if store is None else store.manifest.store_id,
     }

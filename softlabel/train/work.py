@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softlabel.dataset import IGNORE
 from softlabel.loader import Batch
-from softlabel.loss.signals import entropy, top_class
+from softlabel.loss.signals import top_class_and_entropy
 from softlabel.teacher import Preprocessing
 
 # Mean and standard deviation: students that agree on them share the normalised images.
@@ -130,9 +130,10 @@ def prepare(
 
 def _listen(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     assert batch.target is not None
-    top_B, entropy_B = top_class(batch.target), entropy(batch.target)
-    if top_B is None or entropy_B is None:
+    found = top_class_and_entropy(batch.target)
+    if found is None:
         return None, None
+    top_B, entropy_B = found
     if batch.has_target is not None:
         top_B, entropy_B = top_B.where(batch.has_target, -1), entropy_B.where(batch.has_target, 0.0)
     both_B = (top_B >= 0) & (batch.labels != IGNORE)

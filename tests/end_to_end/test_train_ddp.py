@@ -83,6 +83,7 @@ def test_two_processes_learn_what_one_learns(
         close(tmp_path / "one" / name, tmp_path / "two" / name)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_goes_on_alone(digits: Path, tmp_path: Path) -> None:
     """SIGTERM to torchrun: every process stops after the same step; one process resumes, and ends where two would."""
     rest = {"student": SMOOTH, "epochs": 40, "checkpoint_minutes": 1e-4}

@@ -108,6 +108,7 @@ def test_more_students_join_those_that_are_done(digits: Path, tmp_path: Path) ->
     assert set(json.loads((tmp_path / "pass" / "students.json").read_text())) == {"T1", "T2", "T4"}
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_as_if_nothing_had_happened(digits: Path, tmp_path: Path) -> None:
     """kill -9 at random instants, also between the checkpoints of two students of the same step."""
     rest = {"temperature": [1.0, 2.0, 4.0], "epochs": 8, "optimizer": "adamw", "lr": 0.001, "ema": 0.9}

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,12 @@ def test_a_shard_that_vanishes_is_named_and_the_run_goes_on(
     away.rename(tmp_path / "store" / "shards")
     assert train(config(digits, tmp_path / "broken", **rest)).resumed_from >= 1
     assert equal(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
+    with pytest.raises(UsageError, match=rf"pip install 'softlabel\[{tracker}\]'"):
+        train(config(digits, tmp_path / "run", tracker=tracker))
