@@ -6,6 +6,7 @@ checkpoint.pt       where it is
 metrics.csv, tensorboard/
 best.safetensors    the weights of the best evaluation so far
 failed.json         why the student was given up
+tracker.json        its id at --tracker, so that a resumed run goes on there
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them.
@@ -34,6 +35,7 @@ CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "con
 MODEL = ("model.json", "model.safetensors")
 FORMAT = 2  # of a checkpoint
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
+TRACKER = "tracker.json"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -188,6 +190,6 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, *MODEL):
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, *MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)

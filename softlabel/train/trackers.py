@@ -15,8 +15,6 @@ from softlabel.train.config import TrainConfig
 from softlabel.train.metrics import EpochMetrics
 from softlabel.train.student import Student
 
-NAME = "tracker.json"  # the run's id at the tracker, so that a resumed run goes on there
-
 
 class Tracker(Protocol):
     """One student's curves somewhere."""
@@ -149,11 +147,11 @@ def _absent(name: str) -> UsageError:
 
 def _known_id(folder: Path, tracker: str) -> str | None:
     try:
-        found = json.loads((folder / NAME).read_text()).get(tracker)
+        found = json.loads((folder / files.TRACKER).read_text()).get(tracker)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None
 
 
 def _keep_id(folder: Path, tracker: str, identifier: str | None) -> None:
-    files.write_atomically(folder / NAME, json.dumps({tracker: identifier}).encode() + b"\n")
+    files.write_atomically(folder / files.TRACKER, json.dumps({tracker: identifier}).encode() + b"\n")
