@@ -20,16 +20,24 @@ UInt64s = NDArray[np.uint64]
 _ROUNDS = 12
 _GOLDEN = 0x9E3779B97F4A7C15
 _U64 = (1 << 64) - 1
+_HALF = np.uint64(32)
 # Parts of a key that keep the order of blocks and that of samples independent.
 _OF_BLOCKS, _OF_A_WINDOW = 1, 2
 
 
 def mix64(values: UInt64s) -> UInt64s:
     """Hash uint64 numbers, each to one that looks independent of it (the finaliser of SplitMix64; a bijection)."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values.copy()
+    _mix64(mixed, np.empty_like(mixed))
+    return mixed
+
+
+def _mix64(values: UInt64s, spare: UInt64s) -> None:
+    """`mix64` in place, with `spare` as scratch memory: an order is a hundred passes over short arrays."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.bitwise_xor(values, np.right_shift(values, np.uint64(shift), out=spare), out=values)
+        np.multiply(values, np.uint64(factor), out=values)
+    np.bitwise_xor(values, np.right_shift(values, np.uint64(31), out=spare), out=values)
 
 
 def stream_key(*parts: int) -> np.uint64:
@@ -98,17 +106,18 @@ def _feistel(places: UInt64s, rows: int, columns: int, round_keys: list[np.uint6
     """A keyed bijection of 0..rows*columns-1: turn every row by a hash of its number, then every column, and so on."""
     a, b = np.uint64(rows), np.uint64(columns)
     left, right = places // b, places % b
+    hashed, spare = np.empty_like(left), np.empty_like(left)
     for number, round_key in enumerate(round_keys):
-        if number % 2 == 0:
-            left = (left + _below(right, a, round_key)) % a
-        else:
-            right = (right + _below(left, b, round_key)) % b
+        turned, by, limit = (left, right, a) if number % 2 == 0 else (right, left, b)
+        _mix64(np.bitwise_xor(by, round_key, out=hashed), spare)
+        # Below the limit: the upper 32 bits scaled, which a rectangle of up to 2^64 places allows.
+        np.right_shift(hashed, _HALF, out=hashed)
+        np.multiply(hashed, limit, out=hashed)
+        np.right_shift(hashed, _HALF, out=hashed)
+        np.add(turned, hashed, out=turned)
+        # The sum modulo the limit: below zero, unsigned, is huge. Division is slow.
+        np.minimum(turned, np.subtract(turned, limit, out=spare), out=turned)
     return left * b + right
-
-
-def _below(values: UInt64s, limit: np.uint64, round_key: np.uint64) -> UInt64s:
-    """A hash of each value in 0..limit-1; the upper 32 bits scaled, which a rectangle of up to 2^64 places allows."""
-    return ((mix64(values ^ round_key) >> np.uint64(32)) * limit) >> np.uint64(32)
 
 
 class BlockOrder:

@@ -46,11 +46,10 @@ class LabelJoin:
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
         self.key, self.name, self._mix = key, target, mix
-        run = self.store.run
-        if run.views.count > 1 or run.view_columns:
+        if self.store.run.views.count > 1 or self.store.run.view_columns:
             raise UsageError(
-                f"{self.store.url}: its rows are {run.views.count} view(s) of each image; SoftLabelLoader "
-                "shows the student the same views, labels that are joined by key alone do not fit"
+                f"{self.store.url}: its rows are views of the images; SoftLabelLoader shows the student the same "
+                "views, labels that are joined by key alone do not fit"
             )
         self._names = [column.name for column in self.store.run.columns]
         # Labels and keys that are read and indexed now are shared by all workers that are forked later.

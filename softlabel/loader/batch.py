@@ -3,8 +3,9 @@
 Legend: B batch, C classes, H and W pixels.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
@@ -12,6 +13,55 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.loss.targets import Target
+from softlabel.store.keys import Keys
+
+
+class BatchKeys(Sequence[str]):
+    """The keys of a batch, a sequence like a tuple of strings, which are made when somebody asks for one.
+
+    Few training loops do, and making them takes as long as gathering the images. Equal to a tuple of the same strings.
+    """
+
+    __slots__ = ("_rows", "_table", "_texts")
+
+    def __init__(self, table: Keys, rows: NDArray[np.int64]) -> None:
+        self._table, self._rows = table, rows
+        self._texts: tuple[str, ...] | None = None
+
+    def _all(self) -> tuple[str, ...]:
+        if self._texts is None:
+            self._texts = tuple(self._table.take(self._rows).to_list())
+        return self._texts
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
+        return self._all()[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __add__(self, other: Sequence[str]) -> tuple[str, ...]:
+        return (*self, *other)
+
+    def __eq__(self, other: object) -> bool:
+        return self._all() == (other._all() if isinstance(other, BatchKeys) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The keys of this batch alone travel, as two arrays."""
+        taken = self._table.take(self._rows)
+        return BatchKeys, (taken, np.arange(len(taken)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,7 +71,7 @@ class Batch:
     Attributes:
         images: uint8 (B, 3, H, W), RGB, not normalised.
         labels: int64 (B,), -100 where there is none.
-        keys: B keys.
+        keys: B keys, a sequence of strings.
         samples: int64 (B,), which samples of the dataset these are.
         rows: int64 (B,), which rows of the store they were joined to; -1 where there is none.
         target: what the teacher says, for `softlabel.distillation_loss`; None without a store.
@@ -33,7 +83,7 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     samples: Tensor
     rows: Tensor
     target: Target | None = None

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from softlabel.dataset import Source, content_hash, decode_image
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.labels import Mix
-from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.pixels import PixelCache
 from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
 from softlabel.loader.target import as_target
@@ -141,7 +141,7 @@ class JoinedDataset(Dataset[Batch]):
             positions, view = wanted.positions, wanted.view
         else:
             positions, view = np.asarray(wanted, dtype=np.int64), None
-        keys = self.keys(positions)
+        keys = BatchKeys(self._keys, positions)
         labels_B = self.labels[positions]
         if self._replay is not None:
             views_B = self._replay.views_of(view, keys)
@@ -156,7 +156,7 @@ class JoinedDataset(Dataset[Batch]):
         return Batch(
             images=images_BCHW,
             labels=torch.from_numpy(labels_B),
-            keys=tuple(keys),
+            keys=keys,
             samples=torch.from_numpy(self.samples[positions]),
             rows=torch.from_numpy(rows_B),
             target=self._target(self.store, rows_B) if self.store is not None and self._targets else None,
@@ -222,10 +222,12 @@ class JoinedDataset(Dataset[Batch]):
         shape = tuple(read(first, self.keys(first))[0].shape)
         assert len(shape) == 3
         return (
-            PixelCache(len(self), shape) if PixelCache.fits(len(self), shape, budget=budget, workers=workers) else None
+            PixelCache(len(self), shape, shared=workers > 0)
+            if PixelCache.fits(len(self), shape, budget=budget, workers=workers)
+            else None
         )
 
-    def _images(self, positions: Int64s, keys: list[str]) -> NDArray[np.uint8]:
+    def _images(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
         if self._cache is None:
             return np.stack(self._read(positions, keys))
         unknown = self._cache.unknown(positions)
@@ -234,7 +236,7 @@ class JoinedDataset(Dataset[Batch]):
             self._cache.put(positions[unknown], np.stack(images))
         return self._cache.get(positions)
 
-    def _sources(self, positions: Int64s, keys: list[str]) -> Images:
+    def _sources(self, positions: Int64s, keys: Sequence[str]) -> Images:
         """Images as they are in the source, of any sizes; those of the cache's size come from there."""
         cache = self._cache
         if cache is None:
@@ -254,7 +256,7 @@ class JoinedDataset(Dataset[Batch]):
             ]
         )
 
-    def _read(self, positions: Int64s, keys: list[str]) -> list[NDArray[np.uint8]]:
+    def _read(self, positions: Int64s, keys: Sequence[str]) -> list[NDArray[np.uint8]]:
         """Decoded images, none of them cached, in the student's size."""
         images = []
         for image_CHW, key in zip(self._decoded(positions, keys), keys, strict=True):
@@ -272,7 +274,7 @@ class JoinedDataset(Dataset[Batch]):
                 )
         return images
 
-    def _decoded(self, positions: Int64s, keys: list[str]) -> list[Tensor]:
+    def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:
         """Read, check and decode images, none of them cached: uint8 (3, H, W) each."""
         samples = self.source.read(self.samples[positions].tolist())
         images: list[Tensor] = []
@@ -293,7 +295,7 @@ class JoinedDataset(Dataset[Batch]):
                 raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
         return images
 
-    def _check_content(self, positions: Int64s, keys: list[str], hashes: NDArray[np.uint64]) -> None:
+    def _check_content(self, positions: Int64s, keys: Sequence[str], hashes: NDArray[np.uint64]) -> None:
         rows = self.rows[positions]
         known = np.flatnonzero((rows >= 0) & (hashes != 0))
         if self.store is None or not len(known):
@@ -309,7 +311,8 @@ class JoinedDataset(Dataset[Batch]):
 
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
-        stored = store.take(np.maximum(rows_B, 0), [column.name for column in store.run.label_columns])
+        rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
+        stored = store.take(rows_B, [column.name for column in store.run.label_columns])
         return as_target(store.run, stored.columns, extra=store.extra, mix=self._mix)
 
 

@@ -3,7 +3,7 @@
 Legend: B batch, H and W pixels, K samples that are kept, V views.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -68,7 +68,7 @@ class Replay:
         self._keys = keys
         self._checked = False
 
-    def views_of(self, epoch: int | None, keys: list[str]) -> Int64s:
+    def views_of(self, epoch: int | None, keys: Sequence[str]) -> Int64s:
         """Which view each sample has in an epoch, int64 (B,); view 0 without an epoch."""
         count = len(self._rows_VK)
         if epoch is None or self._order == "cycle":
@@ -83,7 +83,9 @@ class Replay:
         """Hard labels as they hold for views: an image that is mixed out of two has none."""
         return labels_B if self._partners is None else np.where(rows_B >= 0, IGNORE, labels_B)
 
-    def images(self, positions: Int64s, keys: list[str], views_B: Int64s, rows_B: Int64s, epoch: int | None) -> Tensor:
+    def images(
+        self, positions: Int64s, keys: Sequence[str], views_B: Int64s, rows_B: Int64s, epoch: int | None
+    ) -> Tensor:
         """uint8 (B, 3, H, W): the views, brought to the student's size.
 
         Raises:
@@ -96,7 +98,7 @@ class Replay:
                 places = np.flatnonzero((views_B == view) & ((rows_B >= 0) == known))
                 if not len(places):
                     continue
-                named = [keys[place] for place in places]
+                named = [keys[place] for place in places.tolist()]
                 images = self._decode(positions[places], named)
                 if known:
                     made = self._again(images, named, rows_B[places], view, epoch)
@@ -108,10 +110,10 @@ class Replay:
                     seen[place] = image
         return self._shaped(stacked([image for image in seen if image is not None]), keys)
 
-    def _again(self, images: Images, keys: list[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
+    def _again(self, images: Images, keys: Sequence[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
         columns = self._store.take(rows_B, self._names).columns
         partners: Images | None = None
-        partner_keys: list[str] = []
+        partner_keys: Sequence[str] = []
         if self._partners is not None:
             positions = self._partners.positions(columns[PARTNER], keys, self._store)
             partner_keys = self._keys.take(positions).to_list()
@@ -126,7 +128,13 @@ class Replay:
         return made
 
     def _compare(
-        self, made: Images, keys: list[str], stored_B: NDArray[np.uint64], rows_B: Int64s, view: int, epoch: int | None
+        self,
+        made: Images,
+        keys: Sequence[str],
+        stored_B: NDArray[np.uint64],
+        rows_B: Int64s,
+        view: int,
+        epoch: int | None,
     ) -> None:
         if not self._check:
             return
@@ -153,7 +161,7 @@ class Replay:
             "anew, or accept other pixels with --check-views 0"
         )
 
-    def _anew(self, images: Images, keys: list[str], view: int) -> Images:
+    def _anew(self, images: Images, keys: Sequence[str], view: int) -> Images:
         """Views of samples that the store has no row for: of the same kind, and never mixed, for their hard labels."""
         made = self._views.unmixed().make(images, keys, view=view, read=_nobody)
         if made.failed:
@@ -161,7 +169,7 @@ class Replay:
             raise DataError(f"image {keys[place]!r}: {reason}; mend it or take it out")
         return made.images
 
-    def _shaped(self, made: Images, keys: list[str]) -> Tensor:
+    def _shaped(self, made: Images, keys: Sequence[str]) -> Tensor:
         shape, fixed = self._preprocessing, self._views.policy.fixed
         first = made[0]
         try:
@@ -190,7 +198,7 @@ class _Partners:
         self._order = np.lexsort((named[:, 1], named[:, 0]))
         self._low, self._high = named[self._order, 0], named[self._order, 1]
 
-    def positions(self, partners_B2: NDArray[np.uint64], keys: list[str], store: Store) -> Int64s:
+    def positions(self, partners_B2: NDArray[np.uint64], keys: Sequence[str], store: Store) -> Int64s:
         places = np.minimum(np.searchsorted(self._low, partners_B2[:, 0]), len(self._low) - 1)
         right = (self._low[places] == partners_B2[:, 0]) & (self._high[places] == partners_B2[:, 1])
         if not right.all():

@@ -155,9 +155,10 @@ class SoftLabelLoader:
         self._plan = _Plan(self._order, self._shares)
         self._place = _Place()
         self._start = 0
+        self._guarded = _Guarded(self.dataset)
         # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
         self._batches = DataLoader(
-            _Guarded(self.dataset),
+            self._guarded,
             batch_sampler=self._plan,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -207,7 +208,7 @@ class SoftLabelLoader:
         self._plan.epoch, self._plan.start = epoch, start
         self._place = _Place(epoch=epoch, sample=start)
         try:
-            for done, batch in enumerate(self._batches, 1):
+            for done, batch in enumerate(self._loaded(), 1):
                 if isinstance(batch, _Failure):
                     raise batch.error
                 batch = self._with_target(batch, epoch, self._place.sample, self._shares.after(start, done))
@@ -217,6 +218,16 @@ class SoftLabelLoader:
             self.raise_if_worker_died(error)
             raise
         self.set_epoch(epoch + 1)
+
+    def _loaded(self) -> "Iterator[Batch | _Failure]":
+        """The batches of the plan, made by workers or right here, where a DataLoader would only take time."""
+        if self._batches.num_workers:
+            yield from self._batches
+            return
+        pin = self._batches.pin_memory and torch.cuda.is_available()
+        for request in self._plan:
+            made = self._guarded.__getitems__(request)
+            yield made.pin_memory() if pin and isinstance(made, Batch) else made
 
     def _block_order(self, window: int | None, shuffle: bool) -> BlockOrder:
         # Samples that are left out move the edges: they are places among those that stay.

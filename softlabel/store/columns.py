@@ -8,6 +8,7 @@ know no encoding; decode.py turns them into scaled logits. A store that keeps it
 wide, the members side by side.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,6 +86,7 @@ class Encoding:
         if self.proposal is not None and not (self.name == "sampled" and 0 < self.proposal <= 1):
             raise ValueError(f"encoding {self.name!r}: proposal must lie in (0, 1] and belongs to 'sampled'")
 
+    @functools.cache  # noqa: B019 - a handful of encodings, asked for with every batch
     def columns(self, *, num_classes: int, members: int = 1) -> tuple[Column, ...]:
         """The columns of a row of `members` teachers (1 unless the store keeps its members apart)."""
         parts: list[tuple[str, Dtype, int]]

@@ -184,5 +184,5 @@ def test_a_join_says_what_it_cannot_do(store: Path, tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(join))
     check(KEYS[:3], copy.target(KEYS[:3]))
     storekit.write_store(tmp_path / "views", storekit.make_run(views=3))
-    with pytest.raises(UsageError, match="3 views of each image; SoftLabelLoader"):
+    with pytest.raises(UsageError, match="its rows are views of the images; SoftLabelLoader"):
         softlabel.LabelJoin(open_store(tmp_path / "views"))
