@@ -222,9 +222,7 @@ class JoinedDataset(Dataset[Batch]):
         shape = tuple(read(first, self.keys(first))[0].shape)
         assert len(shape) == 3
         return (
-            PixelCache(len(self), shape, shared=workers > 0)
-            if PixelCache.fits(len(self), shape, budget=budget, workers=workers)
-            else None
+            PixelCache(len(self), shape) if PixelCache.fits(len(self), shape, budget=budget, workers=workers) else None
         )
 
     def _images(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:

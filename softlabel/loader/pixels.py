@@ -14,20 +14,16 @@ Flags = NDArray[np.bool_]
 
 
 class PixelCache:
-    """N decoded images of one size, in memory that forked workers share (`shared`): each decodes for all the others.
+    """N decoded images of one size, in memory that forked workers share: each decodes for all the others.
 
     The memory is an anonymous mapping: pages that were not written cost nothing, and unlike POSIX shared memory it is
     not bounded by the size of /dev/shm. An image is written by whoever decodes it first; an epoch visits a sample
     once, so no two workers write the same one, and a second writer would write the same bytes.
     """
 
-    def __init__(self, images: int, shape: tuple[int, int, int], *, shared: bool) -> None:
+    def __init__(self, images: int, shape: tuple[int, int, int]) -> None:
         pixels = shape[0] * shape[1] * shape[2]
-        kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
-        self._memory = mmap.mmap(-1, images * (pixels + 1), flags=kind | mmap.MAP_ANONYMOUS)
-        if not shared and hasattr(mmap, "MADV_HUGEPAGE"):
-            # Images are gathered from all over: with small pages half of the time goes into finding them.
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = mmap.mmap(-1, images * (pixels + 1))
         flat = np.frombuffer(self._memory, dtype=np.uint8)
         self._pixels: Bytes = flat[: images * pixels].reshape(images, *shape)
         self._known: Flags = flat[images * pixels :].view(np.bool_)

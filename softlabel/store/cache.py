@@ -1,7 +1,8 @@
 """Arrays that were decoded once per machine, in files that every process maps.
 
 An entry is two files in the cache's folder: NAME.bin, the array's bytes, and NAME.json, its length and XXH3-128. The
-second is written last. Builders take turns by a lock, so that two processes do not decode the same store twice.
+second is written last; NAME.whole notes in which state the first was last found to have that hash. Builders take turns
+by a lock, so that two processes do not decode the same store twice.
 """
 
 import contextlib
@@ -69,13 +70,29 @@ class Cache:
                 length = path.stat().st_size
                 if not isinstance(entry, dict) or entry.get("bytes") != length or (size is not None and size != length):
                     return None
-                if check and name not in self._trusted and file_xxh3(path) != entry.get("xxh3"):
+                if check and name not in self._trusted and not self._whole(name, path, entry.get("xxh3")):
                     return None
                 arrays[name] = _map(path, length)
             except (OSError, ValueError):
                 return None
             self._trusted.add(name)
         return arrays
+
+    def _whole(self, name: str, path: Path, xxh3: object) -> bool:
+        """Whether the file's bytes are those that were written: hashed, unless they were since it last changed."""
+        status = os.stat(path)  # before the bytes are read: what changes meanwhile is not vouched for
+        stamp = [xxh3, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        note = self.folder / f"{name}.whole"
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(note.read_bytes()) == stamp:
+                return True
+        if file_xxh3(path) != xxh3:
+            return False
+        with contextlib.suppress(OSError):  # where it cannot be noted it is hashed again: no harm
+            temporary = self.folder / f"{TEMPORARY}{name}-whole-{os.getpid()}"
+            temporary.write_text(json.dumps(stamp))
+            os.replace(temporary, note)
+        return True
 
     def _build(self, names: list[str], build: Callable[[Append], None]) -> None:
         with contextlib.ExitStack() as stack:

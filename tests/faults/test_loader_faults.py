@@ -111,3 +111,14 @@ def test_an_adapter_s_workers_share_them_as_well(store: Path) -> None:
     seen = torch.cat([target.scaled_logits for _, target in batches])
     expected = open_store(store).take(range(ROWS)).columns["logits"]
     assert np.array_equal(seen.numpy(), expected)
+
+
+def test_a_cache_that_was_found_whole_is_looked_at_again_when_it_changes(store: Path, tmp_path: Path) -> None:
+    expected = open_store(store).take(range(ROWS)).columns["logits"]
+    for _ in range(3):  # built, found whole, remembered
+        assert np.array_equal(open_store(store, memory=1 << 20).take(range(ROWS)).columns["logits"], expected)
+    for path in (tmp_path / "cache").rglob("logits.bin"):  # HDF5 is mapped in place and has none
+        with open(path, "r+b") as file:
+            file.seek(1000)
+            file.write(b"damaged")
+    assert np.array_equal(open_store(store, memory=1 << 20).take(range(ROWS)).columns["logits"], expected)
