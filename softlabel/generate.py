@@ -219,12 +219,12 @@ def label_missing(
         MismatchError: the data are not those that the store's shards were made from.
         DataError: no image could be labelled, in this call or before.
     """
-    started = time.perf_counter()
     run, labeller = committer.run, job.labeller
     missing = committer.missing()
     if committer.resumed:
         check_same_data(out, labeller.intake)
     found = begin(missing) if begin is not None and missing else None
+    started = time.perf_counter()
     before = committer.manifest.totals.rows
     rows = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count

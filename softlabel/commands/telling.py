@@ -1,5 +1,6 @@
 """What the commands that run teachers say before and after."""
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def tell_preflight(out: str, found: "Preflight") -> None:
     if found.bad:
         first = found.bad[0]
         print(f"  {len(found.bad):,} images of the sample cannot be decoded; {first.key!r}: {first.reason}")
+    sys.stdout.flush()  # into a log file too, before the hours that follow
 
 
 def tell(summary: "GenerateSummary", data: str | None = None) -> None:
