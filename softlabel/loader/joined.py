@@ -84,6 +84,7 @@ class JoinedDataset(Dataset[Batch]):
     ) -> None:
         self.source, self.store, self._mix = source, store, mix
         self._targets = targets
+        self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
         keys = _all_keys(source)
         labels_N = source.labels()
@@ -310,7 +311,7 @@ class JoinedDataset(Dataset[Batch]):
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
-        stored = store.take(rows_B, [column.name for column in store.run.label_columns])
+        stored = store.take(rows_B, self._label_names)
         return as_target(store.run, stored.columns, extra=store.extra, mix=self._mix)
 
 

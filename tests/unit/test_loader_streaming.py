@@ -1,6 +1,8 @@
 """Labels that are read in step with the images: the same batches, in bounded memory, from stores in one order."""
 
 import dataclasses
+import io
+import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -193,6 +195,34 @@ def test_memory_is_that_of_a_few_windows(tmp_path: Path) -> None:
         tracemalloc.stop()
         stream.close()
     assert peak < 4 * (4 * block * classes * 2) + (9 << 20)
+
+
+def test_tar_shards_are_streamed_beside_their_labels(tmp_path: Path) -> None:
+    """Two shards as WebDataset writes them, in which labels and images lie in one order."""
+    images, _ = digit_jpegs()
+    for number, part in enumerate((range(120), range(120, ROWS))):
+        with tarfile.open(tmp_path / f"data-{number}.tar", "w") as tar:
+            for place in part:
+                entry = tarfile.TarInfo(f"digit-{place:04d}.jpg")
+                entry.size = len(images[place])
+                tar.addfile(entry, io.BytesIO(images[place]))
+    run = make_run(samples=ROWS, classes=CLASSES)
+    hashes = np.array([xxhash.xxh3_64_intdigest(image) for image in images[:ROWS]], dtype=np.uint64)
+    samples = Samples.of(run, keys=[f"digit-{place:04d}" for place in range(ROWS)])
+    samples = dataclasses.replace(samples, labels=np.full(ROWS, -100), content=hashes)
+    write_store(tmp_path / "store", run, samples)
+    streamed = SoftLabelLoader(
+        str(tmp_path / "data-*.tar"), tmp_path / "store", batch_size=16, streaming=True, window=1, workers=1
+    )
+    seen: list[str] = []
+    for batch in streamed:
+        check(batch, samples)
+        seen += batch.keys
+    streamed.close()
+    assert Counter(seen) == Counter(samples.keys)
+    # One shard after the other, each shuffled within.
+    assert len({key < "digit-0120" for key in seen[:80]}) == 1
+    assert seen[:80] != sorted(seen[:80])
 
 
 def test_a_window_is_for_streaming_alone(made: tuple[Path, Samples]) -> None:
