@@ -64,7 +64,9 @@ def test_every_option_that_the_readme_names_exists() -> None:
     helps = ""
     for command in COMMANDS:
         helps += execute("sh", f"softlabel {command} --help", ROOT, timeout=60)
-    for option in set(re.findall(r"`(--[a-z_-]+)", README)) | set(re.findall(r" (--[a-z-]+) ", README)):
+    # Options of other programs stand on lines that call these.
+    ours = "\n".join(line for line in README.splitlines() if not re.search(r"\bdask (scheduler|worker)\b", line))
+    for option in set(re.findall(r"`(--[a-z_-]+)", ours)) | set(re.findall(r" (--[a-z-]+) ", ours)):
         assert option in helps, f"{option} is in the README and in no --help"
 
 
