@@ -21,7 +21,7 @@ from distributed import Client
 
 import softlabel
 from softlabel.cluster.drive import Drive
-from softlabel.engine import label_shard
+from softlabel.lanes import label_shard
 from softlabel.shardjob import Outcome, Request, label_one
 from softlabel.store.jsonio import dumps, to_json
 from softlabel.store.manifest import ShardRecord, shard_file

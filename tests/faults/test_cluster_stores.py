@@ -76,6 +76,18 @@ def test_begun_here_finished_there_and_kept_up(tmp_path: Path) -> None:
         assert len(merged) == 160
 
 
+def test_a_teacher_is_loaded_once_by_each_worker(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data.parquet", 120)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    options = ["--data", data, "--teacher", teacher_spec(marks=marks, seconds=0.2), "--shard-rows", 5]
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        run(generate(*options, "--batch-size", 5, "--out", tmp_path / "store", "--scheduler", dask.address))
+    loads = [path.name.split("-")[1] for path in marks.glob("loaded-*")]
+    assert sorted(loads) == sorted(set(loads)), "a process loaded its teacher twice"
+    assert len(loads) == 3, "two workers and the client, which knows the store's identity by it"
+
+
 def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
     """The first record wins; the late file stays beside it, unlisted, and is collected at the end."""
     data = dataset(tmp_path / "data.parquet", 30, white=(12,))
