@@ -52,8 +52,7 @@ def _warn(client: Client) -> None:
     if slow:
         log.warning(
             "%d of %d workers give every freed batch back to the system (MALLOC_TRIM_THRESHOLD_, Dask's default), "
-            "which can double the time of small images; start them with "
-            "DASK_DISTRIBUTED__NANNY__PRE_SPAWN_ENVIRON__MALLOC_TRIM_THRESHOLD_=%d",
+            "which can double the time of small images; start them with MALLOC_TRIM_THRESHOLD_=%d in the environment",
             len(slow),
             len(found),
             _TRIM,
