@@ -14,11 +14,15 @@ import numpy as np
 from softlabel.dataset import Source, content_hash, known_first
 from softlabel.errors import MismatchError, StoreNotFoundError
 from softlabel.intake import Intake
+from softlabel.store.folder import open_folder
+from softlabel.store.listing import load_root
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
-from softlabel.store.reader import Store, open_store
+from softlabel.store.probe import probe
+from softlabel.store.reader import Store, StoredRows, open_store
 from softlabel.views import changed
 
 _SHARDS, _ROWS = 64, 8  # how many shards a comparison looks into, and at how many rows of each
+_FETCHED = 1 << 30  # bytes of a remote store that it may fetch for this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +53,21 @@ class History:
         views: how many are wanted; absent: those that the store has.
         """
         try:
-            store = open_store(path, verify="none", allow_incomplete=True)
+            manifest = load_root(open_folder(path))
         except StoreNotFoundError:
             return None
-        run = store.run
+        run = manifest.run
         if not grow and not run.dataset.earlier and views in (None, run.views.count):
             return None
+        with open_store(path, verify="none", allow_incomplete=True) as store:
+            known = _known(store)
         return cls(
             path=str(path),
             dataset=run.dataset,
-            known=_known(store),
+            known=known,
             extents=run.extents,
             views=run.views,
-            complete=store.manifest.complete,
+            complete=manifest.complete,
             grow=grow,
         )
 
@@ -92,8 +98,7 @@ class History:
 def recorded_there(path: str | Path) -> dict[str, Any]:
     """What the manifest of a store records beside its identity; empty where there is no store."""
     try:
-        with open_store(path, verify="none", allow_incomplete=True) as store:
-            return dict(store.manifest.recorded)
+        return dict(load_root(open_folder(path)).recorded)
     except StoreNotFoundError:
         return {}
 
@@ -106,15 +111,16 @@ def check_same_data(path: str | Path, intake: Intake) -> None:
     """
     source = intake.source
     with open_store(path, verify="none", allow_incomplete=True) as store:
+        names = ["key", "label", "content", *(column.name for column in store.run.view_columns)]
         start = 0
-        step = -(-len(store.shards) // _SHARDS)
+        step = _step(store)
         for number, record in enumerate(store.shards):
             if record.rows and number % step == 0:
                 bad = {row.index for row in record.bad}
                 plan = store.run.shard(record.number)
                 kept = [index for index in range(plan.start, plan.stop) if index not in bad]
                 picked = np.unique(np.linspace(0, record.rows - 1, _ROWS).astype(np.int64))
-                stored = store.take(start + picked)
+                stored = probe(store, start + picked, names)
                 for sample, key, label, content in zip(
                     source.read([kept[place] for place in picked.tolist()]),
                     stored.keys,
@@ -131,16 +137,27 @@ def check_same_data(path: str | Path, intake: Intake) -> None:
                             "give the data that it was made from, or another folder"
                         )
                 if store.run.view_columns:
-                    _check_same_view(store, start + int(picked[0]), kept[picked[0]], intake)
+                    _check_same_view(store, stored, kept[picked[0]], intake)
             start += record.rows
 
 
-def _check_same_view(store: Store, row: int, index: int, intake: Intake) -> None:
-    """One row that is there, made again: rows to come must be views of the same kind."""
-    stored = store.take([row])
+def _step(store: Store) -> int:
+    """Every how many shards one is looked into: of `_SHARDS` of them, or of as few as `_FETCHED` bytes of a store
+    behind a URL, whose shards arrive whole."""
+    if not store.shards:
+        return 1
+    count = _SHARDS
+    if "://" in store.url:
+        largest = max(record.bytes for record in store.shards)
+        count = max(1, min(count, _FETCHED // max(1, largest)))
+    return -(-len(store.shards) // count)
+
+
+def _check_same_view(store: Store, stored: StoredRows, index: int, intake: Intake) -> None:
+    """The first of these rows, made again: rows to come must be views of the same kind."""
     made = intake.batch([index], view=int(stored.views[0])).columns
     for column in store.run.view_columns:
-        if column.name not in made or not np.array_equal(made[column.name], stored.columns[column.name]):
+        if column.name not in made or not np.array_equal(made[column.name], stored.columns[column.name][:1]):
             raise MismatchError(
                 f"{store.url}: the view of {stored.keys[0]!r} comes out otherwise now ({column.name} differs); "
                 f"{changed(store.manifest.recorded.get('libraries'))}; go on with the libraries that began it, or "

@@ -7,15 +7,18 @@ What a view of a sample is depends on (seed, key, view) alone, never on the batc
 Legend: B batch, H height, W width.
 """
 
+import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +28,8 @@ from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
 from softlabel.views import Images, Made, Views, stacked
+
+_THREADS = min(8, os.cpu_count() or 1)  # that decode where no processes do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +153,13 @@ class Intake:
         return replace(self, source=_OneReader(self.source))
 
     def stream(self, spans: Iterable[Span], *, workers: int) -> Generator[DecodedBatch, None, None]:
-        """The batches of these spans, in order, made ahead by worker processes, or by a thread where there are none.
+        """The batches of these spans, in order, made ahead by worker processes, or by threads where there are none.
 
         Raises:
             DataError: a worker process was killed; or see `batch`.
         """
         if not workers:
-            yield from _ahead(self.of(span) for span in spans)
+            yield from _ahead(self.one_reader().of, spans)
             return
         loader = DataLoader(
             _Spans(self), sampler=spans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
@@ -228,13 +233,23 @@ def _deaths_told() -> Iterator[None]:
         ) from error
 
 
-def _ahead(batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
-    """The same batches, the next one made by a thread while this one is used; what it raises is raised here."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-decode") as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
+def _ahead(make: Callable[[Span], DecodedBatch], spans: Iterable[Span]) -> Iterator[DecodedBatch]:
+    """The batches in order, made by threads (decoding leaves the interpreter alone) while the ones before are used;
+    what they raise is raised here."""
+    before = torch.get_num_threads()
+    pending: deque[Future[DecodedBatch]] = deque()
+    # One thread each: a resize in each of them must not ask for every core.
+    pool = ThreadPoolExecutor(_THREADS, "softlabel-decode", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for span in spans:
+            pending.append(pool.submit(make, span))
+            if len(pending) > _THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
 
 
 def _size(image_CHW: Tensor) -> str:

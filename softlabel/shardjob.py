@@ -22,12 +22,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from softlabel.errors import MismatchError, SoftLabelError, StoreError
+from softlabel.allocator import keep_freed_memory
+from softlabel.device import Choice
+from softlabel.engine import BadImagePolicy
+from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
 from softlabel.job import Job
 from softlabel.lanes import label_shard
+from softlabel.store.folder import open_folder
 from softlabel.store.jsonio import dumps, from_json, loads, to_json
+from softlabel.store.listing import load_root
 from softlabel.store.manifest import ShardRecord
-from softlabel.store.reader import open_store
 from softlabel.store.writer import write_shard
 from softlabel.upkeep import job_of
 
@@ -44,6 +48,8 @@ class Request:
         data: the SOURCE, as every worker reaches it.
         teachers: their SPECs.
         device: of the teachers.
+        on_bad_image: whether an image that cannot be decoded is listed, or stops the run.
+        threads, members_in_turn: of `Tuning`; the rest of it was settled when the run began, and is in the manifest.
     """
 
     out: str
@@ -51,6 +57,9 @@ class Request:
     data: str
     teachers: tuple[str, ...]
     device: str = "auto"
+    on_bad_image: BadImagePolicy = "skip"
+    threads: int | None = None
+    members_in_turn: Choice = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +68,7 @@ class Outcome:
 
     Attributes:
         error: one line; `transient` where trying again may help (storage), not where the data or a teacher are wrong;
-            `died` where the shard took a process of its own with it.
+            `died` where the shard took a process of its own with it, `fatal` where the whole run was to stop at it.
         correct, labelled: images whose hard label the labels hit, and images with a hard label.
         worker: who did it; seconds: how long it took.
     """
@@ -69,6 +78,7 @@ class Outcome:
     error: str = ""
     transient: bool = False
     died: bool = False
+    fatal: bool = False
     correct: int = 0
     labelled: int = 0
     seconds: float = 0.0
@@ -86,8 +96,8 @@ class _Loaded:
     def job(self, request: Request) -> Job:
         if request not in self._jobs:
             self._jobs.clear()  # another run's teachers would only hold memory
-            with open_store(request.out, verify="none", allow_incomplete=True) as store:
-                manifest = store.manifest
+            keep_freed_memory()
+            manifest = load_root(open_folder(request.out))
             if (found := manifest.run.fingerprint()) != request.run:
                 raise MismatchError(f"{request.out}: expected the run {request.run}, found {found}; start again")
             self._jobs[request] = job_of(
@@ -96,7 +106,10 @@ class _Loaded:
                 data=request.data,
                 teachers=request.teachers,
                 device=request.device,
-                workers=0,
+                workers=0,  # processes of Dask's may not have children: threads decode
+                on_bad_image=request.on_bad_image,
+                threads=request.threads,
+                members_in_turn=request.members_in_turn,
             )
         return self._jobs[request]
 
@@ -123,6 +136,7 @@ def label_one(request: Request, number: int, seconds: float, worker: str = "") -
                 number=number,
                 error=" ".join(f"{error}".split()) or type(error).__name__,
                 transient=isinstance(error, StoreError | OSError | MemoryError),
+                fatal=request.on_bad_image == "error" and isinstance(error, DataError),
                 seconds=time.monotonic() - started,
                 worker=worker,
             )

@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from softlabel.dataset import Source, content_hash, open_source
-from softlabel.device import Tuning
+from softlabel.device import Choice, Tuning
+from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
 from softlabel.job import Job, prepare
+from softlabel.store.folder import open_folder
+from softlabel.store.listing import load_root
 from softlabel.store.manifest import Manifest
-from softlabel.store.reader import Store, open_store
+from softlabel.store.probe import probe
+from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
 
@@ -37,6 +41,9 @@ def job_of(
     teachers: Sequence[str] | None = None,
     device: str = "auto",
     workers: int | None = None,
+    on_bad_image: BadImagePolicy = "skip",
+    threads: int | None = None,
+    members_in_turn: Choice = "auto",
 ) -> Job:
     """Load what labelled a store, from where the store says it lay or from where it lies now.
 
@@ -61,12 +68,12 @@ def job_of(
         # The recorded size: labels agree across sizes within a rounding step, with the same size to the bit.
         batch_size=int(recorded.get("batch_size", 256)),
         precision=run.members[0].precision,  # type: ignore[arg-type]
-        tuning=Tuning(compile=bool(recorded.get("compile", False))),
+        tuning=Tuning(threads=threads, compile=bool(recorded.get("compile", False)), members_in_turn=members_in_turn),
         settled=recorded,
         workers=workers,
         seed=run.views.seed,
         ignore_labels=not run.dataset.has_labels,
-        on_bad_image="skip",
+        on_bad_image=on_bad_image,
         encoding=run.encoding,
         calibration=[member.calibration for member in run.members],
         device=device,
@@ -107,7 +114,7 @@ def repair(
             f"{'; '.join(report.problems[:LISTED])}; the shards alone cannot tell what the store was: remove "
             "manifest.json and run the same 'softlabel generate' again, which takes over every shard that is whole"
         )
-    manifest = open_store(store, verify="none", allow_incomplete=True).manifest
+    manifest = load_root(open_folder(store))
     job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers)
     with Committer.open(store, job.run, relabel=report.damaged) as committer:
         return label_missing(committer, store, job, progress=progress)
@@ -135,7 +142,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     if rows < 1:
         raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
-    asked = store.take(drawn_B)
+    asked = probe(store, drawn_B, ["key", *(column.name for column in store.run.label_columns)])
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
     wanted_B = np.array([position[key] for key in asked.keys], np.int64)
     size = job.labeller.batch_size

@@ -113,7 +113,6 @@ class Cluster:
         self.environment = in_environment(
             DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=failures,
             DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=ttl,
-            MALLOC_TRIM_THRESHOLD_=1 << 30,
             **more,
         )
         self.processes: list[subprocess.Popen[bytes]] = []

@@ -9,7 +9,7 @@ and the first record of a shard wins.
 Of Dask's ways these are met here: a dead worker's shards are all blamed for its death (`KilledWorker`), so each of them
 is tried again alone in a fresh process before it is called bad; results of a lost scheduler never arrive, so its health
 is asked for beside waiting for them; resource limits switch off the scheduler's queue, so none are used; the nanny's
-MALLOC_TRIM_THRESHOLD_ makes every freed batch go back to the kernel and doubles the time of small images.
+MALLOC_TRIM_THRESHOLD_ freezes the C library's limits, which workers therefore set themselves (see `allocator`).
 """
 
 import logging
@@ -42,6 +42,9 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
             data=str(job.recorded["data"]),
             teachers=tuple(job.recorded["teachers"]),
             device=device,
+            on_bad_image=job.labeller.on_bad_image,
+            threads=job.labeller.tuning.threads,
+            members_in_turn=job.labeller.tuning.members_in_turn,
         )
         counts = Counts()
 

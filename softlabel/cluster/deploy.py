@@ -12,9 +12,6 @@ from distributed import Client, LocalCluster
 from softlabel.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
 
-log = logging.getLogger("softlabel")
-
-_TRIM = 1 << 30  # bytes of free memory that a worker keeps
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -38,25 +35,7 @@ def connected(deployment: Deployment) -> Iterator[Client]:
                 f"--scheduler {deployment.scheduler}: no scheduler answers there ({type(error).__name__}); "
                 "start one with 'dask scheduler', or check the address"
             ) from None
-        if deployment.scheduler is not None:
-            _warn(client)
         yield client
-
-
-def _warn(client: Client) -> None:
-    """Say so where workers that somebody else started are set up to be slow."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(Exception):  # a look at the workers' settings must not be what stops a run
-        found = client.sync(client._run, os.environ.get, "MALLOC_TRIM_THRESHOLD_", callback_timeout=10)
-    slow = [worker for worker, value in found.items() if str(value).isdigit() and int(value) < _TRIM]
-    if slow:
-        log.warning(
-            "%d of %d workers give every freed batch back to the system (MALLOC_TRIM_THRESHOLD_, Dask's default), "
-            "which can double the time of small images; start them with MALLOC_TRIM_THRESHOLD_=%d in the environment",
-            len(slow),
-            len(found),
-            _TRIM,
-        )
 
 
 def _settings() -> dict[str, Any]:
@@ -67,7 +46,8 @@ def _settings() -> dict[str, Any]:
         "distributed.worker.memory.target": False,  # nothing of ours lies in Dask's memory: spilling cannot help
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
-        "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": _TRIM,
+        # Its looks at the stack, a hundred a second, would be what a worker does most beside labelling.
+        "distributed.worker.profile.interval": "100ms",
     }
     return {name: value for name, value in wanted.items() if not _set_by_user(name)}
 

@@ -92,7 +92,8 @@ class Drive:
 
         Raises:
             ClusterLostError: the scheduler is gone; what was committed stays.
-            DataError, StoreError: nothing succeeds, for the reason of the first failures.
+            DataError, StoreError: nothing succeeds, for the reason of the first failures; or a bad image, where that
+                stops the run.
         """
         self._waiting.extend(_Flight(number) for number in numbers)
         self._ask(force=True)
@@ -260,6 +261,8 @@ class Drive:
             self._waiting.appendleft(flight)
 
     def _failed(self, flight: _Flight, outcome: Outcome) -> None:
+        if outcome.fatal:
+            raise DataError(outcome.error)
         del self._flying[flight.number]
         flight.copies.clear()
         if outcome.died and flight.deaths < ALONE_TRIES:

@@ -24,18 +24,26 @@ from softlabel.store.manifest import (
 from softlabel.store.root import decode_root, decode_segment
 
 
+def load_root(folder: Folder) -> Manifest:
+    """The root alone: what the store is, without the records of its shards.
+
+    Raises StoreNotFoundError, StoreCorruptError, or StoreError for another format version.
+    """
+    try:
+        raw = folder.read(ROOT_NAME, ROOT_LIMIT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreNotFoundError(
+            f"{folder}: no store here (no {ROOT_NAME}); check the path, or write one with 'softlabel generate'"
+        ) from None
+    except PermissionError as error:
+        raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
+    return decode_root(raw, folder.where(ROOT_NAME))
+
+
 def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
     """The root and all records, by number. Reads once more when a committer replaced the open segment meanwhile."""
     for attempt in (1, 2, 3):
-        try:
-            raw = folder.read(ROOT_NAME, ROOT_LIMIT)
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreNotFoundError(
-                f"{folder}: no store here (no {ROOT_NAME}); check the path, or write one with 'softlabel generate'"
-            ) from None
-        except PermissionError as error:
-            raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
-        manifest = decode_root(raw, folder.where(ROOT_NAME))
+        manifest = load_root(folder)
         try:
             records = [record for ref in manifest.segments for record in read_segment(folder, ref)]
             break

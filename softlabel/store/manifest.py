@@ -112,8 +112,15 @@ class ShardPlan:
     part: int = 0
 
 
+class _Remembering:
+    """A place for what a frozen dataclass has worked out about itself; no field, so that copies start without it."""
+
+    __slots__ = ("_prints",)
+    _prints: dict[int, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class Run(_Remembering):
     """The identity of a store. Equal fingerprints: interchangeable shards."""
 
     format: Format
@@ -184,7 +191,12 @@ class Run:
 
     def fingerprint(self, part: int | None = None) -> str:
         """xxh3-128 of the canonical JSON; of the run as it was at growth `part` when given."""
-        return _fingerprint(dumps(to_json(self if part is None else self._at(part))))
+        part = len(self.dataset.earlier) if part is None else part
+        if not hasattr(self, "_prints"):
+            object.__setattr__(self, "_prints", {})
+        if part not in self._prints:  # worked out once: every shard that is opened is compared with it
+            self._prints[part] = _fingerprint(dumps(to_json(self._at(part))))
+        return self._prints[part]
 
     def _at(self, part: int) -> "Run":
         then = self.extents[part]

@@ -227,7 +227,7 @@ class Store:
         widths = {column.name: column for column in self.run.columns if column.name in names}
         if self.run.format == "hdf5" and self._folder.is_local and self._records:
             mapped = {name: [np.empty((0, column.width), column.numpy)] for name, column in widths.items()}
-            for _, shard in self._each():
+            for _, shard in self.open_shards():
                 for name in names:
                     if (array := shard.mapped(name)) is not None:
                         mapped[name].append(array)
@@ -248,7 +248,7 @@ class Store:
         found = self._cache.get(sizes, build, check=self._check_cache)
         return {name: [found[name].view(column.numpy).reshape(-1, column.width)] for name, column in widths.items()}
 
-    def _each(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, OpenShard]]:
+    def open_shards(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, OpenShard]]:
         """(first row, open shard) of the shards that hold rows `start` to `stop`."""
         stop = len(self) if stop is None else stop
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -265,7 +265,7 @@ class Store:
 
     def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
         """(rows, view, columns) block by block."""
-        for base, shard in self._each(start, stop):
+        for base, shard in self.open_shards(start, stop):
             for first, last in shard.blocks(names):
                 first, last = max(first, start - base), min(last, stop - base)
                 if first < last:

@@ -30,6 +30,7 @@ THIRD |= {"wandb", "mlflow"}
 THIRD |= {"timm", "transformers", "onnx", "onnxruntime"}
 MAY_IMPORT = {
     "errors": set(),
+    "allocator": set(),
     "device": {"torch"},
     "pace": set(),
     "spec": set(),
@@ -98,7 +99,7 @@ MAY_IMPORT = {
     "report": {"matplotlib", "numpy"},
     "cli": THIRD | {"*"},
     "commands": {"*"},
-    "shardjob": {"job", "lanes", "store", "upkeep"},
+    "shardjob": {"allocator", "device", "engine", "job", "lanes", "store", "upkeep"},
     "deployment": set(),
     "cluster": {"dask", "distributed", "tqdm", "deployment", "generate", "job", "shardjob", "store"},
     "trial": {"numpy", "torch", "dataset", "intake", "job", "lanes", "store"},

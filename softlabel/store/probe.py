@@ -1,0 +1,50 @@
+"""A few rows of a store, out of the shards that hold them and nothing else.
+
+`Store.take` is for those who ask again and again: it decodes or maps the whole store first. Audits ask once, of stores
+that may have terabytes.
+
+B rows asked for.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from softlabel.store.keys import Keys, PickedKeys
+from softlabel.store.reader import Store
+from softlabel.store.shard import ShardRows
+from softlabel.store.stored import StoredRows
+
+
+def probe(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Collection[str]) -> StoredRows:
+    """These rows, in this order, as `Store.take` gives them; each shard among them is opened once.
+
+    Args:
+        rows: int64 (B,), at least one, rising.
+        columns: names among "key", "label", "content" and the encoding's.
+    """
+    rows_B = np.asarray(rows, np.int64)
+    assert len(rows_B)
+    assert (np.diff(rows_B) > 0).all()
+    found: list[ShardRows] = []
+    views: list[int] = []
+    while len(found) < len(rows_B):
+        first = int(rows_B[len(found)])
+        for base, shard in store.open_shards(first, first + 1):
+            stop = base + shard.identity.rows
+            here = rows_B[len(found) :][rows_B[len(found) :] < stop] - base
+            found += [shard.read(columns, row, row + 1) for row in here.tolist()]
+            views += [shard.identity.view] * len(here)
+    keys = [one.keys for one in found if one.keys is not None]
+    labels = [one.labels for one in found if one.labels is not None]
+    content = [one.content for one in found if one.content is not None]
+    return StoredRows(
+        run=store.run,
+        views=np.array(views, np.int32),
+        key_data=PickedKeys(Keys.join(keys)) if keys else None,
+        label_data=np.concatenate(labels) if labels else None,
+        content_data=np.concatenate(content) if content else None,
+        columns={name: np.concatenate([one.columns[name] for one in found]) for name in found[0].columns},
+        extra=store.extra,
+    )
