@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ class Teacher(nn.Module):
     Args:
         harm: ``kill`` ends the process by SIGKILL, ``once`` the first `times` ones that see the image, ``hang`` sleeps
             for ever, ``memory`` takes a gigabyte for two seconds, ``noise`` answers otherwise in every process.
-        marks: folder in which a process leaves a file for what it did.
+        marks: folder in which a process leaves a file for what it did, and in which threads.
         seconds: that every batch takes.
     """
 
@@ -53,6 +54,8 @@ class Teacher(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         time.sleep(self.seconds)
+        if self.marks is not None:
+            (self.marks / f"thread-{threading.current_thread().name}").touch()
         if bool((images_BCHW.flatten(1).mean(dim=1) > WHITE / 255).any()):
             self._do_harm()
         logits_BC: Tensor = self.layer(images_BCHW.flatten(1))

@@ -295,6 +295,7 @@ class Drive:
         if not threads and self._threads:
             log.info("waiting for workers")
         self._threads = sum(threads.values())
+        self._rates = {worker: rate for worker, rate in self._rates.items() if worker in threads}
         return True
 
     def _lost(self, error: BaseException) -> ClusterLostError:

@@ -73,7 +73,7 @@ def generate(
         stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
         members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
         workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine.
-        threads: that compute on a CPU; absent, as many as torch takes.
+        threads: that compute on a CPU, of each worker on a cluster; absent, as many as torch takes.
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.
         on_bad_image: list an image that cannot be decoded and go on, or stop at it.
@@ -103,7 +103,7 @@ def generate(
     def begin(found: "Preflight | None") -> None:
         write_config(out, options)
         if found is not None:
-            tell_preflight(out, found)
+            tell_preflight(out, found, cluster=deployment is not None)
 
     summary = run(
         data,

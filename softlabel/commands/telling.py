@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 _SLOW = 0.3  # of the time, from which something else than the teachers is worth a word
 
 
-def tell_preflight(out: str, found: "Preflight") -> None:
-    """The plan, before the first image is labelled."""
+def tell_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> None:
+    """The plan, before the first image is labelled. cluster: workers will share what this process tried alone."""
     views = f" ({found.views} views each)" if found.views > 1 else ""
     print(f"{out}: {found.images:,} images{views}, {found.teachers} teacher(s), {found.classes:,} classes")
     print(
-        f"  about {duration(found.seconds)}: {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}, "
+        f"  about {duration(found.seconds)}{' for one process like this' if cluster else ''}: "
+        f"{found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}, "
         f"the teachers alone {found.bare_rate:,.0f}"
     )
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"

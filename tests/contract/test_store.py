@@ -24,6 +24,7 @@ from softlabel.errors import (
 )
 from softlabel.store.keys import Keys
 from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord, ViewPolicy
+from softlabel.store.probe import probe
 from softlabel.store.reader import open_store
 from softlabel.store.shard import Rows
 from softlabel.store.verify import verify_store
@@ -137,6 +138,29 @@ def test_take_and_stream(tmp_path: Path, format: str) -> None:
         np.testing.assert_array_equal(logits, samples.logits[0][expected].astype(np.float16))
     with pytest.raises(UsageError, match="no column"):
         list(store.stream(columns=["nothing"]))
+
+
+def test_a_few_rows_come_from_their_shards_alone(tmp_path: Path, format: str) -> None:
+    run = make_run(format, samples=50, views=2, shard_rows=8)
+    write_store(tmp_path / "store", run, bad=[3])
+    names = ["key", "label", "content", *(column.name for column in run.columns)]
+    rows = [1, 2, 9, 60, 61, 97]
+    with open_store(tmp_path / "store") as store:
+        expected = store.take(rows)
+        stop = 0
+        for record in store.shards:
+            start, stop = stop, stop + record.rows
+            if not any(start <= row < stop for row in rows):
+                (tmp_path / "store" / record.file).unlink()
+    with open_store(tmp_path / "store", verify="none") as store:
+        found = probe(store, rows, names)
+        assert found.keys == expected.keys
+        np.testing.assert_array_equal(found.views, expected.views)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.content, expected.content)
+        np.testing.assert_array_equal(found.scaled_logits, expected.scaled_logits)
+        with pytest.raises(UsageError, match="was not read"):
+            _ = probe(store, rows, ["label"]).keys
 
 
 def test_a_store_without_any_good_row(tmp_path: Path, format: str) -> None:

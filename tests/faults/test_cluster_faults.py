@@ -216,6 +216,20 @@ def test_a_hung_shard_is_ended_by_its_watchdog(tmp_path: Path) -> None:
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
+def test_a_slow_shard_at_the_end_is_done_by_a_second_worker(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data.parquet", 60, white=(55,))  # the last of six shards
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    options = ["--data", data, "--shard-rows", 10, "--batch-size", 10]
+    hanging = teacher_spec(harm="hang", marks=marks)
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        done = run(generate(*options, "--teacher", hanging, "--out", tmp_path / "store", "--scheduler", dask.address))
+    assert "shard 5 is slow; another worker does it as well" in done.stderr
+    assert "complete, 60 rows" in done.stdout
+    run(generate(*options, "--teacher", teacher_spec(), "--out", tmp_path / "whole"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
 def test_scaled_down_in_the_middle_of_a_shard(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data.parquet", 120)
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5]

@@ -172,6 +172,42 @@ def test_a_truncated_input_file(tmp_path: Path) -> None:
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
+def test_a_bad_image_stops_the_run_where_it_shall(tmp_path: Path) -> None:
+    from tests.helpers import jpeg
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(60):
+        (images / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    (images / "017.jpg").write_bytes(b"no image")
+    options = ["--data", images, "--teacher", teacher_spec(seconds=0.2), "--shard-rows", 5, "--batch-size", 5]
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        placed = ["--out", tmp_path / "store", "--scheduler", dask.address, "--on-bad-image", "error"]
+        done = run(generate(*options, *placed, "--no-preflight"), code=1)
+        assert "image '017.jpg'" in done.stderr.strip().splitlines()[-1]
+        there = len(published(tmp_path / "store"))
+        assert there < 11, "it went on to the end"
+        (images / "017.jpg").write_bytes(jpeg(17))
+        assert "complete, 60 rows" in run(generate(*options, *placed)).stdout
+    run(generate(*options, "--out", tmp_path / "whole"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
+def test_threads_are_those_of_the_workers(tmp_path: Path) -> None:
+    """Lanes of a worker label side by side, as many as it has threads; Dask's nanny gives it one otherwise."""
+    data = dataset(tmp_path / "data.parquet", 80)
+    with cluster(tmp_path / "dask", workers=1) as dask:
+        for threads, lanes in (((), 1), (("--threads", 2), 2)):
+            marks = tmp_path / f"marks-{lanes}"
+            marks.mkdir()
+            spec = teacher_spec(marks=marks, seconds=0.2)
+            options = ["--data", data, "--teacher", spec, "--shard-rows", 40, "--batch-size", 10, "--no-preflight"]
+            store = tmp_path / f"store-{lanes}"
+            run(generate(*options, "--out", store, "--scheduler", dask.address, *threads))
+            assert len(list(marks.glob("thread-softlabel-lane_*"))) == lanes
+    assert_same_rows(tmp_path / "store-1", tmp_path / "store-2")
+
+
 def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data.parquet", 8)
     options = ["--data", data, "--teacher", teacher_spec(), "--out", tmp_path / "store"]
