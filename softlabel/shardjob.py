@@ -124,8 +124,8 @@ def label_one(request: Request, number: int, seconds: float, worker: str = "") -
         seconds: after which the shard counts as hung and this process ends; 0: never.
         worker: what the outcome calls whoever did it.
     """
-    started = time.monotonic()
     with _LOADED.turn, _watchdog(seconds, number):
+        started = time.monotonic()
         try:
             job = _LOADED.job(request)
             plan = job.run.shard(number)

@@ -24,8 +24,8 @@ log = logging.getLogger("softlabel")
 
 Work = Callable[[Request, int, float, str], Outcome]
 
-WINDOW = 1.75  # shards in flight for each thread of the workers: the next one is there when one ends
-BUNDLE_SECONDS = 0.5  # of work in flight for each thread at least, where shards are shorter
+WINDOW = 1.75  # shards in flight for each worker, which labels one at a time: the next one is there when one ends
+BUNDLE_SECONDS = 0.5  # of work in flight for each worker at least, where shards are shorter
 MOST_IN_BUNDLE = 100
 ALONE_TRIES = 3  # processes of its own that a shard may take with it
 TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
@@ -83,7 +83,7 @@ class Drive:
         self._later: list[tuple[float, _Flight]] = []
         self._seconds: deque[float] = deque(maxlen=201)
         self._rates: dict[str, float] = {}
-        self._threads = 1
+        self._workers = 1
         self._seen = self._asked = time.monotonic()
         self._keys = 0
 
@@ -130,7 +130,7 @@ class Drive:
         # Shards of a moment come and go in bundles, or talking about them would take longer than they do.
         usual = statistics.median(self._seconds) if len(self._seconds) >= 3 else BUNDLE_SECONDS
         bundle = min(MOST_IN_BUNDLE, max(1.0, BUNDLE_SECONDS / max(usual, 1e-6)))
-        return max(2, round(WINDOW * self._threads * bundle))
+        return max(2, round(WINDOW * self._workers * bundle))
 
     def _submit(self, flights: Sequence[_Flight]) -> None:
         """Send flights of one kind off, in one message."""
@@ -172,7 +172,7 @@ class Drive:
 
     def _second_copies(self) -> None:
         """At the end, let idle workers do again what others are slow with; the first to end counts."""
-        if self._waiting or self._later or len(self._seconds) < 3 or len(self._flying) >= self._threads:
+        if self._waiting or self._later or len(self._seconds) < 3 or len(self._flying) >= self._workers:
             return
         slow = SLOW * statistics.median(self._seconds) + 5
         for flight in self._flying.values():
@@ -187,7 +187,7 @@ class Drive:
         landed = []
         with contextlib.suppress(queue.Empty):
             landed.append(self._arrived.get(timeout=1.0))
-            if len(self._flying) > 2 * WINDOW * self._threads:
+            if len(self._flying) > 2 * WINDOW * self._workers:
                 time.sleep(BUNDLE_SECONDS / 4)  # they come in bundles
             while True:
                 landed.append(self._arrived.get_nowait())
@@ -273,7 +273,7 @@ class Drive:
         else:
             self.failed.append(outcome)
             log.warning("shard %d: %s", outcome.number, outcome.error)
-            if not self.done and len(self.failed) >= min(BREAK_AFTER, 2 * self._threads + 1):
+            if not self.done and len(self.failed) >= min(BREAK_AFTER, 2 * self._workers + 1):
                 kind = StoreError if outcome.transient else DataError
                 raise kind(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
 
@@ -286,16 +286,16 @@ class Drive:
             return self._seen >= self._asked
         self._asked = now
         try:
-            threads = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=ANSWER_SECONDS)
+            workers = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=ANSWER_SECONDS)
         except Exception as error:
             if now - self._seen > LOST_SECONDS or self.client.status == "closed":
                 raise self._lost(error) from error
             return False
         self._seen = time.monotonic()
-        if not threads and self._threads:
+        if not workers and self._workers:
             log.info("waiting for workers")
-        self._threads = sum(threads.values())
-        self._rates = {worker: rate for worker, rate in self._rates.items() if worker in threads}
+        self._workers = len(workers)
+        self._rates = {worker: rate for worker, rate in self._rates.items() if worker in workers}
         return True
 
     def _lost(self, error: BaseException) -> ClusterLostError:
@@ -311,7 +311,7 @@ class Drive:
             slowest = min(self._rates, key=self._rates.__getitem__)
             usual = statistics.median(self._rates.values())
             self.bar.set_postfix_str(
-                f"{self._threads} workers, {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}", refresh=False
+                f"{self._workers} workers, {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}", refresh=False
             )
 
 

@@ -1,6 +1,7 @@
 """What a cluster wrote is a store like any other, on a full disk and on an object store whose puts fail, too."""
 
 import http.client
+import os
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,38 @@ def test_a_truncated_input_file(tmp_path: Path) -> None:
         assert list(store.bad) == ["017.jpg"]
         assert len(store) == 39
     run(generate(*options, "--out", tmp_path / "whole"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
+SLURM = {
+    # What SLURM does, on this machine: the script becomes a process group, whose number is the job's.
+    "sbatch": 'setsid sh "$1" > "$1.out" 2>&1 &\necho "Submitted batch job $!"\n',
+    "scancel": 'for job; do kill -9 -- "-$job"; done\n',
+}
+
+
+def test_workers_that_slurm_starts(tmp_path: Path) -> None:
+    """dask-jobqueue's own scripts and calls, with stand-ins for two commands; each worker has two of Dask's threads."""
+    pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in SLURM.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}")
+        (commands / name).chmod(0o755)
+    settings = tmp_path / "slurm.yaml"
+    words = {"cores": 2, "processes": 1, "memory": "4GB", "interface": "lo", "log_directory": str(tmp_path / "logs")}
+    settings.write_text("".join(f"{name}: {value}\n" for name, value in words.items()))
+    data = dataset(tmp_path / "data.parquet", 120)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    options = ["--data", data, "--shard-rows", 10, "--batch-size", 10, "--no-preflight"]
+    slurm = ["--cluster", "slurm", "--workers", 2, "--cluster-options", settings]
+    teacher = teacher_spec(marks=marks, seconds=0.5)
+    path = os.pathsep.join([str(commands), os.environ["PATH"]])
+    done = run(generate(*options, "--teacher", teacher, "--out", tmp_path / "store", *slurm), PATH=path)
+    assert "complete, 120 rows" in done.stdout
+    assert len(list(marks.glob("loaded-*"))) == 3, "two workers and the client"
+    run(generate(*options, "--teacher", teacher_spec(), "--out", tmp_path / "whole"))
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
