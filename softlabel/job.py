@@ -62,12 +62,14 @@ def prepare(
     views: ViewPolicy | None = None,
     tuning: Tuning | None = None,
     settled: Mapping[str, Any] | None = None,
+    believed: DatasetInfo | None = None,
 ) -> Job:
     """Load data and teachers and check that they fit together; writes nothing. See `generate`.
 
     calibration: the file of `softlabel calibrate`, or the temperatures themselves, one a teacher.
     views: absent: one, the image as it is.
     settled: what an unfinished run recorded, whose choices are kept where this one leaves them open.
+    believed: what was found when all keys and labels of the data were read before, which is not done again.
     """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
@@ -91,7 +93,7 @@ def prepare(
         raise UsageError(f"seed: expected at least 0, found {seed}")
     if combine == "keep" and weights is not None:
         raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
-    source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
+    source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels, check_keys=believed is None)
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
@@ -111,7 +113,7 @@ def prepare(
     run = Run(
         format=format,
         num_classes=members[0].num_classes,
-        class_names=_class_names(source, members[0].num_classes),
+        class_names=_class_names(source, members[0].num_classes, look=believed is None),
         temperature=float(temperature),
         encoding=_encoding(encoding, members, temperature),
         combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
@@ -119,7 +121,7 @@ def prepare(
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
-            fingerprint=source.fingerprint(),
+            fingerprint=source.fingerprint() if believed is None else believed.fingerprint,
             has_labels=source.has_labels,
             earlier=earlier,
         ),
@@ -168,9 +170,9 @@ def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature:
     return Encoding(name="head", width=Head.of(members[0]).width, hidden=hidden or "float16")  # type: ignore[arg-type]
 
 
-def _class_names(source: Source, num_classes: int) -> tuple[str, ...] | None:
+def _class_names(source: Source, num_classes: int, *, look: bool) -> tuple[str, ...] | None:
     names = source.class_names
-    if source.has_labels:
+    if source.has_labels and look:
         highest = max(int(source.labels(start, start + 2**20).max()) for start in range(0, len(source), 2**20))
         if highest >= num_classes:
             raise MismatchError(

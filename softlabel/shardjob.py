@@ -6,7 +6,7 @@ No array, model or image leaves the process: a request names places, an outcome 
 why there is none). Labelling is idempotent and shards are named by their content, so it may run twice, late, or beside
 itself. Nothing here knows what carries requests and outcomes.
 
-    python -m softlabel.shardjob REQUEST NUMBER [SECONDS]     prints the outcome; a crash takes this process alone
+    python -m softlabel.shardjob REQUEST NUMBER KEYS [SECONDS]     prints the outcome; a crash takes this process alone
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Outcome:
 
     Attributes:
         error: one line; `transient` where trying again may help (storage), not where the data or a teacher are wrong;
-            `died` where the shard took a process of its own with it, `fatal` where the whole run was to stop at it.
+            `died` where the shard took a process of its own with it, `fatal` where the whole run is to stop at it.
         correct, labelled: images whose hard label the labels hit, and images with a hard label.
         worker: who did it; seconds: how long it took.
     """
@@ -110,6 +110,7 @@ class _Loaded:
                 on_bad_image=request.on_bad_image,
                 threads=request.threads,
                 members_in_turn=request.members_in_turn,
+                believe=True,  # a hundred million keys are not for every worker to read: those of its shards will do
             )
         return self._jobs[request]
 
@@ -117,10 +118,11 @@ class _Loaded:
 _LOADED = _Loaded()
 
 
-def label_one(request: Request, number: int, seconds: float, worker: str = "") -> Outcome:
+def label_one(request: Request, number: int, keys: str, seconds: float, worker: str = "") -> Outcome:
     """Label and publish one shard. What is wrong with data, teachers or storage is in the outcome, not raised.
 
     Args:
+        keys: `Source.digest` of the shard's samples where the run was begun: only the same ones are labelled.
         seconds: after which the shard counts as hung and this process ends; 0: never.
         worker: what the outcome calls whoever did it.
     """
@@ -129,6 +131,11 @@ def label_one(request: Request, number: int, seconds: float, worker: str = "") -
         try:
             job = _LOADED.job(request)
             plan = job.run.shard(number)
+            if job.labeller.source.digest(plan.start, plan.stop) != keys:
+                raise MismatchError(
+                    f"{request.data}: samples {plan.start} to {plan.stop - 1} have other keys here than where the run "
+                    "was begun; give every worker the same data"
+                )
             shard = label_shard(plan, job.labeller)
             record = write_shard(request.out, job.run, plan, shard.rows, shard.bad, fidelity=shard.fidelity)
         except (SoftLabelError, OSError, MemoryError) as error:
@@ -136,7 +143,8 @@ def label_one(request: Request, number: int, seconds: float, worker: str = "") -
                 number=number,
                 error=" ".join(f"{error}".split()) or type(error).__name__,
                 transient=isinstance(error, StoreError | OSError | MemoryError),
-                fatal=request.on_bad_image == "error" and isinstance(error, DataError),
+                fatal=isinstance(error, MismatchError)
+                or (request.on_bad_image == "error" and isinstance(error, DataError)),
                 seconds=time.monotonic() - started,
                 worker=worker,
             )
@@ -175,20 +183,20 @@ def main() -> int:
     """Label the shard that the command line names; the last line of the output is the outcome as JSON."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     request = from_json(Request, json.loads(sys.argv[1]))
-    seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-    outcome = label_one(request, int(sys.argv[2]), seconds, worker=f"process {os.getpid()}")
+    seconds = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+    outcome = label_one(request, int(sys.argv[2]), sys.argv[3], seconds, worker=f"process {os.getpid()}")
     print(dumps(to_json(outcome)).decode())
     return 0
 
 
-def label_alone(request: Request, number: int, seconds: float, worker: str = "") -> Outcome:
+def label_alone(request: Request, number: int, keys: str, seconds: float, worker: str = "") -> Outcome:
     """`label_one` in a fresh process of its own, so that a shard that kills its process kills no worker.
 
     Its own outcome, or one with the signal or status that the process ended with.
     """
     started = time.monotonic()
-    command = [sys.executable, "-m", "softlabel.shardjob", dumps(to_json(request)).decode(), str(number), str(seconds)]
-    ended = subprocess.run(command, capture_output=True, check=False)
+    asked = [dumps(to_json(request)).decode(), str(number), keys, str(seconds)]
+    ended = subprocess.run([sys.executable, "-m", "softlabel.shardjob", *asked], capture_output=True, check=False)
     if ended.returncode == 0 and (lines := ended.stdout.splitlines()):
         return dataclasses.replace(from_json(Outcome, loads(lines[-1])), worker=worker)
     if ended.returncode == HUNG:

@@ -59,7 +59,9 @@ class Teacher(nn.Module):
         if bool((images_BCHW.flatten(1).mean(dim=1) > WHITE / 255).any()):
             self._do_harm()
         logits_BC: Tensor = self.layer(images_BCHW.flatten(1))
-        return logits_BC + os.getpid() % 1000 if self.harm == "noise" else logits_BC
+        if self.harm == "noise":
+            return logits_BC + torch.randn(CLASSES, generator=torch.Generator().manual_seed(os.getpid()))
+        return logits_BC
 
     def _do_harm(self) -> None:
         if self.harm == "kill":
@@ -126,8 +128,16 @@ class Cluster:
             time.sleep(0.05)
         time.sleep(0.1)
 
-    def _start(self, kind: str, *options: object) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", self.file, *options]
+    def _start(self, kind: str, *options: object, within: Sequence[object] = ()) -> "subprocess.Popen[bytes]":
+        command = [
+            *within,
+            sys.executable,
+            "-m",
+            f"distributed.cli.dask_{kind}",
+            "--scheduler-file",
+            self.file,
+            *options,
+        ]
         log = open(self.folder / f"{kind}-{len(self.processes)}.log", "wb")  # noqa: SIM115
         process = subprocess.Popen(
             [str(part) for part in command], env=self.environment, stdout=log, stderr=log, cwd=self.folder
@@ -139,11 +149,10 @@ class Cluster:
     def address(self) -> str:
         return str(json.loads(self.file.read_text())["address"])
 
-    def worker(self, *options: object) -> "subprocess.Popen[bytes]":
-        """Start one worker of one thread; the nanny's process is returned."""
-        return self._start(
-            "worker", "--nthreads", 1, "--host", "127.0.0.1", "--dashboard-address", ":0", "--no-dashboard", *options
-        )
+    def worker(self, *options: object, within: Sequence[object] = ()) -> "subprocess.Popen[bytes]":
+        """Start one worker of one thread, by the command `within` if any; the nanny's process is returned."""
+        usual = ["--nthreads", 1, "--host", "127.0.0.1", "--dashboard-address", ":0", "--no-dashboard"]
+        return self._start("worker", *usual, *options, within=within)
 
     def working(self) -> list[int]:
         """The processes that label: children of the nannies (never the nannies themselves)."""

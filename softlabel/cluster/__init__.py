@@ -48,6 +48,10 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
         )
         counts = Counts()
 
+        def keys(number: int) -> str:
+            plan = job.run.shard(number)
+            return job.labeller.source.digest(plan.start, plan.stop)
+
         def commit(outcomes: Sequence[Outcome]) -> None:
             records = [outcome.record for outcome in outcomes if outcome.record is not None]
             committer.commit(*records)
@@ -61,7 +65,7 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
         with connected(deployment) as client:
             if client.dashboard_link:
                 log.info("dashboard: %s", client.dashboard_link)
-            drive = Drive(client, request, commit, limit=deployment.shard_seconds, bar=bar)
+            drive = Drive(client, request, keys, commit, limit=deployment.shard_seconds, bar=bar)
             failed = drive.run([plan.number for plan in missing])
         if failed:
             listed = "; ".join(f"shard {one.number}: {one.error}" for one in failed[:3])

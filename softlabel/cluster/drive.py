@@ -22,7 +22,7 @@ from softlabel.shardjob import Outcome, Request, label_alone, label_one
 
 log = logging.getLogger("softlabel")
 
-Work = Callable[[Request, int, float, str], Outcome]
+Work = Callable[[Request, int, str, float, str], Outcome]
 
 WINDOW = 1.75  # shards in flight for each worker, which labels one at a time: the next one is there when one ends
 BUNDLE_SECONDS = 0.5  # of work in flight for each worker at least, where shards are shorter
@@ -56,6 +56,7 @@ class Drive:
     Args:
         client: of the cluster.
         request: what a worker must know.
+        keys: the digest of a shard's keys, which a worker compares with those that it reads.
         commit: takes the outcomes of published shards; called in this thread alone, with those that arrived together.
         limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
         work, alone: what a worker runs, and what it runs for a shard whose worker died.
@@ -66,6 +67,7 @@ class Drive:
         self,
         client: Client,
         request: Request,
+        keys: Callable[[int], str],
         commit: Callable[[Sequence[Outcome]], object],
         *,
         limit: float | None = None,
@@ -73,7 +75,7 @@ class Drive:
         alone: Work = label_alone,
         bar: "tqdm[Any] | None" = None,
     ) -> None:
-        self.client, self.request, self.commit = client, request, commit
+        self.client, self.request, self.keys, self.commit = client, request, keys, commit
         self.limit, self.work, self.alone, self.bar = limit, work, alone, bar
         self.done = 0
         self.failed: list[Outcome] = []
@@ -85,15 +87,15 @@ class Drive:
         self._rates: dict[str, float] = {}
         self._workers = 1
         self._seen = self._asked = time.monotonic()
-        self._keys = 0
+        self._names = 0  # of tasks that were sent
 
     def run(self, numbers: Sequence[int]) -> list[Outcome]:
         """Label these shards; returns those that could not be, each with its reason.
 
         Raises:
             ClusterLostError: the scheduler is gone; what was committed stays.
-            DataError, StoreError: nothing succeeds, for the reason of the first failures; or a bad image, where that
-                stops the run.
+            DataError, StoreError: nothing succeeds, for the reason of the first failures; or a worker has other data
+                or teachers, or a bad image, where that stops the run.
         """
         self._waiting.extend(_Flight(number) for number in numbers)
         self._ask(force=True)
@@ -137,16 +139,18 @@ class Drive:
         if not flights:
             return
         alone = flights[0].alone
-        keys = []
+        keys = [self.keys(flight.number) for flight in flights]
+        names = []
         for flight in flights:
-            self._keys += 1
+            self._names += 1
             flight.since = time.monotonic()
-            keys.append(f"softlabel-{self.request.run[:8]}-{flight.number}-{self._keys}-{os.getpid()}")
+            names.append(f"softlabel-{self.request.run[:8]}-{flight.number}-{self._names}-{os.getpid()}")
         try:
             futures = self.client.map(
                 _on_worker,
                 [flight.number for flight in flights],
-                key=keys,
+                keys,
+                key=names,
                 pure=False,
                 retries=0,
                 priority=10 if alone else 0,
@@ -262,7 +266,7 @@ class Drive:
 
     def _failed(self, flight: _Flight, outcome: Outcome) -> None:
         if outcome.fatal:
-            raise DataError(outcome.error)
+            raise DataError(f"{outcome.error} (worker {outcome.worker})")
         del self._flying[flight.number]
         flight.copies.clear()
         if outcome.died and flight.deaths < ALONE_TRIES:
@@ -315,11 +319,11 @@ class Drive:
             )
 
 
-def _on_worker(number: int, *, work: Work, request: Request, limit: float) -> Outcome:
+def _on_worker(number: int, keys: str, *, work: Work, request: Request, limit: float) -> Outcome:
     from distributed import get_worker
 
     try:
         name = get_worker().address
     except ValueError:
         name = ""
-    return dataclasses.replace(work(request, number, limit, name), worker=name)
+    return dataclasses.replace(work(request, number, keys, limit, name), worker=name)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
-from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, check_keys, span
+from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, span
 from softlabel.dataset.containers import H5, H5_SUFFIXES, Container, Npy, Npz
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import DataError, SpecError
@@ -58,7 +58,7 @@ class ArraySource(ListedSource):
                 checked_classes(self._labels_N, self.class_names, subject=name)
         if keys is not None:
             self._keys = self._read_keys(keys)
-            self._fingerprint = check_keys(self)
+            self.doubtful_keys = True
 
     def _read_labels(self, path: str | None) -> NDArray[np.int64] | None:
         if path is None:

@@ -53,6 +53,8 @@ class Source(ABC):
     name: str
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
+    # Whether two keys may be equal, as far as is known before `fingerprint` has looked.
+    doubtful_keys: bool = False
     # What a user can do about two samples of one key.
     against_equal_keys: str = "give a key_fn that tells them apart"
     _fingerprint: str | None = None
@@ -104,6 +106,13 @@ class Source(ABC):
             self._fingerprint = check_keys(self)
         return self._fingerprint
 
+    def digest(self, start: int, stop: int) -> str:
+        """The same of the keys of samples start to stop alone."""
+        digest = xxhash.xxh3_128()
+        for _, keys in _tables(self, start, stop):
+            digest.update(_with_lengths(keys).data)
+        return digest.hexdigest()
+
 
 def span(start: int, stop: int | None, length: int) -> tuple[int, int]:
     """`start` and `stop` of a source of this length, `stop` filled in and cut off."""
@@ -129,7 +138,7 @@ def check_keys(source: Source, *, unique: bool = True) -> str:
     digest, hasher = xxhash.xxh3_128(), Hasher()
     # 64-bit hashes find the candidates; the keys themselves decide.
     with Repeated(len(source) if unique else 0) as repeated:
-        for _, keys in _tables(source):
+        for _, keys in _tables(source, 0, len(source)):
             digest.update(_with_lengths(keys).data)
             if unique:
                 repeated.add(hasher(keys, 0))
@@ -138,14 +147,14 @@ def check_keys(source: Source, *, unique: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _tables(source: Source) -> Iterator[tuple[int, Keys]]:
-    """All keys, and the number of the first of each table."""
-    for start in range(0, len(source), _CHUNK):
-        stop = min(start + _CHUNK, len(source))
+def _tables(source: Source, start: int, stop: int) -> Iterator[tuple[int, Keys]]:
+    """The keys of samples start to stop, and the number of the first of each table."""
+    for first in range(start, stop, _CHUNK):
+        last = min(first + _CHUNK, stop)
         try:
-            yield start, source.key_table(start, stop)
+            yield first, source.key_table(first, last)
         except DataError as error:
-            raise DataError(f"{source.name}: samples {start} to {stop - 1}: {error}") from error
+            raise DataError(f"{source.name}: samples {first} to {last - 1}: {error}") from error
 
 
 def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
@@ -165,7 +174,7 @@ def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) ->
     """Raises DataError if two of the keys with these hashes are equal."""
     first: dict[str, int] = {}
     twice: dict[str, tuple[int, int]] = {}
-    for start, keys in _tables(source):
+    for start, keys in _tables(source, 0, len(source)):
         for place in np.flatnonzero(np.isin(hasher(keys, 0), hashes)).tolist():
             key = keys[place]
             if key in first:

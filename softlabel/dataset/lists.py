@@ -45,7 +45,7 @@ def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: b
             checked_classes(labels_N, class_names, subject=name)
     source = FolderSource(Path(root), paths, labels_N, class_names, name=name, kind="list")
     # Files of a folder have names of their own; lines of a list may repeat one.
-    source.fingerprint()
+    source.doubtful_keys = True
     return source
 
 

@@ -41,6 +41,7 @@ def open_source(
     *,
     key_fn: Callable[[int], str] | None = None,
     ignore_labels: bool = False,
+    check_keys: bool = True,
 ) -> Source:
     """Open a dataset by the words of SOURCE, or wrap a map-style `torch.utils.data.Dataset`.
 
@@ -50,6 +51,7 @@ def open_source(
             source after the other.
         key_fn: for such a dataset alone: the key of the sample at an index. Without it the key is the index.
         ignore_labels: treat every sample as unlabelled.
+        check_keys: read all keys, where two may be equal, and refuse them; without it, somebody else has done so.
 
     Raises:
         SpecError: SOURCE cannot be understood, or there is nothing there.
@@ -60,17 +62,25 @@ def open_source(
             raise SpecError(
                 f"{source}: a key_fn goes with a Dataset object alone; a file's keys are named with '?key='"
             )
-        return _open_named(os.fspath(source), ignore_labels)
+        return _open_named(os.fspath(source), ignore_labels, check_keys)
     if isinstance(source, list) and source and all(isinstance(one, str | os.PathLike | Source) for one in source):
-        return SeveralSources([open_source(one, key_fn=key_fn, ignore_labels=ignore_labels) for one in source])
+        return SeveralSources(
+            [open_source(one, key_fn=key_fn, ignore_labels=ignore_labels, check_keys=check_keys) for one in source]
+        )
     if isinstance(source, Source):
         if key_fn is not None:
             raise SpecError(f"{source.name}: a key_fn goes with a Dataset object alone; this source has its keys")
         return PartSource(source, ignore_labels=True) if ignore_labels else source
-    return DatasetSource(source, key_fn=key_fn, ignore_labels=ignore_labels)
+    return _checked(DatasetSource(source, key_fn=key_fn, ignore_labels=ignore_labels), check_keys)
 
 
-def _open_named(text: str, ignore_labels: bool) -> Source:
+def _checked(source: Source, check_keys: bool) -> Source:
+    if check_keys and source.doubtful_keys:
+        source.fingerprint()
+    return source
+
+
+def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     name, options = (text, {}) if os.path.exists(text) else split_options(text, subject=text)
     rows = options.pop("rows", None)
     if name == "digits":
@@ -81,6 +91,7 @@ def _open_named(text: str, ignore_labels: bool) -> Source:
         source = _open_files(text, _plain(name), options, ignore_labels)
     if options:
         raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
+    source = _checked(source, check_keys)
     return source if rows is None else _part(source, rows)
 
 

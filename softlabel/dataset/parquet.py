@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.dataset.annotated import checked_labels
-from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, check_keys, span
+from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, span
 from softlabel.dataset.files import Files, LocalFiles
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.keys import Keys
@@ -73,7 +73,7 @@ class ParquetSource(Source):
             self._columns = self._without_null_keys("key" in asked)
         self._check_labels()
         if self._columns.key is not None:
-            self._fingerprint = check_keys(self)
+            self.doubtful_keys = True
 
     def __len__(self) -> int:
         return int(self._starts_G[-1])
@@ -227,7 +227,7 @@ class ParquetSource(Source):
         """Row numbers in the place of a `path` that is null throughout; one that is null here and there is an error."""
         columns = self._columns
         assert columns.key is not None
-        nulls = [self._column(columns.key, group).null_count for group in range(len(self._groups))]
+        nulls = [self._nulls(columns.key, group) for group in range(len(self._groups))]
         if not sum(nulls):
             return columns
         if sum(nulls) == len(self) and not asked:
@@ -236,6 +236,16 @@ class ParquetSource(Source):
             f"{self.name}: expected a key in every row, found {sum(nulls)} of {len(self)} rows "
             f"without '{columns.key}'; name another column with '?key=COLUMN', or number the rows with '?key=index'"
         )
+
+    def _nulls(self, path: str, group: int) -> int:
+        """How many rows of a group are null there: as the file's footer has it, or else as the column itself has."""
+        number, group_in_file = self._groups[group]
+        footer = self._file(number).metadata.row_group(group_in_file)
+        for position in range(footer.num_columns):
+            chunk = footer.column(position)
+            if chunk.path_in_schema == path and chunk.is_stats_set and chunk.statistics.has_null_count:
+                return int(chunk.statistics.null_count)
+        return int(self._column(path, group).null_count)
 
     def _check_labels(self) -> None:
         self.class_names = self._columns.class_names

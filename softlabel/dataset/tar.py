@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
-from softlabel.dataset.base import IGNORE, Sample, check_keys, span
+from softlabel.dataset.base import IGNORE, Sample, span
 from softlabel.dataset.files import Files
 from softlabel.dataset.folder import IMAGE_SUFFIXES
 from softlabel.dataset.listed import ListedSource
@@ -103,7 +103,7 @@ class TarSource(ListedSource):
             self.class_names = read_classes(classes, subject=name)
             checked_classes(self._labels_N, self.class_names, subject=name)
         if self._keys is not None:
-            self._fingerprint = check_keys(self)
+            self.doubtful_keys = True
 
     def __len__(self) -> int:
         return int(self._starts_F[-1])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from softlabel.dataset.annotated import checked_labels
-from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
+from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.dataset.folder import FolderSource
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
@@ -53,7 +53,7 @@ class DatasetSource(ListedSource):
         self._ignore_labels = ignore_labels
         if key_fn is not None:
             self._keys = self._keys_of(key_fn)
-            self._fingerprint = check_keys(self)
+            self.doubtful_keys = True
         self._labels = None if ignore_labels else self._listed()
         if ignore_labels or not self._length:
             self.has_labels = False

@@ -35,7 +35,7 @@ from tests.clusterkit import cluster, dataset, teacher_spec
 SHARD = 250
 
 
-def nothing(request: Request, number: int, seconds: float, worker: str) -> Outcome:
+def nothing(request: Request, number: int, keys: str, seconds: float, worker: str) -> Outcome:
     """A shard that costs nothing, with a record as long as a real one."""
     xxh3 = f"{number:032x}"
     record = ShardRecord(
@@ -69,6 +69,10 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
     job = job_of(manifest, out, workers=0, device="cpu")
     numbers = range(manifest.run.shard_count)
 
+    def keys(number: int) -> str:
+        plan = manifest.run.shard(number)
+        return job.labeller.source.digest(plan.start, plan.stop)
+
     def loop() -> float:
         before = time.process_time()
         for number in numbers:
@@ -78,13 +82,13 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
         return time.process_time() - before
 
     unset = interleaved({"loop": loop}, repeats)["loop"]
-    print(f"a request has {len(pickle.dumps((label_one, request, 1, 1.0)))} bytes", end=", ")
-    print(f"an outcome {len(pickle.dumps(label_one(request, 0, 0.0)))} (a record as JSON {record_bytes(out)})")
+    print(f"a request has {len(pickle.dumps((label_one, request, 1, keys(0), 1.0)))} bytes", end=", ")
+    print(f"an outcome {len(pickle.dumps(label_one(request, 0, keys(0), 0.0)))} (a record as JSON {record_bytes(out)})")
 
     def spread(client: Client) -> float:
         workers = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
         before = [process.cpu_times() for process in workers]
-        assert not Drive(client, request, lambda outcomes: None).run(list(numbers))
+        assert not Drive(client, request, keys, lambda outcomes: None).run(list(numbers))
         after = [process.cpu_times() for process in workers]
         return sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
 
@@ -131,12 +135,12 @@ def per_shard(folder: Path, shards: int) -> None:
         def commit(outcomes: Sequence[Outcome]) -> None:
             kept.update((one.number, one.record) for one in outcomes if one.record is not None)
 
-        assert not Drive(client, request, commit, work=nothing).run(range(1000))
+        assert not Drive(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(1000))
         kept.clear()
         scheduler, me = psutil.Process(dask.scheduler.pid), psutil.Process()
         memory, ours, theirs = me.memory_info().rss, time.process_time(), scheduler.cpu_times()
         started = time.perf_counter()
-        assert not Drive(client, request, commit, work=nothing).run(range(shards))
+        assert not Drive(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(shards))
         seconds = time.perf_counter() - started
         now = scheduler.cpu_times()
         spent = now.user + now.system - theirs.user - theirs.system

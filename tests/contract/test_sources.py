@@ -348,6 +348,15 @@ def test_two_samples_of_one_key_are_refused(write: Callable[[Path], Any], tmp_pa
         open_source(write(tmp_path))
 
 
+@pytest.mark.parametrize("write", [twice_parquet, twice_tar, twice_tars, twice_list, twice_npy])
+def test_whoever_trusts_the_keys_reads_those_of_a_part(write: Callable[[Path], Any], tmp_path: Path) -> None:
+    source = open_source(write(tmp_path), check_keys=False)
+    assert source.digest(1, 3) == fingerprint(source.keys(1, 3))
+    assert source.digest(1, 3) != source.digest(0, 2)
+    with pytest.raises(DataError, match="found more than once"):
+        source.fingerprint()
+
+
 def empty_parquet(root: Path) -> Path:
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
     pq.write_table(schema.empty_table(), root / "a.parquet")

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tests.clusterkit import (
     published,
     teacher_spec,
 )
+from tests.helpers import jpeg, write_parquet
 from tests.helpers import softlabel as command_line
 
 pytest.importorskip("distributed", reason="dask is not installed")
@@ -100,16 +102,18 @@ def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
         planned = other.run
     with Committer.open(store, planned, {"data": str(data), "teachers": [teacher], "batch_size": 10}) as committer:
         request = Request(out=str(store), run=planned.fingerprint(), data=str(data), teachers=(teacher,), device="cpu")
+        source = softlabel.open_source(data)
+        keys = [source.digest(start, start + 10) for start in (0, 10, 20)]
         records: list[ShardRecord] = []
         for number in range(3):
-            record = label_one(request, number, 0.0).record
+            record = label_one(request, number, keys[number], 0.0).record
             assert record is not None
             records.append(record)
         program = "import sys; from softlabel.shardjob import main; sys.exit(main())"
         from softlabel.store.jsonio import dumps, to_json
 
         asked = dumps(to_json(request)).decode()
-        late = run([sys.executable, "-c", program, asked, "1"])
+        late = run([sys.executable, "-c", program, asked, "1", keys[1]])
         assert records[1].xxh3 not in late.stdout, "two processes were to answer with other bytes"
         assert len(published(store)) == 4
         committer.commit(*records)
@@ -149,8 +153,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_truncated_input_file(tmp_path: Path) -> None:
     """One image of a folder is cut in the middle, one Parquet file is: listed by name, and refused by name."""
-    from tests.helpers import jpeg
-
     images = tmp_path / "images"
     images.mkdir()
     for number in range(40):
@@ -171,6 +173,30 @@ def test_a_truncated_input_file(tmp_path: Path) -> None:
         assert len(store) == 39
     run(generate(*options, "--out", tmp_path / "whole"))
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
+def test_a_worker_that_sees_other_data(tmp_path: Path) -> None:
+    """A file of as many rows lies in its place, as on a host whose copy is stale: no row of it gets into the store."""
+    data = dataset(tmp_path / "data.parquet", 60)
+    stale = tmp_path / "stale.parquet"
+    images = [jpeg(number) for number in range(60)]
+    write_parquet(stale, images, keys=[f"old-{number}" for number in range(60)], labels=[0] * 60)
+    namespace = ["unshare", "--mount", "sh", "-c", f'mount --bind "{stale}" "{data}" && exec "$@"', "sh"]
+    tried = subprocess.run([*namespace, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"cannot make a mount namespace here: {tried.stderr.strip()}")
+    options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+    with cluster(tmp_path / "dask", workers=0) as dask:
+        dask.worker(within=namespace)
+        done = run(generate(*options, "--out", tmp_path / "store", "--scheduler", dask.address), code=1)
+    error = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"samples \d+ to \d+ have other keys here than where the run was begun", error)
+    assert "(worker tcp://127.0.0.1:" in error
+    with softlabel.open_store(tmp_path / "store", allow_incomplete=True) as store:
+        assert len(store) == 0
+    run(generate(*options, "--out", tmp_path / "store"))
+    with softlabel.open_store(tmp_path / "store", verify="full") as store:
+        assert store.keys.to_list() == [f"image-{number:05d}.jpg" for number in range(60)]
 
 
 SLURM = {
@@ -206,8 +232,6 @@ def test_workers_that_slurm_starts(tmp_path: Path) -> None:
 
 
 def test_a_bad_image_stops_the_run_where_it_shall(tmp_path: Path) -> None:
-    from tests.helpers import jpeg
-
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):
