@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask
@@ -59,13 +59,14 @@ def _set_by_user(name: str) -> bool:
 
 @contextlib.contextmanager
 def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) -> Iterator[Any]:
-    cores = os.cpu_count() or 1
     if kind == "local":
+        cores = os.cpu_count() or 1
         count = workers or cores
         threads = max(1, cores // count)
         with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _THREADS}):
             settings = {"n_workers": count, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
-            with LocalCluster(**{**settings, "silence_logs": logging.CRITICAL, **options}) as made:
+            settings = {**settings, "silence_logs": logging.CRITICAL, **options}
+            with _made(kind, LocalCluster, settings) as made:
                 yield made
         return
     package, place, name = {
@@ -81,7 +82,25 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
         ) from None
     if kind == "cuda" and workers is not None:
         options = {"n_workers": workers, **options}
-    with getattr(module, name)(**options) as made:
+    with _made(kind, getattr(module, name), options) as made:
         if kind != "cuda" and workers is not None:
             made.scale(workers)
         yield made
+
+
+def _made(kind: ClusterKind, make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """A cluster of somebody else's class. What it says about its arguments, in words of its own, is for the user.
+
+    Raises:
+        UsageError: it cannot be made so.
+    """
+    try:
+        return make(**options)
+    except Exception as error:
+        first: BaseException = error  # "Nanny failed to start" is the end of a chain that begins with the reason
+        while (before := first.__cause__ or first.__context__) is not None:
+            first = before
+        reason = " ".join(str(first).split())[:300] or type(first).__name__
+        raise UsageError(
+            f"--cluster {kind}: cannot be started: {reason}; its arguments are those in the file of --cluster-options"
+        ) from error

@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import softlabel
@@ -183,17 +185,23 @@ def test_the_scheduler_lost(tmp_path: Path, how: signal.Signals) -> None:
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
-def test_a_worker_stopped_past_its_ttl_and_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nanny", ["--nanny", "--no-nanny"])
+def test_a_worker_stopped_past_its_ttl_and_back(tmp_path: Path, nanny: str) -> None:
+    """With a nanny, a fresh process may be in its place by then; without one it comes back and goes on."""
     data = dataset(tmp_path / "data.parquet", 120)
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5]
     command = [*options, "--teacher", teacher_spec(seconds=0.5), "--out", tmp_path / "store"]
-    with cluster(tmp_path / "dask", workers=2, ttl="3s") as dask:
+    with cluster(tmp_path / "dask", workers=1, ttl="3s") as dask:
+        second = dask.worker(nanny)
         client = start(generate(*command, "--scheduler", dask.address))
-        wait_for(lambda: len(published(tmp_path / "store")) >= 2)
-        stopped = dask.working()[0]
-        os.kill(stopped, signal.SIGSTOP)
+        wait_for(lambda: len(published(tmp_path / "store")) >= 4)
+        stopped = psutil.Process(second.pid)
+        if nanny == "--nanny":
+            stopped = next(one for one in stopped.children() if one.pid in dask.working())
+        stopped.suspend()
         time.sleep(6)
-        os.kill(stopped, signal.SIGCONT)
+        with suppress(psutil.NoSuchProcess):
+            stopped.resume()
         out, error = client.communicate(timeout=200)
     assert client.returncode == 0, error
     assert "complete, 120 rows" in out

@@ -1,6 +1,7 @@
 """What a cluster wrote is a store like any other, on a full disk and on an object store whose puts fail, too."""
 
 import http.client
+import importlib.util
 import os
 import re
 import shutil
@@ -270,8 +271,14 @@ def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
     options = ["--data", data, "--teacher", teacher_spec(), "--out", tmp_path / "store"]
     done = run(generate(*options, "--scheduler", "tcp://127.0.0.1:9"), code=2)
     assert "no scheduler answers there" in done.stderr
-    done = run(generate(*options, "--cluster", "slurm"), code=2)
-    assert "pip install 'softlabel[slurm]'" in done.stderr
+    if importlib.util.find_spec("dask_kubernetes") is None:
+        done = run(generate(*options, "--cluster", "kubernetes"), code=2)
+        assert "pip install 'softlabel[kubernetes]'" in done.stderr
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("n_workerz: 3\n")
+    done = run(generate(*options, "--cluster", "local", "--cluster-options", wrong), code=2)
+    assert "n_workerz" in done.stderr.strip().splitlines()[-1]
+    assert "--cluster-options" in done.stderr.strip().splitlines()[-1]
     done = run(generate(*options, "--shard-seconds", 5), code=2)
     assert "--cluster" in done.stderr
 
