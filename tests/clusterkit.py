@@ -115,6 +115,7 @@ class Cluster:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.file = folder / "scheduler.json"
+        self.file.unlink(missing_ok=True)  # of an earlier cluster there
         self.environment = in_environment(
             DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=failures,
             DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=ttl,
