@@ -13,7 +13,7 @@ import xxhash
 
 from softlabel.store.decode import float16_clean
 
-_BLOCK = 512 << 10  # bytes; stays in the second level cache between hashing and looking
+_BLOCK = 1 << 20  # bytes; still in the cache when they are looked at, and few enough calls for several threads
 _MAPPED = 32 << 20  # pages are let go of after so many bytes, so that a large file does not count as our memory
 
 
