@@ -18,10 +18,11 @@ class Deployment:
         scheduler: address of a running one, such as ``tcp://10.0.0.1:8786``.
         cluster: ``local`` starts processes on this machine; ``slurm``, ``kubernetes`` and ``cuda`` use dask-jobqueue,
             dask-kubernetes and dask-cuda.
-        workers: how many of a cluster's workers; None: one for each core of this machine, or what `options` say.
+        workers: how many of a cluster's workers; None: one for each core (local) or GPU (cuda) of this machine, or what
+            `options` say (kubernetes); slurm wants a number.
         options: further arguments of the cluster's class.
         shard_seconds: after which a shard counts as hung and its worker is ended; None: 20 times what shards take, at
-            least two minutes.
+            least two minutes, and an hour until three have been done.
     """
 
     scheduler: str | None = None
@@ -41,11 +42,22 @@ class Deployment:
             raise UsageError("workers and cluster options belong to a cluster that is started, not to --scheduler")
 
 
-def absolute(text: str) -> str:
-    """A SOURCE or SPEC whose local paths are absolute: workers have working directories of their own."""
+def absolute_source(text: str) -> str:
+    """A SOURCE whose local paths are absolute: workers have working directories of their own."""
+    if os.path.exists(text):
+        # A folder may be called as the data that comes with scikit-learn is, which SOURCE means.
+        return text if text == "digits" else os.path.abspath(text)
     head, mark, tail = text.partition("?")
+    if head != "digits" and not head.startswith("torchvision:") and "://" not in head:
+        head = os.path.abspath(head)  # braces and globs too
+    return f"{head}{mark}{_absolute_options(tail)}"
+
+
+def absolute_spec(text: str) -> str:
+    """A SPEC whose local paths are absolute."""
     if os.path.exists(text):
         return os.path.abspath(text)
+    head, mark, tail = text.partition("?")
     if os.path.exists(head):
         head = os.path.abspath(head)
     else:
@@ -55,12 +67,15 @@ def absolute(text: str) -> str:
             head = f"{place}@{os.path.abspath(checkpoint)}"
         elif colon and os.path.exists(name):
             head = f"{kind}:{os.path.abspath(name)}"
+    return f"{head}{mark}{_absolute_options(tail)}"
+
+
+def _absolute_options(tail: str) -> str:
     options = [part.partition("=") for part in tail.split("&")] if tail else []
-    joined = "&".join(
-        f"{key}{equals}{os.path.abspath(value) if key == 'root' or value.endswith('.npy') else value}"
+    return "&".join(
+        f"{key}{equals}{os.path.abspath(value) if key in ('root', 'classes') or value.endswith('.npy') else value}"
         for key, equals, value in options
     )
-    return f"{head}{mark}{joined}"
 
 
 def absolute_root(out: str | os.PathLike[str]) -> str:

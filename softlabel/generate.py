@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.dataset import Source
-from softlabel.deployment import Deployment, absolute
+from softlabel.deployment import Deployment, absolute_source, absolute_spec
 from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy, LabelledShard
 from softlabel.errors import DataError, MismatchError, UsageError
@@ -142,7 +142,7 @@ def generate(
     if deployment is not None:
         if not isinstance(data, str | Path):
             raise UsageError("data: on a cluster expected a SOURCE that every worker can open, found an object")
-        data, teachers = absolute(str(data)), [absolute(teacher) for teacher in teachers]
+        data, teachers = absolute_source(str(data)), [absolute_spec(teacher) for teacher in teachers]
     job = prepare(
         data,
         history=History.of(out, grow=grow, views=views),

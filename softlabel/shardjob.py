@@ -36,6 +36,8 @@ from softlabel.store.writer import write_shard
 from softlabel.upkeep import job_of
 
 HUNG = 86  # exit status of a process whose shard took too long
+LOADING_SECONDS = 3600.0  # for data and teachers, before the first shard
+_MARGIN_SECONDS = 60.0  # for a process to start and to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,8 @@ class Request:
     """What a worker must know, beside the manifest, to label shards of a store.
 
     Attributes:
+        session: a word of its own for each client's run. A worker loads data and teachers once in it, and anew in the
+            next one: both may lie there changed under the same names.
         out: the store's folder or URL, as every worker reaches it.
         run: fingerprint of the run, so that no shard of another one is made.
         data: the SOURCE, as every worker reaches it.
@@ -52,6 +56,7 @@ class Request:
         threads, members_in_turn: of `Tuning`; the rest of it was settled when the run began, and is in the manifest.
     """
 
+    session: str
     out: str
     run: str
     data: str
@@ -123,31 +128,41 @@ def label_one(request: Request, number: int, keys: str, seconds: float, worker: 
 
     Args:
         keys: `Source.digest` of the shard's samples where the run was begun: only the same ones are labelled.
-        seconds: after which the shard counts as hung and this process ends; 0: never.
+        seconds: after which the shard counts as hung and this process ends, loading left out; 0: never.
         worker: what the outcome calls whoever did it.
     """
-    with _LOADED.turn, _watchdog(seconds, number):
+    job = None
+    with _LOADED.turn:
         started = time.monotonic()
         try:
-            job = _LOADED.job(request)
-            plan = job.run.shard(number)
-            if job.labeller.source.digest(plan.start, plan.stop) != keys:
-                raise MismatchError(
-                    f"{request.data}: samples {plan.start} to {plan.stop - 1} have other keys here than where the run "
-                    "was begun; give every worker the same data"
-                )
-            shard = label_shard(plan, job.labeller)
-            record = write_shard(request.out, job.run, plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+            with _watchdog(LOADING_SECONDS if seconds else 0.0, number):
+                job = _LOADED.job(request)
+            started = time.monotonic()
+            with _watchdog(seconds, number):
+                return _labelled(job, request, number, keys, started, worker)
         except (SoftLabelError, OSError, MemoryError) as error:
+            transient = isinstance(error, StoreError | OSError | MemoryError)
+            stops = request.on_bad_image == "error" and isinstance(error, DataError)
             return Outcome(
                 number=number,
                 error=" ".join(f"{error}".split()) or type(error).__name__,
-                transient=isinstance(error, StoreError | OSError | MemoryError),
-                fatal=isinstance(error, MismatchError)
-                or (request.on_bad_image == "error" and isinstance(error, DataError)),
+                transient=transient,
+                # Who cannot load anything would fail every shard, and faster than others label them.
+                fatal=stops or isinstance(error, MismatchError) or (job is None and not transient),
                 seconds=time.monotonic() - started,
                 worker=worker,
             )
+
+
+def _labelled(job: Job, request: Request, number: int, keys: str, started: float, worker: str) -> Outcome:
+    plan = job.run.shard(number)
+    if job.labeller.source.digest(plan.start, plan.stop) != keys:
+        raise MismatchError(
+            f"{request.data}: samples {plan.start} to {plan.stop - 1} have other keys here than where the run was begun"
+            "; give every worker the same data"
+        )
+    shard = label_shard(plan, job.labeller)
+    record = write_shard(request.out, job.run, plan, shard.rows, shard.bad, fidelity=shard.fidelity)
     return Outcome(
         number=number,
         record=record,
@@ -196,7 +211,13 @@ def label_alone(request: Request, number: int, keys: str, seconds: float, worker
     """
     started = time.monotonic()
     asked = [dumps(to_json(request)).decode(), str(number), keys, str(seconds)]
-    ended = subprocess.run([sys.executable, "-m", "softlabel.shardjob", *asked], capture_output=True, check=False)
+    command = [sys.executable, "-m", "softlabel.shardjob", *asked]
+    # A process that hangs in native code can keep its own watchdog from running.
+    limit = LOADING_SECONDS + seconds + _MARGIN_SECONDS if seconds else None
+    try:
+        ended = subprocess.run(command, capture_output=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        ended = subprocess.CompletedProcess(command, HUNG)
     if ended.returncode == 0 and (lines := ended.stdout.splitlines()):
         return dataclasses.replace(from_json(Outcome, loads(lines[-1])), worker=worker)
     if ended.returncode == HUNG:

@@ -33,7 +33,8 @@ class Teacher(nn.Module):
 
     Args:
         harm: ``kill`` ends the process by SIGKILL, ``once`` the first `times` ones that see the image, ``hang`` sleeps
-            for ever, ``memory`` takes a gigabyte for two seconds, ``noise`` answers otherwise in every process.
+            for ever, ``memory`` takes a gigabyte for two seconds, ``noise`` answers otherwise in every process,
+            ``break`` the first process that sees the image can do nothing any more, as after an error of its device.
         marks: folder in which a process leaves a file for what it did, and in which threads.
         seconds: that every batch takes.
     """
@@ -56,6 +57,9 @@ class Teacher(nn.Module):
         time.sleep(self.seconds)
         if self.marks is not None:
             (self.marks / f"thread-{threading.current_thread().name}").touch()
+            (self.marks / f"call-{os.getpid()}-{time.monotonic_ns()}").touch()
+            if (self.marks / f"broken-{os.getpid()}").exists():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if bool((images_BCHW.flatten(1).mean(dim=1) > WHITE / 255).any()):
             self._do_harm()
         logits_BC: Tensor = self.layer(images_BCHW.flatten(1))
@@ -76,6 +80,11 @@ class Teacher(nn.Module):
             if not list(self.marks.glob("hung-*")):
                 (self.marks / "hung-1").touch()
                 time.sleep(10_000)
+        if self.harm == "break":
+            assert self.marks is not None
+            if not list(self.marks.glob("broken-*")):
+                (self.marks / f"broken-{os.getpid()}").touch()
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.harm == "memory":
             filled = np.ones(1 << 27)
             time.sleep(2)

@@ -12,8 +12,10 @@ is asked for beside waiting for them; resource limits switch off the scheduler's
 MALLOC_TRIM_THRESHOLD_ freezes the C library's limits, which workers therefore set themselves (see `allocator`).
 """
 
+import functools
 import logging
 import os
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +38,9 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
     """What labels a store's missing shards on a cluster, for `label_missing`."""
 
     def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
+        committer.publish()
         request = Request(
+            session=uuid.uuid4().hex,
             out=absolute_root(out),
             run=job.run.fingerprint(),
             data=str(job.recorded["data"]),
@@ -65,7 +69,10 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
         with connected(deployment) as client:
             if client.dashboard_link:
                 log.info("dashboard: %s", client.dashboard_link)
-            drive = Drive(client, request, keys, commit, limit=deployment.shard_seconds, bar=bar)
+            refill = None
+            if deployment.cluster == "slurm":  # a job that ends by its walltime leaves nobody in its place
+                refill = functools.partial(client.cluster.scale, deployment.workers)
+            drive = Drive(client, request, keys, commit, limit=deployment.shard_seconds, refill=refill, bar=bar)
             failed = drive.run([plan.number for plan in missing])
         if failed:
             listed = "; ".join(f"shard {one.number}: {one.error}" for one in failed[:3])

@@ -3,11 +3,16 @@
 import contextlib
 import logging
 import os
+import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.comm.registry import get_backend
+from distributed.security import Security
 
 from softlabel.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
@@ -28,14 +33,32 @@ def connected(deployment: Deployment) -> Iterator[Client]:
         if deployment.cluster is not None:
             stack.enter_context(dask.config.set(_settings()))
             where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
+        if deployment.scheduler is not None:
+            _check_address(deployment.scheduler)
         try:
             client = stack.enter_context(Client(where, timeout="20s", set_as_default=False))
-        except (OSError, TimeoutError, ValueError) as error:
+        except Exception as error:
+            asked = f"--scheduler {deployment.scheduler}" if deployment.scheduler else f"--cluster {deployment.cluster}"
             raise UsageError(
-                f"--scheduler {deployment.scheduler}: no scheduler answers there ({type(error).__name__}); "
+                f"{asked}: no scheduler answers there ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                 "start one with 'dask scheduler', or check the address"
             ) from None
         yield client
+
+
+def _check_address(address: str) -> None:
+    """Raises UsageError for one that a client cannot even try: it would be left half made, and complain at the end."""
+    scheme = address.partition("://")[0] if "://" in address else "tcp"
+    try:
+        get_backend(scheme)
+        if scheme in ("tls", "wss") and Security().get_connection_args("client")["ssl_context"] is None:
+            raise ValueError("there are none")
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--scheduler {address}: expected an address such as tcp://10.0.0.1:8786, and for tls:// Dask's settings "
+            f"of certificates ({said})"
+        ) from None
 
 
 def _settings() -> dict[str, Any]:
@@ -53,8 +76,9 @@ def _settings() -> dict[str, Any]:
 
 
 def _set_by_user(name: str) -> bool:
-    """Whether an environment variable says otherwise: DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL for worker-ttl."""
-    return f"DASK_{name.replace('.', '__').replace('-', '_').upper()}" in {key.upper() for key in os.environ}
+    """Whether an environment variable, a file or a program says otherwise than Dask itself."""
+    own = dask.config.merge(*dask.config.defaults)
+    return bool(dask.config.get(name, None) != dask.config.get(name, None, config=own))
 
 
 @contextlib.contextmanager
@@ -66,7 +90,9 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
         with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _THREADS}):
             settings = {"n_workers": count, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
             settings = {**settings, "silence_logs": logging.CRITICAL, **options}
-            with _made(kind, LocalCluster, settings) as made:
+            with _no_ctrl_c():
+                local = _made(kind, LocalCluster, settings)
+            with local as made:
                 yield made
         return
     package, place, name = {
@@ -82,10 +108,35 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
         ) from None
     if kind == "cuda" and workers is not None:
         options = {"n_workers": workers, **options}
+    if kind == "slurm" and workers is None:
+        raise UsageError("--cluster slurm: say how many --workers it shall start")
+    if kind == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError("--cluster slurm: there is no 'sbatch' here; run this where jobs can be submitted")
     with _made(kind, getattr(module, name), options) as made:
         if kind != "cuda" and workers is not None:
-            made.scale(workers)
+            _scale(kind, made, workers)
         yield made
+
+
+def _scale(kind: ClusterKind, made: Any, workers: int) -> None:
+    """Ask for workers. Raises UsageError where that is refused at once, by SLURM for a queue that is not there, say."""
+    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)  # it would be told there too, as a traceback
+    made.scale(workers)
+    if kind == "slurm":
+        _made(kind, lambda: made.sync(made._correct_state), {})
+
+
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C: a terminal sends it to all, and ending them is ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _made(kind: ClusterKind, make: Callable[..., Any], options: dict[str, Any]) -> Any:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import queue
 import statistics
 import time
@@ -17,7 +16,7 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
-from softlabel.errors import ClusterLostError, DataError, StoreError
+from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
 from softlabel.shardjob import Outcome, Request, label_alone, label_one
 
 log = logging.getLogger("softlabel")
@@ -29,7 +28,9 @@ BUNDLE_SECONDS = 0.5  # of work in flight for each worker at least, where shards
 MOST_IN_BUNDLE = 100
 ALONE_TRIES = 3  # processes of its own that a shard may take with it
 TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
-BREAK_AFTER = 8  # outcomes without one success: the whole run is wrong, not these shards
+BREAK_AFTER = 8  # failures before the first success, or of storage since the last one: it is not these shards
+PAUSED_SECONDS = 120.0  # in which no worker takes anything
+REFILL_SECONDS = 30.0  # between two times that lost workers are asked for anew
 LOST_SECONDS = 30.0  # without a sign of the scheduler
 ANSWER_SECONDS = 8.0  # for the scheduler to say something
 ASK_SECONDS = 5.0  # between two looks at the cluster
@@ -46,6 +47,7 @@ class _Flight:
     tries: int = 0
     deaths: int = 0
     alone: bool = False
+    why: str = "it was lost on its way"
     since: float = 0.0
     copies: list[Future] = field(default_factory=list)
 
@@ -60,6 +62,7 @@ class Drive:
         commit: takes the outcomes of published shards; called in this thread alone, with those that arrived together.
         limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
         work, alone: what a worker runs, and what it runs for a shard whose worker died.
+        refill: asks for workers in the place of lost ones; called now and then.
         bar: advanced by committed rows.
     """
 
@@ -73,10 +76,11 @@ class Drive:
         limit: float | None = None,
         work: Work = label_one,
         alone: Work = label_alone,
+        refill: Callable[[], object] | None = None,
         bar: "tqdm[Any] | None" = None,
     ) -> None:
         self.client, self.request, self.keys, self.commit = client, request, keys, commit
-        self.limit, self.work, self.alone, self.bar = limit, work, alone, bar
+        self.limit, self.work, self.alone, self.refill, self.bar = limit, work, alone, refill, bar
         self.done = 0
         self.failed: list[Outcome] = []
         self._waiting: deque[_Flight] = deque()
@@ -88,12 +92,16 @@ class Drive:
         self._workers = 1
         self._seen = self._asked = time.monotonic()
         self._names = 0  # of tasks that were sent
+        self._refused = 0  # failures of storage since the last success
+        self._paused: float | None = None  # since when no worker takes anything
+        self._refilled = time.monotonic()
 
     def run(self, numbers: Sequence[int]) -> list[Outcome]:
         """Label these shards; returns those that could not be, each with its reason.
 
         Raises:
             ClusterLostError: the scheduler is gone; what was committed stays.
+            UsageError: Dask has paused all workers.
             DataError, StoreError: nothing succeeds, for the reason of the first failures; or a worker has other data
                 or teachers, or a bad image, where that stops the run.
         """
@@ -144,7 +152,7 @@ class Drive:
         for flight in flights:
             self._names += 1
             flight.since = time.monotonic()
-            names.append(f"softlabel-{self.request.run[:8]}-{flight.number}-{self._names}-{os.getpid()}")
+            names.append(f"softlabel-{self.request.session}-{flight.number}-{self._names}")
         try:
             futures = self.client.map(
                 _on_worker,
@@ -159,7 +167,9 @@ class Drive:
                 limit=self._limit(),
             )
         except Exception as error:
-            raise self._lost(error) from error
+            if isinstance(error, OSError) or self.client.status != "running":
+                raise self._lost(error) from error
+            raise
         for flight, future in zip(flights, futures, strict=True):
             flight.copies.append(future)
             future.add_done_callback(functools.partial(self._arrive, flight.number))
@@ -198,7 +208,11 @@ class Drive:
         return [(number, future) for number, future in landed if number in self._flying]
 
     def _settle(self, landed: Sequence[tuple[int, Future]]) -> None:
-        good = [(number, future) for number, future in landed if future.status == "finished"]
+        # Looked at once: Dask may find a lost result again while others are fetched.
+        good: list[tuple[int, Future]] = []
+        others: list[tuple[int, Future]] = []
+        for number, future in landed:
+            (good if future.status == "finished" else others).append((number, future))
         outcomes = self._gather([future for _, future in good])
         published, rows = [], 0
         for (number, future), outcome in zip(good, outcomes, strict=True):
@@ -214,12 +228,12 @@ class Drive:
                 count = outcome.record.rows + len(outcome.record.bad)
                 rows += count
                 self._rates[outcome.worker] = count / max(outcome.seconds, 1e-9)
-        for number, future in landed:
-            if future.status != "finished":
-                self._gone(number, future)
+        for number, future in others:
+            self._gone(number, future)
         if published:
             self.commit(published)
             self.done += len(published)
+            self._refused = 0
             self._show(rows)
 
     def _gather(self, futures: Sequence[Future]) -> list[Outcome | None]:
@@ -250,17 +264,18 @@ class Drive:
         flight.copies.remove(future)
         if future.status == "error":
             error = future.exception(timeout=ANSWER_SECONDS)
-            if not isinstance(error, KilledWorker):
-                self._failed(flight, Outcome(number=number, error=f"{type(error).__name__}: {error}"))
-                return
+            # What is raised there may be the worker's fault, a broken device say, as much as the shard's.
+            said = " ".join(str(error).split())[:300]
+            died = isinstance(error, KilledWorker)
+            flight.why = "its worker died" if died else f"{type(error).__name__}: {said}"
             flight.deaths += 1
             flight.alone = True
-            log.warning("shard %d: its worker died; it is tried again alone in a process of its own", number)
+            log.warning("shard %d: %s; it is tried again alone in a process of its own", number, flight.why)
         if flight.copies:
             return  # another copy is on its way
         del self._flying[number]
         if flight.deaths > ALONE_TRIES or flight.tries > TRIES + ALONE_TRIES:
-            self.failed.append(Outcome(number=number, error=f"its worker died {flight.deaths} times"))
+            self._failed_for_good(Outcome(number=number, error=f"{flight.why}, {flight.tries} times"))
         else:
             self._waiting.appendleft(flight)
 
@@ -275,11 +290,18 @@ class Drive:
         elif outcome.transient and flight.tries < TRIES:
             self._later.append((time.monotonic() + 2.0**flight.tries / 2, flight))
         else:
-            self.failed.append(outcome)
-            log.warning("shard %d: %s", outcome.number, outcome.error)
-            if not self.done and len(self.failed) >= min(BREAK_AFTER, 2 * self._workers + 1):
-                kind = StoreError if outcome.transient else DataError
-                raise kind(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
+            self._failed_for_good(outcome)
+
+    def _failed_for_good(self, outcome: Outcome) -> None:
+        self.failed.append(outcome)
+        log.warning("shard %d: %s", outcome.number, outcome.error)
+        if outcome.transient:
+            self._refused += 1
+        enough = min(BREAK_AFTER, 2 * self._workers + 1)
+        if self._refused >= enough:
+            raise StoreError(f"no shard can be stored any more; shard {outcome.number}: {outcome.error}")
+        if not self.done and len(self.failed) >= enough:
+            raise DataError(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
 
     # ---- the cluster's health ----
 
@@ -290,7 +312,9 @@ class Drive:
             return self._seen >= self._asked
         self._asked = now
         try:
-            workers = self.client.sync(self.client.scheduler.ncores, workers=None, callback_timeout=ANSWER_SECONDS)
+            workers: dict[str, str] = self.client.sync(
+                self.client._run_on_scheduler, _census, callback_timeout=ANSWER_SECONDS
+            )
         except Exception as error:
             if now - self._seen > LOST_SECONDS or self.client.status == "closed":
                 raise self._lost(error) from error
@@ -298,9 +322,26 @@ class Drive:
         self._seen = time.monotonic()
         if not workers and self._workers:
             log.info("waiting for workers")
-        self._workers = len(workers)
+        self._workers = sum(status == "running" for status in workers.values())
+        self._look_for_paused(workers)
+        if self.refill is not None and now - self._refilled > REFILL_SECONDS:
+            self._refilled = now
+            self.refill()
         self._rates = {worker: rate for worker, rate in self._rates.items() if worker in workers}
         return True
+
+    def _look_for_paused(self, workers: dict[str, str]) -> None:
+        """Dask gives no task to a worker above a share of its memory limit, and a teacher's memory never falls."""
+        if self._workers or "paused" not in workers.values():
+            self._paused = None
+            return
+        now = time.monotonic()
+        remedy = "start workers with '--memory-limit 0', or with more memory"
+        if self._paused is None:
+            self._paused = now
+            log.warning("Dask has paused all %d workers, whose memory is near their limit; %s", len(workers), remedy)
+        elif now - self._paused > PAUSED_SECONDS:
+            raise UsageError(f"all {len(workers)} workers are paused, their memory is near their limit; {remedy}")
 
     def _lost(self, error: BaseException) -> ClusterLostError:
         return ClusterLostError(
@@ -317,6 +358,11 @@ class Drive:
             self.bar.set_postfix_str(
                 f"{self._workers} workers, {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}", refresh=False
             )
+
+
+def _census(dask_scheduler: Any) -> dict[str, str]:
+    """Address and status of every worker; runs in the scheduler."""
+    return {address: worker.status.name for address, worker in dask_scheduler.workers.items()}
 
 
 def _on_worker(number: int, keys: str, *, work: Work, request: Request, limit: float) -> Outcome:

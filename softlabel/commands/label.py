@@ -72,7 +72,8 @@ def generate(
         compile: let torch.compile have the teachers.
         stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
         members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
-        workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine.
+        workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine
+            (slurm wants a number).
         threads: that compute on a CPU, of each worker on a cluster; absent, as many as torch takes.
         seed: of the view policy, and of what a teacher's factory draws at random.
         ignore_labels: store no hard labels even if the data has them.

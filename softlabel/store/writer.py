@@ -226,6 +226,11 @@ class Committer:
                 self._pending = waiting
         return len(new)
 
+    def publish(self) -> None:
+        """Let the root on disk say what this run is and records, before the first commit: for workers who read it."""
+        with writing(self._folder):
+            self._publish_root(self._manifest)
+
     def add_extra(self, name: str, data: bytes) -> None:
         """Publish a safetensors file that the whole store shares (`name` in lower case); idempotent."""
         assert _EXTRA_NAME.fullmatch(name)

@@ -65,7 +65,9 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
     softlabel.generate(data, teachers=[teacher], out=out, shard_rows=SHARD, batch_size=SHARD, workers=0, progress=False)
     with open_store(out) as store:
         manifest = store.manifest
-    request = Request(out=out, run=manifest.run.fingerprint(), data=data, teachers=(teacher,), device="cpu")
+    request = Request(
+        session="bench", out=out, run=manifest.run.fingerprint(), data=data, teachers=(teacher,), device="cpu"
+    )
     job = job_of(manifest, out, workers=0, device="cpu")
     numbers = range(manifest.run.shard_count)
 
@@ -134,7 +136,13 @@ def interleaved(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str
 
 def per_shard(folder: Path, shards: int) -> None:
     """What the scheduler and the client spend on a shard that costs nothing, with a real committer's records kept."""
-    request = Request(out="/nowhere/at/all", run="0" * 32, data="/data/images/train", teachers=("zoo:resnet20@a.th",))
+    request = Request(
+        session="b" * 32,
+        out="/nowhere/at/all",
+        run="0" * 32,
+        data="/data/images/train",
+        teachers=("zoo:resnet20@a.th",),
+    )
     with cluster(folder / "dask", workers=2) as dask, Client(dask.address, set_as_default=False) as client:
         client.wait_for_workers(2)
         kept: dict[int, ShardRecord] = {}

@@ -5,12 +5,13 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tests.clusterkit import (
     in_environment,
     published,
     teacher_spec,
+    wait_for,
 )
 from tests.helpers import jpeg, write_parquet
 from tests.helpers import softlabel as command_line
@@ -38,8 +40,12 @@ pytest.importorskip("distributed", reason="dask is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
-def run(command: list[str], code: int = 0, **more: object) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(command, env=in_environment(**more), capture_output=True, text=True, check=False, timeout=250)
+def run(
+    command: list[str], code: int = 0, cwd: Path | None = None, **more: object
+) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        command, env=in_environment(**more), capture_output=True, text=True, check=False, timeout=250, cwd=cwd
+    )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -80,6 +86,53 @@ def test_begun_here_finished_there_and_kept_up(tmp_path: Path) -> None:
         assert len(merged) == 160
 
 
+def test_data_that_changed_between_two_runs_on_the_same_workers(tmp_path: Path) -> None:
+    """Same file, same keys, other images: what a worker keeps from a run is for that run."""
+    data = dataset(tmp_path / "data.parquet", 40)
+    options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+    with cluster(tmp_path / "dask", workers=1) as dask:
+        run(generate(*options, "--out", tmp_path / "store", "--scheduler", dask.address))
+        shutil.rmtree(tmp_path / "store")
+        write_parquet(data, [jpeg(1000 + number) for number in range(40)], labels=[3] * 40)
+        run(generate(*options, "--out", tmp_path / "store", "--scheduler", dask.address))
+    run(generate(*options, "--out", tmp_path / "whole"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+    command_line("verify", tmp_path / "store", "--data", data)
+
+
+def test_a_store_that_grows_by_samples_and_by_views(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data.parquet", 40)
+    options = ["--data", data, "--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
+    options += ["--augment", "crop-flip"]
+    with cluster(tmp_path / "dask", workers=2) as dask:
+        for more in ((), ("--grow",), ("--views", 2)):
+            if more == ("--grow",):
+                dataset(data, 65)
+            placed = [(tmp_path / "store", "--scheduler", dask.address), (tmp_path / "whole",)]
+            for out, *where in placed:
+                run(generate(*options, "--out", out, *more, *where))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+    with softlabel.open_store(tmp_path / "store") as store:
+        assert len(store) == 130
+
+
+def test_relative_paths_mean_those_of_the_client(tmp_path: Path) -> None:
+    """Workers have a working directory of their own, and the words for several files are made absolute as well."""
+    for number in range(2):
+        dataset(tmp_path / f"part-{number}.parquet", 20)
+        part = tmp_path / f"part-{number}.parquet"
+        images = [jpeg(100 * number + image) for image in range(20)]
+        write_parquet(part, images, keys=[f"{number}-{image}" for image in range(20)], labels=[1] * 20)
+    (tmp_path / "digits").mkdir()
+    options = ["--teacher", teacher_spec(), "--shard-rows", 10, "--batch-size", 10, "--no-preflight"]
+    with cluster(tmp_path / "dask", workers=1) as dask:
+        for name, source in (("braces", "part-{0..1}.parquet"), ("glob", "part-*.parquet")):
+            placed = ["--data", source, "--out", name, "--scheduler", dask.address]
+            assert "complete, 40 rows" in run(generate(*options, *placed), cwd=tmp_path).stdout
+        digits = ["--data", "digits?rows=0:30", "--ignore-labels", "--out", "of-digits", "--scheduler", dask.address]
+        assert "complete, 30 rows" in run(generate(*options, *digits), cwd=tmp_path).stdout
+
+
 def test_a_teacher_is_loaded_once_by_each_worker(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data.parquet", 120)
     marks = tmp_path / "marks"
@@ -102,7 +155,14 @@ def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
     with softlabel.open_store(tmp_path / "other") as other:
         planned = other.run
     with Committer.open(store, planned, {"data": str(data), "teachers": [teacher], "batch_size": 10}) as committer:
-        request = Request(out=str(store), run=planned.fingerprint(), data=str(data), teachers=(teacher,), device="cpu")
+        request = Request(
+            session="one",
+            out=str(store),
+            run=planned.fingerprint(),
+            data=str(data),
+            teachers=(teacher,),
+            device="cpu",
+        )
         source = softlabel.open_source(data)
         keys = [source.digest(start, start + 10) for start in (0, 10, 20)]
         records: list[ShardRecord] = []
@@ -202,7 +262,7 @@ def test_a_worker_that_sees_other_data(tmp_path: Path) -> None:
 
 SLURM = {
     # What SLURM does, on this machine: the script becomes a process group, whose number is the job's.
-    "sbatch": 'setsid sh "$1" > "$1.out" 2>&1 &\necho "Submitted batch job $!"\n',
+    "sbatch": 'setsid sh "$1" > "{jobs}-$$.log" 2>&1 &\necho $! >> {jobs}\necho "Submitted batch job $!"\n',
     "scancel": 'for job; do kill -9 -- "-$job"; done\n',
 }
 
@@ -213,7 +273,7 @@ def test_workers_that_slurm_starts(tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in SLURM.items():
-        (commands / name).write_text(f"#!/bin/sh\n{text}")
+        (commands / name).write_text("#!/bin/sh\n" + text.replace("{jobs}", str(tmp_path / "jobs")))
         (commands / name).chmod(0o755)
     settings = tmp_path / "slurm.yaml"
     words = {"cores": 2, "processes": 1, "memory": "4GB", "interface": "lo", "log_directory": str(tmp_path / "logs")}
@@ -225,9 +285,23 @@ def test_workers_that_slurm_starts(tmp_path: Path) -> None:
     slurm = ["--cluster", "slurm", "--workers", 2, "--cluster-options", settings]
     teacher = teacher_spec(marks=marks, seconds=0.5)
     path = os.pathsep.join([str(commands), os.environ["PATH"]])
-    done = run(generate(*options, "--teacher", teacher, "--out", tmp_path / "store", *slurm), PATH=path)
-    assert "complete, 120 rows" in done.stdout
-    assert len(list(marks.glob("loaded-*"))) == 3, "two workers and the client"
+    command = generate(*options, "--teacher", teacher, "--out", tmp_path / "store", *slurm)
+    environment = in_environment(PATH=path, DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT="2s")
+    client = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Both jobs end in the middle, as at their walltime, and others take their place.
+    wait_for(lambda: len(published(tmp_path / "store")) >= 2)
+    for job in (tmp_path / "jobs").read_text().split():
+        with suppress(ProcessLookupError):
+            os.killpg(int(job), signal.SIGKILL)
+    out, error = client.communicate(timeout=200)
+    assert client.returncode == 0, error
+    assert "complete, 120 rows" in out
+    assert len((tmp_path / "jobs").read_text().split()) > 2
+    loads = [path.name.split("-")[1] for path in marks.glob("loaded-*")]
+    assert sorted(loads) == sorted(set(loads)), "a process loaded its teacher twice"
+    (commands / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: gpus' >&2\nexit 1\n")
+    placed = generate(*options, "--teacher", teacher_spec(), "--out", tmp_path / "none", *slurm)
+    assert "invalid partition specified: gpus" in run(placed, code=2, PATH=path).stderr.strip().splitlines()[-1]
     run(generate(*options, "--teacher", teacher_spec(), "--out", tmp_path / "whole"))
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
@@ -271,6 +345,11 @@ def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
     options = ["--data", data, "--teacher", teacher_spec(), "--out", tmp_path / "store"]
     done = run(generate(*options, "--scheduler", "tcp://127.0.0.1:9"), code=2)
     assert "no scheduler answers there" in done.stderr
+    for address in ("nonsense://127.0.0.1:9", "tls://127.0.0.1:9"):
+        done = run(generate(*options, "--scheduler", address), code=2)
+        assert "expected an address such as" in done.stderr
+    done = run(generate(*options, "--cluster", "slurm"), code=2)
+    assert "--workers" in done.stderr
     if importlib.util.find_spec("dask_kubernetes") is None:
         done = run(generate(*options, "--cluster", "kubernetes"), code=2)
         assert "pip install 'softlabel[kubernetes]'" in done.stderr
