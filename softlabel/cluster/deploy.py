@@ -17,6 +17,8 @@ from distributed.security import Security
 from softlabel.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
 
+log = logging.getLogger("softlabel")
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -32,11 +34,11 @@ def connected(deployment: Deployment) -> Iterator[Client]:
         where: Any = deployment.scheduler
         if deployment.cluster is not None:
             stack.enter_context(dask.config.set(_settings()))
-            where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
+            where = _enter(stack, _cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
         if deployment.scheduler is not None:
             _check_address(deployment.scheduler)
         try:
-            client = stack.enter_context(Client(where, timeout="20s", set_as_default=False))
+            client = _enter(stack, Client(where, timeout="20s", set_as_default=False))
         except Exception as error:
             asked = f"--scheduler {deployment.scheduler}" if deployment.scheduler else f"--cluster {deployment.cluster}"
             raise UsageError(
@@ -44,6 +46,20 @@ def connected(deployment: Deployment) -> Iterator[Client]:
                 "start one with 'dask scheduler', or check the address"
             ) from None
         yield client
+
+
+def _enter(stack: contextlib.ExitStack, context: Any) -> Any:
+    """Enter a context whose end, whatever Dask raises there, is not the end of a run that is done."""
+    value = context.__enter__()
+
+    def leave(*error: Any) -> None:
+        try:
+            context.__exit__(*error)
+        except Exception as raised:
+            log.debug("closing %s: %s", type(value).__name__, raised)
+
+    stack.push(leave)
+    return value
 
 
 def _check_address(address: str) -> None:
