@@ -2,8 +2,8 @@
 
 Every command takes ``--config FILE.yaml`` (flags override it) and ``--print_config``.
 
-Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 75 a cluster's scheduler was lost,
-130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
+Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 75 a cluster's scheduler was
+lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
 """
 
 import importlib
