@@ -12,6 +12,7 @@ from typing import Any
 import dask
 from distributed import Client, LocalCluster
 from distributed.comm.registry import get_backend
+from distributed.core import Status
 from distributed.security import Security
 
 from softlabel.deployment import ClusterKind, Deployment
@@ -34,7 +35,7 @@ def connected(deployment: Deployment) -> Iterator[Client]:
         where: Any = deployment.scheduler
         if deployment.cluster is not None:
             stack.enter_context(dask.config.set(_settings()))
-            where = _enter(stack, _cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
+            where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
         if deployment.scheduler is not None:
             _check_address(deployment.scheduler)
         try:
@@ -108,8 +109,8 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
             settings = {**settings, "silence_logs": logging.CRITICAL, **options}
             with _no_ctrl_c():
                 local = _made(kind, LocalCluster, settings)
-            with local as made:
-                yield made
+            with contextlib.ExitStack() as stack:
+                yield _enter(stack, local)
         return
     package, place, name = {
         "slurm": ("dask-jobqueue", "dask_jobqueue", "SLURMCluster"),
@@ -128,7 +129,8 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
         raise UsageError("--cluster slurm: say how many --workers it shall start")
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise UsageError("--cluster slurm: there is no 'sbatch' here; run this where jobs can be submitted")
-    with _made(kind, getattr(module, name), options) as made:
+    with contextlib.ExitStack() as stack:
+        made = _enter(stack, _made(kind, getattr(module, name), options))
         if kind != "cuda" and workers is not None:
             _scale(kind, made, workers)
         yield made
@@ -136,10 +138,19 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
 
 def _scale(kind: ClusterKind, made: Any, workers: int) -> None:
     """Ask for workers. Raises UsageError where that is refused at once, by SLURM for a queue that is not there, say."""
-    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)  # it would be told there too, as a traceback
+    for name in ("tornado.application", "asyncio"):  # a refusal would be told there too, as tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     made.scale(workers)
-    if kind == "slurm":
-        _made(kind, lambda: made.sync(made._correct_state), {})
+    if kind != "slurm":
+        return
+
+    async def refused() -> None:
+        await made._correct_state()
+        for job in made.workers.values():
+            if job.status == Status.created:  # it was not taken; asked once more, it says why
+                await job
+
+    _made(kind, lambda: made.sync(refused), {})
 
 
 @contextlib.contextmanager

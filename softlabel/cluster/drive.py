@@ -264,13 +264,10 @@ class Drive:
         flight.copies.remove(future)
         if future.status == "error":
             error = future.exception(timeout=ANSWER_SECONDS)
-            # What is raised there may be the worker's fault, a broken device say, as much as the shard's.
             said = " ".join(str(error).split())[:300]
-            died = isinstance(error, KilledWorker)
-            flight.why = "its worker died" if died else f"{type(error).__name__}: {said}"
+            flight.why = "its worker died" if isinstance(error, KilledWorker) else f"{type(error).__name__}: {said}"
             flight.deaths += 1
-            flight.alone = True
-            log.warning("shard %d: %s; it is tried again alone in a process of its own", number, flight.why)
+            self._alone_from_now(flight, flight.why)
         if flight.copies:
             return  # another copy is on its way
         del self._flying[number]
@@ -289,8 +286,16 @@ class Drive:
             self._waiting.appendleft(flight)
         elif outcome.transient and flight.tries < TRIES:
             self._later.append((time.monotonic() + 2.0**flight.tries / 2, flight))
+        elif not (outcome.transient or flight.alone):
+            self._alone_from_now(flight, outcome.error)
+            self._waiting.appendleft(flight)
         else:
             self._failed_for_good(outcome)
+
+    def _alone_from_now(self, flight: _Flight, why: str) -> None:
+        """A worker's fault, a broken device say, looks like the shard's until the shard fails without that worker."""
+        flight.alone = True
+        log.warning("shard %d: %s; it is tried again alone in a process of its own", flight.number, why)
 
     def _failed_for_good(self, outcome: Outcome) -> None:
         self.failed.append(outcome)

@@ -156,7 +156,10 @@ def test_the_client_killed_at_ten_random_instants(tmp_path: Path) -> None:
     marks.mkdir()
     command = [*options, "--teacher", teacher_spec(seconds=0.02, marks=marks), "--no-preflight"]
     rng = random.Random(4)
-    store, window = tmp_path / "store", 4  # shards that two workers have and take next
+    store, window = (
+        tmp_path / "store",
+        8,
+    )  # shards that two workers have, that Dask has sent them, and that are arriving
     with cluster(tmp_path / "dask", workers=2) as dask:
         done = 0
         for _ in range(10):
@@ -204,7 +207,7 @@ def test_a_worker_stopped_past_its_ttl_and_back(tmp_path: Path, nanny: str) -> N
     data = dataset(tmp_path / "data.parquet", 120)
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5]
     command = [*options, "--teacher", teacher_spec(seconds=0.5), "--out", tmp_path / "store"]
-    with cluster(tmp_path / "dask", workers=1, ttl="3s") as dask:
+    with cluster(tmp_path / "dask", workers=1, ttl="6s") as dask:
         second = dask.worker(nanny)
         client = start(generate(*command, "--scheduler", dask.address))
         wait_for(lambda: len(published(tmp_path / "store")) >= 4)
@@ -212,7 +215,7 @@ def test_a_worker_stopped_past_its_ttl_and_back(tmp_path: Path, nanny: str) -> N
         if nanny == "--nanny":
             stopped = next(one for one in stopped.children() if one.pid in dask.working())
         stopped.suspend()
-        time.sleep(6)
+        time.sleep(12)
         with suppress(psutil.NoSuchProcess):
             stopped.resume()
         out, error = client.communicate(timeout=200)

@@ -56,7 +56,7 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5, "--out", tmp_path / "store"]
     teacher = teacher_spec(seconds=0.5)
     environment = in_environment(
-        DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="5s"
+        DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="15s"
     )
     started: list[subprocess.Popen[bytes]] = []
 
@@ -77,7 +77,7 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
             client = within("slboss", *generate(*options, "--teacher", teacher, "--scheduler", f"tcp://{NET}.1:8786"))
             wait_for(lambda: len(published(tmp_path / "store")) >= 4)
             ip("link", "set", "vsltwo", "down")
-            time.sleep(8)
+            time.sleep(20)
             ip("link", "set", "vsltwo", "up")
             assert client.wait(timeout=200) == 0, (tmp_path / "slboss-3.log").read_text()
         finally:
@@ -88,7 +88,7 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
                 process.wait()
     log = (tmp_path / "slboss-3.log").read_text()
     assert "complete, 200 rows" in log
-    assert "its worker died" in log
+    assert "its worker died" in log or "another worker does it as well" in log
     whole = ["--data", data, "--shard-rows", 5, "--batch-size", 5, "--out", tmp_path / "whole"]
     subprocess.run(generate(*whole, "--teacher", teacher_spec()), env=in_environment(), check=True)
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
