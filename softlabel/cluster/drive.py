@@ -302,7 +302,7 @@ class Drive:
         log.warning("shard %d: %s", outcome.number, outcome.error)
         if outcome.transient:
             self._refused += 1
-        enough = min(BREAK_AFTER, 2 * self._workers + 1)
+        enough = min(BREAK_AFTER, 2 * max(1, self._workers) + 1)
         if self._refused >= enough:
             raise StoreError(f"no shard can be stored any more; shard {outcome.number}: {outcome.error}")
         if not self.done and len(self.failed) >= enough:

@@ -392,8 +392,7 @@ class Committer:
     def _collect_orphans(self) -> None:
         """Remove files of ours that no manifest lists; what is not named like ours is not touched."""
         listed = {record.file for record in self._records.values()}
-        listed.update(ref.file for ref in self._manifest.segments)
-        listed.update(ref.file for ref in self._manifest.extra)
+        listed |= {ref.file for ref in self._manifest.segments} | {ref.file for ref in self._manifest.extra}
         patterns = {"shards": SHARD_FILE, "segments": SEGMENT_FILE, "extra": EXTRA_FILE}
         for subfolder, pattern in patterns.items():
             for name in self._folder.sizes(subfolder):
