@@ -282,6 +282,24 @@ def test_a_worker_over_its_memory(tmp_path: Path) -> None:
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
+def test_workers_that_dask_pauses(tmp_path: Path) -> None:
+    """At 80% of its limit a worker gets nothing more, and a teacher keeps its memory: told of, then the end."""
+    data = dataset(tmp_path / "data.parquet", 60)
+    options = ["--data", data, "--teacher", teacher_spec(seconds=0.2), "--shard-rows", 5, "--batch-size", 5]
+    with cluster(tmp_path / "dask", workers=0) as dask:
+        dask.worker("--memory-limit", 0)
+        run(generate(*options, "--out", tmp_path / "whole", "--scheduler", dask.address))
+        taken = psutil.Process(dask.working()[0]).memory_info().rss
+    with cluster(tmp_path / "again", workers=0) as dask:
+        dask.worker("--memory-limit", int(taken / 0.87))
+        placed = ["--out", tmp_path / "store", "--scheduler", dask.address, "--no-preflight"]
+        done = run(generate(*options, *placed), code=2)
+    assert "Dask has paused all 1 workers" in done.stderr
+    assert "--memory-limit 0" in done.stderr.strip().splitlines()[-1]
+    run(generate(*options, "--out", tmp_path / "store"))
+    assert_same_rows(tmp_path / "store", tmp_path / "whole")
+
+
 def test_two_clients_on_one_store(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data.parquet", 100)
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5]
