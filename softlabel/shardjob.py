@@ -91,21 +91,21 @@ class Outcome:
 
 
 class _Loaded:
-    """The jobs that this process has loaded, one for each run: a teacher is loaded once, however many shards follow."""
+    """The job that this process has loaded: a teacher is loaded once, however many shards of its run follow."""
 
     def __init__(self) -> None:
-        self._jobs: dict[Request, Job] = {}
+        self._loaded: tuple[Request, Job] | None = None
         # One shard at a time in a process: teachers share a device, and its memory is planned for one batch.
         self.turn = threading.Lock()
 
     def job(self, request: Request) -> Job:
-        if request not in self._jobs:
-            self._jobs.clear()  # another run's teachers would only hold memory
+        if self._loaded is None or self._loaded[0] != request:
+            self._loaded = None  # another run's teachers would only hold memory
             keep_freed_memory()
             manifest = load_root(open_folder(request.out))
             if (found := manifest.run.fingerprint()) != request.run:
                 raise MismatchError(f"{request.out}: expected the run {request.run}, found {found}; start again")
-            self._jobs[request] = job_of(
+            job = job_of(
                 manifest,
                 request.out,
                 data=request.data,
@@ -117,7 +117,8 @@ class _Loaded:
                 members_in_turn=request.members_in_turn,
                 believe=True,  # a hundred million keys are not for every worker to read: those of its shards will do
             )
-        return self._jobs[request]
+            self._loaded = request, job
+        return self._loaded[1]
 
 
 _LOADED = _Loaded()

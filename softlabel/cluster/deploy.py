@@ -28,7 +28,8 @@ def connected(deployment: Deployment) -> Iterator[Client]:
     """A client of a running scheduler, or of a cluster that lives as long as the block.
 
     Raises:
-        UsageError: no scheduler answers there, or the package of this kind of cluster is absent.
+        UsageError: no scheduler answers there, or a cluster of this kind cannot be started: its package is absent, its
+            options are wrong, or it takes no jobs.
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
