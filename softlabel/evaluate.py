@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.dataset import IGNORE, Source, open_source
+from softlabel.dataset import IGNORE, Source, open_source, report_source
 from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
@@ -127,6 +127,7 @@ def evaluate(
         refuse_precision(parse_spec(spec), module, precision)
         preprocessing = preprocessing or student_preprocessing(spec, module)
     source = open_source(data, key_fn=key_fn)
+    report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
 
     def measured(store: Store | None) -> Evaluation:

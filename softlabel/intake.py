@@ -191,7 +191,7 @@ class _OneReader(Source):
     def __init__(self, source: Source) -> None:
         self._source, self._reading = source, threading.Lock()
         self.kind, self.name = source.kind, source.name
-        self.class_names, self.has_labels = source.class_names, source.has_labels
+        self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
 
     def __len__(self) -> int:
         return len(self._source)

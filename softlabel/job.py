@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.calibration import read_calibration
-from softlabel.dataset import Source, open_source
+from softlabel.dataset import Source, open_source, report_source
 from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import DataError, MismatchError, UsageError
@@ -96,6 +96,8 @@ def prepare(
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels, check_keys=believed is None)
     if not len(source):
         raise DataError(f"{source.name}: holds no samples")
+    if believed is None:
+        report_source(source)
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     target = resolve_device(device)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from softlabel.dataset import Source, content_hash, open_source
+from softlabel.dataset import Source, content_hash, open_source, report_source
 from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
@@ -206,6 +206,7 @@ class Coverage:
 def coverage(store: Store, data: str | Source, *, progress: bool | None = None) -> Coverage:
     """Check that a store has a row for every sample of a source, no other ones, and for the very same images."""
     source = open_source(data)
+    report_source(source)
     bad = store.bad
     missing: list[str] = []
     changed: list[str] = []

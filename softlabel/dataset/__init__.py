@@ -2,6 +2,7 @@
 
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
 from softlabel.dataset.decode import content_hash, decode_image, stack_images
+from softlabel.dataset.findings import report_source
 from softlabel.dataset.opening import open_source
 from softlabel.dataset.reordered import ReorderedSource, known_first
 
@@ -15,5 +16,6 @@ __all__ = [
     "decode_image",
     "known_first",
     "open_source",
+    "report_source",
     "stack_images",
 ]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from softlabel.dataset.distinct import Repeated
+from softlabel.dataset.findings import Findings
 from softlabel.errors import BadImageError, DataError
 from softlabel.store.index import Hasher
 from softlabel.store.keys import Keys
@@ -47,12 +48,14 @@ class Source(ABC):
         name: what the user wrote.
         class_names: where the source knows them; label i is class_names[i].
         has_labels: at least one sample has a label.
+        findings: where the labels come from, and what was left out.
     """
 
     kind: str
     name: str
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
+    findings: Findings = Findings()
     # Whether two keys may be equal, as far as is known before `fingerprint` has looked.
     doubtful_keys: bool = False
     # What a user can do about two samples of one key.
@@ -77,6 +80,14 @@ class Source(ABC):
     @abstractmethod
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """The labels of samples start to stop, -100 for none."""
+
+    def count_labelled(self) -> int | None:
+        """How many samples have a label; None where only reading every sample would show it."""
+        return int(np.count_nonzero(self.labels() != IGNORE)) if self.has_labels else 0
+
+    def parts(self) -> "tuple[Source, ...]":
+        """The sources that this one consists of, itself if it is one alone."""
+        return (self,)
 
     @abstractmethod
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
@@ -199,10 +210,14 @@ class PartSource(Source):
         self.ignore_labels = ignore_labels
         self.kind, self.name = base.kind, base.name
         self.class_names = None if ignore_labels else base.class_names
+        self.findings = base.findings
         self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def count_labelled(self) -> int | None:
+        return super().count_labelled() if self.base.count_labelled() is not None else None
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         start, stop = span(start, stop, len(self))

@@ -1,7 +1,6 @@
 """Folders of image files, labelled by their sub-folders or not at all."""
 
 import errno
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,14 +9,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.dataset.annotated import read_classes
 from softlabel.dataset.base import IGNORE, Sample, span
+from softlabel.dataset.findings import Findings, count_suffixes, some, suffix_of
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
 
-log = logging.getLogger("softlabel")
-
 _SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo"
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+# Images to a user, that the decoder does not read.
+_FOREIGN = ".heic .heif .jxl .svg .psd .ico .tga .dds .exr .hdr .jxr .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .eps .dcm"
+FOREIGN_SUFFIXES = frozenset(_FOREIGN.split())
+# What archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP) put among the folders.
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle", "@Recycle"}
+) | {"__pycache__"}
 # The machine's or the share's trouble, not the image's: to skip the image would skip all that follow.
 _NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
@@ -37,7 +43,9 @@ class FolderSource(ListedSource):
         *,
         name: str,
         kind: str = "folder",
+        findings: Findings | None = None,
     ) -> None:
+        self.findings = findings or Findings()
         self.root, self.name, self.kind = root, name, kind
         try:
             self._keys = pa.array(paths, type=pa.large_string())
@@ -75,47 +83,142 @@ class FolderSource(ListedSource):
             return BadImageError(f"cannot be read: {error.strerror}")
 
 
-def open_folder(root: Path, paths: Sequence[str], name: str, options: dict[str, str]) -> FolderSource:
+def open_folder(
+    root: Path,
+    paths: Sequence[str],
+    name: str,
+    options: dict[str, str],
+    *,
+    others: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+    ignore_labels: bool = False,
+) -> FolderSource:
     """A source out of the image files that `walk` has found below `root`.
 
-    They are **class folders** if every image lies in a direct sub-folder of the root and at least two of these hold
-    images: the label is the folder's place among all sub-folders sorted by name, empty ones included, as torchvision's.
-    Else they are unlabelled. ``?labels=folders`` takes the first folder of the path as the class at any depth;
-    ``?labels=none`` leaves them unlabelled.
+    They are **class folders** if at least two direct sub-folders of the root hold images and most images lie directly
+    in one: the label is the place of the path's first folder among the sub-folders with images, sorted by name, as
+    torchvision's; an image beside these folders has none. Else they are unlabelled. ``?labels=folders`` takes the
+    first folder of the path as the class at any depth; ``?labels=none`` leaves them unlabelled; ``?classes=FILE``
+    names the class folders, one a line, in the order of their numbers, with or without images.
+
+    Args:
+        others: files that are no images, and `skipped`, hidden and system files and folders: to be reported.
+        ignore_labels: leave them unlabelled.
 
     Raises:
-        SpecError: `labels` is something else.
-        DataError: ``labels=folders`` and an image that lies in none.
+        SpecError: an option that cannot be understood.
+        DataError: ``labels=folders`` and an image that lies in none; a folder that `classes` does not name.
     """
-    wanted = options.pop("labels", "auto")
+    wanted, classes = options.pop("labels", "auto"), options.pop("classes", None)
     if wanted not in ("auto", "folders", "none"):
         raise SpecError(f"{name}: labels: expected folders or none, found {wanted!r}")
+    if wanted == "none" and classes is not None:
+        raise SpecError(f"{name}: classes= names the class folders, and labels=none says that there are none; choose")
+    named = None if classes is None or ignore_labels else read_classes(classes, subject=name)
     paths = sorted(paths)
+    left_out, notes = _tell_others(others, skipped)
+    if ignore_labels:
+        wanted = "none"
+    without = "labels are ignored, as asked" if wanted == "none" else "its images lie in no sub-folders"
+    loose = [path for path in paths if "/" not in path]
+    if wanted == "folders" and loose and not ignore_labels:
+        raise DataError(f"{name}: labels=folders, but {loose[0]!r} lies in no sub-folder; move it into one")
+    deep = [path for path in paths if path.count("/") > 1]
     if wanted == "auto":
-        depths = {path.count("/") for path in paths}
-        with_images = {path.partition("/")[0] for path in paths}
-        wanted = "folders" if depths == {1} and len(with_images) > 1 else "none"
-        if wanted == "none" and depths != {0}:
-            log.warning(
-                "%s: its sub-folders are not taken for classes (some image lies elsewhere than in one of two or more); "
-                "'?labels=folders' takes the first folder of a path as the class, '?labels=none' says that it is not",
-                name,
+        wanted = "folders" if named or _are_classes(paths, len(loose), len(deep)) else "none"
+        if wanted == "none" and len(loose) < len(paths):
+            without = "its sub-folders are not taken for classes"
+            left_out.append(
+                "its sub-folders are not taken for classes (most images lie elsewhere than directly in one of two or "
+                "more); '?labels=folders' takes the first folder of a path as the class, '?labels=none' says that it "
+                "is not"
             )
+        for some_of, what, remedy in (
+            (loose, f"in no class folder and {_get(loose)} no hard label", "move such into one, or away"),
+            (
+                deep,
+                f"deeper than in a class folder and {_get(deep)} the label of the first folder of the path",
+                "'?labels=none' takes no folder for a class",
+            ),
+        ):
+            if wanted == "folders" and some_of:
+                lie = "1 image lies" if len(some_of) == 1 else f"{len(some_of):,} images lie"
+                left_out.append(f"{lie} {what}: {some(some_of)}; {remedy}")
     if wanted == "none":
-        return FolderSource(root, paths, name=name)
-    loose = next((path for path in paths if "/" not in path), None)
-    if loose is not None:
-        raise DataError(f"{name}: labels=folders, but {loose!r} lies in no sub-folder; move it into one")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    number = {class_name: label for label, class_name in enumerate(classes)}
-    labels = np.array([number[path.partition("/")[0]] for path in paths], dtype=np.int64)
-    return FolderSource(root, paths, labels, tuple(classes), name=name)
+        findings = Findings(without_labels=without, left_out=tuple(left_out), notes=tuple(notes))
+        return FolderSource(root, paths, name=name, findings=findings)
+    holding = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    if named is None:
+        if empty := sorted(set(_sub_folders(root)) - set(holding)):
+            left_out.append(
+                f"sub-folders without an image are no classes: {some(empty)}; '?classes=FILE' names the class folders, "
+                "one a line, with or without images"
+            )
+    elif odd := sorted(set(holding) - set(named)):
+        raise DataError(
+            f"{name}: classes={classes}: expected a line for each of the {len(holding)} folders with images, found "
+            f"none for {some(odd)}; add it, or move the folder away"
+        )
+    class_names = tuple(holding) if named is None else named
+    number = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = np.array([number[path.partition("/")[0]] if "/" in path else IGNORE for path in paths], dtype=np.int64)
+    findings = Findings(labels_from="the class folders", left_out=tuple(left_out), notes=tuple(notes))
+    return FolderSource(root, paths, labels, class_names, name=name, findings=findings)
 
 
-def walk(root: Path, *, below: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of all files below a root, relative to it, with forward slashes; nothing whose name begins with a dot.
+def _are_classes(paths: Sequence[str], loose: int, deep: int) -> bool:
+    """Whether at least two folders hold images of their own, and most images lie in such a folder."""
+    direct = {path.partition("/")[0] for path in paths if path.count("/") == 1}
+    return len(direct) > 1 and 2 * (len(paths) - loose - deep) > len(paths)
 
-    Links to folders are followed, unless they lead back to a folder on the way.
+
+def _get(some_of: Sequence[str]) -> str:
+    return "gets" if len(some_of) == 1 else "get"
+
+
+def _sub_folders(root: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_technical(entry.name)]
+
+
+def _tell_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What to say of files that are no images: those that a user may take for some, and all others."""
+    left_out, notes = [], []
+    images = [name for name in others if suffix_of(name) in FOREIGN_SUFFIXES]
+    bare = [name for name in others if not suffix_of(name)]
+    rest = [name for name in others if suffix_of(name) and suffix_of(name) not in FOREIGN_SUFFIXES]
+    if images:
+        left_out.append(
+            f"{len(images):,} image{'s' if len(images) > 1 else ''} of formats that are not read left out "
+            f"({count_suffixes(images)}), the first: {images[0]!r}; convert to JPEG or PNG"
+        )
+    if bare:
+        left_out.append(
+            f"{len(bare):,} file{'s' if len(bare) > 1 else ''} without a suffix left out, the first: {bare[0]!r}; if "
+            "they are images, name them in a list: '--data LIST.txt', a path a line"
+        )
+    if rest:
+        notes.append(f"other files, not read: {count_suffixes(rest)}")
+    if skipped:
+        notes.append(f"hidden and system files, never read: {some(sorted(skipped))}")
+    return left_out, notes
+
+
+def is_technical(name: str) -> bool:
+    """Whether a file or folder is the system's: hidden, or one that an archive or a file system leaves behind."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def walk(
+    root: Path,
+    *,
+    below: str = "",
+    above: frozenset[tuple[int, int]] = frozenset(),
+    skipped: list[str] | None = None,
+) -> Iterator[str]:
+    """Paths of all files below a root, relative to it, with forward slashes; nothing that `is_technical`.
+
+    Links to folders are followed, unless they lead back to a folder on the way. `skipped` takes the technical folders,
+    and images among the hidden files.
     """
     folder = root / below
     try:
@@ -127,14 +230,19 @@ def walk(root: Path, *, below: str = "", above: frozenset[tuple[int, int]] = fro
     if identity in above:
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         path = f"{below}/{entry.name}" if below else entry.name
         try:
             is_folder = entry.is_dir()
         except OSError as error:
+            if is_technical(entry.name):
+                continue
             raise DataError(f"{root / path}: cannot be read: {error.strerror}; remove it") from error
-        if is_folder:
-            yield from walk(root, below=path, above=above | {identity})
+        if is_technical(entry.name) and (is_folder or entry.name.startswith(".")):
+            # "._x.jpg" is what a Mac leaves beside x.jpg.
+            of_images = suffix_of(entry.name) in IMAGE_SUFFIXES and not entry.name.startswith("._")
+            if skipped is not None and (is_folder or of_images):
+                skipped.append(f"{path}/" if is_folder else path)
+        elif is_folder:
+            yield from walk(root, below=path, above=above | {identity}, skipped=skipped)
         elif entry.is_file():
             yield path

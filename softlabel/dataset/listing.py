@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from softlabel.dataset.files import Files, LocalFiles
+from softlabel.dataset.findings import count_suffixes
 from softlabel.dataset.folder import IMAGE_SUFFIXES, walk
 from softlabel.errors import DataError, SpecError
 
@@ -26,11 +27,18 @@ _MOST_NAMES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What was found: shards of one kind ("parquet" or "tar"), or the paths of image files ("images")."""
+    """What was found: shards of one kind ("parquet" or "tar"), or the paths of image files ("images").
+
+    Attributes:
+        others: files beside the images that are none.
+        skipped: hidden and system files and folders beside them.
+    """
 
     kind: str
     files: Files
     images: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def is_url(name: str) -> bool:
@@ -45,8 +53,8 @@ def list_source(name: str, options: dict[str, str], *, subject: str) -> Listing:
     """The files that `name` means; takes ``files=GLOB`` out of the options. `subject` is what an error is about.
 
     Raises:
-        SpecError: nothing there, or the words cannot be understood.
-        DataError: files of several kinds, or of none that can be read.
+        SpecError: nothing there that can be read, or the words cannot be understood.
+        DataError: files of several kinds.
     """
     wanted = options.pop("files", None)
     if is_pattern(name) and not (not is_url(name) and os.path.exists(name)):
@@ -64,7 +72,8 @@ def list_source(name: str, options: dict[str, str], *, subject: str) -> Listing:
         raise SpecError(
             f"{subject}: expected a file or folder, a URL, torchvision:NAME or digits; found no such file or folder"
         )
-    return _chosen(name, list(walk(Path(name))), wanted, subject)
+    skipped: list[str] = []
+    return _chosen(name, list(walk(Path(name), skipped=skipped)), wanted, subject, skipped=skipped)
 
 
 def _at_url(url: str, wanted: str | None, subject: str) -> Listing:
@@ -86,7 +95,13 @@ def _at_url(url: str, wanted: str | None, subject: str) -> Listing:
 
 
 def _chosen(
-    root: str, names: Sequence[str], wanted: str | None, subject: str, *, sizes: dict[str, int] | None = None
+    root: str,
+    names: Sequence[str],
+    wanted: str | None,
+    subject: str,
+    *,
+    sizes: dict[str, int] | None = None,
+    skipped: Sequence[str] = (),
 ) -> Listing:
     """Those files of a folder that are the data."""
     shards = [name for name in names if _suffix(name) in PARQUET_SUFFIXES | TAR_SUFFIXES]
@@ -107,12 +122,19 @@ def _chosen(
             "'?files=*.parquet' or '?files=*.tar', or name the sub-folder of the images"
         )
     if not found:
-        raise DataError(
-            f"{subject}: expected images, Parquet or tar files, found {len(names)} other files; images end in "
-            f"{' '.join(sorted(IMAGE_SUFFIXES))}"
+        raise SpecError(
+            f"{subject}: expected images, Parquet or tar files, found {len(names)} other files"
+            f"{f' ({count_suffixes(names)})' if names else ''}; images end in {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     if images:
-        return Listing(kind="images", files=LocalFiles(root, []), images=tuple(images))
+        others = sorted(set(names) - set(images))
+        return Listing(
+            kind="images",
+            files=LocalFiles(root, []),
+            images=tuple(images),
+            others=tuple(others),
+            skipped=tuple(skipped),
+        )
     chosen = sorted(shards)
     return _of_one_kind(root, chosen, subject, sizes=None if sizes is None else [sizes[name] for name in chosen])
 

@@ -6,7 +6,8 @@
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
     FILE.txt or FILE.csv[?root=FOLDER&labels=none&classes=FILE]        a list of image files, PATH[,LABEL] a line
-    FOLDER[?labels=folders|none]        a folder of images (see `folder.open_folder`)
+    FOLDER[?labels=folders|none&classes=FILE]
+                                        a folder of images (see `folder.open_folder`)
     FOLDER[?files=GLOB&...]             a folder of Parquet or tar files, in the order of their names
     data-{000..127}.tar[?...]           several Parquet or tar files, in this order; or a glob, data-*.tar, by name
     PROTOCOL://PATH[?...]               Parquet or tar files behind a URL that fsspec knows (s3, gs, https, file, ...):
@@ -117,9 +118,9 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
         return ParquetSource(found.files, options, name=text, ignore_labels=ignore_labels)
     if found.kind == "tar":
         return TarSource(found.files, options, name=text, ignore_labels=ignore_labels)
-    if ignore_labels:
-        options["labels"] = "none"
-    return open_folder(Path(name), found.images, text, options)
+    return open_folder(
+        Path(name), found.images, text, options, others=found.others, skipped=found.skipped, ignore_labels=ignore_labels
+    )
 
 
 def _part(source: Source, rows: str) -> Source:

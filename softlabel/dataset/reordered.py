@@ -15,7 +15,7 @@ class ReorderedSource(Source):
     def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
         self.base, self.order_N = base, order_N
         self.kind, self.name = base.kind, base.name
-        self.class_names, self.has_labels = base.class_names, base.has_labels
+        self.class_names, self.has_labels, self.findings = base.class_names, base.has_labels, base.findings
 
     def __len__(self) -> int:
         return len(self.order_N)
@@ -31,6 +31,9 @@ class ReorderedSource(Source):
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         start, stop = span(start, stop, len(self))
         return self.base.labels()[self.order_N[start:stop]]
+
+    def count_labelled(self) -> int | None:
+        return super().count_labelled() if self.base.count_labelled() is not None else None
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         return self.base.read(self.order_N[np.asarray(indices, dtype=np.int64)])

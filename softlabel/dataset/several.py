@@ -40,6 +40,9 @@ class SeveralSources(Source):
     def __len__(self) -> int:
         return int(self.edges[-1])
 
+    def parts(self) -> tuple[Source, ...]:
+        return tuple(part for source in self.sources for part in source.parts())
+
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         return [key for source, first, last in self._parts(start, stop) for key in source.keys(first, last)]
 

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from softlabel.dataset.annotated import checked_labels
 from softlabel.dataset.base import IGNORE, Sample, Source, span
+from softlabel.dataset.findings import Findings
 from softlabel.dataset.folder import FolderSource
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
@@ -62,6 +63,17 @@ class DatasetSource(ListedSource):
         else:
             self.has_labels = _split(self._items([0])[0], self.name)[1] is not _NO_LABEL
         self.class_names = _class_names(dataset) if self.has_labels else None
+        self.findings = self._find(ignore_labels)
+
+    def _find(self, ignore_labels: bool) -> Findings:
+        if not self.has_labels:
+            return Findings(
+                without_labels="labels are ignored, as asked" if ignore_labels else "its items are images alone"
+            )
+        return Findings(labels_from="its items" if self._labels is None else "the dataset's list of labels")
+
+    def count_labelled(self) -> int | None:
+        return None if self.has_labels and self._labels is None else super().count_labelled()
 
     def _keys_of(self, key_fn: Callable[[int], str]) -> pa.Array:
         keys = [key_fn(index) for index in range(self._length)]
@@ -219,8 +231,11 @@ def open_torchvision(text: str, name: str, options: dict[str, str], ignore_label
         paths = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
         labels_N = np.array(dataset.targets, dtype=np.int64)
         if ignore_labels:
-            return FolderSource(root, paths, name=text, kind="torchvision")
-        return FolderSource(root, paths, labels_N, _class_names(dataset), name=text, kind="torchvision")
+            ignored = Findings(without_labels="labels are ignored, as asked")
+            return FolderSource(root, paths, name=text, kind="torchvision", findings=ignored)
+        findings = Findings(labels_from="the dataset's class folders")
+        names = _class_names(dataset)
+        return FolderSource(root, paths, labels_N, names, name=text, kind="torchvision", findings=findings)
     return DatasetSource(dataset, name=text, kind="torchvision", ignore_labels=ignore_labels)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from softlabel.dataset import Source, open_source
+from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
@@ -123,6 +123,8 @@ class SoftLabelLoader:
         if ratio is not None and streaming:
             raise UsageError("ratio: data that is read block by block has one order; give the mixture as one source")
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
+        if self.source is not data and rank == 0:
+            report_source(self.source)
         self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="once")
         self.batch_size, self.seed = batch_size, seed
         self.dataset = JoinedDataset(

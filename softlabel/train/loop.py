@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from softlabel.dataset import Source, open_source
+from softlabel.dataset import Source, open_source, report_source
 from softlabel.device import decoders
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
 from softlabel.labels import Mix
@@ -77,6 +77,8 @@ def _train(
 ) -> list[StudentResult]:
     precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
+    if ranks.is_first:
+        report_source(source)
     store = open_store(config.labels, verify="once") if config.labels is not None else None
     if store is not None and Views.mixes(store.run) and 0 in config.values("soft_weight"):
         raise UsageError(

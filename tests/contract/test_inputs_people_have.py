@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from softlabel import open_store
 from softlabel.cli import main
+from softlabel.models import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,64 @@ def empty_folder(folder: Path) -> list[object]:
     return ["generate", "--data", "images", "--teacher", "zoo:resnet8@w.pt", "--out", "labels"]
 
 
+def paint(path: Path, colour: int = 9) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (colour, 255 - colour, 7)).save(path)
+
+
+def label_all(folder: Path, data: str, classes: int = 10) -> list[object]:
+    """A command that labels `data` with a network of random weights."""
+    torch.save(build_model("zoo:resnet8", num_classes=classes).state_dict(), folder / "w.pt")
+    teacher = f"zoo:resnet8@w.pt?num_classes={classes}&resize=8"
+    return ["generate", "--data", data, "--teacher", teacher, "--out", "labels", "--batch-size", 4, "--no-preflight"]
+
+
+def stored(labels: dict[str, int | None]) -> Callable[[Path], None]:
+    """Checks the keys and hard labels of the store that was made."""
+
+    def check(folder: Path) -> None:
+        taken = open_store(folder / "labels").take(range(len(labels)))
+        found = dict(zip(taken.keys, taken.labels.tolist(), strict=True))
+        assert found == {key: -100 if label is None else label for key, label in labels.items()}
+
+    return check
+
+
+def technical_folders(folder: Path) -> list[object]:
+    for name in ("ant/1.png", "bee/2.png", "__MACOSX/ant/1.png", "lost+found/3.png", "Trash/"):
+        (folder / "d" / name).mkdir(parents=True) if name.endswith("/") else paint(folder / "d" / name)
+    return label_all(folder, "d", classes=2)
+
+
+def misplaced_images(folder: Path) -> list[object]:
+    for name in ("ant/1.png", "bee/2.png", "bee/3.png", "bee/deep/4.png", "loose.png"):
+        paint(folder / "d" / name)
+    (folder / "d" / "bee" / "5.heic").write_bytes(b"")
+    return label_all(folder, "d", classes=2)
+
+
 DATA = [
+    Case(
+        name="technical folders among class folders",
+        make=technical_folders,
+        says=(
+            "d: 2 samples, 2 with a hard label, from the class folders; 2 classes: 0 ant, 1 bee",
+            "hidden and system files, never read: '__MACOSX/', 'lost\\+found/'",
+            "sub-folders without an image are no classes: 'Trash'; '\\?classes=FILE'",
+        ),
+        check=stored({"ant/1.png": 0, "bee/2.png": 1}),
+    ),
+    Case(
+        name="images beside and below class folders, one of them HEIC",
+        make=misplaced_images,
+        says=(
+            "d: 5 samples, 4 with a hard label",
+            "'loose.png'; move such into one",
+            "the label of the first folder of the path: 'bee/deep/4.png'",
+            r"1 image of formats that are not read left out \(1 \.heic\)",
+        ),
+        check=stored({"ant/1.png": 0, "bee/2.png": 1, "bee/3.png": 1, "bee/deep/4.png": 1, "loose.png": None}),
+    ),
     Case(name="an empty folder", make=empty_folder, code=2, says=("images: expected images, .* found 0 other files",)),
 ]
 

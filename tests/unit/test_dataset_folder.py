@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from softlabel.dataset import IGNORE, decode_image, open_source
+from softlabel.dataset import IGNORE, decode_image, open_source, report_source
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.teacher import Preprocessing
 
@@ -35,13 +36,14 @@ def classes(tmp_path: Path) -> Path:
 
 def test_class_folders_are_those_of_torchvision(classes: Path) -> None:
     source = open_source(classes)
-    reference = ImageFolder(str(classes), allow_empty=True)
+    (classes / "cat").rmdir()  # torchvision refuses a folder without an image
+    reference = ImageFolder(str(classes))
     # torchvision takes hidden files and folders as well.
     wanted = [(path, label) for path, label in reference.samples if "/." not in path]
     names = [Path(path).relative_to(classes).as_posix() for path, _ in wanted]
     assert sorted(names) == source.keys() == ["Bee/x.jpeg", "ant/10.png", "ant/9.PNG", "ant/a b&c?.png", "zebra/b.png"]
     assert source.class_names == tuple(name for name in reference.classes if name != ".cache")
-    assert source.class_names == ("Bee", "ant", "cat", "zebra"), "an empty class keeps its number"
+    assert source.class_names == ("Bee", "ant", "zebra")
     by_name = {name: reference.classes[label] for name, (_, label) in zip(names, wanted, strict=True)}
     for sample in source.read(range(len(source))):
         assert source.class_names[sample.label] == by_name[sample.key]
@@ -61,21 +63,77 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
         open_source(f"{tmp_path}?labels=folders")
 
 
+def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("__MACOSX/ant", "lost+found", "@eaDir"):
+        paint(classes / name / "x.png", 3)
+    source = open_source(classes)
+    assert source.class_names == ("Bee", "ant", "zebra")
+    assert source.labels().tolist() == [0, 1, 1, 1, 2]
+    with caplog.at_level("INFO", "softlabel"):
+        report_source(source)
+    assert caplog.messages == [
+        f"{classes}: 5 samples, 5 with a hard label, from the class folders; 3 classes: 0 Bee, 1 ant, 2 zebra",
+        f"{classes}: other files, not read: 1 .txt",
+        f"{classes}: hidden and system files, never read: '.cache/', '@eaDir/', '__MACOSX/', ...",
+        f"{classes}: sub-folders without an image are no classes: 'cat'; '?classes=FILE' names the class folders, one a "
+        "line, with or without images",
+    ]
+    names = classes.parent / f"{classes.name}.txt"
+    names.write_text("zebra\ncat\nant\nBee\n")
+    named = open_source(f"{classes}?classes={names}")
+    assert (named.class_names, named.labels().tolist()) == (("zebra", "cat", "ant", "Bee"), [3, 2, 2, 2, 0])
+    names.write_text("zebra\nant\n")
+    with pytest.raises(DataError, match="a line for each of the 3 folders with images, found none for 'Bee'"):
+        open_source(f"{classes}?classes={names}")
+    with pytest.raises(SpecError, match="classes= names the class folders, and labels=none"):
+        open_source(f"{classes}?classes={names}&labels=none")
+
+
+def test_an_image_out_of_place_costs_the_others_no_label(classes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One beside the class folders has no label; one below them has that of torchvision."""
+    paint(classes / "loose.png", 3)
+    paint(classes / "Bee" / "deep" / "y.png", 3)
+    (classes / "ant" / "z.HEIC").write_bytes(b"")
+    (classes / "ant" / "no-suffix").write_bytes(b"")
+    source = open_source(classes)
+    by_key = dict(zip(source.keys(), source.labels().tolist(), strict=True))
+    assert by_key.pop("loose.png") == IGNORE
+    reference = ImageFolder(str(classes), allow_empty=True)
+    for path, label in reference.samples:
+        key = Path(path).relative_to(classes).as_posix()
+        if not any(part.startswith(".") for part in key.split("/")):
+            assert source.class_names is not None
+            assert source.class_names[by_key.pop(key)] == reference.classes[label]
+    assert not by_key
+    with caplog.at_level("WARNING", "softlabel"):
+        report_source(source)
+    for line in (
+        r"1 image of formats that are not read left out \(1 \.heic\), the first: 'ant/z\.HEIC'; convert to JPEG or PNG",
+        r"1 file without a suffix left out, the first: 'ant/no-suffix'; .* '--data LIST\.txt'",
+        r"1 image lies in no class folder and gets no hard label: 'loose\.png'",
+        r"1 image lies deeper than .* the label of the first folder of the path: 'Bee/deep/y\.png'",
+    ):
+        assert re.search(line, caplog.text)
+
+
 @pytest.mark.parametrize(
     "paths",
     [
-        pytest.param(["a/1.png", "b/2.png", "3.png"], id="one beside the folders"),
-        pytest.param(["a/1.png", "b/deep/2.png"], id="one deeper"),
+        pytest.param(["a/1.png", "b/deep/2.png"], id="one of two deeper"),
         pytest.param(["images/1.png", "images/2.png"], id="one folder alone"),
         pytest.param(["train/a/1.png", "train/b/2.png", "val/a/3.png"], id="splits of class folders"),
     ],
 )
-def test_other_layouts_are_not_taken_for_classes(tmp_path: Path, paths: list[str]) -> None:
+def test_other_layouts_are_not_taken_for_classes(
+    tmp_path: Path, paths: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     for path in paths:
         paint(tmp_path / path, 3)
     source = open_source(tmp_path)
     assert source.keys() == sorted(paths)
     assert not source.has_labels
+    report_source(source)
+    assert "its sub-folders are not taken for classes" in caplog.text
 
 
 def test_labels_option_overrides_the_rule(tmp_path: Path, classes: Path) -> None:
@@ -165,7 +223,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(SpecError, match=r"found a \.zip file"):
         open_source(tmp_path / "a.zip")
-    with pytest.raises(DataError, match="found 1 other files"):
+    with pytest.raises(SpecError, match="found 1 other files"):
         open_source(tmp_path)
     with pytest.raises(SpecError, match="download it first"):
         open_source("s3://bucket/images.npy")

@@ -1,0 +1,82 @@
+"""What was found when a source was opened: the first lines of every run, before a teacher or student sees an image."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from softlabel.dataset.base import Source
+
+log = logging.getLogger("softlabel")
+
+_CLASSES_SHOWN = 5  # of many: the first ones, and the last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Where the labels of a source come from, and what of it is no sample or no label.
+
+    Attributes:
+        labels_from: "column 'label'", "the class folders"; None where it has no labels.
+        without_labels: why it has none, and the option that would give some.
+        left_out: what a user may miss, each with the option that would take it.
+        notes: what is only worth a word, such as files of other kinds beside the images.
+    """
+
+    labels_from: str | None = None
+    without_labels: str | None = None
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def describe_source(source: "Source") -> str:
+    """How many samples, how many of them with a hard label, from where, and the classes with their numbers."""
+    count = len(source)
+    text = f"{source.name}: {count:,} sample{'' if count == 1 else 's'}, "
+    labelled = source.count_labelled()
+    found = source.findings
+    if labelled == 0:
+        text += "none with a hard label"
+        return text + (f" ({found.without_labels})" if found.without_labels else "")
+    text += "hard labels come with each" if labelled is None else f"{labelled:,} with a hard label"
+    if found.labels_from:
+        text += f", from {found.labels_from}"
+    return text + (f"; {list_classes(source.class_names)}" if source.class_names else "")
+
+
+def list_classes(names: Sequence[str]) -> str:
+    """``3 classes: 0 ant, 1 bee, 2 cat``, with those in the middle of many left out."""
+    numbered = [f"{number} {name}" for number, name in enumerate(names)]
+    if len(numbered) > 2 * _CLASSES_SHOWN:
+        numbered = [*numbered[:_CLASSES_SHOWN], "...", numbered[-1]]
+    return f"{len(names):,} class{'' if len(names) == 1 else 'es'}: {', '.join(numbered)}"
+
+
+def report_source(source: "Source") -> None:
+    """Log the lines of `describe_source`, and a warning for all that was left out."""
+    for part in source.parts():
+        log.info("%s", describe_source(part))
+        for note in part.findings.notes:
+            log.info("%s: %s", part.name, note)
+        for left_out in part.findings.left_out:
+            log.warning("%s: %s", part.name, left_out)
+
+
+def count_suffixes(names: Iterable[str]) -> str:
+    """``3 .txt, 1 .csv, 1 without a suffix``, the most frequent ones first."""
+    counts = Counter(suffix_of(name) for name in names)
+    return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts.most_common())
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file's name, in lower case; of `.hidden` and `name` it is empty."""
+    base = name.rpartition("/")[2]
+    stem, dot, suffix = base.rpartition(".")
+    return f".{suffix.lower()}" if dot and stem else ""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few of several names."""
+    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
