@@ -27,3 +27,40 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+# The first bytes of files that are taken for others, and what they are.
+_BEGINNINGS = (
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a pointer of git-lfs instead of the file itself; fetch it with 'git lfs pull'",
+    ),
+    (b"\x1f\x8b", "a file compressed by gzip; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?), not one of PyTorch"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"GGUF", "a GGUF file, which is not one of PyTorch"),
+)
+
+
+def describe_content(path: Path) -> str | None:
+    """What a file is by its first bytes, with what to do about it; None: nothing that is known here.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "an empty file (an interrupted download?)"
+    for beginning, what in _BEGINNINGS:
+        if start.startswith(beginning):
+            return what
+    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page; download the file itself"
+    # safetensors: the length of a JSON header as 8 bytes, then the header.
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length <= path.stat().st_size - 8:
+        return "a safetensors file"
+    return None

@@ -21,7 +21,7 @@ KINDS = ("torchvision", "zoo", "timm", "hf", "python", "run")
 # A file that is a whole network, program and weights: its suffix says what it is.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options that say where a network comes from, not what it is.
-_PLACES = ("download", "trust")
+_PLACES = ("download", "trust", "weights_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from softlabel.errors import SpecError, TeacherError
 from softlabel.models import (
     Program,
     Spec,
-    build_model,
+    build_network,
     logits_of,
     own_preprocessing,
     parse_spec,
@@ -129,7 +129,8 @@ def load_teacher(
     if precision not in PRECISIONS:
         raise SpecError(f"precision: expected {', '.join(PRECISIONS)}; found {precision!r}")
     refuse_random(spec)
-    model = build_model(spec, num_classes=num_classes).eval().requires_grad_(False)
+    network = build_network(spec, num_classes=num_classes)
+    spec, model = network.spec, network.model.eval().requires_grad_(False)
     refuse_precision(spec, model, precision)
     preprocessing = _preprocessing(spec, model)
     sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)

@@ -4,7 +4,7 @@ Nothing that a checkpoint contains is executed: safetensors, `torch.load(weights
 torch cannot read in such a way, has to be trusted by name.
 """
 
-from softlabel.models.build import build_model, own_preprocessing, refuse_random
+from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
 from softlabel.models.builders import torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, read_run, save_run
@@ -12,10 +12,12 @@ from softlabel.models.weights import load_weights, weights_sha256
 from softlabel.spec import Spec, parse_spec
 
 __all__ = [
+    "Network",
     "Program",
     "RunModel",
     "Spec",
     "build_model",
+    "build_network",
     "load_weights",
     "logits_of",
     "own_preprocessing",

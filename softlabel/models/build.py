@@ -1,29 +1,48 @@
 """From a SPEC to a network with weights, for teachers and students alike."""
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from softlabel.errors import SpecError
 from softlabel.models.builders import accepts, builder, call, classes_of, torchvision_weights
+from softlabel.models.checkpoint import Checkpoint, read_checkpoint
+from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
 from softlabel.models.from_onnx import OnnxProgram
 from softlabel.models.from_timm import timm_preprocessing
-from softlabel.models.options import PREPROCESSING_OPTIONS, refuse_others
+from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
 from softlabel.models.program import Program
 from softlabel.models.runs import read_run
-from softlabel.models.weights import fill, load_weights
+from softlabel.models.weights import load_weights, plain_names
 from softlabel.preprocessing import Preprocessing
 from softlabel.spec import Spec, literal, parse_spec
 
+log = logging.getLogger("softlabel")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A network with its weights. `spec` names the set of weights that was taken, where the file has several."""
+
+    spec: Spec
+    model: nn.Module
+
 
 def build_model(spec: Spec | str, *, num_classes: int | None = None) -> nn.Module:
+    """Build the network of a SPEC and load its checkpoint, see `build_network`."""
+    return build_network(spec, num_classes=num_classes).model
+
+
+def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Network:
     """Build the network of a SPEC and load its checkpoint, on the CPU, in training mode.
 
     Without `num_classes` (or an option of that name) the count is the checkpoint's, or else the builder's default. A
-    checkpoint must fit the network exactly.
+    checkpoint must have all of the network's tensors, in its shapes. What it has beside them is logged.
 
     Raises:
         SpecError: an unknown name, an option that the builder refuses, a missing checkpoint or one of another network.
@@ -31,28 +50,56 @@ def build_model(spec: Spec | str, *, num_classes: int | None = None) -> nn.Modul
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     if spec.kind == "run":
-        return _build_run(spec, num_classes)
+        return Network(spec=spec, model=_build_run(spec, num_classes))
     if spec.kind == "hf":
-        return build_hf(spec, num_classes)
+        return Network(spec=spec, model=build_hf(spec, num_classes))
     if spec.kind in ("pt2", "onnx"):
-        return ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec)
-    options = {k: literal(v) for k, v in spec.options.items() if k not in PREPROCESSING_OPTIONS}
+        return Network(spec=spec, model=ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec))
+    options = {k: literal(v) for k, v in spec.options.items() if k not in (*PREPROCESSING_OPTIONS, WEIGHTS_KEY)}
+    wanted = spec.options.get(WEIGHTS_KEY)
+    if wanted is not None and spec.checkpoint is None:
+        raise SpecError(f"{spec.text}: {WEIGHTS_KEY} says which weights of a file are meant; give the file, NAME@FILE")
     make = builder(spec, options)
-    weights = load_weights(spec.checkpoint) if spec.checkpoint else None
+    found = read_checkpoint(spec.checkpoint, weights_key=wanted) if spec.checkpoint else None
     if num_classes is not None:
         if options.get("num_classes", num_classes) != num_classes:
             raise SpecError(
                 f"{spec.text}: num_classes={options['num_classes']}, but {num_classes} classes are needed here"
             )
         options["num_classes"] = num_classes
-    if weights is not None and "num_classes" not in options and accepts(make, "num_classes"):
-        options |= classes_of(spec, make, options, weights)
+    weights = {} if found is None else found.tensors if found.prefix else plain_names(found.tensors)
+    if found is not None and "num_classes" not in options and accepts(make, "num_classes"):
+        options |= classes_of(spec, make, options, weights, prefix=found.prefix)
     if spec.kind == "python" and not accepts(make, "num_classes") and "num_classes" not in spec.options:
         options.pop("num_classes", None)  # a factory that knows its classes itself
     model = call(spec, make, options)
-    if weights is not None:
-        fill(spec, model, weights)
-    return model
+    if found is None:
+        return Network(spec=spec, model=model)
+    fitted = fill(spec, model, weights, prefix=found.prefix)
+    return Network(spec=_naming_its_weights(spec, found, fitted), model=model)
+
+
+def _naming_its_weights(spec: Spec, found: Checkpoint, fitted: Fitted) -> Spec:
+    """Say which weights were taken out of several, and what was left out of the file; the SPEC that says it as well."""
+    if fitted.left_out:
+        log.info(
+            "%s: %d tensors of the checkpoint are no part of the network and were left out: %s",
+            spec.text,
+            len(fitted.left_out),
+            shown(fitted.left_out),
+        )
+    others = (*found.others, *(one.rstrip(".") for one in fitted.other_prefixes))
+    if not others or WEIGHTS_KEY in spec.options:
+        return spec
+    taken = ".".join(part for part in (found.key, fitted.prefix.rstrip(".")) if part)
+    log.info(
+        "%s: the checkpoint has several sets of weights: took %s, left out %s; '?%s=' in the SPEC chooses another",
+        spec.text,
+        taken or "those at its top",
+        ", ".join(other or "those at its top" for other in others),
+        WEIGHTS_KEY,
+    )
+    return replace(spec, options={**spec.options, WEIGHTS_KEY: taken}) if taken else spec
 
 
 def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
@@ -68,7 +115,7 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     if run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:
-        options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained")}
+        options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained", WEIGHTS_KEY)}
         bare = Spec(kind=student.kind, name=student.name, options=options)
         model = build_model(bare, num_classes=run.num_classes)
     fill(spec, model, load_weights(Path(spec.name) / "model.safetensors"))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softlabel import zoo
 from softlabel.errors import SpecError
+from softlabel.models.fitting import fit_names
 from softlabel.models.from_timm import timm_builder
 from softlabel.spec import Spec, literal
 
@@ -114,7 +115,12 @@ def call(spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any])
 
 
 def classes_of(
-    spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any], weights: dict[str, Tensor]
+    spec: Spec,
+    builder: Callable[..., nn.Module],
+    options: dict[str, Any],
+    weights: dict[str, Tensor],
+    *,
+    prefix: str | None = None,
 ) -> dict[str, int]:
     """The checkpoint's class count, as the builder's option: where only the first axis of the heads differs."""
     try:
@@ -125,6 +131,8 @@ def classes_of(
             return {}  # a factory that computes with its weights, or insists on num_classes: the real call will say it
         # Some of timm's networks compute while they are built, which the meta device cannot.
         shapes = {k: tuple(v.shape) for k, v in call(spec, builder, options).state_dict().items()}
+    fitted = fit_names(spec.text, shapes, weights, prefix=prefix)
+    weights = weights if fitted is None else fitted.weights
     heads = [(tuple(w.shape), shapes[k]) for k, w in weights.items() if k in shapes and tuple(w.shape) != shapes[k]]
     counts = {found[0] for found, built in heads if found and built and found[1:] == built[1:]}
     if len(counts) == 1 and all(found[1:] == built[1:] for found, built in heads):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import SpecError, TeacherError
+from softlabel.files import describe_content
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
 from softlabel.spec import Spec, literal
@@ -39,7 +40,7 @@ class ExportedProgram(Program):
         try:
             self._program = torch.export.load(path, extra_files=extra)
         except Exception as error:  # whatever a damaged file provokes
-            reason = " ".join(str(error).split())[:200]
+            reason = describe_content(path) or " ".join(str(error).split())[:200]
             raise TeacherError(f"{path}: cannot be loaded as a program of torch.export: {reason}") from error
         self.spec, self.sha256 = spec, file_sha256(path)
         self.described = _json(path, extra[METADATA])

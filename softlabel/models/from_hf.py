@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.errors import SpecError
+from softlabel.files import describe_content
 from softlabel.models.options import refuse_others, says_everything
 from softlabel.preprocessing import Preprocessing
 from softlabel.spec import Spec, literal
@@ -55,6 +56,7 @@ def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:
     if option is not None and num_classes not in (None, option):
         raise SpecError(f"{spec.text}: num_classes={option}, but {num_classes} classes are needed here")
     wanted = num_classes if option is None else option
+    _refuse_files_that_are_none(spec)
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name, **_where(spec))
         if literal(spec.options.get("pretrained", "true")) is False:
@@ -122,6 +124,15 @@ def hf_preprocessing(spec: Spec) -> Preprocessing:
             f"if another way does, {remedy}"
         )
     return found
+
+
+def _refuse_files_that_are_none(spec: Spec) -> None:
+    """Raises SpecError for files of the folder that were not fetched: what transformers says of them names no file."""
+    folder = Path(spec.name)
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []:
+        what = describe_content(path)
+        if what not in (None, "a safetensors file"):
+            raise SpecError(f"{path}: expected a file of transformers, found {what}")
 
 
 def _preprocessing_of(found: Mapping[str, Any]) -> Preprocessing:

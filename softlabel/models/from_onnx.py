@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import SpecError, TeacherError
+from softlabel.files import describe_content
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
 from softlabel.spec import Spec
@@ -34,7 +35,8 @@ class OnnxProgram(Program):
         try:
             model = onnx.load(self._path, load_external_data=False)
         except Exception as error:  # protobuf raises its own kinds
-            raise TeacherError(f"{self._path}: expected an ONNX file, found one that cannot be parsed") from error
+            what = describe_content(self._path) or "one that cannot be parsed"
+            raise TeacherError(f"{self._path}: expected an ONNX file, found {what}") from error
         outside = sorted({_beside(self._path, place) for place in _external(model.graph)})
         self.sha256 = file_sha256(self._path, *outside)
         if any(map(_trains, _nodes(model.graph))):

@@ -6,6 +6,8 @@ from softlabel.errors import SpecError
 from softlabel.spec import Spec
 
 PREPROCESSING_OPTIONS = ("mean", "std", "resize", "crop", "interpolation", "squash")
+# Which set of weights of a checkpoint is meant.
+WEIGHTS_KEY = "weights_key"
 
 
 def refuse_others(spec: Spec, known: Iterable[str] = ()) -> None:

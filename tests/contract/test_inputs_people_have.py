@@ -1,7 +1,7 @@
 """Inputs and habits that users of such tools have reported in public: what each must come to, one entry a report.
 
-A new report is one more `Case` in the table of its kind. `make` writes the files into an empty folder, which is also the
-working folder, and returns the command line; the command runs in this process, as `softlabel` would.
+A new report is one more `Case` in the table of its kind. `make` writes the files into an empty folder, which is also
+the working folder, and returns the command line; the command runs in this process, as `softlabel` would.
 """
 
 import re
@@ -16,6 +16,7 @@ from PIL import Image
 from softlabel import open_store
 from softlabel.cli import main
 from softlabel.models import build_model
+from tests.helpers import write_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,51 @@ DATA = [
 
 # ---- teachers ----
 
-TEACHERS: list[Case] = []
+
+def beside_images(checkpoint: object) -> Callable[[Path], Sequence[object]]:
+    """`generate` over 8 images with a resnet8 whose file holds this: bytes, or what torch saves."""
+
+    def make(folder: Path) -> list[object]:
+        write_dataset(folder / "data.parquet", 8)
+        if isinstance(checkpoint, bytes):
+            (folder / "w.pt").write_bytes(checkpoint)
+        else:
+            torch.save(checkpoint, folder / "w.pt")
+        return ["generate", "--data", "data.parquet", "--teacher", "zoo:resnet8@w.pt", "--out", "labels"]
+
+    return make
+
+
+def weights(shift: float = 0.0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    state = build_model("zoo:resnet8", num_classes=4).state_dict()
+    return {name: value + shift if name == "linear.bias" else value for name, value in state.items()}
+
+
+def the_average_labelled(folder: Path) -> None:
+    assert open_store(folder / "labels").manifest.recorded["teachers"] == [
+        "zoo:resnet8@w.pt?weights_key=state_dict_ema"
+    ]
+
+
+TEACHERS = [
+    Case(
+        name="a checkpoint with an average of the weights",
+        make=beside_images({"state_dict": weights(), "state_dict_ema": weights(1.0)}),
+        says=("several sets of weights: took state_dict_ema, left out state_dict; .*weights_key=.* chooses",),
+        check=the_average_labelled,
+    ),
+    Case(
+        name="a checkpoint of Lightning",
+        make=beside_images({"state_dict": {f"model.{k}": v for k, v in weights().items()}}),
+    ),
+    Case(
+        name="a pointer of git-lfs",
+        make=beside_images(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"),
+        code=1,
+        says=(r"w\.pt: expected .*, found a pointer of git-lfs .*'git lfs pull'",),
+    ),
+]
 
 # ---- stores ----
 

@@ -1,5 +1,6 @@
 """SPECs and checkpoints: every container, every prefix, and nothing executed."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from softlabel.models import (
     weights_sha256,
 )
 from softlabel.spec import literal
+from softlabel.teacher import load_teacher
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -131,6 +133,74 @@ def test_every_container_gives_the_same_weights(student: nn.Module, tmp_path: Pa
     assert same(load_weights(tmp_path / "b.safetensors"), state)
 
 
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("state_dict", "state_dict_ema"), "state_dict_ema"),
+        (("model", "model_ema"), "model_ema"),
+        (("ema_state_dict", "model_state_dict"), "ema_state_dict"),
+        (("model.", "ema_model.module."), "ema_model.module"),
+    ],
+    ids=["timm", "torchvision", "first", "one dict"],
+)
+def test_of_several_sets_of_weights_the_average_is_taken_and_named(
+    student: nn.Module, tmp_path: Path, names: tuple[str, str], taken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = student.state_dict()
+    average = {k: v + 1 if v.is_floating_point() else v for k, v in raw.items()}
+    each = {name: average if "ema" in name else raw for name in names}
+    if "." in names[0]:
+        content: dict[str, Any] = {p + k: v for p, state in each.items() for k, v in state.items()}
+    else:
+        content = {**each, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "a.pt")
+    caplog.set_level("INFO")
+    teacher = load_teacher(f"zoo:resnet8@{tmp_path}/a.pt")
+    assert same(teacher.model.state_dict(), average)
+    assert teacher.spec.options == {"weights_key": taken}, "what was taken is recorded with the place of the weights"
+    assert teacher.spec.identity == "zoo:resnet8"
+    (raw_name,) = (name.rstrip(".") for name in names if "ema" not in name)
+    assert f"took {taken}, left out {raw_name}" in caplog.text
+    assert same(build_model(f"zoo:resnet8@{tmp_path}/a.pt?weights_key={raw_name}").state_dict(), raw)
+    with pytest.raises(SpecError, match=r"weights_key.*found 'nothing'"):
+        build_model(f"zoo:resnet8@{tmp_path}/a.pt?weights_key=nothing")
+
+
+def test_several_sets_of_weights_of_which_none_is_meant(student: nn.Module, tmp_path: Path) -> None:
+    state = student.state_dict()
+    torch.save({"student": state, "teacher": state}, tmp_path / "sets.pt")
+    torch.save({p + k: v for p in ("student.", "teacher.") for k, v in state.items()}, tmp_path / "flat.pt")
+    for name in ("sets", "flat"):
+        with pytest.raises(SpecError, match=r"several.*weights_key=.*student.*teacher"):
+            build_model(f"zoo:resnet8@{tmp_path}/{name}.pt")
+        assert same(build_model(f"zoo:resnet8@{tmp_path}/{name}.pt?weights_key=teacher").state_dict(), state)
+
+
+def test_what_trainers_and_profilers_leave_in_a_checkpoint(
+    student: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = student.state_dict()
+    extra = torch.zeros(1)
+    lightning = {f"model.{k}": v for k, v in state.items()}
+    contents = {
+        "lightning": {"state_dict": {**lightning, "criterion.weight": torch.ones(4)}, "epoch": 1},
+        "compiled": {f"model._orig_mod.{k}": v for k, v in state.items()},
+        "thop": {**state, "total_ops": extra, "total_params": extra, "layer1.0.conv1.total_ops": extra},
+        "aux": {**state, "aux.conv.weight": torch.zeros(3, 3), "AuxLogits.fc.bias": extra},
+    }
+    caplog.set_level("INFO")
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        caplog.clear()
+        assert same(build_model(f"zoo:resnet8@{tmp_path}/{name}.pt").state_dict(), state), name
+        assert ("left out" in caplog.text) == (name != "compiled"), name
+    save_file(lightning, tmp_path / "safe.pt")
+    assert same(build_model(f"zoo:resnet8@{tmp_path}/safe.pt").state_dict(), state)
+    torch.save({f"backbone.{k}": v for k, v in state.items() if "conv1" in k}, tmp_path / "part.pt")
+    with pytest.raises(SpecError, match="missing"):
+        build_model(f"zoo:resnet8@{tmp_path}/part.pt")
+
+
 class Malicious:
     """What a checkpoint from a stranger may hold: unpickling it runs a command."""
 
@@ -165,7 +235,10 @@ def test_a_malicious_checkpoint_is_refused_and_not_run(tmp_path: Path, container
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.pt", b"", "damaged or something else"),
+        ("empty.pt", b"", "found an empty file"),
+        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+        ("page.safetensors", b"<!DOCTYPE html><html>log in</html>", "found a web page"),
+        ("packed.pth", b"\x1f\x8b\x08\0", "compressed by gzip"),
         ("text.th", b"404 not found", "damaged or something else"),
         ("text.safetensors", b"404 not found", "expected a safetensors file"),
         ("lies.safetensors", struct.pack("<Q", 1 << 40) + b"{}", "expected a safetensors file"),
