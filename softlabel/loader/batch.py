@@ -4,7 +4,7 @@ Legend: B batch, C classes, H and W pixels.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self, overload
 
 import numpy as np
@@ -68,6 +68,9 @@ class BatchKeys(Sequence[str]):
 class Batch:
     """B samples on their way into a student.
 
+    `batch["labels"]` and `"labels" in batch` work as well: loops that expect a dict, such as the Trainer of
+    transformers, look into their batches so.
+
     Attributes:
         images: uint8 (B, 3, H, W), RGB, not normalised.
         labels: int64 (B,), -100 where there is none.
@@ -92,6 +95,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __contains__(self, name: object) -> bool:
+        return any(field.name == name and getattr(self, field.name) is not None for field in fields(self))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    # A batch is no sequence: without this, Python would ask for item 0.
+    __iter__ = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on another device; `samples` and `rows` are for people and stay where they are."""

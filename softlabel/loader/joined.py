@@ -154,6 +154,7 @@ class JoinedDataset(Dataset[Batch]):
             images_BCHW = torch.from_numpy(self._images(positions, keys))
             if self._augment is not None and view is not None:
                 images_BCHW = self._augment(images_BCHW, keys, seed=self._seed, view=view)
+        counted = wanted.counted if isinstance(wanted, BatchRequest) else None
         return Batch(
             images=images_BCHW,
             labels=torch.from_numpy(labels_B),
@@ -162,6 +163,7 @@ class JoinedDataset(Dataset[Batch]):
             rows=torch.from_numpy(rows_B),
             target=self._target(self.store, rows_B) if self.store is not None and self._targets else None,
             has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
+            weight=None if counted is None else (torch.arange(len(keys)) < counted).float(),
         )
 
     def rows_of_epoch(self, epoch: int, positions: Int64s) -> Int64s:

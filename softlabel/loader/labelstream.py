@@ -74,6 +74,10 @@ class LabelStream:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the thread and what it has read."""
+        return {**self.__dict__, "_loading": {}, "_pool": None, "_epoch": -1}
+
     def _ask(self, epoch: int, needed: range) -> None:
         if epoch != self._epoch:
             self._loading.clear()

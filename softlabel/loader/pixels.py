@@ -5,6 +5,7 @@ Legend: H and W pixels, N images.
 
 import mmap
 import multiprocessing
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,10 @@ class PixelCache:
         if workers and "fork" not in multiprocessing.get_all_start_methods():
             return False
         return images * (shape[0] * shape[1] * shape[2] + 1) <= budget
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins empty: shared memory cannot travel, and images can be decoded again."""
+        return PixelCache, (len(self._known), self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

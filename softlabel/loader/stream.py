@@ -4,32 +4,36 @@ Legend: B rows of a global batch, N samples, S rows of a rank's share.
 """
 
 import contextlib
-import multiprocessing
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
+<<<<<<< HEAD
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
+=======
+from softlabel.dataset import Source, open_source
+from softlabel.errors import DataError, MismatchError, UsageError
+>>>>>>> ddd922c (Begin the next epoch with every iteration, so that loops which never exhaust a loader see all views and samples)
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.epochs import EpochSampler, Place, Plan
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.loader.labelstream import LabelStream, check_same_order
 from softlabel.loader.mixed import MixedOrder, mixed_order
 from softlabel.loader.replay import ViewOrder
 from softlabel.loader.shares import Shares, Tail
+from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.order import BlockOrder, EpochOrder
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip
 
-# Working out an order costs a hundred calls of numpy, however short it is.
-_STEPS_AT_ONCE = 64
 # Windows of a streamed epoch, unless the caller knows better.
 _WINDOW_SAMPLES, _WINDOW_BLOCKS = 16_384, 8
 
@@ -43,8 +47,11 @@ class SoftLabelLoader:
             for batch in loader:
                 loss(student(batch.images.float() / 255), batch.target, batch.labels).backward()
 
-    Every complete iteration is one epoch, and the next one is shuffled anew. The order and the augmentation are a pure
-    function of (seed, epoch, step): `set_epoch` reaches any of them, `state_dict` and `load_state_dict` resume there.
+    Every iteration is one epoch, in an order of its own. The next one is the next epoch, also where the loop took
+    `len(loader)` batches with `next()`, or stopped before (a look at one batch counts: `set_epoch(0)` takes it back).
+    The order and the augmentation are a pure function of (seed, epoch, step): `set_epoch` reaches any of them,
+    `state_dict` and `load_state_dict` resume there. Lightning, accelerate and the Trainer of transformers find the
+    methods that they set epochs and resume with. One iteration at a time: a newer one ends those before it.
 
     Several processes train together when each has a loader with its own `rank`: every global batch is the same
     `batch_size` samples whatever the number of ranks, and each rank gets its part of it, in as many steps and as many
@@ -154,22 +161,14 @@ class SoftLabelLoader:
         else:
             self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
         self._shares = replace(shares, samples=self._order.size)
-        self._plan = _Plan(self._order, self._shares)
-        self._place = _Place()
-        self._start = 0
-        self._guarded = _Guarded(self.dataset)
-        # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
-        self._batches = DataLoader(
-            self._guarded,
-            batch_sampler=self._plan,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(0),
-            # Forked workers share the cache of decoded images.
-            multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
-        )
+        self._plan = Plan(self._order, self._shares)
+        self._place = Place()
+        self._live: object = None
+        self._workers, self._pin = workers, pin_memory
+        self._batches = self._new_batches()
+
+    def _new_batches(self) -> BatchMaker:
+        return BatchMaker(self.dataset, self._plan, workers=self._workers, pin_memory=self._pin)
 
     def __len__(self) -> int:
         """Batches in a whole epoch; the same on every rank."""
@@ -201,35 +200,86 @@ class SoftLabelLoader:
         self._enter(epoch, self._shares.after(0, step))
 
     def _enter(self, epoch: int, sample: int) -> None:
-        self._place = _Place(epoch=epoch, sample=sample)
-        self._start = sample
+        self._place, self._live = Place(epoch=epoch, sample=sample), None
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of one epoch. An iteration that is left early begins again, one that ends moves on."""
-        epoch, start = self._place.epoch, self._start
-        self._plan.epoch, self._plan.start = epoch, start
-        self._place = _Place(epoch=epoch, sample=start)
+        """The batches of one epoch: the next one, unless `set_epoch` or `load_state_dict` has said which.
+
+        Which epoch it is shows at the first batch: frameworks set it after they have asked for an iterator.
+
+        Raises:
+            UsageError: this iteration goes on after a newer one, or `set_epoch`, has taken its place.
+        """
+        live = self._begin()
+        epoch, start, left = self._plan.epoch, self._plan.start, len(self._plan)
         try:
-            for done, batch in enumerate(self._loaded(), 1):
-                if isinstance(batch, _Failure):
+            for done, batch in enumerate(self._batches, 1):
+                if isinstance(batch, Failure):
                     raise batch.error
-                batch = self._with_target(batch, epoch, self._place.sample, self._shares.after(start, done))
-                self._place = _Place(epoch=epoch, sample=self._shares.after(start, done))
+                sample = self._shares.after(start, done)
+                batch = self._with_target(batch, epoch, self._shares.after(start, done - 1), sample)
+                self._place = Place(epoch=epoch, sample=sample, begun=True)
                 yield batch
+                if self._live is not live:
+                    if done == left:
+                        return
+                    raise UsageError(
+                        f"loader: this iteration of epoch {epoch} was ended after {done} of {left} batches by a newer "
+                        "one, or by set_epoch; iterate once at a time, or use a second loader"
+                    )
         except (RuntimeError, OSError, EOFError) as error:
             self.raise_if_worker_died(error)
             raise
         self.set_epoch(epoch + 1)
 
-    def _loaded(self) -> "Iterator[Batch | _Failure]":
-        """The batches of the plan, made by workers or right here, where a DataLoader would only take time."""
-        if self._batches.num_workers:
-            yield from self._batches
-            return
-        pin = self._batches.pin_memory and torch.cuda.is_available()
-        for request in self._plan:
-            made = self._guarded.__getitems__(request)
-            yield made.pin_memory() if pin and isinstance(made, Batch) else made
+    def _begin(self) -> object:
+        """Let a new iteration take the place of the one before; returns what tells it from others."""
+        if self._place.begun:
+            self._enter(self._place.epoch + 1, 0)
+        self._plan.epoch, self._plan.start = self._place.epoch, self._place.sample
+        self._live = object()
+        return self._live
+
+    # ---- what frameworks look for ----
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """For Lightning, which calls its `set_epoch`."""
+        return EpochSampler(len(self), self._set_epoch_from_outside, self._requests)
+
+    @property
+    def batch_sampler(self) -> EpochSampler:
+        """For `skip_first_batches` of accelerate."""
+        return self.sampler
+
+    @property
+    def collate_fn(self) -> Callable[[Any], Any]:
+        """The identity: `dataset` gives whole batches."""
+        return as_it_is
+
+    @property
+    def prefetch_factor(self) -> None:
+        """For `skip_first_batches`, whose DataLoader has no worker processes."""
+        return None
+
+    def _set_epoch_from_outside(self, epoch: int) -> None:
+        place = self._place
+        if place.epoch != epoch or place.begun:
+            self.set_epoch(epoch)
+
+    def _requests(self) -> Iterator[BatchRequest]:
+        if self._labels is not None:
+            raise UsageError(
+                "loader: labels that are streamed cannot be skipped from outside; resume with load_state_dict, or "
+                "set_epoch(epoch, step)"
+            )
+        live = self._begin()
+        epoch, start = self._plan.epoch, self._plan.start
+        for done, request in enumerate(self._plan, 1):
+            self._place = Place(epoch=epoch, sample=self._shares.after(start, done), begun=True)
+            yield request
+            if self._live is not live:
+                return
 
     def _block_order(self, window: int | None, shuffle: bool) -> BlockOrder:
         # Samples that are left out move the edges: they are places among those that stay.
@@ -250,6 +300,19 @@ class SoftLabelLoader:
         target = self._labels.target(epoch, start, stop, batch.rows.numpy())
         return replace(batch, target=target.pin_memory() if self._batches.pin_memory else target)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without worker processes and iterations: a copy makes its own, and goes on with the rest of the epoch."""
+        return {**self.__dict__, "_batches": None, "_live": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # What moves on with the epochs is a copy's own, also where the data is shared.
+        self._plan = Plan(self._order, self._shares)
+        self._labels = None if self._labels is None else copy.copy(self._labels)
+        at_the_end = not self._shares.left(self._place.sample)
+        self._place = replace(self._place, begun=self._place.begun and at_the_end)
+        self._batches = self._new_batches()
+
     def state_dict(self) -> dict[str, int | str]:
         """Where the iteration is, after the last batch that was handed out; plain numbers and strings.
 
@@ -266,7 +329,8 @@ class SoftLabelLoader:
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Continue where `state_dict` was called: with the next sample of the epoch, whatever the batch size, the
-        number of ranks and the number of workers were and are.
+        number of ranks and the number of workers were and are. Where nothing is left of that epoch, the next one
+        begins.
 
         Raises:
             MismatchError: the state is of another seed, dataset size, store or order.
@@ -285,7 +349,10 @@ class SoftLabelLoader:
                 f"loader state: expected sample 0 to {self.num_samples} of epoch 0 or later, found {sample!r} of "
                 f"{epoch!r}"
             )
-        self._enter(epoch, sample)
+        if self._shares.left(sample):
+            self._enter(epoch, sample)
+        else:
+            self._enter(epoch + 1, 0)
 
     def raise_if_worker_died(self, error: Exception) -> None:
         """The death of a worker process shows as a RuntimeError wherever the main process happens to be, or as a broken
@@ -294,20 +361,11 @@ class SoftLabelLoader:
         Raises:
             DataError: a worker has died.
         """
-        iterator = getattr(self._batches, "_iterator", None)
-        workers = getattr(iterator, "_workers", ())
-        try:
-            if isinstance(error, OSError | EOFError):
-                # The connection breaks an instant before the process is known to be dead.
-                for worker in workers:
-                    worker.join(timeout=0.5)
-        except RuntimeError as death:  # of torch's signal handler
-            error = death
-        if "DataLoader worker" in str(error) or any(worker.exitcode not in (None, 0) for worker in workers):
+        reason = self._batches.death(error)
+        if reason is not None:
             # Until it is forgotten, the dead worker is reported again whenever any child process ends.
             with contextlib.suppress(RuntimeError):
                 self.close()
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"{self.source.name}: a loader process died ({reason}); is there memory for so many workers?"
             ) from error
@@ -316,65 +374,4 @@ class SoftLabelLoader:
         """End the worker processes and the reading of labels. A loader can be iterated again afterwards."""
         if self._labels is not None:
             self._labels.close()
-        iterator = getattr(self._batches, "_iterator", None)
-        if iterator is not None:
-            self._batches._iterator = None
-            iterator._shutdown_workers()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    epoch: int = 0
-    sample: int = 0  # of the epoch, over all ranks: how many were handed out
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """An error on its way out of a worker process, which would otherwise arrive wrapped into a traceback's text."""
-
-    error: SoftLabelError
-
-
-class _Plan(Sampler[Any]):
-    """This rank's requests of one epoch, from position `start` on."""
-
-    def __init__(self, order: EpochOrder | BlockOrder | MixedOrder, shares: Shares) -> None:
-        self.order, self.shares = order, shares
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.shares.left(self.start)
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        epoch, shares, sample, left = self.epoch, self.shares, self.start, len(self)
-        while left:
-            steps = min(_STEPS_AT_ONCE, left)
-            cuts = list(shares.cut(sample, steps))
-            samples = self.order.at(epoch, np.concatenate([cut.places for cut in cuts]))
-            first = 0
-            for cut in cuts:
-                stop = first + len(cut.places)
-                yield BatchRequest(positions=samples[first:stop], view=epoch, counted=cut.counted)
-                first = stop
-            sample, left = shares.after(sample, steps), left - steps
-
-
-class _Guarded(Dataset[Batch]):
-    """Hands errors over as values; see `_Failure`."""
-
-    def __init__(self, dataset: JoinedDataset) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, request: BatchRequest | Sequence[int]) -> "Batch | _Failure":
-        try:
-            batch = self.dataset.__getitems__(request)
-            if isinstance(request, BatchRequest) and request.counted is not None:
-                weight_S = (torch.arange(len(batch)) < request.counted).float()
-                batch = replace(batch, weight=weight_S)
-            return batch
-        except SoftLabelError as error:
-            return _Failure(error)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        self._batches.close()

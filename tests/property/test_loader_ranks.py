@@ -150,6 +150,10 @@ def test_a_run_that_is_stopped_and_resumed_anywhere_goes_on_in_the_same_order(
         if state["epoch"] != epoch:  # it was the end of the epoch
             break
         assert state["sample"] == len(found)
+        if len(found) == SAMPLES:  # its last batch was, and what follows is the next one
+            ranks[0].load_state_dict(state)
+            assert ranks[0].epoch == epoch + 1
+            break
     else:
         (last,) = loaders(store, 1, tail="keep")
         last.load_state_dict(state)

@@ -274,8 +274,8 @@ def test_any_step_of_any_epoch_can_be_reached(digits: Path, workers: int) -> Non
     assert len(rest) == 3
     assert all(same(one, other) for one, other in zip(rest, epochs[1][3:], strict=True))
     assert resumed.epoch == 2
-    # An iteration that was left begins again.
-    assert next(iter(stopped)).keys == epochs[1][0].keys
+    # The iteration after one that was left is of the next epoch.
+    assert next(iter(stopped)).keys == epochs[2][0].keys
     for one in (whole, jumper, resumed, stopped):
         one.close()
 

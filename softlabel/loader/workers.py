@@ -1,0 +1,94 @@
+"""Whole batches made by worker processes, with errors that arrive as they were raised."""
+
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from softlabel.errors import SoftLabelError
+from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.epochs import Plan
+from softlabel.loader.joined import JoinedDataset
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error on its way out of a worker process, which would otherwise arrive wrapped into a traceback's text."""
+
+    error: SoftLabelError
+
+
+class BatchMaker:
+    """Batches of a plan, in its order, made by so many processes; by this one where there are 0.
+
+    Args:
+        pin_memory: make them in page-locked memory.
+    """
+
+    def __init__(self, dataset: JoinedDataset, plan: Plan, *, workers: int, pin_memory: bool) -> None:
+        self._plan, self._guarded = plan, _Guarded(dataset)
+        self.pin_memory = pin_memory and torch.cuda.is_available()
+        # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
+        self._batches: DataLoader[Any] = DataLoader(
+            self._guarded,
+            batch_sampler=plan,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0),
+            # Forked workers share the cache of decoded images.
+            multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
+        )
+
+    def __iter__(self) -> Iterator[Batch | Failure]:
+        if self._batches.num_workers:
+            yield from self._batches
+            return
+        # A DataLoader without workers would only take time.
+        for request in self._plan:
+            made = self._guarded.__getitems__(request)
+            yield made.pin_memory() if self.pin_memory and isinstance(made, Batch) else made
+
+    def death(self, error: Exception) -> str | None:
+        """What to say of a worker that has died, which shows as this error; None: no worker has died."""
+        iterator = getattr(self._batches, "_iterator", None)
+        workers = getattr(iterator, "_workers", ())
+        try:
+            if isinstance(error, OSError | EOFError):
+                # The connection breaks an instant before the process is known to be dead.
+                for worker in workers:
+                    worker.join(timeout=0.5)
+        except RuntimeError as death:  # of torch's signal handler
+            error = death
+        if "DataLoader worker" in str(error) or any(worker.exitcode not in (None, 0) for worker in workers):
+            return (str(error) or type(error).__name__).splitlines()[0]
+        return None
+
+    def close(self) -> None:
+        """End the worker processes; the next iteration starts others."""
+        iterator = getattr(self._batches, "_iterator", None)
+        if iterator is not None:
+            self._batches._iterator = None
+            iterator._shutdown_workers()
+
+
+class _Guarded(Dataset[Batch]):
+    """Hands errors over as values; see `Failure`."""
+
+    def __init__(self, dataset: JoinedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, request: BatchRequest | Sequence[int]) -> Batch | Failure:
+        try:
+            return self.dataset.__getitems__(request)
+        except SoftLabelError as error:
+            return Failure(error)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collate function of whole batches."""
+    return batch
