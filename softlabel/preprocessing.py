@@ -90,6 +90,14 @@ class Preprocessing:
             ) from error
 
     @property
+    def in_words(self) -> str:
+        """As options of a SPEC would say it."""
+        numbers = {name: ",".join(f"{x:.4g}" for x in getattr(self, name)) for name in ("mean", "std")}
+        geometry = {name: getattr(self, name) for name in ("resize", "crop", "interpolation")}
+        fields = numbers | geometry | ({"squash": "true"} if self.squash else {})
+        return ", ".join(f"{name}={'none' if value is None else value}" for name, value in fields.items())
+
+    @property
     def shape(self) -> tuple[Any, ...]:
         """What `geometry` depends on: members that are equal in it may share one tensor."""
         return self.resize, self.crop, self.interpolation, self.squash, self.floor_crop

@@ -5,7 +5,7 @@ torch cannot read in such a way, has to be trusted by name.
 """
 
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
-from softlabel.models.builders import torchvision_weights
+from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
@@ -22,6 +22,7 @@ __all__ = [
     "logits_of",
     "own_preprocessing",
     "parse_spec",
+    "published_weights",
     "read_run",
     "refuse_precision",
     "refuse_random",

@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from softlabel.errors import SpecError
-from softlabel.models.builders import accepts, builder, call, classes_of, torchvision_weights
+from softlabel.models.builders import accepts, builder, call, classes_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
 from softlabel.models.from_onnx import OnnxProgram
 from softlabel.models.from_timm import timm_preprocessing
+from softlabel.models.from_torchvision import size_of_weights, torchvision_preprocessing, torchvision_weights
 from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
 from softlabel.models.program import Program
 from softlabel.models.runs import read_run
@@ -68,6 +69,7 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Networ
             )
         options["num_classes"] = num_classes
     weights = {} if found is None else found.tensors if found.prefix else plain_names(found.tensors)
+    options = {**size_of_weights(spec, weights), **options}
     if found is not None and "num_classes" not in options and accepts(make, "num_classes"):
         options |= classes_of(spec, make, options, weights, prefix=found.prefix)
     if spec.kind == "python" and not accepts(make, "num_classes") and "num_classes" not in spec.options:
@@ -111,14 +113,16 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     if student.kind == "run":
         run = read_run(student.name)  # a student that started from another run
         student = parse_spec(run.student)
+    weights = load_weights(Path(spec.name) / "model.safetensors")
     # Its own weights replace those that it started from, which may be gone by now.
     if run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:
         options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained", WEIGHTS_KEY)}
+        options |= {k: str(v) for k, v in size_of_weights(student, weights).items() if k not in options}
         bare = Spec(kind=student.kind, name=student.name, options=options)
         model = build_model(bare, num_classes=run.num_classes)
-    fill(spec, model, load_weights(Path(spec.name) / "model.safetensors"))
+    fill(spec, model, weights)
     return model
 
 
@@ -163,14 +167,4 @@ def own_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
         if isinstance(found, Preprocessing):
             return found
         return Preprocessing.from_dict(found) if isinstance(found, Mapping) else Preprocessing()
-    weights = torchvision_weights(spec)
-    if weights is None:
-        return Preprocessing(resize=256, crop=224)
-    preset = weights.transforms()
-    return Preprocessing(
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-        resize=preset.resize_size[0],
-        crop=preset.crop_size[0],
-        interpolation=preset.interpolation.value,
-    )
+    return torchvision_preprocessing(spec, model)

@@ -5,7 +5,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from softlabel import zoo
 from softlabel.errors import SpecError
 from softlabel.models.fitting import fit_names
 from softlabel.models.from_timm import timm_builder
-from softlabel.spec import Spec, literal
+from softlabel.models.from_torchvision import torchvision_builder
+from softlabel.spec import Spec
 
 
 def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
@@ -25,46 +25,10 @@ def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
             raise SpecError(f"{spec.text}: expected one of {', '.join(zoo.BUILDERS)}; found {spec.name!r}")
         return zoo.BUILDERS[spec.name]
     if spec.kind == "torchvision":
-        return _torchvision_builder(spec, options)
+        return torchvision_builder(spec, options)
     if spec.kind == "timm":
         return timm_builder(spec, options)
     return _python_builder(spec)
-
-
-def _torchvision_builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
-    from torchvision import models
-
-    names = models.list_models(module=models)
-    if spec.name not in names:
-        close = get_close_matches(spec.name, names, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else f": {', '.join(names)}"
-        raise SpecError(f"{spec.text}: torchvision has no image classification model {spec.name!r}{hint}")
-    if spec.checkpoint and options.get("weights") is not None:
-        raise SpecError(f"{spec.text}: give either a checkpoint after '@' or weights=, not both")
-    if options.get("weights") is not None:
-        options["weights"] = torchvision_weights(spec)
-    builder: Callable[..., nn.Module] = models.get_model_builder(spec.name)
-    return builder
-
-
-def torchvision_weights(spec: Spec) -> Any:
-    """The entry of torchvision's list of weights that ``?weights=`` names (None when it is not given).
-
-    Raises:
-        SpecError: there are no such weights for this network.
-    """
-    from torchvision import models
-
-    wanted = spec.options.get("weights")
-    if spec.kind != "torchvision" or wanted is None or literal(wanted) is None:
-        return None
-    entries = models.get_model_weights(spec.name)
-    name = wanted.rpartition(".")[2]
-    if name not in entries.__members__:
-        raise SpecError(
-            f"{spec.text}: expected weights={' or '.join([*entries.__members__, 'DEFAULT'])}, found {wanted!r}"
-        )
-    return entries[name]
 
 
 def _python_builder(spec: Spec) -> Callable[..., nn.Module]:

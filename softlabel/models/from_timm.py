@@ -1,5 +1,6 @@
 """``timm:NAME``: networks of timm (pytorch-image-models), and the preprocessing that they were trained with."""
 
+import logging
 import math
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -11,6 +12,8 @@ from softlabel.errors import SpecError
 from softlabel.models.options import says_everything
 from softlabel.preprocessing import INTERPOLATIONS, Preprocessing
 from softlabel.spec import Spec, literal
+
+log = logging.getLogger("softlabel")
 
 
 def timm_builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
@@ -48,8 +51,12 @@ def timm_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
     from timm.data import resolve_data_config
 
     size = literal(spec.options.get("img_size", "null"))
-    config = model.pretrained_cfg if model is not None else timm.get_pretrained_cfg(spec.name).to_dict()
-    found = resolve_data_config({"img_size": size} if isinstance(size, int) else {}, pretrained_cfg=config)
+    config: Any = model.pretrained_cfg if model is not None else timm.get_pretrained_cfg(spec.name).to_dict()
+    # Weights have the sizes of timm's own evaluation: `test_input_size` and `test_crop_pct`, where they say any. A
+    # network that begins at random has those that it is to be trained with.
+    evaluated = bool(spec.checkpoint) or literal(spec.options.get("pretrained", "null")) not in (None, False)
+    asked = {"img_size": size} if isinstance(size, int) else {}
+    found = resolve_data_config(asked, pretrained_cfg=config, use_test_size=evaluated)
     channels, height, width = found["input_size"]
     problems = {
         f"{channels} channels": channels != 3,
@@ -62,7 +69,7 @@ def timm_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
             f"{spec.text}: timm prepares its images with {', '.join(wrong)}, which softlabel cannot; if another way "
             "does, say it with mean=, std=, resize=, crop= and interpolation="
         )
-    return Preprocessing(
+    prepared = Preprocessing(
         mean=tuple(map(float, found["mean"])),
         std=tuple(map(float, found["std"])),
         resize=math.floor(height / found["crop_pct"]),
@@ -70,6 +77,14 @@ def timm_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
         interpolation=found["interpolation"],
         squash=found["crop_mode"] == "squash",
     )
+    if spec.checkpoint:
+        log.info(
+            "%s: where the SPEC does not say otherwise its images are prepared as for timm's weights %s: %s",
+            spec.text,
+            ".".join(filter(None, (str(config.get("architecture") or spec.name), str(config.get("tag") or "")))),
+            prepared.in_words,
+        )
+    return prepared
 
 
 def _timm(spec: Spec) -> Any:

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from softlabel.dataset import decode_image, open_source, stack_images
 from softlabel.errors import BadImageError, SpecError, TeacherError
-from softlabel.models import RunModel, build_model, load_weights, save_run, weights_sha256
+from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
 from softlabel.teacher import Preprocessing, load_teacher, student_preprocessing
 from tests import reference_resnet
 
@@ -234,6 +234,53 @@ def test_a_torchvision_teacher_from_a_file(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(v1.Normalize(**IMAGENET)(images_BCHW.float() / 255))
     assert torch.allclose(teacher.logits(images_BCHW), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "resnet18"])
+def test_files_for_torchvision_get_the_input_of_its_published_weights(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against torchvision's own network and transform for these weights, which get random ones for a download."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    weights = next(iter(models.get_model_weights(name)))
+    state = models.get_model(name, **({} if name == "resnet18" else {"init_weights": False})).state_dict()
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *_, **__: state)
+    theirs = models.get_model(name, weights=weights).eval()
+    torch.save(state, tmp_path / "w.pth")
+    caplog.set_level("INFO")
+    preset = weights.transforms()
+    image_CHW = random_images(1, 400, 380)[0]
+    with torch.inference_mode():
+        expected = theirs(preset(image_CHW)[None])
+    for spec in (f"torchvision:{name}@{tmp_path}/w.pth", f"torchvision:{name}?weights={weights.name}"):
+        teacher = load_teacher(spec)
+        found = teacher.logits(teacher.preprocessing.geometry(image_CHW)[None])
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), spec
+    assert f"none of torchvision's published weights; .* as for {weights}" in caplog.text.replace(
+        "where the SPEC does not say otherwise its images are prepared", ".*"
+    )
+    caplog.clear()
+    load_teacher(f"torchvision:{name}@{tmp_path}/w.pth?crop=299&interpolation=bilinear&mean=0&std=1&resize=310")
+    assert "published" not in caplog.text
+
+
+def test_published_weights_are_known_by_their_sha256() -> None:
+    from torchvision import models
+
+    for name in models.list_models(module=models):
+        entries = list(models.get_model_weights(name))
+        for entry in entries:
+            digits = entry.url.rpartition("-")[2].partition(".")[0]
+            assert published_weights(digits + "0" * (64 - len(digits)), entries) is entry, entry
+        assert published_weights("f" * 64, entries) is None
+
+
+def test_a_vision_transformer_has_the_size_of_its_weights(tmp_path: Path) -> None:
+    model = build_model("torchvision:vit_b_32?image_size=64", num_classes=3)
+    save_run(tmp_path, model, RunModel(student="torchvision:vit_b_32@gone", num_classes=3, preprocessing={}))
+    assert build_model(f"run:{tmp_path}").image_size == 64
 
 
 def test_a_run_is_a_teacher(tmp_path: Path, weights: str) -> None:

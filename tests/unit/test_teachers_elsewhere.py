@@ -84,7 +84,7 @@ def test_timm_equals_timms_own_transform_and_forward(timm_network: tuple[str, nn
 
     spec, model = timm_network
     teacher = load_teacher(spec)
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model, use_test_size=True)
     assert (teacher.num_classes, teacher.preprocessing.crop) == (7, config["input_size"][1])
     assert teacher.preprocessing.resize == int(config["input_size"][1] / config["crop_pct"])
     transform = create_transform(**config, is_training=False)
@@ -112,6 +112,21 @@ def test_timm_preprocessing_is_timms(name: str) -> None:
     image_CHW = photo(333, 401)
     ours_CHW = ours.normalize(ours.geometry(image_CHW)[None])[0]
     assert_near(ours_CHW, theirs(pil(image_CHW)), ours.std)
+
+
+def test_timm_weights_are_evaluated_as_timm_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    timm = pytest.importorskip("timm")
+    from timm.data import resolve_data_config
+
+    model = timm.create_model("convnext_atto", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    theirs = resolve_data_config({}, model=model, use_test_size=True)  # as timm's validate.py
+    assert theirs["input_size"] != model.pretrained_cfg["input_size"]
+    caplog.set_level("INFO")
+    found = load_teacher(f"timm:convnext_atto@{tmp_path}/w.pth").preprocessing
+    assert (found.crop, found.resize) == (theirs["input_size"][1], int(theirs["input_size"][1] / theirs["crop_pct"]))
+    assert "prepared as for timm's weights convnext_atto.d2_in1k: mean=0.485,0.456,0.406" in caplog.text
+    assert student_preprocessing("timm:convnext_atto").crop == model.pretrained_cfg["input_size"][1]
 
 
 def test_timm_squash_and_what_cannot_be_expressed() -> None:
