@@ -13,13 +13,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-<<<<<<< HEAD
 from softlabel.dataset import Source, open_source, report_source
-from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
-=======
-from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError, MismatchError, UsageError
->>>>>>> ddd922c (Begin the next epoch with every iteration, so that loops which never exhaust a loader see all views and samples)
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.epochs import EpochSampler, Place, Plan
