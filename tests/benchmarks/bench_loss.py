@@ -1,4 +1,4 @@
-"""The loss's part of `make bench`: the CPU table. The GPU's is `python -m tests.benchmarks.loss_gpu`."""
+"""The loss's part of `make bench`: the CPU table. The GPU's is `bench_loss_gpu`."""
 
 from tests.benchmarks.loss_cpu import main
 

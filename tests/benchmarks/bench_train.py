@@ -12,28 +12,20 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 import softlabel
-from softlabel.loader import SoftLabelLoader, joined
-from softlabel.loss import DenseTarget
-from softlabel.models import build_model
+from softlabel.loader import joined
 from softlabel.store.reader import Store
-from softlabel.teacher import load_teacher, student_preprocessing
-from softlabel.train.distributed import Ranks
-from softlabel.train.grid import students_of
-from softlabel.train.student import Student
-from softlabel.train.work import Counts, Work, cut, prepare, without_filler
-from softlabel.views import CropFlip
+from softlabel.teacher import load_teacher
+from tests.benchmarks.student_steps import TEMPERATURE, build_steps
 from tests.benchmarks.timing import interleaved
 from tests.students import random_logits, write_store
 
-STUDENT, BATCH, T = "zoo:resnet8", 256, 4.0
+STUDENT, BATCH = "zoo:resnet8", 256
 
 
 def main() -> None:
@@ -51,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
         source = softlabel.open_source(data)
         # Whose labels these are makes no difference to the time.
-        write_store(Path(folder) / "store", source.keys(), random_logits(len(source), 10), temperature=T)
+        write_store(Path(folder) / "store", source.keys(), random_logits(len(source), 10), temperature=TEMPERATURE)
         labels = str(Path(folder) / "store")
         teacher = f"zoo:resnet56@{shared / 'cifar10-resnets' / 'resnet56-jpeg.safetensors'}"
         steps(data, labels, teacher, options.precision, options.repeats)
@@ -60,51 +52,11 @@ def main() -> None:
 
 def steps(data: str, labels: str, teacher_spec: str, precision: str, repeats: int, count: int = 6) -> None:
     """Steps of the trainer, from the loader to the optimiser, images and labels cached."""
-    preprocessing = student_preprocessing(STUDENT)
     teacher = load_teacher(teacher_spec, precision=precision)  # type: ignore[arg-type]
-    ranks = Ranks("cpu")
-    common = {"batch_size": BATCH, "tail": "drop", "preprocessing": preprocessing, "augment": CropFlip()}
-    loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
-    students = {}
-    for kind, store in (("hard", None), ("soft", labels), ("online", labels)):
-        config = softlabel.TrainConfig(data=data, student=STUDENT, out="unused", labels=store)
-        students[kind] = Student(
-            students_of(config)[0],
-            build_model(STUDENT, num_classes=10),
-            preprocessing,
-            ranks=ranks,
-            precision=precision,
-            temperature=T,
-            steps=count,
-        )
-
-    def works(kind: str) -> Iterator[Work]:
-        loader = loaders["soft" if kind == "soft" else "hard"]
-        loader.set_epoch(0)
-        for step, batch in zip(range(count), loader, strict=False):
-            if kind == "online":
-                logits_BC = teacher.logits(batch.images)
-                target = DenseTarget(scaled_logits=logits_BC / T, temperature=T, retemperable=True)
-                batch = replace(batch, target=target)
-            batch, counts_B = without_filler(batch)
-            whole = Counts(rows=BATCH, soft=0 if batch.target is None else BATCH, hard=BATCH)
-            yield prepare(
-                batch, cut(batch, counts_B, 1), whole, [preprocessing], epoch=0, step=step, listen=kind != "hard"
-            )
-
-    def run(kind: str) -> None:
-        student = students[kind]
-        student.epoch = student.step = 0
-        for work in works(kind):
-            student.advance(work, alone=True)
-
-    for loader in loaders.values():
-        for _ in loader:  # fills the cache
-            pass
-    ms = {
-        name: 1e3 * seconds / count
-        for name, seconds in interleaved({k: lambda k=k: run(k) for k in students}, repeats).items()  # type: ignore[misc]
-    }
+    sides = build_steps(
+        data, labels, teacher, STUDENT, classes=10, batch=BATCH, count=count, precision=precision, device="cpu"
+    )
+    ms = {name: 1e3 * seconds / count for name, seconds in interleaved(sides, repeats).items()}
     named = {"hard": "hard labels", "soft": "cached soft labels", "online": "teacher on line"}
     print("ms a step: " + ", ".join(f"{named[kind]} {value:.1f}" for kind, value in ms.items()))
     print(f"soft / hard = {ms['soft'] / ms['hard']:.3f}   (goal: at most 1.03)")

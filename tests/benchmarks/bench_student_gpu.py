@@ -1,0 +1,94 @@
+"""Steps of a student on a CUDA device: python -m tests.benchmarks.bench_student_gpu
+
+resnet18 at 224, bf16, batch 256, images decoded in RAM: steps from cached labels beside steps with hard labels alone and
+beside steps that run the teacher, resnet152, for every batch.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from softlabel.models import build_model
+from softlabel.teacher import load_teacher
+from tests.benchmarks.accelerator import Bench, run_benchmark
+from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
+from tests.benchmarks.student_steps import TEMPERATURE, build_steps
+from tests.students import random_logits, write_store
+
+CLASSES = 1000
+SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"
+SOFT_ONLINE = "student step, cached labels / teacher on line (resnet152)"
+WAITING = "student step, hard labels / bare step on the device"
+
+
+class Labelled(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: int) -> None:
+        self.images = InMemory(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index][0], index % CLASSES
+
+
+def bare_step(bench: Bench, student: str, batch: int, count: int) -> float:
+    """Seconds of `count` plain training steps of the student over one batch that lies on the device."""
+    model = build_model(student, num_classes=CLASSES).to(bench.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
+    images = torch.randn(batch, 3, SIDE, SIDE, device=bench.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (batch,), device=bench.device)
+
+    def steps() -> None:
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(bench.device.type, dtype=torch.bfloat16):
+                logits = model(images)
+            torch.nn.functional.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+
+    steps()
+    return bench.seconds(steps)
+
+
+def measure(bench: Bench) -> None:
+    batch, count = bench.pick(256, 2), bench.pick(16, 2)
+    names = ("resnet18", "resnet152") if bench.cuda else ("resnet18", "resnet18")
+    student, data = f"torchvision:{names[0]}?resize=none&crop={SIDE}", Labelled(batch * count)
+    with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
+        torch.manual_seed(0)
+        path = Path(folder) / "teacher.pt"
+        torch.save(build_model(f"torchvision:{names[1]}", num_classes=CLASSES).state_dict(), path)
+        spec = f"torchvision:{names[1]}@{path}?resize=none&crop={SIDE}"
+        teacher = load_teacher(spec, device=bench.device, precision="bf16", num_classes=CLASSES)
+        keys = [str(number) for number in range(len(data))]
+        write_store(Path(folder) / "store", keys, random_logits(len(data), CLASSES), temperature=TEMPERATURE)
+        sides = build_steps(
+            data,
+            str(Path(folder) / "store"),
+            teacher,
+            student,
+            classes=CLASSES,
+            batch=batch,
+            count=count,
+            precision="bf16",
+            device=str(bench.device),
+        )
+        for side in sides.values():
+            bench.seconds(side)
+        rounds = [{name: bench.seconds(side) for name, side in sides.items()} for _ in range(bench.pick(5, 1))]
+        ms = {name: 1e3 * sorted(one[name] for one in rounds)[len(rounds) // 2] / count for name in sides}
+        note = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
+        bench.report(SOFT_HARD, ms["soft"] / ms["hard"], goal=1.02, bound="at most", note=note)
+        bench.report(SOFT_ONLINE, ms["soft"] / ms["online"], goal=0.35, bound="at most")
+        bare = 1e3 * bare_step(bench, student, batch, count) / count
+        bench.report(WAITING, ms["hard"] / bare, note=f"bare {bare:.1f} ms: what the loader and the copies add")
+
+
+FIGURES = (SOFT_HARD, SOFT_ONLINE, WAITING)
+
+if __name__ == "__main__":
+    run_benchmark(__doc__, measure, FIGURES)

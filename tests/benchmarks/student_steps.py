@@ -1,0 +1,73 @@
+"""Steps of the trainer, from the loader to the optimiser, with hard labels, cached soft labels, or the teacher on line."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import softlabel
+from softlabel.loader import SoftLabelLoader
+from softlabel.loss import DenseTarget
+from softlabel.models import build_model
+from softlabel.teacher import Teacher, student_preprocessing
+from softlabel.train.distributed import Ranks
+from softlabel.train.grid import students_of
+from softlabel.train.student import Student
+from softlabel.train.work import Counts, Work, cut, prepare, without_filler
+from softlabel.views import CropFlip
+
+TEMPERATURE = 4.0
+
+
+def build_steps(
+    data: object,
+    labels: str,
+    teacher: Teacher,
+    student: str,
+    *,
+    classes: int,
+    batch: int,
+    count: int,
+    precision: str,
+    device: str,
+) -> dict[str, Callable[[], None]]:
+    """What makes `count` steps of an epoch: "hard", "soft" and "online". Images and labels are in memory already."""
+    preprocessing = student_preprocessing(student)
+    ranks = Ranks(device)
+    common = {"batch_size": batch, "tail": "drop", "preprocessing": preprocessing, "augment": CropFlip()}
+    loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
+    students = {}
+    for kind, store in (("hard", None), ("soft", labels), ("online", labels)):
+        config = softlabel.TrainConfig(data="unused", student=student, out="unused", labels=store)
+        students[kind] = Student(
+            students_of(config)[0],
+            build_model(student, num_classes=classes),
+            preprocessing,
+            ranks=ranks,
+            precision=precision,
+            temperature=TEMPERATURE,
+            steps=count,
+        )
+
+    def works(kind: str) -> Iterator[Work]:
+        loader = loaders["soft" if kind == "soft" else "hard"]
+        loader.set_epoch(0)
+        for step, images in zip(range(count), loader, strict=False):
+            made, counts_B = without_filler(images)
+            parts = cut(made, counts_B, 1)
+            made = made.to(ranks.device, non_blocking=True)
+            if kind == "online":
+                logits_BC = teacher.logits(made.images)
+                target = DenseTarget(scaled_logits=logits_BC / TEMPERATURE, temperature=TEMPERATURE, retemperable=True)
+                made = replace(made, target=target)
+            whole = Counts(rows=batch, soft=0 if made.target is None else batch, hard=batch)
+            yield prepare(made, parts, whole, [preprocessing], epoch=0, step=step, listen=kind != "hard")
+
+    def run(kind: str) -> None:
+        student = students[kind]
+        student.epoch = student.step = 0
+        for work in works(kind):
+            student.advance(work, alone=True)
+
+    for loader in loaders.values():
+        for _ in loader:  # fills the cache
+            pass
+    return {kind: lambda kind=kind: run(kind) for kind in students}  # type: ignore[misc]

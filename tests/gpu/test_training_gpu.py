@@ -1,0 +1,76 @@
+"""Training and the command line on a CUDA device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import softlabel
+from tests.helpers import softlabel as command
+from tests.helpers import write_dataset, write_teacher
+from tests.runs import config, history, write_digits
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+def test_a_student_learns_as_on_the_cpu(digits: Path, tmp_path: Path, device: str) -> None:
+    losses = []
+    for name in ("cpu", device):
+        softlabel.train(config(digits, tmp_path / f"run-{name}", device=name, epochs=2, seed=1))
+        losses.append([float(row["loss"]) for row in history(tmp_path / f"run-{name}")])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1][1] < losses[1][0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"precision": "fp16"}, {"temperature": [1.0, 4.0]}], ids=str
+)
+def test_ways_to_train(digits: Path, tmp_path: Path, device: str, changes: dict[str, Any]) -> None:
+    if device == "cpu" and changes.get("precision") == "fp16":
+        pytest.skip("needs a CUDA device: training in float16")
+    softlabel.train(config(digits, tmp_path / "run", device=device, epochs=2, **changes))
+    runs = (
+        [tmp_path / "run"] if "temperature" not in changes else sorted((tmp_path / "run").glob("*/model.safetensors"))
+    )
+    assert runs
+    if "temperature" not in changes:
+        losses = [float(row["loss"]) for row in history(tmp_path / "run")]
+        assert losses[1] < losses[0]
+
+
+def test_a_compiled_student_learns(digits: Path, tmp_path: Path, cuda: str) -> None:
+    softlabel.train(config(digits, tmp_path / "run", device=cuda, epochs=2, compile=True))
+    losses = [float(row["loss"]) for row in history(tmp_path / "run")]
+    assert losses[1] < losses[0]
+
+
+def test_the_command_line(tmp_path: Path, device: str) -> None:
+    pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse; `make gpu-wheels` brings it")
+    data = write_dataset(tmp_path / "images.parquet", 48)
+    teacher = write_teacher(tmp_path / "w.safetensors")
+    labels, run = tmp_path / "labels", tmp_path / "run"
+    common = ("--device", device)
+    command("generate", "--data", data, "--teacher", teacher, "--out", labels, *common)
+    command("verify", labels, "--recompute", "8", *common)
+    command(
+        "train", "--data", data, "--labels", labels, "--student", "zoo:resnet8", "--epochs", 1, "--out", run, *common
+    )
+    done = command("evaluate", "--data", data, "--model", run, *common)
+    assert "accuracy" in done.stdout
+
+
+def test_a_worker_of_a_cluster_has_the_device(tmp_path: Path, device: str) -> None:
+    pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse; `make gpu-wheels` brings it")
+    pytest.importorskip("distributed", reason="a cluster needs Dask; `make gpu-wheels` brings it")
+    data = write_dataset(tmp_path / "images.parquet", 48)
+    teacher = write_teacher(tmp_path / "w.safetensors")
+    common = ("--data", data, "--teacher", teacher, "--shard-rows", 16, "--device", device)
+    command("generate", *common, "--out", tmp_path / "here")
+    command("generate", *common, "--out", tmp_path / "there", "--cluster", "local", "--workers", 2)
+    with softlabel.open_store(tmp_path / "here") as one, softlabel.open_store(tmp_path / "there") as other:
+        assert (one.take(range(48)).scaled_logits == other.take(range(48)).scaled_logits).all()
