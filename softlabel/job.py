@@ -17,7 +17,7 @@ from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.head import Head
-from softlabel.history import History
+from softlabel.history import GROWN, History, new_runs
 from softlabel.labels import CombineRule, normalized_weights
 from softlabel.members import Members, compile_members, find_stacks, load_members
 from softlabel.sizing import find_batch_size
@@ -150,7 +150,18 @@ def prepare(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
+    if earlier and (grown := _grown(source, run.dataset, settled)):
+        recorded[GROWN] = grown
     return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))
+
+
+def _grown(source: Source, dataset: DatasetInfo, settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Which samples came with each growth, those of earlier ones as they were recorded; see `new_runs`."""
+    found = dict(settled.get(GROWN, {}))
+    known = max((extent.rows for extent in dataset.earlier if extent.rows < dataset.rows), default=None)
+    if known is not None and dataset.fingerprint not in found and (counts := new_runs(source, known)) is not None:
+        found[dataset.fingerprint] = counts
+    return found
 
 
 def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:

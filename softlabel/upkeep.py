@@ -5,7 +5,7 @@ A store knows its identity, not the places of its data and weights; those are re
 Legend: B rows, C classes, M members.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from softlabel.algebra import RewriteSummary, redo_store
 from softlabel.dataset import Source, content_hash, open_source, report_source
 from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
@@ -21,9 +22,11 @@ from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
 from softlabel.job import Job, prepare
+from softlabel.store.columns import EXTRA_NAME
 from softlabel.store.folder import open_folder
-from softlabel.store.listing import load_root
-from softlabel.store.manifest import Manifest
+from softlabel.store.listing import load_manifest, load_root
+from softlabel.store.manifest import ROOT_NAME, Manifest
+from softlabel.store.origins import origins_of
 from softlabel.store.probe import probe
 from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
@@ -45,10 +48,12 @@ def job_of(
     threads: int | None = None,
     members_in_turn: Choice = "auto",
     believe: bool = False,
+    damaged: Collection[int] | None = None,
 ) -> Job:
     """Load what labelled a store, from where the store says it lay or from where it lies now.
 
     believe: of the data compare kind and length alone, and take the manifest's word for the keys.
+    damaged: shards that are to be labelled again, which say nothing.
 
     Raises:
         MismatchError: data or teachers are not those that labelled it.
@@ -80,7 +85,7 @@ def job_of(
         encoding=run.encoding,
         calibration=[member.calibration for member in run.members],
         device=device,
-        history=History.of(where),
+        history=History.of(where, damaged=damaged),
         views=run.views,
         believed=run.dataset if believe else None,
     )
@@ -92,35 +97,105 @@ def job_of(
     return job
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairSummary:
+    """What a call of `repair` did.
+
+    Attributes:
+        problems: what it found, each naming its file.
+        shards_written: how many shards it made again; total_rows: of the whole store.
+        derived: whether they were made from other stores, and not by teachers.
+    """
+
+    problems: tuple[str, ...]
+    shards_written: int
+    total_rows: int
+    derived: bool
+
+
 def repair(
     store: str | Path,
     *,
     data: str | None = None,
     teachers: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
     device: str = "auto",
     workers: int | None = None,
     progress: bool | None = None,
-) -> GenerateSummary:
-    """Relabel the shards that are missing or damaged, and nothing else.
+) -> RepairSummary:
+    """Make the shards that are missing or damaged again, and nothing else: by the teachers, or out of the stores that
+    this one was made from.
 
     Args:
         store: its folder.
         data: the SOURCE, where it is not at the recorded place any more.
         teachers: the SPECs, where the weights are not at the recorded places any more.
+        sources: of a store that was made from others, where these lie now, in their order.
 
     Raises:
-        MismatchError: data or teachers are not the same any more.
-        StoreCorruptError: the manifest itself is damaged, so that nothing says what the store was.
+        UsageError: data or teachers for a store that was made from others, or sources for one that was not.
+        MismatchError: data, teachers or sources are not the same any more.
+        StoreCorruptError: the manifest itself is damaged, so that nothing says what the store was, or what is wrong is
+            nothing that labelling again changes.
     """
-    report = verify_store(store, workers=workers, allow_incomplete=True)
-    if not report.ok and not report.damaged:
+    folder = open_folder(store)
+    try:
+        manifest = load_root(folder)
+    except StoreCorruptError as error:
         raise StoreCorruptError(
-            f"{'; '.join(report.problems[:LISTED])}; the shards alone cannot tell what the store was: remove "
-            "manifest.json and run the same 'softlabel generate' again, which takes over every shard that is whole"
+            f"{error}; the shards alone do not say what the store was: without a copy of {ROOT_NAME}, move it out of "
+            "the folder and run the same 'softlabel generate' again, which takes over the whole shards of a store that "
+            "has not grown, or label into another folder"
+        ) from None
+    derived = origins_of(manifest) is not None
+    for option, given, wrong in (
+        ("data", data, derived),
+        ("teacher", teachers, derived),
+        ("source", sources, not derived),
+    ):
+        if given and wrong:
+            how = "made from other stores" if derived else "labelled by teachers"
+            raise UsageError(f"--{option}: {store} was {how}; see 'softlabel inspect {store}'")
+    problems: tuple[str, ...] = ()
+    try:
+        load_manifest(folder)
+    except StoreCorruptError as error:
+        problems = (str(error),)
+        with Committer.open(store, manifest.run, relabel=()):
+            pass  # what damaged segments recorded is found again in the shards
+    report = verify_store(store, workers=workers, allow_incomplete=True)
+    if not (report.ok or report.damaged or report.extra):
+        raise StoreCorruptError(
+            f"{'; '.join(report.problems[:LISTED])}; no shard is damaged that could be made again: label the data "
+            "again, into another folder"
         )
+    done: GenerateSummary | RewriteSummary
+    if derived:
+        done = redo_store(store, lost=report.damaged, sources=sources, progress=progress)
+    else:
+        done = _relabel(store, report.damaged, data, teachers, device, workers, progress)
+    return RepairSummary(
+        problems=(*problems, *report.problems),
+        shards_written=done.shards_written,
+        total_rows=done.total_rows,
+        derived=derived,
+    )
+
+
+def _relabel(
+    store: str | Path,
+    damaged: Collection[int],
+    data: str | None,
+    teachers: Sequence[str] | None,
+    device: str,
+    workers: int | None,
+    progress: bool | None,
+) -> GenerateSummary:
     manifest = load_root(open_folder(store))
-    job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers)
-    with Committer.open(store, job.run, relabel=report.damaged) as committer:
+    job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers, damaged=damaged)
+    with Committer.open(store, job.run, relabel=damaged) as committer:
+        if job.labeller.head is not None:
+            committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
         return label_missing(committer, store, job, progress=progress)
 
 

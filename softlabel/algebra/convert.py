@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from softlabel.algebra.rewrite import RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
+from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
 from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
@@ -65,15 +65,22 @@ def convert_store(
             "--shard-rows, or copy the folder"
         )
     samples = Samples([opened])
-    if wanted == run.encoding:
-        return rewrite(samples, out, new, keep_columns, command="convert", truth="carried", progress=progress)
-    _refuse_impossible(str(store), run, wanted)
+    if wanted != run.encoding:
+        _refuse_impossible(str(store), run, wanted)
+    recode, truth = convert_recode(samples, new)
+    return rewrite(samples, out, new, recode, command="convert", truth=truth, progress=progress)
+
+
+def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:
+    """How rows of a store become those of `new`, which has another format, encoding or shard size."""
+    run = samples.stores[0].run
+    if new.encoding == run.encoding:
+        return keep_columns, "carried"
 
     def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
         return encoded(torch.from_numpy(rows.scaled_logits), rows, new, meter)
 
-    truth: Truth = "measured" if run.encoding.name == "float32" and samples.measured else "unknown"
-    return rewrite(samples, out, new, recode, command="convert", truth=truth, progress=progress)
+    return recode, "measured" if run.encoding.name == "float32" and samples.measured else "unknown"
 
 
 def _encoding(encoding: Encoding | str | None, run: Run) -> Encoding:

@@ -63,22 +63,65 @@ def combine_store(
     chosen: list[int] | None = None
     if run.kept:
         chosen = _chosen(str(store), run.members, members)
-        new, recode = _mixed(str(store), run, wanted, rule or "logits", weights, chosen)
+        new = _mixed(str(store), run, wanted, rule or "logits", weights, chosen)
     else:
         if weights is not None or members is not None:
             raise MismatchError(
                 f"{store}: expected a store that keeps its members, found the mix of {len(run.members)} by rule "
                 f"{run.combine.rule!r}; only its temperature can be changed; generate with --combine keep to mix later"
             )
-        new, recode = _retempered(str(store), run, wanted, rule)
+        new = _retempered(str(store), run, wanted, rule)
     samples = Samples([opened])
-    recoded = recode is not keep_columns and run.encoding.name != "topk"
-    truth: Truth = "measured" if recoded and run.encoding.name == "float32" and samples.measured else "unknown"
+    recode, truth = combine_recode(samples, new, chosen)
     specs = opened.manifest.recorded.get("teachers")
     recorded = {}
     if chosen is not None and isinstance(specs, list | tuple) and len(specs) == len(run.members):
         recorded["teachers"] = [specs[number] for number in chosen]
     return rewrite(samples, out, new, recode, command="combine", truth=truth, progress=progress, recorded=recorded)
+
+
+def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = None) -> tuple[Recode, Truth]:
+    """How rows of a store become those of `new`, which mixes its members or has another temperature.
+
+    chosen: positions of the mixed members; None: found by what they are.
+    """
+    run = samples.stores[0].run
+    wanted = new.temperature
+    measured: Truth = "measured" if run.encoding.name == "float32" and samples.measured else "unknown"
+    if run.kept:
+        mixed = _positions(run.members, new.members) if chosen is None else chosen
+
+        def mix(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
+            scaled_BMC = torch.from_numpy(_scaled_at(rows, wanted))
+            # They are divided by the temperature already.
+            mixed_BC = combine(
+                [scaled_BMC[:, m] for m in mixed], rule=new.combine.rule, temperature=1.0, weights=new.combine.weights
+            )
+            return encoded(mixed_BC, rows, new, meter)
+
+        return mix, measured
+    if run.encoding.name == "head":
+        return keep_columns, "unknown"  # it holds the logits before any temperature
+    if run.encoding.name == "topk":
+        ratio = np.float32(run.temperature / wanted)
+
+        def rescale(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
+            return {**rows.columns, "value": _half(rows.columns["value"].astype(np.float32) * ratio)}
+
+        return rescale, "unknown"
+
+    def retemper(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
+        return encoded(torch.from_numpy(_scaled_at(rows, wanted)), rows, new, meter)
+
+    return retemper, measured
+
+
+def _positions(members: Sequence[Member], chosen: Sequence[Member]) -> list[int]:
+    """Where each of the chosen members stands, of equal ones each once."""
+    found: list[int] = []
+    for one in chosen:
+        found.append(next(place for place, member in enumerate(members) if member == one and place not in found))
+    return found
 
 
 def _mixed(
@@ -88,7 +131,7 @@ def _mixed(
     rule: str,
     weights: Sequence[float] | None,
     chosen: Sequence[int],
-) -> tuple[Run, Recode]:
+) -> Run:
     shares = normalized_weights(weights, len(chosen))
     encoding = run.encoding
     if encoding.name == "sampled":
@@ -99,7 +142,7 @@ def _mixed(
     if encoding.name == "topk":
         _declared(store, run, wanted)
         encoding = dataclasses.replace(encoding, temperatures=(wanted,))  # of the mix, the tail is known here only
-    new = dataclasses.replace(
+    return dataclasses.replace(
         run,
         temperature=wanted,
         combine=Combine(rule=rule, weights=shares),
@@ -107,16 +150,8 @@ def _mixed(
         encoding=encoding,
     )
 
-    def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        scaled_BMC = torch.from_numpy(_scaled_at(rows, wanted))
-        # They are divided by the temperature already.
-        mixed_BC = combine([scaled_BMC[:, m] for m in chosen], rule=rule, temperature=1.0, weights=shares)
-        return encoded(mixed_BC, rows, new, meter)
 
-    return new, recode
-
-
-def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> tuple[Run, Recode]:
+def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> Run:
     if rule is not None and rule != run.combine.rule and len(run.members) > 1:
         raise MismatchError(
             f"{store}: was mixed by rule {run.combine.rule!r} and keeps no members, found rule {rule!r}; "
@@ -131,27 +166,12 @@ def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> tuple[
         )
     if run.encoding.name == "topk":
         _declared(store, run, wanted)
-    new = dataclasses.replace(run, temperature=wanted)
-    match run.encoding.name:
-        case "head":
-            return new, keep_columns  # it holds the logits before any temperature
-        case "sampled":
-            raise MismatchError(
-                f"{store}: holds random draws from the softmax at temperature {run.temperature:g}, which say nothing "
-                f"exact at {wanted:g}; generate at that temperature, or in another encoding"
-            )
-        case "topk":
-
-            def rescale(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-                return {**rows.columns, "value": _half(rows.columns["value"].astype(np.float32) * ratio)}
-
-            ratio = np.float32(run.temperature / wanted)
-            return new, rescale
-
-    def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        return encoded(torch.from_numpy(_scaled_at(rows, wanted)), rows, new, meter)
-
-    return new, recode
+    if run.encoding.name == "sampled":
+        raise MismatchError(
+            f"{store}: holds random draws from the softmax at temperature {run.temperature:g}, which say nothing "
+            f"exact at {wanted:g}; generate at that temperature, or in another encoding"
+        )
+    return dataclasses.replace(run, temperature=wanted)
 
 
 def _scaled_at(rows: StoredRows, wanted: float) -> Array:

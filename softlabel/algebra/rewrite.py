@@ -6,7 +6,7 @@ Only one shard of the new store is in memory. A kill loses at most that shard, a
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,10 +73,12 @@ def rewrite(
     truth: Truth,
     progress: bool | None,
     recorded: Mapping[str, Any] | None = None,
+    lost: Collection[int] | None = None,
 ) -> RewriteSummary:
     """Write the store `run` from `samples`, or what is missing of it.
 
-    recorded: what to record otherwise than the first source does.
+    recorded: what to record otherwise than the first source does. lost: shards of a finished store to write again,
+    which change nothing that is recorded of it; None: nothing is repaired.
 
     Raises:
         MismatchError: `out` holds a store of another run or one that was made in another way.
@@ -85,16 +87,18 @@ def rewrite(
     """
     started = time.perf_counter()
     made = _provenance(samples.stores, command)
-    _refuse_other(out, made)
-    notes = {**samples.stores[0].manifest.recorded, **(recorded or {}), "derived": made}
+    notes: Mapping[str, Any] | None = None
+    if lost is None:
+        _refuse_other(out, made)
+        notes = {**samples.stores[0].manifest.recorded, **(recorded or {}), "derived": made}
     steps: list[tuple[int, Fidelity | None]] = []
     written = 0
-    with Committer.open(out, run, notes) as committer:
+    with Committer.open(out, run, notes, relabel=lost) as committer:
         missing = committer.missing()
         if missing:
             for store in samples.stores:
                 open_store(store.url, verify="full").close()
-        if not committer.complete:
+        if lost is not None or not committer.complete:
             _share_extra(samples.stores[0], run, committer)
         total = run.dataset.rows * run.views.count
         left = sum(plan.stop - plan.start for plan in missing)
@@ -118,7 +122,7 @@ def rewrite(
         if step is not None:
             counted = sum(rows for rows, _ in steps) // run.members_stored
             made = {**made, "step": {"rows": counted, **to_json(step)}}
-        totals = committer.finish({"derived": made} if missing else None).totals
+        totals = committer.finish({"derived": made} if missing and lost is None else None).totals
     return RewriteSummary(
         path=str(out),
         total_rows=totals.rows,

@@ -31,31 +31,35 @@ class _Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """A store and the position of its first sample among all samples; spans of each view, by start."""
+    """The first `count` samples of a store, and the position of its first one among all samples; spans of each view,
+    by start."""
 
     store: Store
     offset: int
+    count: int
     spans: dict[int, list[_Span]]
 
-    def overlapping(self, view: int, start: int, stop: int) -> Iterator[_Span]:
-        """`start` and `stop` among all samples."""
+    def overlapping(self, view: int, start: int, stop: int) -> Iterator[tuple[_Span, int, int]]:
+        """Shards that hold samples `start` to `stop` of all samples, each with the rows of these samples in it."""
         spans = self.spans.get(view, [])
-        first = bisect.bisect_right(spans, start - self.offset, key=lambda span: span.start) - 1
+        start, stop = max(0, start - self.offset), min(stop - self.offset, self.count)
+        first = bisect.bisect_right(spans, start, key=lambda span: span.start) - 1
         for span in spans[max(0, first) :]:
-            if span.start >= stop - self.offset:
+            if span.start >= stop:
                 break
-            if span.stop > start - self.offset:
-                yield span
+            if span.stop > start:
+                yield span, span.row_of(max(span.start, start)), span.row_of(min(span.stop, stop))
 
 
 class Samples:
     """What stores hold, as if their datasets lay one behind the other."""
 
-    def __init__(self, stores: Sequence[Store]) -> None:
+    def __init__(self, stores: Sequence[Store], counts: Sequence[int] | None = None) -> None:
+        """counts: how many samples of each store, from its first one on; None: all."""
         self.stores = tuple(stores)
         self._pieces: list[_Piece] = []
         self.count = 0
-        for store in stores:
+        for number, store in enumerate(stores):
             spans: dict[int, list[_Span]] = {}
             row = 0
             for record in store.shards:
@@ -65,8 +69,9 @@ class Samples:
                 row += record.rows
             for listed in spans.values():
                 listed.sort(key=lambda span: span.start)
-            self._pieces.append(_Piece(store=store, offset=self.count, spans=spans))
-            self.count += store.run.dataset.rows
+            count = store.run.dataset.rows if counts is None else counts[number]
+            self._pieces.append(_Piece(store=store, offset=self.count, count=count, spans=spans))
+            self.count += count
 
     @property
     def measured(self) -> bool:
@@ -78,9 +83,7 @@ class Samples:
         for piece in self._pieces:
             run = piece.store.run
             limit = max(1, NUMBERS // (run.num_classes * run.members_stored))
-            for span in piece.overlapping(view, start, stop):
-                first = span.row_of(max(span.start, start - piece.offset))
-                last = span.row_of(min(span.stop, stop - piece.offset))
+            for _, first, last in piece.overlapping(view, start, stop):
                 for rows in piece.store.stream(columns, start=first, stop=last):
                     yield from split(rows, limit)
 
@@ -89,9 +92,9 @@ class Samples:
         return [
             dataclasses.replace(bad, index=bad.index + piece.offset)
             for piece in self._pieces
-            for span in piece.overlapping(view, start, stop)
+            for span, _, _ in piece.overlapping(view, start, stop)
             for bad in span.record.bad
-            if start <= bad.index + piece.offset < stop
+            if bad.index < piece.count and start <= bad.index + piece.offset < stop
         ]
 
     def cost(self, view: int, start: int, stop: int) -> Fidelity | None:
@@ -101,9 +104,7 @@ class Samples:
         """
         parts: list[tuple[int, Fidelity | None]] = []
         for piece in self._pieces:
-            for span in piece.overlapping(view, start, stop):
-                first = span.row_of(max(span.start, start - piece.offset))
-                last = span.row_of(min(span.stop, stop - piece.offset))
+            for span, first, last in piece.overlapping(view, start, stop):
                 if last > first:
                     parts.append((last - first, span.record.fidelity))
         return None if any(cost is None for _, cost in parts) else Fidelity.total(parts)

@@ -154,12 +154,14 @@ def repair(
     *,
     data: str | None = None,
     teacher: list[str] | None = None,
+    source: list[str] | None = None,
     workers: int | None = None,
     device: str = "auto",
 ) -> int:
-    """Relabel the shards of a store that are missing or damaged, and nothing else.
+    """Make the shards of a store that are missing or damaged again, and nothing else.
 
-    Refused if teachers or data are not the same any more.
+    The teachers label them; a store that was combined, merged or converted is made again from its sources. Refused if
+    teachers, data or sources are not the same any more.
 
     Example:
         softlabel repair labels/resnet50
@@ -168,6 +170,7 @@ def repair(
         store: folder of the store.
         data: the SOURCE, where it is not at the recorded place any more.
         teacher: the SPECs, where the weights are not at the recorded places any more.
+        source: of a store that was made from others, where these lie now, in their order.
         workers: processes that decode; absent, chosen from the machine.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -175,9 +178,10 @@ def repair(
 
     if workers is not None and workers < 0:
         raise UsageError(f"workers: expected at least 0, found {workers}")
-    summary = run(store, data=data, teachers=teacher, workers=workers, device=device)
-    if summary.shards_written:
-        print(f"{store}: {summary.shards_written} shards relabelled, {summary.total_rows:,} rows, whole again")
+    summary = run(store, data=data, teachers=teacher, sources=source, workers=workers, device=device)
+    if summary.shards_written or summary.problems:
+        done = "made again from its sources" if summary.derived else "relabelled"
+        print(f"{store}: {summary.shards_written} shards {done}, {summary.total_rows:,} rows, whole again")
     else:
         print(f"{store}: whole, {summary.total_rows:,} rows; nothing to repair")
     return 0

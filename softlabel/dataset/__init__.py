@@ -4,7 +4,7 @@ from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
 from softlabel.dataset.decode import content_hash, decode_image, stack_images
 from softlabel.dataset.findings import report_source
 from softlabel.dataset.opening import open_source
-from softlabel.dataset.reordered import ReorderedSource, known_first
+from softlabel.dataset.reordered import ReorderedSource
 
 __all__ = [
     "IGNORE",
@@ -14,7 +14,6 @@ __all__ = [
     "Source",
     "content_hash",
     "decode_image",
-    "known_first",
     "open_source",
     "report_source",
     "stack_images",

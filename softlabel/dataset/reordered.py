@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.dataset.base import Sample, Source, runs, span
-from softlabel.errors import MismatchError
 
 
 class ReorderedSource(Source):
@@ -37,23 +36,3 @@ class ReorderedSource(Source):
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         return self.base.read(self.order_N[np.asarray(indices, dtype=np.int64)])
-
-
-def known_first(source: Source, known: Sequence[str], *, where: object) -> Source:
-    """The source with the samples of these keys first, in the order of the keys, and the others after them.
-
-    Raises:
-        MismatchError: a known key is not in the source.
-    """
-    position = {key: index for index, key in enumerate(source.keys())}
-    absent = [key for key in known if key not in position]
-    if absent:
-        listed = ", ".join(repr(key) for key in absent[:3])
-        raise MismatchError(
-            f"{source.name}: {len(absent)} of the {len(known)} samples that {where} was made from are not there: "
-            f"{listed}; give the data that was labelled, grown or as it was"
-        )
-    first = np.array([position[key] for key in known], dtype=np.int64)
-    others = np.setdiff1d(np.arange(len(source), dtype=np.int64), first, assume_unique=True)
-    order_N = np.concatenate([first, others])
-    return source if np.array_equal(order_N, np.arange(len(source))) else ReorderedSource(source, order_N)

@@ -50,7 +50,7 @@ def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
         except FileNotFoundError as error:
             if attempt == 3 or manifest.complete:
                 raise StoreCorruptError(
-                    f"{error.filename}: is listed in {ROOT_NAME} and missing; copy the store again from its source"
+                    f"{error.filename}: is listed in {ROOT_NAME} and missing; run 'softlabel repair {folder}'"
                 ) from None
     _check_records(folder, manifest, records)
     return manifest, sorted(records, key=lambda record: record.number)
@@ -103,9 +103,9 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     try:
         raw = folder.read(ref.file, ref.bytes)
     except FileNotFoundError:
-        raise StoreCorruptError(f"{where}: is missing; copy the store again from its source") from None
+        raise StoreCorruptError(f"{where}: is missing") from None
     if (found := xxhash.xxh3_128_hexdigest(raw)) != ref.xxh3:
-        raise StoreCorruptError(f"{where}: xxh3 expected {ref.xxh3}, found {found}; copy the store again")
+        raise StoreCorruptError(f"{where}: xxh3 expected {ref.xxh3}, found {found}")
     try:
         arrays = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
@@ -118,16 +118,27 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     return arrays
 
 
-def load_for_writing(folder: Folder, manifest: Manifest) -> tuple[dict[int, ShardRecord], list[ShardRecord]]:
-    """All records by number, and those of the last segment while it is open."""
+def load_for_writing(
+    folder: Folder, manifest: Manifest, *, repair: bool = False
+) -> tuple[dict[int, ShardRecord], list[ShardRecord], bool]:
+    """All records by number, those of the last segment while it is open, and whether every segment could be read.
+
+    repair: leave out what a damaged segment recorded, which raises otherwise.
+    """
     records: dict[int, ShardRecord] = {}
     tail: list[ShardRecord] = []
+    whole = True
     for ref in manifest.segments:
-        tail = read_segment(folder, ref)
+        try:
+            tail = read_segment(folder, ref)
+        except (StoreCorruptError, FileNotFoundError):
+            if not repair:
+                raise
+            tail, whole = [], False
         for record in tail:
             if record.number in records:
                 raise StoreCorruptError(f"{folder.where(ref.file)}: lists shard {record.number} a second time")
             records[record.number] = record
     last = manifest.segments[-1] if manifest.segments else None
     open_tail = last is not None and last.shards < SEGMENT_SHARDS and last.bytes < SEGMENT_BYTES
-    return records, tail if open_tail else []
+    return records, tail if open_tail else [], whole

@@ -15,7 +15,8 @@ from softlabel.store.manifest import FORMAT_NAME, FORMAT_VERSIONS, Manifest, Seg
 
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')
-_CURE = "copy it again from its source, or write the store anew"
+_CURE = "copy it again from where it came from, or write the store again"
+_SEGMENT_CURE = "run 'softlabel repair' on the store, which finds its shards again"
 
 
 def encode_root(manifest: Manifest) -> bytes:
@@ -58,12 +59,12 @@ def decode_segment(raw: bytes, ref: SegmentRef, where: str) -> Segment:
     found = xxhash.xxh3_128_hexdigest(raw)
     if len(raw) != ref.bytes or found != ref.xxh3:
         raise StoreCorruptError(
-            f"{where}: expected {ref.bytes} bytes with xxh3 {ref.xxh3}, found {len(raw)} with {found}; {_CURE}"
+            f"{where}: expected {ref.bytes} bytes with xxh3 {ref.xxh3}, found {len(raw)} with {found}; {_SEGMENT_CURE}"
         )
     try:
         segment = from_json(Segment, loads(raw))
     except SchemaError as error:
-        raise StoreCorruptError(f"{where}: {error}; {_CURE}") from None
+        raise StoreCorruptError(f"{where}: {error}; {_SEGMENT_CURE}") from None
     if len(segment.shards) != ref.shards:
-        raise StoreCorruptError(f"{where}: expected {ref.shards} shards, found {len(segment.shards)}; {_CURE}")
+        raise StoreCorruptError(f"{where}: expected {ref.shards} shards, found {len(segment.shards)}; {_SEGMENT_CURE}")
     return segment

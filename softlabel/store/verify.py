@@ -1,5 +1,6 @@
 """Checking every byte of a store against what its manifest and its shards promise."""
 
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from softlabel.store.folder import Folder, file_xxh3, open_folder
 from softlabel.store.index import U64, Hasher
 from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
+from softlabel.store.origins import cure
 from softlabel.store.scan import scan
 from softlabel.store.shard import IGNORE, OpenShard, open_shard
 from softlabel.store.view_columns import view_problem
@@ -22,13 +24,15 @@ from softlabel.store.view_columns import view_problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """`problems` is empty when the store is whole; each names its file. `damaged`: shard numbers to relabel."""
+    """`problems` is empty when the store is whole; each names its file. `damaged`: shard numbers to relabel; `extra`:
+    whether a file that all shards share is among the problems."""
 
     rows: int
     shards: int
     bytes: int
     problems: tuple[str, ...] = ()
     damaged: tuple[int, ...] = ()
+    extra: bool = False
 
     @property
     def ok(self) -> bool:
@@ -60,12 +64,17 @@ def verify_store(
         )
     hasher, hashes = Hasher(), {}
 
+    @functools.cache
+    def remedy() -> str:
+        return cure(folder, manifest)
+
     def check(record: ShardRecord) -> list[str]:
-        found, hashes[record.number] = _check_shard(folder, manifest.run, record, hasher)
+        found, hashes[record.number] = _check_shard(folder, manifest.run, record, hasher, remedy)
         return found
 
     total = sum(record.bytes for record in records)
-    problems = _check_extra(folder, manifest)
+    problems = _check_extra(folder, manifest, remedy)
+    extra = bool(problems)
     damaged = []
     done = 0
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
@@ -79,23 +88,29 @@ def verify_store(
     if not problems and _alike(list(hashes.values())):
         problems += _check_keys(folder, manifest, records)
     return VerifyReport(
-        rows=manifest.totals.rows, shards=len(records), bytes=total, problems=tuple(problems), damaged=tuple(damaged)
+        rows=manifest.totals.rows,
+        shards=len(records),
+        bytes=total,
+        problems=tuple(problems),
+        damaged=tuple(damaged),
+        extra=extra,
     )
 
 
-def _check_extra(folder: Folder, manifest: Manifest) -> list[str]:
+def _check_extra(folder: Folder, manifest: Manifest, cure: Callable[[], str]) -> list[str]:
     try:
         if manifest.run.encoding.extra:
             read_extra(folder, manifest)
-    except StoreError as error:
-        return [str(error)]
+    except StoreCorruptError as error:
+        return [f"{error}; {cure()}"]
     return []
 
 
-def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) -> tuple[list[str], U64]:
+def _check_shard(
+    folder: Folder, run: Run, record: ShardRecord, hasher: Hasher, cure: Callable[[], str]
+) -> tuple[list[str], U64]:
     """What is wrong with one shard, and the hashes of its (key, view)."""
     path = folder.where(record.file)
-    cure = f"run 'softlabel repair {folder}' to relabel it"
     hashes: list[U64] = [np.zeros(0, np.uint64)]
     try:
         if (size := folder.size(record.file)) != record.bytes:
@@ -109,7 +124,7 @@ def _check_shard(folder: Folder, run: Run, record: ShardRecord, hasher: Hasher) 
         text = f"cannot be read: {error}"
     except StoreError as error:
         return [str(error)], hashes[0]
-    return [f"{path}: {text}; {cure}"] if text else [], np.concatenate(hashes)
+    return [f"{path}: {text}; {cure()}"] if text else [], np.concatenate(hashes)
 
 
 def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64]) -> str:

@@ -45,9 +45,10 @@ from softlabel.store.manifest import (
     Totals,
     shard_file,
 )
+from softlabel.store.orphans import find_orphans, holds
 from softlabel.store.remote import RemoteLease
 from softlabel.store.root import decode_root, encode_root, encode_segment
-from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module, open_shard
+from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module
 
 COMMIT_SECONDS = 1.0  # records that come faster than this reach the disk together
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -129,12 +130,13 @@ class Committer:
         recorded: Json | None = None,
         *,
         grow: bool = False,
-        relabel: Collection[int] = (),
+        relabel: Collection[int] | None = None,
     ) -> Self:
         """Create the store or resume it, and take its lease.
 
         grow: a complete store that the run has grown from, by samples or views, becomes an unfinished store of the run;
-        its shards stay. relabel: shards to forget, which are then missing.
+        its shards stay. relabel: shards to forget, which are then missing; what damaged segments recorded is found
+        again in the shards. None: nothing is repaired.
 
         Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
         shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
@@ -146,14 +148,20 @@ class Committer:
             lease = folder.lease()
         try:
             with writing(folder):
-                return cls._open(folder, lease, run, recorded or {}, grow, frozenset(relabel))
+                return cls._open(folder, lease, run, recorded or {}, grow, relabel)
         except BaseException:
             lease.release()
             raise
 
     @classmethod
     def _open(
-        cls, folder: Folder, lease: Lease | RemoteLease, run: Run, recorded: Json, grow: bool, relabel: frozenset[int]
+        cls,
+        folder: Folder,
+        lease: Lease | RemoteLease,
+        run: Run,
+        recorded: Json,
+        grow: bool,
+        relabel: Collection[int] | None,
     ) -> Self:
         where = folder.where(ROOT_NAME)
         try:
@@ -177,11 +185,11 @@ class Committer:
                 f"{folder}: holds a store of another run; {'; '.join(differences)}; "
                 "give the same settings to resume it, or another folder"
             )
-        records, tail = load_for_writing(folder, manifest)
+        records, tail, whole = load_for_writing(folder, manifest, repair=relabel is not None)
         self = cls(folder, lease, manifest, records)
         self._tail = tail
-        if relabel:
-            self._forget(relabel)
+        if relabel or not whole:
+            self._forget(relabel or frozenset())
         self._check_sizes()
         self._collect_temporaries()
         if not self._manifest.complete:
@@ -237,12 +245,14 @@ class Committer:
         xxh3 = xxhash.xxh3_128_hexdigest(data)
         ref = ExtraRef(file=f"extra/{name}-{xxh3}.safetensors", bytes=len(data), xxh3=xxh3)
         others = tuple(one for one in self._manifest.extra if not one.file.startswith(f"extra/{name}-"))
-        if (*others, ref) == self._manifest.extra:
+        listed = (*others, ref) == self._manifest.extra
+        if listed and holds(self._folder, ref.file, data):
             return
         with writing(self._folder):
             self._folder.make("extra")
             self._folder.publish_bytes(ref.file, data, xxh3)
-            self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
+            if not listed:
+                self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
 
     def _has_extra(self, name: str) -> bool:
         return any(ref.file.startswith(f"extra/{name}-") for ref in self._manifest.extra)
@@ -329,7 +339,7 @@ class Committer:
             if SEGMENT_FILE.fullmatch(name) and name not in listed:
                 self._folder.remove(name)
 
-    def _forget(self, numbers: frozenset[int]) -> None:
+    def _forget(self, numbers: Collection[int]) -> None:
         """Take shards out of the manifest; their files, damaged as they are, go once the new root is published."""
         forgotten = [self._records.pop(number) for number in sorted(numbers) if number in self._records]
         kept = [self._records[number] for number in sorted(self._records)]
@@ -361,33 +371,8 @@ class Committer:
 
     def _adopt(self) -> None:
         """Record shards that a killed run published but did not commit, if they are wholly what this run plans."""
-        adopted: dict[int, ShardRecord] = {}
-        for name, size in sorted(self._folder.sizes("shards").items()):
-            found = SHARD_FILE.fullmatch(name)
-            if not found or size < 0 or int(found[1]) in self._records or int(found[1]) in adopted:
-                continue
-            identity = self._identity(name, found[2])
-            number = int(found[1])
-            if identity is None or identity.number != number or number >= self.run.shard_count:
-                continue
-            if identity.belongs(self.run, self.run.shard(number)):
-                adopted[number] = identity.record(name, size, found[2])
-        if adopted:
-            self._append([adopted[number] for number in sorted(adopted)])
-
-    def _identity(self, name: str, xxh3: str) -> ShardIdentity | None:
-        """What an orphan says it is, None when it is damaged or of another format."""
-        if shard_file(0, xxh3, self.run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
-            return None
-        with self._folder.local(name) as path:
-            if file_xxh3(path) != xxh3:
-                return None
-            try:
-                shard = open_shard(path, self.run.format)
-            except StoreCorruptError:
-                return None
-            shard.close()
-        return shard.identity
+        if adopted := find_orphans(self._folder, self.run, self._records):
+            self._append(adopted)
 
     def _collect_orphans(self) -> None:
         """Remove files of ours that no manifest lists; what is not named like ours is not touched."""

@@ -255,10 +255,10 @@ def test_verify_compares_with_data_and_teachers(ready: Path, tmp_path: Path) -> 
     assert f"1 samples have no row: image-{ROWS:05d}.jpg" in run("verify", store, "--data", more, code=3).stdout
 
 
-def test_a_derived_store_is_not_mended_by_teachers(ready: Path, tmp_path: Path) -> None:
+def test_a_derived_store_takes_no_teachers(ready: Path, tmp_path: Path) -> None:
     generate(ready, tmp_path / "kept", 0, 1, combine="keep")
     run("convert", tmp_path / "kept", tmp_path / "derived", "--encoding", "int8")
-    assert "made from another store" in run("repair", tmp_path / "derived", code=2).stderr
+    assert "made from other stores" in run("repair", tmp_path / "derived", "--teacher", spec(ready, 2), code=2).stderr
     extended = run("extend", tmp_path / "derived", "--teacher", spec(ready, 2), code=2)
     assert "made from another store" in extended.stderr
 

@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "history",
         "views",
     },
-    "upkeep": {"numpy", "device", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
+    "upkeep": {"numpy", "algebra", "device", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
     "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
     "generate": {"torch", "device", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
     | {"deployment", "cluster", "lanes", "pace", "preflight", "views"},

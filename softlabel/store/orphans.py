@@ -1,0 +1,47 @@
+"""Shards that lie in a store's folder and that no segment records: what a killed run, or a lost segment, left there."""
+
+from collections.abc import Collection
+
+from softlabel.errors import StoreCorruptError
+from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.manifest import SHARD_FILE, Run, ShardRecord, shard_file
+from softlabel.store.shard import ShardIdentity, open_shard
+
+
+def find_orphans(folder: Folder, run: Run, recorded: Collection[int]) -> list[ShardRecord]:
+    """Records of the shards beside the recorded ones that are wholly what this run plans, by number, one of each."""
+    found: dict[int, ShardRecord] = {}
+    for name, size in sorted(folder.sizes("shards").items()):
+        named = SHARD_FILE.fullmatch(name)
+        if not named or size < 0 or int(named[1]) in recorded or int(named[1]) in found:
+            continue
+        identity = _identity(folder, run, name, named[2])
+        number = int(named[1])
+        if identity is None or identity.number != number or number >= run.shard_count:
+            continue
+        if identity.belongs(run, run.shard(number)):
+            found[number] = identity.record(name, size, named[2])
+    return [found[number] for number in sorted(found)]
+
+
+def holds(folder: Folder, name: str, data: bytes) -> bool:
+    """Whether a small file of a store has these bytes."""
+    try:
+        return folder.read(name, len(data)) == data
+    except (FileNotFoundError, StoreCorruptError):
+        return False
+
+
+def _identity(folder: Folder, run: Run, name: str, xxh3: str) -> ShardIdentity | None:
+    """What an orphan says it is, None when it is damaged or of another format."""
+    if shard_file(0, xxh3, run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
+        return None
+    with folder.local(name) as path:
+        if file_xxh3(path) != xxh3:
+            return None
+        try:
+            shard = open_shard(path, run.format)
+        except StoreCorruptError:
+            return None
+        shard.close()
+    return shard.identity
