@@ -3,6 +3,10 @@
 Legend: N samples.
 """
 
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,3 +63,95 @@ def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = N
             f"{name}: {where}: expected a label of at least 0, or -1, -100 or null for none; found {labels_N[wrong[0]]}"
         )
     return labels_N
+
+
+# ---- what holds the labels, and which number a label is ----
+
+# The most usual one first; capitals do not count.
+LABEL_NAMES = (
+    *("label", "labels", "fine_label", "fine_labels", "target", "targets", "class", "class_id", "class_idx"),
+    *("class_index", "class_label", "label_id", "label_idx", "category", "category_id", "cls", "y"),
+    *("coarse_label", "coarse_labels"),
+)
+# Which of several is meant where nobody says so: CIFAR-100's classes are the fine ones.
+_FIRST = (("label",), ("labels",), ("fine_label", "fine_labels"))
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+MOST_CLASSES = 1 << 31
+
+
+def choose_label(names: Iterable[str], *, subject: str, remedy: str) -> tuple[str | None, tuple[str, ...]]:
+    """Which of these names holds the labels, and which others may; None where none of them sounds like it.
+
+    Args:
+        names: of columns, arrays or fields.
+        subject: what has several of them, and `remedy`, how one is chosen: for the error.
+
+    Raises:
+        DataError: several sound like it, and none is the usual one.
+    """
+    found = usual_labels(names)
+    if not found:
+        return None, ()
+    first = [name for usual in _FIRST for name in found if name.lower() in usual]
+    if len(found) > 1 and not first:
+        raise DataError(f"{subject}: more than one label column: {', '.join(found)}; {remedy}")
+    chosen = first[0] if first else found[0]
+    return chosen, tuple(name for name in found if name != chosen)
+
+
+def usual_labels(names: Iterable[str]) -> list[str]:
+    """Those of these names that sound like labels, the most usual first."""
+    return sorted((name for name in names if name.lower() in LABEL_NAMES), key=_rank)
+
+
+def _rank(name: str) -> tuple[int, bool]:
+    return LABEL_NAMES.index(name.lower()), not name.islower()
+
+
+def number_classes(names: Sequence[str] | None) -> dict[str, int] | None:
+    """The label of each class name."""
+    return None if names is None else {name: number for number, name in enumerate(names)}
+
+
+def class_number(value: object, numbers: Mapping[str, int] | None = None) -> int:
+    """The label that a value means: a whole number, however it is written (3, 3.0, "3"), or a name of a class.
+
+    Nothing (None, NaN, an empty text) is no label, -100.
+
+    Args:
+        value: out of a file.
+        numbers: the label of each class name, where they are known.
+
+    Raises:
+        ValueError: it is none, or could be a number and the name of another class; the text says what is expected.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return _number_of_text(value.strip(), numbers)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return IGNORE
+    if isinstance(value, int | float) and abs(value) < MOST_CLASSES and value == int(value):
+        return int(value)
+    raise ValueError(f"expected a class number, found {str(value)[:40]!r}")
+
+
+def _number_of_text(text: str, numbers: Mapping[str, int] | None) -> int:
+    if not text:
+        return IGNORE
+    named = None if numbers is None else numbers.get(text)
+    if not _WHOLE.fullmatch(text):
+        if named is not None:
+            return named
+        if numbers is not None:
+            raise ValueError(f"expected a class number or a name out of classes=, found {text[:40]!r}")
+        raise ValueError(
+            f"expected a class number, found {text[:40]!r}; names of classes need '?classes=FILE', which gives their "
+            "order, one a line"
+        )
+    found = int(text.partition(".")[0])
+    if abs(found) >= MOST_CLASSES:
+        raise ValueError(f"expected a class number, found {text[:40]!r}")
+    if named is not None and named != found:
+        raise ValueError(f"expected a class number or name, found {text!r}, which is the name of class {named} too")
+    return found

@@ -15,9 +15,10 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
+from softlabel.dataset.annotated import checked_classes, checked_labels, choose_label, read_classes, usual_labels
 from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, span
 from softlabel.dataset.containers import H5, H5_SUFFIXES, Container, Npy, Npz
+from softlabel.dataset.findings import Findings
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import DataError, SpecError
 
@@ -48,8 +49,17 @@ class ArraySource(ListedSource):
         self._images = container.images(images, name)
         shape, dtype = container.shape_of(self._images, name)
         self._shape, self._channels_first = _checked_shape(shape, dtype, f"{name}: {self._images}")
-        labels = None if ignore_labels or labels == "none" else labels or container.usual_labels()
+        ignored = ignore_labels or labels == "none"
+        names = container.arrays(name)
+        others: tuple[str, ...] = ()
+        if ignored:
+            labels = None
+        elif labels is None:
+            # One that is no row of numbers, such as boxes, is no label whatever it is called.
+            flat = [one for one in usual_labels(names) if one != self._images and self._is_flat(one)]
+            labels, others = choose_label(flat, subject=name, remedy="choose with '?labels=NAME' or '?labels=none'")
         self._labels_N = self._read_labels(labels)
+        self.findings = _findings(labels, names, others, ignored)
         self.has_labels = self._labels_N is not None and bool((self._labels_N != IGNORE).any())
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:
@@ -60,14 +70,21 @@ class ArraySource(ListedSource):
             self._keys = self._read_keys(keys)
             self.doubtful_keys = True
 
+    def _is_flat(self, array: str) -> bool:
+        shape, dtype = self._container.shape_of(array, self.name)
+        return shape in ((len(self),), (len(self), 1)) and np.dtype(dtype).kind in "iufb"
+
     def _read_labels(self, path: str | None) -> NDArray[np.int64] | None:
         if path is None:
             return None
         found = self._container.whole(path, self.name)
-        if found.dtype.kind not in "iu" or found.shape not in ((len(self),), (len(self), 1)):
+        shape, dtype = found.shape, found.dtype
+        if dtype.kind in "fb" and bool(np.all(np.isnan(found) | (found == np.floor(found)))):
+            found = np.nan_to_num(found.astype(np.float64), nan=IGNORE).astype(np.int64)
+        if found.dtype.kind not in "iu" or shape not in ((len(self),), (len(self), 1)):
             raise DataError(
-                f"{self.name}: labels in {path}: expected {len(self)} integers, found {found.dtype} of shape "
-                f"{found.shape}; name others with '?labels=', or go without with '?labels=none'"
+                f"{self.name}: labels in {path}: expected {len(self)} integers, found {dtype} of shape "
+                f"{shape}; name others with '?labels=', or go without with '?labels=none'"
             )
         return checked_labels(found.reshape(-1).astype(np.int64), self.name)
 
@@ -120,6 +137,16 @@ class ArraySource(ListedSource):
         """As in `Source`: whole chunks of an HDF5 dataset."""
         chunk = self._container.chunk(self._images)
         return self.even_blocks(max(chunk, BLOCK // chunk * chunk))
+
+
+def _findings(labels: str | None, names: Sequence[str], others: Sequence[str], ignored: bool) -> Findings:
+    left_out = tuple(f"array {one!r} may hold labels too; '?labels={one}' takes it" for one in others)
+    if ignored:
+        return Findings(without_labels="labels are ignored, as asked")
+    if labels is not None:
+        return Findings(labels_from=labels, without_labels=f"{labels} holds none", left_out=left_out)
+    listed = f"no array is called labels, '?labels=NAME' takes one of {', '.join(names)}" if len(names) > 1 else None
+    return Findings(without_labels=listed or "'?labels=FILE.npy' gives some")
 
 
 def _checked_shape(shape: tuple[int, ...], dtype: str, where: str) -> tuple[tuple[int, ...], bool]:

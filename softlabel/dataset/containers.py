@@ -31,9 +31,9 @@ class Container(ABC):
     def images(self, asked: str | None, subject: str) -> str:
         """The name of the images' array."""
 
-    def usual_labels(self) -> str | None:
-        """The name of the labels where nobody gave one."""
-        return None
+    def arrays(self, subject: str) -> tuple[str, ...]:
+        """The names of all arrays, where they have some."""
+        return ()
 
     @abstractmethod
     def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]: ...
@@ -98,8 +98,8 @@ class Npz(Npy):
     def images(self, asked: str | None, subject: str) -> str:
         return _one_of(self._names(subject), asked or "images", subject)
 
-    def usual_labels(self) -> str | None:
-        return "labels" if "labels" in self._names(self.path) else None
+    def arrays(self, subject: str) -> tuple[str, ...]:
+        return self._names(subject)
 
     def _map(self, array: str, subject: str) -> NDArray[Any]:
         member = f"{_one_of(self._names(subject), array, subject)}.npy"
@@ -138,13 +138,10 @@ class H5(Container):
     def _dataset(self, array: str, subject: str) -> Any:
         import h5py
 
-        file = self._file.get()
-        found = file.get(array)
+        found = self._file.get().get(array)
         if not isinstance(found, h5py.Dataset):
-            names: list[str] = []
-            file.visititems(lambda name, one: names.append(name) if isinstance(one, h5py.Dataset) else None)
             raise DataError(
-                f"{subject}: there is no dataset {array!r}; the file has {', '.join(names) or 'none'}; "
+                f"{subject}: there is no dataset {array!r}; the file has {', '.join(self.arrays(subject)) or 'none'}; "
                 "name it with images=, labels= or keys="
             )
         return found
@@ -153,8 +150,12 @@ class H5(Container):
         self._dataset(asked or "images", subject)
         return asked or "images"
 
-    def usual_labels(self) -> str | None:
-        return "labels" if "labels" in self._file.get() else None
+    def arrays(self, subject: str) -> tuple[str, ...]:
+        import h5py
+
+        names: list[str] = []
+        self._file.get().visititems(lambda name, one: names.append(name) if isinstance(one, h5py.Dataset) else None)
+        return tuple(names)
 
     def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
         found = self._dataset(array, subject)

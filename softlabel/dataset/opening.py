@@ -1,8 +1,9 @@
 """SOURCE: the words in which a user names a dataset.
 
-    FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index]     Hugging Face image layout
-    FILE.tar[?image=EXT&label=FIELD|none&key=shard|index&classes=FILE]
-                                        a WebDataset shard: the label is `.cls`, or FIELD of `.json`
+    FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
+                                        Hugging Face image layout
+    FILE.tar[?image=EXT&label=FIELD|.EXT|none&key=shard|index&classes=FILE]
+                                        a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
     FILE.txt or FILE.csv[?root=FOLDER&labels=none&classes=FILE]        a list of image files, PATH[,LABEL] a line

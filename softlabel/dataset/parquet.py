@@ -6,12 +6,11 @@ Columns are read by row group, when they are needed, and kept decompressed up to
 fits is read once whatever the order; of a larger one the row groups used last stay: reading in order stays cheap.
 """
 
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,30 +20,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import checked_labels
+from softlabel.dataset.annotated import checked_labels, class_number, number_classes, read_classes
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, span
+from softlabel.dataset.columns import Columns, find_columns
 from softlabel.dataset.files import Files, LocalFiles
-from softlabel.errors import BadImageError, DataError
+from softlabel.dataset.findings import Findings
+from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.store.keys import Keys
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Columns:
-    """Where in the schema the image, its key and its label are; None for a key that is the row number, or no label."""
-
-    image: str
-    key: str | None
-    label: str | None
-    class_names: tuple[str, ...] | None
-
-
 class ParquetSource(Source):
     """One or several files of one schema, one after the other. The key is the image's `path` where there is one."""
 
     kind = "parquet"
+    _labelled = 0
     against_equal_keys = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
@@ -55,9 +47,14 @@ class ParquetSource(Source):
                 self._open.update(enumerate(pool.map(self._opened, range(len(files)))))
         schemas = [self._file(number).schema_arrow for number in range(len(files))]
         asked: dict[str, str] = {k: options.pop(k) for k in ("image", "key", "label") if k in options}
-        if ignore_labels:
+        classes = options.pop("classes", None)
+        ignored = ignore_labels or asked.get("label") == "none"
+        if ignored:
             asked["label"] = "none"
-        self._columns = _find_columns(schemas[0], asked, name)
+        self._columns = find_columns(schemas[0], asked, name)
+        if classes is not None and not ignored:
+            self._columns = self._with_names(read_classes(classes, subject=name))
+        self._numbers = number_classes(self._columns.class_names)
         for file, schema in zip(files.names, schemas, strict=True):
             if not schema.equals(schemas[0]):
                 raise DataError(
@@ -71,7 +68,7 @@ class ParquetSource(Source):
         self._starts_G = np.concatenate([[0], np.cumsum([rows for *_, rows in groups])]).astype(np.int64)
         if self._columns.key is not None:
             self._columns = self._without_null_keys("key" in asked)
-        self._check_labels()
+        self._check_labels(ignored)
         if self._columns.key is not None:
             self.doubtful_keys = True
 
@@ -124,6 +121,9 @@ class ParquetSource(Source):
                 samples[place] = Sample(key=key, image=raw, label=label)
         return [sample for sample in samples if sample is not None]
 
+    def count_labelled(self) -> int | None:
+        return self._labelled
+
     def blocks(self) -> list[tuple[int, int]]:
         """As in `Source`: the row groups."""
         starts = self._starts_G.tolist()
@@ -156,7 +156,6 @@ class ParquetSource(Source):
     def _label_column(self, group: int) -> NDArray[np.int64]:
         assert self._columns.label is not None
         column = self._column(self._columns.label, group)
-        column = column.cast(pa.int64())
         # pyarrow imports pandas, where there is one, for the sake of a number to fill in.
         labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
         return checked_labels(labels, self.name)
@@ -179,11 +178,34 @@ class ParquetSource(Source):
             column = table.column(0)
             if pa.types.is_struct(column.type):
                 column = pc.struct_field(column, [0])
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            if path == self._columns.label:
+                column = self._class_numbers(column)
             self._cache[entry] = column
             self._cached += column.nbytes
             while self._cached > CACHE_BYTES and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
             return column
+
+    def _class_numbers(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """A column of labels as int64, whatever type they were written in; null for none."""
+        if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
+            try:
+                return column.cast(pa.int64())
+            except pa.ArrowInvalid as error:  # beyond 63 bits
+                raise DataError(f"{self.name}: column {self._columns.label!r}: {_line(error)}") from None
+        # Each value once: there are few classes.
+        encoded = column.combine_chunks().dictionary_encode()
+        try:
+            numbers = [class_number(value, self._numbers) for value in encoded.dictionary.to_pylist()]
+        except ValueError as error:
+            raise DataError(
+                f"{self.name}: column {self._columns.label!r}: {error}; or name another column with '?label=COLUMN', "
+                "or go without: '?label=none'"
+            ) from None
+        taken = pa.array(numbers, type=pa.int64()).take(encoded.indices)
+        return pa.chunked_array([taken])
 
     # ---- files ----
 
@@ -223,7 +245,7 @@ class ParquetSource(Source):
 
     # ---- checks at opening ----
 
-    def _without_null_keys(self, asked: bool) -> _Columns:
+    def _without_null_keys(self, asked: bool) -> Columns:
         """Row numbers in the place of a `path` that is null throughout; one that is null here and there is an error."""
         columns = self._columns
         assert columns.key is not None
@@ -231,7 +253,7 @@ class ParquetSource(Source):
         if not sum(nulls):
             return columns
         if sum(nulls) == len(self) and not asked:
-            return _Columns(image=columns.image, key=None, label=columns.label, class_names=columns.class_names)
+            return replace(columns, key=None)
         raise DataError(
             f"{self.name}: expected a key in every row, found {sum(nulls)} of {len(self)} rows "
             f"without '{columns.key}'; name another column with '?key=COLUMN', or number the rows with '?key=index'"
@@ -247,117 +269,44 @@ class ParquetSource(Source):
                 return int(chunk.statistics.null_count)
         return int(self._column(path, group).null_count)
 
-    def _check_labels(self) -> None:
-        self.class_names = self._columns.class_names
-        if self._columns.label is None:
-            return
-        largest = max(
-            (int(self._label_column(group).max(initial=IGNORE)) for group in range(len(self._groups))), default=IGNORE
+    def _with_names(self, names: tuple[str, ...]) -> Columns:
+        columns = self._columns
+        if columns.label is None:
+            raise SpecError(f"{self.name}: classes= names the labels, but no column holds any; add '?label=COLUMN'")
+        if columns.class_names not in (None, names):
+            raise SpecError(
+                f"{self.name}: classes= gives other names than the file has for column {columns.label!r}; leave it out"
+            )
+        return replace(columns, class_names=names)
+
+    def _check_labels(self, ignored: bool) -> None:
+        columns = self._columns
+        self.class_names = columns.class_names
+        others = tuple(
+            f"column {name!r} may hold labels too; '?label={name}' takes it" for name in columns.other_labels
         )
+        if columns.label is None:
+            listed = "" if not columns.candidates else f", '?label=COLUMN' takes one of {', '.join(columns.candidates)}"
+            why = "labels are ignored, as asked" if ignored else f"no column is called label{listed}"
+            self.findings = Findings(without_labels=why, left_out=others)
+            return
+        largest = IGNORE
+        for group in range(len(self._groups)):
+            labels_N = self._label_column(group)
+            largest = max(largest, int(labels_N.max(initial=IGNORE)))
+            self._labelled += int(np.count_nonzero(labels_N != IGNORE))
         self.has_labels = largest >= 0
+        self.findings = Findings(
+            labels_from=f"column {columns.label!r}",
+            without_labels=f"column {columns.label!r} holds none",
+            left_out=others,
+        )
         if self.class_names is not None and largest >= len(self.class_names):
             raise DataError(
                 f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, "
-                f"found {largest}; mend the file, or name another column with '?label=COLUMN'"
+                f"found {largest}; correct the file, or name another column with '?label=COLUMN'"
             )
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-# ---- finding the columns ----
-
-
-def _find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> _Columns:
-    features = _features(schema)
-    image = asked.get("image") or _image_column(schema, features, name)
-    field = _field(schema, image, name)
-    if pa.types.is_struct(field.type):
-        inner = {field.type.field(i).name for i in range(field.type.num_fields)}
-        if "bytes" not in inner:
-            raise DataError(
-                f"{name}: column {image!r}: expected a struct with 'bytes', found {', '.join(sorted(inner))}"
-            )
-        image_path, key = f"{image}.bytes", f"{image}.path" if "path" in inner else None
-    else:
-        image_path, key = image, None
-    kind = _field(schema, image_path, name).type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise DataError(
-            f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
-            "name theirs with '?image='"
-        )
-    if "key" in asked:
-        key = None if asked["key"] == "index" else asked["key"]
-    if key is not None and not _is_key(kind := _field(schema, key, name).type):
-        raise DataError(
-            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
-            "number the rows with '?key=index'"
-        )
-    label = _label_column(schema, features, asked.get("label"), name)
-    return _Columns(image=image_path, key=key, label=label, class_names=_names(features, label))
-
-
-def _is_key(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
-
-
-def _features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
-    """What Hugging Face `datasets` notes about the columns; nothing where somebody else wrote the file."""
-    try:
-        noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {k: v for k, v in noted.items() if isinstance(v, Mapping) and k in schema.names}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _field(schema: pa.Schema, path: str, name: str) -> pa.Field:
-    first, _, rest = path.partition(".")
-    if path in schema.names:
-        return schema.field(path)
-    if rest and first in schema.names and pa.types.is_struct(schema.field(first).type):
-        struct = schema.field(first).type
-        if struct.get_field_index(rest) >= 0:
-            return struct.field(rest)
-    raise DataError(f"{name}: there is no column {path!r}; the file has {', '.join(schema.names)}")
-
-
-def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
-    noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
-    found = noted or [column for column in ("image", "img") if column in schema.names]
-    if len(found) == 1 or (found and not noted):
-        return found[0]
-    raise DataError(
-        f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; "
-        "name it with '?image=COLUMN'"
-    )
-
-
-def _label_column(
-    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
-) -> str | None:
-    if asked == "none":
-        return None
-    if asked is None:
-        noted = [column for column, feature in features.items() if feature.get("_type") == "ClassLabel"]
-        found = noted or [column for column in ("label", "labels") if column in schema.names]
-        if not found:
-            return None
-        if len(found) > 1 and "label" not in found:
-            raise DataError(
-                f"{name}: more than one label column: {', '.join(found)}; choose with '?label=COLUMN' or '?label=none'"
-            )
-        asked = "label" if "label" in found else found[0]
-    kind = _field(schema, asked, name).type
-    if not pa.types.is_integer(kind) and not pa.types.is_null(kind):
-        raise DataError(
-            f"{name}: column {asked!r}: expected class numbers, found {kind}; name another with '?label=COLUMN', or "
-            "go without with '?label=none'"
-        )
-    return asked
-
-
-def _names(features: dict[str, Mapping[str, Any]], label: str | None) -> tuple[str, ...] | None:
-    names = features.get(label, {}).get("names") if label else None
-    return tuple(map(str, names)) if isinstance(names, list) and names else None

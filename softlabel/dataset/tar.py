@@ -6,10 +6,10 @@ One pass over the headers notes where each image lies; afterwards images are rea
 takes 24 bytes and the key for each sample, in numpy and Arrow arrays.
 """
 
-import json
 import logging
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import checked_classes, checked_labels, read_classes
+from softlabel.dataset.annotated import checked_classes, checked_labels, number_classes, read_classes
 from softlabel.dataset.base import IGNORE, Sample, span
 from softlabel.dataset.files import Files
 from softlabel.dataset.folder import IMAGE_SUFFIXES
 from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.tar_labels import LABEL_BYTES, LabelMember, find_labels
 from softlabel.errors import DataError, SpecError
 
 log = logging.getLogger("softlabel")
@@ -36,18 +37,16 @@ _IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _BLOCK = 512
 # tar fills up to 20 blocks; a second archive behind the first one begins within.
 _AFTER_END = 64 << 10
-_LABEL_BYTES = 1 << 20
 # What a reader may hold at a time.
 BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """Which members of a sample are its image and its label; None: any image, `.cls`, no label."""
+    """Which members of a sample are its image and its label; None: any image."""
 
     image: str | None
-    field: str | None
-    labelled: bool
+    label: LabelMember
 
 
 @dataclass(slots=True)
@@ -60,13 +59,20 @@ class _Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shard:
-    """The index of one tar file."""
+    """The index of one tar file.
+
+    Attributes:
+        others: how many members there are of each extension that is neither image nor label.
+        examples: the first of each of them, cut off at `LABEL_BYTES`; none where labels were found.
+    """
 
     keys: pa.Array
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64]
     without_image: tuple[str, int] | None
+    others: Counter[str]
+    examples: dict[str, bytes]
 
 
 class TarSource(ListedSource):
@@ -80,8 +86,9 @@ class TarSource(ListedSource):
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name, self._files = name, files
-        wanted, key = _take_wanted(options, name, ignore_labels)
-        classes = options.pop("classes", None)
+        asked, classes = options.get("label"), options.pop("classes", None)
+        names = None if classes is None or ignore_labels else read_classes(classes, subject=name)
+        wanted, key = _take_wanted(options, name, ignore_labels, names)
         shards = _scan_all(files, wanted, by_shard=key == "shard")
         self._sizes_F = np.array([files.size(number) for number in range(len(files))], dtype=np.int64)
         counts = [len(shard.offsets) for shard in shards]
@@ -94,13 +101,17 @@ class TarSource(ListedSource):
             self._keys = pa.concat_arrays([shard.keys for shard in shards])
         _tell_without_image([shard.without_image for shard in shards if shard.without_image], len(self), wanted, name)
         self.has_labels = bool((self._labels_N != IGNORE).any())
-        if wanted.field is not None and len(self) and not self.has_labels:
+        examples = [example for shard in shards for example in shard.examples.items()]
+        others = sum((shard.others for shard in shards), Counter[str]())
+        self.findings = find_labels(wanted.label, self.has_labels, examples, others)
+        if asked is not None and wanted.label.extension is not None and len(self) and not self.has_labels:
+            offers = "".join(f"; {offer}" for offer in self.findings.left_out)
             raise DataError(
-                f"{name}: label={wanted.field}: no sample has a .json member with an integer there; a .cls member is "
-                "the label without any option"
+                f"{name}: label={asked}: {self.findings.without_labels}; a .cls member is the label without any option"
+                f"{offers}"
             )
-        if classes is not None and not ignore_labels:
-            self.class_names = read_classes(classes, subject=name)
+        if names is not None:
+            self.class_names = names
             checked_classes(self._labels_N, self.class_names, subject=name)
         if self._keys is not None:
             self.doubtful_keys = True
@@ -135,7 +146,9 @@ class TarSource(ListedSource):
         return found
 
 
-def _take_wanted(options: dict[str, str], name: str, ignore_labels: bool) -> tuple[_Wanted, str | None]:
+def _take_wanted(
+    options: dict[str, str], name: str, ignore_labels: bool, class_names: Sequence[str] | None
+) -> tuple[_Wanted, str | None]:
     key = options.pop("key", None)
     if key not in (None, "shard", "index"):
         raise SpecError(
@@ -144,8 +157,7 @@ def _take_wanted(options: dict[str, str], name: str, ignore_labels: bool) -> tup
     label, image = options.pop("label", None), options.pop("image", None)
     wanted = _Wanted(
         image=image.removeprefix(".").lower() if image is not None else None,
-        field=None if ignore_labels or label == "none" else label,
-        labelled=not ignore_labels and label != "none",
+        label=LabelMember.asked(label, number_classes(class_names), ignored=ignore_labels),
     )
     return wanted, key
 
@@ -167,29 +179,51 @@ def _scan(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Sha
     prefix = f"{files.names[number].rpartition('.')[0]}/" if by_shard else ""
     keys: list[pa.Array] = []
     chunk: list[str] = []
-    offsets, sizes, labels = _Numbers(), _Numbers(), _Numbers()
+    offsets, sizes, labels, has_label = _Numbers(), _Numbers(), _Numbers(), _Numbers()
     lost, example = 0, ""
+    late = _Late(where)
+    others: Counter[str] = Counter()
+    first: dict[str, tuple[int, int]] = {}
     with files.open(number) as file:
         for group in _groups(file, where):
             image = _image_of(group, wanted, where)
+            label = _label_of(file, group, wanted.label, where)
+            rest = [one for one, place in group.members.items() if place != image and one != wanted.label.extension]
+            others.update(rest)
+            for extension in rest:
+                first.setdefault(extension, group.members[extension])
             if image is None:
                 lost, example = lost + 1, example or f"{group.key} with {', '.join(group.members)}"
+                if label is not None:
+                    late.add(prefix + group.key, label)
                 continue
             chunk.append(prefix + group.key)
             offsets.add(image[0])
             sizes.add(image[1])
-            labels.add(_label_of(file, group, wanted, where))
+            labels.add(IGNORE if label is None else label)
+            has_label.add(label is not None)
             if len(chunk) == _Numbers.CHUNK:
                 keys.append(_strings(chunk, where))
                 chunk = []
-    keys.append(_strings(chunk, where))
+        keys.append(_strings(chunk, where))
+        all_keys, labels_N = pa.concat_arrays(keys), labels.array()
+        lost -= late.join(all_keys, labels_N, has_label.array().astype(np.bool_))
+        unknown = wanted.label.extension is not None and not (labels_N != IGNORE).any()
+        examples = {extension: _head(file, place) for extension, place in first.items()} if unknown else {}
     return _Shard(
-        keys=pa.concat_arrays(keys),
+        keys=all_keys,
         offsets=offsets.array(),
         sizes=sizes.array(),
-        labels=labels.array(),
+        labels=labels_N,
         without_image=(f"{where}: {example}", lost) if lost else None,
+        others=others,
+        examples=examples,
     )
+
+
+def _head(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(min(place[1], LABEL_BYTES))
 
 
 def _groups(file: BinaryIO, where: str) -> Iterator[_Group]:
@@ -258,42 +292,40 @@ def _image_of(group: _Group, wanted: _Wanted, where: str) -> tuple[int, int] | N
     return group.members[images[0]] if images else None
 
 
-def _label_of(file: BinaryIO, group: _Group, wanted: _Wanted, where: str) -> int:
-    extension = "json" if wanted.field is not None else "cls"
-    place = group.members.get(extension) if wanted.labelled else None
+def _label_of(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) -> int | None:
+    """The label in the members of a sample, -100 for one that says none; None where there is no such member."""
+    place = group.members.get(wanted.extension) if wanted.extension is not None else None
     if place is None:
-        return IGNORE
+        return None
     file.seek(place[0])
-    raw = file.read(min(place[1], _LABEL_BYTES))
-    member = f"{where}: {group.key}.{extension}"
-    if wanted.field is None:
-        try:
-            return _class_number(int(raw))
-        except ValueError:
-            raise DataError(
-                f"{member}: expected a class number, found {raw[:20]!r}; mend it, or go without: '?label=none'"
-            ) from None
-    try:
-        found = json.loads(raw)
-        value = found.get(wanted.field) if isinstance(found, dict) else found
-    except ValueError as error:
-        raise DataError(f"{member}: expected JSON: {error}") from None
-    if value is None:
-        return IGNORE
-    try:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError
-        return _class_number(value)
-    except ValueError:
-        raise DataError(
-            f"{member}: {wanted.field}: expected a class number or null, found {str(value)[:20]!r}; name another field"
-        ) from None
+    return wanted.parse(file.read(min(place[1], LABEL_BYTES)), f"{where}: {group.key}.{wanted.extension}")
 
 
-def _class_number(value: int) -> int:
-    if abs(value) >= 1 << 31:
-        raise ValueError
-    return value
+class _Late:
+    """Labels that lie apart from their images, as `tar cf x.tar *.jpg *.cls` writes them, until both are known."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._labels: dict[str, int] = {}
+
+    def add(self, key: str, label: int) -> None:
+        if self._labels.setdefault(key, label) != label:
+            raise DataError(f"{self._where}: {key} has two labels, {self._labels[key]} and {label}; keep one")
+
+    def join(self, keys: pa.Array, labels_N: NDArray[np.int64], has_label_N: NDArray[np.bool_]) -> int:
+        """Give each sample its label, in place; how many were given."""
+        if not self._labels:
+            return 0
+        joined = 0
+        for place, key in enumerate(keys):  # one at a time: a list of all would take far more memory
+            label = self._labels.get(str(key))
+            if label is None:
+                continue
+            if has_label_N[place] and labels_N[place] != label:
+                raise DataError(f"{self._where}: {key} has two labels, {labels_N[place]} and {label}; keep one")
+            labels_N[place] = label
+            joined += 1
+        return joined
 
 
 def _tell_without_image(lost: list[tuple[str, int]], found: int, wanted: _Wanted, name: str) -> None:

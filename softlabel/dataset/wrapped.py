@@ -4,6 +4,7 @@ Legend: N samples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
-from softlabel.dataset.annotated import checked_labels
+from softlabel.dataset.annotated import checked_labels, choose_label
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.folder import FolderSource
@@ -20,7 +21,8 @@ from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.spec import literal
 
-_IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "pixel_values"), ("label", "labels", "fine_label", "target")
+_TRIED = 100  # items, until one can be read
+_IMAGE_NAMES = ("image", "img", "pixel_values")
 
 
 class DatasetSource(ListedSource):
@@ -56,21 +58,34 @@ class DatasetSource(ListedSource):
             self._keys = self._keys_of(key_fn)
             self.doubtful_keys = True
         self._labels = None if ignore_labels else self._listed()
+        first: Any = None
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
             self.has_labels = bool((self._labels != IGNORE).any())
         else:
-            self.has_labels = _split(self._items([0])[0], self.name)[1] is not _NO_LABEL
+            # One whose image cannot be read says nothing of the others.
+            candidates = (self._items([index])[0] for index in range(min(self._length, _TRIED)))
+            first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
+            self.has_labels = _split(first, self.name)[1] is not _NO_LABEL
         self.class_names = _class_names(dataset) if self.has_labels else None
-        self.findings = self._find(ignore_labels)
+        self.findings = self._find(ignore_labels, first)
 
-    def _find(self, ignore_labels: bool) -> Findings:
+    def _find(self, ignore_labels: bool, first: Any) -> Findings:
         if not self.has_labels:
-            return Findings(
-                without_labels="labels are ignored, as asked" if ignore_labels else "its items are images alone"
-            )
-        return Findings(labels_from="its items" if self._labels is None else "the dataset's list of labels")
+            why = "its items are images alone"
+            if isinstance(first, Mapping):
+                why = f"its items have no 'label', they have {', '.join(map(str, first))}"
+            return Findings(without_labels="labels are ignored, as asked" if ignore_labels else why)
+        if self._labels is not None:
+            return Findings(labels_from="the dataset's list of labels")
+        if not isinstance(first, Mapping):
+            return Findings(labels_from="its items")
+        chosen, others = _label_name(tuple(first), self.name)
+        left_out = tuple(
+            f"{other!r} of an item may be a label too; the dataset may return it alone" for other in others
+        )
+        return Findings(labels_from=f"{chosen!r} of its items", left_out=left_out)
 
     def count_labelled(self) -> int | None:
         return None if self.has_labels and self._labels is None else super().count_labelled()
@@ -168,12 +183,20 @@ def _split(item: Any, name: str) -> tuple[Any, Any]:
         image = next((item[k] for k in _IMAGE_NAMES if k in item), None)
         if image is None:
             raise DataError(f"{name}: expected items with 'image', found {', '.join(map(str, item))}")
-        return image, next((item[k] for k in _LABEL_NAMES if k in item), _NO_LABEL)
+        chosen, _ = _label_name(tuple(item), name)
+        return image, _NO_LABEL if chosen is None else item[chosen]
     if isinstance(item, tuple | list):
         if not item:
             raise DataError(f"{name}: expected an image and perhaps a label, found an empty {type(item).__name__}")
         return item[0], item[1] if len(item) > 1 else _NO_LABEL
     return item, _NO_LABEL
+
+
+@lru_cache(maxsize=16)  # items of one dataset have the same names
+def _label_name(names: tuple[Any, ...], subject: str) -> tuple[str | None, tuple[str, ...]]:
+    """Which name of an item that is a mapping holds its label, and which others sound like it."""
+    remedy = "return (image, label) instead, or take the others away"
+    return choose_label((name for name in names if isinstance(name, str)), subject=subject, remedy=remedy)
 
 
 def _label(raw: Any, name: str, key: str) -> int:

@@ -75,8 +75,8 @@ def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.Log
         f"{classes}: 5 samples, 5 with a hard label, from the class folders; 3 classes: 0 Bee, 1 ant, 2 zebra",
         f"{classes}: other files, not read: 1 .txt",
         f"{classes}: hidden and system files, never read: '.cache/', '@eaDir/', '__MACOSX/', ...",
-        f"{classes}: sub-folders without an image are no classes: 'cat'; '?classes=FILE' names the class folders, one a "
-        "line, with or without images",
+        f"{classes}: sub-folders without an image are no classes: 'cat'; '?classes=FILE' names the class folders, one "
+        "a line, with or without images",
     ]
     names = classes.parent / f"{classes.name}.txt"
     names.write_text("zebra\ncat\nant\nBee\n")

@@ -178,8 +178,9 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
         "coarse_label": {"_type": "ClassLabel", "names": ["x", "y"]},
     }
     path = write(tmp_path / "cifar100.parquet", data, features=features)
-    with pytest.raises(DataError, match="fine_label, coarse_label"):
-        open_source(path)
+    fine = open_source(path)
+    assert (fine.class_names, fine.labels(3, 6).tolist()) == (("a", "b", "c", "d", "e"), [3, 4, 0])
+    assert fine.findings.left_out == ("column 'coarse_label' may hold labels too; '?label=coarse_label' takes it",)
     source = open_source(f"{path}?label=fine_label&key=uid")
     assert source.class_names == ("a", "b", "c", "d", "e")
     assert source.keys(0, 2) == ["1000", "1001"]
@@ -187,6 +188,53 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     assert source.read([7])[0].image == payload(7)
     assert open_source(f"{path}?label=coarse_label").keys(8, 11) == ["8", "9", "10"]
     assert open_source(f"{path}?label=fine_label&image=img&key=index").keys(0, 1) == ["0"]
+
+
+@pytest.mark.parametrize("name", ["fine_label", "target", "Label", "class", "category_id", "LABELS", "y"])
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        pytest.param(pa.array([0.0, float("nan"), 2.0, None]), [0, IGNORE, 2, IGNORE], id="floats, as pandas has them"),
+        pytest.param(pa.array(["0", "1.0", "", None]), [0, 1, IGNORE, IGNORE], id="texts"),
+        pytest.param(pa.array([True, False, True, None]), [1, 0, 1, IGNORE], id="booleans"),
+        pytest.param(pa.array(["7", "3", "7", None]).dictionary_encode(), [7, 3, 7, IGNORE], id="categories"),
+        pytest.param(pa.array([1, 0, 2, None], type=pa.uint8()), [1, 0, 2, IGNORE], id="bytes"),
+    ],
+)
+def test_labels_by_every_usual_name_and_type(tmp_path: Path, name: str, values: pa.Array, labels: list[int]) -> None:
+    data = {"image": pa.array([payload(i) for i in range(4)]), "id": pa.array([1, 2, 3, 4]), name: values}
+    source = open_source(write(tmp_path / "a.parquet", data, group=3))
+    assert source.labels().tolist() == [sample.label for sample in source.read(range(4))] == labels
+    assert source.count_labelled() == sum(label != IGNORE for label in labels)
+    assert source.findings.labels_from == f"column {name!r}"
+
+
+def test_labels_that_nobody_could_guess(tmp_path: Path) -> None:
+    data = {"image": pa.array([payload(i) for i in range(3)]), "breed": pa.array(["pug", "cat", "pug"])}
+    path = write(tmp_path / "a.parquet", data)
+    assert open_source(path).findings.without_labels == (
+        "no column is called label, '?label=COLUMN' takes one of breed"
+    )
+    (tmp_path / "names.txt").write_text("cat\npug\n")
+    source = open_source(f"{path}?label=breed&classes={tmp_path / 'names.txt'}")
+    assert (source.labels().tolist(), source.class_names) == ([1, 0, 1], ("cat", "pug"))
+    with pytest.raises(SpecError, match=r"classes= names the labels, but no column holds any; add '\?label=COLUMN'"):
+        open_source(f"{path}?classes={tmp_path / 'names.txt'}")
+    two = {"image": data["image"], "target": pa.array([0, 1, 2]), "class": pa.array([2, 1, 0])}
+    with pytest.raises(DataError, match="more than one label column: target, class; choose with"):
+        open_source(write(tmp_path / "b.parquet", two))
+    boxes = {"image": data["image"], "target": pa.array([[0], [1], [2]])}
+    source = open_source(write(tmp_path / "c.parquet", boxes))
+    assert not source.has_labels
+    assert "column 'target' may hold labels too" in source.findings.left_out[0]
+
+
+def test_keys_in_a_dictionary_encoded_column(tmp_path: Path) -> None:
+    names = pa.array([f"k{i % 2}{i}" for i in range(N)])
+    path = write(tmp_path / "a.parquet", columns(uid=names.dictionary_encode()))
+    source = open_source(f"{path}?key=uid")
+    assert source.keys() == source.key_table(0, N).to_list() == names.to_pylist()
+    assert source.read([7])[0].key == "k17"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +245,8 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
         ("key=nope", "no column 'nope'"),
         ("key=image.bytes", "expected strings or integers"),
         ("label=nope", "no column 'nope'"),
-        ("label=word", "expected class numbers, found string"),
+        ("label=word", "column 'word': expected a class number, found 'x'; names of classes need '.classes=FILE'"),
+        ("label=image", "expected class numbers, found struct"),
         ("colour=red", "unknown option colour"),
         ("label", "expected name=value"),
         ("label=a&label=b", "given twice"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import softlabel.dataset.tar as tar
-from softlabel.dataset import IGNORE, decode_image, open_source
+from softlabel.dataset import IGNORE, decode_image, open_source, report_source
 from softlabel.errors import DataError, SoftLabelError, SpecError
 from tests.helpers import jpeg
 from tests.sourcekit import add_member
@@ -80,15 +80,58 @@ def test_labels_from_cls_from_json_and_none_at_all(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("zero\n")
     with pytest.raises(DataError, match="labels below 1, the number of class names, found 1"):
         open_source(f"{path}?classes={tmp_path / 'names.txt'}")
-    with pytest.raises(DataError, match=r"a.json: z: expected a class number or null, found 'cat'"):
+    with pytest.raises(DataError, match=r"a.json: z: expected a class number, found 'cat'; names of classes need"):
         open_source(f"{path}?label=z")
-    with pytest.raises(DataError, match=r"no sample has a \.json member with an integer there"):
+    with pytest.raises(DataError, match=r"no sample has a label in field 'nothing' of \.json"):
         open_source(f"{path}?label=nothing")
     for text in (b"cat", b"", b"1.5", b"9" * 30):
         with pytest.raises(DataError, match=r"a.cls: expected a class number"):
             open_source(write(tmp_path / "b.tar", [("a.jpg", b"A"), ("a.cls", text)]))
     with pytest.raises(DataError, match="expected a label of at least 0"):
         open_source(write(tmp_path / "b.tar", [("a.jpg", b"A"), ("a.cls", b"-7")]))
+
+
+@pytest.mark.parametrize("first", ["jpg", "cls"])
+def test_labels_that_lie_apart_from_their_images(tmp_path: Path, first: str) -> None:
+    """As `tar cf a.tar *.jpg *.cls` writes them."""
+    members = [member for member in samples(range(9)) if not member[0].endswith("json")]
+    apart = sorted(members, key=lambda member: not member[0].endswith(first))
+    together = open_source(write(tmp_path / "a.tar", members))
+    source = open_source(write(tmp_path / "b.tar", apart))
+    assert (source.keys(), source.labels().tolist()) == (together.keys(), [i % 5 for i in range(9)])
+    assert open_source(f"{tmp_path / 'b.tar'}?key=shard").labels().tolist() == [i % 5 for i in range(9)]
+    with pytest.raises(DataError, match="0003 has two labels, 3 and 4; keep one"):
+        open_source(write(tmp_path / "c.tar", [*members, ("x.jpg", b""), ("0003.cls", b"4")]))
+
+
+def test_labels_that_could_be_meant_are_offered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [
+        (f"{i}.{extension}", data)
+        for i in range(4)
+        for extension, data in (
+            *(("jpg", jpeg(i)), ("txt", b"%d" % (i % 3)), ("caption.txt", b"a cat")),
+            ("json", json.dumps({"label": str(i), "weight": float(i), "name": "abcd"[i], "boxes": []}).encode()),
+        )
+    ]
+    path = write(tmp_path / "a.tar", members)
+    report_source(open_source(path))
+    assert caplog.messages == [
+        f"{path}: labels may have been left out: '?label=.txt' takes the 4 .txt members, of which the first holds '0'",
+        f"{path}: labels may have been left out: '?label=label' takes a field of the 4 .json members, which have "
+        "label, weight, name",
+    ]
+    (tmp_path / "names.txt").write_text("d\nc\nb\na\n")
+    for option, labels in {
+        ".txt": [0, 1, 2, 0],
+        "label": [0, 1, 2, 3],
+        "weight": [0, 1, 2, 3],
+        f"name&classes={tmp_path / 'names.txt'}": [3, 2, 1, 0],
+    }.items():
+        assert open_source(f"{path}?label={option}").labels().tolist() == labels
+    with pytest.raises(DataError, match="names of classes need"):
+        open_source(f"{path}?label=.caption.txt")
+    with pytest.raises(DataError, match=r"label=id: no sample has a label in field 'id' .*'\?label=\.txt' takes"):
+        open_source(f"{path}?label=id")
 
 
 def test_shards_that_number_their_samples_alike(tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def test_digits_are_those_of_scikit_learn() -> None:
         ((PIXELS,), IGNORE),
         (PIXELS, IGNORE),
         ({"image": PIXELS, "label": 1}, 1),
-        ({"img": Image.fromarray(PIXELS), "fine_label": 6}, 6),
+        ({"img": Image.fromarray(PIXELS), "fine_label": 6, "coarse_label": 2}, 6),
+        ({"image": PIXELS, "Label": 7}, 7),
+        ({"image": PIXELS, "class": 8, "id": 3}, 8),
         ({"image": PIXELS}, IGNORE),
     ],
 )

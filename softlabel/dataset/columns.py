@@ -1,0 +1,157 @@
+"""Which columns of a Parquet file are the images, their keys and their labels.
+
+Legend: N rows.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from softlabel.dataset.annotated import choose_label, usual_labels
+from softlabel.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Where in the schema the image, its key and its label are; None for a key that is the row number, or no label.
+
+    Attributes:
+        other_labels: columns that sound like labels too.
+        candidates: columns of numbers or texts, where there is no label.
+    """
+
+    image: str
+    key: str | None
+    label: str | None
+    class_names: tuple[str, ...] | None
+    other_labels: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+
+def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns:
+    features = _features(schema)
+    image = asked.get("image") or _image_column(schema, features, name)
+    field = _field(schema, image, name)
+    if pa.types.is_struct(field.type):
+        inner = {field.type.field(i).name for i in range(field.type.num_fields)}
+        if "bytes" not in inner:
+            raise DataError(
+                f"{name}: column {image!r}: expected a struct with 'bytes', found {', '.join(sorted(inner))}"
+            )
+        image_path, key = f"{image}.bytes", f"{image}.path" if "path" in inner else None
+    else:
+        image_path, key = image, None
+    kind = _field(schema, image_path, name).type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DataError(
+            f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
+            "name theirs with '?image='"
+        )
+    if "key" in asked:
+        key = None if asked["key"] == "index" else asked["key"]
+    if key is not None and not _is_key(kind := plain(_field(schema, key, name).type)):
+        raise DataError(
+            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
+            "number the rows with '?key=index'"
+        )
+    label, others = _label_column(schema, features, asked.get("label"), name)
+    taken = {image, key, *others}
+    candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
+    return Columns(
+        image=image_path,
+        key=key,
+        label=label,
+        class_names=_names(features, label),
+        other_labels=others,
+        candidates=tuple(candidates) if label is None else (),
+    )
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
+
+
+def _features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
+    """What Hugging Face `datasets` notes about the columns; nothing where somebody else wrote the file."""
+    try:
+        noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {k: v for k, v in noted.items() if isinstance(v, Mapping) and k in schema.names}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _field(schema: pa.Schema, path: str, name: str) -> pa.Field:
+    first, _, rest = path.partition(".")
+    if path in schema.names:
+        return schema.field(path)
+    if rest and first in schema.names and pa.types.is_struct(schema.field(first).type):
+        struct = schema.field(first).type
+        if struct.get_field_index(rest) >= 0:
+            return struct.field(rest)
+    raise DataError(f"{name}: there is no column {path!r}; the file has {', '.join(schema.names)}")
+
+
+def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
+    noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    found = noted or [column for column in ("image", "img") if column in schema.names]
+    if len(found) == 1 or (found and not noted):
+        return found[0]
+    raise DataError(
+        f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; "
+        "name it with '?image=COLUMN'"
+    )
+
+
+def _label_column(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
+) -> tuple[str | None, tuple[str, ...]]:
+    """The column of the labels, and others that sound like it."""
+    if asked == "none":
+        return None, ()
+    others: tuple[str, ...] = ()
+    if asked is None:
+        noted = [column for column, feature in features.items() if feature.get("_type") == "ClassLabel"]
+        # Boxes and the like are no class of an image, whatever they are called.
+        usable = [field.name for field in schema if _is_label(field.type)]
+        remedy = "choose with '?label=COLUMN' or '?label=none'"
+        asked, others = noted[0] if len(noted) == 1 else None, ()
+        if asked is None:
+            asked, others = choose_label(noted or usable, subject=name, remedy=remedy)
+        if asked is None and noted:
+            raise DataError(f"{name}: more than one label column: {', '.join(noted)}; {remedy}")
+        also = usual_labels(schema.names)
+        others = tuple(dict.fromkeys(column for column in (*others, *noted, *also) if column != asked))
+        if asked is None:
+            return None, others
+    kind = plain(_field(schema, asked, name).type)
+    if not _is_label(kind):
+        raise DataError(
+            f"{name}: column {asked!r}: expected class numbers, found {kind}; name another with '?label=COLUMN', or "
+            "go without with '?label=none'"
+        )
+    return asked, others
+
+
+def plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values of a dictionary-encoded column, or the type itself."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_label(kind: pa.DataType) -> bool:
+    kind = plain(kind)
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_null(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    )
+
+
+def _names(features: dict[str, Mapping[str, Any]], label: str | None) -> tuple[str, ...] | None:
+    names = features.get(label, {}).get("names") if label else None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
