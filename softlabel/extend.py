@@ -4,11 +4,13 @@ Legend: B rows, M members, W elements of a column in one row.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from softlabel.dataset import comparable, why_not_comparable
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
@@ -23,6 +25,8 @@ from softlabel.store.supplant import supplant
 from softlabel.store.writer import Committer
 from softlabel.upkeep import recorded_place, refuse_derived
 from softlabel.views import changed as changed_libraries
+
+log = logging.getLogger("softlabel")
 
 
 def extend(
@@ -105,16 +109,30 @@ def extend(
 def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledShard]:
     """Put a new member's columns to the right of those that the store has for the same rows."""
     starts = np.cumsum([0, *(record.rows for record in store.shards)])
+    warned: list[str] = []
 
     def complement(shard: LabelledShard) -> LabelledShard:
         record = store.shards[shard.plan.number]
         kept = store.take(np.arange(starts[record.number], starts[record.number + 1]))
         if Keys.of(shard.rows.keys).to_list() != kept.keys or {r.key for r in record.bad} != {r.key for r in shard.bad}:
             raise MismatchError(f"{store.path / record.file}: holds other samples than can be labelled now")
-        changed = kept.content != shard.rows.content
+        seen, now = kept.content, shard.rows.content
+        assert now is not None
+        changed = comparable(now, seen) & (now != seen)
+        unknown = why_not_comparable(now, seen)
+        if unknown is not None and not warned:
+            warned.append(unknown)
+            log.warning(
+                "warning: %s: its images cannot be compared with those that the other members saw (%s)",
+                store.url,
+                unknown,
+            )
         if changed.any():
             key = kept.keys[int(np.flatnonzero(changed)[0])]
-            raise MismatchError(f"image {key!r}: its bytes are not those that the other members of {store.path} saw")
+            raise MismatchError(
+                f"image {key!r}: is not the one that the other members of {store.path} saw (its content differs); "
+                "give the data that was labelled as --data"
+            )
         columns = {
             column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)
             for column in extended.label_columns

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import Sample, Source, content_hash, decode_image, stack_images
+from softlabel.dataset import Sample, Source, decode_hashed, decode_image, stack_images
 from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
@@ -78,11 +78,14 @@ class Intake:
         samples = self.source.read(indices)
         reasons: dict[int, str] = {}  # place among the samples -> why it has no row
         decoded: list[Tensor] = []
+        hashes = np.zeros(len(samples), dtype=np.uint64)
         for place, sample in enumerate(samples):
             try:
-                decoded.append(decode_image(sample.image))
+                image_CHW, hashes[place] = decode_hashed(sample.image)
             except BadImageError as error:
                 reasons[place] = str(error)
+            else:
+                decoded.append(image_CHW)
         there = [place for place in range(len(samples)) if place not in reasons]
         made = self._views(decoded, [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
@@ -91,11 +94,10 @@ class Intake:
         reasons |= {there[number]: reason for number, reason in misshapen.items()}
         shapely = [number for number in range(len(there)) if number not in misshapen]
         kept = [samples[there[number]] for number in shapely]
-        hashes = [content_hash(sample.image) for sample in kept]
         return DecodedBatch(
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
-            content=np.array([0 if value is None else value for value in hashes], dtype=np.uint64),
+            content=hashes[[there[number] for number in shapely]],
             images=images,
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from softlabel.algebra import RewriteSummary, redo_store
-from softlabel.dataset import Source, content_hash, open_source, report_source
+from softlabel.dataset import Source, comparable, hashes_of, open_source, report_source, why_not_comparable
 from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
@@ -221,7 +221,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     if rows < 1:
         raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
-    asked = probe(store, drawn_B, ["key", *(column.name for column in store.run.label_columns)])
+    asked = probe(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
     wanted_B = np.array([position[key] for key in asked.keys], np.int64)
     size = job.labeller.batch_size
@@ -231,7 +231,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
         places = np.flatnonzero(asked.views == view)
         for start in range(0, len(places), size):
             part = places[start : start + size]
-            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view)
+            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
     stored -= stored.max(axis=-1, keepdims=True)
     now -= now.max(axis=-1, keepdims=True)
     finite = np.isfinite(stored) & np.isfinite(now)
@@ -244,11 +244,17 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     )
 
 
-def _scaled_logits(job: Job, samples: Sequence[int], view: int) -> NDArray[np.float64]:
+def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> NDArray[np.float64]:
     batch = job.labeller.intake.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
             f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
+        )
+    changed = np.flatnonzero(comparable(batch.content, stored_B) & (batch.content != stored_B))
+    if len(changed):
+        raise MismatchError(
+            f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
+            "data that was labelled as --data"
         )
     return job.labeller.scaled_logits(batch).double().cpu().numpy()
 
@@ -261,8 +267,9 @@ class Coverage:
         samples: in the source.
         missing: samples without a row, that the store does not list as bad either.
         surplus: rows whose key the source does not have.
-        changed: samples whose bytes are not those that were labelled.
-        compared: samples whose bytes could be compared.
+        changed: samples whose images are not those that were labelled.
+        compared: samples whose images could be compared by their content hash.
+        unknown: why the first one that could not be compared was not; None where all could.
     """
 
     samples: int
@@ -272,6 +279,7 @@ class Coverage:
     changed: tuple[str, ...]
     changed_count: int
     compared: int
+    unknown: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -286,6 +294,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
     missing: list[str] = []
     changed: list[str] = []
     missing_count = changed_count = compared = found = 0
+    unknown: str | None = None
     with tqdm(total=len(source), unit="img", unit_scale=True, desc="comparing", disable=_off(progress)) as bar:
         for start in range(0, len(source), CHUNK):
             samples = source.read(range(start, min(start + CHUNK, len(source))))
@@ -295,16 +304,15 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
             missing_count += len(absent)
             missing += absent[: LISTED - len(missing)] if len(missing) < LISTED else []
             found += int((rows_B >= 0).sum())
-            stored_B = store.content[np.maximum(rows_B, 0)]
-            for sample, row, stored in zip(samples, rows_B.tolist(), stored_B.tolist(), strict=True):
-                now = content_hash(sample.image) if row >= 0 and stored else None
-                if now is None:
-                    continue
-                compared += 1
-                if now != stored:
-                    changed_count += 1
-                    if len(changed) < LISTED:
-                        changed.append(sample.key)
+            there = np.flatnonzero(rows_B >= 0)
+            stored = store.content[rows_B[there]]
+            now = hashes_of([samples[place].image for place in there.tolist()])
+            unknown = unknown or why_not_comparable(now, stored)
+            can = comparable(now, stored)
+            compared += int(can.sum())
+            others = there[can & (now != stored)].tolist()
+            changed_count += len(others)
+            changed += [keys[place] for place in others[: max(0, LISTED - len(changed))]]
             bar.update(len(samples))
     per_view = len(store) // store.run.views.count
     return Coverage(
@@ -315,6 +323,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
         changed=tuple(changed),
         changed_count=changed_count,
         compared=compared,
+        unknown=unknown,
     )
 
 

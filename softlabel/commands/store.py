@@ -78,7 +78,7 @@ def verify(
 ) -> int:
     """Check every byte of a store: file hashes, rows, keys, ranges, finite values, manifest.
 
-    Exit code 0 means whole, 3 damaged or not what --data shows.
+    Exit code 0 means whole, 3 damaged, or not what --data shows, or that no image of --data could be compared.
 
     Example:
         softlabel verify labels/resnet50
@@ -126,6 +126,8 @@ def _tell_coverage(store: str, data: str) -> bool:
 
     found = coverage(open_store(store), data)
     print(f"  {found.samples:,} samples in {data}, {found.compared:,} of them compared by content")
+    if found.unknown is not None:
+        print(f"  {found.samples - found.missing_count - found.compared:,} cannot be compared: {found.unknown}")
     for count, keys, what in (
         (found.missing_count, found.missing, "samples have no row"),
         (found.surplus_count, (), "rows are of samples that the data do not have"),
@@ -133,6 +135,9 @@ def _tell_coverage(store: str, data: str) -> bool:
     ):
         if count:
             print(f"  {count:,} {what}{': ' * bool(keys)}{', '.join(keys)}")
+    if found.ok and not found.compared:
+        print(f"  nothing was compared: whether the images of {data} are those that were labelled is not known")
+        return False
     return found.ok
 
 

@@ -1,8 +1,10 @@
 """Sources of samples with stable string keys, and the one decoder of their images."""
 
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
-from softlabel.dataset.decode import content_hash, decode_image, stack_images
+from softlabel.dataset.content import comparable, content_hash, hashes_of, why_not_comparable
+from softlabel.dataset.decode import decode_hashed, decode_image, stack_images
 from softlabel.dataset.findings import report_source
+from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.opening import open_source
 from softlabel.dataset.reordered import ReorderedSource
 
@@ -12,9 +14,14 @@ __all__ = [
     "ReorderedSource",
     "Sample",
     "Source",
+    "comparable",
     "content_hash",
+    "decode_hashed",
     "decode_image",
+    "hashes_of",
     "open_source",
     "report_source",
     "stack_images",
+    "stored_bytes",
+    "why_not_comparable",
 ]

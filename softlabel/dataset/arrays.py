@@ -3,8 +3,7 @@
 Legend: N samples, H and W height and width, C channels (1, 3 or 4).
 
 The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The last axis holds the channels if it is 1, 3 or 4 long,
-else the second one does. They have no encoded bytes, so no content hash: equal keys with other hard labels are what
-tells another dataset apart.
+else the second one does. Their content hash is that of the pixels.
 """
 
 import os

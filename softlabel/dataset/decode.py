@@ -14,12 +14,12 @@ from functools import cache
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from softlabel.dataset.base import RawImage
+from softlabel.dataset.content import content_hash, hash_values
 from softlabel.errors import BadImageError, DataError
 
 # Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
@@ -73,11 +73,25 @@ def decode_image(image: RawImage) -> Tensor:
         raise BadImageError(reason) from error
 
 
-def content_hash(image: RawImage) -> int | None:
-    """xxh3-64 of the encoded bytes; None for an image that the source does not have as bytes."""
-    if isinstance(image, bytes | bytearray | memoryview):
-        return xxhash.xxh3_64_intdigest(image)
-    return None
+def decode_hashed(image: RawImage) -> tuple[Tensor, int]:
+    """`decode_image` and `content_hash` in one go, which saves a second look at pixels that need no conversion.
+
+    Raises: as `decode_image`.
+    """
+    pixels_CHW = decode_image(image)
+    if _is_plain(image):
+        values_HWC = pixels_CHW.numpy().transpose(1, 2, 0)
+        return pixels_CHW, hash_values(values_HWC, "|u1", values_HWC.shape)
+    return pixels_CHW, content_hash(image) or 0
+
+
+def _is_plain(image: RawImage) -> bool:
+    """Whether decoding gives the pixels as the dataset gave them."""
+    if isinstance(image, Image.Image):
+        return image.mode == "RGB"
+    if isinstance(image, np.ndarray):
+        return image.ndim == 3 and image.shape[2] == 3
+    return isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
 
 
 def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:

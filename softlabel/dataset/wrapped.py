@@ -17,6 +17,7 @@ from softlabel.dataset.annotated import checked_labels, choose_label
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.folder import FolderSource
+from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.spec import literal
@@ -51,7 +52,7 @@ class DatasetSource(ListedSource):
                 f"{'a stream, which promises no order and has no sample number i' if streams else 'one without'}; "
                 "write its samples out first, as tar shards or files"
             )
-        self.dataset = dataset
+        self.dataset = undecoded(dataset)
         self._length = len(dataset)
         self._ignore_labels = ignore_labels
         if key_fn is not None:
@@ -143,6 +144,7 @@ class DatasetSource(ListedSource):
                 samples.append(Sample(key=key, image=item, label=self._known_label(index)))
                 continue
             image, raw = _split(item, self.name)
+            image = stored_bytes(image)
             label = IGNORE if self._ignore_labels else _label(raw, self.name, key)
             if self._labels is not None and label != self._labels[index]:
                 raise DataError(

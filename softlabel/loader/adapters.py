@@ -6,10 +6,11 @@ Legend: B rows of a batch, N samples, W elements of a column in one row.
     a WebDataset pipeline, batched                pipeline.map(LabelJoin(store, key="__key__"))
     Hugging Face datasets                         dataset.with_transform(LabelJoin(store, key="name").columns)
 
-They join by key alone. That an image is the one that was labelled is checked by `SoftLabelLoader`, which reads the
-files; here they are read elsewhere.
+They join by key. That an image is the one that was labelled is checked by `SoftLabelLoader`, which reads the files;
+here they are read elsewhere, and `LabelJoin(image=...)` checks those that a batch holds as they were read.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from softlabel.errors import DataError, UsageError
+from softlabel.dataset import comparable, hashes_of, stored_bytes, why_not_comparable
+from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.reader import Store, open_store
+
+log = logging.getLogger("softlabel")
 
 
 class LabelJoin:
@@ -35,6 +39,8 @@ class LabelJoin:
         key: where in a batch the keys are: a name, or a place in a tuple.
         target: under which name a dict gets its target.
         mix: rule, weights and temperature for the members of a store that keeps them apart.
+        image: where in a batch the images are as the labelled data gave them (encoded bytes, or pixels before any
+            transform): each is compared with what was labelled. None: keys alone join.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -42,10 +48,17 @@ class LabelJoin:
     """
 
     def __init__(
-        self, labels: str | Path | Store, *, key: str | int = "__key__", target: str = "target", mix: Mix | None = None
+        self,
+        labels: str | Path | Store,
+        *,
+        key: str | int = "__key__",
+        target: str = "target",
+        mix: Mix | None = None,
+        image: str | int | None = None,
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
-        self.key, self.name, self._mix = key, target, mix
+        self.key, self.name, self._mix, self.image = key, target, mix, image
+        self._warned = False
         if self.store.run.views.count > 1 or self.store.run.view_columns:
             raise UsageError(
                 f"{self.store.url}: its rows are views of the images; SoftLabelLoader shows the student the same "
@@ -78,9 +91,12 @@ class LabelJoin:
     def __call__(self, batch: Any) -> Any:
         """A batch with its target: a dict gets one more entry, a tuple or list one more place at its end.
 
-        For WebDataset, behind `.batched(...)`: ``pipeline.map(join)``. Raises as `target` does.
+        For WebDataset, behind `.batched(...)`: ``pipeline.map(join)``. Raises as `target` does, and:
+
+        Raises:
+            MismatchError: an image is not the one that was labelled (see `image`).
         """
-        target = self.target(self._keys_in(batch))
+        target = self.of_rows(self._rows(batch))
         return {**batch, self.name: target} if isinstance(batch, Mapping) else (*batch, target)
 
     def columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +105,7 @@ class LabelJoin:
 
         For ``dataset.with_transform(join.columns)`` and ``dataset.map(join.columns, batched=True)``.
         """
-        stored = self.store.take(self.store.lookup(_texts(self._keys_in(batch))), self._names)
+        stored = self.store.take(self._rows(batch), self._names)
         return {**batch, **{f"soft_{name}": torch.from_numpy(np.array(a)) for name, a in stored.columns.items()}}
 
     def from_columns(self, batch: dict[str, Any]) -> Target:
@@ -110,13 +126,35 @@ class LabelJoin:
         columns = {name: torch.as_tensor(value).cpu().numpy().astype(dtypes[name]) for name, value in taken.items()}
         return as_target(self.store.run, columns, extra=self.store.extra, mix=self._mix).to(device)
 
-    def _keys_in(self, batch: Any) -> Any:
+    def _rows(self, batch: Any) -> NDArray[np.int64]:
+        keys = _texts(self._part(batch, self.key, "key"))
+        rows_B = self.store.lookup(keys)
+        if self.image is not None:
+            self._compare(keys, self._part(batch, self.image, "image"), rows_B)
+        return rows_B
+
+    def _compare(self, keys: Sequence[str], images: Any, rows_B: NDArray[np.int64]) -> None:
+        now_B, stored_B = hashes_of([stored_bytes(image) for image in images]), self.store.content[rows_B]
+        if len(now_B) != len(rows_B):
+            raise DataError(f"batch: expected an image for each of its {len(rows_B)} keys, found {len(now_B)} images")
+        changed = np.flatnonzero(comparable(now_B, stored_B) & (now_B != stored_B))
+        if len(changed):
+            raise MismatchError(
+                f"batch: image {keys[int(changed[0])]!r} is not the one that was labelled in {self.store.url} (its "
+                f"content, xxh3-64, differs; {len(changed)} of {len(keys)} in its batch); join before any transform, "
+                "with the keys of these images"
+            )
+        if not self._warned and (why := why_not_comparable(now_B, stored_B)) is not None:
+            self._warned = True
+            log.warning("warning: %s: images cannot be compared with those of the batches: %s", self.store.url, why)
+
+    def _part(self, batch: Any, place: str | int, name: Literal["key", "image"]) -> Any:
         try:
-            return batch[self.key]
+            return batch[place]
         except (KeyError, IndexError, TypeError):
             found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"{len(batch)} places"
             raise DataError(
-                f"batch: expected its keys under {self.key!r}, found {found}; say where they are with key="
+                f"batch: expected its {name}s under {place!r}, found {found}; say where they are with {name}="
             ) from None
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softlabel.dataset import Source, content_hash, decode_image
+from softlabel.dataset import Source, comparable, decode_hashed, hashes_of, why_not_comparable
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
@@ -36,6 +36,7 @@ Missing = Literal["error", "skip", "hard-only"]
 Int64s = NDArray[np.int64]
 
 _CHUNK = 1 << 16  # keys handled at a time
+_COMPARED = 8  # images that are compared before the first batch
 _LISTED = 3  # keys that an error spells out
 
 
@@ -195,19 +196,33 @@ class JoinedDataset(Dataset[Batch]):
         return np.delete(np.arange(len(keys)), drop)
 
     def _check_same_images(self, store: Store) -> None:
-        """Where no content hash can tell images apart, the hard labels must: keys such as "17" fit any dataset."""
+        """Compare a few images now, before anything is trained; each is compared when it is read.
+
+        Where no content hash can tell them apart, the hard labels must: keys such as "17" fit any dataset.
+        """
         joined = np.flatnonzero(self.rows >= 0)
-        first = self.source.read(self.samples[joined[:1]].tolist())
-        if not first or (content_hash(first[0].image) is not None and store.content[self.rows[joined[0]]] != 0):
+        if not len(joined):
             return
-        if self.source.kind != store.run.dataset.kind:
-            log.warning(
-                "%s: its images cannot be compared with those that were labelled in %s, from %s (one of the two has no "
-                "encoded files); the join rests on the keys alone",
-                self.source.name,
-                store.url,
-                store.run.dataset.kind,
-            )
+        picked = joined[np.unique(np.linspace(0, len(joined) - 1, _COMPARED).astype(np.int64))]
+        hashes = hashes_of([sample.image for sample in self.source.read(self.samples[picked].tolist())])
+        self._check_content(picked, BatchKeys(self._keys, picked), hashes)
+        stored = store.content[self.rows[picked]]
+        without = int((store.content[self.rows[joined]] == 0).sum())
+        if without:
+            why = "their rows have no content hash: they were labelled before images of this kind got one"
+        elif (other := why_not_comparable(hashes, stored)) is not None:
+            why, without = other, len(joined)
+        else:
+            return
+        log.warning(
+            "warning: %s: %d of %d images cannot be compared with those that were labelled in %s (%s); the join rests "
+            "on keys and hard labels alone",
+            self.source.name,
+            without,
+            len(joined),
+            store.url,
+            why,
+        )
         ours, theirs = self.labels[joined], store.labels[self.rows[joined]]
         other = joined[(ours >= 0) & (theirs >= 0) & (ours != theirs)]
         if len(other):
@@ -280,34 +295,40 @@ class JoinedDataset(Dataset[Batch]):
         samples = self.source.read(self.samples[positions].tolist())
         images: list[Tensor] = []
         hashes = np.zeros(len(samples), dtype=np.uint64)
+        failed: tuple[str, BadImageError] | None = None
         for place, (sample, key) in enumerate(zip(samples, keys, strict=True)):
             if sample.key != key:
                 raise DataError(
                     f"{self.source.name}: sample {self.samples[positions[place]]} was {key!r} and is now "
                     f"{sample.key!r}; the data changed while it was in use, start again"
                 )
-            # 0: a source without bytes, whose images cannot be compared with those that were labelled.
-            hashes[place] = content_hash(sample.image) or 0
-        self._check_content(positions, keys, hashes)
-        for sample, key in zip(samples, keys, strict=True):
             try:
-                images.append(decode_image(sample.image))
+                image_CHW, hashes[place] = decode_hashed(sample.image)
             except BadImageError as error:
-                raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
+                hashes[place], failed = hashes_of([sample.image])[0], failed or (key, error)
+            else:
+                images.append(image_CHW)
+        # Another image first: that it is damaged too matters less.
+        self._check_content(positions, keys, hashes)
+        if failed is not None:
+            raise DataError(
+                f"{self.source.name}: image {failed[0]!r}: {failed[1]}; repair it or take it out"
+            ) from failed[1]
         return images
 
     def _check_content(self, positions: Int64s, keys: Sequence[str], hashes: NDArray[np.uint64]) -> None:
         rows = self.rows[positions]
-        known = np.flatnonzero((rows >= 0) & (hashes != 0))
+        known = np.flatnonzero(rows >= 0)
         if self.store is None or not len(known):
             return
         stored = self.store.content[rows[known]]
-        changed = known[(stored != 0) & (stored != hashes[known])]
+        changed = known[comparable(hashes[known], stored) & (stored != hashes[known])]
         if len(changed):
             raise MismatchError(
-                f"image {keys[changed[0]]!r} of {self.source.name}: its bytes are not those that were labelled in "
-                f"{self.store.path} (xxh3-64 differs; {len(changed)} of {len(keys)} in its batch); "
-                "train on the images that were labelled, or label these"
+                f"{self.source.name}: image {keys[int(changed[0])]!r} is not the one that was labelled in "
+                f"{self.store.path} (its content, xxh3-64, differs; {len(changed)} of {len(keys)} compared here); use "
+                "the images that were labelled, in their order where keys are numbers and without a random transform, "
+                "or label these"
             )
 
     def _target(self, store: Store, rows_B: Int64s) -> Target:

@@ -158,7 +158,7 @@ class Store:
 
     @property
     def content(self) -> npt.NDArray[np.uint64]:
-        """uint64 (N,), xxh3-64 of the encoded images, 0 where the source has none. Possibly read-only."""
+        """uint64 (N,), the content hash of the images (see FORMAT.md), 0 where there is none. Possibly read-only."""
         return self._load_small().content
 
     @property

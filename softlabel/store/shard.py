@@ -34,8 +34,8 @@ GROUP_BYTES = 8 << 20  # 4096 rows of 1000 float16; a few row groups fit in memo
 class Rows:
     """Rows on their way into a shard, in dataset order.
 
-    keys: B strings or Keys; labels int64 (B,), -100 where there is none (None: nowhere); content uint64 (B,), xxh3-64
-    of the encoded image, 0 where there are no bytes (None: nowhere); columns: the run's, (B, W) each.
+    keys: B strings or Keys; labels int64 (B,), -100 where there is none (None: nowhere); content uint64 (B,), the
+    content hash of the image, 0 where there is none (None: nowhere); columns: the run's, (B, W) each.
     """
 
     keys: Keys | Sequence[str] | npt.NDArray[Any]

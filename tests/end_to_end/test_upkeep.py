@@ -229,7 +229,7 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
         keys=keys,
         labels=[n % 4 for n in range(ROWS)],
     )
-    with pytest.raises(softlabel.SoftLabelError, match="bytes of"):
+    with pytest.raises(softlabel.SoftLabelError, match="content of"):
         repair(store, data=str(repainted), progress=False)
     moved = tmp_path / "moved.safetensors"
     shutil.copy(ready / "teacher0.safetensors", moved)

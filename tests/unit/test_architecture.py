@@ -74,7 +74,7 @@ MAY_IMPORT = {
         "views",
     },
     "upkeep": {"numpy", "algebra", "device", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
-    "extend": {"numpy", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
+    "extend": {"numpy", "dataset", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
     "generate": {"torch", "device", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
     | {"deployment", "cluster", "lanes", "pace", "preflight", "views"},
     "algebra": {"torch", "numpy", "pyarrow", "safetensors", "tqdm", "xxhash", "encoding", "labels", "store"},

@@ -7,9 +7,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image, ImageOps
 
-from softlabel.dataset import content_hash, decode_image, stack_images
+from softlabel.dataset import content_hash, decode_hashed, decode_image, stack_images
 from softlabel.errors import BadImageError, DataError
 
 H, W = 6, 5
@@ -272,10 +273,20 @@ def test_an_unreadable_file_keeps_its_reason() -> None:
         decode_image(pickle.loads(pickle.dumps(BadImageError("cannot be read: Permission denied"))))
 
 
-def test_content_hash_is_xxh3_of_the_bytes() -> None:
+def test_content_hash_is_xxh3_of_the_bytes_or_of_the_pixels_in_whatever_holds_them() -> None:
     assert content_hash(b"") == 0x2D06800538D394C2  # the published value of XXH3_64bits for no input
-    assert content_hash(Image.fromarray(RGB_HW3)) is None
-    assert content_hash(RGB_HW3) is None
+    tensor = torch.from_numpy(RGB_HW3).permute(2, 0, 1)
+    same = [Image.fromarray(RGB_HW3), RGB_HW3, tensor, tensor.contiguous(), np.asfortranarray(RGB_HW3)]
+    seed = xxhash.xxh3_64_intdigest(f"|u1 {H}x{W}x3".encode())
+    (found,) = {content_hash(image) for image in same} | {decode_hashed(image)[1] for image in same}
+    assert found == xxhash.xxh3_64_intdigest(RGB_HW3.tobytes(), seed) & ~0xFFFF | 0x7870
+    grey_images = [Image.fromarray(GREY_HW), GREY_HW, GREY_HW[:, :, None], torch.from_numpy(GREY_HW)[None]]
+    (of_grey,) = {content_hash(image) for image in grey_images} | {decode_hashed(image)[1] for image in grey_images}
+    palette = Image.open(io.BytesIO(palette_image()))
+    others = [GREY16_HW, Image.fromarray(BITS_HW), GREY_HW.T, palette, with_alpha(RGB_HW3), RGB_HW3[::-1]]
+    assert len({found, of_grey, *map(content_hash, others)}) == 8
+    assert content_hash(Image.fromarray(GREY16_HW)) == content_hash(GREY16_HW.astype(">u2")) == content_hash(GREY16_HW)
+    assert content_hash(BadImageError("gone")) is None
 
 
 def test_stacked_images_are_a_channels_last_batch() -> None:

@@ -163,7 +163,7 @@ def test_an_image_that_changed_since_is_refused_by_name(digits: Path, tmp_path: 
     source = write_parquet(
         tmp_path / "data.parquet", changed, keys=keys_of(ROWS), labels=labels[:ROWS], class_names=DIGITS
     )
-    with pytest.raises(MismatchError, match=r"'digits/0040.jpg'.*not those that were labelled"):
+    with pytest.raises(MismatchError, match=r"'digits/0040.jpg'.*not the one that was labelled"):
         for _ in SoftLabelLoader(source, digits / "store", workers=workers):
             pass
 

@@ -1,0 +1,108 @@
+"""What tells whether an image is the one that was labelled: 64 bits of what the source gave, stored with its row.
+
+    encoded bytes                    their XXH3-64
+    PIL image, array or tensor       XXH3-64 of type, shape and values, and in its lower 16 bits a mark
+
+The mark keeps the two apart: a photo that is read as a file here and as pixels there has two hashes that say nothing
+about each other. One hash of a file in 65,536 carries the mark by chance, and then counts as one of pixels.
+
+Legend: B samples, H and W height and width, C channels.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from softlabel.dataset.base import RawImage
+
+_MARK = 0x7870
+_MARKED = 0xFFFF
+_PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # whose array says everything; other modes are named in the hash
+
+
+def content_hash(image: RawImage) -> int | None:
+    """The hash of an image as a source gives it, not 0; None where there is none, because it could not be read.
+
+    An image of one channel counts as (H, W), a tensor (C, H, W) as (H, W, C), a palette as its colours: the same pixels
+    have the same hash in whatever a dataset hands them out.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return xxhash.xxh3_64_intdigest(image)
+    if isinstance(image, Tensor):
+        return _of_tensor(image.detach().cpu())
+    if isinstance(image, np.ndarray):
+        return _of_array(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+    if isinstance(image, Image.Image):
+        try:
+            return _of_pil(image)
+        except Exception:  # a file that PIL opened and cannot decode: `decode_image` says why
+            return None
+    return None
+
+
+def hash_values(values: Any, dtype: str, shape: tuple[int, ...], mode: str = "") -> int:
+    """XXH3-64 of `values` (a contiguous buffer), seeded with that of what they mean, and marked."""
+    return xxhash.xxh3_64_intdigest(values, _seed(dtype, shape, mode)) & ~_MARKED | _MARK
+
+
+def comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """bool (B,): where two hashes, 0 for none, can say whether the images are the same."""
+    both_B = (now_B != 0) & (stored_B != 0)
+    found: NDArray[np.bool_] = both_B & ((now_B == stored_B) | (_of_pixels(now_B) == _of_pixels(stored_B)))
+    return found
+
+
+def why_not_comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> str | None:
+    """Why the first of these samples that cannot be compared cannot be; None where all can be, or cannot be read."""
+    places = np.flatnonzero((now_B != 0) & ~comparable(now_B, stored_B))
+    if not len(places):
+        return None
+    if not stored_B[places[0]]:
+        return "it was labelled before images of this kind got a content hash"
+    labelled, given = ("pixels", "files") if _of_pixels(stored_B[places[:1]])[0] else ("files", "pixels")
+    return f"it was labelled from {labelled}, and these are {given}"
+
+
+def hashes_of(images: list[RawImage]) -> NDArray[np.uint64]:
+    """uint64 (B,), 0 for none."""
+    return np.array([content_hash(image) or 0 for image in images], dtype=np.uint64)
+
+
+@lru_cache(maxsize=4096)
+def _seed(dtype: str, shape: tuple[int, ...], mode: str) -> int:
+    text = f"{dtype} {'x'.join(map(str, shape))}{mode and ' '}{mode}"
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _of_pixels(hashes_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    marked: NDArray[np.bool_] = (hashes_B & np.uint64(_MARKED)) == _MARK
+    return marked
+
+
+def _of_array(array: NDArray[Any], mode: str = "") -> int:
+    plain = np.ascontiguousarray(array)
+    plain = plain.astype(plain.dtype.newbyteorder("<"), copy=False)
+    return hash_values(plain.reshape(-1).view(np.uint8), plain.dtype.str, array.shape, mode)
+
+
+def _of_tensor(tensor: Tensor) -> int:
+    if tensor.dtype == torch.bfloat16:
+        return _of_array(tensor.view(torch.int16).numpy(), "bfloat16")
+    if tensor.dim() == 3:
+        tensor = tensor[0] if tensor.shape[0] == 1 else tensor.permute(1, 2, 0)
+    return _of_array(tensor.numpy())
+
+
+def _of_pil(image: Image.Image) -> int:
+    if image.mode == "RGB":  # a copy less than through numpy
+        return hash_values(image.tobytes(), "|u1", (image.height, image.width, 3))
+    if image.mode in ("P", "PA", "La"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    mode = image.mode.partition(";")[0] + ";16" if image.mode.startswith("I;16") else image.mode
+    return _of_array(np.asarray(image), "" if mode in _PLAIN_MODES else mode)
