@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from softlabel.store.reader import Store, open_store
     from softlabel.store.verify import verify_store
     from softlabel.train import TrainConfig, TrainResult, train
+__version__ = "0.1.0"
 
 __all__ = [
     "DistillationLoss",

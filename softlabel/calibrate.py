@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from softlabel.arguments import check_arguments
 from softlabel.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 from softlabel.dataset import IGNORE, ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 
+@check_arguments
 def calibrate(
     data: "str | Path | Source | Dataset[Any]",
     *,

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found 
 lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
 """
 
+import argparse
 import importlib
 import inspect
 import logging
@@ -13,16 +14,19 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_type_hints
 
 import docstring_parser
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
+import softlabel
+from softlabel.arguments import check_values, describe, is_plain
 from softlabel.commands import algebra, label, store, student
 from softlabel.errors import SoftLabelError
 
@@ -46,13 +50,29 @@ COMMANDS: dict[str, Callable[..., int]] = {
 # A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
 CONFIGS = {"train": ("softlabel.train", "TrainConfig")}
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
+_BOOLEANS = ("true", "false", "yes", "no", "on", "off")
+
+
+class _Help(DefaultHelpFormatter):
+    """The help texts as they are written, and lines that begin with a space, which are commands, left whole."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = [line if line.startswith(" ") else textwrap.fill(line, width) for line in text.splitlines()]
+        return "\n".join(indent + line for line in lines)
 
 
 class _Parser(ArgumentParser):
     """A mistake is one line in the words of the command line."""
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
+
     lists: frozenset[str] = frozenset()  # options that take several values, as a file names them
     positional: frozenset[str] = frozenset()
+    hints: Mapping[str, Any] = {}
 
     def parse_string(self, content: Any, *args: Any, **settings: Any) -> Any:
         """A list of one may be written without its brackets in a file."""
@@ -78,7 +98,11 @@ class _Parser(ArgumentParser):
             named = [name if name in self.positional or name == found[1] else _flag(name) for name in names]
             message = f"expected {', '.join(named)}, not given"
         message = re.sub(r'expected "subcommand".*', "expected a COMMAND, not given", message)
-        message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_flag(key[1])}:", " ".join(message.split()))
+        message = " ".join(message.split())
+        found = re.fullmatch(r'Parser key "(\w+)"[^:]*: .*(?:Got|Given) value: (.*)', message)
+        if found and is_plain(hint := parser.hints.get(found[1])):
+            message = f"{_flag(found[1])}: expected {describe(_element(hint) or hint)}, found {found[2]!r}"
+        message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_flag(key[1])}:", message)
         print(f"softlabel: {message}; see '{command} --help'", file=sys.stderr)
         self.exit(2)
 
@@ -101,46 +125,54 @@ class _Options:
         self.parameters = dict(inspect.signature(described).parameters)
         self.doc = docstring_parser.parse(inspect.getdoc(command) or "")
         texts = docstring_parser.parse(inspect.getdoc(described) or "").params
-        self.help = {text.arg_name: " ".join((text.description or "").split()).replace("%", "%%") for text in texts}
+        self.help = {text.arg_name: " ".join((text.description or "").split()) for text in texts}
 
     def lists(self) -> set[str]:
         """The flags that take several values."""
         return {_flag(name) for name in self.parameters if _element(self.hints[name]) is not None}
+
+    def booleans(self) -> set[str]:
+        return {_flag(name) for name in self.parameters if _choices(self.hints[name]) == ("true", "false")}
 
     def parser(self) -> _Parser:
         examples = "\n".join(
             f"  {line.strip()}" for e in self.doc.examples for line in (e.description or "").splitlines()
         )
         parser = _Parser(
-            allow_abbrev=False,
             description=f"{self.doc.short_description}\n\n{self.doc.long_description or ''}".strip(),
             epilog=f"Example:\n{examples}",
         )
+        parser.hints = self.hints
         parser.lists = frozenset(name for name in self.parameters if _element(self.hints[name]) is not None)
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
         for name, parameter in self.parameters.items():
-            hint = self.hints[name]
-            settings: dict[str, Any] = {"help": self.help[name]}
-            if parameter.kind is POSITIONAL:
-                if (element := _element(hint)) is not None:
-                    hint = element
-                    settings["nargs"] = "+"
-                parser.add_argument(name, type=hint, **settings)
-            elif hint is bool and parameter.default is False:
-                parser.add_argument(_flag(name), action="store_true", **settings)
-            else:
-                required = parameter.default is inspect.Parameter.empty
-                settings |= {"required": True} if required else {"default": parameter.default}
-                if (element := _element(hint)) is not None:
-                    hint = element
-                    settings["nargs"] = "+"
-                    default = settings.get("default")
-                    if default is not None and not isinstance(default, list):  # one value or several
-                        settings["default"] = [default]
-                parser.add_argument(_flag(name), type=hint, **settings)
+            hint, default = self.hints[name], parameter.default
+            settings: dict[str, Any] = {}
+            text = self.help[name]
+            if (element := _element(hint)) is not None:
+                hint = element
+                settings["nargs"] = "+"
+            if parameter.kind is not POSITIONAL:
+                if (choices := _choices(hint)) is not None:
+                    settings["metavar"] = f"{{{','.join(choices)}}}"
+                if _flag(name) in self.booleans():
+                    settings |= {"nargs": "?", "const": True}
+                if default is inspect.Parameter.empty:
+                    settings["required"] = True
+                    text += " (required)"
+                else:
+                    if default is not None and default is not False:
+                        text += f" (default: {str(default).lower() if default is True else default})"
+                    listed = element is not None and default is not None and not isinstance(default, list)
+                    settings["default"] = [default] if listed else default  # one value or several
+            # The text comes last: some versions of argparse try it at once, with percent signs of their own meaning.
+            argument = name if parameter.kind is POSITIONAL else _flag(name)
+            parser.add_argument(argument, type=hint, **settings).help = text
         return parser
 
     def run(self, values: dict[str, Any]) -> int:
+        # The parser lets a null pass for everything.
+        check_values(values, self.hints)
         if self.dataclass is not None:
             return self.command(self.dataclass(**values))
         positional = [values.pop(name) for name, p in self.parameters.items() if p.kind is POSITIONAL]
@@ -151,6 +183,16 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _choices(hint: Any) -> Sequence[str] | None:
+    """The words that an option takes, None: it takes others than a few."""
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    if len(kinds) != 1:
+        return None
+    return ("true", "false") if kinds[0] is bool else [str(value) for value in typing.get_args(kinds[0])] or None
+
+
 def _element(hint: Any) -> Any:
     """The element type of an option that takes a list (``list[str]``, ``list[float] | None``), else None."""
     for candidate in (hint, *typing.get_args(hint)):
@@ -159,16 +201,20 @@ def _element(hint: Any) -> Any:
     return None
 
 
-def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
-    """``--teacher A --teacher B`` means ``--teacher A B``, which is what the parser understands."""
-    joined: list[str] = []
+def _arrange(arguments: Sequence[str], repeatable: set[str], booleans: set[str]) -> list[str]:
+    """The arguments as the parser understands them.
+
+    ``--teacher A --teacher B`` means ``--teacher A B``; a bare ``--flag`` means ``--flag=true``, or else it would take
+    the path behind it for its value.
+    """
+    arranged: list[str] = []
     values: dict[str, list[str]] = {}
     collecting: list[str] | None = None
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in repeatable:
             if name not in values:
-                joined.append(name)
+                arranged.append(name)
             collecting = values.setdefault(name, [])
             if equals:
                 collecting.append(value)
@@ -176,16 +222,17 @@ def _join_repeats(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
             collecting.append(argument)
         else:
             collecting = None
-            joined.append(argument)
-    return [part for argument in joined for part in (argument, *values.get(argument, ()))]
+            bare = argument in booleans and "".join(arguments[number + 1 : number + 2]).lower() not in _BOOLEANS
+            arranged.append(f"{argument}=true" if bare else argument)
+    return [part for argument in arranged for part in (argument, *values.get(argument, ()))]
 
 
 def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
     parser = _Parser(
         prog="softlabel",
-        allow_abbrev=False,
         description="Offline soft labels for knowledge distillation: run the teachers once, train from disk.",
     )
+    parser.add_argument("--version", action="version", version=f"softlabel {softlabel.__version__}", help="show it")
     if chosen is not None:
         parser.positional = frozenset(name for name, one in chosen.parameters.items() if one.kind is POSITIONAL)
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
@@ -216,8 +263,18 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _BesideBars(logging.Handler):
-    """Lines on standard error, above a progress bar where one is drawn."""
+class _BesideBars(logging.StreamHandler[Any]):
+    """Lines on standard error, above a progress bar where one is drawn.
+
+    A console's handler by its class: what redirects those for a while, as tqdm does, would else print beside this one.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)  # without a stream of its own
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -236,7 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("softlabel").setLevel(logging.INFO)  # what other libraries tell at this level is not for the user
     try:
         chosen = _Options(name) if name in COMMANDS else None
-        parsed = _parser(chosen, name).parse_args(_join_repeats(arguments, chosen.lists()) if chosen else arguments)
+        if chosen is not None:
+            arguments = _arrange(arguments, chosen.lists(), chosen.booleans())
+        parsed = _parser(chosen, name).parse_args(arguments)
         assert chosen is not None, "without a known command the parser has left the program"
         with _ended_by_sigterm():
             return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})

@@ -6,7 +6,7 @@ Legend: B batch, C classes, N samples.
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from softlabel.arguments import check_arguments
 from softlabel.dataset import IGNORE, Source, open_source, report_source
 from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, TeacherError
@@ -80,6 +81,7 @@ class Evaluation:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
+@check_arguments
 def evaluate(
     model: str | Path | nn.Module,
     data: "str | Path | Source | Dataset[Any]",
@@ -87,7 +89,7 @@ def evaluate(
     *,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
-    precision: str = "fp32",
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "auto",
     workers: int = 0,
     missing: Missing = "error",

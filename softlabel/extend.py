@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from softlabel.arguments import check_arguments
 from softlabel.dataset import comparable, why_not_comparable
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
@@ -29,6 +30,7 @@ from softlabel.views import changed as changed_libraries
 log = logging.getLogger("softlabel")
 
 
+@check_arguments
 def extend(
     store: str | Path,
     *,

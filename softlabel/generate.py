@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from softlabel.arguments import check_arguments
 from softlabel.dataset import Source
 from softlabel.deployment import Deployment, absolute_source, absolute_spec
 from softlabel.device import Choice, Tuning
@@ -60,6 +61,7 @@ class GenerateSummary:
         return self.images / self.seconds if self.seconds else 0.0
 
 
+@check_arguments
 def generate(
     data: "str | Path | Source | Dataset[Any]",
     *,

@@ -22,6 +22,7 @@ KINDS = ("torchvision", "zoo", "timm", "hf", "python", "run")
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options that say where a network comes from, not what it is.
 _PLACES = ("download", "trust", "weights_key")
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +100,12 @@ def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
 
 
 def literal(value: str) -> Any:
-    """The Python value of an option: a JSON literal, `true`/`false`/`none` in any case, or else the string itself."""
+    """The Python value of an option: a JSON literal, a word of YAML for true, false or nothing in any case, or else the
+    string itself."""
     word = value.lower()
-    # bool("False") is True: a capital letter must not turn an option on.
-    if word in ("true", "false", "none", "null"):
-        return {"true": True, "false": False}.get(word)
+    # bool("False") and bool("no") are True: a word must not turn on what it turns off.
+    if word in _WORDS:
+        return _WORDS[word]
     try:
         return json.loads(value)
     except ValueError:

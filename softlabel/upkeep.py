@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from softlabel.algebra import RewriteSummary, redo_store
-from softlabel.dataset import Source, comparable, hashes_of, open_source, report_source, why_not_comparable
+from softlabel.arguments import check_arguments
+from softlabel.dataset import (
+    Source,
+    comparable,
+    hashes_of,
+    open_source,
+    report_source,
+    why_not_comparable,
+)
 from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
@@ -113,6 +121,7 @@ class RepairSummary:
     derived: bool
 
 
+@check_arguments
 def repair(
     store: str | Path,
     *,

@@ -8,6 +8,7 @@ import torch
 
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
+from softlabel.arguments import check_arguments
 from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels import retemperable
@@ -16,6 +17,7 @@ from softlabel.store.manifest import Format, Run
 from softlabel.store.reader import StoredRows
 
 
+@check_arguments
 def convert_store(
     store: str | Path,
     out: str | Path,

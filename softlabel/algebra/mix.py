@@ -13,6 +13,7 @@ import torch
 
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
+from softlabel.arguments import check_arguments
 from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels import combine, normalized_weights, retemperable
@@ -24,6 +25,7 @@ from softlabel.store.reader import StoredRows
 LOWEST_HALF = -65504.0  # of float16
 
 
+@check_arguments
 def combine_store(
     store: str | Path,
     out: str | Path,

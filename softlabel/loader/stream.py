@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from softlabel.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import Mix
@@ -90,6 +91,7 @@ class SoftLabelLoader:
         SoftLabelError: data or store cannot be opened, or do not belong together (see `JoinedDataset`).
     """
 
+    @check_arguments
     def __init__(
         self,
         data: "str | Path | Source | list[str] | Dataset[Any]",

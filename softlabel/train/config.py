@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
+from softlabel.arguments import check_values
 from softlabel.errors import UsageError
 from softlabel.store.reader import Store
 
@@ -130,6 +131,7 @@ class TrainConfig:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
+        check_values(asdict(self), get_type_hints(TrainConfig))
         for name in ("data", *GRID):
             value = getattr(self, name)
             if isinstance(value, list):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import softlabel
 from softlabel import open_store
 from softlabel.cli import main
 from softlabel.models import build_model
@@ -166,7 +167,74 @@ STORES: list[Case] = []
 
 # ---- command lines ----
 
-COMMANDS: list[Case] = []
+
+def options_in_a_file(text: str, *more: object) -> Callable[[Path], Sequence[object]]:
+    """Training with some options in a YAML file, into a folder that holds a finished run."""
+
+    def make(folder: Path) -> list[object]:
+        write_dataset(folder / "data.parquet", 8)
+        (folder / "run").mkdir()
+        for name in ("model.json", "model.safetensors", "run.json"):
+            (folder / "run" / name).write_text("{}")
+        (folder / "options.yaml").write_text(text)
+        command = ["train", "--data", "data.parquet", "--student", "zoo:cnn2", "--out", "run", "--epochs", "1"]
+        return [*command, "--device", "cpu", "--tensorboard=no", "--config", "options.yaml", *more]
+
+    return make
+
+
+def the_old_run_is_there(folder: Path) -> None:
+    assert (folder / "run" / "run.json").read_text() == "{}"
+
+
+HOLDS_ANOTHER = "run: holds another run"
+
+COMMANDS: list[Case] = [
+    *(
+        Case(
+            name=f"a file with {text}",
+            make=options_in_a_file(text, *more),
+            code=2,
+            says=(says,),
+            check=the_old_run_is_there,
+        )
+        for text, says, *more in (
+            ('overwrite: "false"', HOLDS_ANOTHER),
+            ('overwrite: "No"', HOLDS_ANOTHER),
+            ("overwrite: 1", "--overwrite: expected true or false, found '1'"),
+            ("overwrite: null", "overwrite: expected true or false, found nothing"),
+            ("overwrite: true", HOLDS_ANOTHER, "--overwrite=false"),
+            ("epochs: true", "--epochs: expected a whole number, found 'True'"),
+            ("lr: [0.1, fast]", "--lr: expected a number, found 'fast'"),
+            ("batch_size: null", "batch_size: expected a whole number, found nothing"),
+            ("ignore_labels: 'off'\nselect: first", "--select: expected last or best, found 'first'"),
+        )
+    ),
+    Case(
+        name="a flag before a path",
+        make=lambda folder: ["inspect", "--json", "nothing"],
+        code=2,
+        says=("nothing: no store here",),
+    ),
+    Case(
+        name="a flag with a value",
+        make=lambda folder: ["inspect", "--json=maybe", "nothing"],
+        code=2,
+        says=("--json: expected true or false, found 'maybe'",),
+    ),
+    Case(
+        name="the help of train",
+        make=lambda folder: ["train", "--help"],
+        says=(
+            "rises for 30% of",
+            r"\(default: 10\)",
+            r"\{crop-flip,crop,none\}",
+            "\n  softlabel train .* --out runs/kd\n",
+        ),
+        never=("%%", "Literal", "Optional", "type:", "null"),
+    ),
+    Case(name="the version", make=lambda folder: ["--version"], says=(f"softlabel {softlabel.__version__}\n",)),
+]
 
 
 @pytest.mark.parametrize("case", [*DATA, *TEACHERS, *STORES, *COMMANDS], ids=str)

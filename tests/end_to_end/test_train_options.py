@@ -251,3 +251,10 @@ def test_a_tracker_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
     with pytest.raises(UsageError, match=rf"pip install 'softlabel\[{tracker}\]'"):
         train(config(digits, tmp_path / "run", tracker=tracker))
+
+
+def test_an_epoch_is_one_line_where_standard_error_is_no_terminal(digits: Path, tmp_path: Path) -> None:
+    data = ["--data", digits / "data.parquet", "--student", SMOOTH, "--device", "cpu", "--tensorboard=false"]
+    told = command("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
+    lines = [line.split()[:2] for line in told.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
