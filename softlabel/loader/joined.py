@@ -59,6 +59,7 @@ class JoinedDataset(Dataset[Batch]):
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
         view_order, check_views: see `Replay`, of a store whose rows are views. Their images are then the views that the
             teacher saw, and hard labels are left out where two images are mixed into one.
+        views: how many of these are used, from the first one on; None: all.
 
     Raises:
         UsageError: an augmentation beside a store that has views of its own.
@@ -82,6 +83,7 @@ class JoinedDataset(Dataset[Batch]):
         targets: bool = True,
         view_order: ViewOrder = "cycle",
         check_views: int = 256,
+        views: int | None = None,
     ) -> None:
         self.source, self.store, self._mix = source, store, mix
         self._targets = targets
@@ -90,18 +92,22 @@ class JoinedDataset(Dataset[Batch]):
         keys = _all_keys(source)
         labels_N = source.labels()
         self.skipped_bad = self.skipped_missing = 0
-        views = None if store is None else Views.of(store.run)
-        if views is not None and augment is not None:
+        made = None if store is None else Views.of(store.run)
+        if made is not None and augment is not None:
             raise UsageError(
                 f"augment: the views of {'' if store is None else store.url} are what its teacher saw, and another "
                 "augmentation on top of them it did not see; leave it out"
             )
         rows_VN: Int64s | None = None
+        self.views = 1
         if store is None:
             kept, rows_N = np.arange(len(keys)), np.full(len(keys), -1)
         else:
             _check_classes(source, store.manifest.run)
-            rows_VN = rows_of_views(store, keys) if views is not None else None
+            if made is None and views not in (None, store.run.views.count):
+                raise UsageError(f"views: the rows of {store.url} are of the images as they are, found {views}")
+            self.views = store.run.views.count if views is None else views
+            rows_VN = rows_of_views(store, keys, self.views) if made is not None else None
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
             kept = self._kept(store, keys, rows_N, missing)
         if not len(kept):
@@ -116,10 +122,10 @@ class JoinedDataset(Dataset[Batch]):
         if store is not None and targets and len(store):
             store.take([0])  # reads the columns into memory, which forked workers then share
         self._replay: Replay | None = None
-        if store is not None and views is not None and rows_VN is not None:
+        if store is not None and made is not None and rows_VN is not None:
             self._replay = Replay(
                 store,
-                views,
+                made,
                 self._keys,
                 np.ascontiguousarray(rows_VN[:, kept], dtype=np.int64),
                 seed=seed,

@@ -214,8 +214,14 @@ def _nobody(positions: object, /) -> tuple[list[str], list[Tensor | None]]:
     raise AssertionError("an unmixed view has no partner")
 
 
-def rows_of_views(store: Store, keys: Keys) -> Int64s:
-    """Row of each key in each view, int64 (V, N); -1 in all views where it is missing in one."""
-    rows_VN = np.stack([store.lookup(keys, view, missing="mask") for view in range(store.run.views.count)])
+def rows_of_views(store: Store, keys: Keys, views: int) -> Int64s:
+    """Row of each key in each of the first so many views, int64 (V, N); -1 in all of them where it is missing in one.
+
+    Raises:
+        UsageError: the store has fewer views, or none is asked for.
+    """
+    if not 1 <= views <= store.run.views.count:
+        raise UsageError(f"views: expected 1 to {store.run.views.count}, as {store.url} has, found {views}")
+    rows_VN = np.stack([store.lookup(keys, view, missing="mask") for view in range(views)])
     rows_VN[:, (rows_VN < 0).any(axis=0)] = -1
     return rows_VN

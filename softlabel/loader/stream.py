@@ -83,6 +83,8 @@ class SoftLabelLoader:
         view_order: which views of a store that has several an epoch uses: ``cycle`` (epoch e: view e mod V) or
             ``random`` (each sample its own, which follows from (seed, key, epoch)).
         check_views: the pixels of one in so many replayed views are compared with what the teacher saw; 0: none.
+        views: how many of the store's views are used, from the first one on, so that a loop that goes on sees what it
+            began with though views have been added since; None: all.
         rank: which of the processes this is, from 0.
         world_size: how many processes train together.
 
@@ -115,6 +117,7 @@ class SoftLabelLoader:
         window: int | None = None,
         view_order: ViewOrder = "cycle",
         check_views: int = 256,
+        views: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -144,6 +147,7 @@ class SoftLabelLoader:
             targets=not streaming,
             view_order=view_order,
             check_views=check_views,
+            views=views,
         )
         self._mix = mix
         self._order: EpochOrder | BlockOrder | MixedOrder
@@ -322,6 +326,7 @@ class SoftLabelLoader:
             "samples": len(self.dataset),
             "store": self.store.manifest.store_id if self.store is not None else "",
             "order": self._order.name,
+            "views": self.dataset.views,
         }
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
@@ -330,13 +335,19 @@ class SoftLabelLoader:
         begins.
 
         Raises:
-            MismatchError: the state is of another seed, dataset size, store or order.
+            MismatchError: the state is of another seed, dataset size, store, order or number of views.
         """
         mine = self.state_dict()
+        before = state.get("views", mine["views"])
+        if before != mine["views"]:
+            raise MismatchError(
+                f"loader state: used {before} views of each sample, found {mine['views']}: the epochs to come would be "
+                f"other ones; go on with SoftLabelLoader(..., views={before})"
+            )
         different = [
             f"{name}: {state.get(name)!r} in the state, {value!r} here"
             for name, value in mine.items()
-            if name not in ("epoch", "sample") and state.get(name) != value
+            if name not in ("epoch", "sample", "views") and state.get(name) != value
         ]
         if different:
             raise MismatchError(f"loader state of another loader: {'; '.join(different)}")

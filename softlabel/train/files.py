@@ -153,6 +153,17 @@ def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], confi
     write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
 
 
+def recorded_identity(folder: Path) -> Mapping[str, Any]:
+    """What a run that has got somewhere wrote about itself; empty where there is none."""
+    if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
+        return {}
+    try:
+        found = json.loads((folder / IDENTITY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_finished(folder: Path) -> bool:
     return all((folder / name).exists() for name in MODEL)
 

@@ -33,6 +33,8 @@ from softlabel.views import CropFlip, Views
 
 log = logging.getLogger("softlabel")
 
+VIEWS = "views of the store"  # what a run's identity calls the number that it uses
+
 
 def train(
     config: TrainConfig,
@@ -89,6 +91,8 @@ def _train(
     models = [_build(student, num_classes) for student in configs]
     _check_geometry(configs, [preprocessing for _, preprocessing in models])
     shared = _identity(config, source, store, precision, num_classes)
+    views = ranks.first(lambda: _choose_views(config, configs, store))
+    shared |= {} if views is None else {VIEWS: views}
     with contextlib.ExitStack() as held:
         standing = ranks.first(lambda: _hold(held, config, configs, shared))
         chosen = [number for number, found in enumerate(standing) if found is None]
@@ -111,6 +115,7 @@ def _train(
                 mix=_mix(config, store),
                 view_order=config.view_order,
                 check_views=config.check_views,
+                views=views,
                 ratio=config.ratio,
                 streaming=config.streaming,
                 rank=ranks.rank,
@@ -180,9 +185,10 @@ def _hold(
         # The file that makes this student by itself.
         one = asdict(config) | {"out": student.out}
         one |= {name: getattr(student, name) for name in GRID} if len(configs) > 1 else {}
-        held.enter_context(
-            files.run_folder(folder, identity={**student.identity(), **shared}, config=one, overwrite=config.overwrite)
-        )
+        identity = {**student.identity(), **shared}
+        if not config.overwrite and files.is_finished(folder) and (before := files.recorded_identity(folder)):
+            identity |= {VIEWS: before[VIEWS]} if VIEWS in before else {}  # its epochs are over
+        held.enter_context(files.run_folder(folder, identity=identity, config=one, overwrite=config.overwrite))
         failure = files.read_failure(folder)
         if files.is_finished(folder):
             log.info("%s: finished already; --overwrite trains it anew", folder)
@@ -279,7 +285,20 @@ def _identity(
         "samples of each source": [len(one) for one in getattr(source, "sources", [source])],
         "hard labels (fingerprint)": hard_labels,
         "store": None if store is None else store.manifest.store_id,
+        # With samples that have no row, those that got one since would move all others.
+        **({} if store is None or config.missing == "error" else {"samples of the store": store.run.dataset.rows}),
     }
+
+
+def _choose_views(config: TrainConfig, configs: list[StudentConfig], store: Store | None) -> int | None:
+    """How many views of the store this pass uses, None where its rows are no views: as many as its runs began with,
+    though the store may have got more since, by which epoch e would be of another one."""
+    if store is None or not store.run.view_columns:
+        return None
+    folders = [] if config.overwrite else [Path(student.out) for student in configs]
+    begun = [files.recorded_identity(folder) for folder in folders if not files.is_finished(folder)]
+    recorded = [found[VIEWS] for found in begun if isinstance(found.get(VIEWS), int)]
+    return int(min([*recorded, store.run.views.count]))
 
 
 @contextlib.contextmanager

@@ -160,10 +160,13 @@ def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, student
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
         views, chosen = loader.store.run.views, config.augmentation(loader.store)
         if loader.store.run.view_columns:
-            which = f"epoch e uses view e mod {views.count}" if config.view_order == "cycle" else "each sample its own"
-            log.info(
-                "views %s: %d of each image, as the teacher saw them; %s", views.policy["name"], views.count, which
-            )
+            used = loader.dataset.views
+            which = f"epoch e uses view e mod {used}" if config.view_order == "cycle" else "each sample its own"
+            log.info("views %s: %d of each image, as the teacher saw them; %s", views.policy["name"], used, which)
+            if used < views.count:
+                log.info(
+                    "the store has %d views now; this run keeps to the first %d, with which it began", views.count, used
+                )
         elif chosen != "none":
             log.info("augmentation %s: the soft labels are those of the un-augmented images", chosen)
     for count, why in (

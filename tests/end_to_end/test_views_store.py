@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -440,6 +443,46 @@ def test_training_replays_and_refuses_another_augmentation(data: Path, teacher: 
     as_it_is = softlabel.evaluate(f"run:{tmp_path / 'r'}", data, progress=False)
     assert found.accuracy == as_it_is.accuracy
     assert found.with_teacher == 45
+
+
+def test_views_that_are_added_while_a_run_is_interrupted_change_nothing_in_it(
+    data: Path, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "s"
+    generate(data, out, teacher, "crop-flip", 2)
+    state = softlabel.SoftLabelLoader(data, out, batch_size=15).state_dict()
+    settings: dict[str, object] = {"data": str(data), "labels": str(out), "student": "zoo:resnet8", "epochs": 3}
+    settings |= {"batch_size": 15, "tensorboard": False, "progress": False}
+    train(TrainConfig(out=str(tmp_path / "straight"), **settings))  # type: ignore[arg-type]
+    original = softlabel.SoftLabelLoader.__iter__
+
+    def interrupted(loader: softlabel.SoftLabelLoader):  # type: ignore[no-untyped-def]
+        for step, batch in enumerate(original(loader)):
+            if loader.epoch == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(softlabel.SoftLabelLoader, "__iter__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(out=str(tmp_path / "stopped"), **settings))  # type: ignore[arg-type]
+    monkeypatch.undo()
+    generate(data, out, teacher, "crop-flip", 3)
+    with caplog.at_level(logging.INFO, "softlabel"):
+        assert train(TrainConfig(out=str(tmp_path / "stopped"), **settings)).students[0].resumed_from == 1  # type: ignore[arg-type]
+    assert "the store has 3 views now; this run keeps to the first 2" in caplog.text
+    assert (tmp_path / "stopped/model.safetensors").read_bytes() == (
+        tmp_path / "straight/model.safetensors"
+    ).read_bytes()
+    assert train(TrainConfig(out=str(tmp_path / "straight"), **settings)).students[0].already_done  # type: ignore[arg-type]
+    # A loop of one's own: the loader refuses, and says how to go on.
+    with pytest.raises(MismatchError, match=r"used 2 views .* SoftLabelLoader\(..., views=2\)"):
+        softlabel.SoftLabelLoader(data, out, batch_size=15).load_state_dict(state)
+    loader = softlabel.SoftLabelLoader(data, out, batch_size=45, views=2)
+    loader.load_state_dict(state)
+    used = open_store(out).views
+    assert [int(used[next(iter(loader)).rows].max()) for _ in range(4)] == [0, 1, 0, 1]
+    with pytest.raises(UsageError, match="views: expected 1 to 3"):
+        softlabel.SoftLabelLoader(data, out, views=4)
 
 
 def test_a_size_that_is_not_the_images_own_needs_no_other_data(data: Path, tmp_path: Path) -> None:
