@@ -1,7 +1,8 @@
 """Shards through the engine, everything at once: while one batch is decoded others are computed, copied and written.
 
 On a CPU a few lanes run side by side, each decoding and labelling whole batches with few threads. Beside a GPU there
-is one lane, which only launches: processes decode, and what was launched is waited for two batches later.
+is one lane, which only launches: processes decode, a thread copies batches into page-locked memory, and what was
+launched is waited for two batches later.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from softlabel.errors import TeacherError
 from softlabel.intake import DecodedBatch, Span
 from softlabel.pace import PaceMeter
 from softlabel.store.manifest import ShardPlan
+from softlabel.transfer import pin
 
 T = TypeVar("T")
 
@@ -143,12 +146,11 @@ def _answers(
     lanes, threads = _lanes(labeller)
     count = lanes.qsize()
 
-    def run(plan: ShardPlan, spans: tuple[Span, ...], batches: list[DecodedBatch] | None) -> list[BatchLabels]:
+    def run(plan: ShardPlan, spans: tuple[Span, ...], ready: list[Future[DecodedBatch]] | None) -> list[BatchLabels]:
         lane = lanes.get()
         try:
-            if batches is None:
-                with meter.spend("waiting"):
-                    batches = [intake.of(span) for span in spans]
+            with meter.spend("waiting"):
+                batches = [intake.of(span) for span in spans] if ready is None else [one.result() for one in ready]
             return lane.label(plan, batches, meter)
         finally:
             lanes.put(lane)
@@ -157,22 +159,31 @@ def _answers(
     before = torch.get_num_threads()
     pending: deque[Future[list[BatchLabels]]] = deque()
     pool = ThreadPoolExecutor(count, "softlabel-lane", initializer=torch.set_num_threads, initargs=(threads,))
+    pins = ThreadPoolExecutor(1, "softlabel-pin", initializer=torch.set_num_threads, initargs=(1,))
     stream = labeller.intake.stream((span for _, spans in theirs for span in spans), workers=workers)
     try:
         for plan, spans in ours:
-            batches = None
+            ready = None
             if not inside:
                 with meter.spend("waiting"):
-                    batches = [next(stream) for _ in spans]
-            pending.append(pool.submit(run, plan, spans, batches))
+                    ready = [pins.submit(_pinned, next(stream), labeller) for _ in spans]
+            pending.append(pool.submit(run, plan, spans, ready))
             if len(pending) > _AHEAD * count:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+        pins.shutdown(cancel_futures=True)
         stream.close()
         torch.set_num_threads(before)
+
+
+def _pinned(batch: DecodedBatch, labeller: Labeller) -> DecodedBatch:
+    """The batch as the device wants it; members in turn hold many batches, too many for page-locked memory."""
+    if labeller.members.device.type == "cpu" or labeller.members.in_turn:
+        return batch
+    return replace(batch, images=pin(batch.images))
 
 
 def _lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":

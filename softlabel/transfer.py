@@ -11,41 +11,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SLOTS = 2  # one batch is copied while the one before it is computed
+
+def pin(images: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same tensors in page-locked memory, from which a device copies beside its work.
+
+    Torch keeps freed page-locked memory, and gives a block away again only when the copies out of it are done.
+    """
+    return tuple(tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in images)
 
 
 class Upload:
-    """Brings batches to a device: through pinned memory, on a stream of its own, beside the forward pass."""
+    """Brings batches to a device: through page-locked memory, on a stream of its own, beside the forward pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._copied = [_event() for _ in range(_SLOTS)]
-            self._pinned: list[dict[int, Tensor]] = [{} for _ in range(_SLOTS)]
-            self._turn = 0
 
     def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Tensors (B, 3, H, W) on the device, ready for what the current stream does next."""
         if self.device.type != "cuda":
             return list(images)
-        self._turn = (self._turn + 1) % _SLOTS
-        copied, pinned = self._copied[self._turn], self._pinned[self._turn]
-        copied.synchronize()  # the copy out of this slot's memory, two batches ago
         current = torch.cuda.current_stream(self.device)
-        there = []
-        for place, images_BCHW in enumerate(images):
-            if place not in pinned or pinned[place].shape != images_BCHW.shape:
-                pinned[place] = torch.empty(
-                    images_BCHW.shape, dtype=images_BCHW.dtype, pin_memory=True, memory_format=torch.channels_last
-                )
-            pinned[place].copy_(images_BCHW)
-            with torch.cuda.stream(self._stream):
-                there.append(pinned[place].to(self.device, non_blocking=True))
-            # Its memory may go to another tensor of the side stream only when the current stream is done with it.
-            there[-1].record_stream(current)
-        copied.record(self._stream)
-        current.wait_event(copied)
+        pinned = pin(images)
+        with torch.cuda.stream(self._stream):
+            there = [tensor.to(self.device, non_blocking=True) for tensor in pinned]
+        # Its memory may go to another tensor of the side stream only when the current stream is done with it.
+        for tensor in there:
+            tensor.record_stream(current)
+        current.wait_stream(self._stream)
         return there
 
 

@@ -5,6 +5,9 @@ reads them once; `dense_sweep_kernel` is for rows that do not fit and sweeps the
 One running maximum of z serves both temperatures, since max(z / T) = max(z) / T. W is float32, or float64 for float64
 logits. Names as in `chunked`: x = z - max z, u = x / T.
 
+The strides are constants, as the number of classes is: Triton then knows how far a row is aligned and reads 16 bytes at
+a time, which it does only for multiples of 16 elements where a stride is an argument.
+
 This module imports triton: only `triton_ops` imports it, when it is needed.
 """
 
@@ -106,10 +109,10 @@ def _store_grad(
 @triton.jit
 def dense_row_kernel(
     logits_ptr, teacher_ptr, scale_ptr, offset_ptr, top_index_ptr, top_value_ptr, labels_ptr, soft_scale_ptr,
-    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride, teacher_stride,
-    temperature, factor, smoothing, ignore_index,
-    SOFT: tl.constexpr, HARD: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr, INT8: tl.constexpr,
-    TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride: tl.constexpr,
+    teacher_stride: tl.constexpr, temperature, factor, smoothing, ignore_index,
+    SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr,
+    INT8: tl.constexpr, TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     per_t = 1.0 / temperature
     row, inside, soft_scale, hard_scale, read_z, read_t = load_shares(soft_scale_ptr, hard_scale_ptr, rows, GAPS, R)
@@ -129,7 +132,9 @@ def dense_row_kernel(
     if HARD:
         e_1 = tl.exp(x)
         sum_1 = tl.sum(e_1, axis=1)
-        sum_x = tl.sum(tl.where(live, x, 0.0), axis=1)
+        sum_x = tl.zeros((R,), W)
+        if SMOOTH:
+            sum_x = tl.sum(tl.where(live, x, 0.0), axis=1)
         label = store_hard(
             hard_ptr, logits_ptr, labels_ptr, row, inside, read_z, hard_scale, classes, logits_stride, top_z, sum_1,
             sum_x, smoothing, ignore_index, W,
@@ -157,21 +162,22 @@ def dense_row_kernel(
 @triton.jit
 def dense_sweep_kernel(
     logits_ptr, teacher_ptr, scale_ptr, offset_ptr, top_index_ptr, top_value_ptr, labels_ptr, soft_scale_ptr,
-    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride, teacher_stride,
-    temperature, factor, smoothing, ignore_index,
-    SOFT: tl.constexpr, HARD: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr, INT8: tl.constexpr,
-    TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    hard_scale_ptr, soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, logits_stride: tl.constexpr,
+    teacher_stride: tl.constexpr, temperature, factor, smoothing, ignore_index,
+    SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr,
+    INT8: tl.constexpr, TOP: tl.constexpr, R: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     per_t = 1.0 / temperature
     row, inside, soft_scale, hard_scale, read_z, read_t = load_shares(soft_scale_ptr, hard_scale_ptr, rows, GAPS, R)
-    # Maxima so far (0 before the first), and sums against them.
+    # Maxima so far, and sums against them. A sum has a place for every class of a block until the row has been read:
+    # adding up across threads costs more than the exponentials, so that only the maxima do it in every block.
     top_z = tl.full((R,), -float("inf"), W)
     top_t = tl.full((R,), -float("inf"), W)
-    sum_1 = tl.zeros((R,), W)
-    sum_q = tl.zeros((R,), W)
-    sum_p = tl.zeros((R,), W)
-    sum_x = tl.zeros((R,), W)
-    cross = tl.zeros((R,), W)  # sum of e^t (t - u)
+    sum_1 = tl.zeros((R, B), W)
+    sum_q = tl.zeros((R, B), W)
+    sum_p = tl.zeros((R, B), W)
+    sum_x = tl.zeros((R, B), W)
+    cross = tl.zeros((R, B), W)  # sum of e^t (t - u)
     for start in range(0, classes, B):
         col = start + tl.arange(0, B)
         live = inside[:, None] & (col < classes)[None, :]
@@ -180,11 +186,12 @@ def dense_sweep_kernel(
         move_z = safe_max(top_z) - safe_max(new_z)
         x = z - safe_max(new_z)[:, None]
         if HARD:
-            sum_1 = sum_1 * tl.exp(move_z) + tl.sum(tl.exp(x), axis=1)
-            sum_x += move_z * start + tl.sum(tl.where(live, x, 0.0), axis=1)
+            sum_1 = sum_1 * tl.exp(move_z)[:, None] + tl.exp(x)
+            if SMOOTH:
+                sum_x += (move_z * (start // B))[:, None] + tl.where(live, x, 0.0)
         if SOFT:
             u = x * per_t
-            sum_q = sum_q * tl.exp(move_z * per_t) + tl.sum(tl.exp(u), axis=1)
+            sum_q = sum_q * tl.exp(move_z * per_t)[:, None] + tl.exp(u)
             t = _load_t(
                 teacher_ptr, scale_ptr, offset_ptr, top_index_ptr, top_value_ptr, row, col, teacher_stride, live,
                 read_t, factor, INT8, TOP, W,
@@ -194,12 +201,16 @@ def dense_sweep_kernel(
             t -= safe_max(new_t)[:, None]
             e_p = tl.exp(t)
             # What was summed before is measured against the new maxima, then faded.
-            moved = tl.where(sum_p == 0, 0.0, sum_p * (move_t - move_z * per_t))
-            cross = (cross + moved) * tl.exp(move_t)
-            cross += tl.sum(tl.where(e_p == 0, 0.0, e_p * (t - u)), axis=1)
-            sum_p = sum_p * tl.exp(move_t) + tl.sum(e_p, axis=1)
+            moved = tl.where(sum_p == 0, 0.0, sum_p * (move_t - move_z * per_t)[:, None])
+            cross = (cross + moved) * tl.exp(move_t)[:, None] + tl.where(e_p == 0, 0.0, e_p * (t - u))
+            sum_p = sum_p * tl.exp(move_t)[:, None] + e_p
             top_t = new_t
         top_z = new_z
+    sum_1 = tl.sum(sum_1, axis=1)
+    sum_q = tl.sum(sum_q, axis=1)
+    sum_p = tl.sum(sum_p, axis=1)
+    sum_x = tl.sum(sum_x, axis=1)
+    cross = tl.sum(cross, axis=1)
     top_z = safe_max(top_z)
     top_t = safe_max(top_t)
     label = tl.full((R,), -1, tl.int64)

@@ -53,8 +53,8 @@ def _rest_one_by_one(
 @triton.jit
 def kept_kernel(
     logits_ptr, index_ptr, p_ptr, log_p_ptr, rest_ptr, log_rest_ptr, labels_ptr, soft_scale_ptr, hard_scale_ptr,
-    soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, kept: tl.constexpr, logits_stride, temperature,
-    smoothing, ignore_index,
+    soft_ptr, hard_ptr, grad_ptr, rows, classes: tl.constexpr, kept: tl.constexpr, logits_stride: tl.constexpr,
+    temperature, smoothing, ignore_index,
     HARD: tl.constexpr, GAPS: tl.constexpr, GRAD: tl.constexpr, GHOST: tl.constexpr, UNIFORM: tl.constexpr,
     DRAWN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip

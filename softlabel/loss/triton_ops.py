@@ -6,6 +6,7 @@ code calls them below autograd, through `FusedLoss`; a compiled model calls them
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ __all__ = ["dense_rows", "kept_rows", "row_losses", "scale_by"]
 
 ROW_LIMIT = 16384  # classes that one program holds in registers
 TILE = 2048  # elements of the rows that share a program
-SWEEP = 4096  # classes of a block of a sweep
+SWEEP = 2048  # classes of a block of a sweep
 HEAD_ELEMENTS = 2**26  # logits of a head target that exist at a time
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Launched = tuple[Tensor, Tensor, Tensor]
 
 
 def row_losses(
@@ -41,7 +43,7 @@ def row_losses(
 ) -> RowLosses:
     if isinstance(target, HeadTarget) and settings.soft_weight != 0:
         return _head_losses(logits_NC, target, labels_N, shares, settings, want_grad)
-    _, soft_N, hard_N, grad_NC = _call(logits_NC, target, labels_N, shares, settings, want_grad)
+    soft_N, hard_N, grad_NC = _call(_EAGER, logits_NC, target, labels_N, shares, settings, want_grad)
     return RowLosses(soft_N, hard_N, grad_NC if want_grad else None)
 
 
@@ -52,7 +54,8 @@ def differentiable_losses(
     if isinstance(target, HeadTarget):
         scaled_NC = scaled_logits(target, work_dtype(logits_NC))
         target = DenseTarget(scaled_logits=scaled_NC, temperature=1.0, retemperable=True)
-    return _call(logits_NC, target, labels_N, shares, settings, want_grad)[:3]
+    outputs: Outputs = _call(_TRACED, logits_NC, target, labels_N, shares, settings, want_grad)
+    return outputs[:3]
 
 
 def _head_losses(
@@ -71,7 +74,8 @@ def _head_losses(
         dense = DenseTarget(scaled_logits=scaled_RC, temperature=1.0, retemperable=True)
         part_shares = Shares(soft=shares.soft[part], hard=shares.hard[part], gaps=shares.gaps)
         labels = None if labels_N is None else labels_N[part]
-        _, soft_N[part], hard_N[part], grad = _call(logits_NC[part], dense, labels, part_shares, settings, want_grad)
+        call = (logits_NC[part], dense, labels, part_shares, settings, want_grad)
+        soft_N[part], hard_N[part], grad = _call(_EAGER, *call)
         if grad_NC is not None:
             if step >= rows:
                 return RowLosses(soft_N, hard_N, grad)
@@ -80,8 +84,16 @@ def _head_losses(
 
 
 def _call(
-    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, want_grad: bool
-) -> Outputs:
+    launch: "tuple[Callable[..., Any], Callable[..., Any]]",
+    logits_NC: Tensor,
+    target: Target,
+    labels_N: Tensor | None,
+    shares: Shares,
+    settings: Settings,
+    want_grad: bool,
+) -> Any:
+    """What `launch`, a way to run the dense kernels and one to run the sparse one, gives for this target."""
+    dense, sparse = launch
     soft, hard = settings.soft_weight != 0, settings.hard_weight != 0 and labels_N is not None
     soft_scale_N = shares.soft * settings.soft_weight
     hard_scale_N = shares.hard * (settings.hard_weight if hard else 0.0)
@@ -89,30 +101,24 @@ def _call(
     labels_N = labels_N if hard else None
     numbers = (settings.temperature, settings.label_smoothing, settings.ignore_index, gaps, want_grad)
     if not soft:
-        return _dense(logits_NC, None, None, None, None, None, labels_N, soft_scale_N, hard_scale_N, 1.0, *numbers)
+        return dense(logits_NC, None, None, None, None, None, labels_N, soft_scale_N, hard_scale_N, 1.0, *numbers)
     if isinstance(target, (TopKTarget, SampledTarget)):
         kept = kept_probs(target, settings, work_dtype(logits_NC))
         drawn = isinstance(target, SampledTarget)
         mode = "drawn" if drawn else settings.tail if target.index.shape[1] < target.num_classes else "renormalize"
         parts = [_ids(target.index), *(part.contiguous() for part in kept[:4])]
-        outputs: Outputs = kept_rows(logits_NC, *parts, labels_N, soft_scale_N, hard_scale_N, mode, *numbers)
-        return outputs
+        return sparse(logits_NC, *parts, labels_N, soft_scale_N, hard_scale_N, mode, *numbers)
     scales = (labels_N, soft_scale_N, hard_scale_N, settings.factor)
     if isinstance(target, Int8Target):
         row = (target.scale, target.offset, _ids(target.top_index), target.top_value.contiguous())
-        return _dense(logits_NC, target.q, *row, *scales, *numbers)
+        return dense(logits_NC, target.q, *row, *scales, *numbers)
     assert isinstance(target, DenseTarget)
-    return _dense(logits_NC, target.scaled_logits, None, None, None, None, *scales, *numbers)
+    return dense(logits_NC, target.scaled_logits, None, None, None, None, *scales, *numbers)
 
 
 def _ids(index: Tensor) -> Tensor:
     """Class ids as the kernels read them: signed, so that -1 is no class."""
     return (index if index.dtype in (torch.int32, torch.int64) else index.to(torch.int32)).contiguous()
-
-
-def _dense(*arguments: Any) -> Outputs:
-    outputs: Outputs = dense_rows(*arguments)
-    return outputs
 
 
 @torch.library.custom_op("softlabel::dense_rows", mutates_args=())
@@ -133,6 +139,29 @@ def dense_rows(
     gaps: bool,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row = (teacher, scale, offset, top_index, top_value, labels, soft_scale, hard_scale)
+    soft, hard, grad = _launch_dense(logits, *row, factor, temperature, smoothing, ignore_index, gaps, want_grad)
+    return soft * soft_scale + hard * hard_scale, soft, hard, grad
+
+
+def _launch_dense(
+    logits: Tensor,
+    teacher: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    top_index: Tensor | None,
+    top_value: Tensor | None,
+    labels: Tensor | None,
+    soft_scale: Tensor,
+    hard_scale: Tensor,
+    factor: float,
+    temperature: float,
+    smoothing: float,
+    ignore_index: int,
+    gaps: bool,
+    want_grad: bool,
+) -> Launched:
+    """What the operator does, without the operator's cost on the host, which is several times that of a launch."""
     logits = _rows_contiguous(logits)
     teacher = None if teacher is None else _rows_contiguous(teacher)
     rows, classes = logits.shape
@@ -147,11 +176,11 @@ def dense_rows(
                 logits, teacher, scale, offset, top_index, top_value, labels, soft_scale, hard_scale, soft, hard,
                 grad, rows, classes, logits.stride(0), 0 if teacher is None else teacher.stride(0), temperature,
                 factor, smoothing, ignore_index,
-                SOFT=teacher is not None, HARD=labels is not None, GAPS=gaps, GRAD=want_grad, INT8=scale is not None,
-                TOP=0 if top_index is None else top_index.shape[1], R=per_program, B=block, W=_work(logits),
-                num_warps=_warps(per_program * block),
+                SOFT=teacher is not None, HARD=labels is not None, SMOOTH=smoothing > 0, GAPS=gaps, GRAD=want_grad,
+                INT8=scale is not None, TOP=0 if top_index is None else top_index.shape[1], R=per_program, B=block,
+                W=_work(logits), num_warps=_warps(per_program * block) if one_block else 8,
             )  # fmt: skip
-    return soft * soft_scale + hard * hard_scale, soft, hard, grad
+    return soft, hard, grad
 
 
 @torch.library.custom_op("softlabel::kept_rows", mutates_args=())
@@ -172,6 +201,28 @@ def kept_rows(
     gaps: bool,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row = (index, p, log_p, rest, log_rest, labels, soft_scale, hard_scale)
+    soft, hard, grad = _launch_kept(logits, *row, mode, temperature, smoothing, ignore_index, gaps, want_grad)
+    return soft * soft_scale + hard * hard_scale, soft, hard, grad
+
+
+def _launch_kept(
+    logits: Tensor,
+    index: Tensor,
+    p: Tensor,
+    log_p: Tensor,
+    rest: Tensor,
+    log_rest: Tensor,
+    labels: Tensor | None,
+    soft_scale: Tensor,
+    hard_scale: Tensor,
+    mode: str,
+    temperature: float,
+    smoothing: float,
+    ignore_index: int,
+    gaps: bool,
+    want_grad: bool,
+) -> Launched:
     logits = _rows_contiguous(logits)
     (rows, classes), kept = logits.shape, index.shape[1]
     soft, hard, grad = _empty_outputs(logits, want_grad)
@@ -187,7 +238,11 @@ def kept_rows(
                 DRAWN=mode == "drawn", R=per_program, B=block, K=width, W=_work(logits),
                 num_warps=_warps(per_program * block),
             )  # fmt: skip
-    return soft * soft_scale + hard * hard_scale, soft, hard, grad
+    return soft, hard, grad
+
+
+_EAGER = (_launch_dense, _launch_kept)
+_TRACED = (dense_rows, kept_rows)
 
 
 def _fake(logits: Tensor, *arguments: Any) -> Outputs:

@@ -1,7 +1,7 @@
 """What benchmarks of a CUDA device share: options, timing by events, and the two limits that the card sets.
 
-Without a CUDA device they report every figure as unmeasured; with `--dry-run` they run on the CPU with tiny sizes, which
-shows that the code works and measures nothing.
+Without a CUDA device they report every figure as unmeasured; with `--dry-run` they run on the CPU with tiny sizes,
+which shows that the code works and measures nothing.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The card and its two limits, which other figures are held against: python -m tests.benchmarks.bench_limits_gpu
 
-A copy of 2 GiB on the device, counting bytes read and written, and a bf16 matrix product of random numbers, 8192 a side.
-Clocks are left as they are.
+A copy of 2 GiB on the device, counting bytes read and written, and a bf16 matrix product of random numbers of 8192 a
+side. Clocks are left as they are.
 """
 
 from tests.benchmarks.accelerator import Bench, run_benchmark

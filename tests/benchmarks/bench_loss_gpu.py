@@ -1,7 +1,7 @@
 """The loss on a CUDA device, forward and backward: python -m tests.benchmarks.bench_loss_gpu
 
-Teacher float16 at the loss's temperature, T = 4. Times are medians of CUDA events over runs that take turns, with 256 MB
-written in between so that nothing is found in the L2 cache. "of copy" is (ideal bytes / time) / (bandwidth of a
+Teacher float16 at the loss's temperature, T = 4. Times are medians of CUDA events over runs that take turns, with
+256 MB written in between so that nothing is found in the L2 cache. "of copy" is (ideal bytes / time) / (bandwidth of a
 device-to-device copy in the same run, both directions counted); the ideal bytes of an element: read the student and the
 teacher once, write the gradient once. Its time is that of a step replayed as a CUDA graph, so that it speaks of the
 kernels; every "x" compares steps launched from Python.

@@ -1,7 +1,7 @@
 """Steps of a student on a CUDA device: python -m tests.benchmarks.bench_student_gpu
 
-resnet18 at 224, bf16, batch 256, images decoded in RAM: steps from cached labels beside steps with hard labels alone and
-beside steps that run the teacher, resnet152, for every batch.
+resnet18 at 224, bf16, batch 256, images decoded in RAM: steps from cached labels beside steps with hard labels alone
+and beside steps that run the teacher, resnet152, for every batch.
 """
 
 import tempfile

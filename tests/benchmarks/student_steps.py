@@ -1,4 +1,4 @@
-"""Steps of the trainer, from the loader to the optimiser, with hard labels, cached soft labels, or the teacher on line."""
+"""Steps of the trainer, from the loader to the optimiser: hard labels, cached soft labels, or the teacher on line."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

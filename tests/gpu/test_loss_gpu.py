@@ -1,4 +1,4 @@
-"""What the loss promises on a CUDA device. Values and gradients are held to the reference by `tests/unit/triton_inside.py`."""
+"""What the loss promises on a CUDA device. `tests/unit/triton_inside.py` compares values with the reference."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "engine": {"torch", "numpy", "dataset", "device", "intake", "members", "teacher", "head", "labels", "encoding"}
     | {"pace", "store", "transfer", "views"},
     "sizing": {"torch", "device", "engine", "members"},
-    "lanes": {"torch", "device", "engine", "intake", "pace", "store"},
+    "lanes": {"torch", "device", "engine", "intake", "pace", "store", "transfer"},
     "history": {"numpy", "dataset", "intake", "store", "views"},
     "calibration": {"torch", "store"},
     "calibrate": {"torch", "numpy", "tqdm", "calibration", "dataset", "evaluate", "job", "store"},

@@ -22,7 +22,9 @@ def test_rows_that_are_swept(kind: str, smoothing: float, monkeypatch: pytest.Mo
     monkeypatch.setattr(triton_ops, "ROW_LIMIT", 64)
     monkeypatch.setattr(triton_ops, "SWEEP", 64)
     for size in (4.0, 1e4):
-        compare(Case(kind=kind, classes=401, label_smoothing=smoothing, size=size, weight=True), "triton")
+        compare(
+            Case(kind=kind, classes=401, label_smoothing=smoothing, size=size, weight=True), "triton", device=DEVICE
+        )
 
 
 @pytest.mark.slow
