@@ -1,8 +1,8 @@
 """Everything that a CUDA device can show, in one command: python -m tests.gpu [--out DIR] [--minutes 7] [--dry-run]
 
-All tests marked `gpu` and the loss's kernels, and all benchmarks of a CUDA device, the most valuable first. Each part has
-a time budget and the whole never runs past --minutes; what did not fit is listed. The table comes last; figures as JSON
-and a log of each part lie under --out.
+All tests marked `gpu` and the loss's kernels, and all benchmarks of a CUDA device, the most valuable first. Each part
+has a time budget and the whole never runs past --minutes; what did not fit is listed. The table comes last; figures as
+JSON and a log of each part lie under --out.
 
 Runs from a source tree, without git or a network. Packages that the machine lacks are installed, for this run alone,
 from the wheels in `.gpu-wheels/`, which `make gpu-wheels` fills on a machine with a package index.
