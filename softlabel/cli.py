@@ -173,10 +173,18 @@ class _Options:
     def run(self, values: dict[str, Any]) -> int:
         # The parser lets a null pass for everything.
         check_values(values, self.hints)
+        values = {name: _expand(value) for name, value in values.items()}
         if self.dataclass is not None:
             return self.command(self.dataclass(**values))
         positional = [values.pop(name) for name, p in self.parameters.items() if p.kind is POSITIONAL]
         return self.command(*positional, **values)
+
+
+def _expand(value: Any) -> Any:
+    """A shell expands `~` at the start of a word alone, which neither `--out=~/runs` nor a line of a file has."""
+    if isinstance(value, list):
+        return [_expand(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _flag(name: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from softlabel.errors import UsageError
+from softlabel.spec import PROGRAMS, Spec, join_options, parse_spec, quote_path, split_options
 
 ClusterKind = Literal["local", "slurm", "kubernetes", "cuda"]
 
@@ -44,41 +45,34 @@ class Deployment:
 
 def absolute_source(text: str) -> str:
     """A SOURCE whose local paths are absolute: workers have working directories of their own."""
-    if os.path.exists(text):
+    plain = os.path.expanduser(text)
+    if os.path.exists(plain):
         # A folder may be called as the data that comes with scikit-learn is, which SOURCE means.
-        return text if text == "digits" else os.path.abspath(text)
-    head, mark, tail = text.partition("?")
+        return text if text == "digits" else os.path.abspath(plain)
+    head, options = split_options(text, subject=text)
     if head != "digits" and not head.startswith("torchvision:") and "://" not in head:
         head = os.path.abspath(head)  # braces and globs too
-    return f"{head}{mark}{_absolute_options(tail)}"
+    return f"{quote_path(head)}{join_options(_absolute(options))}"
 
 
 def absolute_spec(text: str) -> str:
     """A SPEC whose local paths are absolute."""
-    if os.path.exists(text):
-        return os.path.abspath(text)
-    head, mark, tail = text.partition("?")
-    if os.path.exists(head):
-        head = os.path.abspath(head)
-    else:
-        kind, colon, name = head.partition(":")
-        place, at, checkpoint = head.partition("@")
-        if at and os.path.exists(checkpoint):
-            head = f"{place}@{os.path.abspath(checkpoint)}"
-        elif colon and os.path.exists(name):
-            head = f"{kind}:{os.path.abspath(name)}"
-    return f"{head}{mark}{_absolute_options(tail)}"
+    spec = parse_spec(text)
+    name = spec.name
+    if spec.kind in ("run", "hf", *PROGRAMS.values()) and os.path.exists(name):
+        name = os.path.abspath(name)
+    checkpoint = os.path.abspath(spec.checkpoint) if spec.checkpoint else None
+    return Spec(kind=spec.kind, name=name, checkpoint=checkpoint, options=_absolute(spec.options)).text
 
 
-def _absolute_options(tail: str) -> str:
-    options = [part.partition("=") for part in tail.split("&")] if tail else []
-    return "&".join(
-        f"{key}{equals}{os.path.abspath(value) if key in ('root', 'classes') or value.endswith('.npy') else value}"
-        for key, equals, value in options
-    )
+def _absolute(options: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key: os.path.abspath(value) if key in ("root", "classes") or value.endswith(".npy") else value
+        for key, value in options.items()
+    }
 
 
 def absolute_root(out: str | os.PathLike[str]) -> str:
     """A store's folder as every worker reaches it; URLs stay."""
-    text = os.fspath(out)
+    text = os.path.expanduser(out)
     return text if "://" in text else os.path.abspath(text)

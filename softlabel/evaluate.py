@@ -22,7 +22,7 @@ from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model, refuse_precision, refuse_random
-from softlabel.spec import parse_spec
+from softlabel.spec import parse_spec, quote_path
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 
@@ -342,7 +342,8 @@ def _ece(samples_K: Tensor, confidence_K: Tensor, correct_K: Tensor) -> float:
 
 def _spec(model: str | Path) -> str:
     """A SPEC; the folder of a run may be given by its path alone."""
-    return f"run:{model}" if isinstance(model, Path) or (Path(model) / "model.json").is_file() else model
+    folder = Path(model).expanduser()
+    return f"run:{quote_path(str(folder))}" if isinstance(model, Path) or (folder / "model.json").is_file() else model
 
 
 class _eval_mode:  # noqa: N801 - a context manager

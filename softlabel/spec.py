@@ -6,10 +6,14 @@
 
 An option's value is a JSON literal (`true`, `32`, `[1, 2]`, `null`), or else a string. A `&` inside a value is
 written `%26`; other `%xx` mean what they mean in a URL.
+
+Before the options a `?` that belongs to a path is written `%3F`, and a `%3F` that belongs to it `%253F`; nothing else
+is changed there. A path that begins with `~` starts at the home folder.
 """
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,11 +42,8 @@ class Spec:
     def text(self) -> str:
         """The SPEC as one would write it: ``parse_spec(spec.text) == spec``."""
         kind = "" if self.kind in PROGRAMS.values() else f"{self.kind}:"
-        checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
-        options = "&".join(
-            f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in self.options.items()
-        )
-        return f"{kind}{self.name}{checkpoint}" + (f"?{options}" if options else "")
+        checkpoint = f"@{quote_path(self.checkpoint)}" if self.checkpoint else ""
+        return f"{kind}{quote_path(self.name)}{checkpoint}{join_options(self.options)}"
 
     @property
     def identity(self) -> str:
@@ -78,11 +79,25 @@ def parse_spec(text: str) -> Spec:
         raise SpecError(f"{text!r}: expected a name after '{kind}:', found nothing")
     if at and not checkpoint:
         raise SpecError(f"{text!r}: expected the path of a checkpoint after '@', found nothing")
-    return Spec(kind=kind, name=name, checkpoint=checkpoint or None, options=options)
+    return Spec(
+        kind=kind,
+        name=os.path.expanduser(name) if kind in ("run", "hf") else name,
+        checkpoint=os.path.expanduser(checkpoint) or None,
+        options=options,
+    )
+
+
+def quote_path(path: str) -> str:
+    """A path as it is written in a SPEC or SOURCE; `split_options` gives it back."""
+    return re.sub(r"%((?:25)*3[Ff])", r"%25\1", path).replace("?", "%3F")
+
+
+def _unquote_path(text: str) -> str:
+    return re.sub(r"%25((?:25)*3[Ff])", r"%\1", re.sub(r"%3[Ff]", "?", text))
 
 
 def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
-    """Cut ``head?a=1&b=2`` into its head and its options; `subject` is what an error is about.
+    """Cut ``head?a=1&b=2`` into its head and its options, `~` expanded; `subject` is what an error is about.
 
     Raises:
         SpecError: an option without ``=``, or one given twice.
@@ -92,11 +107,19 @@ def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
     for part in filter(None, tail.split("&")):
         key, equals, value = part.partition("=")
         if not equals or not key:
-            raise SpecError(f"{subject!r}: expected name=value after '?', found {part!r}")
+            raise SpecError(
+                f"{subject!r}: expected name=value after '?', found {part!r}; a '?' in a path is written %3F"
+            )
         if key in options:
             raise SpecError(f"{subject!r}: option {key!r} is given twice")
-        options[key] = unquote(value)
-    return head, options
+        options[key] = os.path.expanduser(unquote(value))
+    return os.path.expanduser(_unquote_path(head)), options
+
+
+def join_options(options: Mapping[str, str]) -> str:
+    """Options as they stand behind a name, with the question mark; nothing for none. The inverse of `split_options`."""
+    pairs = (f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in options.items())
+    return f"?{'&'.join(pairs)}" if options else ""
 
 
 def literal(value: str) -> Any:

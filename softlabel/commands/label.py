@@ -1,5 +1,6 @@
 """Commands that run teachers over a dataset: generate, plan, calibrate."""
 
+import shlex
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.commands.config import read_options, write_config
@@ -340,5 +341,5 @@ def calibrate(
             f"  {member.ece_before:>10.4f} {member.ece_after:>8.4f}"
         )
     if out is not None:
-        print(f"wrote {out}; give it to 'softlabel generate --calibration {out}'")
+        print(f"wrote {out}; give it to 'softlabel generate --calibration {shlex.quote(out)}'")
     return 0

@@ -1,6 +1,7 @@
 """Commands about students: train, evaluate."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -34,8 +35,18 @@ def train(config: "TrainConfig") -> int:
     print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
     if last.eval_accuracy is not None:
         print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
-    print(f"  measure it with: softlabel evaluate --data SOURCE --model {result.out}")
+    print(f"  measure it with: softlabel evaluate {_to_measure(config, result.out)}")
     return 0
+
+
+def _to_measure(config: "TrainConfig", out: str) -> str:
+    """Arguments of `evaluate` for a run, quoted for a shell; against the teacher where there are no other data."""
+    words = ["--data", config.eval_data or config.values("data")[0], "--model", out]
+    if config.eval_data is None and config.labels is not None:
+        words += ["--labels", config.labels]
+    if config.missing != "error" and "--labels" in words:
+        words += ["--missing", config.missing]
+    return shlex.join(words)
 
 
 def _several(result: "TrainResult") -> int:

@@ -1,5 +1,6 @@
 """What the commands that run teachers say before and after."""
 
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ def tell(summary: "GenerateSummary", data: str | None = None) -> None:
     if summary.pace is not None and (hint := _hint(summary.pace)):
         print(f"  {hint}")
     if data is not None:
-        print(f"  next: softlabel train --data {data} --labels {summary.path} --student SPEC --out RUN")
+        named = shlex.join(["--data", data, "--labels", summary.path])
+        print(f"  next: softlabel train {named} --student SPEC --out RUN")
 
 
 def _hint(pace: "Pace") -> str | None:

@@ -17,7 +17,7 @@
     digits                              scikit-learn's handwritten digits, 8x8 grey
 
 `rows=START:STOP` takes a part of any of them. Paths in options start at the working folder, those in a list at its own
-folder. A `?` that belongs to a URL is written `%3F`.
+folder. A `?` that belongs to a path or URL is written `%3F`; an existing path may be given as it is. `~` is expanded.
 """
 
 import os
@@ -83,7 +83,8 @@ def _checked(source: Source, check_keys: bool) -> Source:
 
 
 def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
-    name, options = (text, {}) if os.path.exists(text) else split_options(text, subject=text)
+    plain = os.path.expanduser(text)
+    name, options = (plain, {}) if os.path.exists(plain) else split_options(text, subject=text)
     rows = options.pop("rows", None)
     if name == "digits":
         source: Source = open_digits(text, ignore_labels)
@@ -98,12 +99,8 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
 
 
 def _plain(name: str) -> str:
-    """A `file://` URL as the path that it is; a question mark of a web address, which would begin the options."""
-    if name.startswith("file://"):
-        return name.removeprefix("file://")
-    if name.startswith(("http://", "https://")):
-        return name.replace("%3F", "?").replace("%3f", "?")
-    return name
+    """A `file://` URL as the path that it is."""
+    return name.removeprefix("file://")
 
 
 def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:

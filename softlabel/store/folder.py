@@ -210,9 +210,9 @@ class Folder:
 
 def open_folder(root: str | os.PathLike[str]) -> Folder:
     """The folder at a path, or behind a URL such as s3://bucket/labels."""
-    text = os.fspath(root)
+    text = os.path.expanduser(root)
     if "://" not in text:
-        return Folder(root)
+        return Folder(text)
     if text.startswith("file://"):
         return Folder(text.removeprefix("file://"))
     from softlabel.store.remote import RemoteFolder

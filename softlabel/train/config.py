@@ -1,6 +1,7 @@
 """What a run is: its settings, and which of them are its identity."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_type_hints
@@ -132,6 +133,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(asdict(self), get_type_hints(TrainConfig))
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
         for name in ("data", *GRID):
             value = getattr(self, name)
             if isinstance(value, list):

@@ -5,6 +5,7 @@ the working folder, and returns the command line; the command runs in this proce
 """
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from PIL import Image
 import softlabel
 from softlabel import open_store
 from softlabel.cli import main
+from softlabel.dataset import open_source
+from softlabel.deployment import absolute_source, absolute_spec
 from softlabel.models import build_model
+from softlabel.spec import parse_spec
 from tests.helpers import write_dataset
 
 
@@ -235,6 +239,42 @@ COMMANDS: list[Case] = [
     ),
     Case(name="the version", make=lambda folder: ["--version"], says=(f"softlabel {softlabel.__version__}\n",)),
 ]
+
+
+def test_paths_with_a_question_mark_or_a_tilde_and_the_command_that_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data, checkpoint, store and run below `what? & %3F`, in the home folder."""
+    here = tmp_path / "what? & %3F"
+    here.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_dataset(here / "data.parquet", 8)
+    torch.save(weights(), here / "w.pt")
+    written = "what%3F & %253F"
+    small = ["--device", "cpu", "--batch-size", "8"]
+    teacher = f"zoo:resnet8@~/{written}/w.pt"
+    data = ["--data", f"~/{written}/data.parquet?rows=0:8"]
+    assert main(["generate", *data, "--teacher", teacher, f"--out=~/{here.name}/labels", *small]) == 0
+    assert (here / "labels" / "manifest.json").is_file()
+    assert len(open_store(f"~/{here.name}/labels")) == 8
+    run = ["--labels", here / "labels", "--student", "zoo:cnn2", "--epochs", "1", "--tensorboard=no", *small]
+    capsys.readouterr()
+    assert main(["train", "--data", str(here / "data.parquet"), f"--out=~/{here.name}/run", *map(str, run)]) == 0
+    (printed,) = re.findall(r"measure it with: softlabel (.*)", capsys.readouterr().out)
+    assert main(shlex.split(printed)) == 0
+    assert "accuracy" in capsys.readouterr().out
+    again = ["generate", *data, "--teacher", f"run:~/{written}/run", "--out", "of-the-student", *small]
+    assert main(again) == 0
+    # What a store has recorded can be read again.
+    (tmp_path / "of-the-student" / "shards").rename(tmp_path / "gone")
+    assert main(["repair", "of-the-student", "--device", "cpu"]) == 0
+    # The workers of a cluster have other working folders.
+    monkeypatch.chdir(here)
+    assert (
+        open_source(absolute_source("data.parquet?rows=0:8")).fingerprint() == open_source("data.parquet").fingerprint()
+    )
+    assert parse_spec(absolute_spec("zoo:resnet8@w.pt")).checkpoint == str(here / "w.pt")
 
 
 @pytest.mark.parametrize("case", [*DATA, *TEACHERS, *STORES, *COMMANDS], ids=str)

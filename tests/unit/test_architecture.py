@@ -101,7 +101,7 @@ MAY_IMPORT = {
     "cli": THIRD | {"*"},
     "commands": {"*"},
     "shardjob": {"allocator", "device", "engine", "job", "lanes", "store", "upkeep"},
-    "deployment": set(),
+    "deployment": {"spec"},
     "cluster": {"dask", "distributed", "tqdm", "deployment", "generate", "job", "shardjob", "store"},
     "trial": {"numpy", "torch", "dataset", "intake", "job", "lanes", "store"},
     "diagnosis": {"numpy", "torch", "dataset", "engine", "intake", "teacher", "trial"},

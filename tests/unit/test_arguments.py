@@ -10,7 +10,7 @@ import pytest
 import softlabel
 from softlabel.arguments import check_values
 from softlabel.errors import UsageError
-from softlabel.spec import literal
+from softlabel.spec import Spec, literal, parse_spec, quote_path, split_options
 
 
 def train(**wrong: Any) -> None:
@@ -51,3 +51,10 @@ def test_equal_types_are_taken() -> None:
 @pytest.mark.parametrize(("word", "value"), [("no", False), ("Off", False), ("YES", True), ("0", 0), ("null", None)])
 def test_words_in_a_spec(word: str, value: object) -> None:
     assert literal(word) == value
+
+
+@pytest.mark.parametrize("path", ["a?b", "a%3Fb", "a%253fb?", "100%", "a%20b", "?%3F%25"])
+def test_a_path_in_a_spec_comes_back(path: str) -> None:
+    spec = Spec(kind="zoo", name="resnet8", checkpoint=path, options={"mean": "0.5", "text": "a&b?c%"})
+    assert parse_spec(spec.text) == spec
+    assert split_options(f"{quote_path(path)}?label=x", subject="") == (path, {"label": "x"})
