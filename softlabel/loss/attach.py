@@ -76,6 +76,13 @@ class FusedLoss(torch.autograd.Function):
             grad_NC = _Once.apply(grad_NC, ctx.saved_tensors[0], upstream[0])
         return grad_NC, *([None] * (len(ctx.needs_input_grad) - 1))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        raise RuntimeError(
+            "the distillation loss has no derivative in forward mode outside of torch.func: use torch.func.jvp, or "
+            "impl='reference'"
+        )
+
 
 class TracedLoss(torch.autograd.Function):
     """total = TracedLoss.apply(logits, total, grad): the same for `torch.compile`, which plans the memory itself."""

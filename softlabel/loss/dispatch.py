@@ -17,9 +17,10 @@ from torch import Tensor
 
 from softlabel.errors import UsageError
 from softlabel.loss import chunked, reference, traced
+from softlabel.loss.arguments import transforming
 from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
 from softlabel.loss.rows import RowLosses, Settings, Shares, reduce_rows, work_dtype
-from softlabel.loss.targets import Target
+from softlabel.loss.targets import Target, blanked
 
 __all__ = ["run_loss"]
 
@@ -39,6 +40,10 @@ def run_loss(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """total (with its gradient), soft and hard: scalars, or (N,) with reduction "none"."""
+    if transforming():
+        if impl in ("compile", "triton"):
+            raise UsageError(f"impl={impl!r}: has no rules for torch.func; use impl='reference' (or 'auto') there")
+        return _transformed(logits_NC, target, labels_N, shares, settings, reduction)
     if impl == "reference":
         return _reference(logits_NC, target, labels_N, shares, settings, reduction)
     tracing = torch.compiler.is_compiling()
@@ -77,6 +82,31 @@ def _reference(
             logits_NC[counted], labels_N[counted], settings.label_smoothing, settings.ignore_index
         )
         hard_N = hard_N.index_copy(0, counted, rows * shares.hard[counted])
+    return _reduced(logits_NC, soft_N, hard_N, settings, reduction)
+
+
+def _transformed(
+    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference without a choice of rows, which `torch.func.vmap` cannot make: those that do not count are blanked
+    instead."""
+    soft_N = hard_N = logits_NC[:0].to(reference.WORK).sum().expand(logits_NC.shape[0])
+    if settings.soft_weight != 0:
+        counts_N = shares.soft != 0
+        blank_NC = torch.where(counts_N[:, None], logits_NC, 0.0)
+        rows = reference.soft_rows(blank_NC, blanked(target, counts_N), settings.temperature, settings.tail)
+        soft_N = torch.where(counts_N, rows * shares.soft, 0.0)
+    if settings.hard_weight != 0 and labels_N is not None:
+        counts_N = shares.hard != 0
+        blank_NC = torch.where(counts_N[:, None], logits_NC, 0.0)
+        rows = reference.hard_rows(blank_NC, labels_N, settings.label_smoothing, settings.ignore_index)
+        hard_N = torch.where(counts_N, rows * shares.hard, 0.0)
+    return _reduced(logits_NC, soft_N, hard_N, settings, reduction)
+
+
+def _reduced(
+    logits_NC: Tensor, soft_N: Tensor, hard_N: Tensor, settings: Settings, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
     if reduction != "none":
         soft_N, hard_N = soft_N.sum(), hard_N.sum()
     total = settings.soft_weight * soft_N + settings.hard_weight * hard_N

@@ -8,13 +8,13 @@ the soft term alone. The soft mean is over all rows that have a target, the hard
 
 from typing import Literal, NamedTuple, overload
 
-import torch
 from torch import Tensor, nn
 
-from softlabel.errors import MismatchError, UsageError
+from softlabel.errors import UsageError
+from softlabel.loss.arguments import ArrayLike, check_number, check_temperature, loss_inputs, widened
 from softlabel.loss.dispatch import run_loss
-from softlabel.loss.rows import Settings, row_shares
-from softlabel.loss.targets import Target, as_target, retemper_factor
+from softlabel.loss.rows import Settings, row_shares, work_dtype
+from softlabel.loss.targets import Target, retemper_factor
 
 __all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss"]
 
@@ -36,15 +36,15 @@ class LossComponents(NamedTuple):
 @overload
 def distillation_loss(
     student_logits_NC: Tensor,
-    target: Target | Tensor,
-    labels: Tensor | None = ...,
+    target: Target | ArrayLike,
+    labels: ArrayLike | None = ...,
     *,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     label_smoothing: float = ...,
-    weight: Tensor | None = ...,
-    soft_mask: Tensor | None = ...,
+    weight: ArrayLike | None = ...,
+    soft_mask: ArrayLike | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
     tail: str = ...,
@@ -56,15 +56,15 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits_NC: Tensor,
-    target: Target | Tensor,
-    labels: Tensor | None = ...,
+    target: Target | ArrayLike,
+    labels: ArrayLike | None = ...,
     *,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     label_smoothing: float = ...,
-    weight: Tensor | None = ...,
-    soft_mask: Tensor | None = ...,
+    weight: ArrayLike | None = ...,
+    soft_mask: ArrayLike | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
     tail: str = ...,
@@ -76,15 +76,15 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits_NC: Tensor,
-    target: Target | Tensor,
-    labels: Tensor | None = ...,
+    target: Target | ArrayLike,
+    labels: ArrayLike | None = ...,
     *,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     label_smoothing: float = ...,
-    weight: Tensor | None = ...,
-    soft_mask: Tensor | None = ...,
+    weight: ArrayLike | None = ...,
+    soft_mask: ArrayLike | None = ...,
     ignore_index: int = ...,
     reduction: str = ...,
     tail: str = ...,
@@ -95,15 +95,15 @@ def distillation_loss(
 
 def distillation_loss(
     student_logits_NC: Tensor,
-    target: Target | Tensor,
-    labels: Tensor | None = None,
+    target: Target | ArrayLike,
+    labels: ArrayLike | None = None,
     *,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     label_smoothing: float = 0.0,
-    weight: Tensor | None = None,
-    soft_mask: Tensor | None = None,
+    weight: ArrayLike | None = None,
+    soft_mask: ArrayLike | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     tail: str = "ghost",
@@ -112,8 +112,12 @@ def distillation_loss(
 ) -> Tensor | LossComponents:
     """The loss of a student's logits (N, C), float16, bfloat16, float32 or float64, against soft and hard labels.
 
-    target: a record of `softlabel.loss.targets`, or the teacher's raw logits (N, C) as a tensor.
-    labels: int64 (N,), `ignore_index` where there is none; None: no hard term.
+    Logits of sequences (B, L, C) go with labels, weight and soft_mask (B, L), and a target of B * L rows.
+
+    target: a record of `softlabel.loss.targets`, or the teacher's raw logits (N, C) as a tensor or array.
+    labels: integers (N,), as a tensor, array or list, `ignore_index` where there is none; None: no hard term.
+    temperature: above 0, at most 100,000; above 50 the loss is computed in float64, which float32 could not tell from
+        its rounding. weight, soft_weight, hard_weight: at least 0.
     weight: (N,) weights of the rows; a mean divides by their sum, and a row with weight 0 counts for nothing, even
         when it holds NaN.
     soft_mask: bool (N,), False where a row has no target: such a row has its hard term alone.
@@ -123,12 +127,16 @@ def distillation_loss(
     impl: "auto" takes triton on CUDA and torch elsewhere, and is traceable under `torch.compile`; "compile" compiles
         it by itself; "reference" is float64. All are equal within rounding.
 
-    Returns a scalar (or (N,)), float64 for float64 logits, else float32; LossComponents with `components=True`.
-    Raises MismatchError when target and loss do not fit each other, UsageError for a value that makes no sense.
+    Under `torch.func` (grad, jvp, vmap) "auto", "torch" and "reference" are plain torch operations.
+
+    Returns a scalar (or (N,), or (B, L)), float64 for float64 logits, else float32; LossComponents with
+    `components=True`.
+    Raises MismatchError when target and loss do not fit each other, UsageError for a value that makes no sense. The
+    numbers in labels and weight are looked at on the CPU alone, where it costs no synchronisation: on a CUDA device a
+    label that is no class makes the loss NaN ("triton") or stops in torch ("torch"), and a NaN weight makes it NaN.
     """
-    target = as_target(target)
-    _check(student_logits_NC, target, labels, weight, soft_mask)
-    _check_options(temperature, label_smoothing, reduction, tail, impl)
+    _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
+    given = loss_inputs(student_logits_NC, target, labels, weight, soft_mask, ignore_index=ignore_index)
     settings = Settings(
         temperature=float(temperature),
         soft_weight=float(soft_weight),
@@ -136,10 +144,18 @@ def distillation_loss(
         label_smoothing=float(label_smoothing),
         ignore_index=ignore_index,
         tail=tail,
-        factor=retemper_factor(target, temperature),
+        factor=retemper_factor(given.target, temperature),
     )
-    shares = row_shares(student_logits_NC, labels, weight, soft_mask, ignore_index=ignore_index, reduction=reduction)
-    parts = run_loss(student_logits_NC, target, labels, shares, settings, reduction=reduction, impl=impl)
+    logits_NC = widened(given.logits, temperature)
+    shares = row_shares(
+        logits_NC, given.labels, given.weight, given.soft_mask, ignore_index=ignore_index, reduction=reduction
+    )
+    parts = run_loss(logits_NC, given.target, given.labels, shares, settings, reduction=reduction, impl=impl)
+    if logits_NC is not given.logits:
+        dtype = work_dtype(given.logits)
+        parts = (parts[0].to(dtype), parts[1].to(dtype), parts[2].to(dtype))
+    if reduction == "none" and len(given.shape) > 1:
+        parts = (parts[0].reshape(given.shape), parts[1].reshape(given.shape), parts[2].reshape(given.shape))
     return LossComponents(*parts) if components else parts[0]
 
 
@@ -160,7 +176,7 @@ class DistillationLoss(nn.Module):
         components: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(temperature, label_smoothing, reduction, tail, impl)
+        _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
         self.temperature = temperature
         self.soft_weight = soft_weight
         self.hard_weight = hard_weight
@@ -174,10 +190,10 @@ class DistillationLoss(nn.Module):
     def forward(
         self,
         student_logits_NC: Tensor,
-        target: Target | Tensor,
-        labels: Tensor | None = None,
-        weight: Tensor | None = None,
-        soft_mask: Tensor | None = None,
+        target: Target | ArrayLike,
+        labels: ArrayLike | None = None,
+        weight: ArrayLike | None = None,
+        soft_mask: ArrayLike | None = None,
     ) -> Tensor | LossComponents:
         return distillation_loss(
             student_logits_NC,
@@ -204,35 +220,20 @@ class DistillationLoss(nn.Module):
         )
 
 
-def _check_options(temperature: float, label_smoothing: float, reduction: str, tail: str, impl: str) -> None:
-    if not temperature > 0:
-        raise UsageError(f"temperature: expected a number above 0, found {temperature}")
+def _check_options(
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    reduction: str,
+    tail: str,
+    impl: str,
+) -> None:
+    check_temperature(temperature)
+    check_number("soft_weight", soft_weight)
+    check_number("hard_weight", hard_weight)
     if not 0 <= label_smoothing <= 1:
         raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {label_smoothing}")
     for name, value, known in (("reduction", reduction, REDUCTIONS), ("tail", tail, TAILS), ("impl", impl, IMPLS)):
         if value not in known:
             raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
-
-
-def _check(
-    logits_NC: Tensor, target: Target, labels: Tensor | None, weight: Tensor | None, soft_mask: Tensor | None
-) -> None:
-    if logits_NC.dim() != 2 or not logits_NC.is_floating_point():
-        raise MismatchError(
-            f"student logits: expected a floating-point tensor (N, C), found {logits_NC.dtype} {tuple(logits_NC.shape)}"
-        )
-    rows, classes = logits_NC.shape
-    if target.num_classes != classes:
-        raise MismatchError(
-            f"student logits: expected {target.num_classes} classes as in the target, found {classes}; "
-            f"give the student {target.num_classes} outputs"
-        )
-    if len(target) != rows:
-        raise MismatchError(f"target: expected {rows} rows as in the student's logits, found {len(target)}")
-    for name, tensor in (("labels", labels), ("weight", weight), ("soft_mask", soft_mask)):
-        if tensor is not None and tensor.shape != (rows,):
-            raise MismatchError(f"{name}: expected shape ({rows},), one value a row, found {tuple(tensor.shape)}")
-    if labels is not None and labels.dtype not in (torch.int64, torch.int32):
-        raise MismatchError(f"labels: expected int64 class numbers, found {labels.dtype}")
-    if soft_mask is not None and soft_mask.dtype != torch.bool:
-        raise MismatchError(f"soft_mask: expected bool, found {soft_mask.dtype}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softlabel.loss.arguments import transforming
 from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
 from softlabel.loss.chunked import chunk_rows
 from softlabel.loss.reference import scaled_logits
@@ -84,6 +85,10 @@ def fused_loss(
     """The loss reduced, its gradient attached as in `distillation_loss`."""
     assert not isinstance(target, (TopKTarget, SampledTarget))
     whole = reduction != "none"
+    if transforming():  # torch.func takes the derivative of the losses themselves
+        t_NC = scaled_logits(target, work_dtype(logits_NC)) * factor
+        loss_N = _shared(logits_NC, t_NC, labels_N, share_N, rows)[0]
+        return loss_N.sum() if whole else loss_N
     if torch.compiler.is_compiling():
         t_NC = scaled_logits(target, work_dtype(logits_NC)) * factor
         loss_N, grad_NC = _shared(logits_NC.detach(), t_NC, labels_N, share_N, rows)

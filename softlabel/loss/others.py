@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabel.errors import MismatchError, UsageError
+from softlabel.loss.arguments import check_labels, check_temperature, check_weight, widened
 from softlabel.loss.fused_rows import dkd_rows, fused_loss, reverse_kl_rows, standardized_rows
 from softlabel.loss.reference import scaled_logits
-from softlabel.loss.rows import row_shares, work_dtype
+from softlabel.loss.rows import Shares, row_shares, work_dtype
 from softlabel.loss.targets import (
     DenseTarget,
     HeadTarget,
@@ -154,8 +155,10 @@ def reverse_kl(
 ) -> Tensor:
     """T^2 KL(q || p), which seeks a mode where KL(p || q) covers all of them (Gu et al. 2024, MiniLLM)."""
     target, factor = _dense(student_logits_NC, target, temperature)
-    shares = row_shares(student_logits_NC, None, weight, None, ignore_index=-100, reduction=reduction)
-    return fused_loss(student_logits_NC, target, None, shares.soft, reverse_kl_rows(temperature), factor, reduction)
+    z_NC = widened(student_logits_NC, temperature)
+    shares = _shares(z_NC, None, weight, reduction)
+    loss = fused_loss(z_NC, target, None, shares.soft, reverse_kl_rows(temperature), factor, reduction)
+    return loss.to(work_dtype(student_logits_NC))
 
 
 def decoupled_kd(
@@ -176,10 +179,13 @@ def decoupled_kd(
     defined by the label: a row without one counts for nothing.
     """
     target, factor = _dense(student_logits_NC, target, temperature)
-    shares = row_shares(student_logits_NC, labels, weight, None, ignore_index=ignore_index, reduction=reduction)
+    check_labels(labels, student_logits_NC.shape[1], ignore_index)
+    z_NC = widened(student_logits_NC, temperature)
+    shares = _shares(z_NC, labels, weight, reduction, ignore_index)
     labels_N = labels.long().where(labels != ignore_index, 0)
     rows = dkd_rows(temperature, target_weight, others_weight)
-    return fused_loss(student_logits_NC, target, labels_N, shares.hard, rows, factor, reduction)
+    loss = fused_loss(z_NC, target, labels_N, shares.hard, rows, factor, reduction)
+    return loss.to(work_dtype(student_logits_NC))
 
 
 def standardize_logits(logits_NC: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -199,11 +205,13 @@ def standardized_kl(
 ) -> Tensor:
     """T^2 KL(softmax(s(t) / T) || softmax(s(z) / T)), s the standardisation of each row (Sun et al. 2024, whose T is
     the base temperature). Standardised logits do not depend on the temperature that a target is scaled by."""
+    check_temperature(temperature)
     target = as_target(target)
     _check_dense(student_logits_NC, target)
-    shares = row_shares(student_logits_NC, None, weight, None, ignore_index=-100, reduction=reduction)
-    rows = standardized_rows(temperature)
-    return fused_loss(student_logits_NC, target, None, shares.soft, rows, target.temperature, reduction)
+    z_NC = widened(student_logits_NC, temperature)
+    shares = _shares(z_NC, None, weight, reduction)
+    loss = fused_loss(z_NC, target, None, shares.soft, standardized_rows(temperature), target.temperature, reduction)
+    return loss.to(work_dtype(student_logits_NC))
 
 
 def _mass_times(mass: Tensor, log_ratio: Tensor) -> Tensor:
@@ -213,6 +221,14 @@ def _mass_times(mass: Tensor, log_ratio: Tensor) -> Tensor:
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     return F.cosine_similarity(a, b, dim=1, eps=1e-8)
+
+
+def _shares(
+    logits_NC: Tensor, labels: Tensor | None, weight: Tensor | None, reduction: str, ignore_index: int = -100
+) -> Shares:
+    if weight is not None:
+        check_weight(weight)
+    return row_shares(logits_NC, labels, weight, None, ignore_index=ignore_index, reduction=reduction)
 
 
 def _check_dense(logits_NC: Tensor, target: Target) -> None:
@@ -229,8 +245,7 @@ def _check_dense(logits_NC: Tensor, target: Target) -> None:
 
 
 def _dense(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Target, float]:
-    if not temperature > 0:
-        raise UsageError(f"temperature: expected a number above 0, found {temperature}")
+    check_temperature(temperature)
     target = as_target(target)
     _check_dense(logits_NC, target)
     return target, retemper_factor(target, temperature)
@@ -240,6 +255,7 @@ def _logits(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[T
     """The student's logits and the teacher's, the latter at `temperature`."""
     target, factor = _dense(logits_NC, target, temperature)
     assert not isinstance(target, (TopKTarget, SampledTarget))
+    logits_NC = widened(logits_NC, temperature)
     dtype = work_dtype(logits_NC)
     return logits_NC.to(dtype), scaled_logits(target, dtype) * factor
 
@@ -253,10 +269,10 @@ def _plain(
     reduction: str,
 ) -> Tensor:
     z_NC, t_NC = _logits(logits_NC, target, temperature)
-    shares = row_shares(logits_NC, None, weight, None, ignore_index=-100, reduction=reduction)
+    shares = _shares(z_NC, None, weight, reduction)
     if shares.gaps:
         blank_N1 = (shares.soft == 0)[:, None]
         z_NC, t_NC = z_NC.masked_fill(blank_N1, 0.0), t_NC.masked_fill(blank_N1, 0.0)
     with torch.autocast(z_NC.device.type, enabled=False):
         loss_N = rows(z_NC, t_NC) * shares.soft
-    return loss_N if reduction == "none" else loss_N.sum()
+    return (loss_N if reduction == "none" else loss_N.sum()).to(work_dtype(logits_NC))

@@ -10,7 +10,7 @@ A target is a plain frozen record of tensors: indexing, moving and pinning it gi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ __all__ = [
     "Target",
     "TopKTarget",
     "as_target",
+    "blanked",
+    "flatten_target",
     "retemper_factor",
 ]
 
@@ -170,6 +172,27 @@ def as_target(target: Target | Tensor) -> Target:
     if isinstance(target, Tensor):
         return DenseTarget(scaled_logits=target, temperature=1.0, retemperable=True)
     return target
+
+
+def flatten_target(target: Target, shape: torch.Size) -> Target:
+    """Rows that lie in several dimensions (B, L) one behind the other; a target of B * L rows is that already."""
+    if len(shape) < 2:
+        return target
+    first: Any = getattr(target, fields(target)[0].name)
+    if first.shape[:-1] != shape:
+        return target
+    return target._map(lambda tensor: tensor.reshape(-1, *tensor.shape[len(shape) :]), rows_only=True)
+
+
+def blanked(target: Target, counts_N: Tensor) -> Target:
+    """The target with 0 in every number of the rows that do not count, so that nothing of them can become NaN."""
+
+    def blank(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.where(counts_N.reshape(-1, *[1] * (tensor.dim() - 1)), tensor, 0.0)
+
+    return target._map(blank, rows_only=True)
 
 
 def retemper_factor(target: Target, temperature: float) -> float:

@@ -4,14 +4,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from softlabel.errors import MismatchError, UsageError
-from softlabel.loss import DenseTarget, DistillationLoss, SampledTarget, distillation_loss
+from softlabel.loss import (
+    DenseTarget,
+    DistillationLoss,
+    SampledTarget,
+    decoupled_kd,
+    distillation_loss,
+    jensen_shannon,
+    mse_logits,
+    reverse_kl,
+    standardized_kl,
+)
 from tests import reference
 from tests.loss_cases import TARGETS, make_target, top_k_target
 from tests.unit.test_loss_matrix import needs_compiler
@@ -292,6 +305,15 @@ def test_a_top_k_target_is_exact_at_each_declared_temperature() -> None:
         ({"labels": torch.zeros(6)}, "int64"),
         ({"weight": torch.zeros(6, 1)}, "weight"),
         ({"soft_mask": torch.ones(6)}, "bool"),
+        ({"labels": torch.tensor([0, 1, -100, 11, 4, 5])}, "from 0 to 10, or -100 for none, found 11 in row 3"),
+        ({"labels": torch.tensor([0, 1, -100, -1, 4, 5])}, "found -1 in row 3"),
+        ({"weight": torch.tensor([0, 1, -0.5, 1, 1, 1])}, "weight: .* at least 0, found -0.5 in row 2"),
+        ({"weight": torch.tensor([0, 1, 1, 1, 1, torch.nan])}, "found nan in row 5"),
+        ({"weight": torch.tensor([0, torch.inf, 1, 1, 1, 1])}, "found inf in row 1"),
+        ({"soft_weight": -0.1}, "soft_weight: expected a number of at least 0"),
+        ({"hard_weight": float("nan")}, "hard_weight: expected a number of at least 0"),
+        ({"temperature": float("inf")}, "at most 100000, found inf; mse_logits"),
+        ({"temperature": 1e6}, "at most 100000"),
         ({"temperature": 0.0}, "above 0"),
         ({"temperature": float("nan")}, "above 0"),
         ({"label_smoothing": 1.5}, "from 0 to 1"),
@@ -307,11 +329,135 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
         distillation_loss(student_NC, **arguments)
 
 
-def test_a_label_outside_of_the_classes_raises() -> None:
+SEQUENCES = {"labels": (2, 3), "weight": (2, 3), "soft_mask": (2, 3)}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_sequences_are_their_positions(impl: str, kind: str) -> None:
+    """(B, L, C) with (B, L) is the rows one behind the other, whichever of both shapes the target has."""
+    student_NC, _, labels_N = batch(rows=6, classes=11)
+    labels_N[4] = -100
+    target = make_target(kind, 6, 11, 3.0, torch.Generator().manual_seed(5))
+    weight_N, mask_N = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0]), torch.tensor([True, False, True, True, True, True])
+    options = {**KD, "impl": impl, "reduction": "none"}
+    expected = distillation_loss(student_NC, target, labels_N, weight=weight_N, soft_mask=mask_N, **options)
+    (gradient,) = torch.autograd.grad(expected.sum(), student_NC)
+    folded = target.reshape(2, 3, 11) if isinstance(target, Tensor) else target._map(
+        lambda tensor: tensor.reshape(2, 3, *tensor.shape[1:]), rows_only=True
+    )  # fmt: skip
+    for given in (target, folded):
+        found = distillation_loss(
+            student_NC.reshape(2, 3, 11), given, labels_N.reshape(2, 3), weight=weight_N.reshape(2, 3),
+            soft_mask=mask_N.reshape(2, 3), **options,
+        )  # fmt: skip
+        assert torch.equal(found, expected.reshape(2, 3))
+        assert torch.equal(torch.autograd.grad(found.sum(), student_NC)[0], gradient)
+
+
+@pytest.mark.parametrize("change", SEQUENCES)
+def test_sequences_that_do_not_fit_are_named(change: str) -> None:
+    arguments = {name: torch.ones(shape, dtype=torch.long) for name, shape in SEQUENCES.items()}
+    arguments[change] = torch.ones(6, dtype=torch.long)
+    with pytest.raises(MismatchError, match=rf"{change}: expected shape \(2, 3\), one value a row, found \(6,\)"):
+        distillation_loss(torch.zeros(2, 3, 11), torch.zeros(6, 11), **KD, **arguments)
+    with pytest.raises(MismatchError, match=r"target: expected shape \(2, 3, 11\)"):
+        distillation_loss(torch.zeros(2, 3, 11), torch.zeros(3, 2, 11), **KD)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int16, list])
+def test_labels_and_weights_may_be_arrays_and_lists(dtype: Any) -> None:
     student_NC, teacher_NC, labels_N = batch()
-    labels_N[3] = 11
-    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|out of range"):
-        distillation_loss(student_NC, teacher_NC, labels_N, **KD)
+    expected = distillation_loss(student_NC, teacher_NC, labels_N, weight=torch.arange(6.0), **KD)
+    labels, weight, mask = labels_N.numpy(), np.arange(6), np.ones(6, dtype=bool)
+    given = labels.tolist() if dtype is list else labels.astype(dtype)
+    weight.flags.writeable = False
+    found = distillation_loss(student_NC, teacher_NC.numpy(), given, weight=weight, soft_mask=mask.tolist(), **KD)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(MismatchError, match="labels: expected a tensor, an array or a list, found str"):
+        distillation_loss(student_NC, teacher_NC, "0 1 2 3 4 5", **KD)
+    with pytest.raises(MismatchError, match="labels: expected a tensor, an array or a list of numbers"):
+        distillation_loss(student_NC, teacher_NC, ["cat"] * 6, **KD)
+
+
+@pytest.mark.parametrize("temperature", [100.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_high_temperature_is_as_exact_as_a_low_one(temperature: float, dtype: torch.dtype, kept: bool) -> None:
+    """Against torch in float64, which at 100,000 agrees with the limit: half the variance of the difference."""
+    classes = 50 if kept else 1000
+    student_NC, teacher_NC, _ = batch(32, classes, dtype)
+    target = top_k_target(teacher_NC, classes, (temperature,)) if kept else teacher_NC
+    if kept:
+        teacher_NC = torch.zeros(32, classes).scatter(1, target.index.long(), target.value.float())
+    z_NC = student_NC.detach().double().requires_grad_()
+    log_q_NC, p_NC = F.log_softmax(z_NC / temperature, 1), F.softmax(teacher_NC.double() / temperature, 1)
+    expected = temperature**2 * F.kl_div(log_q_NC, p_NC, reduction="batchmean")
+    difference_NC = z_NC.detach() - teacher_NC
+    if temperature == 1e5:
+        variance = difference_NC.var(1, correction=0).mean()
+        assert float(expected) == pytest.approx(float(variance) / 2, rel=1e-3)
+
+    found = distillation_loss(student_NC, target, temperature=temperature, soft_weight=1.0, hard_weight=0.0)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    (gradient_NC,) = torch.autograd.grad(found, student_NC)
+    (exact_NC,) = torch.autograd.grad(expected, z_NC)
+    assert gradient_NC.dtype == dtype
+    torch.testing.assert_close(
+        gradient_NC.double(), exact_NC.to(dtype).double(), rtol=1e-2, atol=1e-4 / exact_NC.numel()
+    )
+    if not kept:
+        q_NC, log_p_NC = log_q_NC.detach().exp(), p_NC.log()
+        reverse = temperature**2 * (q_NC * (log_q_NC.detach() - log_p_NC)).sum(1).mean()
+        assert float(reverse_kl(student_NC, target, temperature=temperature)) == pytest.approx(float(reverse), rel=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_torch_func(impl: str, kind: str) -> None:
+    """grad, jvp, vmap and a Hessian, against autograd of the reference; a row that counts for nothing holds NaN."""
+    student_NC, _, labels_N = batch(5, 7, torch.float64)
+    student_NC.data[3] = torch.nan
+    labels_N[1] = -100
+    weight_N = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.0])
+    target = make_target(kind, 5, 7, 3.0, torch.Generator().manual_seed(5))
+    options = {**KD, "label_smoothing": 0.1}
+
+    def loss(logits: Tensor, labels: Tensor = labels_N, by: Tensor = weight_N, **others: Any) -> Any:
+        return distillation_loss(logits, target, labels, weight=by, **{**options, "impl": impl, **others})
+
+    logits_NC = student_NC.detach()
+    (expected_NC,) = torch.autograd.grad(loss(student_NC, impl="reference"), student_NC)
+    torch.testing.assert_close(torch.func.grad(loss)(logits_NC), expected_NC)
+    direction_NC = torch.randn(5, 7, dtype=torch.float64)
+    _, along = torch.func.jvp(loss, (logits_NC,), (direction_NC,))
+    torch.testing.assert_close(along, (expected_NC * direction_NC).sum())
+    many = torch.stack([logits_NC, logits_NC * 2, logits_NC - 1])
+    labels = torch.stack([labels_N, labels_N, torch.full_like(labels_N, -100)])
+    found = torch.func.vmap(loss)(many, labels, weight_N.expand(3, 5))
+    torch.testing.assert_close(found, torch.stack([loss(*each) for each in zip(many, labels, strict=True)]))
+
+
+@pytest.mark.parametrize("loss", [reverse_kl, decoupled_kd, standardized_kl, jensen_shannon, mse_logits], ids=str)
+def test_torch_func_of_the_other_losses(loss: Any) -> None:
+    student_NC, teacher_NC, labels_N = batch(5, 7, torch.float64)
+    more = {} if loss is mse_logits else {"temperature": 2.0}
+
+    def of(logits: Tensor) -> Tensor:
+        return loss(logits, teacher_NC, *([labels_N] if loss is decoupled_kd else []), **more)
+
+    (expected_NC,) = torch.autograd.grad(of(student_NC), student_NC)
+    torch.testing.assert_close(torch.func.grad(of)(student_NC.detach()), expected_NC)
+
+
+def test_transforms_that_a_fast_path_has_no_rules_for_are_refused() -> None:
+    student_NC, teacher_NC, _ = batch()
+    for impl in ("compile", "triton"):
+        with pytest.raises(UsageError, match=r"no rules for torch.func; use impl='reference'"):
+            torch.func.grad(lambda z, impl=impl: distillation_loss(z, teacher_NC, **KD, impl=impl))(student_NC.detach())
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"impl='reference'"):
+        distillation_loss(forward_ad.make_dual(student_NC.detach(), teacher_NC), teacher_NC, **KD)
 
 
 @needs_compiler

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from softlabel.loss import DistillationLoss, distillation_loss
+from softlabel.loss.rows import Settings, row_shares
+from softlabel.loss.targets import as_target
 from tests.loss_cases import Case, compare, full_cases, quick_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,12 +73,25 @@ def test_the_operator_is_one_node_of_a_compiled_graph() -> None:
 
 
 def test_an_impossible_label_is_not_silent() -> None:
-    logits_NC = torch.randn(2, 4, device=DEVICE)
-    labels_N = torch.tensor([1, 7], device=DEVICE)
-    value = distillation_loss(
-        logits_NC, logits_NC, labels_N, temperature=1.0, soft_weight=0.0, hard_weight=1.0, impl="triton"
+    """Where the labels are not looked at, on a device, the kernel makes the row NaN."""
+    from softlabel.loss import triton_ops
+
+    logits_NC, labels_N = torch.randn(2, 4, device=DEVICE), torch.tensor([1, 7], device=DEVICE)
+    settings = Settings(
+        temperature=1.0,
+        soft_weight=0.0,
+        hard_weight=1.0,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        tail="ghost",
+        factor=1.0,
     )
-    assert value.isnan()
+    shares = row_shares(logits_NC, labels_N, None, None, ignore_index=-100, reduction="mean")
+    rows = triton_ops.row_losses(logits_NC, as_target(logits_NC), labels_N, shares, settings, want_grad=False)
+    assert rows.hard.isnan().tolist() == [False, True]
+    if DEVICE == "cuda":
+        value = distillation_loss(logits_NC, logits_NC, labels_N, temperature=1.0, soft_weight=0.0, hard_weight=1.0)
+        assert value.isnan()
 
 
 def test_half_gradients_of_many_small_rows() -> None:
