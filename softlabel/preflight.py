@@ -11,6 +11,7 @@ from softlabel.diagnosis import Diagnosis, diagnose
 from softlabel.errors import StoreError
 from softlabel.job import Job
 from softlabel.plan import Offer, offer
+from softlabel.repeatability import check_repeatable
 from softlabel.store.manifest import BadRow, ShardPlan
 from softlabel.trial import Trial, label_sample
 
@@ -39,6 +40,7 @@ class Preflight:
         accuracy: of the soft labels on the sample's labelled images; None without any.
         labelled: how many these are.
         diagnoses: of each teacher, where there are labels.
+        remarks: what is odd about a teacher's answers, whatever the labels.
     """
 
     images: int
@@ -57,10 +59,11 @@ class Preflight:
     accuracy: float | None
     labelled: int
     diagnoses: tuple[Diagnosis, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        return tuple(
+        return self.remarks + tuple(
             f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.doubt}"
             for one in self.diagnoses
             if one.doubt is not None
@@ -72,12 +75,14 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
 
     Raises:
         StoreError: the disk has not room enough.
-        DataError: no image of the sample can be decoded.
-        TeacherError: a member's output is not (B, C) finite numbers, or it is not in evaluation mode.
+        DataError: no image of the sample can be decoded, or one is another when it is read again.
+        TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, or its answers
+            change from call to call or with the rest of the batch.
         UsageError: the encoding does not go with the teacher.
     """
     run = job.run
     trial = label_sample(job, seed=seed)
+    remarks = check_repeatable(job.labeller, trial)
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)
@@ -106,6 +111,7 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
         accuracy=trial.accuracy,
         labelled=trial.labelled,
         diagnoses=diagnose(job.labeller, trial),
+        remarks=remarks,
     )
     for doubt in report.doubts:
         log.warning("warning: %s", doubt)

@@ -137,6 +137,11 @@ def load_teacher(
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)
+    if classes < 2:
+        raise TeacherError(
+            f"{spec_text}: expected logits of at least 2 classes, found a network with one output: its softmax is 1 "
+            "for every image; return two logits, such as (0, z) for the logit z of a sigmoid"
+        )
     teacher = Teacher(
         spec=spec,
         model=model,
@@ -181,10 +186,11 @@ def _refuse_probabilities(spec: str, logits_BC: Tensor) -> None:
     if (
         logits_BC.shape[1] > 1
         and bool((logits_BC >= 0).all())
-        and bool(((logits_BC.sum(dim=1) - 1).abs() < 1e-2).all())
+        and any(bool(((logits_BC.sum(dim=1) / total - 1).abs() < 1e-2).all()) for total in (1, 100))
     ):
+        total = "1" if float(logits_BC[0].sum()) < 10 else "100"
         raise TeacherError(
-            f"{spec}: expected logits, found probabilities (not negative, every row sums to 1); return "
+            f"{spec}: expected logits, found probabilities (not negative, every row sums to {total}); return "
             "what goes into the softmax, or its logarithm"
         )
 

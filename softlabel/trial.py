@@ -32,6 +32,7 @@ class Trial:
 
     Attributes:
         batches: decoded, the first `BATCHES` of them.
+        indices: of the samples that these batches were asked for, bad ones too.
         scaled_logits: float32 (R, C), or (R, M, C) where members are kept, of every image that can be decoded.
         labels: int64 (R,), -100 for none.
         sampled: images, with the bad ones.
@@ -41,6 +42,7 @@ class Trial:
     """
 
     batches: tuple[DecodedBatch, ...]
+    indices: tuple[NDArray[np.int64], ...]
     scaled_logits: Tensor
     labels: NDArray[np.int64]
     sampled: int
@@ -96,6 +98,7 @@ def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
     labeller = job.labeller
     drawn = sample_indices(len(labeller.source), labeller.batch_size, seed)
     batches: list[DecodedBatch] = []
+    indices: list[NDArray[np.int64]] = []
     scaled: list[Tensor] = []
     labels: list[NDArray[np.int64]] = []
     bad: list[BadRow] = []
@@ -120,6 +123,7 @@ def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
             decoding, forward = decoding + decoded - started, forward + ended - decoded
         if len(batches) < BATCHES:
             batches.append(batch)
+            indices.append(indices_B)
         if number + 1 >= BATCHES and decoding + forward > seconds:
             break
     if not scaled:
@@ -129,6 +133,7 @@ def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
         )
     return Trial(
         batches=tuple(batches),
+        indices=tuple(indices),
         scaled_logits=torch.cat(scaled),
         labels=np.concatenate(labels),
         sampled=sampled,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from softlabel.algebra import RewriteSummary, redo_store
@@ -35,7 +34,6 @@ from softlabel.store.folder import open_folder
 from softlabel.store.listing import load_manifest, load_root
 from softlabel.store.manifest import ROOT_NAME, Manifest
 from softlabel.store.origins import origins_of
-from softlabel.store.probe import probe
 from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
@@ -206,66 +204,6 @@ def _relabel(
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
         return label_missing(committer, store, job, progress=progress)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recomputed:
-    """Stored rows against the teachers' answers today, in scaled logits with each row's maximum at 0.
-
-    Attributes:
-        rows: how many were compared.
-        mean_difference: mean absolute difference, over rows and classes.
-        worst_difference: the largest one.
-        top1_disagreement: share of rows whose most probable class is another.
-    """
-
-    rows: int
-    mean_difference: float
-    worst_difference: float
-    top1_disagreement: float
-
-
-def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
-    """Run the teachers again on `rows` rows drawn at random, and compare."""
-    if rows < 1:
-        raise UsageError(f"recompute: expected at least 1 row, found {rows}")
-    drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
-    asked = probe(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
-    position = {key: index for index, key in enumerate(job.labeller.source.keys())}
-    wanted_B = np.array([position[key] for key in asked.keys], np.int64)
-    size = job.labeller.batch_size
-    stored = np.asarray(asked.scaled_logits, dtype=np.float64)
-    now = np.empty_like(stored)
-    for view in np.unique(asked.views).tolist():
-        places = np.flatnonzero(asked.views == view)
-        for start in range(0, len(places), size):
-            part = places[start : start + size]
-            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
-    stored -= stored.max(axis=-1, keepdims=True)
-    now -= now.max(axis=-1, keepdims=True)
-    finite = np.isfinite(stored) & np.isfinite(now)
-    difference = np.abs(np.where(finite, stored - now, 0.0))
-    return Recomputed(
-        rows=len(drawn_B),
-        mean_difference=float(difference.mean()),
-        worst_difference=float(difference.max()),
-        top1_disagreement=float((stored.argmax(axis=-1) != now.argmax(axis=-1)).mean()),
-    )
-
-
-def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> NDArray[np.float64]:
-    batch = job.labeller.intake.batch(samples, view=view)
-    if batch.bad:
-        raise MismatchError(
-            f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
-        )
-    changed = np.flatnonzero(comparable(batch.content, stored_B) & (batch.content != stored_B))
-    if len(changed):
-        raise MismatchError(
-            f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
-            "data that was labelled as --data"
-        )
-    return job.labeller.scaled_logits(batch).double().cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

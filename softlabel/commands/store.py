@@ -116,7 +116,7 @@ def verify(
     print(f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s")
     good = data is None or _tell_coverage(store, data)
     if recompute:
-        _tell_recomputed(store, recompute, data, teacher, device)
+        good = _tell_recomputed(store, recompute, data, teacher, device) and good
     return 0 if good else DAMAGED
 
 
@@ -141,9 +141,10 @@ def _tell_coverage(store: str, data: str) -> bool:
     return found.ok
 
 
-def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> None:
+def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
+    from softlabel.audit import recompute
     from softlabel.store.reader import open_store
-    from softlabel.upkeep import job_of, recompute
+    from softlabel.upkeep import job_of
 
     opened = open_store(store)
     found = recompute(opened, job_of(opened.manifest, store, data=data, teachers=teachers, device=device), rows)
@@ -151,6 +152,13 @@ def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str
         f"  {found.rows:,} rows recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
         f"{found.worst_difference:.1e} at worst; top-1 differs in {found.top1_disagreement:.4%} of the rows"
     )
+    if not found.ok:
+        print(
+            f"  DIFFERENT: the teachers do not give these labels again, beyond encoding and rounding "
+            f"({found.clearly_other:.2%} of the rows have clearly another class, {found.nats:.2g} nats apart); "
+            "do their answers depend on the batch, or have libraries or images changed?"
+        )
+    return found.ok
 
 
 def repair(

@@ -146,7 +146,87 @@ def the_average_labelled(folder: Path) -> None:
     ]
 
 
+def answering(formula: str, *more: object) -> Callable[[Path], Sequence[object]]:
+    """`generate` over 24 images with a network whose answer is this, of logits `z` (B, 4)."""
+
+    def make(folder: Path) -> list[object]:
+        write_dataset(folder / "data.parquet", 24)
+        name = f"network_{abs(hash((formula, more)))}"  # Python keeps modules by their name
+        (folder / f"{name}.py").write_text(
+            "import torch\nfrom torch import nn\n"
+            "class Network(nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        self.linear = nn.Linear(192, 4)\n"
+            "    def forward(self, x):\n"
+            "        z = 20 * self.linear(nn.functional.adaptive_avg_pool2d(x, 8).flatten(1))\n"
+            f"        return {formula}\n"
+        )
+        teacher = f"python:{name}:Network?resize=32&crop=32"
+        return ["generate", "--data", "data.parquet", "--teacher", teacher, "--out", "labels", *more]
+
+    return make
+
+
+def recomputed(formula: str) -> Callable[[Path], Sequence[object]]:
+    """`verify --recompute` of labels of such a network that were made without a look at it."""
+
+    def make(folder: Path) -> list[object]:
+        assert (
+            main(
+                [
+                    str(one)
+                    for one in answering(formula, "--no-preflight", "--shard-rows", 3, "--batch-size", 12)(folder)
+                ]
+            )
+            == 0
+        )
+        return ["verify", "labels", "--recompute", 16]
+
+    return make
+
+
 TEACHERS = [
+    Case(name="a network", make=answering("z"), never=("expected", "depends")),
+    Case(name="labels recomputed", make=recomputed("z"), never=("DIFFERENT",)),
+    Case(
+        name="labels recomputed that are others now",
+        make=recomputed("(z - z.mean(dim=0)) / 5"),
+        code=3,
+        says=(r"DIFFERENT: the teachers do not give these labels again.*\d nats apart",),
+    ),
+    Case(
+        name="one output",
+        make=answering("z[:, :1]"),
+        code=1,
+        says=("network_.*: expected logits of at least 2 classes, found a network with one output",),
+    ),
+    Case(
+        name="a dropout that is always on",
+        make=answering("nn.functional.dropout(z, 0.5, True)"),
+        code=1,
+        says=(r"network_.*: expected one answer to an image.*differ by up to \d.*drawn at random",),
+    ),
+    Case(
+        name="a network that normalises over its batch",
+        make=answering("(z - z.mean(dim=0)) / 5", "--batch-size", 12),
+        code=1,
+        says=(r"network_.*depends on the others in its batch.*differ by up to \d.*--batch-size 1",),
+    ),
+    Case(name="the same alone", make=answering("z - z.mean(dim=0) + z", "--batch-size", 1)),
+    Case(
+        name="a network that looks at its batch a little",
+        make=answering("z + 0.01 * z.mean(dim=0)"),
+        says=(r"warning: python:network_.*depends on the others in its batch.*differ by up to 0\.",),
+    ),
+    Case(name="a sigmoid", make=answering("z.sigmoid()"), code=1, says=("found values from .* as a sigmoid gives",)),
+    Case(
+        name="percentages",
+        make=answering("100 * z.softmax(dim=1)"),
+        code=1,
+        says=("found probabilities .*every row sums to 100",),
+    ),
+    Case(name="a last ReLU", make=answering("z.relu()"), says=("warning: .*found values from .*, none below 0",)),
     Case(
         name="a checkpoint with an average of the weights",
         make=beside_images({"state_dict": weights(), "state_dict_ema": weights(1.0)}),

@@ -15,10 +15,11 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import softlabel
+from softlabel.audit import recompute
 from softlabel.cli import main
 from softlabel.errors import MismatchError, SoftLabelError
 from softlabel.extend import extend
-from softlabel.upkeep import coverage, job_of, recompute
+from softlabel.upkeep import coverage, job_of
 from tests.helpers import write_teacher
 from tests.students import write_store
 

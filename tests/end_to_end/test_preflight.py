@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import softlabel
+from softlabel.errors import DataError
 from softlabel.models import build_model
 from softlabel.trial import sample_indices
 from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher
@@ -65,7 +66,7 @@ def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path
     assert "encoding float16: 8 bytes a row" in plan
     accuracy = float(re.search(r"on [0-9]+ images of the sample: ([0-9.]+)", plan)[1])  # type: ignore[index]
     assert 0.9 <= accuracy <= 1
-    assert done.stderr == ""
+    assert done.stderr.count("\n") == 1, "what the data are, and nothing else"
     totals = softlabel.open_store(tmp_path / "store").manifest.totals
     planned = re.search(r"about ([0-9.]+) kB in", plan)
     assert planned is not None
@@ -93,7 +94,7 @@ def test_a_resumed_run_plans_what_is_left(ready: Path, tmp_path: Path) -> None:
 def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> None:
     done = run(*command(ready, tmp_path / "store", data="random"), "--no-preflight")
     assert done.stdout.startswith(f"{tmp_path / 'store'}: complete")
-    assert done.stderr == ""
+    assert done.stderr.count("\n") == 1, "what the data are, and nothing else"
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,24 @@ def test_a_real_teacher_under_another_normalisation(
         assert "mean=" in warned[0]
 
 
+class Changing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Eight images that are others with every call, as a random transform makes them."""
+
+    calls = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.calls += 1
+        return torch.full((3, 32, 32), self.calls % 251, dtype=torch.uint8)
+
+
+def test_a_dataset_that_changes_between_two_calls_is_refused(ready: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"image '0': expected the same pixels.*random transforms"):
+        softlabel.generate(Changing(), teachers=[spec(ready)], out=tmp_path / "store", progress=False)
+
+
 def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -148,7 +167,7 @@ def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready
         (disk / "filler").write_bytes(bytes(50 * 1024))
         options = command(ready, disk / "store")
         done = run(*options, code=1)
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line.startswith("softlabel: ")]) == 1, done.stderr
         need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", done.stderr))
         assert need == ROWS * (8 + 24 + len("image-00000.jpg"))
         assert free < 64 * 1024 - 50 * 1024

@@ -75,6 +75,7 @@ MAY_IMPORT = {
         "views",
     },
     "upkeep": {"numpy", "algebra", "device", "tqdm", "dataset", "engine", "generate", "history", "job", "store"},
+    "audit": {"numpy", "dataset", "job", "store"},
     "extend": {"numpy", "dataset", "engine", "generate", "history", "job", "labels", "store", "upkeep", "views"},
     "generate": {"torch", "device", "tqdm", "dataset", "labels", "engine", "store", "history", "intake", "job"}
     | {"deployment", "cluster", "lanes", "pace", "preflight", "views"},
@@ -106,7 +107,8 @@ MAY_IMPORT = {
     "trial": {"numpy", "torch", "dataset", "intake", "job", "lanes", "store"},
     "diagnosis": {"numpy", "torch", "dataset", "engine", "intake", "teacher", "trial"},
     "plan": {"torch", "encoding", "engine", "head", "job", "store", "trial"},
-    "preflight": {"diagnosis", "job", "plan", "store", "trial"},
+    "preflight": {"diagnosis", "job", "plan", "repeatability", "store", "trial"},
+    "repeatability": {"numpy", "torch", "engine", "intake", "lanes", "members", "teacher", "trial"},
     "__main__": {"cli"},
     "__init__": {"*"},
 }

@@ -1,0 +1,130 @@
+"""Stored labels against what the teachers answer today.
+
+Legend: B rows, C classes, M members.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softlabel.dataset import comparable
+from softlabel.errors import MismatchError, UsageError
+from softlabel.job import Job
+from softlabel.store.manifest import Fidelity, Run
+from softlabel.store.probe import probe
+from softlabel.store.reader import Store
+
+# What `recompute` takes for the same answer: a top class that is lower today by this share of the logits is a rounding
+# (another device, half precision); the share of rows beyond that; and nats, beside what the encoding loses.
+_ROUNDING = 0.02
+_MOST_OTHERS = 0.01
+_ALLOWED = {"fp32": 1e-3}
+_ALLOWED_BELOW = 1e-2  # in lower precision
+_ALLOWED_DRAWN = 0.5  # of rows that are drawn at random, a few hundred of which are far from their expectation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed:
+    """Stored rows against the teachers' answers today, in scaled logits with each row's maximum at 0.
+
+    Attributes:
+        rows: how many were compared.
+        mean_difference: mean absolute difference, over rows and classes.
+        worst_difference: the largest one.
+        top1_disagreement: share of rows whose most probable class is another.
+        clearly_other: of those in which today's answer to the stored class is lower by more than a rounding; of rows
+            that were drawn at random none is told.
+        nats: mean KL(today || stored) at the store's temperature; of rows that were drawn at random, by how much the
+            cross entropy of today's answers under them is above today's entropy, which is 0 in expectation.
+        allowed: nats that encoding and precision may explain.
+    """
+
+    rows: int
+    mean_difference: float
+    worst_difference: float
+    top1_disagreement: float
+    clearly_other: float
+    nats: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether encoding and rounding explain the differences."""
+        return self.clearly_other <= _MOST_OTHERS and abs(self.nats) <= self.allowed
+
+
+def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
+    """Run the teachers again on `rows` rows drawn at random, and compare."""
+    if rows < 1:
+        raise UsageError(f"recompute: expected at least 1 row, found {rows}")
+    drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
+    asked = probe(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
+    position = {key: index for index, key in enumerate(job.labeller.source.keys())}
+    wanted_B = np.array([position[key] for key in asked.keys], np.int64)
+    size = job.labeller.batch_size
+    stored = np.asarray(asked.scaled_logits, dtype=np.float64)
+    now = np.empty_like(stored)
+    for view in np.unique(asked.views).tolist():
+        places = np.flatnonzero(asked.views == view)
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
+    stored -= stored.max(axis=-1, keepdims=True)
+    now -= now.max(axis=-1, keepdims=True)
+    drawn = store.run.encoding.name == "sampled"
+    log_stored, log_now = _log_softmax(stored), _log_softmax(now)
+    if drawn:
+        nats = _cross_entropy(log_stored, log_now) - _cross_entropy(log_now, log_now)
+    else:
+        nats = _cross_entropy(log_now, log_stored) - _cross_entropy(log_now, log_now)
+    below = -np.take_along_axis(now, stored.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    largest = np.abs(np.where(np.isfinite(now), now, 0.0)).max(axis=-1)
+    finite = np.isfinite(stored) & np.isfinite(now)
+    difference = np.abs(np.where(finite, stored - now, 0.0))
+    return Recomputed(
+        rows=len(drawn_B),
+        mean_difference=float(difference.mean()),
+        worst_difference=float(difference.max()),
+        top1_disagreement=float((stored.argmax(axis=-1) != now.argmax(axis=-1)).mean()),
+        clearly_other=0.0 if drawn else float((below > _ROUNDING * (1 + largest)).mean()),
+        nats=float(nats.mean()),
+        allowed=_allowed(store.run, store.manifest.totals.fidelity),
+    )
+
+
+def _cross_entropy(log_shares: NDArray[np.float64], log_others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of the second distribution under the first, over the last axis; a class without a share counts for nothing."""
+    with np.errstate(invalid="ignore"):
+        terms = np.where(np.isneginf(log_shares), 0.0, -np.exp(log_shares) * log_others)
+    nats: NDArray[np.float64] = terms.sum(axis=-1)
+    return nats
+
+
+def _allowed(run: Run, fidelity: Fidelity | None) -> float:
+    if run.encoding.name == "sampled":
+        return _ALLOWED_DRAWN
+    rounding = max(_ALLOWED.get(member.precision, _ALLOWED_BELOW) for member in run.members)
+    return rounding + (0.0 if fidelity is None else fidelity.worst_t)
+
+
+def _log_softmax(scaled_logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the last axis, of rows whose maximum is 0."""
+    logs: NDArray[np.float64] = scaled_logits - np.log(np.exp(scaled_logits).sum(axis=-1, keepdims=True))
+    return logs
+
+
+def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> NDArray[np.float64]:
+    batch = job.labeller.intake.batch(samples, view=view)
+    if batch.bad:
+        raise MismatchError(
+            f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
+        )
+    changed = np.flatnonzero(comparable(batch.content, stored_B) & (batch.content != stored_B))
+    if len(changed):
+        raise MismatchError(
+            f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
+            "data that was labelled as --data"
+        )
+    return job.labeller.scaled_logits(batch).double().cpu().numpy()
