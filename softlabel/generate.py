@@ -6,7 +6,7 @@ plan minus manifest -> label_shards -> write_shard -> commit
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +93,7 @@ def generate(
     preflight: bool = True,
     progress: bool | None = None,
     begin: Callable[[Preflight | None], None] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> GenerateSummary:
     """Run teachers over a dataset and store their combined soft labels; resumes what an earlier call left unfinished.
 
@@ -130,6 +131,7 @@ def generate(
         progress: show a bar; absent: if standard error is a terminal.
         begin: called with what preflight found, once the store is open and something is left to do, before the first
             image is labelled.
+        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
 
     Returns:
         Counts and times of this call.
@@ -168,6 +170,8 @@ def generate(
         device=device,
         key_fn=key_fn,
     )
+    if options is not None:
+        job.recorded["options"] = dict(options)
     with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(

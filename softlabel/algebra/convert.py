@@ -1,8 +1,9 @@
 """The same labels in another file format, encoding or shard size."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -26,6 +27,7 @@ def convert_store(
     encoding: Encoding | str | None = None,
     shard_rows: int | None = None,
     progress: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
     """Write the labels of a store in another file format, encoding or shard size.
 
@@ -41,6 +43,7 @@ def convert_store(
         encoding: an `Encoding`, or the name of one without parameters; absent: as it is.
         shard_rows: samples a shard; absent: as it is.
         progress: show a bar; absent: if standard error is a terminal.
+        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
 
     Raises:
         UsageError: nothing would change, or a parameter is out of range. MismatchError: the encoding cannot be made
@@ -70,7 +73,7 @@ def convert_store(
     if wanted != run.encoding:
         _refuse_impossible(str(store), run, wanted)
     recode, truth = convert_recode(samples, new)
-    return rewrite(samples, out, new, recode, command="convert", truth=truth, progress=progress)
+    return rewrite(samples, out, new, recode, command="convert", truth=truth, progress=progress, options=options)
 
 
 def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:

@@ -1,9 +1,10 @@
 """A store as files that other tools read without softlabel: Parquet of plain columns, or NumPy arrays."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from softlabel.algebra.export_hf import write_hf
 from softlabel.algebra.export_npz import write_npz
@@ -23,7 +24,12 @@ class ExportSummary:
 
 
 def export_store(
-    store: str | Path, out: str | Path, *, to: Literal["hf", "npz"], progress: bool | None = None
+    store: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["hf", "npz"],
+    progress: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> ExportSummary:
     """Write a store for pandas, polars, DuckDB and Hugging Face datasets (``hf``), or as NumPy arrays (``npz``).
 
@@ -32,7 +38,8 @@ def export_store(
     `scaled_logits_2`, ... in their place. Encoding ``topk``: `index` list<int32>, `value` list<float32> and `tail`
     list<float32> (one for each declared temperature); ``sampled``: `index` and `weight`, unused draws left out. What a
     row says of its view follows, as the store has it (`view_box`, `view_flip`, ...). The schema's metadata has all else
-    under `softlabel` as JSON.
+    under `softlabel` as JSON; `_softlabel-export.json`, which readers of Parquet folders pass over, has the same and
+    says whether the export is whole.
 
     ``npz`` is one file with the same names as arrays of N rows (`label` -100 when unlabelled, members as a second axis)
     and the JSON as array `softlabel`; it loads with ``allow_pickle=False``.
@@ -42,6 +49,7 @@ def export_store(
         out: a folder (``hf``), or a file whose name ends in .npz.
         to: ``hf`` or ``npz``.
         progress: show a bar; absent: if standard error is a terminal.
+        options: as JSON takes it: what the caller was given, kept with what the export says of itself.
 
     Raises:
         UsageError: a request that cannot be. MismatchError: `out` holds something else.
@@ -54,7 +62,7 @@ def export_store(
         raise UsageError(f"export: expected a path on this machine, found {out}; copy the export there afterwards")
     opened = open_whole(store, of="export", out=out)
     write = write_hf if to == "hf" else write_npz
-    written, size = write(opened, Path(out), progress)
+    written, size = write(opened, Path(out), progress, options)
     return ExportSummary(
         path=str(out),
         total_rows=len(opened),

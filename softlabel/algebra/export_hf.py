@@ -6,12 +6,14 @@ Legend: B rows of a batch, W numbers of a column in a row.
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, StoreError
@@ -20,10 +22,12 @@ from softlabel.store.folder import TEMPORARY, sync, writing
 from softlabel.store.reader import Store, StoredRows, open_store
 from softlabel.store.shard import IGNORE
 
-ABOUT = "softlabel-export.json"  # what is exported here, and whether all of it
+# What is exported here, with which options, and whether all of it. Readers of Parquet folders pass over the underscore.
+ABOUT = "_softlabel-export.json"
+_EARLIER = "softlabel-export.json"  # as it was called once
 
 
-def write_hf(store: Store, out: Path, progress: bool | None) -> tuple[int, int]:
+def write_hf(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> tuple[int, int]:
     about = describe(store)
     data = out / "data"
     state = _progress_of(out, about)
@@ -35,7 +39,7 @@ def write_hf(store: Store, out: Path, progress: bool | None) -> tuple[int, int]:
     with writing(out), bar_of(len(store), progress) as bar:
         if not state:
             out.mkdir(parents=True, exist_ok=True)
-            _put(out / ABOUT, _about_bytes(about, complete=False))
+            _put(out / ABOUT, _about_bytes(about, options, complete=False))
         data.mkdir(exist_ok=True)
         for number, record in enumerate(records):
             path = data / f"train-{number:05d}-of-{len(records):05d}.parquet"
@@ -57,15 +61,18 @@ def write_hf(store: Store, out: Path, progress: bool | None) -> tuple[int, int]:
             sync(data)
             for left in data.glob(f"{TEMPORARY}*"):
                 left.unlink()
-            _put(out / ABOUT, _about_bytes(about, complete=True))
+            _put(out / ABOUT, _about_bytes(about, options, complete=True))
+            (out / _EARLIER).unlink(missing_ok=True)
     return written, size
 
 
 def _progress_of(out: Path, about: dict[str, Any]) -> Literal["", "begun", "complete"]:
     """How far an export of this store into this folder is."""
-    path = out / ABOUT
+    path = out / (_EARLIER if (out / _EARLIER).exists() else ABOUT)
     try:
         found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and found.pop("checksum", None) not in (None, _checksum(found)):
+            raise ValueError("its bytes are not those that its checksum is of")
     except (FileNotFoundError, NotADirectoryError):
         if out.exists() and (not out.is_dir() or any(not one.name.startswith(TEMPORARY) for one in out.iterdir())):
             raise MismatchError(
@@ -74,14 +81,12 @@ def _progress_of(out: Path, about: dict[str, Any]) -> Literal["", "begun", "comp
         return ""
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: cannot be read: {error}; remove the folder and export again") from None
-    if not isinstance(found, dict) or {**found, "complete": None} != {
-        **json.loads(json.dumps(about)),
-        "complete": None,
-    }:
+    whole = isinstance(found, dict) and found.pop("complete", None) is True
+    if not isinstance(found, dict) or {**found, "options": None} != {**json.loads(json.dumps(about)), "options": None}:
         raise MismatchError(
             f"{out}: expected an export of store {about['store_id']}, found another; choose another folder"
         )
-    return "complete" if found.get("complete") is True else "begun"
+    return "complete" if whole else "begun"
 
 
 def _schema(store: Store) -> Any:
@@ -129,8 +134,13 @@ def _lists(array_BW: Array, used_BW: Array | None) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def _about_bytes(about: dict[str, Any], *, complete: bool) -> bytes:
-    return (json.dumps({**about, "complete": complete}, indent=1) + "\n").encode()
+def _about_bytes(about: dict[str, Any], options: Mapping[str, Any] | None, *, complete: bool) -> bytes:
+    said = {**about, "options": None if options is None else dict(options), "complete": complete}
+    return (json.dumps({**said, "checksum": _checksum(said)}, indent=1) + "\n").encode()
+
+
+def _checksum(said: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())
 
 
 def _put(path: Path, data: bytes) -> None:

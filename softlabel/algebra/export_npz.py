@@ -4,7 +4,7 @@ import json
 import os
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from softlabel.store.folder import TEMPORARY, sync, writing
 from softlabel.store.reader import Store, open_store
 
 
-def write_npz(store: Store, out: Path, progress: bool | None) -> tuple[int, int]:
+def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> tuple[int, int]:
     if out.suffix != ".npz":
         raise UsageError(f"export: with --to npz, expected a file name that ends in .npz, found {out.name!r}")
     about = describe(store)
@@ -34,7 +34,11 @@ def write_npz(store: Store, out: Path, progress: bool | None) -> tuple[int, int]
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with zipfile.ZipFile(temporary, "w") as archive:
-                _add(archive, "softlabel", np.array(json.dumps(about)))
+                _add(
+                    archive,
+                    "softlabel",
+                    np.array(json.dumps(about if options is None else {**about, "options": dict(options)})),
+                )
                 _add(archive, "temperature", np.array(run.temperature))
                 if run.class_names is not None:
                     _add(archive, "class_names", np.array(run.class_names))
@@ -97,8 +101,10 @@ def _stream(
 def _refuse_other_npz(out: Path, about: dict[str, Any]) -> None:
     try:
         with np.load(out, allow_pickle=False) as found:
-            same = json.loads(str(found["softlabel"])) == json.loads(json.dumps(about))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            there = json.loads(str(found["softlabel"]))
+            there.pop("options", None)
+            same = there == json.loads(json.dumps(about))
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
         same = False
     if not same:
         raise MismatchError(

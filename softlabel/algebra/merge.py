@@ -1,8 +1,9 @@
 """Several stores of different samples -> one."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -14,7 +15,13 @@ from softlabel.store.manifest import DatasetInfo
 from softlabel.store.reader import Store
 
 
-def merge_stores(stores: Sequence[str | Path], out: str | Path, *, progress: bool | None = None) -> RewriteSummary:
+def merge_stores(
+    stores: Sequence[str | Path],
+    out: str | Path,
+    *,
+    progress: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> RewriteSummary:
     """One store of the samples of several, in the order given; not one number of a label changes.
 
     The merged dataset is the datasets one behind the other: its fingerprint is that of a source which lists their
@@ -25,6 +32,7 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, *, progress: boo
             classes, file format and rows per shard, which have no key in common.
         out: folder of the new one.
         progress: show a bar; absent: if standard error is a terminal.
+        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
 
     Raises:
         UsageError: fewer than two stores. MismatchError: stores differ or share keys, or `out` holds another store.
@@ -58,6 +66,7 @@ def merge_stores(stores: Sequence[str | Path], out: str | Path, *, progress: boo
         truth="carried",
         progress=progress,
         recorded={"data": places},
+        options=options,
     )
 
 

@@ -4,9 +4,9 @@ Legend: B rows, C classes, M members, K kept classes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ def combine_store(
     rule: Literal["probs", "logits"] | None = None,
     temperature: float | None = None,
     progress: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
     """Mix the members of a store that kept them, or change the temperature of one that did not, without a teacher.
 
@@ -49,6 +50,7 @@ def combine_store(
         rule: ``logits`` averages logits (the default), ``probs`` the softmax at `temperature`.
         temperature: of the new store; the store's own when absent.
         progress: show a bar; absent: if standard error is a terminal.
+        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
 
     Raises:
         UsageError: a request that cannot be. MismatchError: it is not exact with what this store holds, or `out` holds
@@ -79,7 +81,9 @@ def combine_store(
     recorded = {}
     if chosen is not None and isinstance(specs, list | tuple) and len(specs) == len(run.members):
         recorded["teachers"] = [specs[number] for number in chosen]
-    return rewrite(samples, out, new, recode, command="combine", truth=truth, progress=progress, recorded=recorded)
+    return rewrite(
+        samples, out, new, recode, command="combine", truth=truth, progress=progress, recorded=recorded, options=options
+    )
 
 
 def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = None) -> tuple[Recode, Truth]:

@@ -74,11 +74,12 @@ def rewrite(
     progress: bool | None,
     recorded: Mapping[str, Any] | None = None,
     lost: Collection[int] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
     """Write the store `run` from `samples`, or what is missing of it.
 
     recorded: what to record otherwise than the first source does. lost: shards of a finished store to write again,
-    which change nothing that is recorded of it; None: nothing is repaired.
+    which change nothing that is recorded of it; None: nothing is repaired. options: kept in the manifest.
 
     Raises:
         MismatchError: `out` holds a store of another run or one that was made in another way.
@@ -87,10 +88,13 @@ def rewrite(
     """
     started = time.perf_counter()
     made = _provenance(samples.stores, command)
-    notes: Mapping[str, Any] | None = None
+    notes: dict[str, Any] | None = None
     if lost is None:
         _refuse_other(out, made)
         notes = {**samples.stores[0].manifest.recorded, **(recorded or {}), "derived": made}
+        notes.pop("options", None)  # those of the first source did not make this one
+        if options is not None:
+            notes["options"] = dict(options)
     steps: list[tuple[int, Fidelity | None]] = []
     written = 0
     with Committer.open(out, run, notes, relabel=lost) as committer:

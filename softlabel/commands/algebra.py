@@ -1,10 +1,7 @@
 """The commands that make stores and files out of stores: combine, merge, convert, export."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from softlabel.commands.config import write_config
 
 if TYPE_CHECKING:
     from softlabel.algebra import RewriteSummary
@@ -41,7 +38,7 @@ def combine(
     from softlabel.algebra import combine_store
 
     return _tell(
-        options, combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature)
+        combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature, options=options)
     )
 
 
@@ -60,7 +57,7 @@ def merge(stores: list[str], /, *, out: str) -> int:
     options = dict(locals())
     from softlabel.algebra import merge_stores
 
-    return _tell(options, merge_stores(stores, out))
+    return _tell(merge_stores(stores, out, options=options))
 
 
 def convert(
@@ -100,7 +97,8 @@ def convert(
     wanted = None
     if encoding is not None:
         wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, None)
-    return _tell(options, convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows))
+    done = convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows, options=options)
+    return _tell(done)
 
 
 def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
@@ -119,24 +117,18 @@ def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
     options = dict(locals())
     from softlabel.algebra import export_store
 
-    done = export_store(store, out, to=to)
+    done = export_store(store, out, to=to, options=options)
     if not done.files_written:
         print(f"{done.path}: already exported, {done.total_rows:,} rows; nothing to do")
     else:
-        beside = Path(out)
-        if to == "hf":
-            write_config(out, options)
-        else:
-            write_config(str(beside.parent), options, f"{beside.stem}.config.yaml")
         print(f"{done.path}: {done.total_rows:,} rows, {done.bytes:,} bytes, in {done.seconds:.1f} s")
     return 0
 
 
-def _tell(options: Mapping[str, object], summary: "RewriteSummary") -> int:
+def _tell(summary: "RewriteSummary") -> int:
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return 0
-    write_config(summary.path, options)
     print(f"{summary.path}: complete, {summary.total_rows:,} rows, {summary.bytes:,} bytes, in {summary.seconds:.1f} s")
     if summary.step is not None:
         print(f"  encoding them again cost {nats(summary.step)}")

@@ -1,25 +1,25 @@
-"""The resolved options of a command, kept beside what it wrote."""
+"""The resolved options of a command, as files and as a store keeps them."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softlabel.errors import StoreError, UsageError
 
-NAME = "config.yaml"
+if TYPE_CHECKING:
+    from softlabel.store.manifest import Manifest
 
 
-def write_config(folder: str, options: Mapping[str, object], name: str = NAME) -> None:
-    """The resolved options in a folder (or behind an fsspec URL), as a file that ``--config`` takes.
+def write_config(path: Path, options: Mapping[str, object]) -> None:
+    """The resolved options as a file that ``--config`` takes.
 
     Raises:
         StoreError: it cannot be written.
     """
-    import fsspec
     import yaml
 
-    path = f"{folder.rstrip('/')}/{name}"
     try:
-        with fsspec.open(path, "w", encoding="utf-8") as file:
-            file.write(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise StoreError(f"{path}: cannot write: {error}") from error
 
@@ -33,6 +33,23 @@ def local(path: str, option: str) -> str:
     if not path or "://" in path:
         raise UsageError(f"{option}: expected a path on this machine, found {path!r}")
     return path
+
+
+def options_of(store: object, manifest: "Manifest") -> str:
+    """The options that a store was made with, as a file that ``--config`` takes.
+
+    Raises:
+        UsageError: its manifest records none.
+    """
+    import yaml
+
+    found = manifest.recorded.get("options")
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{store}: expected the options that it was made with in its manifest, found none: another "
+            "program made it, or an earlier version"
+        )
+    return yaml.safe_dump(dict(found), sort_keys=False, allow_unicode=True)
 
 
 def read_options(path: str) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import shlex
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.commands.config import read_options, write_config
+from softlabel.commands.config import read_options
 from softlabel.commands.telling import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
@@ -103,7 +103,6 @@ def generate(
     deployment = _deployment(scheduler, cluster, workers, cluster_options, shard_seconds)
 
     def begin(found: "Preflight | None") -> None:
-        write_config(out, options)
         if found is not None:
             tell_preflight(out, found, cluster=deployment is not None)
 
@@ -135,6 +134,7 @@ def generate(
         deployment=deployment,
         preflight=not no_preflight,
         begin=begin,
+        options=options,
     )
     tell(summary, data)
     return 0

@@ -1,5 +1,6 @@
 """Commands about one store: inspect, verify, repair, extend."""
 
+from softlabel.commands.config import options_of
 from softlabel.commands.telling import tell
 from softlabel.errors import UsageError
 
@@ -7,7 +8,7 @@ DAMAGED = 3  # exit code of `verify`
 BAD_SHOWN = 10
 
 
-def inspect(store: str, /, *, json: bool = False) -> int:
+def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     """Show what a store holds: its teachers, temperature, encoding and its cost, rows, bad images.
 
     Works on a store that is not finished, too.
@@ -18,6 +19,7 @@ def inspect(store: str, /, *, json: bool = False) -> int:
     Args:
         store: folder of the store.
         json: print the manifest as JSON.
+        options: print the options that it was made with as YAML, which --config takes.
     """
     import dataclasses
     from json import dumps
@@ -27,6 +29,9 @@ def inspect(store: str, /, *, json: bool = False) -> int:
 
     opened = open_store(store, allow_incomplete=True)
     manifest = opened.manifest
+    if options:
+        print(options_of(opened.path, manifest), end="")
+        return 0
     if json:
         print(dumps(dataclasses.asdict(manifest), indent=2))
         return 0

@@ -115,5 +115,5 @@ def evaluate(
     print(found)
     if out is not None:
         path.write_text(dumps(found.to_dict(), indent=2) + "\n")
-        write_config(str(path.parent), options, f"{path.stem}.config.yaml")
+        write_config(path.with_name(f"{path.stem}.config.yaml"), options)
     return 0

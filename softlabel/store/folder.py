@@ -43,9 +43,15 @@ def writing(where: object) -> Iterator[None]:
             code = next((number for number in _FULL if f"rrno {number}" in str(error)), None)
             code = code or (errno.ENOSPC if "No space left" in str(error) else None)
         reason = _FULL.get(code or 0) or error.strerror or str(error)
-        raise StoreError(
-            f"{where}: cannot write: {reason}; what was finished is kept: make room and run the same command again"
-        ) from error
+        if code in _FULL:
+            cure = "what was finished is kept: make room and run the same command again"
+        elif isinstance(error, FileNotFoundError):
+            cure = "make the folder or bucket first, or choose another"
+        elif isinstance(error, PermissionError) or code == errno.EROFS:
+            cure = "what was finished is kept: get the right to write there, or choose another folder"
+        else:
+            cure = "what was finished is kept: run the same command again once it can"
+        raise StoreError(f"{where}: cannot write: {reason}; {cure}") from error
 
 
 def file_xxh3(path: Path) -> str:

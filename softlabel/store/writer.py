@@ -20,7 +20,7 @@ import xxhash
 
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError
 from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, open_folder, sync, writing
-from softlabel.store.lease import Lease
+from softlabel.store.lease import Lease, NoLease, take_lease
 from softlabel.store.listing import load_for_writing
 from softlabel.store.manifest import (
     EXTRA_FILE,
@@ -109,7 +109,7 @@ class Committer:
     """
 
     def __init__(
-        self, folder: Folder, lease: Lease | RemoteLease, manifest: Manifest, records: dict[int, ShardRecord]
+        self, folder: Folder, lease: Lease | RemoteLease | NoLease, manifest: Manifest, records: dict[int, ShardRecord]
     ) -> None:
         self._folder, self._lease = folder, lease
         self._manifest = manifest
@@ -139,13 +139,14 @@ class Committer:
         again in the shards. None: nothing is repaired.
 
         Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
-        shards are gone or cut (repair relabels them), StoreError when the disk does not take it.
+        shards are gone or cut (repair relabels them), StoreError when the disk does not take it. A finished store of
+        the run on a disk that is read-only is taken as it is.
         """
         folder = open_folder(root)
         folder.check_root()
         with writing(folder):
             folder.create()
-            lease = folder.lease()
+            lease = take_lease(folder)
         try:
             with writing(folder):
                 return cls._open(folder, lease, run, recorded or {}, grow, relabel)
@@ -157,7 +158,7 @@ class Committer:
     def _open(
         cls,
         folder: Folder,
-        lease: Lease | RemoteLease,
+        lease: Lease | RemoteLease | NoLease,
         run: Run,
         recorded: Json,
         grow: bool,
@@ -193,6 +194,7 @@ class Committer:
         self._check_sizes()
         self._collect_temporaries()
         if not self._manifest.complete:
+            self._refuse_without_lease()
             if recorded:
                 self._manifest = dataclasses.replace(manifest, recorded={**manifest.recorded, **recorded})
             self._adopt()
@@ -269,7 +271,8 @@ class Committer:
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}
                 self._append(list(self._pending.values()), complete=True, recorded=both)
-            self._collect_orphans()
+            if not isinstance(self._lease, NoLease):
+                self._collect_orphans()
         return self._manifest
 
     def close(self) -> None:
@@ -294,6 +297,7 @@ class Committer:
 
     def _append(self, records: list[ShardRecord], **changes: Any) -> None:
         """Publish segments and root with these records and `changes`; memory follows only once the disk has them."""
+        self._refuse_without_lease()
         self._torn = True
         segments = list(self._manifest.segments)
         tail, open_tail = [*self._tail, *records], bool(self._tail)
@@ -326,7 +330,12 @@ class Committer:
         if records:
             self._drop_old_tails()
 
+    def _refuse_without_lease(self) -> None:
+        if isinstance(self._lease, NoLease):
+            raise self._lease.refused
+
     def _publish_root(self, manifest: Manifest) -> None:
+        self._refuse_without_lease()
         raw = encode_root(manifest)
         if len(raw) > ROOT_LIMIT:
             raise StoreError(f"{self._folder}: its manifest would have {len(raw)} bytes, at most {ROOT_LIMIT} are read")
@@ -365,6 +374,8 @@ class Committer:
                 )
 
     def _collect_temporaries(self) -> None:
+        if isinstance(self._lease, NoLease):
+            return
         for name in [*self._folder.sizes("."), *(name for sub in SUBFOLDERS for name in self._folder.sizes(sub))]:
             if name.rsplit("/", 1)[1].startswith(TEMPORARY):
                 self._folder.remove(name)

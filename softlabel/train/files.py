@@ -121,6 +121,10 @@ def run_folder(
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
+        if is_finished(folder) and not overwrite:  # on a disk that is read-only, say: there is nothing to write
+            _check_identity(folder, identity)
+            yield
+            return
         raise UsageError(f"{folder}: cannot be used as a run folder: {error}") from error
     with lock:
         try:

@@ -4,12 +4,15 @@ A new report is one more `Case` in the table of its kind. `make` writes the file
 the working folder, and returns the command line; the command runs in this process, as `softlabel` would.
 """
 
+import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -380,3 +383,78 @@ def test_input(
         assert not re.search(pattern, printed), f"unexpected {pattern!r} in\n{printed}"
     if case.check is not None:
         case.check(tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Make a folder read-only for whoever runs the tests, root too."""
+    mounted: list[Path] = []
+
+    def protect(folder: Path) -> None:
+        for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]):
+            done = subprocess.run(command, capture_output=True, check=False)
+            if done.returncode:
+                pytest.skip(f"cannot mount a folder read-only here: {done.stderr.decode().strip()}")
+            mounted.append(folder)
+        with pytest.raises(OSError, match="Read-only"):
+            (folder / "probe").touch()
+
+    yield protect
+    for folder in dict.fromkeys(mounted):
+        subprocess.run(["umount", folder], capture_output=True, check=True)
+
+
+def test_what_is_finished_needs_nothing_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    read_only: Callable[[Path], None],
+) -> None:
+    """The same commands again over a store, a mixture, an export and a run on a disk that takes no writes."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data.parquet", 8)
+    torch.save(weights(), tmp_path / "w.pt")
+    given = ["generate", "--data", "data.parquet", "--teacher", "zoo:resnet8@w.pt", "--batch-size", "8"]
+    generate = [*given, "--device", "cpu", "--out", "made/labels"]
+    student = ["--student", "zoo:cnn2", "--epochs", "1", "--batch-size", "8", "--tensorboard=no", "--device", "cpu"]
+    commands = [
+        generate,
+        ["combine", "made/labels", "made/mixed", "--temperature", "2"],
+        ["export", "made/labels", "made/exported", "--to", "hf"],
+        ["train", "--data", "data.parquet", "--labels", "made/labels", "--out", "made/run", *student],
+        ["verify", "made/labels"],
+        ["repair", "made/labels", "--device", "cpu"],
+    ]
+    for command in commands:
+        assert main(command) == 0
+    read_only(tmp_path / "made")
+    capsys.readouterr()
+    for command in commands:
+        assert main(command) == 0, (command, capsys.readouterr())
+    said = capsys.readouterr().out
+    assert said.count("nothing to do") == 3
+    assert "already trained" in said
+    assert "nothing to repair" in said
+    write_dataset(tmp_path / "grown.parquet", 12)
+    for other in ([*generate, "--grow", "--data", "grown.parquet"], [*given, "--out", "made/new"]):
+        assert main(other) == 1
+        told = capsys.readouterr().err
+        assert "Read-only file system; what was finished is kept: get the right to write there" in told
+
+
+def test_the_folder_of_an_export_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data.parquet", 8)
+    torch.save(weights(), tmp_path / "w.pt")
+    out = ["--out", "labels", "--device", "cpu", "--batch-size", "8", "--shard-rows", "4"]
+    assert main(["generate", "--data", "data.parquet", "--teacher", "zoo:resnet8@w.pt", *out]) == 0
+    assert main(["export", "labels", "exported", "--to", "hf"]) == 0
+    frame = pandas.read_parquet("exported")
+    with open_store("labels") as store:
+        rows = store.take(range(8))
+        assert frame["key"].tolist() == list(rows.keys)
+        wanted = rows.scaled_logits - rows.scaled_logits.max(axis=1, keepdims=True)
+        assert np.array_equal(np.stack(frame["scaled_logits"]), wanted)
+    said = json.loads((tmp_path / "exported" / "_softlabel-export.json").read_text())
+    assert said["options"] == {"store": "labels", "out": "exported", "to": "hf"}

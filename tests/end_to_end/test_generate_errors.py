@@ -347,7 +347,10 @@ def test_configuration_files(ready: Path, tmp_path: Path) -> None:
     assert "teacher: zoo:" in config.read_text()
     run("generate", "--config", config, "--temperature", 3)
     assert softlabel.open_store(tmp_path / "store").run.temperature == 3
-    beside = (tmp_path / "store" / "config.yaml").read_text()
-    assert "temperature: 3" in beside
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"manifest.json", "shards", "segments"}
+    # The options lie in the manifest, which is hashed, and are a configuration again.
+    config.write_text(run("inspect", tmp_path / "store", "--options").stdout)
+    assert "temperature: 3" in config.read_text()
+    assert "already complete" in run("generate", "--config", config).stdout
     assert run("generate", "--config", tmp_path / "none.yaml", code=2).stderr
     assert len(CLASSES) == softlabel.open_store(tmp_path / "store").run.num_classes

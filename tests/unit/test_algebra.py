@@ -20,7 +20,7 @@ import xxhash
 from softlabel.algebra import combine_store, convert_store, export_store, merge_stores
 from softlabel.cli import main
 from softlabel.encoding import FidelityMeter, encode
-from softlabel.errors import MismatchError, StoreCorruptError, UsageError
+from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generate import generate
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Extent, Member, Run
@@ -562,7 +562,14 @@ def test_export_is_read_by_pyarrow_and_says_what_it_is(tmp_path: Path) -> None:
     assert files_of(folder) == before
     # What a kill leaves: some files, and no word of completeness.
     files[2].unlink()
-    said = json.loads((folder / "softlabel-export.json").read_text())
+    note = folder / "_softlabel-export.json"
+    said = json.loads(note.read_text())
+    note.write_text(json.dumps({**said, "complete": False}))
+    with pytest.raises(StoreError, match="checksum"):
+        export_store(tmp_path / "a", folder, to="hf")
+    # An earlier version wrote no checksum, under another name.
+    note.unlink()
+    del said["checksum"]
     (folder / "softlabel-export.json").write_text(json.dumps({**said, "complete": False}))
     assert export_store(tmp_path / "a", folder, to="hf").files_written == 1
     assert files_of(folder) == before
@@ -571,7 +578,7 @@ def test_export_is_read_by_pyarrow_and_says_what_it_is(tmp_path: Path) -> None:
 def test_export_is_read_by_pandas(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     store, folder = exported(tmp_path)
-    check_columns({name: column.tolist() for name, column in pandas.read_parquet(folder / "data").items()}, store)
+    check_columns({name: column.tolist() for name, column in pandas.read_parquet(folder).items()}, store)
 
 
 def test_export_is_read_by_polars(tmp_path: Path) -> None:
