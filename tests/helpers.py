@@ -1,12 +1,17 @@
 """What several tests build: small image files of real formats, teachers with weights, runs of the command line."""
 
+import importlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from softlabel.cli import main
 from softlabel.models import build_model
 
 CLASSES = ("red", "green", "blue", "grey")
+ROOT = Path(__file__).parent.parent
 
 
 def jpeg(seed: int, size: int = 32) -> bytes:
@@ -74,17 +81,50 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
+@contextmanager
+def command_line_process(folder: Path) -> Iterator[tuple[io.TextIOWrapper, io.TextIOWrapper]]:
+    """What the command line would find in a process of its own: its folder, streams, log and modules of the folder.
+
+    Yields its standard output and its standard error.
+    """
+    # As pipes in UTF-8 are, so that text that cannot be encoded fails here too.
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict", write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+    log = logging.getLogger()
+    handlers, log.handlers = log.handlers, []  # pytest's, with which the command line would install none
+    level, known, path = log.level, set(sys.modules), list(sys.path)
+    try:
+        with (
+            chdir(folder),
+            mock.patch.dict(os.environ, environment()),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.showwarning = lambda *told, **_: err.write(warnings.formatwarning(*told[:4]))
+            sys.path.insert(0, str(folder))
+            importlib.invalidate_caches()
+            yield out, err
+    finally:
+        log.handlers = handlers
+        log.setLevel(level)
+        sys.path[:] = path
+        for name in set(sys.modules) - known:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == folder and folder != ROOT:
+                del sys.modules[name]  # another test may have another module of this name
+
+
 def softlabel(*arguments: object, cwd: Path | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would; asserts the exit code and that nobody ever sees a traceback."""
-    done = subprocess.run(
-        [sys.executable, "-m", "softlabel", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(),
-        check=False,
-        timeout=280,
-    )
+    """Run the command line as a user would, in this process (importing torch takes seconds); asserts the exit code."""
+    with command_line_process(cwd or Path.cwd()) as (out, err):
+        try:
+            ended = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            ended = left.code if isinstance(left.code, int) else int(left.code is not None)
+    printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    done = subprocess.CompletedProcess(arguments, ended, printed, told)
     assert "Traceback" not in done.stderr, done.stderr
     if code is not None:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"

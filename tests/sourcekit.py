@@ -1,6 +1,7 @@
 """What the tests of data sources share: members of tar files, and an S3 server in this process."""
 
 import io
+import logging
 import os
 import tarfile
 import uuid
@@ -21,6 +22,7 @@ def s3_server() -> Iterator[str]:
     """A server of the S3 protocol and the URL of an empty bucket on it; the environment leads to it."""
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # its requests are not what the command line prints
     server.start()
     host, port = server.get_host_and_port()
     names = {
