@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -129,3 +130,8 @@ def softlabel(*arguments: object, cwd: Path | None = None, code: int | None = 0)
     if code is not None:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def beside_source(stderr: str) -> list[str]:
+    """The lines on standard error but those that say what a source holds, with which every run begins."""
+    return [line for line in stderr.splitlines() if not re.search(r": [0-9,]+ samples, ", line)]

@@ -13,7 +13,7 @@ import softlabel
 from softlabel.errors import DataError
 from softlabel.models import build_model
 from softlabel.trial import sample_indices
-from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher
+from tests.helpers import CLASSES, beside_source, jpeg, write_parquet, write_teacher
 from tests.helpers import softlabel as run
 
 ROWS = 160
@@ -66,7 +66,7 @@ def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path
     assert "encoding float16: 8 bytes a row" in plan
     accuracy = float(re.search(r"on [0-9]+ images of the sample: ([0-9.]+)", plan)[1])  # type: ignore[index]
     assert 0.9 <= accuracy <= 1
-    assert done.stderr.count("\n") == 1, "what the data are, and nothing else"
+    assert beside_source(done.stderr) == []
     totals = softlabel.open_store(tmp_path / "store").manifest.totals
     planned = re.search(r"about ([0-9.]+) kB in", plan)
     assert planned is not None
@@ -94,7 +94,7 @@ def test_a_resumed_run_plans_what_is_left(ready: Path, tmp_path: Path) -> None:
 def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> None:
     done = run(*command(ready, tmp_path / "store", data="random"), "--no-preflight")
     assert done.stdout.startswith(f"{tmp_path / 'store'}: complete")
-    assert done.stderr.count("\n") == 1, "what the data are, and nothing else"
+    assert beside_source(done.stderr) == []
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready
         (disk / "filler").write_bytes(bytes(50 * 1024))
         options = command(ready, disk / "store")
         done = run(*options, code=1)
-        assert len([line for line in done.stderr.splitlines() if line.startswith("softlabel: ")]) == 1, done.stderr
-        need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", done.stderr))
+        (line,) = beside_source(done.stderr)
+        need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", line))
         assert need == ROWS * (8 + 24 + len("image-00000.jpg"))
         assert free < 64 * 1024 - 50 * 1024
         assert "--encoding" in done.stderr

@@ -1,6 +1,7 @@
 """What the options of training do, each against something that is not the trainer."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -212,7 +213,8 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on(
     train(config(digits, tmp_path / "straight", checkpoint_minutes=0, epochs=20))
 
     def kill(loader: SoftLabelLoader) -> None:
-        os.kill(loader._batches._iterator._workers[0].pid, signal.SIGKILL)
+        worker = next(child for child in multiprocessing.active_children() if child.daemon)
+        os.kill(worker.pid or 0, signal.SIGKILL)
 
     interrupted(monkeypatch, kill)
     rest = {"workers": 2, "checkpoint_minutes": 0, "epochs": 20, "cache_mb": 0}
