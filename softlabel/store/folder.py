@@ -54,6 +54,19 @@ def writing(where: object) -> Iterator[None]:
         raise StoreError(f"{where}: cannot write: {reason}; {cure}") from error
 
 
+@contextlib.contextmanager
+def reading(where: object) -> Iterator[None]:
+    """Tell what cannot be reached (a StoreError) from what is damaged or not there, which passes."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno in (None, errno.EIO):  # of a library that read a broken file, or of a broken disk
+            raise
+        raise StoreError(f"{where}: cannot be read: {error.strerror}; nothing says that it is damaged") from error
+
+
 def file_xxh3(path: Path) -> str:
     """xxh3-128 of a file's bytes as 32 hexadecimal digits."""
     with open(path, "rb", buffering=0) as file:
@@ -101,7 +114,9 @@ class Folder:
 
     def check_root(self) -> None:
         """Raises StoreError where no store can be."""
-        if self.root.exists() and not self.root.is_dir():
+        with reading(self):
+            taken = self.root.exists() and not self.root.is_dir()
+        if taken:
             raise StoreError(f"{self}: is a file; a store is a folder, choose another path")
 
     def lease(self) -> "Lease | RemoteLease":
@@ -127,16 +142,20 @@ class Folder:
     def read(self, name: str, limit: int) -> bytes:
         """A whole small file. FileNotFoundError when absent, StoreCorruptError when it is a link, odd or too large."""
         path = self.path(name)
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
-        with open(handle, "rb") as file:
-            size = self._regular(path, os.fstat(handle))
-            if size > limit:
-                raise StoreCorruptError(f"{path}: expected at most {limit} bytes, found {size}; not a softlabel store")
-            return file.read(limit + 1)
+        with reading(path):
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+            with open(handle, "rb") as file:
+                size = self._regular(path, os.fstat(handle))
+                if size > limit:
+                    raise StoreCorruptError(
+                        f"{path}: expected at most {limit} bytes, found {size}; not a softlabel store"
+                    )
+                return file.read(limit + 1)
 
     def size(self, name: str) -> int:
         """Bytes of a regular file. FileNotFoundError when absent, StoreCorruptError for a link or device."""
-        return self._regular(self.path(name), os.lstat(self.path(name)))
+        with reading(self.path(name)):
+            return self._regular(self.path(name), os.lstat(self.path(name)))
 
     def _regular(self, path: Path, status: os.stat_result) -> int:
         if not stat.S_ISREG(status.st_mode) or path.is_symlink() or self._linked(path):
@@ -152,7 +171,7 @@ class Folder:
         if folder.is_symlink():
             raise StoreCorruptError(f"{folder}: is a link; the folders of a store must lie inside it")
         try:
-            with os.scandir(folder) as entries:
+            with reading(folder), os.scandir(folder) as entries:
                 return {
                     f"{subfolder}/{entry.name}": entry.stat(follow_symlinks=False).st_size
                     if entry.is_file(follow_symlinks=False)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from softlabel.errors import StoreCorruptError
+from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Array
+from softlabel.store.folder import reading
 from softlabel.store.keys import Keys
 from softlabel.store.shard import (
     IDENTITY_LIMIT,
@@ -249,8 +250,9 @@ class Hdf5Shard:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
-    except (StoreCorruptError, FileNotFoundError):
+        with reading(path):
+            yield
+    except (StoreError, FileNotFoundError):
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

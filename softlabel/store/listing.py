@@ -7,7 +7,7 @@ import safetensors
 import safetensors.numpy
 import xxhash
 
-from softlabel.errors import StoreCorruptError, StoreError, StoreNotFoundError
+from softlabel.errors import StoreCorruptError, StoreNotFoundError
 from softlabel.store.columns import Array
 from softlabel.store.folder import Folder
 from softlabel.store.manifest import (
@@ -35,8 +35,6 @@ def load_root(folder: Folder) -> Manifest:
         raise StoreNotFoundError(
             f"{folder}: no store here (no {ROOT_NAME}); check the path, or write one with 'softlabel generate'"
         ) from None
-    except PermissionError as error:
-        raise StoreError(f"{folder}: cannot be read: {error.strerror}") from None
     return decode_root(raw, folder.where(ROOT_NAME))
 
 

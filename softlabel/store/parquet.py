@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabel.errors import StoreCorruptError
+from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import ROW_NAMES, Array, Column
+from softlabel.store.folder import reading
 from softlabel.store.keys import Keys
 from softlabel.store.shard import (
     IDENTITY_LIMIT,
@@ -291,8 +292,9 @@ def _words(schema: Any) -> str:
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
-        yield
-    except (StoreCorruptError, FileNotFoundError):
+        with reading(path):
+            yield
+    except (StoreError, FileNotFoundError):
         raise
     except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, KeyError, IndexError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

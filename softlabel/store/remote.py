@@ -111,7 +111,7 @@ class RemoteFolder(Folder):
         pass  # objects need no folders
 
     def lease(self) -> RemoteLease:
-        with _failing(self.url):
+        with _failing(self.url, writing=True):
             self._lease = RemoteLease(self)
         return self._lease
 
@@ -150,7 +150,7 @@ class RemoteFolder(Folder):
         return Path(tempfile.gettempdir()) / f"{TEMPORARY}softlabel-{os.getpid()}-{uuid.uuid4().hex}"
 
     def publish(self, temporary: Path, name: str, xxh3: str) -> None:
-        with _failing(self.where(name)):
+        with _failing(self.where(name), writing=True):
             size = temporary.stat().st_size
             try:
                 there = self.size(name) == size
@@ -172,12 +172,12 @@ class RemoteFolder(Folder):
         self.write(name, data)
 
     def write(self, name: str, data: bytes) -> None:
-        with _failing(self.where(name)):
+        with _failing(self.where(name), writing=True):
             self._fs.pipe_file(self._object(name), data)
 
     def create_object(self, name: str, data: bytes) -> bool:
         """Put an object if there is none of this name; whether it was put."""
-        with _failing(self.where(name)):
+        with _failing(self.where(name), writing=True):
             try:
                 self._fs.pipe_file(self._object(name), data, mode="create")
             except FileExistsError:
@@ -189,7 +189,7 @@ class RemoteFolder(Folder):
         return True
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _failing(self.where(name)):
+        with contextlib.suppress(FileNotFoundError), _failing(self.where(name), writing=True):
             self._fs.rm_file(self._object(name))
 
     def make(self, subfolder: str) -> None:
@@ -210,15 +210,18 @@ class RemoteFolder(Folder):
 
 
 @contextlib.contextmanager
-def _failing(where: str) -> Iterator[None]:
+def _failing(where: str, *, writing: bool = False) -> Iterator[None]:
     """What a file system's library raises, as StoreError or FileNotFoundError."""
+    what = "written" if writing else "read"
+    after = "; what was put stays" if writing else "; nothing says that it is damaged"
     try:
         yield
     except (StoreError, FileNotFoundError, FileExistsError):
         raise
     except PermissionError as error:
-        raise StoreError(f"{where}: access denied: {error}") from None
+        raise StoreError(f"{where}: cannot be {what}: access denied: {error}{after}") from None
     except Exception as error:
         raise StoreError(
-            f"{where}: {type(error).__name__}: {str(error)[:300]}; try again, what was put stays"
+            f"{where}: cannot be {what}: {type(error).__name__}: {str(error)[:300]}{after}: check endpoint, network "
+            "and credentials, and run the same command again"
         ) from error

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from softlabel.errors import StoreCorruptError, StoreError, StoreIncompleteError, StoreNotFoundError
+from softlabel.errors import StoreCorruptError, StoreIncompleteError
 from softlabel.store.columns import ROW_NAMES
 from softlabel.store.decode import problem
-from softlabel.store.folder import Folder, file_xxh3, open_folder
+from softlabel.store.folder import Folder, file_xxh3, open_folder, reading
 from softlabel.store.index import U64, Hasher
 from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
@@ -49,14 +49,13 @@ def verify_store(
     """Check the whole store: hashes, footers, row counts, keys, ranges, finite values, manifest.
 
     workers: threads, the processor's cores by default. progress: called with (bytes done, bytes in all).
-    Raises StoreNotFoundError or StoreIncompleteError; damage is reported, not raised.
+    Raises StoreNotFoundError, StoreIncompleteError, and StoreError for what cannot be reached or is of another format
+    version; damage is reported, not raised.
     """
     folder = open_folder(path)
     try:
         manifest, records = load_manifest(folder)
-    except StoreNotFoundError:
-        raise
-    except StoreError as error:
+    except StoreCorruptError as error:
         return VerifyReport(rows=0, shards=0, bytes=0, problems=(str(error),))
     if not manifest.complete and not allow_incomplete:
         raise StoreIncompleteError(
@@ -116,14 +115,14 @@ def _check_shard(
         if (size := folder.size(record.file)) != record.bytes:
             text = f"expected {record.bytes} bytes, found {size}"
         else:
-            with folder.local(record.file) as local:
+            with reading(path), folder.local(record.file) as local:
                 text = _check_file(local, run, record, hasher, hashes)
     except FileNotFoundError:
         text = "is missing"
-    except OSError as error:
+    except OSError as error:  # the disk says so: what can be reached and cannot be read is damaged
         text = f"cannot be read: {error}"
-    except StoreError as error:
-        return [str(error)], hashes[0]
+    except StoreCorruptError as error:
+        return [f"{error}; {cure()}"], hashes[0]
     return [f"{path}: {text}; {cure()}"] if text else [], np.concatenate(hashes)
 
 
@@ -217,6 +216,6 @@ def _check_keys(folder: Folder, manifest: Manifest, records: list[ShardRecord]) 
     try:
         if len(store):
             store.lookup([store.keys[0]], view=int(store.views[0]))
-    except StoreError as error:
+    except StoreCorruptError as error:
         return [str(error)]
     return []

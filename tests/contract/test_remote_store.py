@@ -1,16 +1,18 @@
 """A store behind an fsspec URL: the same values, the manifest put last, one writer at a time."""
 
+import contextlib
 import json
 import pickle
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
+from softlabel.cli import main
 from softlabel.errors import StoreError, StoreIncompleteError, StoreLockedError, StoreNotFoundError
 from softlabel.store.reader import open_store
 from softlabel.store.verify import verify_store
@@ -23,6 +25,13 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "memory":
         yield f"memory://labels-{uuid.uuid4().hex}"
         return
+    with s3_server(monkeypatch) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The URL of a store's place on a server, and what stops the server."""
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
     server.start()
@@ -38,9 +47,34 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         s3fs.S3FileSystem.clear_instance_cache()  # one that knows this server's port
         name = f"labels-{uuid.uuid4().hex}"
         fsspec.filesystem("s3").mkdir(name)
-        yield f"s3://{name}/cifar"
+        yield f"s3://{name}/cifar", server.stop
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("lost", ["server", "credentials"])
+def test_what_cannot_be_reached_is_not_damaged(
+    lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with s3_server(monkeypatch) as (url, stop):
+        write_store(url, make_run())  # type: ignore[arg-type]
+        assert main(["verify", url]) == 0
+        capsys.readouterr()
+        if lost == "server":
+            stop()
+        else:
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+            monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        fsspec.filesystem("s3").clear_instance_cache()
+        monkeypatch.setattr(fsspec.filesystem("s3"), "retries", 1)
+        for command in ("verify", "repair", "inspect"):
+            assert main([command, url]) == 1
+            told = "".join(capsys.readouterr())
+            assert f"softlabel: {url}/manifest.json: cannot be read: " in told
+            assert "check endpoint, network and credentials" in told
+            for word in ("DAMAGED", f"damaged: {url}", "remove", "move it"):
+                assert word not in told
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -422,3 +423,36 @@ def test_verify_names_the_row_of_wrong_logits_under_a_right_hash(tmp_path: Path,
     (problem,) = verify_store(root).problems
     assert damaged in problem
     assert "row 5 of a block" in problem
+
+
+UNREADABLE = """
+import sys
+from pathlib import Path
+from softlabel.cli import main
+for root in sys.argv[1:]:
+    for name in ("manifest.json", "segments", "shards", "shards/*"):
+        paths = list(Path(root).glob(name))
+        modes = [path.stat().st_mode for path in paths]
+        for path in paths:
+            path.chmod(0)
+        assert main(["verify", root]) == 1, name
+        for path, mode in zip(paths, modes):
+            path.chmod(mode)
+"""
+
+
+def test_what_may_not_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """In a process that file permissions hold for, which they do not for root."""
+    powers = "-dac_override,-dac_read_search"
+    as_user = ["setpriv", f"--inh-caps={powers}", f"--bounding-set={powers}"] if os.geteuid() == 0 else []
+    if as_user and shutil.which("setpriv") is None:
+        pytest.skip("setpriv is not installed")
+    for format in FORMATS:
+        write_store(tmp_path / format, make_run(format))
+    code = [sys.executable, "-c", UNREADABLE, *(str(tmp_path / format) for format in FORMATS)]
+    done = subprocess.run([*as_user, *code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 * 4
+    for line in lines:
+        assert "cannot be read: Permission denied; nothing says that it is damaged" in line
