@@ -5,6 +5,7 @@ Legend: C classes, N labelled images.
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,32 @@ class _Answers:
     @property
     def accuracy(self) -> float:
         return float(self.right.mean())
+
+
+def compare_names(teacher: Teacher, class_names: Sequence[str] | None) -> str | None:
+    """What is odd about a teacher's own class names beside the data's: another order, or other classes."""
+    theirs = teacher.class_names
+    if theirs is None or class_names is None or len(theirs) != len(class_names):
+        return None
+    if all(re.fullmatch(r"n?\d+", name) for name in class_names):  # numbers, WordNet's too, say nothing
+        return None
+    names, own = [_synonyms(name) for name in class_names], [_synonyms(name) for name in theirs]
+    other = [number for number, (a, b) in enumerate(zip(own, names, strict=True)) if not a & b]
+    if not other:
+        return None
+    known = set().union(*names)
+    moved = [number for number in other if own[number] & known]
+    shown = ", ".join(f"class {n} is {theirs[n]!r} for it and {class_names[n]!r} in the data" for n in other[:3])
+    what = "are in another order than the data's" if len(moved) == len(other) else "are not named as the data's"
+    return (
+        f"{teacher.spec.text}: {len(other)} of its {len(theirs)} classes {what}: {shown}; give data whose classes are "
+        "the teacher's, or --ignore-labels"
+    )
+
+
+def _synonyms(name: str) -> set[str]:
+    """'Tench, Tinca_tinca' names a class twice."""
+    return {" ".join(re.split(r"[\s_-]+", part.strip().casefold())) for part in name.split(",")}
 
 
 def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabel.diagnosis import Diagnosis, diagnose
+from softlabel.diagnosis import Diagnosis, compare_names, diagnose
 from softlabel.errors import StoreError
 from softlabel.job import Job
 from softlabel.plan import Offer, offer
@@ -82,7 +82,8 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
     """
     run = job.run
     trial = label_sample(job, seed=seed)
-    remarks = check_repeatable(job.labeller, trial)
+    named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
+    remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)

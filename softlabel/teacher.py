@@ -17,9 +17,11 @@ from softlabel.models import (
     Program,
     Spec,
     build_network,
+    class_names_of,
     logits_of,
     own_preprocessing,
     parse_spec,
+    refuse_other_heads,
     refuse_precision,
     refuse_random,
     weights_sha256,
@@ -42,7 +44,8 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """A network that labels. `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files."""
+    """A network that labels. `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files;
+    `class_names` are its own, where it has some."""
 
     spec: Spec
     model: nn.Module
@@ -51,6 +54,7 @@ class Teacher:
     precision: Precision
     device: torch.device
     sha256: str
+    class_names: tuple[str, ...] | None = None
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """The network's answer to a batch that has been through `preprocessing.geometry`.
@@ -66,7 +70,8 @@ class Teacher:
         """
         assert images_BCHW.dtype == torch.uint8, images_BCHW.dtype
         assert images_BCHW.dim() == 4, images_BCHW.shape
-        if any(module.training for module in self.model.modules()):
+        # A frozen TorchScript program has no mode any more.
+        if any(getattr(module, "training", False) for module in self.model.modules()):
             raise TeacherError(
                 f"{self.spec.text}: expected a network in evaluation mode, found one in training mode: its batch norm "
                 "would label by the rest of the batch; call model.eval()"
@@ -130,7 +135,10 @@ def load_teacher(
         raise SpecError(f"precision: expected {', '.join(PRECISIONS)}; found {precision!r}")
     refuse_random(spec)
     network = build_network(spec, num_classes=num_classes)
-    spec, model = network.spec, network.model.eval().requires_grad_(False)
+    spec, model = network.spec, network.model.eval()
+    for parameter in model.parameters():  # a TorchScript program has no requires_grad_ of its own
+        parameter.requires_grad_(False)
+    refuse_other_heads(spec, model)
     refuse_precision(spec, model, precision)
     preprocessing = _preprocessing(spec, model)
     sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)
@@ -150,6 +158,7 @@ def load_teacher(
         precision=precision,
         device=device,
         sha256=sha256,
+        class_names=class_names_of(network.model),
     )
     side = preprocessing.crop
     if side is not None:

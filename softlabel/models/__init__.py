@@ -5,6 +5,7 @@ torch cannot read in such a way, has to be trusted by name.
 """
 
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
+from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, read_run, save_run
@@ -18,12 +19,14 @@ __all__ = [
     "Spec",
     "build_model",
     "build_network",
+    "class_names_of",
     "load_weights",
     "logits_of",
     "own_preprocessing",
     "parse_spec",
     "published_weights",
     "read_run",
+    "refuse_other_heads",
     "refuse_precision",
     "refuse_random",
     "save_run",

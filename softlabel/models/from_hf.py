@@ -7,6 +7,7 @@ Legend: B batch, C classes, H height, W width.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from softlabel.models.options import refuse_others, says_everything
 from softlabel.preprocessing import Preprocessing
 from softlabel.spec import Spec, literal
 
-# How PIL numbers its filters, which image processors record.
-_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+# How PIL numbers its filters, which image processors record. PIL's nearest takes the pixel in the middle.
+_RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 # PIL and torchvision round differently within a resize; anything above is another geometry.
 _LEVELS = 2.5
 
@@ -96,6 +97,29 @@ def hf_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | Non
     except (TypeError, ValueError, KeyError) as error:
         raise SpecError(f"{spec.text}: no image classifier can be built from its config: {_reason(error)}") from error
     return HuggingFaceClassifier(network.float())
+
+
+def refuse_other_heads(spec: Spec, model: nn.Module) -> None:
+    """Raises SpecError for a network whose answers are no logits of one class out of several."""
+    if not isinstance(model, HuggingFaceClassifier):
+        return
+    problem = getattr(model.network.config, "problem_type", None)
+    if problem not in (None, "single_label_classification"):
+        raise SpecError(
+            f"{spec.text}: expected a classifier of one class out of several, found problem_type={problem} in its "
+            "config: its answers are not meant for a softmax. If it was trained as a classifier after all, remove "
+            "problem_type from config.json"
+        )
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
+    """A network's own names of its classes: `id2label`, or the `class_names` of what a factory returns."""
+    if isinstance(model, HuggingFaceClassifier):
+        names = model.network.config.id2label or {}
+        found = [str(names[number]) for number in sorted(names)]
+        return None if not found or all(re.fullmatch(r"LABEL_\d+", name) for name in found) else tuple(found)
+    given = getattr(model, "class_names", None)
+    return tuple(map(str, given)) if isinstance(given, (list, tuple)) else None
 
 
 def hf_preprocessing(spec: Spec) -> Preprocessing:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,11 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of a module's parameters and buffers, in the order of the names.
 
+    Of a frozen TorchScript program, whose weights are constants of its graph, over these in the order of the graph too.
     The same weights have the same hash whatever file they came from and on whichever device they are.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in [*sorted(module.state_dict().items()), *_frozen(module)]:
         if not isinstance(value, Tensor):
             continue
         header = json.dumps([name, str(value.dtype).removeprefix("torch."), list(value.shape)])
@@ -49,3 +51,17 @@ def weights_sha256(module: nn.Module) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
+
+
+def _frozen(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors that `torch.jit.freeze` has put into a program's graph."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return []
+    graph: Any = module.inlined_graph  # held: its nodes live as long as it does
+    constants = [
+        node.t("value")
+        for node in graph.findAllNodes("prim::Constant")
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]
+    dense = [value.to_dense() if value.layout is not torch.strided else value for value in constants]
+    return [(f"graph.{number}", value) for number, value in enumerate(dense)]

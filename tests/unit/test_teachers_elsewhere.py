@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -184,13 +186,13 @@ def test_timm_specs_that_cannot_be_meant(spec: str, message: str) -> None:
 # ---- transformers ----
 
 
-def hf_folder(folder: Path, kind: str, processor: Any) -> str:
+def hf_folder(folder: Path, kind: str, processor: Any, **fields: Any) -> str:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     if kind == "vit":
         config = transformers.ViTConfig(
             image_size=48, patch_size=16, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=32, num_labels=5,
+            intermediate_size=32, **({"num_labels": 5} | fields if "id2label" not in fields else fields),
         )  # fmt: skip
     else:
         config = transformers.ConvNextConfig(
@@ -208,6 +210,7 @@ def processors() -> dict[str, Any]:
     return {
         "vit": transformers.ViTImageProcessor(size=square),
         "vit-bicubic": transformers.ViTImageProcessor(size=square, resample=3, image_std=[0.2, 0.3, 0.4]),
+        "vit-nearest": transformers.ViTImageProcessor(size=square, resample=0),
         "raw": transformers.ViTImageProcessor(size=square, do_normalize=False),
         "bytes": transformers.ViTImageProcessor(
             size=square, do_rescale=False, image_mean=[127] * 3, image_std=[60] * 3
@@ -218,7 +221,7 @@ def processors() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["vit", "vit-bicubic", "raw", "bytes", "deit", "clip", "convnext"])
+@pytest.mark.parametrize("name", ["vit", "vit-bicubic", "vit-nearest", "raw", "bytes", "deit", "clip", "convnext"])
 def test_hf_equals_its_own_processor_and_model(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
     spec = hf_folder(tmp_path, "convnext" if name == "convnext" else "vit", processors()[name])
@@ -248,6 +251,68 @@ def test_an_hf_processor_that_does_more_is_refused(tmp_path: Path) -> None:
     assert load_teacher(f"{spec}?{given}").preprocessing == Preprocessing(
         mean=(0.0,) * 3, std=(1.0,) * 3, resize=48, crop=48
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"problem_type": "multi_label_classification"}, "problem_type=multi_label"), ({"num_labels": 1}, "one output")],
+    ids=["several labels", "one output"],
+)
+def test_hf_networks_that_are_no_classifiers_of_one_class(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    spec = hf_folder(tmp_path, "vit", processors()["vit"], **config)
+    with pytest.raises((SpecError, TeacherError), match=message):
+        load_teacher(spec)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("Red", "green, verdant", "blue", "grey"), None),
+        (
+            ("green", "red", "blue", "grey"),
+            "2 of its 4 classes are in another order.*class 0 is 'green' for it and 'red'",
+        ),
+        (("cat", "dog", "blue", "grey"), "2 of its 4 classes are not named as the data's.*'cat'"),
+    ],
+    ids=["same", "moved", "others"],
+)
+def test_hf_class_names_are_compared_with_the_datas(
+    tmp_path: Path, names: tuple[str, ...], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = hf_folder(tmp_path / "net", "vit", processors()["vit"], id2label=dict(enumerate(names)))
+    data = write_dataset(tmp_path / "data.parquet", 4)
+    softlabel.generate(data, teachers=[spec], out=tmp_path / "store", batch_size=4, progress=False)
+    warned = " ".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert bool(said is not None and re.search(said, warned)) == (said is not None), warned
+    assert ("of its 4 classes" in warned) == (said is not None), warned
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*TorchScript")
+def test_factories_of_torchscript_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    randomise(network)
+    module = ModuleType("programs_of_a_test")
+    module.script = lambda: torch.jit.script(network)
+    module.trace = lambda: torch.jit.trace(network, torch.zeros(2, 3, 16, 16))
+    module.frozen = lambda: torch.jit.freeze(torch.jit.script(network))
+    monkeypatch.setitem(sys.modules, "programs_of_a_test", module)
+    data = write_dataset(tmp_path / "data.parquet", 4)
+    images = [decode_image(sample.image) for sample in open_source(data).read(range(4))]
+    for name in ("script", "trace", "frozen"):
+        spec = f"python:programs_of_a_test:{name}?resize=16&crop=16&mean=0&std=1"
+        softlabel.generate(
+            data, teachers=[spec], out=tmp_path / name, temperature=1, encoding="float32", progress=False
+        )
+        store = softlabel.open_store(tmp_path / name)
+        teacher = load_teacher(spec)
+        with torch.inference_mode():
+            logits = network(torch.stack([teacher.preprocessing.geometry(image) for image in images]) / 255)
+        expected = logits - logits.amax(dim=1, keepdim=True)
+        assert np.allclose(store.take(np.arange(4)).scaled_logits, expected, atol=1e-4)
+    randomise(network)[4].bias.data.add_(1)
+    assert load_teacher(spec).sha256 != teacher.sha256, "other weights in the graph are another teacher"
 
 
 def test_hf_files_that_are_not_there_or_do_not_fit(tmp_path: Path) -> None:
