@@ -248,15 +248,22 @@ def dense_sweep_kernel(
 
 @triton.jit
 def scale_kernel(grad_ptr, upstream_ptr, size, classes, EACH_ROW: tl.constexpr, B: tl.constexpr):
-    """grad *= upstream in place, without the host knowing its value: where it is 1, nothing is read or written."""
-    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    inside = at < size
+    """grad *= upstream in place, without the host knowing its value. Where it is 1 nothing is read or written, which is
+    why few programs go over everything."""
+    first = tl.program_id(0).to(tl.int64) * B
+    step = tl.num_programs(0).to(tl.int64) * B
     if EACH_ROW:
-        by = tl.load(upstream_ptr + at // classes, mask=inside, other=1.0)
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
-        tl.store(grad_ptr + at, (grad * by).to(grad_ptr.dtype.element_ty), mask=inside)
+        for start in range(first, size, step):
+            at = start + tl.arange(0, B)
+            inside = at < size
+            by = tl.load(upstream_ptr + at // classes, mask=inside, other=1.0)
+            grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+            tl.store(grad_ptr + at, (grad * by).to(grad_ptr.dtype.element_ty), mask=inside)
     else:
         whole = tl.load(upstream_ptr)
         if whole != 1.0:
-            grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
-            tl.store(grad_ptr + at, (grad * whole).to(grad_ptr.dtype.element_ty), mask=inside)
+            for start in range(first, size, step):
+                at = start + tl.arange(0, B)
+                inside = at < size
+                grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+                tl.store(grad_ptr + at, (grad * whole).to(grad_ptr.dtype.element_ty), mask=inside)

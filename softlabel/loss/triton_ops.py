@@ -27,6 +27,7 @@ __all__ = ["dense_rows", "kept_rows", "row_losses", "scale_by"]
 ROW_LIMIT = 16384  # classes that one program holds in registers
 TILE = 2048  # elements of the rows that share a program
 SWEEP = 2048  # classes of a block of a sweep
+SCALE_PROGRAMS = 2048  # enough to fill a device
 HEAD_ELEMENTS = 2**26  # logits of a head target that exist at a time
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Launched = tuple[Tensor, Tensor, Tensor]
@@ -270,7 +271,8 @@ def scale_by(grad_NC: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream (a scalar or (N,)) in place; the host does not wait to learn whether it is 1."""
     if grad_NC.numel():
         with _device(grad_NC):
-            scale_kernel[(triton.cdiv(grad_NC.numel(), TILE),)](
+            programs = min(triton.cdiv(grad_NC.numel(), TILE), SCALE_PROGRAMS)
+            scale_kernel[(programs,)](
                 grad_NC, upstream.contiguous(), grad_NC.numel(), grad_NC.shape[1], EACH_ROW=upstream.dim() == 1, B=TILE
             )
     return grad_NC

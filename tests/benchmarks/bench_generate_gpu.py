@@ -31,7 +31,6 @@ THREE = ("vit_b_16", "resnet50", "convnext_tiny")
 RAM, IDLE = "generate resnet50, images in RAM / bare forward", "generate resnet50: idle share of the device"
 ENSEMBLE = "generate of 3 architectures / sum of bare forwards (time)"
 FILES = "generate resnet50 from JPEG files / slower of decoding and forward"
-COMPILED = "generate --compile resnet50 / bare compiled forward"
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
@@ -193,16 +192,6 @@ def measure_files(bench: Bench, work: Path, bare: float) -> None:
     bench.report(FILES, rate / min(decoding, bare), goal=0.90, note=note)
 
 
-def measure_compiled(bench: Bench, work: Path, teachers: Teachers) -> None:
-    if not bench.cuda or not bench.has_time(COMPILED, 100):
-        return
-    bare = teachers.bare_rate([torch.compile(model) for model in teachers.models])
-    rate, whole = steady_rate(
-        lambda images: teachers.generate(InMemory(images), work / "store", compile=True), 5120, 25600
-    )
-    bench.report(COMPILED, rate / bare, goal=0.95, note=f"{rate:,.0f} of {bare:,.0f} images/s; whole run {whole:,.0f}")
-
-
 def idle_share(generate: Callable[[], object]) -> float:
     """Of the time between the first and the last kernel of the middle of a run, the share in which none ran."""
     from torch.profiler import ProfilerActivity, profile
@@ -236,12 +225,11 @@ def measure(bench: Bench) -> None:
         measure_idle(bench, work, teachers)
         measure_ensemble(bench, work)
         measure_files(bench, work, bare)
-        measure_compiled(bench, work, teachers)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-FIGURES = (RAM, IDLE, ENSEMBLE, FILES, COMPILED)
+FIGURES = (RAM, IDLE, ENSEMBLE, FILES)
 
 if __name__ == "__main__":
     run_benchmark(__doc__, measure, FIGURES)

@@ -52,7 +52,19 @@ class Part:
 
 
 def _pytest(name: str, *paths: str, marks: str, seconds: float) -> Part:
-    quiet = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-W", "ignore", "--timeout", "120")
+    quiet = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--strict-markers",
+        "-W",
+        "ignore",
+        "--timeout",
+        "120",
+        "-n",
+        "4",
+    )
     return Part(name=name, command=("pytest", *paths, *quiet, "-m", marks), seconds=seconds)
 
 
@@ -63,12 +75,13 @@ def _benchmark(name: str, seconds: float) -> Part:
 # The order is that of their value: what is cut off at the end is what a first look can do without.
 PARTS = (
     _benchmark("bench_limits_gpu", 25),
-    _pytest("tests", "tests/gpu", marks="gpu", seconds=110),
-    _benchmark("bench_generate_gpu", 130),
+    _pytest("tests", "tests/gpu", marks="gpu", seconds=120),
+    _benchmark("bench_generate_gpu", 100),
     _benchmark("bench_loss_gpu", 75),
     _benchmark("bench_student_gpu", 60),
     _pytest("kernels", "tests/unit/triton_inside.py", marks="not slow", seconds=90),
     _benchmark("bench_decode_gpu", 30),
+    _benchmark("bench_compile_gpu", 120),
 )
 
 
@@ -117,7 +130,7 @@ def run_part(part: Part, out: Path, given: dict[str, str], seconds: float, dry_r
     if part.is_benchmark:
         command += ["--seconds", f"{max(1.0, seconds - _GRACE):.0f}", *(["--dry-run"] if dry_run else [])]
     else:
-        command += [f"--junitxml={report}"]
+        command += [f"--junitxml={report}", *(["-n", "4"] if not dry_run and (os.cpu_count() or 1) >= 8 else [])]
         if dry_run and part.name == "kernels":  # `make test` runs all of them in the interpreter
             command += ["-k", "registered or impossible"]
     started = time.monotonic()

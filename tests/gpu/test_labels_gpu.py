@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 ROWS = 96
 # Largest difference between the two devices over the largest logit: sums in another order, and bfloat16's 8 bits.
-FP32, FP16, BF16 = 2e-5, 0.02, 0.1
+FP32, STACKED, FP16, BF16 = 2e-5, 1e-4, 0.02, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,9 @@ def test_labels_equal_those_of_the_cpu(ready: Path, tmp_path: Path, device: str,
     shared = {name: options[name] for name in ("views", "augment", "combine", "encoding") if name in options}
     expected = generate(ready, tmp_path / "cpu", members=2, device="cpu", **shared)
     found = generate(ready, tmp_path / "device", members=2, device=device, **options)
-    # Of float16 labels two may round to neighbours.
-    assert difference(found, expected) <= (1e-3 if shared.get("encoding") == "float16" else FP32)
+    # Of float16 labels two may round to neighbours; a stacked network's grouped convolutions sum in another order.
+    tolerance = 1e-3 if shared.get("encoding") == "float16" else STACKED if "stack" in options else FP32
+    assert difference(found, expected) <= tolerance
 
 
 def test_bf16_labels_lie_near_those_in_float32(ready: Path, tmp_path: Path, device: str) -> None:

@@ -69,8 +69,8 @@ def test_a_worker_of_a_cluster_has_the_device(tmp_path: Path, device: str) -> No
     pytest.importorskip("distributed", reason="a cluster needs Dask; `make gpu-wheels` brings it")
     data = write_dataset(tmp_path / "images.parquet", 48)
     teacher = write_teacher(tmp_path / "w.safetensors")
-    common = ("--data", data, "--teacher", teacher, "--shard-rows", 16, "--device", device)
-    command("generate", *common, "--out", tmp_path / "here")
-    command("generate", *common, "--out", tmp_path / "there", "--cluster", "local", "--workers", 2)
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "here", shard_rows=16, device=device, progress=False)
+    options = ("--shard-rows", 16, "--device", device, "--cluster", "local", "--workers", 1)
+    command("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "there", *options)
     with softlabel.open_store(tmp_path / "here") as one, softlabel.open_store(tmp_path / "there") as other:
         assert (one.take(range(48)).scaled_logits == other.take(range(48)).scaled_logits).all()
