@@ -23,7 +23,7 @@ from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.rows import Parts
 from softlabel.store.shard import OpenShard, ShardRows, open_shard
-from softlabel.store.stored import StoredRows, asked
+from softlabel.store.stored import StoredRows, asked, asked_keys
 
 __all__ = ["MEMORY", "Store", "StoredRows", "Verify", "open_store"]
 
@@ -290,12 +290,12 @@ class Store:
 
     def lookup(
         self,
-        keys: Sequence[str] | npt.NDArray[Any] | Keys,
+        keys: Sequence[str | int] | npt.NDArray[Any] | Keys,
         view: int = 0,
         *,
         missing: Literal["error", "mask"] = "error",
     ) -> I64:
-        """The row of each key in `view`, int64. Vectorised.
+        """The row of each key in `view`, int64. Vectorised. A whole number stands for its decimal digits.
 
         A key without a row raises MissingKeyError naming the first ones, or is -1 with missing="mask".
         """
@@ -303,7 +303,7 @@ class Store:
             raise UsageError(f"missing: expected 'error' or 'mask', found {missing!r}")
         if not 0 <= view < self.run.views.count:
             raise UsageError(f"view {view}: {self.url} has the views 0 to {self.run.views.count - 1}")
-        wanted = Keys.of(keys)
+        wanted = asked_keys(keys, str(self.url))
         rows_Q = np.full(len(wanted), -1, np.int64)
         if self._index is None and 2 * len(wanted) >= self.run.dataset.rows:
             # The data that was labelled is what most often asks, whole: then no index is needed.

@@ -3,17 +3,17 @@
 B rows, W elements of a column in one row, C classes, M members.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from softlabel.errors import UsageError
+from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.decode import decode
-from softlabel.store.keys import PickedKeys
+from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.manifest import Run
 
 T = TypeVar("T")
@@ -70,3 +70,23 @@ def asked(value: T | None, name: str) -> T:
     if value is None:
         raise UsageError(f"column {name!r} was not read; ask for it too")
     return value
+
+
+def asked_keys(keys: Any, where: str) -> Keys:
+    """Keys as a caller asks for them: texts, or whole numbers, which stand for their decimal digits.
+
+    Raises UsageError for a single text, which would be taken apart into its characters.
+    """
+    if isinstance(keys, str | bytes):
+        raise UsageError(f"keys of {where}: expected a list of keys, found the text {keys!r}; write [{keys!r}]")
+    try:
+        return Keys.of(keys)
+    except DataError:
+        listed = keys.tolist() if isinstance(keys, np.ndarray) else keys
+        if not isinstance(listed, Sequence) or not any(map(_is_whole, listed)):
+            raise
+        return Keys.of([str(int(key)) if _is_whole(key) else key for key in listed])
+
+
+def _is_whole(key: object) -> bool:
+    return isinstance(key, int | np.integer) and not isinstance(key, bool)

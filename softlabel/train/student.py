@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabel.errors import MismatchError, TrainingError
+from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluate import Evaluation, autocast
 from softlabel.models import RunModel, save_run
 from softlabel.teacher import Preprocessing
@@ -140,7 +140,17 @@ class Student:
             # Of several parts only the last one's backward pass sends gradients.
             wait = self._parallel is not None and part != work.parts[-1][0]
             with self._parallel.no_sync() if wait and self._parallel is not None else contextlib.nullcontext():
-                self._backward(work, part, here)
+                try:
+                    self._backward(work, part, here)
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    rows = part.stop - part.start
+                    raise UsageError(
+                        f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
+                        f"({rows} row in a forward pass, reduced to 1x1 pixels); use a larger --batch-size, a smaller "
+                        "--accumulate, or larger images"
+                    ) from None
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)

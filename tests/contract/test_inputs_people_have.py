@@ -276,7 +276,22 @@ def the_old_run_is_there(folder: Path) -> None:
 
 HOLDS_ANOTHER = "run: holds another run"
 
+
+def one_row_at_one_pixel(folder: Path) -> list[object]:
+    (folder / "d/a").mkdir(parents=True)
+    (folder / "d/b").mkdir()
+    for number in range(2):
+        Image.new("RGB", (4, 4), (number * 90, 0, 0)).save(folder / "d" / "ab"[number] / "image.png")
+    return ["train", "--data", "d", "--student", "zoo:resnet8?resize=4&crop=4", "--batch-size", 1, "--out", "r"]
+
+
 COMMANDS: list[Case] = [
+    Case(
+        name="batch norm of one row at one pixel",
+        make=one_row_at_one_pixel,
+        code=2,
+        says=("its batch norm needs at least 2 values of a channel, found 1 .*; use a larger --batch-size",),
+    ),
     *(
         Case(
             name=f"a file with {text}",

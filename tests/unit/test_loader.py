@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 import softlabel
-from softlabel.errors import DataError, MismatchError, MissingKeyError
+from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.models import build_model
 from softlabel.views import CropFlip
@@ -363,3 +363,29 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
     parent = os.getpid()
     with pytest.raises(DataError, match="a loader process died"):
         list(SoftLabelLoader(Deadly(20), batch_size=4, workers=1))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "found"),
+    [
+        ("batch_size", "100", r"'100' \(str\)"),
+        ("batch_size", 2.0, "2.0"),
+        ("batch_size", True, "True"),
+        ("workers", "1", "'1'"),
+        ("world_size", None, "nothing|None"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_one_line(option: str, value: object, found: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{option}: expected a whole number, found {found}"):
+        SoftLabelLoader(Arrays(4), **{option: value})  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", ["5", "17", "x"], random_logits(3, 3))
+    for keys in ([17, 5], np.array([17, 5]), ["17", 5], np.array([17, 5], dtype=object)):
+        assert store.lookup(keys).tolist() == [1, 0]
+    with pytest.raises(UsageError, match=r"expected a list of keys, found the text '17'; write \['17'\]"):
+        store.lookup("17")
+    for wrong in ([17.0], [True], [None]):
+        with pytest.raises(DataError, match="key"):
+            store.lookup(wrong)
