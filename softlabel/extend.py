@@ -101,7 +101,14 @@ def extend(
     teachers = [*manifest.recorded.get("teachers", []), teacher]
     beside = Path(f"{Path(store)}.extending")
     job.labeller.first_member = len(run.members)
-    with Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers}) as committer:
+    try:
+        opened_beside = Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers})
+    except MismatchError as error:
+        raise MismatchError(
+            f"{error}; an earlier 'softlabel extend' of {store} left {beside}: give its teacher to finish it, or "
+            "remove that folder"
+        ) from None
+    with opened_beside as committer:
         summary = label_missing(committer, beside, job, progress=progress, complement=_beside(opened, extended))
     opened.close()
     supplant(store, beside)

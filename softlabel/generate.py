@@ -175,8 +175,8 @@ def generate(
     with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(
-                f"{out}: holds labels that were being made from another store, which teachers cannot finish; run the "
-                "command that began it again, or choose another folder"
+                f"{out}: was made from other stores, and teachers can add nothing to it: run the command that began it "
+                "again if it is not finished, or label new samples into another folder and merge the two"
             )
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())

@@ -21,6 +21,7 @@ from softlabel.store.index import KeyIndex, rows_in_order, word_view
 from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
+from softlabel.store.origins import origins_of
 from softlabel.store.rows import Parts
 from softlabel.store.shard import OpenShard, ShardRows, open_shard
 from softlabel.store.stored import StoredRows, asked, asked_keys
@@ -59,7 +60,7 @@ def open_store(
     if not manifest.complete and not allow_incomplete:
         raise StoreIncompleteError(
             f"{folder}: its run has finished {manifest.totals.shards} of {manifest.run.shard_count} shards; "
-            "run the same 'softlabel generate' again to finish it"
+            f"run the same 'softlabel {made[0] if (made := origins_of(manifest)) else 'generate'}' again to finish it"
         )
     if verify != "none":
         check_sizes(folder, manifest, records)

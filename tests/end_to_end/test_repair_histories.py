@@ -212,6 +212,32 @@ def test_what_cannot_be_made_again_is_named_by_verify(
     np.testing.assert_array_equal(after["scaled_logits"], before["scaled_logits"])
 
 
+def test_what_teachers_cannot_do_to_a_store_is_refused_and_leaves_it_whole(
+    made: Callable[[Prepare, Path], None],
+    place: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made(merged, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "all.parquet", [*range(22), *range(100, 108)])
+    spec = f"zoo:resnet8@{place.folder}/t0.safetensors"
+    again = ["generate", "--data", "all.parquet", "--teacher", spec, "--shard-rows", "5", "--no-preflight", "--grow"]
+    assert main([*again, "--out", "s"]) == 2
+    assert "into another folder and merge the two" in capsys.readouterr().err
+    assert main(["verify", "s"]) == 0
+    with Committer.open("s", open_store("s").run, relabel=(0,)):
+        pass
+    assert main(["convert", "s", "c", "--encoding", "int8"]) == 2
+    assert "run the same 'softlabel merge' again" in capsys.readouterr().err
+    # What another extension left beside a store.
+    place.generate("--combine", "keep", out="kept")
+    shutil.copytree("kept", "kept.extending")
+    assert main(["extend", "kept", "--teacher", spec.replace("t0", "t1")]) == 2
+    assert "left kept.extending: give its teacher to finish it, or remove that folder" in capsys.readouterr().err
+
+
 def test_lost_records_and_an_interrupted_repair(
     made: Callable[[Prepare, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place
 ) -> None:
