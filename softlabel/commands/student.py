@@ -29,7 +29,7 @@ def train(config: "TrainConfig") -> int:
     if len(result.students) > 1:
         return _several(result)
     if result.already_done:
-        print(f"{result.out}: already trained; --overwrite trains it anew")
+        print(f"{result.out}: already trained; --overwrite trains it again")
         return 0
     last = result.history[-1]
     print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")

@@ -8,7 +8,7 @@ from softlabel.models.build import Network, build_model, build_network, own_prep
 from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
-from softlabel.models.runs import RunModel, read_run, save_run
+from softlabel.models.runs import RunModel, network_of, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
 from softlabel.spec import Spec, parse_spec
 
@@ -22,6 +22,7 @@ __all__ = [
     "class_names_of",
     "load_weights",
     "logits_of",
+    "network_of",
     "own_preprocessing",
     "parse_spec",
     "published_weights",

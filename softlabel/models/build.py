@@ -18,7 +18,7 @@ from softlabel.models.from_timm import timm_preprocessing
 from softlabel.models.from_torchvision import size_of_weights, torchvision_preprocessing, torchvision_weights
 from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
 from softlabel.models.program import Program
-from softlabel.models.runs import read_run
+from softlabel.models.runs import network_of, read_run
 from softlabel.models.weights import load_weights, plain_names
 from softlabel.preprocessing import Preprocessing
 from softlabel.spec import Spec, literal, parse_spec
@@ -109,10 +109,8 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     refuse_others(spec)
     if num_classes not in (None, run.num_classes):
         raise SpecError(f"{spec.text}: the run has {run.num_classes} classes, but {num_classes} are needed here")
+    run = network_of(run)
     student = parse_spec(run.student)
-    if student.kind == "run":
-        run = read_run(student.name)  # a student that started from another run
-        student = parse_spec(run.student)
     weights = load_weights(Path(spec.name) / "model.safetensors")
     # Its own weights replace those that it started from, which may be gone by now.
     if run.config is not None:

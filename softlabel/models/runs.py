@@ -14,6 +14,7 @@ from softlabel.errors import SpecError
 from softlabel.files import write_atomically
 from softlabel.models.from_hf import HuggingFaceClassifier
 from softlabel.models.weights import plain_names
+from softlabel.spec import parse_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,17 @@ class RunModel:
     num_classes: int
     preprocessing: Mapping[str, Any]
     config: Mapping[str, Any] | None = None
+
+
+def network_of(run: RunModel) -> RunModel:
+    """The run itself, or, of a student that started from another run, what that one says about its network.
+
+    Raises:
+        SpecError: the other run is not there any more.
+    """
+    while (spec := parse_spec(run.student)).kind == "run":
+        run = read_run(spec.name)
+    return run
 
 
 def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunModel) -> None:

@@ -76,7 +76,7 @@ class TrainConfig:
         checkpoint_minutes: how often a checkpoint is written within an epoch; one is written after every epoch.
         tensorboard: write TensorBoard events too.
         tracker: send metrics to wandb or mlflow too (extras of the same names), as their environment says.
-        overwrite: start anew where the folder holds another run or a finished one.
+        overwrite: start again where the folder holds another run or a finished one.
         progress: show a bar; absent: if standard error is a terminal.
     """
 

@@ -17,6 +17,7 @@ import fcntl
 import io
 import json
 import pickle
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch import nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.files import write_atomically as write_whole
+from softlabel.spec import quote_path
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
@@ -66,12 +68,12 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrainingError(f"{path}: damaged ({reason}); remove it, or start anew with --overwrite") from error
+        raise TrainingError(f"{path}: damaged ({reason}); remove it, or start again with --overwrite") from error
     assert isinstance(state, dict)
     if state.get("format") != FORMAT:
         raise TrainingError(
             f"{path}: expected format {FORMAT}, found {state.get('format')}: another version of softlabel wrote it; "
-            "finish the run with that one, or start anew with --overwrite"
+            "finish the run with that one, or start again with --overwrite"
         )
     return state
 
@@ -92,7 +94,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise TrainingError(f"{path}: cannot be read ({error}); start anew with --overwrite") from error
+        raise TrainingError(f"{path}: cannot be read ({error}); start again with --overwrite") from error
 
 
 def read_failure(folder: Path) -> str | None:
@@ -200,8 +202,22 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise MismatchError(
-            f"{folder}: holds another run; {'; '.join(differences)}. Use another --out, or --overwrite to start anew"
+            f"{folder}: holds another run; {'; '.join(differences)}. Use another --out, or --overwrite to start again"
+            f"{_to_go_on(folder, earlier, new)}"
         )
+
+
+def _to_go_on(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """How a run that is finished gets more epochs, where that may be what is wanted."""
+    epochs = [identity.get("epochs") for identity in (earlier, new)]
+    done, wanted = (number if isinstance(number, int) else 0 for number in epochs)
+    if not is_finished(folder) or wanted <= done:
+        return ""
+    student = shlex.quote(f"run:{quote_path(str(folder))}")
+    return (
+        f"; or train its weights for {wanted - done} more epochs, as a run with a schedule of its own: the "
+        f"same command with --student {student} --epochs {wanted - done} --out OTHER"
+    )
 
 
 def _clear(folder: Path) -> None:

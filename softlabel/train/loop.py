@@ -191,7 +191,7 @@ def _hold(
         held.enter_context(files.run_folder(folder, identity=identity, config=one, overwrite=config.overwrite))
         failure = files.read_failure(folder)
         if files.is_finished(folder):
-            log.info("%s: finished already; --overwrite trains it anew", folder)
+            log.info("%s: finished already; --overwrite trains it again", folder)
             history = tuple(read_csv(folder / files.METRICS))
             standing.append(StudentResult(name=student.name, out=student.out, history=history, already_done=True))
         elif failure is not None and len(configs) > 1:

@@ -10,7 +10,7 @@ as if nothing had happened, bit for bit on one kind of processor with the same n
 import contextlib
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluate import Evaluation, autocast
-from softlabel.models import RunModel, save_run
+from softlabel.models import RunModel, network_of, save_run
 from softlabel.teacher import Preprocessing
 from softlabel.train import files, random_state
 from softlabel.train.distributed import Ranks
@@ -69,6 +69,8 @@ class Student:
         self.folder = Path(config.out)
         if ranks.several and config.shared.sync_batchnorm:
             model = synchronize(model)
+        # Of a student that starts from another run: that one's folder need not stay.
+        self._network = network_of(RunModel(student=config.student, num_classes=0, preprocessing={}))
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = Average(self.model, config.shared.ema) if config.shared.ema is not None else None
         self._parallel: nn.parallel.DistributedDataParallel | None = None
@@ -286,9 +288,7 @@ class Student:
         model = self.evaluated
         if self.shared.select == "best":
             files.load_weights(self.folder / files.BEST, model)
-        description = RunModel(
-            student=self.config.student, num_classes=num_classes, preprocessing=self.preprocessing.to_dict()
-        )
+        description = replace(self._network, num_classes=num_classes, preprocessing=self.preprocessing.to_dict())
         try:
             save_run(self.folder, model, description)
         except OSError as error:

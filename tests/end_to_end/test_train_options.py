@@ -3,6 +3,8 @@
 import itertools
 import multiprocessing
 import os
+import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 import softlabel
 from softlabel import SoftLabelLoader, open_store, train
-from softlabel.errors import DataError, StoreError, UsageError
+from softlabel.errors import DataError, MismatchError, StoreError, UsageError
 from softlabel.models import build_model
 from tests.helpers import softlabel as command
 from tests.helpers import write_parquet
@@ -253,6 +255,27 @@ def test_a_tracker_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
     with pytest.raises(UsageError, match=rf"pip install 'softlabel\[{tracker}\]'"):
         train(config(digits, tmp_path / "run", tracker=tracker))
+
+
+def test_a_finished_run_is_lengthened_as_the_message_says(digits: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("a run?", "second", "third"))
+    train(config(digits, first, student=SMOOTH, epochs=1))
+    with pytest.raises(MismatchError, match="or train its weights for 2 more epochs") as refused:
+        train(config(digits, first, student=SMOOTH, epochs=3))
+    words = shlex.split(str(refused.value).rpartition("same command with ")[2])
+    changes = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
+    assert (changes.pop("out"), changes.pop("epochs")) == ("OTHER", "2")
+    # A learning rate of 0 leaves the weights that it starts from as they are.
+    still = {"epochs": 2, "lr": 0.0, "weight_decay": 0.0}
+    train(config(digits, second, **changes, **still))
+    train(config(digits, third, student=f"run:{second}", **still))
+    before, after = weights(first), weights(third)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # A run stands on its own.
+    shutil.rmtree(first)
+    shutil.rmtree(second)
+    assert build_model(f"run:{third}").state_dict().keys() == before.keys()
 
 
 def test_an_epoch_is_one_line_where_standard_error_is_no_terminal(digits: Path, tmp_path: Path) -> None:
