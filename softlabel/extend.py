@@ -88,6 +88,7 @@ def extend(
         device=device,
         history=History.of(store),
         views=run.views,
+        settled={"decoding": manifest.recorded.get("decoding", {})},
     )
     (member,) = job.run.members
     if any((member.sha256, member.preprocessing) == (one.sha256, one.preprocessing) for one in run.members):

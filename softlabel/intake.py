@@ -81,7 +81,7 @@ class Intake:
         hashes = np.zeros(len(samples), dtype=np.uint64)
         for place, sample in enumerate(samples):
             try:
-                image_CHW, hashes[place] = decode_hashed(sample.image)
+                image_CHW, hashes[place] = decode_hashed(sample.image, sample.decoding)
             except BadImageError as error:
                 reasons[place] = str(error)
             else:
@@ -142,7 +142,7 @@ class Intake:
         samples = self.source.read(indices)
         for sample in samples:
             try:
-                images.append(decode_image(sample.image))
+                images.append(decode_image(sample.image, sample.decoding))
             except BadImageError:
                 images.append(None)
         return [sample.key for sample in samples], images
@@ -193,6 +193,7 @@ class _OneReader(Source):
     def __init__(self, source: Source) -> None:
         self._source, self._reading = source, threading.Lock()
         self.kind, self.name = source.kind, source.name
+        self.decoding = source.decoding
         self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.calibration import read_calibration
-from softlabel.dataset import Source, open_source, report_source
+from softlabel.dataset import Source, open_source, report_source, settle_decoding
 from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import DataError, MismatchError, UsageError
@@ -99,6 +99,7 @@ def prepare(
     if believed is None:
         report_source(source)
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
+    source = settle_decoding(source, settled)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     target = resolve_device(device)
     tuning, settled = tuning or Tuning(), settled or {}
@@ -143,6 +144,7 @@ def prepare(
     labeller.batch_size = size or find_batch_size(labeller)
     recorded = {
         "data": source.name,
+        **({"decoding": source.decoding.to_dict()} if source.decoding.to_dict() else {}),
         "teachers": [teacher.spec.text for teacher in members],
         "device": str(target),
         "batch_size": labeller.batch_size,

@@ -13,7 +13,7 @@ from softlabel.job import Job
 from softlabel.plan import Offer, offer
 from softlabel.repeatability import check_repeatable
 from softlabel.store.manifest import BadRow, ShardPlan
-from softlabel.trial import Trial, label_sample
+from softlabel.trial import Trial, label_sample, refuse_equal
 
 log = logging.getLogger("softlabel")
 
@@ -75,15 +75,17 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
 
     Raises:
         StoreError: the disk has not room enough.
-        DataError: no image of the sample can be decoded, or one is another when it is read again.
-        TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, or its answers
-            change from call to call or with the rest of the batch.
+        DataError: no image of the sample can be decoded, one is another when it is read again, or (nearly) all of them
+            are the same.
+        TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, its answers change
+            from call to call or with the rest of the batch, or (nearly) all of them are the same.
         UsageError: the encoding does not go with the teacher.
     """
     run = job.run
     trial = label_sample(job, seed=seed)
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
     remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
+    refuse_equal(trial, job.labeller.source.name)
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)

@@ -8,6 +8,7 @@ Legend: B batch, C classes, M members, R rows of the sample.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.dataset import IGNORE
-from softlabel.errors import DataError
+from softlabel.errors import DataError, TeacherError
 from softlabel.intake import DecodedBatch
 from softlabel.job import Job
 from softlabel.lanes import fitting
@@ -24,6 +25,10 @@ from softlabel.store.manifest import BadRow
 BATCHES = 2  # one to warm up, one to be timed
 _RUN = 16  # neighbours that are drawn together: a source reads whole row groups
 _STRATA = 4096
+# Images or rows count as equal where no pixel, no scaled logit, is further than this from the sample's median. Of
+# images of 12 bits, a shift by 8 leaves 0 to 15.
+_SAME_PIXELS, _SAME_LOGITS = 15, 1e-3
+_COMPARED, _FEW, _NEARLY_ALL = 64, 8, 0.95  # images compared; fewer say nothing; the share that must be equal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,3 +146,41 @@ def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
         decoding=decoding / timed,
         forward=forward / max(1, labelled),
     )
+
+
+def refuse_equal(trial: Trial, name: str) -> None:
+    """Stop where the images of a sample, or the rows of its teachers, are all or nearly all the same.
+
+    Raises:
+        DataError: the decoded images are.
+        TeacherError: the rows are, and the images are not.
+    """
+    images_BCHW = [image_CHW for batch in trial.batches if batch.keys for image_CHW in batch.images[0]]
+    picked = np.unique(np.linspace(0, max(0, len(images_BCHW) - 1), _COMPARED).astype(np.int64))
+    if len(picked) < _FEW:
+        return
+    if len({images_BCHW[place].shape for place in picked}) == 1:
+        flat_RP = np.stack([images_BCHW[place].numpy().reshape(-1) for place in picked]).astype(np.int16)
+        equal = _count_equal(flat_RP, _SAME_PIXELS)
+        if equal >= _NEARLY_ALL * len(picked):
+            raise DataError(
+                f"{name}: expected images that differ, found {equal} of a sample of {len(picked)} that are (nearly) "
+                f"the same once decoded (values {flat_RP.min()} to {flat_RP.max()} of 255); look at how they are kept "
+                "(few bits of 16: '?bits=12'), or say --no-preflight if that is how they are"
+            )
+    logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
+    shifted = np.nan_to_num(logits - logits.max(axis=-1, keepdims=True), neginf=-1e4)
+    equal = _count_equal(shifted.reshape(len(shifted), -1), _SAME_LOGITS)
+    if len(shifted) >= _FEW and equal >= _NEARLY_ALL * len(shifted):
+        raise TeacherError(
+            f"{name}: expected labels that differ, found {equal} rows of a sample of {len(shifted)} that are (nearly) "
+            "the same although the images are not; check the teacher's checkpoint and its preprocessing (mean, std) or "
+            "say --no-preflight if that is how it answers"
+        )
+
+
+def _count_equal(rows_RN: NDArray[Any], within: float) -> int:
+    """How many rows are nowhere further than `within` from the median of all."""
+    middle = len(rows_RN) // 2
+    median_N = np.partition(rows_RN, middle, axis=0)[middle]
+    return int((np.abs(rows_RN - median_N).max(axis=1) <= within).sum())

@@ -3,6 +3,7 @@
 from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
 from softlabel.dataset.content import comparable, content_hash, hashes_of, why_not_comparable
 from softlabel.dataset.decode import decode_hashed, decode_image, stack_images
+from softlabel.dataset.decoded import settle_decoding
 from softlabel.dataset.findings import report_source
 from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.opening import open_source
@@ -21,6 +22,7 @@ __all__ = [
     "hashes_of",
     "open_source",
     "report_source",
+    "settle_decoding",
     "stack_images",
     "stored_bytes",
     "why_not_comparable",

@@ -4,9 +4,9 @@ Legend: N samples. Labels are int64, `IGNORE` where there is none.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import xxhash
@@ -29,12 +29,43 @@ _CHUNK = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """What is done with an image of which that has to be known.
+
+    Attributes:
+        upright: encoded images are turned as their EXIF data says.
+        bits: how many bits grey images of 16 bits use; None: nobody has looked, all of them.
+    """
+
+    upright: bool = True
+    bits: int | None = None
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> Self:
+        """As `to_dict` gave it."""
+        return cls(upright=recorded.get("exif", "upright") == "upright", bits=recorded.get("bits"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a manifest; what is usual is left out."""
+        exif = {} if self.upright else {"exif": "ignore"}
+        return exif if self.bits is None else {**exif, "bits": self.bits}
+
+    def options(self) -> str:
+        """As a user writes them behind a SOURCE."""
+        return f"'?exif={'upright' if self.upright else 'ignore'}{'' if self.bits is None else f'&bits={self.bits}'}'"
+
+
+AS_USUAL = Decoding()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample as the source has it; `decode_image` makes pixels of `image`."""
+    """One sample as the source has it; `decode_image` makes pixels of `image`, as `decoding` says."""
 
     key: str
     image: RawImage
     label: int = IGNORE
+    decoding: Decoding = AS_USUAL
 
 
 class Source(ABC):
@@ -49,6 +80,7 @@ class Source(ABC):
         class_names: where the source knows them; label i is class_names[i].
         has_labels: at least one sample has a label.
         findings: where the labels come from, and what was left out.
+        decoding: how its images are decoded.
     """
 
     kind: str
@@ -56,6 +88,7 @@ class Source(ABC):
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
     findings: Findings = Findings()
+    decoding: Decoding = AS_USUAL
     # Whether two keys may be equal, as far as is known before `fingerprint` has looked.
     doubtful_keys: bool = False
     # What a user can do about two samples of one key.
@@ -210,7 +243,7 @@ class PartSource(Source):
         self.ignore_labels = ignore_labels
         self.kind, self.name = base.kind, base.name
         self.class_names = None if ignore_labels else base.class_names
-        self.findings = base.findings
+        self.findings, self.decoding = base.findings, base.decoding
         self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
 
     def __len__(self) -> int:
@@ -240,5 +273,5 @@ class PartSource(Source):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         samples = self.base.read(np.asarray(indices, dtype=np.int64) + self.start)
         if self.ignore_labels:
-            return [Sample(key=sample.key, image=sample.image) for sample in samples]
+            return [replace(sample, label=IGNORE) for sample in samples]
         return samples

@@ -7,6 +7,7 @@ has to become RGB this is what PIL's `convert("RGB")` does and torchvision's `Im
 dropped, colour profiles are not applied, of an animation the first frame counts.
 """
 
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from softlabel.dataset.base import RawImage
+from softlabel.dataset.base import AS_USUAL, Decoding, RawImage
 from softlabel.dataset.content import content_hash, hash_values
 from softlabel.errors import BadImageError, DataError
 
@@ -36,11 +37,12 @@ _UPRIGHT = {
 }
 
 
-def decode_image(image: RawImage) -> Tensor:
-    """The pixels of an image: uint8 (3, H, W), RGB, turned upright as its EXIF data says.
+def decode_image(image: RawImage, decoding: Decoding = AS_USUAL) -> Tensor:
+    """The pixels of an image: uint8 (3, H, W), RGB; of encoded bytes turned upright as their EXIF data says.
 
     Takes encoded bytes, a PIL image, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H, W).
-    Grey, palette, CMYK and alpha become RGB; of 16 bits the upper 8 are kept. The result lies in memory as (H, W, 3).
+    Grey, palette, CMYK and alpha become RGB; of 16 bits the upper 8 that are used. The result lies in memory
+    as (H, W, 3).
 
     Raises:
         BadImageError: it is no image, or a damaged one, or one too large to be meant; the text is the reason alone.
@@ -59,10 +61,11 @@ def decode_image(image: RawImage) -> Tensor:
         )
     try:
         if isinstance(image, Image.Image):
-            return _from_pil(image)
+            # A dataset's pixels are as it means them: the tag often outlives the turning that it asked for.
+            return _from_pil(image, dataclasses.replace(decoding, upright=False))
         if not len(image):
             raise BadImageError("empty, 0 bytes")
-        return _from_pil(Image.open(io.BytesIO(image), formats=_formats()))
+        return _from_pil(Image.open(io.BytesIO(image), formats=_formats()), decoding)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -73,12 +76,12 @@ def decode_image(image: RawImage) -> Tensor:
         raise BadImageError(reason) from error
 
 
-def decode_hashed(image: RawImage) -> tuple[Tensor, int]:
+def decode_hashed(image: RawImage, decoding: Decoding = AS_USUAL) -> tuple[Tensor, int]:
     """`decode_image` and `content_hash` in one go, which saves a second look at pixels that need no conversion.
 
     Raises: as `decode_image`.
     """
-    pixels_CHW = decode_image(image)
+    pixels_CHW = decode_image(image, decoding)
     if _is_plain(image):
         values_HWC = pixels_CHW.numpy().transpose(1, 2, 0)
         return pixels_CHW, hash_values(values_HWC, "|u1", values_HWC.shape)
@@ -106,9 +109,9 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _from_pil(image: Image.Image, decoding: Decoding) -> Tensor:
     image.load()
-    image = _to_rgb(_upright(image))
+    image = _to_rgb(_upright(image) if decoding.upright else image, decoding.bits or 16)
     # A bytearray, because torch warns of read-only memory and would let one write into it. numpy makes the shape in one
     # step: for small images every torch operation counts.
     width, height = image.size
@@ -127,7 +130,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
     mode = image.mode
     if mode == "RGB":
         return image
@@ -138,7 +141,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             raise BadImageError(
                 f"pixels of more than 16 bits ({grey_HW.min()} to {grey_HW.max()}); convert it to 8 bits"
             )
-        return Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
+        if grey_HW.max() >> bits:
+            raise BadImageError(
+                f"a pixel of {grey_HW.max()}, and the 16-bit images of this data were taken to use {bits} bits; "
+                "'?bits=16' takes all"
+            )
+        return Image.fromarray((grey_HW >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if mode == "F":
         raise BadImageError("floating-point pixels have no agreed range; convert it to 8 bits")
     if mode in ("P", "PA", "La"):

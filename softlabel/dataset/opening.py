@@ -16,8 +16,9 @@
     torchvision:NAME?root=...&train=true    any class of torchvision.datasets, with its arguments
     digits                              scikit-learn's handwritten digits, 8x8 grey
 
-`rows=START:STOP` takes a part of any of them. Paths in options start at the working folder, those in a list at its own
-folder. A `?` that belongs to a path or URL is written `%3F`; an existing path may be given as it is. `~` is expanded.
+`rows=START:STOP` takes a part of any of them. `exif=ignore` leaves encoded images as they lie, `bits=N` says how many
+bits 16-bit images use. Paths in options start at the working folder, those in a list at its own folder. A `?` that
+belongs to a path or URL is written `%3F`; an existing path may be given as it is. `~` is expanded.
 """
 
 import os
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from softlabel.dataset.arrays import ARRAY_SUFFIXES, ArraySource
-from softlabel.dataset.base import PartSource, Source
+from softlabel.dataset.base import AS_USUAL, Decoding, PartSource, Source
+from softlabel.dataset.decoded import DecodedSource, read_decoding
 from softlabel.dataset.folder import open_folder
 from softlabel.dataset.listing import is_url, list_source
 from softlabel.dataset.lists import LIST_SUFFIXES, open_list
@@ -85,7 +87,7 @@ def _checked(source: Source, check_keys: bool) -> Source:
 def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     plain = os.path.expanduser(text)
     name, options = (plain, {}) if os.path.exists(plain) else split_options(text, subject=text)
-    rows = options.pop("rows", None)
+    rows, decoding = options.pop("rows", None), read_decoding(options, subject=text)
     if name == "digits":
         source: Source = open_digits(text, ignore_labels)
     elif name.startswith("torchvision:"):
@@ -94,8 +96,20 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
         source = _open_files(text, _plain(name), options, ignore_labels)
     if options:
         raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
-    source = _checked(source, check_keys)
+    source = _checked(_decoded(source, decoding), check_keys)
     return source if rows is None else _part(source, rows)
+
+
+def _decoded(source: Source, decoding: Decoding) -> Source:
+    if decoding == AS_USUAL:
+        return source
+    if source.kind in ("array", "digits"):
+        raise SpecError(
+            f"{source.name}: exif= and bits= are of encoded images, and these are pixels of 8 bits; leave them out"
+        )
+    if isinstance(source, DatasetSource) and not decoding.upright:
+        raise SpecError(f"{source.name}: exif= is of encoded images, and this dataset decodes by itself; leave it out")
+    return DecodedSource(source, decoding)
 
 
 def _plain(name: str) -> str:

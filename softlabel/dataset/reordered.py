@@ -14,6 +14,7 @@ class ReorderedSource(Source):
     def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
         self.base, self.order_N = base, order_N
         self.kind, self.name = base.kind, base.name
+        self.decoding = base.decoding
         self.class_names, self.has_labels, self.findings = base.class_names, base.has_labels, base.findings
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset.base import IGNORE, Sample, Source, check_keys, span
+from softlabel.dataset.base import AS_USUAL, IGNORE, Sample, Source, check_keys, span
 from softlabel.errors import MismatchError
 from softlabel.store.keys import Keys
 
@@ -24,6 +24,8 @@ class SeveralSources(Source):
         self.sources = tuple(sources)
         self.kind = self.sources[0].kind if len({source.kind for source in sources}) == 1 else "several"
         self.name = " + ".join(source.name for source in sources)
+        # Each sample says how it is decoded; a store records what is unusual in one of its sources.
+        self.decoding = next((one.decoding for one in sources if one.decoding != AS_USUAL), AS_USUAL)
         self.has_labels = any(source.has_labels for source in sources)
         named = [source for source in sources if source.class_names is not None]
         for source in named[1:]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softlabel.dataset import Source, comparable, decode_hashed, hashes_of, why_not_comparable
+from softlabel.dataset import Source, comparable, decode_hashed, hashes_of, settle_decoding, why_not_comparable
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
@@ -85,6 +85,7 @@ class JoinedDataset(Dataset[Batch]):
         check_views: int = 256,
         views: int | None = None,
     ) -> None:
+        source = settle_decoding(source, None if store is None else store.manifest.recorded)
         self.source, self.store, self._mix = source, store, mix
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
@@ -309,7 +310,7 @@ class JoinedDataset(Dataset[Batch]):
                     f"{sample.key!r}; the data changed while it was in use, start again"
                 )
             try:
-                image_CHW, hashes[place] = decode_hashed(sample.image)
+                image_CHW, hashes[place] = decode_hashed(sample.image, sample.decoding)
             except BadImageError as error:
                 hashes[place], failed = hashes_of([sample.image])[0], failed or (key, error)
             else:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 import softlabel
@@ -95,7 +96,90 @@ def misplaced_images(folder: Path) -> list[object]:
     return label_all(folder, "d", classes=2)
 
 
+def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[Path], Sequence[object]]:
+    """16-bit PNG files that use so many bits; with `store`, labelled already, and the command trains."""
+
+    def make(folder: Path) -> list[object]:
+        (folder / "d").mkdir()
+        for name, grey_HW in WIDE.items():
+            Image.fromarray(grey_HW >> (16 - bits)).save(folder / "d" / name)
+        command = [*label_all(folder, "d" + options), "--device", "cpu"]
+        command.remove("--no-preflight")
+        if not store:
+            return command
+        assert main([str(one) for one in command]) == 0
+        return ["train", "--data", "d?bits=8", "--labels", "labels", "--student", "zoo:resnet8", "--out", "r"]
+
+    return make
+
+
+WIDE = {f"{i:02}.png": np.random.default_rng(i).integers(0, 1 << 16, (8, 8), dtype=np.uint16) for i in range(12)}
+
+
+def labelled_as(pixels: dict[str, NDArray[np.uint8]], decoding: dict[str, object]) -> Callable[[Path], None]:
+    """Checks every row against the network of `label_all`, run here on these (H, W, 3)."""
+
+    def check(folder: Path) -> None:
+        network = build_model("zoo:resnet8", num_classes=10).eval()
+        network.load_state_dict(torch.load(folder / "w.pt"))
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        opened = open_store(folder / "labels")
+        taken = opened.take(range(len(pixels)))
+        images = torch.from_numpy(np.stack([pixels[key] for key in taken.keys])).float() / 255
+        with torch.inference_mode():
+            logits = network(((images - mean) / std).permute(0, 3, 1, 2)).numpy() / 4
+        assert np.abs(taken.scaled_logits - (logits - logits.max(axis=1, keepdims=True))).max() < 2e-3
+        assert opened.manifest.recorded.get("decoding", {}) == decoding
+
+    return check
+
+
+def as_rgb(grey_HW: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    return np.repeat((grey_HW >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def turned_by_exif(folder: Path) -> list[object]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "d").mkdir()
+    for name, grey_HW in WIDE.items():
+        Image.fromarray(as_rgb(grey_HW)).save(folder / "d" / name, exif=exif)
+    return [*label_all(folder, "d?exif=ignore"), "--device", "cpu"]
+
+
 DATA = [
+    *(
+        Case(
+            name=f"16-bit images that use {bits} bits",
+            make=wide_images(bits),
+            says=(rf"16-bit images, whose largest value is \d+ in 12 of 12 looked at: taken to use {bits} bits",),
+            check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"bits": bits}),
+        )
+        for bits in (8, 12, 16)
+    ),
+    Case(
+        name="images that are all black once decoded",
+        make=wide_images(8, "?bits=16"),
+        code=1,
+        says=(r"d\?bits=16: expected images that differ, found 8 of a sample of 8 .* \(values 0 to 0 of 255\)",),
+    ),
+    Case(
+        name="a student whose images are decoded otherwise",
+        make=wide_images(12, store=True),
+        code=2,
+        says=(r"decoded with '\?exif=upright&bits=8', those that were labelled with '\?exif=upright&bits=12'",),
+    ),
+    Case(
+        name="EXIF data that shall not count",
+        make=turned_by_exif,
+        check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"exif": "ignore"}),
+    ),
+    Case(
+        name="EXIF data of pixels",
+        make=lambda folder: label_all(folder, "digits?exif=ignore"),
+        code=2,
+        says=("exif= and bits= are of encoded images",),
+    ),
     Case(
         name="technical folders among class folders",
         make=technical_folders,
@@ -230,6 +314,12 @@ TEACHERS = [
         says=("found probabilities .*every row sums to 100",),
     ),
     Case(name="a last ReLU", make=answering("z.relu()"), says=("warning: .*found values from .*, none below 0",)),
+    Case(
+        name="a teacher that says the same of every image",
+        make=beside_images({name: value * (name != "linear.weight") for name, value in weights().items()}),
+        code=1,
+        says=("expected labels that differ, found 8 rows of a sample of 8",),
+    ),
     Case(
         name="a checkpoint with an average of the weights",
         make=beside_images({"state_dict": weights(), "state_dict_ema": weights(1.0)}),

@@ -11,6 +11,7 @@ import xxhash
 from PIL import Image, ImageOps
 
 from softlabel.dataset import content_hash, decode_hashed, decode_image, stack_images
+from softlabel.dataset.base import Decoding
 from softlabel.errors import BadImageError, DataError
 
 H, W = 6, 5
@@ -142,6 +143,25 @@ def test_exif_orientation_is_applied(orientation: int, format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
     data = encoded(Image.fromarray(RGB_HW3), format, exif=exif, **options)
     assert np.array_equal(pixels_of(data), TURNED.get(orientation, RGB_HW3))
+
+
+def test_only_encoded_bytes_are_turned_and_only_if_wanted() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(RGB_HW3), "PNG", exif=exif)
+    left_over = Image.open(io.BytesIO(data)).convert("RGB")
+    assert left_over.getexif()[0x0112] == 6
+    assert np.array_equal(pixels_of(left_over), RGB_HW3)
+    as_it_lies = decode_image(data, Decoding(upright=False))
+    assert np.array_equal(as_it_lies.permute(1, 2, 0).numpy(), RGB_HW3)
+
+
+def test_bits_of_16_bit_images() -> None:
+    narrow = encoded(Image.fromarray(GREY16_HW >> 4), "PNG")
+    assert np.array_equal(decode_image(narrow, Decoding(bits=12))[0].numpy(), GREY16_HW >> 8)
+    assert np.array_equal(decode_image(narrow, Decoding(bits=16))[0].numpy(), GREY16_HW >> 12)
+    with pytest.raises(BadImageError, match="taken to use 8 bits"):
+        decode_image(narrow, Decoding(bits=8))
 
 
 def test_exif_orientation_of_a_jpeg_and_of_a_grey_one() -> None:
