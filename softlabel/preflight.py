@@ -17,6 +17,7 @@ from softlabel.trial import Trial, label_sample, refuse_equal
 
 log = logging.getLogger("softlabel")
 
+_PADDING = 1.5  # times the images that have to pass through the teachers, from which the shards' size is worth a word
 _ROW_BYTES = 24  # a row's label, view and content hash, and where its key begins
 
 
@@ -97,6 +98,14 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
             "another disk, or take a smaller --encoding ('softlabel plan' shows what each needs)"
         )
     rate = trial.images_per_second(job)
+    size = job.labeller.batch_size
+    passes, fewest = sum(-(-(plan.stop - plan.start) // size) for plan in missing), -(-images // size)
+    if passes > _PADDING * fewest:
+        remarks = (
+            *remarks,
+            f"--shard-rows {run.shard_rows}: the last batch of a shard is padded to {size}, so that {passes * size:,} "
+            f"pass through the teachers for {images:,}; take a multiple of --batch-size, or a smaller --batch-size",
+        )
     report = Preflight(
         images=images,
         views=run.views.count,
@@ -107,7 +116,7 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
         bad=trial.bad,
         images_per_second=rate,
         bare_rate=1 / trial.forward,
-        seconds=images / rate,
+        seconds=images / rate + (passes - fewest) * min(size, trial.sampled) * trial.forward,
         offer=found,
         store_bytes=need,
         free_bytes=free,

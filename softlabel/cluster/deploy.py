@@ -1,5 +1,6 @@
 """A client of the cluster that a run asks for: one that runs already, or one that is started for it."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -7,12 +8,14 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dask
+from dask.utils import parse_timedelta
 from distributed import Client, LocalCluster
 from distributed.comm.registry import get_backend
-from distributed.core import Status
+from distributed.core import Status, rpc
 from distributed.security import Security
 
 from softlabel.deployment import ClusterKind, Deployment
@@ -20,6 +23,7 @@ from softlabel.errors import UsageError
 
 log = logging.getLogger("softlabel")
 
+_ANSWER_SECONDS = 20.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -39,6 +43,7 @@ def connected(deployment: Deployment) -> Iterator[Client]:
             where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
         if deployment.scheduler is not None:
             _check_address(deployment.scheduler)
+            _check_scheduler(deployment.scheduler)
         try:
             client = _enter(stack, Client(where, timeout="20s", set_as_default=False))
         except Exception as error:
@@ -77,6 +82,29 @@ def _check_address(address: str) -> None:
             f"--scheduler {address}: expected an address such as tcp://10.0.0.1:8786, and for tls:// Dask's settings "
             f"of certificates ({said})"
         ) from None
+
+
+def _check_scheduler(address: str) -> None:
+    """Raises UsageError unless a scheduler answers: a client would wait for ever for the answer of something else."""
+    name = "distributed.comm.timeouts.connect"
+    seconds = parse_timedelta(dask.config.get(name)) if _set_by_user(name) else _ANSWER_SECONDS
+
+    async def ask() -> str:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
+            return str((await there.identity())["type"])
+
+    with ThreadPoolExecutor(1) as pool:  # this thread may have a loop that runs already, as in a notebook
+        try:
+            kind = pool.submit(lambda: asyncio.run(asyncio.wait_for(ask(), seconds))).result()
+        except TimeoutError:
+            kind = f"nothing that answers as one within {seconds:g} s"
+        except Exception as error:
+            kind = f"none that answers ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if kind != "Scheduler":
+        raise UsageError(
+            f"--scheduler {address}: expected a Dask scheduler there, found {kind}; the scheduler's port is 8786 where "
+            "nothing else was asked for, 8787 is that of its dashboard; start one with 'dask scheduler'"
+        )
 
 
 def _settings() -> dict[str, Any]:

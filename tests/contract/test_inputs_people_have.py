@@ -8,8 +8,10 @@ import json
 import re
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +405,16 @@ COMMANDS: list[Case] = [
         )
     ),
     Case(
+        name="shards of one image",
+        make=lambda folder: [*beside_images(weights())(folder), "--shard-rows", "1", "--batch-size", "16"],
+        says=("warning: --shard-rows 1: .* padded to 16, so that 128 pass through the teachers for 8;",),
+    ),
+    Case(
+        name="shards of a batch",
+        make=lambda folder: [*beside_images(weights())(folder), "--shard-rows", "4", "--batch-size", "4"],
+        never=("padded",),
+    ),
+    Case(
         name="a flag before a path",
         make=lambda folder: ["inspect", "--json", "nothing"],
         code=2,
@@ -563,3 +575,22 @@ def test_the_folder_of_an_export_is_a_table(tmp_path: Path, monkeypatch: pytest.
         assert np.array_equal(np.stack(frame["scaled_logits"]), wanted)
     said = json.loads((tmp_path / "exported" / "_softlabel-export.json").read_text())
     assert said["options"] == {"store": "labels", "out": "exported", "to": "hf"}
+
+
+def test_an_address_that_is_no_scheduler_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dask = pytest.importorskip("dask")
+    pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    # A dashboard waits for a request, and so sends nothing.
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_port}"
+        with dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}):
+            given = ["--batch-size", "8", "--scheduler", address]
+            assert main([*map(str, beside_images(weights())(tmp_path)), *given]) == 2
+        server.shutdown()
+    told = capsys.readouterr().err
+    assert f"--scheduler {address}: expected a Dask scheduler there, found no" in told
+    assert "8787 is that of its dashboard" in told

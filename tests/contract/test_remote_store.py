@@ -17,6 +17,7 @@ from softlabel.errors import StoreError, StoreIncompleteError, StoreLockedError,
 from softlabel.store.reader import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
+from tests.helpers import write_dataset, write_teacher
 from tests.storekit import FORMATS, Samples, make_run, write_store
 
 
@@ -75,6 +76,20 @@ def test_what_cannot_be_reached_is_not_damaged(
             assert "check endpoint, network and credentials" in told
             for word in ("DAMAGED", f"damaged: {url}", "remove", "move it"):
                 assert word not in told
+
+
+def test_a_missing_bucket_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data.parquet", 4)
+    given = ["--data", "data.parquet", "--teacher", write_teacher(tmp_path / "w.safetensors"), "--batch-size", "4"]
+    with s3_server(monkeypatch):
+        assert main(["generate", *given, "--out", "s3://nobody-made-this/labels"]) == 1
+    told = capsys.readouterr().err
+    assert "s3://nobody-made-this/labels: cannot write: " in told
+    assert "make the folder or bucket first" in told
+    assert "make room" not in told
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -344,7 +344,7 @@ def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
     data = dataset(tmp_path / "data.parquet", 8)
     options = ["--data", data, "--teacher", teacher_spec(), "--out", tmp_path / "store"]
     done = run(generate(*options, "--scheduler", "tcp://127.0.0.1:9"), code=2)
-    assert "no scheduler answers there" in done.stderr
+    assert "expected a Dask scheduler there, found nothing that answers" in done.stderr
     for address in ("nonsense://127.0.0.1:9", "tls://127.0.0.1:9"):
         done = run(generate(*options, "--scheduler", address), code=2)
         assert "expected an address such as" in done.stderr
