@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.errors import DataError
+from softlabel.files import describe_beginning
 
 # Far below the 1024 that a process may usually open; the loader's other files need some as well.
 _OPEN_FILES = 128
@@ -53,6 +54,15 @@ class Files(ABC):
     @abstractmethod
     def open(self, number: int) -> BinaryIO:
         """A file from its beginning, seekable. Raises DataError when it cannot be opened."""
+
+    def describe(self, number: int) -> str | None:
+        """What a file that cannot be understood is instead, by its first bytes; None: nothing that is known here."""
+        try:
+            with self.open(number) as file:
+                start = file.read(512)
+        except (OSError, DataError):
+            return None
+        return "a zip archive; unpack it first" if start.startswith(b"PK\x03\x04") else describe_beginning(start)
 
     @abstractmethod
     def read(self, numbers_B: Int64s, offsets_B: Int64s, sizes_B: Int64s) -> list[bytes]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from softlabel.dataset.suffixes import suffix_of
+
 if TYPE_CHECKING:
     from softlabel.dataset.base import Source
 
@@ -68,13 +70,6 @@ def count_suffixes(names: Iterable[str]) -> str:
     """``3 .txt, 1 .csv, 1 without a suffix``, the most frequent ones first."""
     counts = Counter(suffix_of(name) for name in names)
     return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts.most_common())
-
-
-def suffix_of(name: str) -> str:
-    """The suffix of a file's name, in lower case; of `.hidden` and `name` it is empty."""
-    base = name.rpartition("/")[2]
-    stem, dot, suffix = base.rpartition(".")
-    return f".{suffix.lower()}" if dot and stem else ""
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,21 +10,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import read_classes
+from softlabel.dataset.annotated import read_classes, usual_labels
 from softlabel.dataset.base import IGNORE, Sample, span
-from softlabel.dataset.findings import Findings, count_suffixes, some, suffix_of
+from softlabel.dataset.findings import Findings, count_suffixes, some
+from softlabel.dataset.list_lines import peek_list
 from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.suffixes import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LIST_SUFFIXES, suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.spec import quote_path
 
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .mpo"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
-# Images to a user, that the decoder does not read.
-_FOREIGN = ".heic .heif .jxl .svg .psd .ico .tga .dds .exr .hdr .jxr .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .eps .dcm"
-FOREIGN_SUFFIXES = frozenset(_FOREIGN.split())
 # What archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP) put among the folders.
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle", "@Recycle"}
 ) | {"__pycache__"}
+_LISTS_LOOKED_INTO = 20
 # The machine's or the share's trouble, not the image's: to skip the image would skip all that follow.
 _NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
@@ -117,6 +117,8 @@ def open_folder(
     named = None if classes is None or ignore_labels else read_classes(classes, subject=name)
     paths = sorted(paths)
     left_out, notes = _tell_others(others, skipped)
+    if not ignore_labels and wanted != "none":
+        left_out += _offer_lists(root, others)
     if ignore_labels:
         wanted = "none"
     without = "labels are ignored, as asked" if wanted == "none" else "its images lie in no sub-folders"
@@ -201,6 +203,29 @@ def _tell_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[st
     if skipped:
         notes.append(f"hidden and system files, never read: {some(sorted(skipped))}")
     return left_out, notes
+
+
+def _offer_lists(root: Path, others: Sequence[str]) -> list[str]:
+    """What to say of lists with labels beside the images, such as the `metadata.csv` of Hugging Face's imagefolder."""
+    offers = []
+    lists = sorted(
+        (name for name in others if suffix_of(name) in LIST_SUFFIXES), key=lambda name: (name.count("/"), name)
+    )
+    for name in lists[:_LISTS_LOOKED_INTO]:
+        columns = peek_list(str(root / name))
+        if columns is None:
+            continue
+        taken = quote_path(str(root / name))
+        if not columns or usual_labels(columns):
+            offers.append(
+                f"{name!r} lists images with labels, which are not read here; --data {shlex.quote(taken)} takes them"
+            )
+        else:
+            offers.append(
+                f"{name!r} lists images with columns {', '.join(columns)}, which are not read here; if one of them is "
+                f"the label, --data {shlex.quote(f'{taken}?label=COLUMN')} takes it"
+            )
+    return offers
 
 
 def is_technical(name: str) -> bool:

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from softlabel.dataset.files import Files, LocalFiles
 from softlabel.dataset.findings import count_suffixes
-from softlabel.dataset.folder import IMAGE_SUFFIXES, walk
+from softlabel.dataset.folder import walk
+from softlabel.dataset.suffixes import IMAGE_SUFFIXES
 from softlabel.errors import DataError, SpecError
 
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 TAR_SUFFIXES = frozenset({".tar"})
+_ARCHIVES = frozenset({".zip", ".7z", ".rar"})
 _PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 # A slip such as {0..999999999} must not fill the memory with names.
@@ -124,7 +126,8 @@ def _chosen(
     if not found:
         raise SpecError(
             f"{subject}: expected images, Parquet or tar files, found {len(names)} other files"
-            f"{f' ({count_suffixes(names)})' if names else ''}; images end in {' '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{f' ({count_suffixes(names)})' if names else ''}{_unpack(names)}; images end in "
+            f"{' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     if images:
         others = sorted(set(names) - set(images))
@@ -149,7 +152,7 @@ def _of_one_kind(root: str, names: Sequence[str], subject: str, *, sizes: Sequen
         found = " and ".join(f"a {suffix} file" if suffix else "a file without a suffix" for suffix in sorted(suffixes))
         raise SpecError(
             f"{subject}: expected .parquet or .tar files, a folder of images, .h5, .npy, .npz, or a list as .txt or "
-            f".csv; found {found}"
+            f".csv; found {found}{_unpack(names)}"
         )
     if is_url(root):
         from softlabel.dataset.remote import RemoteFiles
@@ -164,6 +167,12 @@ def _is_packed(subject: str, name: str) -> SpecError:
         f"{subject}: expected plain tar files, found {name}: a sample in a compressed one cannot be reached without "
         "unpacking all before it, and images hardly shrink; unpack it once (gunzip, unxz, zstd -d)"
     )
+
+
+def _unpack(names: Sequence[str]) -> str:
+    """What to do about archives that are not read."""
+    archive = next((name for name in names if _suffix(name) in _ARCHIVES), None)
+    return "" if archive is None else f"; unpack {archive!r} into a folder and give that"
 
 
 def _suffix(name: str) -> str:

@@ -6,7 +6,8 @@
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
-    FILE.txt or FILE.csv[?root=FOLDER&labels=none&classes=FILE]        a list of image files, PATH[,LABEL] a line
+    FILE.txt, .csv, .tsv or .jsonl[?root=FOLDER&image=COLUMN&label=COLUMN|none&classes=FILE]
+                                        a list of image files, PATH[,LABEL] a line, or columns with a heading
     FOLDER[?labels=folders|none&classes=FILE]
                                         a folder of images (see `folder.open_folder`)
     FOLDER[?files=GLOB&...]             a folder of Parquet or tar files, in the order of their names
@@ -31,9 +32,10 @@ from softlabel.dataset.base import AS_USUAL, Decoding, PartSource, Source
 from softlabel.dataset.decoded import DecodedSource, read_decoding
 from softlabel.dataset.folder import open_folder
 from softlabel.dataset.listing import is_url, list_source
-from softlabel.dataset.lists import LIST_SUFFIXES, open_list
+from softlabel.dataset.lists import open_list
 from softlabel.dataset.parquet import ParquetSource
 from softlabel.dataset.several import SeveralSources
+from softlabel.dataset.suffixes import LIST_SUFFIXES
 from softlabel.dataset.tar import TarSource
 from softlabel.dataset.wrapped import DatasetSource, open_digits, open_torchvision
 from softlabel.errors import SpecError

@@ -234,7 +234,8 @@ class ParquetSource(Source):
             # Whole column chunks in few requests, not one for each page.
             return pq.ParquetFile(files.open(number), pre_buffer=True)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{files.where(number)}: expected a Parquet file, found: {_line(error)}") from error
+            found = files.describe(number) or f"one that cannot be read: {_line(error)}"
+            raise DataError(f"{files.where(number)}: expected a Parquet file, found {found}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open", "_cache", "_cached")}

@@ -10,7 +10,7 @@ import logging
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from softlabel.dataset.annotated import checked_classes, checked_labels, number_classes, read_classes
 from softlabel.dataset.base import IGNORE, Sample, span
 from softlabel.dataset.files import Files
-from softlabel.dataset.folder import IMAGE_SUFFIXES
 from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.suffixes import IMAGE_SUFFIXES
 from softlabel.dataset.tar_labels import LABEL_BYTES, LabelMember, find_labels
 from softlabel.errors import DataError, SpecError
 
@@ -185,7 +185,7 @@ def _scan(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Sha
     others: Counter[str] = Counter()
     first: dict[str, tuple[int, int]] = {}
     with files.open(number) as file:
-        for group in _groups(file, where):
+        for group in _groups(file, where, partial(files.describe, number)):
             image = _image_of(group, wanted, where)
             label = _label_of(file, group, wanted.label, where)
             rest = [one for one, place in group.members.items() if place != image and one != wanted.label.extension]
@@ -226,10 +226,10 @@ def _head(file: BinaryIO, place: tuple[int, int]) -> bytes:
     return file.read(min(place[1], LABEL_BYTES))
 
 
-def _groups(file: BinaryIO, where: str) -> Iterator[_Group]:
+def _groups(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[_Group]:
     """Members that follow each other and share a key, in the order of the file."""
     group: _Group | None = None
-    for member in _members(file, where):
+    for member in _members(file, where, describe):
         found = None if _META.match(member.name) else _NAME.fullmatch(member.name)
         if not member.isreg():
             if found is not None and found[2].lower() in _IMAGES and (member.islnk() or member.issym()):
@@ -258,7 +258,7 @@ def _groups(file: BinaryIO, where: str) -> Iterator[_Group]:
         yield group
 
 
-def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[tarfile.TarInfo]:
     """All members, and an error unless the archive ends as one does: tarfile takes a damaged header for its end."""
     damaged = f"{where}: expected a tar file, found one that is damaged or cut off"
     cure = "fetch or write it again"
@@ -271,6 +271,8 @@ def _members(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
         file.seek(end)
         rest = file.read(_AFTER_END)
     except (tarfile.TarError, ValueError, OverflowError) as error:
+        if (what := describe()) is not None:
+            raise DataError(f"{where}: expected a tar file, found {what}") from None
         raise DataError(f"{damaged}: {error}; {cure}") from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from error

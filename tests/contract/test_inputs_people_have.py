@@ -4,7 +4,11 @@ A new report is one more `Case` in the table of its kind. `make` writes the file
 the working folder, and returns the command line; the command runs in this process, as `softlabel` would.
 """
 
+<<<<<<< HEAD
 import json
+=======
+import gzip
+>>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
 import re
 import shlex
 import subprocess
@@ -98,6 +102,7 @@ def misplaced_images(folder: Path) -> list[object]:
     return label_all(folder, "d", classes=2)
 
 
+<<<<<<< HEAD
 def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[Path], Sequence[object]]:
     """16-bit PNG files that use so many bits; with `store`, labelled already, and the command trains."""
 
@@ -111,10 +116,23 @@ def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[
             return command
         assert main([str(one) for one in command]) == 0
         return ["train", "--data", "d?bits=8", "--labels", "labels", "--student", "zoo:resnet8", "--out", "r"]
+=======
+def listed(text: str, file: str = "list.txt", options: str = "") -> Callable[[Path], Sequence[object]]:
+    """Three images, and a list of them that is the data."""
+
+    def make(folder: Path) -> list[object]:
+        for colour, name in enumerate(("a.png", "b.png", "c d.png")):
+            paint(folder / name, colour)
+        (folder / file).write_text(text)
+        (folder / "names").write_text("cat\nred fox\n")
+
+        return label_all(folder, file + options, classes=2)
+>>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
 
     return make
 
 
+<<<<<<< HEAD
 WIDE = {f"{i:02}.png": np.random.default_rng(i).integers(0, 1 << 16, (8, 8), dtype=np.uint16) for i in range(12)}
 
 
@@ -181,6 +199,85 @@ DATA = [
         make=lambda folder: label_all(folder, "digits?exif=ignore"),
         code=2,
         says=("exif= and bits= are of encoded images",),
+=======
+def metadata_beside_images(folder: Path) -> list[object]:
+    for name in ("train/a.png", "train/b.png"):
+        paint(folder / "d" / name)
+    (folder / "d" / "train" / "metadata.csv").write_text("file_name,text,target\na.png,one,1\n")
+    (folder / "d" / "captions.jsonl").write_text('{"file_name": "train/a.png", "text": "one"}\n')
+    return label_all(folder, "d")
+
+
+def packed(name: str, pack: Callable[[bytes], bytes]) -> Callable[[Path], Sequence[object]]:
+    """Bytes of a tar file, packed, under this name."""
+
+    def make(folder: Path) -> list[object]:
+        (folder / name).write_bytes(pack(b"\0" * 10240))
+        return label_all(folder, name)
+
+    return make
+
+
+LISTS = [
+    *(
+        Case(name=f"a list with {what}", make=listed(text, *more), says=("3 samples, ",), check=stored(labels))
+        for labels in ({"a.png": 0, "b.png": 1, "c d.png": None},)
+        for what, text, *more in (
+            ("tabs and names of classes", "a.png\tcat\nb.png\tred fox\nc d.png\n", "list.tsv", "?classes=names"),
+            ("spaces", "a.png 0\nb.png   1\nc d.png\n"),
+            ("quoted paths and spaces", '"a.png" 0\nb.png 1\n"c d.png"'),
+            ("./ and a comment", "# all\n./a.png,0\n./b.png, 1\n.//c d.png,-1\n"),
+            ("numbers as texts and floats", 'a.png,0.0\nb.png,"1"\nc d.png,'),
+            ("a heading and semicolons", "Filename;id;Class\na.png;7;0\nb.png;8;1\nc d.png;9;\n", "list.csv"),
+            ("the columns of pandas", ",label,image_id\n0,0,a.png\n1,1,b.png\n2,,c d.png\n", "list.csv"),
+            ("a heading with other words", "id,kind\na.png,0\nb.png,1\nc d.png,", "l.csv", "?image=id&label=kind"),
+            (
+                "JSON in lines",
+                '{"file_name": "a.png", "label": "0"}\n{"file_name": "b.png", "label": 1.0}\n{"file_name": "c d.png"}',
+                "metadata.jsonl",
+            ),
+        )
+    ),
+    *(
+        Case(name=f"a list with {what}", make=listed(text), code=1, says=(says,))
+        for what, text, says in (
+            ("names of classes", "a.png,cat\n", r"line 1: expected a class number, found 'cat'; .*\?classes=FILE"),
+            ("two labels for a file", "a.png,1\n./a.png,2\n", "one label for each file, found 1 and 2 for 'a.png'"),
+            ("three columns", "a.png,1,2\n", r"line 1: expected PATH or PATH,LABEL, found 'a.png,1,2'"),
+            ("two words that are no file", "one two\n", "found 'one two', and neither 'one two' nor 'one' is a file"),
+            (
+                "the label first",
+                "1,a.png\n",
+                "a class number behind the path, found '1,a.png'; .* path before its label",
+            ),
+            ("a heading without paths", "x,y,label\n", r"a column of paths, found x, y, label; .*\?image=COLUMN"),
+        )
+    ),
+    Case(
+        name="a list with other columns alone",
+        make=listed("file_name,text\na.png,one\n"),
+        says=("1 sample, none with a hard label", r"'\?label=COLUMN' takes one of text"),
+    ),
+    Case(
+        name="metadata.csv beside images",
+        make=metadata_beside_images,
+        says=(
+            "'train/metadata.csv' lists images with labels, .* --data d/train/metadata.csv takes them",
+            r"'captions.jsonl' lists images with columns file_name, text, .*'d/captions.jsonl\?label=COLUMN' takes it",
+        ),
+    ),
+]
+
+DATA = [
+    *LISTS,
+    *(
+        Case(name=f"data that is {name}", make=packed(name, pack), code=code, says=(says,))
+        for name, pack, code, says in (
+            ("images.zip", bytes, 2, "found a .zip file; unpack 'images.zip' into a folder and give that"),
+            ("a.tar", gzip.compress, 1, "a.tar: expected a tar file, found a file compressed by gzip; unpack it"),
+            ("a.parquet", gzip.compress, 1, "expected a Parquet file, found a file compressed by gzip; unpack it"),
+        )
+>>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
     ),
     Case(
         name="technical folders among class folders",

@@ -35,7 +35,19 @@ MAY_IMPORT = {
     "device": {"torch"},
     "pace": set(),
     "spec": set(),
-    "dataset": {"spec", "torch", "torchvision", "pyarrow", "h5py", "fsspec", "numpy", "xxhash", "PIL", "sklearn"}
+    "dataset": {
+        "files",
+        "spec",
+        "torch",
+        "torchvision",
+        "pyarrow",
+        "h5py",
+        "fsspec",
+        "numpy",
+        "xxhash",
+        "PIL",
+        "sklearn",
+    }
     | {"store.keys", "store.index"},
     "views": {"torch", "torchvision", "numpy", "xxhash", "PIL", "yaml", "order", "spec", "store"},
     "zoo": {"torch"},

@@ -119,7 +119,7 @@ def test_lists(tmp_path: Path) -> None:
     absolute = tmp_path / "3,x.jpg"
     assert open_source(write(f'"{absolute}"')).read([0])[0].image == jpeg(3)
     for text, reason in {
-        "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the comma, found 'x.jpg'",
+        "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the path, found '2,x.jpg'; put a path",
         "a.jpg,cat": "line 1: expected a class number",
         "a.jpg,1,2": "line 1: expected PATH or PATH,LABEL, found 'a.jpg,1,2'",
         ",1": "line 1: expected PATH",

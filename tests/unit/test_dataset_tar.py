@@ -186,7 +186,9 @@ def test_a_tar_cut_anywhere_is_refused(tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
     for length in [0, 1, 100, *range(511, end, 512), *range(512, end, 512), end - 1, end]:
         cut.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"cut\.tar: expected a tar file, found one that is damaged or cut off"):
+        with pytest.raises(
+            DataError, match=r"cut\.tar: expected a tar file, found (one that is damaged or cut off|an empty file)"
+        ):
             open_source(cut)
     cut.write_bytes(whole[: end + 512])  # one block of zeros is a mark; others pad to 10 KiB
     assert len(open_source(cut)) == 3
@@ -223,7 +225,7 @@ def test_compressed_tars_are_refused(tmp_path: Path) -> None:
         with pytest.raises(SpecError, match=r"plain tar files, found b\.tar\.gz: .*unpack it once"):
             open_source(where)
     (tmp_path / "b.tar.gz").rename(tmp_path / "c.tar")
-    with pytest.raises(DataError, match=r"c\.tar: expected a tar file"):
+    with pytest.raises(DataError, match=r"c\.tar: expected a tar file, found a file compressed by gzip; unpack it"):
         open_source(tmp_path / "c.tar")
 
 
