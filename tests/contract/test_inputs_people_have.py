@@ -4,11 +4,8 @@ A new report is one more `Case` in the table of its kind. `make` writes the file
 the working folder, and returns the command line; the command runs in this process, as `softlabel` would.
 """
 
-<<<<<<< HEAD
-import json
-=======
 import gzip
->>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
+import json
 import re
 import shlex
 import subprocess
@@ -102,7 +99,6 @@ def misplaced_images(folder: Path) -> list[object]:
     return label_all(folder, "d", classes=2)
 
 
-<<<<<<< HEAD
 def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[Path], Sequence[object]]:
     """16-bit PNG files that use so many bits; with `store`, labelled already, and the command trains."""
 
@@ -116,23 +112,10 @@ def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[
             return command
         assert main([str(one) for one in command]) == 0
         return ["train", "--data", "d?bits=8", "--labels", "labels", "--student", "zoo:resnet8", "--out", "r"]
-=======
-def listed(text: str, file: str = "list.txt", options: str = "") -> Callable[[Path], Sequence[object]]:
-    """Three images, and a list of them that is the data."""
-
-    def make(folder: Path) -> list[object]:
-        for colour, name in enumerate(("a.png", "b.png", "c d.png")):
-            paint(folder / name, colour)
-        (folder / file).write_text(text)
-        (folder / "names").write_text("cat\nred fox\n")
-
-        return label_all(folder, file + options, classes=2)
->>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
 
     return make
 
 
-<<<<<<< HEAD
 WIDE = {f"{i:02}.png": np.random.default_rng(i).integers(0, 1 << 16, (8, 8), dtype=np.uint16) for i in range(12)}
 
 
@@ -167,39 +150,20 @@ def turned_by_exif(folder: Path) -> list[object]:
     return [*label_all(folder, "d?exif=ignore"), "--device", "cpu"]
 
 
-DATA = [
-    *(
-        Case(
-            name=f"16-bit images that use {bits} bits",
-            make=wide_images(bits),
-            says=(rf"16-bit images, whose largest value is \d+ in 12 of 12 looked at: taken to use {bits} bits",),
-            check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"bits": bits}),
-        )
-        for bits in (8, 12, 16)
-    ),
-    Case(
-        name="images that are all black once decoded",
-        make=wide_images(8, "?bits=16"),
-        code=1,
-        says=(r"d\?bits=16: expected images that differ, found 8 of a sample of 8 .* \(values 0 to 0 of 255\)",),
-    ),
-    Case(
-        name="a student whose images are decoded otherwise",
-        make=wide_images(12, store=True),
-        code=2,
-        says=(r"decoded with '\?exif=upright&bits=8', those that were labelled with '\?exif=upright&bits=12'",),
-    ),
-    Case(
-        name="EXIF data that shall not count",
-        make=turned_by_exif,
-        check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"exif": "ignore"}),
-    ),
-    Case(
-        name="EXIF data of pixels",
-        make=lambda folder: label_all(folder, "digits?exif=ignore"),
-        code=2,
-        says=("exif= and bits= are of encoded images",),
-=======
+def listed(text: str, file: str = "list.txt", options: str = "") -> Callable[[Path], Sequence[object]]:
+    """Three images, and a list of them that is the data."""
+
+    def make(folder: Path) -> list[object]:
+        for colour, name in enumerate(("a.png", "b.png", "c d.png")):
+            paint(folder / name, colour)
+        (folder / file).write_text(text)
+        (folder / "names").write_text("cat\nred fox\n")
+
+        return label_all(folder, file + options, classes=2)
+
+    return make
+
+
 def metadata_beside_images(folder: Path) -> list[object]:
     for name in ("train/a.png", "train/b.png"):
         paint(folder / "d" / name)
@@ -277,7 +241,38 @@ DATA = [
             ("a.tar", gzip.compress, 1, "a.tar: expected a tar file, found a file compressed by gzip; unpack it"),
             ("a.parquet", gzip.compress, 1, "expected a Parquet file, found a file compressed by gzip; unpack it"),
         )
->>>>>>> 73fb547 (Read lists with any usual separator, heading or comment, offer those that lie beside images; name packed data)
+    ),
+    *(
+        Case(
+            name=f"16-bit images that use {bits} bits",
+            make=wide_images(bits),
+            says=(rf"16-bit images, whose largest value is \d+ in 12 of 12 looked at: taken to use {bits} bits",),
+            check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"bits": bits}),
+        )
+        for bits in (8, 12, 16)
+    ),
+    Case(
+        name="images that are all black once decoded",
+        make=wide_images(8, "?bits=16"),
+        code=1,
+        says=(r"d\?bits=16: expected images that differ, found 8 of a sample of 8 .* \(values 0 to 0 of 255\)",),
+    ),
+    Case(
+        name="a student whose images are decoded otherwise",
+        make=wide_images(12, store=True),
+        code=2,
+        says=(r"decoded with '\?exif=upright&bits=8', those that were labelled with '\?exif=upright&bits=12'",),
+    ),
+    Case(
+        name="EXIF data that shall not count",
+        make=turned_by_exif,
+        check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"exif": "ignore"}),
+    ),
+    Case(
+        name="EXIF data of pixels",
+        make=lambda folder: label_all(folder, "digits?exif=ignore"),
+        code=2,
+        says=("exif= and bits= are of encoded images",),
     ),
     Case(
         name="technical folders among class folders",
