@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-.PHONY: help demo test lint test-slow bench clean
+.PHONY: help demo test lint test-slow bench gpu gpu-wheels clean
 
 help:
 	@echo "make demo       the whole pipeline on embedded data (under 3 minutes)"
 	@echo "make test       lint, types and tests (under 10 minutes)"
 	@echo "make test-slow  the tests that take long"
 	@echo "make bench      benchmarks: ratios against a named limit or peer"
+	@echo "make gpu        all tests and benchmarks of a CUDA device, in 7 minutes"
+	@echo "make gpu-wheels the packages that 'python -m tests.gpu' brings to a machine without a package index"
 	@echo "make clean      remove what demo and the caches left"
 
 $(READY): pyproject.toml
@@ -36,6 +38,16 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks
+
+gpu: $(READY)
+	$(BIN)/python -m tests.gpu
+
+# What a machine with torch, triton, transformers and timm may lack; for its Python 3.12 on x86-64 Linux.
+GPU_WHEELS := jsonargparse docstring-parser typeshed-client dask distributed cloudpickle partd locket zict tblib tornado
+gpu-wheels: $(READY)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	    --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	    --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 --dest .gpu-wheels $(GPU_WHEELS)
 
 clean:
 	rm -rf demo build .pytest_cache .mypy_cache .ruff_cache .hypothesis

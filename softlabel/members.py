@@ -118,6 +118,8 @@ class _Stack:
         models = [teacher.model for teacher in teachers]
         self._state: Any = stack_module_state(models) if state is None else state
         base = copy.deepcopy(models[0]).to("meta")  # the way of the data; the weights are in the state
+        if teachers[0].device.type == "cuda":
+            replace_norms(base)
         spec = teachers[0].spec.text
 
         def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs_BCHW: Tensor) -> Tensor:
@@ -135,6 +137,38 @@ class _Stack:
                 [t.preprocessing.normalize(x) for t, x in zip(self.teachers, images, strict=True)]
             )
             return list(self._call(*self._state, inputs_MBCHW).float())
+
+
+class _EvalNorm(nn.Module):
+    """A batch norm in evaluation mode as plain arithmetic, with the parameters and buffers of the module it replaces."""
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        for name, parameter in norm.named_parameters():
+            self.register_parameter(name, parameter)
+        for name, buffer in norm.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert isinstance(self.running_var, Tensor)
+        assert isinstance(self.running_mean, Tensor)
+        scale_C = (self.running_var + self.eps).rsqrt()
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        scale_C = scale_C if weight is None else scale_C * weight
+        shift_C = -self.running_mean * scale_C
+        shift_C = shift_C if bias is None else shift_C + bias
+        shape = (1, -1, *([1] * (inputs.dim() - 2)))
+        return inputs * scale_C.view(shape).to(inputs.dtype) + shift_C.view(shape).to(inputs.dtype)
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Replace batch norms of a network in evaluation mode by plain arithmetic: on CUDA `torch.vmap` has no rule for
+    them (torch 2.11: "querying is_contiguous inside of vmap")."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _EvalNorm(module))
 
 
 def _sharing(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from softlabel.dataset import decode_image, open_source, stack_images
 from softlabel.errors import BadImageError, SpecError, TeacherError
+from softlabel.members import replace_norms
 from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
 from softlabel.teacher import Preprocessing, load_teacher, student_preprocessing
 from tests import reference_resnet
@@ -395,3 +396,23 @@ def test_nan_is_passed_on_for_the_engine_to_name_the_image(factory: Any) -> None
 def test_an_unknown_precision(weights: str) -> None:
     with pytest.raises(SpecError, match="fp32, bf16, fp16; found 'fp8'"):
         load_teacher(weights, precision="fp8")  # type: ignore[arg-type]
+
+
+def test_batch_norms_as_arithmetic_give_the_same_logits() -> None:
+    """What stacked members run on CUDA, where `torch.vmap` has no rule for a batch norm."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 5, 3),
+        torch.nn.BatchNorm2d(5),
+        torch.nn.Conv2d(5, 4, 3),
+        torch.nn.BatchNorm2d(4, affine=False),
+    ).double()
+    for _ in range(3):
+        model(torch.randn(8, 3, 9, 9, dtype=torch.float64))
+    model.eval()
+    images_BCHW = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    expected, state = model(images_BCHW), model.state_dict()
+    replace_norms(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert model.state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(images_BCHW), expected, rtol=1e-12, atol=1e-12)
