@@ -8,6 +8,7 @@ from softlabel.dataset.findings import report_source
 from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.opening import open_source
 from softlabel.dataset.reordered import ReorderedSource
+from softlabel.dataset.wrapped import listed_labels
 
 __all__ = [
     "IGNORE",
@@ -20,6 +21,7 @@ __all__ = [
     "decode_hashed",
     "decode_image",
     "hashes_of",
+    "listed_labels",
     "open_source",
     "report_source",
     "settle_decoding",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from softlabel.dataset.annotated import checked_labels, choose_label
 from softlabel.dataset.base import IGNORE, Sample, Source, span
@@ -58,7 +58,7 @@ class DatasetSource(ListedSource):
         if key_fn is not None:
             self._keys = self._keys_of(key_fn)
             self.doubtful_keys = True
-        self._labels = None if ignore_labels else self._listed()
+        self._labels = None if ignore_labels else self._checked_list()
         first: Any = None
         if ignore_labels or not self._length:
             self.has_labels = False
@@ -103,21 +103,9 @@ class DatasetSource(ListedSource):
                 f"{self.name}: key_fn: expected valid Unicode, found {error.object!r}; give keys that are text"
             ) from error
 
-    def _listed(self) -> NDArray[np.int64] | None:
-        """The dataset's own list of labels, where it has one that is surely that of its items."""
-        if getattr(self.dataset, "target_transform", None) is not None:
-            return None
-        for attribute in ("targets", "labels", "_labels"):
-            found = getattr(self.dataset, attribute, None)
-            if found is None or callable(found) or isinstance(found, str):
-                continue
-            try:
-                labels_N = np.asarray(found)
-            except (ValueError, TypeError):
-                continue
-            if labels_N.shape == (self._length,) and labels_N.dtype.kind in "iu":
-                return checked_labels(labels_N.astype(np.int64), self.name)
-        return None
+    def _checked_list(self) -> NDArray[np.int64] | None:
+        found = listed_labels(self.dataset)
+        return None if found is None else checked_labels(found, self.name)
 
     def __len__(self) -> int:
         return self._length
@@ -171,6 +159,26 @@ class DatasetSource(ListedSource):
             except OSError as error:  # what PIL raises on a damaged image as well
                 items.append(BadImageError(f"the dataset cannot read it: {error}"))
         return items
+
+
+def listed_labels(dataset: Any) -> NDArray[np.int64] | None:
+    """The list of labels that a dataset has, int64 (N,), where it is surely that of its items; through `Subset`s."""
+    if type(dataset) is Subset:
+        whole = listed_labels(dataset.dataset)
+        return None if whole is None else whole[np.asarray(dataset.indices, dtype=np.int64)]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    for attribute in ("targets", "labels", "_labels"):
+        found = getattr(dataset, attribute, None)
+        if found is None or callable(found) or isinstance(found, str):
+            continue
+        try:
+            labels_N = np.asarray(found)
+        except (ValueError, TypeError):
+            continue
+        if labels_N.shape == (len(dataset),) and labels_N.dtype.kind in "iu":
+            return labels_N.astype(np.int64)
+    return None
 
 
 class _NoLabel:

@@ -11,7 +11,7 @@ here they are read elsewhere, and `LabelJoin(image=...)` checks those that a bat
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
-from softlabel.dataset import comparable, hashes_of, stored_bytes, why_not_comparable
+from softlabel.dataset import IGNORE, comparable, hashes_of, listed_labels, stored_bytes, why_not_comparable
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.target import as_target
@@ -79,6 +79,7 @@ class LabelJoin:
         """The target of a batch of keys: strings, or integers, which count as their decimal digits.
 
         Raises:
+            DataError: it is one key alone, or holds what is none.
             MissingKeyError: a key has no row in the store; the first ones are named.
         """
         return self.of_rows(self.store.lookup(_texts(keys)))
@@ -172,8 +173,9 @@ class SoftLabelled(Dataset[tuple[Any, int]]):
         indices: NDArray[np.int64],
         rows: NDArray[np.int64],
         collate_fn: Callable[[list[Any]], Any],
+        check_labels: bool = True,
     ) -> None:
-        self.dataset, self.join, self._collate = dataset, join, collate_fn
+        self.dataset, self.join, self._collate, self._check_labels = dataset, join, collate_fn, check_labels
         self._indices, self._rows = indices, rows
 
     @property
@@ -185,13 +187,17 @@ class SoftLabelled(Dataset[tuple[Any, int]]):
         return len(self._indices)
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
-        return self.dataset[int(self._indices[place])], int(self._rows[place])
+        return self.__getitems__([place])[0]
 
     def __getitems__(self, places: Sequence[int]) -> list[tuple[Any, int]]:
         indices = self._indices[np.asarray(places, dtype=np.int64)].tolist()
         many = getattr(self.dataset, "__getitems__", None)
         items = many(indices) if many is not None else [self.dataset[index] for index in indices]
-        return list(zip(items, self._rows[np.asarray(places, dtype=np.int64)].tolist(), strict=True))
+        rows_B = self._rows[np.asarray(places, dtype=np.int64)]
+        if self._check_labels:
+            labels_B = np.array([_hard_label(item) for item in items], dtype=np.int64)
+            _refuse_other_labels(self.join.store, rows_B, labels_B, type(self.dataset).__name__)
+        return list(zip(items, rows_B.tolist(), strict=True))
 
     def collate(self, items: Sequence[tuple[Any, int]]) -> tuple[Any, Target]:
         """(collated items, target), for ``DataLoader(collate_fn=...)``."""
@@ -207,6 +213,7 @@ def with_soft_labels(
     missing: Literal["error", "skip"] = "error",
     mix: Mix | None = None,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
+    check_labels: bool = True,
 ) -> SoftLabelled:
     """Attach soft labels to any map-style dataset, for a plain DataLoader.
 
@@ -217,12 +224,16 @@ def with_soft_labels(
     Args:
         dataset: anything with `__len__` and `__getitem__`; its items are left as they are.
         labels: a store or its path.
-        key_fn: index -> key; the decimal index when absent.
+        key_fn: index -> key; the decimal index when absent. That of a `Subset` is its own number, not the number of the
+            sample in the dataset behind it.
         missing: what happens to samples without a row: ``error`` names them, ``skip`` leaves them out.
         mix: see `LabelJoin`.
         collate_fn: of the dataset's items.
+        check_labels: hold the hard labels that the dataset lists (`targets`, `labels`), and those of its items, against
+            the store's, where both have some. False: the dataset's second elements are something else.
 
     Raises:
+        MismatchError: a hard label is not the store's: the keys belong to other samples.
         MissingKeyError: see `missing`.
         DataError: nothing is left.
         StoreError, UsageError: see `LabelJoin`.
@@ -239,9 +250,52 @@ def with_soft_labels(
             f"{type(dataset).__name__}: none of its {count} samples has a row in {store.url}; give the key_fn that the "
             "labels were made with"
         )
-    return SoftLabelled(dataset, LabelJoin(store, mix=mix), kept, rows_N[kept], collate_fn)
+    listed_N = listed_labels(dataset) if check_labels else None
+    if listed_N is not None:
+        _refuse_other_labels(store, rows_N[kept], listed_N[kept], type(dataset).__name__)
+    elif isinstance(dataset, Subset) and key_fn is None and (store.labels == IGNORE).all():
+        log.warning(
+            "warning: Subset: its keys are its own numbers, 0 to %d, and no hard label says whether %s counts in the "
+            "same way; with the store of the whole dataset, give key_fn=lambda index: str(subset.indices[index])",
+            count - 1,
+            store.url,
+        )
+    return SoftLabelled(dataset, LabelJoin(store, mix=mix), kept, rows_N[kept], collate_fn, check_labels)
+
+
+def _hard_label(item: Any) -> int:
+    """The class of an item (image, class, ...) or {"label": class}; -100 where it has none."""
+    if isinstance(item, Mapping):
+        found = item.get("label")
+    else:
+        found = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
+    if isinstance(found, Tensor | np.ndarray | np.generic) and found.ndim == 0:
+        found = found.item()
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else IGNORE
+
+
+def _refuse_other_labels(store: Store, rows_B: NDArray[np.int64], labels_B: NDArray[np.int64], name: str) -> None:
+    stored_B = store.labels[rows_B]
+    other = np.flatnonzero((labels_B >= 0) & (stored_B >= 0) & (labels_B != stored_B))
+    if len(other):
+        place = int(other[0])
+        raise MismatchError(
+            f"{name}: {len(other)} of {len(rows_B)} samples have another hard label than in {store.url}, the first "
+            f"{store.keys[int(rows_B[place])]!r}: {labels_B[place]} here, {stored_B[place]} there; give the key_fn "
+            "that the labels were made with (a Subset counts from 0 again: its indices are the numbers), or "
+            "check_labels=False if its items hold something else"
+        )
 
 
 def _texts(keys: Any) -> list[str]:
     values = keys.tolist() if hasattr(keys, "tolist") else keys
-    return [str(value) if isinstance(value, int) else value for value in values]
+    if isinstance(values, str | bytes | int | float) or not isinstance(values, Iterable):
+        raise DataError(
+            f"keys: expected those of a whole batch, found one alone, {values!r}; join behind .batched(...) or in the "
+            "collate function, or give a list"
+        )
+    texts = [str(value) if isinstance(value, int) and not isinstance(value, bool) else value for value in values]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"keys: expected texts, or integers for their digits, found {text!r}")
+    return texts

@@ -22,7 +22,7 @@ from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.origins import origins_of
-from softlabel.store.rows import Parts
+from softlabel.store.rows import Parts, row_numbers
 from softlabel.store.shard import OpenShard, ShardRows, open_shard
 from softlabel.store.stored import StoredRows, asked, asked_keys
 
@@ -302,8 +302,8 @@ class Store:
         """
         if missing not in ("error", "mask"):
             raise UsageError(f"missing: expected 'error' or 'mask', found {missing!r}")
-        if not 0 <= view < self.run.views.count:
-            raise UsageError(f"view {view}: {self.url} has the views 0 to {self.run.views.count - 1}")
+        if isinstance(view, bool) or not isinstance(view, int | np.integer) or not 0 <= view < self.run.views.count:
+            raise UsageError(f"view {view!r}: {self.url} has the views 0 to {self.run.views.count - 1}")
         wanted = asked_keys(keys, str(self.url))
         rows_Q = np.full(len(wanted), -1, np.int64)
         if self._index is None and 2 * len(wanted) >= self.run.dataset.rows:
@@ -328,16 +328,13 @@ class Store:
         """These rows, in this order (repeats allowed).
 
         Args:
-            rows: int64 (B,).
+            rows: integers (B,), 0 to len() - 1.
             columns: names among "key", "label", "content" and the encoding's; all of them by default.
 
         Raises:
-            UsageError: rows outside 0 to len() - 1, or a column that the store has not.
+            UsageError: rows that are no such numbers (a mask, floats), or a column that the store has not.
         """
-        rows_B = np.asarray(rows, np.int64).reshape(-1)
-        if len(rows_B) and (rows_B.min() < 0 or rows_B.max() >= len(self)):
-            wrong = rows_B.min() if rows_B.min() < 0 else rows_B.max()
-            raise UsageError(f"{self.url}: row {wrong} is not one of its {len(self)} rows")
+        rows_B = row_numbers(rows, len(self), where=self.url)
         names = self._names(columns)
         payload = self._columns_of([column.name for column in self.run.columns if column.name in names])
         return StoredRows(

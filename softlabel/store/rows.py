@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from softlabel.errors import UsageError
 from softlabel.store.columns import Array
 
 
@@ -47,3 +48,25 @@ class Parts:
         part_B = np.searchsorted(self._starts, rows_B, side="right") - 1
         places_B = self._offsets[part_B] + (rows_B - self._starts[part_B]) * self._row_bytes
         return self._span[places_B].view(first.dtype).reshape(len(rows_B), *first.shape[1:])
+
+
+def row_numbers(rows: Any, count: int, *, where: str) -> npt.NDArray[np.int64]:
+    """Rows as somebody gave them, int64 (B,).
+
+    Raises:
+        UsageError: they are not integers in one dimension, or one is not among 0 to count - 1.
+    """
+    try:
+        found = np.asarray(rows)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{where}: rows: expected integers (B,), found {type(rows).__name__}: {error}") from None
+    if found.ndim > 1 or (found.size and found.dtype.kind not in "iu"):
+        remedy = "; numpy.flatnonzero makes row numbers of a mask" if found.dtype.kind == "b" else ""
+        raise UsageError(
+            f"{where}: rows: expected integers (B,), found {found.dtype} of shape {found.shape}; give what lookup "
+            f"returns{remedy}"
+        )
+    if found.size and (found.min() < 0 or found.max() >= count):
+        wrong = found.min() if found.min() < 0 else found.max()
+        raise UsageError(f"{where}: row {wrong} is not one of its {count} rows")
+    return found.reshape(-1).astype(np.int64, copy=False)

@@ -111,6 +111,9 @@ def test_lookup_of_keys_that_are_not_there(tmp_path: Path, format: str) -> None:
         store.lookup(["x", samples.keys[3], "y"])
     with pytest.raises(MissingKeyError, match="truncated JPEG"):
         store.lookup([samples.keys[7]])
+    for view in (True, 0.0, "0"):
+        with pytest.raises(UsageError, match="view "):
+            store.lookup(["a"], view)
     with pytest.raises(UsageError, match="view 1"):
         store.lookup([samples.keys[0]], view=1)
     with pytest.raises(DataError):
@@ -136,6 +139,20 @@ def test_take_and_stream(tmp_path: Path, format: str) -> None:
         assert [key for part in parts for key in part.keys] == [samples.keys[row] for row in expected]
         logits = np.concatenate([np.zeros((0, 7), np.float32), *(part.scaled_logits for part in parts)])
         np.testing.assert_array_equal(logits, samples.logits[0][expected].astype(np.float16))
+    for nonsense in (
+        np.zeros(100, bool),
+        [True, False],
+        np.array([0.0]),
+        [[1]],
+        ["1"],
+        [1, None],
+        {"a": 1},
+        [[1], [2, 3]],
+    ):
+        with pytest.raises(UsageError, match=r"rows: expected integers \(B,\), found"):
+            store.take(nonsense)
+    assert store.take([]).keys == []
+    assert store.take(np.array([3, 1], np.uint8)).keys == store.take([3, 1]).keys
     with pytest.raises(UsageError, match="no column"):
         list(store.stream(columns=["nothing"]))
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import softlabel
 from softlabel.algebra.convert import convert_store
-from softlabel.errors import DataError, MissingKeyError, UsageError
+from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.loss import DenseTarget, TopKTarget
 from softlabel.store.columns import Encoding
 from softlabel.store.reader import open_store
@@ -186,3 +186,50 @@ def test_a_join_says_what_it_cannot_do(store: Path, tmp_path: Path) -> None:
     storekit.write_store(tmp_path / "views", storekit.make_run(views=3))
     with pytest.raises(UsageError, match="its rows are views of the images; SoftLabelLoader"):
         softlabel.LabelJoin(open_store(tmp_path / "views"))
+
+
+@pytest.mark.parametrize("key", ["n00/image-000", b"n00", 3, torch.tensor(3), 1.5, True])
+def test_a_key_that_was_not_batched_is_no_batch_of_letters(store: Path, key: Any) -> None:
+    join = softlabel.LabelJoin(store)
+    for ask in (lambda: join({"__key__": key}), lambda: join.columns({"__key__": key}), lambda: join.target(key)):
+        with pytest.raises(DataError, match=r"expected those of a whole batch, found one alone.*batched"):
+            ask()
+    with pytest.raises(DataError, match="found None"):
+        join.target([KEYS[0], None])
+
+
+class Numbered(Dataset[tuple[torch.Tensor, int]]):
+    """Item i is of class i mod 7; `listed`: as torchvision's datasets, it has a list of that."""
+
+    def __init__(self, listed: bool) -> None:
+        if listed:
+            self.targets = [index % CLASSES for index in range(ROWS)]
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((2,), float(index)), index % CLASSES
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_subset_that_counts_otherwise_than_the_store_is_refused(listed: bool, tmp_path: Path) -> None:
+    whole = [str(number) for number in range(ROWS)]
+    write_store(tmp_path / "store", whole, LOGITS, labels=[number % CLASSES for number in range(ROWS)], temperature=2)
+    subset = Subset(Numbered(listed), [5, 3, 40])
+
+    def first_batch(**options: Any) -> Any:
+        data = softlabel.with_soft_labels(subset, tmp_path / "store", **options)
+        return next(iter(DataLoader(data, batch_size=3, collate_fn=data.collate)))
+
+    with pytest.raises(MismatchError, match=r"3 of 3 samples have another hard label.*'0': 5 here, 0 there"):
+        first_batch()
+    _, target = first_batch(key_fn=lambda index: str(subset.indices[index]))
+    assert target.scaled_logits.argmax(dim=1).tolist() == LOGITS[[5, 3, 40]].argmax(axis=1).tolist()
+    assert len(first_batch(check_labels=False)[1].scaled_logits) == 3
+
+
+def test_a_subset_without_labels_to_compare_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_store(tmp_path / "store", [str(number) for number in range(ROWS)], LOGITS)
+    softlabel.with_soft_labels(Subset(Pairs(), [5, 3]), tmp_path / "store")
+    assert "its keys are its own numbers, 0 to 1" in caplog.text
