@@ -62,7 +62,7 @@ def test_another_run_into_the_same_store_is_refused_by_name(ready: Path) -> None
         ({"data": shorter}, "dataset"),
         ({"data": renamed}, "dataset"),
         ({"shard_rows": 7}, "shard"),
-        ({"data": repainted}, "bytes of"),
+        ({"data": repainted}, "content of"),
         ({"data": relabelled}, "hard label of"),
     ]:
         refused = run(*again(ready, **changes), code=2)
