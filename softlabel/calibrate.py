@@ -37,7 +37,7 @@ def calibrate(
     workers: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     progress: bool | None = None,
 ) -> Calibration:
     """Fit a temperature to each teacher by the likelihood of the labels (Guo et al. 2017).

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.arguments import check_arguments
-from softlabel.dataset import IGNORE, Source, open_source, report_source
+from softlabel.dataset import IGNORE, Source, open_source, report_source, require_samples
 from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
@@ -93,7 +93,7 @@ def evaluate(
     device: str = "auto",
     workers: int = 0,
     missing: Missing = "error",
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a model on a dataset, in eval mode.
@@ -129,6 +129,7 @@ def evaluate(
         refuse_precision(parse_spec(spec), module, precision)
         preprocessing = preprocessing or student_preprocessing(spec, module)
     source = open_source(data, key_fn=key_fn)
+    require_samples(source)
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
 

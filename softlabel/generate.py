@@ -88,7 +88,7 @@ def generate(
     views: int = 1,
     augment: str = "center",
     device: str = "auto",
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     deployment: Deployment | None = None,
     preflight: bool = True,
     progress: bool | None = None,

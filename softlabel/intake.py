@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import Sample, Source, decode_hashed, decode_image, stack_images
+from softlabel.dataset import Sample, Source, decode_image, decode_sample, stack_images
 from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
@@ -81,7 +81,7 @@ class Intake:
         hashes = np.zeros(len(samples), dtype=np.uint64)
         for place, sample in enumerate(samples):
             try:
-                image_CHW, hashes[place] = decode_hashed(sample.image, sample.decoding)
+                image_CHW, hashes[place] = decode_sample(sample, name=self.source.name)
             except BadImageError as error:
                 reasons[place] = str(error)
             else:

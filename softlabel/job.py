@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.calibration import read_calibration
-from softlabel.dataset import Source, open_source, report_source, settle_decoding
+from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
 from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
-from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.errors import MismatchError, UsageError
 from softlabel.head import Head
 from softlabel.history import GROWN, History, new_runs
 from softlabel.labels import CombineRule, normalized_weights
@@ -57,7 +57,7 @@ def prepare(
     encoding: Encoding | str,
     device: str,
     calibration: "str | Path | Sequence[float] | None" = None,
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     history: History | None = None,
     views: ViewPolicy | None = None,
     tuning: Tuning | None = None,
@@ -94,8 +94,7 @@ def prepare(
     if combine == "keep" and weights is not None:
         raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
     source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels, check_keys=believed is None)
-    if not len(source):
-        raise DataError(f"{source.name}: holds no samples")
+    require_samples(source)
     if believed is None:
         report_source(source)
     views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views

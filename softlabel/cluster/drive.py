@@ -70,7 +70,7 @@ class Drive:
         self,
         client: Client,
         request: Request,
-        keys: Callable[[int], str],
+        keys: Callable[[int], str | int],
         commit: Callable[[Sequence[Outcome]], object],
         *,
         limit: float | None = None,

@@ -1,8 +1,8 @@
 """Sources of samples with stable string keys, and the one decoder of their images."""
 
-from softlabel.dataset.base import IGNORE, RawImage, Sample, Source
+from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, require_samples
 from softlabel.dataset.content import comparable, content_hash, hashes_of, why_not_comparable
-from softlabel.dataset.decode import decode_hashed, decode_image, stack_images
+from softlabel.dataset.decode import decode_hashed, decode_image, decode_sample, stack_images
 from softlabel.dataset.decoded import settle_decoding
 from softlabel.dataset.findings import report_source
 from softlabel.dataset.huggingface import stored_bytes
@@ -20,10 +20,12 @@ __all__ = [
     "content_hash",
     "decode_hashed",
     "decode_image",
+    "decode_sample",
     "hashes_of",
     "listed_labels",
     "open_source",
     "report_source",
+    "require_samples",
     "settle_decoding",
     "stack_images",
     "stored_bytes",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softlabel.dataset.distinct import Repeated
 from softlabel.dataset.findings import Findings
-from softlabel.errors import BadImageError, DataError
+from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.store.index import Hasher
 from softlabel.store.keys import Keys
 
@@ -275,3 +275,18 @@ class PartSource(Source):
         if self.ignore_labels:
             return [replace(sample, label=IGNORE) for sample in samples]
         return samples
+
+
+def require_samples(source: Source) -> None:
+    """Raises SpecError where ``rows=`` leaves no sample, DataError where there is none at all."""
+    if len(source):
+        return
+    whole = source
+    while isinstance(whole, PartSource):
+        whole = whole.base
+    if len(whole):
+        raise SpecError(
+            f"{source.name}: expected at least one sample, found none: rows= takes none of its {len(whole):,}; give "
+            "START:STOP with START < STOP"
+        )
+    raise DataError(f"{source.name}: expected at least one sample, found none; give data that has some")

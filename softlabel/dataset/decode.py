@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from softlabel.dataset.base import AS_USUAL, Decoding, RawImage
+from softlabel.dataset.base import AS_USUAL, Decoding, RawImage, Sample
 from softlabel.dataset.content import content_hash, hash_values
 from softlabel.errors import BadImageError, DataError
 
@@ -86,6 +86,24 @@ def decode_hashed(image: RawImage, decoding: Decoding = AS_USUAL) -> tuple[Tenso
         values_HWC = pixels_CHW.numpy().transpose(1, 2, 0)
         return pixels_CHW, hash_values(values_HWC, "|u1", values_HWC.shape)
     return pixels_CHW, content_hash(image) or 0
+
+
+def decode_sample(sample: Sample, *, name: str) -> tuple[Tensor, int]:
+    """`decode_hashed` of a sample, as it says that it is decoded.
+
+    Args:
+        name: of the source.
+
+    Raises:
+        BadImageError: as `decode_image`, the reason alone.
+        DataError: as `decode_image`, with the sample.
+    """
+    try:
+        return decode_hashed(sample.image, sample.decoding)
+    except BadImageError:
+        raise
+    except DataError as error:
+        raise DataError(f"{name}: sample {sample.key!r}: {error}") from error
 
 
 def _is_plain(image: RawImage) -> bool:

@@ -45,7 +45,7 @@ from softlabel.spec import split_options
 def open_source(
     source: "str | os.PathLike[str] | Source | list[str] | Any",
     *,
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     ignore_labels: bool = False,
     check_keys: bool = True,
 ) -> Source:

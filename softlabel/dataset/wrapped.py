@@ -3,6 +3,8 @@
 Legend: N samples.
 """
 
+import operator
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.folder import FolderSource
 from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.listed import ListedSource
-from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
 from softlabel.spec import literal
 
 _TRIED = 100  # items, until one can be read
@@ -39,12 +41,18 @@ class DatasetSource(ListedSource):
         self,
         dataset: Any,
         *,
-        key_fn: Callable[[int], str] | None = None,
+        key_fn: Callable[[int], str | int] | None = None,
         ignore_labels: bool = False,
         name: str | None = None,
         kind: str = "dataset",
     ) -> None:
         self.kind, self.name = kind, name or type(dataset).__name__
+        if isinstance(dataset, Mapping):  # Hugging Face's DatasetDict is one
+            parts = ", ".join(map(repr, list(dataset)[:5]))
+            raise DataError(
+                f"{self.name}: expected one dataset, found several by name: {parts or 'none'}; give one of them"
+                + (f", such as data[{next(iter(dataset))!r}]" if parts else "")
+            )
         streams = isinstance(dataset, IterableDataset)
         if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
@@ -91,11 +99,14 @@ class DatasetSource(ListedSource):
     def count_labelled(self) -> int | None:
         return None if self.has_labels and self._labels is None else super().count_labelled()
 
-    def _keys_of(self, key_fn: Callable[[int], str]) -> pa.Array:
-        keys = [key_fn(index) for index in range(self._length)]
+    def _keys_of(self, key_fn: Callable[[int], str | int]) -> pa.Array:
+        keys = [_key(key_fn(index)) for index in range(self._length)]
         wrong = next((index for index, key in enumerate(keys) if not isinstance(key, str)), None)
         if wrong is not None:
-            raise DataError(f"{self.name}: key_fn({wrong}): expected a string, found {type(keys[wrong]).__name__}")
+            raise DataError(
+                f"{self.name}: key_fn({wrong}): expected a string or a whole number, found "
+                f"{type(keys[wrong]).__name__}; give what names the sample, such as its path"
+            )
         try:
             return pa.array(keys, type=pa.large_string())
         except UnicodeEncodeError as error:
@@ -133,6 +144,8 @@ class DatasetSource(ListedSource):
                 continue
             image, raw = _split(item, self.name)
             image = stored_bytes(image)
+            if image is None:
+                image = BadImageError("the dataset returns None as its image")
             label = IGNORE if self._ignore_labels else _label(raw, self.name, key)
             if self._labels is not None and label != self._labels[index]:
                 raise DataError(
@@ -150,14 +163,23 @@ class DatasetSource(ListedSource):
         if hasattr(self.dataset, "__getitems__"):
             try:
                 return list(self.dataset.__getitems__(numbers))
-            except OSError:
-                pass  # one by one tells which
+            except Exception as error:  # one by one shows which
+                if isinstance(error, SoftLabelError | MemoryError):
+                    raise
         items: list[Any] = []
         for number in numbers:
             try:
-                items.append(self.dataset[number])
+                item = self.dataset[number]
             except OSError as error:  # what PIL raises on a damaged image as well
-                items.append(BadImageError(f"the dataset cannot read it: {error}"))
+                item = BadImageError(f"the dataset cannot read it: {error}")
+            except (SoftLabelError, MemoryError):
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"{self.name}: sample {number}: the dataset raised {type(error).__name__}: {_one_line(error)}"
+                    f"{_place(error)}; correct the dataset, or take the sample out"
+                ) from error
+            items.append(BadImageError("the dataset returns None for it") if item is None else item)
         return items
 
 
@@ -181,6 +203,26 @@ def listed_labels(dataset: Any) -> NDArray[np.int64] | None:
     return None
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _place(error: Exception) -> str:
+    """Where an error was raised: whoever reads one line of it has no traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+
+
+def _key(key: object) -> object:
+    """A whole number as its decimal digits, as those of a Parquet column are; anything else as it is."""
+    if isinstance(key, bool | np.bool_ | str):
+        return key
+    try:
+        return str(operator.index(key))  # type: ignore[arg-type]
+    except TypeError:
+        return key
+
+
 class _NoLabel:
     """The second half of an item that has none: None itself may be a label that is not known."""
 
@@ -190,11 +232,11 @@ _NO_LABEL = _NoLabel()
 
 def _split(item: Any, name: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        image = next((item[k] for k in _IMAGE_NAMES if k in item), None)
-        if image is None:
+        holding = next((k for k in _IMAGE_NAMES if k in item), None)
+        if holding is None:
             raise DataError(f"{name}: expected items with 'image', found {', '.join(map(str, item))}")
         chosen, _ = _label_name(tuple(item), name)
-        return image, _NO_LABEL if chosen is None else item[chosen]
+        return item[holding], _NO_LABEL if chosen is None else item[chosen]
     if isinstance(item, tuple | list):
         if not item:
             raise DataError(f"{name}: expected an image and perhaps a label, found an empty {type(item).__name__}")

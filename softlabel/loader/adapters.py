@@ -209,7 +209,7 @@ def with_soft_labels(
     dataset: "Dataset[Any]",
     labels: str | Path | Store,
     *,
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
     missing: Literal["error", "skip"] = "error",
     mix: Mix | None = None,
     collate_fn: Callable[[list[Any]], Any] = default_collate,

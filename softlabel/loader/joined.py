@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softlabel.dataset import Source, comparable, decode_hashed, hashes_of, settle_decoding, why_not_comparable
+from softlabel.dataset import (
+    Source,
+    comparable,
+    decode_sample,
+    hashes_of,
+    require_samples,
+    settle_decoding,
+    why_not_comparable,
+)
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
@@ -90,6 +98,7 @@ class JoinedDataset(Dataset[Batch]):
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
+        require_samples(source)
         keys = _all_keys(source)
         labels_N = source.labels()
         self.skipped_bad = self.skipped_missing = 0
@@ -112,7 +121,9 @@ class JoinedDataset(Dataset[Batch]):
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
             kept = self._kept(store, keys, rows_N, missing)
         if not len(kept):
-            raise DataError(f"{source.name}: no sample to train on ({len(keys)} in the source, 0 of them in the store)")
+            raise DataError(
+                f"{source.name}: none of its {len(keys):,} samples is in the store; give the data that it was made from"
+            )
         self.samples: Int64s = kept
         self.labels: Int64s = labels_N[kept].astype(np.int64)
         self.rows: Int64s = rows_N[kept].astype(np.int64)
@@ -310,7 +321,7 @@ class JoinedDataset(Dataset[Batch]):
                     f"{sample.key!r}; the data changed while it was in use, start again"
                 )
             try:
-                image_CHW, hashes[place] = decode_hashed(sample.image, sample.decoding)
+                image_CHW, hashes[place] = decode_sample(sample, name=self.source.name)
             except BadImageError as error:
                 hashes[place], failed = hashes_of([sample.image])[0], failed or (key, error)
             else:

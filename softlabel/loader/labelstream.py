@@ -134,7 +134,7 @@ def _gather(parts: list[_Window], rows_B: Int64s) -> dict[str, NDArray[Any]]:
     return found
 
 
-def check_same_order(store: Store, rows_N: Int64s, name: str, key_at: Callable[[int], str]) -> None:
+def check_same_order(store: Store, rows_N: Int64s, name: str, key_at: Callable[[int], str | int]) -> None:
     """Labels can be read in step with the images only where both were written in one order.
 
     Args:

@@ -109,7 +109,7 @@ class SoftLabelLoader:
         workers: int = 0,
         cache_mb: int = 4096,
         pin_memory: bool = False,
-        key_fn: Callable[[int], str] | None = None,
+        key_fn: Callable[[int], str | int] | None = None,
         ignore_labels: bool = False,
         mix: Mix | None = None,
         ratio: Sequence[int] | None = None,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from softlabel.dataset import Source, open_source, report_source
+from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.device import decoders
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
 from softlabel.labels import Mix
@@ -41,7 +41,7 @@ def train(
     *,
     data: "Source | Dataset[Any] | None" = None,
     eval_data: "Source | Dataset[Any] | None" = None,
-    key_fn: Callable[[int], str] | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
 ) -> TrainResult:
     """Train a student, or several in one pass, or go on with what is in `config.out` if it was interrupted.
 
@@ -75,10 +75,11 @@ def _train(
     ranks: Ranks,
     data: "Source | Dataset[Any] | None",
     eval_data: "Source | Dataset[Any] | None",
-    key_fn: Callable[[int], str] | None,
+    key_fn: Callable[[int], str | int] | None,
 ) -> list[StudentResult]:
     precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
+    require_samples(source)
     if ranks.is_first:
         report_source(source)
     store = open_store(config.labels, verify="once") if config.labels is not None else None

@@ -232,8 +232,35 @@ LISTS = [
     ),
 ]
 
+
+def no_samples(data: str, *command: str) -> Callable[[Path], Sequence[object]]:
+    def make(folder: Path) -> list[object]:
+        label_all(folder, data)
+        (folder / "list.txt").write_text("# nothing\n")
+        return [*command, "--data", data]
+
+    return make
+
+
 DATA = [
     *LISTS,
+    *(
+        Case(
+            name=f"{command[0]} with {data}",
+            make=no_samples(data, *command),
+            code=code,
+            says=(re.escape(f"{data}: {says}"),),
+        )
+        for data, code, says in (
+            ("digits?rows=0:0", 2, "expected at least one sample, found none: rows= takes none of its 1,797;"),
+            ("list.txt", 1, "expected at least one sample, found none; give"),
+        )
+        for command in (
+            ("generate", "--teacher", "zoo:resnet8@w.pt", "--out", "labels"),
+            ("train", "--student", "zoo:cnn2", "--out", "run"),
+            ("evaluate", "--model", "zoo:resnet8@w.pt"),
+        )
+    ),
     *(
         Case(name=f"data that is {name}", make=packed(name, pack), code=code, says=(says,))
         for name, pack, code, says in (

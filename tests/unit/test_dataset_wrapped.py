@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,10 @@ from sklearn.datasets import load_digits
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 
+from softlabel import SoftLabelLoader, generate
 from softlabel.dataset import IGNORE, decode_image, open_source
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.models import build_model
 
 
 class Items:
@@ -118,8 +121,11 @@ def test_keys_by_function() -> None:
     assert source.fingerprint() != open_source(data).fingerprint()
     with pytest.raises(DataError, match=r"'0' \(samples 0 and 2\) and '1' \(samples 1 and 3\)"):
         open_source(data, key_fn=lambda index: str(index % 2))
-    with pytest.raises(DataError, match=r"key_fn\(0\): expected a string, found int"):
-        open_source(data, key_fn=lambda index: index)
+    for whole in (int, np.int64, torch.tensor):
+        assert open_source(data, key_fn=lambda index, whole=whole: whole(index + 7)).keys() == ["7", "8", "9", "10"]
+    for odd in (bool, float, Path):
+        with pytest.raises(DataError, match=r"key_fn\(0\): expected a string or a whole number, found "):
+            open_source(data, key_fn=lambda index, odd=odd: odd(str(index)))
 
 
 def test_the_fingerprint_is_that_of_its_definition(tmp_path: Path) -> None:
@@ -170,9 +176,48 @@ def test_an_unreadable_image_spoils_itself_alone(tmp_path: Path) -> None:
     assert decode_image(good.image).shape == (3, 2, 2)
 
 
-def test_an_error_of_the_dataset_itself_is_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        open_source(Items((PIXELS, 1), ZeroDivisionError())).read([1])
+def test_an_error_of_the_dataset_itself_names_the_sample_and_the_line() -> None:
+    data = Items((PIXELS, 1), ZeroDivisionError("one\nline"))
+    reason = r"Items: sample 1: the dataset raised ZeroDivisionError: one line \(test_dataset_wrapped\.py, line \d+\)"
+    with pytest.raises(DataError, match=reason) as raised:
+        open_source(data).read([0, 1])
+    assert raised.value.__cause__ is data.items[1]
+    data.__class__ = type("Batched", (Items,), {"__getitems__": lambda self, rows: [self[row] for row in rows]})
+    with pytest.raises(DataError, match=reason.replace("Items", "Batched")):
+        open_source(data).read([0, 1])
+
+
+@pytest.mark.parametrize("absent", [None, (None, 1), {"image": None, "label": 1}, {"bytes": None, "path": None}])
+def test_an_image_that_is_none_spoils_itself_alone(absent: Any, tmp_path: Path) -> None:
+    """As a row without bytes does in a Parquet file: it is listed by its key, or stops the run if asked to."""
+    if isinstance(absent, dict) and "bytes" in absent:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        images = {"image": [Image.fromarray(PIXELS), None], "label": [0, 1]}
+        source = open_source(datasets.Dataset.from_dict(images, features=features))
+    else:
+        source = open_source(Items((PIXELS, 0), absent))
+    good, bad = source.read([0, 1])
+    assert decode_image(good.image).shape == (3, 2, 2)
+    assert (bad.key, bad.label) == ("1", IGNORE if absent is None else 1)
+    with pytest.raises(BadImageError, match="returns None"):
+        decode_image(bad.image)
+    torch.save(build_model("zoo:resnet8", num_classes=2).state_dict(), tmp_path / "w.pt")
+    teachers = [f"zoo:resnet8@{tmp_path / 'w.pt'}?num_classes=2&resize=8"]
+    with pytest.raises(DataError, match=r"'?1'?.*returns None"):
+        generate(source, teachers=teachers, out=tmp_path / "s", preflight=False, device="cpu", on_bad_image="error")
+
+
+def test_several_datasets_by_name_are_refused() -> None:
+    several = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"image": [1]}), "test": None})
+    for given, name in ((several, "DatasetDict"), (dict(several), "dict")):
+        with pytest.raises(DataError, match=rf"{name}: expected one dataset, .*: 'train', 'test'; .* data\['train'\]"):
+            open_source(given)
+
+
+def test_an_image_of_a_kind_that_cannot_be_meant_names_its_sample() -> None:
+    loader = SoftLabelLoader(Items((PIXELS, 0), ("a.jpg", 1)), None, batch_size=2)
+    with pytest.raises(DataError, match=r"Items: sample '1': expected an image as bytes, .* found str"):
+        list(loader)
 
 
 def test_a_list_of_labels_that_disagrees_with_the_items_is_refused() -> None:
