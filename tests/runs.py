@@ -1,9 +1,7 @@
 """What the tests of training share: a small dataset with its store, settings, and runs that can be killed."""
 
 import csv
-import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softlabel import TrainConfig
-from tests.helpers import environment, write_parquet
+from softlabel import TrainConfig, train
+from tests.helpers import write_parquet
+from tests.processes import Process
 from tests.students import DIGITS, digit_jpegs, random_logits, write_store
 
 ROWS = 120
@@ -72,15 +71,16 @@ def history(run: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
-def start(given: dict[str, object], *launcher: str) -> subprocess.Popen[str]:
-    """Train in a process of its own (or in several, with a launcher before the code)."""
-    code = "import json, sys; from softlabel import TrainConfig, train; train(TrainConfig(**json.loads(sys.argv[1])))"
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-c", code, json.dumps(given)], env=environment(), stderr=subprocess.PIPE, text=True
-    )
+def start(given: dict[str, object]) -> Process:
+    """Train in a process of its own."""
+    return Process(_train, given)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], change: bytes = b"") -> None:
+def _train(given: dict[str, object]) -> None:
+    train(TrainConfig(**given))  # type: ignore[arg-type]
+
+
+def wait_for(path: Path, process: "Process | subprocess.Popen[str]", change: bytes = b"") -> None:
     """Until a file is there with a content other than `change`."""
     while process.poll() is None:
         if path.exists() and path.read_bytes() != change:
@@ -90,5 +90,5 @@ def wait_for(path: Path, process: subprocess.Popen[str], change: bytes = b"") ->
 
 def finish(given: dict[str, object]) -> None:
     process = start(given)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -5,7 +5,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import pytest
 from PIL import Image
 
 import softlabel
-from tests.helpers import CLASSES, beside_source, environment, jpeg, write_dataset, write_parquet, write_teacher
+from tests.helpers import CLASSES, beside_source, jpeg, write_dataset, write_parquet, write_teacher
 from tests.helpers import softlabel as run
+from tests.processes import command_line
 
 
 @pytest.fixture(scope="module")
@@ -295,18 +295,11 @@ def test_ctrl_c_and_sigterm_keep_what_is_finished(
     store = tmp_path / "store"
     command = ["generate", "--data", data, "--teacher", teacher, "--out", store, "--shard-rows", 10, "--batch-size", 10]
     command += ["--workers", workers]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "softlabel", *map(str, command)],
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests in the background ignores Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = command_line(*command)
     while process.poll() is None and len(list(store.glob("shards/[0-9]*"))) < 5:
         time.sleep(0.002)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate()
     assert process.returncode == code
     assert told.splitlines()[-1].startswith(f"softlabel: {word};"), told
     assert "Traceback" not in told

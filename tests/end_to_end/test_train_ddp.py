@@ -90,7 +90,7 @@ def test_a_stopped_run_of_two_goes_on_alone(digits: Path, tmp_path: Path) -> Non
     train(config(digits, tmp_path / "straight", **rest))
     stopped = settings(digits, tmp_path / "stopped", **rest)
     process = launch(stopped, 2, tmp_path / "log")
-    wait_for(tmp_path / "stopped" / "checkpoint.pt", process)  # type: ignore[arg-type]
+    wait_for(tmp_path / "stopped" / "checkpoint.pt", process)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=100)

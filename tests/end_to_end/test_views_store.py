@@ -5,8 +5,6 @@ import io
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +32,9 @@ from softlabel.upkeep import repair
 from softlabel.views import parse_policy
 from tests import format_reader
 from tests import teachers_that_tell as telling
-from tests.helpers import CLASSES, environment, jpeg, write_parquet, write_teacher
+from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher
 from tests.helpers import softlabel as command
+from tests.processes import command_line
 from tests.storekit import files_of
 
 KEYS = [f"image-{number:05d}.jpg" for number in range(45)]
@@ -211,12 +210,11 @@ def test_a_kill_while_views_are_added_costs_a_shard(data: Path, teacher: str, tm
     whole = all_rows(generate(data, tmp_path / "whole", teacher, "crop-flip", 8, shard_rows=9))
     generate(data, tmp_path / "s", teacher, "crop-flip", 2, shard_rows=9)
     arguments = ["--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 8, "--augment", "crop-flip"]
-    command_line = [sys.executable, "-m", "softlabel", "generate", *map(str, arguments), "--shard-rows", "9"]
-    process = subprocess.Popen([*command_line, "--batch-size", "16"], env=environment(), stderr=subprocess.DEVNULL)
+    process = command_line("generate", *arguments, "--shard-rows", 9, "--batch-size", 16)
     while process.poll() is None and len(list((tmp_path / "s" / "shards").glob("[0-9]*"))) < 14:
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not open_store(tmp_path / "s", allow_incomplete=True).manifest.complete
     with pytest.raises(MismatchError, match="has 8 views"):
         generate(data, tmp_path / "s", teacher, "crop-flip", 9, shard_rows=9)

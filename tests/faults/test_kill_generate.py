@@ -2,16 +2,14 @@
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-import softlabel
-from tests.helpers import environment, write_dataset, write_teacher
+from softlabel import open_store
+from tests.helpers import softlabel, write_dataset, write_teacher
+from tests.processes import command_line
 
 ROWS, SHARD_ROWS, KILLS = 1400, 20, 10
 
@@ -35,28 +33,28 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     store, whole = tmp_path / "store", tmp_path / "whole"
 
-    def command(out: Path) -> list[str]:
+    def command(out: Path) -> list[object]:
         options = ["--data", data, "--teacher", teacher, "--out", out, "--shard-rows", SHARD_ROWS, "--batch-size", 20]
-        return [sys.executable, "-m", "softlabel", "generate", *map(str, options)]
+        return ["generate", *options, "--no-preflight"]
 
     rng = random.Random(20)
     done: dict[str, tuple[int, int]] = {}
     for _ in range(KILLS):
-        process = subprocess.Popen(command(store), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = command_line(*command(store))
         # Let it come a random way: to a number of published shards, and then a moment further into whatever it does.
         goal = len(published(store)) + rng.randint(0, 6)
         while process.poll() is None and len(published(store)) < goal:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.03)
-        assert process.poll() is None, f"ended before it was killed: {process.stderr.read() if process.stderr else ''}"
-        process.send_signal(signal.SIGKILL)
+        assert process.poll() is None, f"ended before it was killed: {process.communicate()}"
+        process.kill()
         process.communicate()
         now = recorded(store)
         assert {name: now.get(name) for name in done} == done, "a finished shard was computed again or lost"
         done = now
     assert done, "no shard was ever finished before a kill"
 
-    last = subprocess.run(command(store), env=environment(), capture_output=True, text=True, check=True)
+    last = softlabel(*command(store))
     assert f"complete, {ROWS:,} rows" in last.stdout
     now = recorded(store)
     assert {name: now[name] for name in done} == done
@@ -67,10 +65,10 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     assert len(published(store)) == ROWS // SHARD_ROWS
     assert not [name for name in left if "tmp" in name or name.startswith(".")], left
 
-    subprocess.run(command(whole), env=environment(), capture_output=True, check=True)
+    softlabel(*command(whole))
     everything = np.arange(ROWS)
-    ours = softlabel.open_store(store, verify="full").take(everything)
-    theirs = softlabel.open_store(whole, verify="full").take(everything)
+    ours = open_store(store, verify="full").take(everything)
+    theirs = open_store(whole, verify="full").take(everything)
     assert list(ours.keys) == list(theirs.keys)
     assert len(set(ours.keys)) == ROWS
     np.testing.assert_array_equal(ours.labels, theirs.labels)
@@ -83,14 +81,8 @@ def test_two_at_once(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     store, whole = tmp_path / "store", tmp_path / "whole"
     options = ["--data", data, "--teacher", teacher, "--shard-rows", SHARD_ROWS, "--batch-size", 20]
-    command = [sys.executable, "-m", "softlabel", "generate", *map(str, options), "--out"]
-    both = [
-        subprocess.Popen(
-            [*command, str(store)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=250) for process in both]
+    both = [command_line("generate", *options, "--out", store) for _ in range(2)]
+    said = [process.communicate() for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 0], [0, 2]), said
     for process, (out, err) in zip(both, said, strict=True):
@@ -102,9 +94,9 @@ def test_two_at_once(tmp_path: Path) -> None:
         else:
             assert "complete, 600 rows" in out
     assert not [path for path in store.rglob("*") if path.name.startswith(".")]
-    subprocess.run([*command, str(whole)], env=environment(), capture_output=True, check=True)
-    ours = softlabel.open_store(store, verify="full").take(np.arange(600))
-    theirs = softlabel.open_store(whole, verify="full").take(np.arange(600))
+    softlabel("generate", *options, "--out", whole)
+    ours = open_store(store, verify="full").take(np.arange(600))
+    theirs = open_store(whole, verify="full").take(np.arange(600))
     assert ours.keys == theirs.keys
     np.testing.assert_array_equal(ours.scaled_logits, theirs.scaled_logits)
     assert {path.name for path in (store / "shards").iterdir()} == {path.name for path in (whole / "shards").iterdir()}

@@ -195,7 +195,8 @@ def rank_main(rank: int, meeting: str, store: str, out: str) -> None:
 
 
 def test_two_processes_load_what_one_does(store: Path, tmp_path: Path) -> None:
-    mp.spawn(rank_main, args=(str(tmp_path / "meeting"), str(store), str(tmp_path)), nprocs=2)
+    arguments = (str(tmp_path / "meeting"), str(store), str(tmp_path))
+    mp.start_processes(rank_main, args=arguments, nprocs=2, start_method="forkserver")
     (one,) = loaders(store, 1, batch_size=13, tail="keep", augment=None)
     expected = [list(batch.keys) for batch in one]
     for rank in range(2):

@@ -39,7 +39,8 @@ def rank_main(rank: int, meeting: str, out: str) -> None:
 
 
 def test_two_processes_get_the_gradient_of_one(tmp_path: Path) -> None:
-    mp.spawn(rank_main, args=(str(tmp_path / "meeting"), str(tmp_path)), nprocs=RANKS)
+    arguments = (str(tmp_path / "meeting"), str(tmp_path))
+    mp.start_processes(rank_main, args=arguments, nprocs=RANKS, start_method="forkserver")
     model, inputs_ND, scaled_NC, labels_N = parts()
     loss_of(model(inputs_ND), scaled_NC, labels_N).backward()
     assert model.weight.grad is not None
