@@ -140,7 +140,7 @@ class _Stack:
 
 
 class _EvalNorm(nn.Module):
-    """A batch norm in evaluation mode as plain arithmetic, with the parameters and buffers of the module it replaces."""
+    """A batch norm in evaluation mode as plain arithmetic, with the parameters and buffers of the one it replaces."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()

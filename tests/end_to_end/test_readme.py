@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"^```(sh slow|sh|python)\n(.*?)^```", README, flags=re.MULT
 SHOWN = [(kind, block) for kind, block in BLOCKS if kind != "sh slow"]
 # What the first block that begins so prints: of the output that is shown, what holds for any machine.
 SAID = {
-    "softlabel generate --data digits --teacher run:runs/teacher --temperature": "^labels/digits: complete, 1,797 rows",
+    "softlabel generate --data digits --teacher run:runs/teacher --temp": "^labels/digits: complete, 1,797 rows",
     "softlabel inspect": "^combine    logits at temperature 4$",
     "softlabel train --data digits --labels labels/digits --student": "^images  .*1,797\n+accuracy +0\\.9",
     "import torch\n\nimport softlabel\nfrom softlabel.models": "^epoch 1: loss ",
@@ -125,6 +125,7 @@ def test_the_cifar_commands_run(tmp_path: Path, shared_data: Path) -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     helps = "".join(softlabel(command, "--help").stdout for command in COMMANDS)
+    helps += (ROOT / "tests" / "gpu" / "__main__.py").read_text()  # `python -m tests.gpu` is in it too
     # Options of other programs stand on lines that call these.
     ours = "\n".join(line for line in README.splitlines() if not re.search(r"\bdask (scheduler|worker)\b", line))
     for option in set(re.findall(r"`(--[a-z_-]+)", ours)) | set(re.findall(r" (--[a-z-]+) ", ours)):
