@@ -439,7 +439,9 @@ def test_torch_func(impl: str, kind: str) -> None:
     torch.testing.assert_close(found, torch.stack([loss(*each) for each in zip(many, labels, strict=True)]))
 
 
-@pytest.mark.parametrize("loss", [reverse_kl, decoupled_kd, standardized_kl, jensen_shannon, mse_logits], ids=str)
+@pytest.mark.parametrize(
+    "loss", [reverse_kl, decoupled_kd, standardized_kl, jensen_shannon, mse_logits], ids=lambda loss: loss.__name__
+)
 def test_torch_func_of_the_other_losses(loss: Any) -> None:
     student_NC, teacher_NC, labels_N = batch(5, 7, torch.float64)
     more = {} if loss is mse_logits else {"temperature": 2.0}
