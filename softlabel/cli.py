@@ -9,6 +9,7 @@ lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
 import argparse
 import importlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter 
 import softlabel
 from softlabel.arguments import check_values, describe, is_plain
 from softlabel.commands import algebra, label, store, student
-from softlabel.errors import SoftLabelError
+from softlabel.errors import SoftLabelError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -296,6 +297,9 @@ class _BesideBars(logging.StreamHandler[Any]):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that the locale cannot write are printed escaped, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     name = arguments[0] if arguments else ""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_BesideBars()])
     logging.getLogger("softlabel").setLevel(logging.INFO)  # what other libraries tell at this level is not for the user
@@ -310,6 +314,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SoftLabelError as error:
         print(f"softlabel: {error}", file=sys.stderr)
         return error.exit_code
+    except UnicodeError as error:
+        if sys.getfilesystemencoding().lower() == "utf-8":
+            raise
+        print(
+            f"softlabel: expected names in the encoding of the locale, {sys.getfilesystemencoding()}, found: {error}; "
+            "start with PYTHONUTF8=1 in the environment, where names are UTF-8",
+            file=sys.stderr,
+        )
+        return UsageError.exit_code
     except KeyboardInterrupt as error:
         ended, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
         print(f"softlabel: {ended}; what is finished is kept, run the same command to resume", file=sys.stderr)

@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Column -> (epoch, value), without columns that are empty."""
     path = path if path.suffix == ".csv" else path / "metrics.csv"
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise DataError(f"{path}: expected the metrics of a run: {error}") from error

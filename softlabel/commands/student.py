@@ -114,6 +114,6 @@ def evaluate(
     )
     print(found)
     if out is not None:
-        path.write_text(dumps(found.to_dict(), indent=2) + "\n")
+        path.write_text(dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
         write_config(path.with_name(f"{path.stem}.config.yaml"), options)
     return 0

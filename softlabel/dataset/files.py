@@ -115,6 +115,30 @@ def complete(data: bytes, size: int, offset: int, where: str) -> bytes:
     return data
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The folder and the name that a URL consists of; of a chain (``zip://a/x.tar::s3://b/y.zip``) in its first path.
+
+    The folder is a URL too: ``zip://a::s3://b/y.zip``.
+    """
+    before, path, after = _chain(url)
+    folder, _, name = path.rpartition("/")
+    return before + (f"{folder}/" if folder.endswith(":/") else folder) + after, name
+
+
+def join_url(folder: str, name: str) -> str:
+    """A name below the folder of `split_url`."""
+    before, path, after = _chain(folder)
+    return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{name}{after}"
+
+
+def _chain(url: str) -> tuple[str, str, str]:
+    """What is before the first path of a chain of fsspec (``simplecache::``), that path, and what is behind it."""
+    parts = url.split("::")
+    place = next((number for number, part in enumerate(parts) if "://" in part), 0)
+    before, after = parts[:place], parts[place + 1 :]
+    return "".join(f"{part}::" for part in before), parts[place], "".join(f"::{part}" for part in after)
+
+
 class PerProcess(Generic[T]):
     """Something that a process must make for itself: what a fork inherited is not used, nothing is pickled."""
 

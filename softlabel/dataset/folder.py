@@ -3,6 +3,7 @@
 import errno
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,10 @@ class FolderSource(ListedSource):
         try:
             self._keys = pa.array(paths, type=pa.large_string())
         except UnicodeEncodeError as error:
-            raise DataError(f"{name}: a file name is not valid Unicode: {error.object!r}; rename the file") from error
+            remedy = "rename the file"
+            if sys.getfilesystemencoding().lower() != "utf-8":
+                remedy = f"the locale reads names as {sys.getfilesystemencoding()}: start with PYTHONUTF8=1"
+            raise DataError(f"{name}: a file name is not valid Unicode: {error.object!r}; {remedy}") from error
         self._length = len(paths)
         self._labels = labels
         self.class_names = class_names

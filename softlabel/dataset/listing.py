@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from softlabel.dataset.files import Files, LocalFiles
+from softlabel.dataset.files import Files, LocalFiles, join_url, split_url
 from softlabel.dataset.findings import count_suffixes
 from softlabel.dataset.folder import walk
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES
@@ -84,7 +84,7 @@ def _at_url(url: str, wanted: str | None, subject: str) -> Listing:
     if wanted is None:
         is_file, size = look(url)
         if is_file:
-            root, _, name = url.rpartition("/")
+            root, name = split_url(url)
             return _of_one_kind(root, [name], subject, sizes=[size])
     sizes = found_below(url)
     found = _chosen(url, list(sizes), wanted, subject, sizes=sizes)
@@ -184,13 +184,21 @@ def _suffix(name: str) -> str:
 
 def _expanded(pattern: str, subject: str) -> tuple[str, list[str]]:
     """The root, which has no signs of a pattern in it, and the names below it."""
+    pattern, sign, archive = pattern.partition("::") if is_url(pattern) else (pattern, "", "")
+    if is_pattern(archive) or (sign and "://" not in pattern):
+        raise SpecError(
+            f"{subject}: expected a pattern in the first path of a chain alone; name the archives one by one"
+        )
     fixed = re.split(r"[{*\[]", pattern, maxsplit=1)[0]
     root, slash, _ = fixed.rpartition("/")
     inner = braces(pattern[len(root) + len(slash) :], subject)
-    # "/data-{0..1}.tar" lies in "/"; s3://bucket is a root, s3:/ none.
+    # "/data-{0..1}.tar" lies in "/"; s3://bucket is a root, s3:/ none, and zip:// is the whole archive.
     root = root or slash
     if root.endswith(":/"):
-        raise SpecError(f"{subject}: the bucket or host cannot be part of a pattern")
+        if not archive:
+            raise SpecError(f"{subject}: the bucket or host cannot be part of a pattern")
+        root += "/"
+    root += sign + archive
     if not any(sign in name for name in inner for sign in "*["):
         return root, inner
     if is_url(pattern):
@@ -219,7 +227,7 @@ def _sizes(root: str, names: Sequence[str], subject: str) -> list[int] | None:
         from softlabel.dataset.remote import look
 
         with ThreadPoolExecutor(16) as pool:
-            looked = list(pool.map(lambda name: look(f"{root}/{name}"), names))
+            looked = list(pool.map(lambda name: look(join_url(root, name)), names))
         absent = [name for name, (is_file, _) in zip(names, looked, strict=True) if not is_file]
     else:
         looked, absent = [], [name for name in names if not os.path.isfile(os.path.join(root, name))]

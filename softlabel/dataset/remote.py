@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import numpy as np
 
-from softlabel.dataset.files import Files, Int64s, PerProcess, complete
+from softlabel.dataset.files import Files, Int64s, PerProcess, complete, join_url
 from softlabel.errors import DataError, SpecError
 
 # As long as a request's own delay on a usual link: to read over a gap of this size costs less than to ask again.
@@ -35,6 +35,9 @@ class RemoteFiles(Files):
         super().__init__(root, names)
         self._sizes = tuple(sizes)
         self._reach: PerProcess[_Reach] = PerProcess(partial(_Reach, root))
+
+    def where(self, number: int) -> str:
+        return join_url(self.root, self.names[number])
 
     def size(self, number: int) -> int:
         return self._sizes[number]

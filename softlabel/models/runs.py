@@ -68,7 +68,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunModel:
     """
     path = Path(folder) / "model.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return RunModel(
             student=str(found["student"]),
             num_classes=int(found["num_classes"]),

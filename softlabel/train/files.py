@@ -100,7 +100,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 def read_failure(folder: Path) -> str | None:
     """Why the student of a folder was given up, if it was."""
     try:
-        return str(json.loads((folder / FAILED).read_text())["reason"])
+        return str(json.loads((folder / FAILED).read_text(encoding="utf-8"))["reason"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -152,7 +152,7 @@ def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], confi
         raise UsageError(f"{folder}: holds a store of soft labels; use another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads((folder / STUDENTS).read_text()) if (folder / STUDENTS).exists() else {}
+        earlier = json.loads((folder / STUDENTS).read_text(encoding="utf-8")) if (folder / STUDENTS).exists() else {}
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: cannot be used as a run folder: {error}") from error
     write_atomically(folder / STUDENTS, json.dumps({**earlier, **students}, indent=2).encode() + b"\n")
@@ -164,7 +164,7 @@ def recorded_identity(folder: Path) -> Mapping[str, Any]:
     if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
         return {}
     try:
-        found = json.loads((folder / IDENTITY).read_text())
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -191,7 +191,7 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         write_atomically(path, json.dumps(identity, indent=2).encode() + b"\n")
         return
     try:
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); use another --out, or --overwrite") from error
     new = json.loads(json.dumps(identity))

@@ -111,7 +111,7 @@ def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
 
 def read_csv(path: Path) -> list[EpochMetrics]:
     """The history that `write_csv` wrote."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [
             EpochMetrics(
                 **{name: _number(name, value) for name, value in row.items() if name in EpochMetrics.__slots__}

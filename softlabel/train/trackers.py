@@ -147,7 +147,7 @@ def _absent(name: str) -> UsageError:
 
 def _known_id(folder: Path, tracker: str) -> str | None:
     try:
-        found = json.loads((folder / files.TRACKER).read_text()).get(tracker)
+        found = json.loads((folder / files.TRACKER).read_text(encoding="utf-8")).get(tracker)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None

@@ -119,7 +119,7 @@ def view_policy(augment: str, *, count: int, seed: int) -> ViewPolicy:
 
 def _read(path: str) -> list[Any]:
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"augment: {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -9,7 +9,9 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -22,13 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import softlabel
-from softlabel import open_store
+from softlabel import generate, open_store
 from softlabel.cli import main
 from softlabel.dataset import open_source
 from softlabel.deployment import absolute_source, absolute_spec
 from softlabel.models import build_model
 from softlabel.spec import parse_spec
-from tests.helpers import write_dataset
+from tests.helpers import environment, write_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +244,43 @@ def no_samples(data: str, *command: str) -> Callable[[Path], Sequence[object]]:
     return make
 
 
+def zipped(data: str) -> Callable[[Path], Sequence[object]]:
+    """A Parquet file at the root and in a folder of a zip archive."""
+
+    def make(folder: Path) -> list[object]:
+        write_dataset(folder / "a.parquet", 4)
+        with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+            for name in ("a.parquet", "in/a.parquet"):
+                archive.write(folder / "a.parquet", name)
+        return label_all(folder, data.replace("HERE", str(folder)), classes=4)
+
+    return make
+
+
 DATA = [
     *LISTS,
+    *(
+        Case(
+            name=f"data at {data}",
+            make=zipped(data),
+            says=(r"4 samples, 4 with a hard label",),
+            check=stored({f"image-{number:05d}.jpg": number for number in range(4)}),
+        )
+        for data in (
+            "zip://in/a.parquet::a.zip",
+            "zip://a.parquet::a.zip",
+            "zip://in::a.zip",
+            "zip://in/*.parquet::file://HERE/a.zip",
+            "zip://in/{a}.parquet::a.zip",
+            "simplecache::file://HERE/a.parquet",
+        )
+    ),
+    Case(
+        name="a pattern of archives",
+        make=zipped("zip://a.parquet::*.zip"),
+        code=2,
+        says=("expected a pattern in the first path of a chain alone",),
+    ),
     *(
         Case(
             name=f"{command[0]} with {data}",
@@ -594,6 +631,37 @@ def test_paths_with_a_question_mark_or_a_tilde_and_the_command_that_is_printed(
         open_source(absolute_source("data.parquet?rows=0:8")).fingerprint() == open_source("data.parquet").fingerprint()
     )
     assert parse_spec(absolute_spec("zoo:resnet8@w.pt")).checkpoint == str(here / "w.pt")
+
+
+def test_chinese_class_names_where_the_locale_is_ascii(tmp_path: Path) -> None:
+    """What Python is where its UTF-8 mode is switched off; it switches it on by itself under a bare LC_ALL=C."""
+    paint(tmp_path / "d" / "\u732b" / "1.png")
+    paint(tmp_path / "d" / "\u72d7" / "2.png")
+    torch.save(build_model("zoo:resnet8", num_classes=2).state_dict(), tmp_path / "w.pt")
+    generate(
+        tmp_path / "d",
+        teachers=[f"zoo:resnet8@{tmp_path / 'w.pt'}?num_classes=2&resize=8"],
+        out=tmp_path / "labels",
+        preflight=False,
+        device="cpu",
+    )
+    (tmp_path / "list.csv").write_text("d/\u732b/1.png,0\n", encoding="utf-8")
+    code = (
+        "from softlabel.cli import main; print(main(['inspect', 'labels']));"
+        "print([main(['generate', '--data', data, '--teacher', 'zoo:resnet8@w.pt?num_classes=2&resize=8', '--out', 'x',"
+        "'--no-preflight', '--device', 'cpu']) for data in ('d', 'list.csv')])"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env={**environment(), **ascii_only}, capture_output=True, check=False)
+    printed, told = done.stdout.decode(), done.stderr.decode()
+    assert "classes    2: \\u72d7, \\u732b" in printed, told
+    assert printed.splitlines()[-1] == "[1, 2]", told
+    assert re.search(
+        "d: a file name is not valid Unicode: .*; the locale reads names as ascii: start with PYTHONU", told
+    )
+    assert re.search("expected names in the encoding of the locale, ascii, found: .* start with PYTHONUTF8=1", told)
+    assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("case", [*DATA, *TEACHERS, *STORES, *COMMANDS], ids=str)
