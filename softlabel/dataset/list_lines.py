@@ -208,6 +208,13 @@ def _split_tail(text: str, root: str, where: str) -> list[str]:
     """A path and its label, with a space or semicolon between them, or a path alone."""
     plain = text.strip()
     if suffix_of(plain) in IMAGE_SUFFIXES:
+        # Lists such as CUB's have a number before each path; a path may begin with one and a space too.
+        before, *rest = plain.split(maxsplit=1)
+        if rest and not os.path.exists(os.path.join(root, plain)) and os.path.exists(os.path.join(root, rest[0])):
+            raise DataError(
+                f"{where}: {_FORMS}, found {text[:80]!r}, of which {rest[0][:80]!r} is a file; take {before[:40]!r} "
+                "away, or put it behind the path if it is the label"
+            )
         return [text]
     found = _TAIL.fullmatch(plain)
     if found is None:

@@ -216,6 +216,11 @@ LISTS = [
                 "1,a.png\n",
                 "a class number behind the path, found '1,a.png'; .* path before its label",
             ),
+            (
+                "a number before each path",
+                "1 a.png\n2 b.png\n",
+                "found '1 a.png', of which 'a.png' is a file; take '1'",
+            ),
             ("a heading without paths", "x,y,label\n", r"a column of paths, found x, y, label; .*\?image=COLUMN"),
         )
     ),
