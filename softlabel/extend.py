@@ -7,11 +7,13 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from softlabel.arguments import check_arguments
-from softlabel.dataset import comparable, why_not_comparable
+from softlabel.dataset import Source, comparable, why_not_comparable
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
@@ -35,7 +37,7 @@ def extend(
     store: str | Path,
     *,
     teacher: str,
-    data: str | None = None,
+    data: "str | Path | Source | Dataset[Any] | None" = None,
     calibration: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -49,7 +51,7 @@ def extend(
     Args:
         store: its folder.
         teacher: SPEC of the new member.
-        data: the SOURCE, where it is not at the recorded place any more.
+        data: the SOURCE or the dataset, where it is not at the recorded place any more.
         calibration: file of `softlabel calibrate` with this teacher; needed where the other members are calibrated.
 
     Raises:

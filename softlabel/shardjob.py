@@ -216,7 +216,9 @@ def label_alone(request: Request, number: int, keys: str, seconds: float, worker
     # A process that hangs in native code can keep its own watchdog from running.
     limit = LOADING_SECONDS + seconds + _MARGIN_SECONDS if seconds else None
     try:
-        ended = subprocess.run(command, capture_output=True, check=False, timeout=limit)
+        # What this worker can import, such as a module that Dask has brought it, its child can too.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        ended = subprocess.run(command, capture_output=True, check=False, timeout=limit, env=environment)
     except subprocess.TimeoutExpired:
         ended = subprocess.CompletedProcess(command, HUNG)
     if ended.returncode == 0 and (lines := ended.stdout.splitlines()):

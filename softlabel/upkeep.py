@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.algebra import RewriteSummary, redo_store
@@ -46,7 +47,7 @@ def job_of(
     manifest: Manifest,
     where: str | Path,
     *,
-    data: str | None = None,
+    data: "str | Path | Source | Dataset[Any] | None" = None,
     teachers: Sequence[str] | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -123,7 +124,7 @@ class RepairSummary:
 def repair(
     store: str | Path,
     *,
-    data: str | None = None,
+    data: "str | Path | Source | Dataset[Any] | None" = None,
     teachers: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
     device: str = "auto",
@@ -192,7 +193,7 @@ def repair(
 def _relabel(
     store: str | Path,
     damaged: Collection[int],
-    data: str | None,
+    data: "str | Path | Source | Dataset[Any] | None",
     teachers: Sequence[str] | None,
     device: str,
     workers: int | None,

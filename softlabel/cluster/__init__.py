@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from softlabel.cluster.deploy import connected
 from softlabel.cluster.drive import Drive
+from softlabel.cluster.modules import upload_modules
 from softlabel.deployment import Deployment, absolute_root
 from softlabel.errors import DataError
 from softlabel.generate import Counts, Label
@@ -69,6 +70,7 @@ def on_cluster(deployment: Deployment, out: str | os.PathLike[str], job: Job, de
         with connected(deployment) as client:
             if client.dashboard_link:
                 log.info("dashboard: %s", client.dashboard_link)
+            upload_modules(client, request.teachers)
             refill = None
             if deployment.cluster == "slurm":  # a job that ends by its walltime leaves nobody in its place
                 refill = functools.partial(client.cluster.scale, deployment.workers)

@@ -446,3 +446,19 @@ def test_an_object_store_whose_puts_fail(tmp_path: Path, monkeypatch: pytest.Mon
             assert command_line("verify", url).returncode == 0
     finally:
         server.stop()
+
+
+def test_a_teacher_in_a_module_beside_the_client(tmp_path: Path) -> None:
+    """Workers have another working folder, and nothing installed that is called like it."""
+    data = dataset(tmp_path / "data.parquet", 30)
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "own_nets.py").write_text("from tests.clusterkit import Teacher as net\n")
+    options = ["--data", data, "--teacher", teacher_spec().replace("tests.clusterkit:Teacher", "own_nets:net")]
+    run(generate(*options, "--shard-rows", 10, "--out", tmp_path / "alone"), cwd=here)
+    with cluster(tmp_path / "dask", workers=1) as dask:
+        done = run(
+            generate(*options, "--shard-rows", 10, "--out", tmp_path / "there", "--scheduler", dask.address), cwd=here
+        )
+    assert f"{here / 'own_nets.py'}: given to the workers" in done.stderr
+    assert_same_rows(tmp_path / "there", tmp_path / "alone")
