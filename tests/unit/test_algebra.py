@@ -285,7 +285,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
         (UsageError, "3 zoo:net3; found 4", kept, {"members": [4]}),
         (UsageError, "each once", kept, {"members": [1, "1"]}),
         (UsageError, "temperature: expected a number above 0", kept, {"temperature": 0}),
-        (UsageError, "logits or probs, found 'keep'", kept, {"rule": "keep"}),
+        (UsageError, "rule: expected .*found 'keep'", kept, {"rule": "keep"}),
     ]:
         with pytest.raises(error, match=message):
             combine_store(source, out, **options)  # type: ignore[arg-type]
