@@ -2,26 +2,35 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# What is installed: what the demo needs, and on top of it what developing needs.
+RUNS   := $(VENV)/.runs
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help demo test lint test-slow bench gpu gpu-wheels clean
 
 help:
-	@echo "make demo       the whole pipeline on embedded data (under 3 minutes)"
-	@echo "make test       lint, types and tests (under 10 minutes)"
+	@echo "make demo       the whole pipeline on embedded data (a minute, and some for installing)"
+	@echo "make test       lint, types and tests (about 5 minutes on two cores)"
 	@echo "make test-slow  the tests that take long"
 	@echo "make bench      benchmarks: ratios against a named limit or peer"
 	@echo "make gpu        all tests and benchmarks of a CUDA device, in 7 minutes"
 	@echo "make gpu-wheels the packages that 'python -m tests.gpu' brings to a machine without a package index"
 	@echo "make clean      remove what demo and the caches left"
 
-$(READY): pyproject.toml
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "softlabel needs Python 3.11 or newer; say which: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[digits,dev]'
+	@echo "Installing softlabel and what it needs into $(VENV). Most of it is PyTorch: some minutes, once; pip says nothing meanwhile."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '.[digits]'
+	@touch $(RUNS)
+
+$(READY): $(RUNS)
+	@echo "Installing linters, test tools and the optional libraries that are tested into $(VENV): some minutes, once."
+	@$(PIP) --editable '.[digits,dev]'
 	@touch $(READY)
 
-demo: $(READY)
+demo: $(RUNS)
 	$(BIN)/python pipelines/quickstart.py --out demo
 
 lint: $(READY)
@@ -31,7 +40,7 @@ lint: $(READY)
 
 # One process a core with one thread each: tests compare results bit for bit, and small models gain little from more.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" --durations=10
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow"

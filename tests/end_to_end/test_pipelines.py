@@ -38,7 +38,6 @@ def run(recipe: str, folder: Path, *arguments: object) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

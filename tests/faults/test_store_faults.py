@@ -32,7 +32,6 @@ def test_killed_at_every_step(tmp_path: Path, format: str, pace: int, steps: int
         capture_output=True,
         text=True,
         check=False,
-        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -348,7 +348,7 @@ def test_a_source_in_use_goes_to_another_process(small: str, method: str) -> Non
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(source, queue))
     child.start()
-    assert queue.get(timeout=60) == [payload(22), payload(0), payload(11)]
+    assert queue.get() == [payload(22), payload(0), payload(11)]
     child.join()
     assert source.read([5])[0].image == payload(5)
 
