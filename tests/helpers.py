@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -117,19 +118,35 @@ def command_line_process(folder: Path) -> Iterator[tuple[io.TextIOWrapper, io.Te
                 del sys.modules[name]  # another test may have another module of this name
 
 
-def softlabel(*arguments: object, cwd: Path | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would, in this process (importing torch takes seconds); asserts the exit code."""
+def run_here(
+    what: Callable[[], int | None], arguments: Sequence[object], cwd: Path | None
+) -> subprocess.CompletedProcess[str]:
+    """What `what` returns and prints, taken for a process of its own."""
+    ended: object
     with command_line_process(cwd or Path.cwd()) as (out, err):
         try:
-            ended = main([str(argument) for argument in arguments])
+            ended = what()
         except SystemExit as left:
-            ended = left.code if isinstance(left.code, int) else int(left.code is not None)
+            ended = left.code
+    code = ended if isinstance(ended, int) else int(ended is not None)
     printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-    done = subprocess.CompletedProcess(arguments, ended, printed, told)
+    return subprocess.CompletedProcess(arguments, code, printed, told)
+
+
+def softlabel(*arguments: object, cwd: Path | None = None, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would, in this process (importing torch takes seconds); asserts the exit code."""
+    done = run_here(lambda: main([str(argument) for argument in arguments]), arguments, cwd)
     assert "Traceback" not in done.stderr, done.stderr
     if code is not None:
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def script(path: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a file of Python with these arguments, in this process."""
+    words = [str(path), *map(str, arguments)]
+    with mock.patch.object(sys, "argv", words):
+        return run_here(lambda: runpy.run_path(str(path), run_name="__main__") and None, words, cwd)
 
 
 def beside_source(stderr: str) -> list[str]:

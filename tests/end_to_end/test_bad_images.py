@@ -105,7 +105,7 @@ def check(store: softlabel.Store, images: dict[str, bytes], spec: str, suffix: s
     np.testing.assert_allclose(found, logits - logits.max(1, keepdims=True), atol=2e-2, rtol=2e-3)
 
 
-@pytest.mark.parametrize("rows", [2_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("rows", [800, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_broken_images_among_good_ones_in_parquet(tmp_path: Path, rows: int) -> None:
     images = mixture(rows)
     spec = write_teacher(tmp_path / "teacher.safetensors")

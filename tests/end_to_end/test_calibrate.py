@@ -110,7 +110,7 @@ def test_the_temperature_is_the_most_likely_one(ready: Path) -> None:
 def test_a_store_holds_what_the_calibrated_members_say(ready: Path, tmp_path: Path) -> None:
     own = temperatures(ready)
     options = ["generate", "--data", ready / "data.parquet", "--teacher", spec(ready, 0), spec(ready, 1)]
-    options += ["--calibration", ready / "t.json", "--encoding", "float32"]
+    options += ["--calibration", ready / "t.json", "--encoding", "float32", "--batch-size", 32]
     parts = [logits(ready, seed) / own[seed] for seed in range(2)]
     run(*options, "--out", tmp_path / "logits")
     np.testing.assert_allclose(scaled(tmp_path / "logits"), centred((parts[0] + parts[1]) / 2 / T), atol=1e-4)

@@ -54,7 +54,7 @@ def mean_of_probs(logits: list[torch.Tensor], temperature: float) -> torch.Tenso
 
 def test_stored_labels_equal_an_independent_forward_pass(shared_data: Path, tmp_path: Path) -> None:
     test = shared_data / "cifar10-jpeg" / "test.parquet"
-    data = slice_of(test, 600, tmp_path / "images.parquet")
+    data = slice_of(test, 120, tmp_path / "images.parquet")
     keys, pixels, labels = reference.read_rows(data)
     files = ["resnet20-12fca82f.th", "resnet56-jpeg.safetensors"]
     logits = [
@@ -62,20 +62,22 @@ def test_stored_labels_equal_an_independent_forward_pass(shared_data: Path, tmp_
     ]
     specs = [spec(shared_data, file) for file in files]
 
-    alone = labelled(data, tmp_path / "alone", specs[:1], temperature=4.0)
+    alone = labelled(data, tmp_path / "alone", specs[:1], temperature=4.0, batch_size=60)
     check(alone, logits[0] / 4, keys, labels)
-    probs = labelled(data, tmp_path / "probs", specs, combine="probs", temperature=4.0, format="hdf5")
+    probs = labelled(data, tmp_path / "probs", specs, combine="probs", temperature=4.0, format="hdf5", batch_size=60)
     check(probs, mean_of_probs(logits, 4.0), keys, labels)
-    weighted = labelled(data, tmp_path / "weighted", specs, combine="logits", temperature=2.0, weights=[1, 3])
+    weighted = labelled(
+        data, tmp_path / "weighted", specs, combine="logits", temperature=2.0, weights=[1, 3], batch_size=60
+    )
     check(weighted, (logits[0] * 0.25 + logits[1] * 0.75) / 2, keys, labels)
 
 
 def test_formats_hold_the_same_values_and_say_the_same(shared_data: Path, tmp_path: Path) -> None:
-    data = slice_of(shared_data / "cifar10-jpeg" / "test.parquet", 300, tmp_path / "images.parquet")
+    data = slice_of(shared_data / "cifar10-jpeg" / "test.parquet", 100, tmp_path / "images.parquet")
     teacher = [spec(shared_data, "resnet20-jpeg.safetensors")]
-    one = labelled(data, tmp_path / "parquet", teacher, format="parquet")
-    other = labelled(data, tmp_path / "hdf5", teacher, format="hdf5")
-    rows = np.arange(300)
+    one = labelled(data, tmp_path / "parquet", teacher, format="parquet", batch_size=50)
+    other = labelled(data, tmp_path / "hdf5", teacher, format="hdf5", batch_size=50)
+    rows = np.arange(100)
     left, right = one.take(rows), other.take(rows)
     assert list(left.keys) == list(right.keys)
     for name in ("views", "labels", "content", "scaled_logits"):

@@ -12,7 +12,7 @@ import pytest
 
 from softlabel.cli import COMMANDS
 from tests.conftest import ROOT
-from tests.helpers import command_line_process, environment, softlabel
+from tests.helpers import command_line_process, environment, script, softlabel
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh slow|sh|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -134,8 +134,9 @@ def test_every_option_that_the_readme_names_exists() -> None:
 
 def test_the_quickstart_tells_where_things_are(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn for its handwritten digits")
-    script = ROOT / "pipelines" / "quickstart.py"
-    out = in_shell(f"{sys.executable} {script} --out demo --epochs 8", tmp_path)
+    done = script(ROOT / "pipelines" / "quickstart.py", "--out", "demo", "--epochs", 6, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     for line in ("student, hard labels alone", "student, soft labels"):
         assert re.search(rf"^{line} +0\.\d+ +\d+\.\d+ +0\.\d+$", out, flags=re.MULTILINE), out
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")

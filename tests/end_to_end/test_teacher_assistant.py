@@ -1,25 +1,23 @@
 """The recipe of a teacher-assistant chain, on digits."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from softlabel import open_store
 from tests.conftest import ROOT
-from tests.helpers import environment
+from tests.helpers import script
 
 SMALL = "?resize=16&crop=16"
 
 
 def test_a_chain_is_one_command(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn for its handwritten digits")
-    command = [sys.executable, ROOT / "pipelines" / "teacher_assistant.py", "--out", tmp_path / "chain"]
+    command = ["--out", tmp_path / "chain"]
     command += ["--data", "digits?rows=0:200", "--eval-data", "digits?rows=200:260", "--epochs", "1"]
     command += ["--teacher", f"zoo:resnet8{SMALL}", "--assistant", f"zoo:cnn4{SMALL}", "--student", f"zoo:cnn2{SMALL}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    done = script(ROOT / "pipelines" / "teacher_assistant.py", *command)
     assert done.returncode == 0, done.stderr
     assert "assistant-1 cnn4: learned from teacher" in done.stdout
     assert "student cnn2: learned from assistant-1" in done.stdout

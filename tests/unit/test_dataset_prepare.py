@@ -1,19 +1,19 @@
 """The script in data/ that writes class folders, run as a user runs it."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel.dataset import open_source
+from tests.helpers import script
 
 SCRIPT = Path(__file__).parents[2] / "data" / "prepare_cifar10_folder.py"
 
 
 def prepare(source: Path, out: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, SCRIPT, source, out], capture_output=True, text=True, check=False)
+    return script(SCRIPT, source, out)
 
 
 def test_class_folders_hold_the_same_bytes_and_labels(shared_data: Path, tmp_path: Path) -> None:
