@@ -30,8 +30,9 @@ $(READY): $(RUNS)
 	@$(PIP) --editable '.[digits,dev]'
 	@touch $(READY)
 
+# One thread: as fast for networks this small, and several wait for each other on a busy machine.
 demo: $(RUNS)
-	$(BIN)/python pipelines/quickstart.py --out demo
+	OMP_NUM_THREADS=1 $(BIN)/python pipelines/quickstart.py --out demo
 
 lint: $(READY)
 	$(BIN)/ruff check .
