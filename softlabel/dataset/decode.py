@@ -123,6 +123,10 @@ def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:
     return torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW]).permute(0, 3, 1, 2)
 
 
+# A pixel from here on needs more than 12 bits: no camera or scanner fills 13 to 15.
+_CLEARLY_16_BITS = 1 << 12
+
+
 @cache
 def _formats() -> tuple[str, ...]:
     """Those that this build of PIL has: it stumbles over the name of one that it has not."""
@@ -132,7 +136,7 @@ def _formats() -> tuple[str, ...]:
 
 def _from_pil(image: Image.Image, decoding: Decoding) -> Tensor:
     image.load()
-    image = _to_rgb(_upright(image) if decoding.upright else image, decoding.bits or 16)
+    image = _to_rgb(_upright(image) if decoding.upright else image, decoding.bits)
     # A bytearray, because torch warns of read-only memory and would let one write into it. numpy makes the shape in one
     # step: for small images every torch operation counts.
     width, height = image.size
@@ -151,7 +155,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
+def _to_rgb(image: Image.Image, bits: int | None) -> Image.Image:
     mode = image.mode
     if mode == "RGB":
         return image
@@ -162,6 +166,12 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
             raise BadImageError(
                 f"pixels of more than 16 bits ({grey_HW.min()} to {grey_HW.max()}); convert it to 8 bits"
             )
+        if bits is None and grey_HW.max() < _CLEARLY_16_BITS:
+            raise BadImageError(
+                f"16-bit pixels of at most {grey_HW.max()}: how many bits they use was not decided, as none "
+                "of the images of this data that were looked at has 16; '?bits=N' says it"
+            )
+        bits = 16 if bits is None else bits
         if grey_HW.max() >> bits:
             raise BadImageError(
                 f"a pixel of {grey_HW.max()}, and the 16-bit images of this data were taken to use {bits} bits; "

@@ -90,6 +90,8 @@ def settle_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -
                 f"{source.name}: its images are decoded with {source.decoding.options()}, those that were "
                 f"labelled with {then.options()}; give the data with the same options"
             )
+        if then.bits is None and _glance(source):  # labelled before bits were decided: all 16 were taken
+            then = dataclasses.replace(then, bits=16)
         return source if then == source.decoding else DecodedSource(source, then)
     if source.decoding.bits is not None or not _glance(source):
         return source
@@ -102,15 +104,18 @@ def _glance(source: Source) -> bool:
 
 def _find_bits(source: Source) -> int:
     picked = _spread(source, _LOOKED_AT)
-    largest = max((_largest(sample.image) for sample in source.read(picked)), default=0)
+    values = [_largest(sample.image) for sample in source.read(picked)]
+    largest = max(values, default=0)
     bits = next((bits for bits in _BITS if largest < 1 << bits), 16)
+    few = sum(0 < value < 1 << 8 for value in values) if bits > 8 else 0
     log.warning(
-        "warning: %s: has 16-bit images, whose largest value is %d in %d of %d looked at: taken to use %d bits; %s",
+        "warning: %s: has 16-bit images, whose largest value is %d (%d of %d looked at): taken to use %d bits%s; %s",
         source.name,
         largest,
         len(picked),
         len(source),
         bits,
+        f", of which {few} of those looked at use 8 at most and become nearly black" if few else "",
         "let the dataset return 8 bits to have it otherwise"
         if source.kind == "dataset"
         else "'?bits=N' says otherwise",

@@ -101,6 +101,21 @@ def misplaced_images(folder: Path) -> list[object]:
     return label_all(folder, "d", classes=2)
 
 
+def few_wide_images(folder: Path) -> list[object]:
+    """One dark 16-bit PNG file among 29 ordinary ones, where no glance falls."""
+    (folder / "d").mkdir()
+    for number in range(30):
+        grey_HW = np.full((8, 8), 200, np.uint16 if number == 5 else np.uint8)
+        Image.fromarray(grey_HW).save(folder / "d" / f"{number:02}.png")
+    return [*label_all(folder, "d"), "--on-bad-image", "error"]
+
+
+def unequally_wide_images(folder: Path) -> Sequence[object]:
+    command = wide_images(16)(folder)
+    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(folder / "d" / "dark.png")
+    return command
+
+
 def wide_images(bits: int, options: str = "", store: bool = False) -> Callable[[Path], Sequence[object]]:
     """16-bit PNG files that use so many bits; with `store`, labelled already, and the command trains."""
 
@@ -315,10 +330,21 @@ DATA = [
         Case(
             name=f"16-bit images that use {bits} bits",
             make=wide_images(bits),
-            says=(rf"16-bit images, whose largest value is \d+ in 12 of 12 looked at: taken to use {bits} bits",),
+            says=(rf"16-bit images, whose largest value is \d+ \(12 of 12 looked at\): taken to use {bits} bits",),
             check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"bits": bits}),
         )
         for bits in (8, 12, 16)
+    ),
+    Case(
+        name="a 16-bit image where none was looked for",
+        make=few_wide_images,
+        code=1,
+        says=(r"16-bit pixels of at most 200: how many bits they use was not decided.*bits=N",),
+    ),
+    Case(
+        name="16-bit images of which one uses 8 bits",
+        make=unequally_wide_images,
+        says=("taken to use 16 bits, of which 1 of those looked at use 8 at most and become nearly black",),
     ),
     Case(
         name="images that are all black once decoded",
