@@ -25,7 +25,7 @@ _READ_AGAIN = 32  # images
 # rounding of a quantised network any more.
 _MOST_CHANGED = 0.05
 _MOST_MOVED = 0.1
-_FEWEST_VALUES = 32  # of outputs, below which nothing is concluded from their range
+_FEWEST_VALUES = 16  # of outputs, below which nothing is concluded from their range
 
 
 def check_repeatable(labeller: Labeller, trial: Trial) -> tuple[str, ...]:

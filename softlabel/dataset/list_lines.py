@@ -162,7 +162,7 @@ def _rows(
                 f"found {heading[0]!r}; write commas"
             )
         return words, found
-    if asked.has_heading or (is_heading(heading) and not os.path.exists(os.path.join(root, heading[0]))):
+    if asked.has_heading or (is_heading(heading) and not os.path.isfile(os.path.join(root, heading[0]))):
         return heading, found
     return None, itertools.chain([start], found)
 

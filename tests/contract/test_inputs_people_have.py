@@ -210,6 +210,7 @@ LISTS = [
             ("./ and a comment", "# all\n./a.png,0\n./b.png, 1\n.//c d.png,-1\n"),
             ("numbers as texts and floats", 'a.png,0.0\nb.png,"1"\nc d.png,'),
             ("a heading and semicolons", "Filename;id;Class\na.png;7;0\nb.png;8;1\nc d.png;9;\n", "list.csv"),
+            ("an index that pandas writes", ",path,label\n0,a.png,0\n1,b.png,1\n2,c d.png,\n", "list.csv"),
             ("the columns of pandas", ",label,image_id\n0,0,a.png\n1,1,b.png\n2,,c d.png\n", "list.csv"),
             ("a heading with other words", "id,kind\na.png,0\nb.png,1\nc d.png,", "l.csv", "?image=id&label=kind"),
             (
