@@ -79,3 +79,8 @@ class Process:
 def command_line(*arguments: object) -> Process:
     """`softlabel ARGUMENTS` in a process of its own."""
     return Process(main, [str(argument) for argument in arguments])
+
+
+def new_command_line(*arguments: object) -> Process:
+    """The same in an interpreter of its own, which ends as one that a user has started does."""
+    return Process(os.execv, sys.executable, [sys.executable, "-m", "softlabel", *map(str, arguments)])

@@ -124,6 +124,7 @@ def test_a_store_holds_what_the_calibrated_members_say(ready: Path, tmp_path: Pa
         weights=[1, 3],
         encoding="float32",
         calibration=ready / "t.json",
+        batch_size=32,
         progress=False,
     )
     p0, p1 = (np.exp(centred(z / T)) / np.exp(centred(z / T)).sum(1, keepdims=True) for z in parts)
@@ -162,6 +163,7 @@ def test_a_head_is_stored_calibrated(ready: Path, tmp_path: Path) -> None:
         out=tmp_path / "head",
         encoding="head:float16",
         calibration=ready / "t.json",
+        batch_size=32,
         progress=False,
     )
     own = temperatures(ready)[0]
@@ -173,7 +175,7 @@ def test_a_head_is_stored_calibrated(ready: Path, tmp_path: Path) -> None:
 
 def test_extend_and_repair_keep_the_calibration(ready: Path, tmp_path: Path) -> None:
     data, store = ready / "data.parquet", tmp_path / "kept"
-    settings = {"combine": "keep", "encoding": "float32", "shard_rows": 100, "progress": False}
+    settings = {"combine": "keep", "encoding": "float32", "shard_rows": 100, "batch_size": 50, "progress": False}
     for seeds, out in (([0], store), ([0, 1], tmp_path / "both")):
         softlabel.generate(
             data, teachers=[spec(ready, s) for s in seeds], out=out, calibration=ready / "t.json", **settings

@@ -15,7 +15,7 @@ from PIL import Image
 import softlabel
 from tests.helpers import CLASSES, beside_source, jpeg, write_dataset, write_parquet, write_teacher
 from tests.helpers import softlabel as run
-from tests.processes import command_line
+from tests.processes import command_line, new_command_line
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ready")
     data = write_dataset(folder / "data.parquet", 60)
     teacher = write_teacher(folder / "teacher.safetensors")
-    run("generate", "--data", data, "--teacher", teacher, "--out", folder / "store", "--temperature", 2)
+    options = ["--data", data, "--teacher", teacher, "--out", folder / "store", "--temperature", 2, "--batch-size", 20]
+    run("generate", *options)
     return folder
 
 
@@ -32,6 +33,7 @@ def again(ready: Path, **changes: object) -> list[object]:
     options = {
         "data": ready / "data.parquet",
         "teacher": f"zoo:resnet8@{ready / 'teacher.safetensors'}",
+        "batch_size": 20,
         "out": ready / "store",
         "temperature": 2,
         **changes,
@@ -149,7 +151,8 @@ def test_bad_images_are_listed_skipped_and_counted(tmp_path: Path) -> None:
         images.insert(position, image)
     data = write_parquet(tmp_path / "data.parquet", images, keys=keys, labels=[n % 4 for n in range(33)])
     teacher = write_teacher(tmp_path / "teacher.safetensors")
-    options = ["generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "store", "--shard-rows", 10]
+    options = ["generate", "--data", data, "--teacher", teacher, "--batch-size", 10]
+    options += ["--out", tmp_path / "store", "--shard-rows", 10]
     done = run(*options)
     assert "3 bad images" in done.stdout
     store = softlabel.open_store(tmp_path / "store", verify="full")
@@ -262,6 +265,7 @@ def test_a_full_disk_is_one_line_and_the_store_can_be_resumed(tmp_path: Path) ->
         data = write_dataset(tmp_path / "data.parquet", 400)
         teacher = write_teacher(tmp_path / "teacher.safetensors")
         options = ["generate", "--data", data, "--teacher", teacher, "--shard-rows", 10, "--out", disk / "store"]
+        options += ["--batch-size", 20]
         filler = disk / "filler"
         filler.write_bytes(bytes(80 * 1024))
         done = run(*options, code=1)
@@ -295,7 +299,7 @@ def test_ctrl_c_and_sigterm_keep_what_is_finished(
     store = tmp_path / "store"
     command = ["generate", "--data", data, "--teacher", teacher, "--out", store, "--shard-rows", 10, "--batch-size", 10]
     command += ["--workers", workers]
-    process = command_line(*command)
+    process = (new_command_line if workers else command_line)(*command)
     while process.poll() is None and len(list(store.glob("shards/[0-9]*"))) < 5:
         time.sleep(0.002)
     process.send_signal(number)

@@ -162,7 +162,7 @@ def test_a_member_without_weight_does_not_touch_masked_classes(tmp_path: Path) -
 def test_combine_writes_what_generate_would_have_written(tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "train.parquet", 20)
     teachers = [write_teacher(tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2, 3)]
-    common: dict[str, Any] = {"shard_rows": 8, "encoding": "float32", "progress": False, "device": "cpu"}
+    common: dict[str, Any] = {"shard_rows": 8, "batch_size": 8, "encoding": "float32", "progress": False}
     generate(data, teachers=teachers, out=tmp_path / "kept", combine="keep", temperature=4.0, **common)
     for rule in ("logits", "probs"):
         chosen, weights = [teachers[2], teachers[0]], [1.0, 3.0]
@@ -357,7 +357,7 @@ def test_merge_is_what_one_source_of_both_gives(tmp_path: Path) -> None:
         table = table.set_column(0, table.schema.field(0), [images])
         for path in (tmp_path / f"{name}.parquet", folder / f"{name}.parquet"):
             pq.write_table(table, path)
-    common: dict[str, Any] = {"teachers": [teacher], "shard_rows": 8, "progress": False, "device": "cpu"}
+    common: dict[str, Any] = {"teachers": [teacher], "shard_rows": 8, "batch_size": 8, "progress": False}
     for name in ("a", "b"):
         generate(tmp_path / f"{name}.parquet", out=tmp_path / name, **common)
     merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
