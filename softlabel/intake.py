@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset import Sample, Source, decode_image, decode_sample, stack_images
+from softlabel.dataset.workers import begin_worker
 from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
@@ -164,7 +165,13 @@ class Intake:
             yield from _ahead(self.one_reader().of, spans)
             return
         loader = DataLoader(
-            _Spans(self), sampler=spans, batch_size=None, num_workers=workers, collate_fn=_as_it_is, pin_memory=False
+            _Spans(self),
+            sampler=spans,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=False,
+            worker_init_fn=begin_worker,
         )
         before = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from softlabel.dataset.workers import begin_worker
 from softlabel.errors import SoftLabelError
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.epochs import Plan
@@ -40,6 +41,7 @@ class BatchMaker:
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=begin_worker,
             # Forked workers share the cache of decoded images.
             multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
         )

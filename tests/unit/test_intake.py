@@ -1,6 +1,7 @@
 """Batches made ahead by threads are those made one by one."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from softlabel.dataset import open_source
+from softlabel.dataset.workers import begin_worker
 from softlabel.errors import DataError
 from softlabel.intake import Intake, Span
 from softlabel.preprocessing import Preprocessing
@@ -81,3 +83,15 @@ def test_no_more_is_made_than_is_asked_for() -> None:
     assert len(asked) <= 9, "a bounded number of batches waits"
     batches.close()
     assert torch.get_num_threads() == threads
+
+
+def test_a_worker_prints_nothing_of_a_reader_that_has_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    begin_worker(0)
+    for error in (ConnectionResetError("reset by peer"), BrokenPipeError(), EOFError()):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("a mistake"), None)
+    assert "a mistake" in capsys.readouterr().err
