@@ -28,7 +28,7 @@ from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
-from softlabel.history import History
+from softlabel.history import History, check_same_data
 from softlabel.job import Job, prepare
 from softlabel.store.columns import EXTRA_NAME
 from softlabel.store.folder import open_folder
@@ -161,7 +161,7 @@ def repair(
         ("teacher", teachers, derived),
         ("source", sources, not derived),
     ):
-        if given and wrong:
+        if given is not None and wrong:
             how = "made from other stores" if derived else "labelled by teachers"
             raise UsageError(f"--{option}: {store} was {how}; see 'softlabel inspect {store}'")
     problems: tuple[str, ...] = ()
@@ -201,6 +201,8 @@ def _relabel(
 ) -> GenerateSummary:
     manifest = load_root(open_folder(store))
     job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers, damaged=damaged)
+    # Before the damaged shards are forgotten: a repair that is refused leaves the store as it was.
+    check_same_data(store, job.labeller.intake, without=damaged)
     with Committer.open(store, job.run, relabel=damaged) as committer:
         if job.labeller.head is not None:
             committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())

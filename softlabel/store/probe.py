@@ -39,6 +39,8 @@ def probe(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Co
     keys = [one.keys for one in found if one.keys is not None]
     labels = [one.labels for one in found if one.labels is not None]
     content = [one.content for one in found if one.content is not None]
+    # A damaged head keeps nobody from reading keys.
+    decodes = not {column.name for column in store.run.label_columns}.isdisjoint(columns)
     return StoredRows(
         run=store.run,
         views=np.array(views, np.int32),
@@ -46,5 +48,5 @@ def probe(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Co
         label_data=np.concatenate(labels) if labels else None,
         content_data=np.concatenate(content) if content else None,
         columns={name: np.concatenate([one.columns[name] for one in found]) for name in found[0].columns},
-        extra=store.extra,
+        extra=store.extra if decodes else None,
     )

@@ -229,8 +229,10 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
         keys=keys,
         labels=[n % 4 for n in range(ROWS)],
     )
+    before = (store / "manifest.json").read_bytes()
     with pytest.raises(softlabel.SoftLabelError, match="content of"):
         repair(store, data=str(repainted), progress=False)
+    assert (store / "manifest.json").read_bytes() == before  # what is refused changes nothing
     moved = tmp_path / "moved.safetensors"
     shutil.copy(ready / "teacher0.safetensors", moved)
     assert repair(store, teachers=[f"zoo:resnet8@{moved}"], progress=False).shards_written == 1
