@@ -41,6 +41,7 @@ class LabelJoin:
         mix: rule, weights and temperature for the members of a store that keeps them apart.
         image: where in a batch the images are as the labelled data gave them (encoded bytes, or pixels before any
             transform): each is compared with what was labelled. None: keys alone join.
+        label: where in a batch its hard labels are, to be compared with those of the store, where both have some.
 
     Raises:
         StoreError: the store cannot be opened.
@@ -55,9 +56,10 @@ class LabelJoin:
         target: str = "target",
         mix: Mix | None = None,
         image: str | int | None = None,
+        label: str | int | None = None,
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
-        self.key, self.name, self._mix, self.image = key, target, mix, image
+        self.key, self.name, self._mix, self.image, self.label = key, target, mix, image, label
         self._warned = False
         if self.store.run.views.count > 1 or self.store.run.view_columns:
             raise UsageError(
@@ -95,7 +97,7 @@ class LabelJoin:
         For WebDataset, behind `.batched(...)`: ``pipeline.map(join)``. Raises as `target` does, and:
 
         Raises:
-            MismatchError: an image is not the one that was labelled (see `image`).
+            MismatchError: an image is not the one that was labelled (see `image`), or a hard label differs (`label`).
         """
         target = self.of_rows(self._rows(batch))
         return {**batch, self.name: target} if isinstance(batch, Mapping) else (*batch, target)
@@ -132,6 +134,12 @@ class LabelJoin:
         rows_B = self.store.lookup(keys)
         if self.image is not None:
             self._compare(keys, self._part(batch, self.image, "image"), rows_B)
+        if self.label is not None:
+            labels = self._part(batch, self.label, "label")
+            labels_B = np.array([IGNORE if one is None else int(one) for one in labels], dtype=np.int64)
+            if len(labels_B) != len(rows_B):
+                raise DataError(f"batch: expected a label for each of its {len(rows_B)} keys, found {len(labels_B)}")
+            _refuse_other_labels(self.store, rows_B, labels_B, "batch", "join with the keys of these samples")
         return rows_B
 
     def _compare(self, keys: Sequence[str], images: Any, rows_B: NDArray[np.int64]) -> None:
@@ -149,7 +157,7 @@ class LabelJoin:
             self._warned = True
             log.warning("warning: %s: images cannot be compared with those of the batches: %s", self.store.url, why)
 
-    def _part(self, batch: Any, place: str | int, name: Literal["key", "image"]) -> Any:
+    def _part(self, batch: Any, place: str | int, name: Literal["key", "image", "label"]) -> Any:
         try:
             return batch[place]
         except (KeyError, IndexError, TypeError):
@@ -274,16 +282,22 @@ def _hard_label(item: Any) -> int:
     return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else IGNORE
 
 
-def _refuse_other_labels(store: Store, rows_B: NDArray[np.int64], labels_B: NDArray[np.int64], name: str) -> None:
+_KEYS = (
+    "give the key_fn that the labels were made with (a Subset counts from 0 again: its indices are the numbers), or "
+    "check_labels=False if its items hold something else"
+)
+
+
+def _refuse_other_labels(
+    store: Store, rows_B: NDArray[np.int64], labels_B: NDArray[np.int64], name: str, remedy: str = _KEYS
+) -> None:
     stored_B = store.labels[rows_B]
     other = np.flatnonzero((labels_B >= 0) & (stored_B >= 0) & (labels_B != stored_B))
     if len(other):
         place = int(other[0])
         raise MismatchError(
             f"{name}: {len(other)} of {len(rows_B)} samples have another hard label than in {store.url}, the first "
-            f"{store.keys[int(rows_B[place])]!r}: {labels_B[place]} here, {stored_B[place]} there; give the key_fn "
-            "that the labels were made with (a Subset counts from 0 again: its indices are the numbers), or "
-            "check_labels=False if its items hold something else"
+            f"{store.keys[int(rows_B[place])]!r}: {labels_B[place]} here, {stored_B[place]} there; {remedy}"
         )
 
 

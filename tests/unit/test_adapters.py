@@ -137,6 +137,17 @@ def test_a_webdataset_pipeline_gets_its_targets(store: Path, tmp_path: Path, wor
     check(keys, target)
 
 
+def test_hard_labels_of_a_batch_are_compared(tmp_path: Path) -> None:
+    labels = [number % 3 for number in range(ROWS)]
+    write_store(tmp_path / "store", KEYS, LOGITS, labels=labels, temperature=2)
+    join = softlabel.LabelJoin(tmp_path / "store", key="name", label="label")
+    assert "target" in join({"name": KEYS[:3], "label": torch.tensor([0, -100, 2])})
+    with pytest.raises(MismatchError, match=r"batch: 1 of 2 samples have another hard label .*: 0 here, 1 there"):
+        join({"name": KEYS[:2], "label": [0, 0]})
+    with pytest.raises(DataError, match="expected its labels under 'label'"):
+        join({"name": KEYS[:2]})
+
+
 def test_hugging_face_datasets_carry_the_columns(store: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="needs Hugging Face datasets")
     data = datasets.Dataset.from_dict({"name": KEYS, "label": list(range(ROWS))})
