@@ -159,7 +159,8 @@ class _EvalNorm(nn.Module):
         shift_C = -self.running_mean * scale_C
         shift_C = shift_C if bias is None else shift_C + bias
         shape = (1, -1, *([1] * (inputs.dim() - 2)))
-        return inputs * scale_C.view(shape).to(inputs.dtype) + shift_C.view(shape).to(inputs.dtype)
+        # In the precision of the statistics, as a batch norm does it for inputs of half precision.
+        return (inputs * scale_C.view(shape) + shift_C.view(shape)).to(inputs.dtype)
 
 
 def replace_norms(model: nn.Module) -> None:

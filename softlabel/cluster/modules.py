@@ -10,21 +10,31 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from softlabel.errors import UsageError
 from softlabel.spec import parse_spec
 
 log = logging.getLogger("softlabel")
 
 
 def upload_modules(client: Any, teachers: Iterable[str]) -> None:
-    """Give the workers the modules of these SPECs that are single files below the working folder.
+    """Give the workers the modules of these SPECs that are single files in the working folder.
+
+    A worker that has another state of such a module imports it again.
 
     Args:
         client: a connected `distributed.Client`.
         teachers: SPECs; those that are no `python:` factories need nothing.
+
+    Raises:
+        UsageError: a worker cannot import a module.
     """
     files = {path for text in teachers if (path := _file_beside(text)) is not None}
     for path in sorted(files):
-        client.upload_file(path, load=False)
+        try:
+            client.upload_file(path)
+        except Exception as error:  # what the module raises there, such as for a package that workers lack
+            why = " ".join(str(error).split())[:200]
+            raise UsageError(f"{path}: the workers cannot import it: {type(error).__name__}: {why}") from error
         log.info("%s: given to the workers", path)
 
 
@@ -33,7 +43,10 @@ def _file_beside(text: str) -> str | None:
     if spec.kind != "python":
         return None
     name = spec.name.partition(":")[0]
-    found = importlib.util.find_spec(name) if "." not in name else None  # a package is installed, or shared
+    try:
+        found = importlib.util.find_spec(name) if "." not in name else None  # a package is installed, or shared
+    except ValueError:  # a module without a file, such as __main__
+        found = None
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         return None
     beside = os.path.dirname(os.path.abspath(found.origin)) == os.getcwd()
