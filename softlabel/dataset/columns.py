@@ -20,6 +20,7 @@ class Columns:
 
     Attributes:
         other_labels: columns that sound like labels too.
+        no_labels: columns that sound like labels, and hold more than one class a row.
         candidates: columns of numbers or texts, where there is no label.
     """
 
@@ -28,6 +29,7 @@ class Columns:
     label: str | None
     class_names: tuple[str, ...] | None
     other_labels: tuple[str, ...] = ()
+    no_labels: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
 
 
@@ -65,7 +67,8 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
         key=key,
         label=label,
         class_names=_names(features, label),
-        other_labels=others,
+        other_labels=tuple(other for other in others if _is_label(schema.field(other).type)),
+        no_labels=tuple(other for other in others if not _is_label(schema.field(other).type)),
         candidates=tuple(candidates) if label is None else (),
     )
 

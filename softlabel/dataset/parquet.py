@@ -288,7 +288,8 @@ class ParquetSource(Source):
         )
         if columns.label is None:
             listed = "" if not columns.candidates else f", '?label=COLUMN' takes one of {', '.join(columns.candidates)}"
-            why = "labels are ignored, as asked" if ignored else f"no column is called label{listed}"
+            unfit = ", ".join(f"column {name!r} holds more than a class each" for name in columns.no_labels)
+            why = "labels are ignored, as asked" if ignored else f"{unfit or 'no column is called label'}{listed}"
             self.findings = Findings(without_labels=why, left_out=others)
             return
         largest = IGNORE

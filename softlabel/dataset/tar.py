@@ -30,6 +30,8 @@ from softlabel.errors import DataError, SpecError
 
 log = logging.getLogger("softlabel")
 
+_NAMES_LOOKED_AT = 10_000  # for folders that may be classes
+
 # WebDataset's own rule: everything up to the first dot of the last part, and what follows that dot.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -103,7 +105,8 @@ class TarSource(ListedSource):
         self.has_labels = bool((self._labels_N != IGNORE).any())
         examples = [example for shard in shards for example in shard.examples.items()]
         others = sum((shard.others for shard in shards), Counter[str]())
-        self.findings = find_labels(wanted.label, self.has_labels, examples, others)
+        first = [] if key == "index" else self.keys(0, min(len(self), _NAMES_LOOKED_AT))
+        self.findings = find_labels(wanted.label, self.has_labels, examples, others, first)
         if asked is not None and wanted.label.extension is not None and len(self) and not self.has_labels:
             offers = "".join(f"; {offer}" for offer in self.findings.left_out)
             raise DataError(

@@ -1,11 +1,12 @@
 """Which member of a sample in a tar shard is its label, and what else might be."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softlabel.dataset.annotated import class_number, usual_labels
-from softlabel.dataset.findings import Findings
+from softlabel.dataset.findings import Findings, some
 from softlabel.errors import DataError
 
 LABEL_BYTES = 1 << 20
@@ -68,13 +69,18 @@ class LabelMember:
 
 
 def find_labels(
-    label: LabelMember, has_labels: bool, examples: Sequence[tuple[str, bytes]], others: Mapping[str, int]
+    label: LabelMember,
+    has_labels: bool,
+    examples: Sequence[tuple[str, bytes]],
+    others: Mapping[str, int],
+    names: Sequence[str],
 ) -> Findings:
     """What to say of the labels.
 
     Args:
         examples: extension and bytes of members that are neither image nor label, the first of each kind.
         others: how many of each kind there are.
+        names: of the first samples, with their folders.
     """
     if label.extension is None:
         return Findings(without_labels="labels are ignored, as asked")
@@ -89,7 +95,10 @@ def find_labels(
                 offers.append(f"'?label={usual}' takes a field of the {many}, which have {', '.join(fields)}")
         elif _is_number(raw):
             offers.append(f"'?label=.{extension}' takes the {many}, of which the first holds {raw.strip().decode()!r}")
-    why = f"no sample has {'a label' if label.field else 'a member'} in {label}"
+    folders = sorted({folder for name in names if (folder := os.path.basename(os.path.dirname(name)))})
+    if len(folders) > 1:
+        offers.append(f"folders such as {some(folders)} may be classes; unpacked into a folder of images they count")
+    why = f"no sample has a label in {label}" if label.field else f"no sample has {label}"
     return Findings(without_labels=why, left_out=tuple(f"labels may have been left out: {offer}" for offer in offers))
 
 

@@ -59,6 +59,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights_key: str | None = N
     if not path.is_file():
         raise SpecError(f"{path}: expected a checkpoint, found {'a folder' if path.is_dir() else 'no such file'}")
     found = _load(path)
+    if nameless := list(_nameless(found)):
+        log.warning(
+            "warning: %s: holds an average of the weights without their names (%s), which cannot be taken; save the "
+            "state dict of the network with the averaged weights in it",
+            path,
+            ", ".join(nameless),
+        )
     sets = dict(_sets(found))
     if not sets:
         raise TeacherError(
@@ -136,6 +143,19 @@ def _sets(found: object, key: str = "", depth: int = _DEPTH) -> Iterator[tuple[s
     elif depth:
         for name, value in named.items():
             yield from _sets(value, f"{key}.{name}" if key else name, depth - 1)
+
+
+def _nameless(found: object, key: str = "", depth: int = _DEPTH) -> Iterator[str]:
+    """Where lists of weights lie that an average goes by, as `torch_ema` writes them."""
+    if isinstance(found, Mapping) and depth:
+        for name, value in found.items():
+            yield from _nameless(value, f"{key}.{name}" if key else str(name), depth - 1)
+    elif (
+        isinstance(found, list | tuple)
+        and is_averaged(key)
+        and any(isinstance(value, Tensor) and value.dim() >= 2 for value in found)
+    ):
+        yield key
 
 
 def _chosen(path: Path, sets: Mapping[str, object], wanted: str | None) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -30,7 +33,8 @@ from softlabel.dataset import open_source
 from softlabel.deployment import absolute_source, absolute_spec
 from softlabel.models import build_model
 from softlabel.spec import parse_spec
-from tests.helpers import environment, write_dataset
+from tests.helpers import environment, jpeg, write_dataset
+from tests.sourcekit import add_member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,20 @@ class Case:
 def empty_folder(folder: Path) -> list[object]:
     (folder / "images").mkdir()
     return ["generate", "--data", "images", "--teacher", "zoo:resnet8@w.pt", "--out", "labels"]
+
+
+def several_labels_each(folder: Path) -> list[object]:
+    images = [jpeg(number) for number in range(4)]
+    columns = {"image": pa.array([{"bytes": image} for image in images]), "label": pa.array([[0], [1], [0, 1], [1]])}
+    pq.write_table(pa.table(columns), folder / "d.parquet")
+    return label_all(folder, "d.parquet")
+
+
+def tar_with_class_folders(folder: Path) -> list[object]:
+    with tarfile.open(folder / "d.tar", "w") as archive:
+        for number in range(4):
+            add_member(archive, f"{'cat' if number % 2 else 'dog'}/{number}.jpg", jpeg(number))
+    return label_all(folder, "d.tar")
 
 
 def paint(path: Path, colour: int = 9) -> None:
@@ -391,6 +409,17 @@ DATA = [
         ),
         check=stored({"ant/1.png": 0, "bee/2.png": 1, "bee/3.png": 1, "bee/deep/4.png": 1, "loose.png": None}),
     ),
+    Case(
+        name="a Parquet column of several labels each",
+        make=several_labels_each,
+        says=(r"none with a hard label \(column 'label' holds more than a class each\)",),
+        never=("no column is called label", r"\?label=label"),
+    ),
+    Case(
+        name="tar shards with class folders",
+        make=tar_with_class_folders,
+        says=(r"none with a hard label \(no sample has \.cls members\)", "folders such as 'cat', 'dog' may be classes"),
+    ),
     Case(name="an empty folder", make=empty_folder, code=2, says=("images: expected images, .* found 0 other files",)),
 ]
 
@@ -515,6 +544,11 @@ TEACHERS = [
         make=beside_images({"state_dict": weights(), "state_dict_ema": weights(1.0)}),
         says=("several sets of weights: took state_dict_ema, left out state_dict; .*weights_key=.* chooses",),
         check=the_average_labelled,
+    ),
+    Case(
+        name="an average of the weights without names",
+        make=beside_images({"model": weights(), "ema": {"decay": 0.9, "shadow_params": list(weights().values())}}),
+        says=(r"holds an average of the weights without their names \(ema\.shadow_params\), which cannot be taken",),
     ),
     Case(
         name="a checkpoint of Lightning",

@@ -226,7 +226,8 @@ def test_labels_that_nobody_could_guess(tmp_path: Path) -> None:
     boxes = {"image": data["image"], "target": pa.array([[0], [1], [2]])}
     source = open_source(write(tmp_path / "c.parquet", boxes))
     assert not source.has_labels
-    assert "column 'target' may hold labels too" in source.findings.left_out[0]
+    assert source.findings.without_labels == "column 'target' holds more than a class each"
+    assert source.findings.left_out == ()
 
 
 def test_keys_in_a_dictionary_encoded_column(tmp_path: Path) -> None:
