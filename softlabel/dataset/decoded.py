@@ -146,5 +146,5 @@ def _largest(image: RawImage) -> int:
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))  # type: ignore[arg-type]
         return int(np.asarray(opened).max())
-    except Exception:
+    except Exception:  # damaged: decoding says so, with its key
         return 0

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from softlabel.loss import DenseTarget, distillation_loss
+from tests.benchmarks.bench_loss_gpu import as_graph
 
 pytestmark = pytest.mark.gpu
 
@@ -48,19 +49,12 @@ def test_nothing_waits_for_the_device(cuda: str) -> None:
 def test_a_cuda_graph_replays_to_the_same_gradient(cuda: str) -> None:
     step = Step(cuda)
     expected = step().clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    step.student_NC.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        gradient = step()
+    replay = as_graph(step, step.student_NC)
+    gradient = step.student_NC.grad
+    assert gradient is not None
     for _ in range(2):
         gradient.zero_()
-        graph.replay()
+        replay()
     torch.cuda.synchronize()
     assert torch.equal(gradient, expected)
 
