@@ -219,7 +219,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the logs and figures.json")
     parser.add_argument("--minutes", type=float, default=7.0, help="the whole run takes no longer")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes: measures nothing")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(part.name for part in PARTS)}")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=names, help=f"of {', '.join(names)}")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     out: Path = options.out.resolve()
