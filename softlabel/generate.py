@@ -246,6 +246,17 @@ def label_missing(
         raise DataError(
             f"{out}: no image could be labelled{f'; the first, {first.key!r}: {first.reason}' if first else ''}"
         )
+    if (bad := counts.first_bad) is not None:
+        count = counts.images - counts.good
+        log.warning(
+            "warning: %s: %d of %d images have no row; the first, sample %d, %r: %s",
+            out,
+            count,
+            counts.images,
+            bad.index,
+            bad.key,
+            bad.reason,
+        )
     totals = committer.finish().totals
     return GenerateSummary(
         path=str(out),

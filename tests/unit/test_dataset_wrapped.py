@@ -188,7 +188,9 @@ def test_an_error_of_the_dataset_itself_names_the_sample_and_the_line() -> None:
 
 
 @pytest.mark.parametrize("absent", [None, (None, 1), {"image": None, "label": 1}, {"bytes": None, "path": None}])
-def test_an_image_that_is_none_spoils_itself_alone(absent: Any, tmp_path: Path) -> None:
+def test_an_image_that_is_none_spoils_itself_alone(
+    absent: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As a row without bytes does in a Parquet file: it is listed by its key, or stops the run if asked to."""
     if isinstance(absent, dict) and "bytes" in absent:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -205,6 +207,8 @@ def test_an_image_that_is_none_spoils_itself_alone(absent: Any, tmp_path: Path) 
     teachers = [f"zoo:resnet8@{tmp_path / 'w.pt'}?num_classes=2&resize=8"]
     with pytest.raises(DataError, match=r"'?1'?.*returns None"):
         generate(source, teachers=teachers, out=tmp_path / "s", preflight=False, device="cpu", on_bad_image="error")
+    generate(source, teachers=teachers, out=tmp_path / "t", preflight=False, device="cpu", progress=False)
+    assert "1 of 2 images have no row; the first, sample 1, '1': " in caplog.text
 
 
 def test_several_datasets_by_name_are_refused() -> None:
