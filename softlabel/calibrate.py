@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from softlabel.arguments import check_arguments
 from softlabel.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
+from softlabel.common.arguments import check_arguments
 from softlabel.dataset import IGNORE, ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluate import calibration_error

@@ -27,8 +27,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 import softlabel
-from softlabel.arguments import check_values, describe, is_plain
 from softlabel.commands import algebra, label, store, student
+from softlabel.common.arguments import check_values, describe, is_plain
 from softlabel.errors import SoftLabelError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143

@@ -20,8 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.device import Tuning
+from softlabel.common.hashing import Hasher
+from softlabel.common.keys import Keys
 from softlabel.dataset import IGNORE, Source
-from softlabel.device import Tuning
 from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.errors import DataError, TeacherError
 from softlabel.head import Head
@@ -29,8 +31,6 @@ from softlabel.intake import DecodedBatch, Intake, Span
 from softlabel.labels import combine
 from softlabel.members import Members
 from softlabel.pace import PaceMeter
-from softlabel.store.index import Hasher
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 from softlabel.store.shard import Rows
 from softlabel.teacher import Teacher

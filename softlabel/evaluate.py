@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
+from softlabel.common.device import resolve_device
+from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import IGNORE, Source, open_source, report_source, require_samples
-from softlabel.device import resolve_device
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model, refuse_precision, refuse_random
-from softlabel.spec import parse_spec, quote_path
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 

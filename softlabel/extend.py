@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
+from softlabel.common.keys import Keys
 from softlabel.dataset import Source, comparable, why_not_comparable
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
@@ -20,7 +21,6 @@ from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
 from softlabel.job import prepare
 from softlabel.labels import normalized_weights
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.reader import Store, open_store
 from softlabel.store.shard import Rows

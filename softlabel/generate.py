@@ -15,12 +15,13 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
+from softlabel.common.device import Choice, Tuning
+from softlabel.common.places import absolute_source, absolute_spec
 from softlabel.dataset import Source
-from softlabel.deployment import Deployment, absolute_source, absolute_spec
-from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy, LabelledShard
 from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.generation.deployment import Deployment
 from softlabel.history import History, check_same_data, recorded_there
 from softlabel.job import Job, prepare
 from softlabel.labels import CombineRule

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.calibration import read_calibration
+from softlabel.common.device import Tuning, decoders, resolve_device
 from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
-from softlabel.device import Tuning, decoders, resolve_device
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import MismatchError, UsageError
 from softlabel.head import Head

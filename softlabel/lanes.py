@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from softlabel.device import out_of_memory
+from softlabel.common.device import out_of_memory
 from softlabel.engine import BatchLabels, LabelledShard, Labeller, Lane, assemble
 from softlabel.errors import TeacherError
 from softlabel.intake import DecodedBatch, Span

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from softlabel.device import Tuning, out_of_memory
+from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import TeacherError, UsageError
 from softlabel.models import Program, logits_of
 from softlabel.preprocessing import Preprocessing

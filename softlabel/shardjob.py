@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from softlabel.allocator import keep_freed_memory
-from softlabel.device import Choice
+from softlabel.common.device import Choice
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
 from softlabel.job import Job

@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from softlabel.device import out_of_memory
+from softlabel.common.device import out_of_memory
 from softlabel.engine import Labeller
 from softlabel.errors import DataError, TeacherError
 from softlabel.members import using_threads

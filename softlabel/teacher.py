@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from softlabel.device import out_of_memory
+from softlabel.common.device import out_of_memory
+from softlabel.common.spec import literal
 from softlabel.errors import SpecError, TeacherError
 from softlabel.models import (
     Program,
@@ -27,7 +28,6 @@ from softlabel.models import (
     weights_sha256,
 )
 from softlabel.preprocessing import Preprocessing
-from softlabel.spec import literal
 
 __all__ = [
     "PRECISIONS",

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from softlabel.algebra import RewriteSummary, redo_store
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
+from softlabel.common.device import Choice, Tuning
 from softlabel.dataset import (
     Source,
     comparable,
@@ -24,7 +25,6 @@ from softlabel.dataset import (
     report_source,
     why_not_comparable,
 )
-from softlabel.device import Choice, Tuning
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing

@@ -9,7 +9,7 @@ import torch
 
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
 from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels import retemperable

@@ -9,8 +9,8 @@ import xxhash
 
 from softlabel.algebra.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
+from softlabel.common.keys import Keys
 from softlabel.errors import MismatchError, UsageError
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import DatasetInfo
 from softlabel.store.reader import Store
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softlabel.algebra.samples import Samples
+from softlabel.common.hashing import Hasher
+from softlabel.common.keys import Keys
 from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
 from softlabel.store.columns import EXTRA_NAME, Array
-from softlabel.store.index import Hasher
 from softlabel.store.jsonio import to_json
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store, StoredRows, open_store
 from softlabel.store.shard import Rows

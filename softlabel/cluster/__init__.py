@@ -24,9 +24,10 @@ from tqdm import tqdm
 from softlabel.cluster.deploy import connected
 from softlabel.cluster.drive import Drive
 from softlabel.cluster.modules import upload_modules
-from softlabel.deployment import Deployment, absolute_root
+from softlabel.common.places import absolute_root
 from softlabel.errors import DataError
 from softlabel.generate import Counts, Label
+from softlabel.generation.deployment import Deployment
 from softlabel.job import Job
 from softlabel.shardjob import Outcome, Request
 from softlabel.store.manifest import ShardPlan

@@ -18,8 +18,8 @@ from distributed.comm.registry import get_backend
 from distributed.core import Status, rpc
 from distributed.security import Security
 
-from softlabel.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
+from softlabel.generation.deployment import ClusterKind, Deployment
 
 log = logging.getLogger("softlabel")
 

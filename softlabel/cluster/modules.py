@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from softlabel.common.spec import parse_spec
 from softlabel.errors import UsageError
-from softlabel.spec import parse_spec
 
 log = logging.getLogger("softlabel")
 

@@ -7,7 +7,7 @@ from softlabel.commands.config import read_options
 from softlabel.commands.telling import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
-    from softlabel.deployment import Deployment
+    from softlabel.generation.deployment import Deployment
     from softlabel.preflight import Preflight
     from softlabel.store.columns import Encoding
 
@@ -144,8 +144,8 @@ def _deployment(
     scheduler: str | None, cluster: str | None, workers: int | None, options_file: str | None, seconds: float | None
 ) -> "Deployment | None":
     """The cluster that the options name; None: this process labels."""
-    from softlabel.deployment import Deployment
     from softlabel.errors import UsageError
+    from softlabel.generation.deployment import Deployment
 
     if scheduler is None and cluster is None:
         for flag, value in (("--cluster-options", options_file), ("--shard-seconds", seconds)):

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from softlabel.common.hashing import Hasher
+from softlabel.common.keys import Keys
 from softlabel.dataset.distinct import Repeated
 from softlabel.dataset.findings import Findings
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.store.index import Hasher
-from softlabel.store.keys import Keys
 
 IGNORE = -100
 # Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from softlabel.common.keys import Keys
 from softlabel.dataset.base import Decoding, RawImage, Sample, Source
 from softlabel.errors import MismatchError, SpecError
-from softlabel.store.keys import Keys
 
 log = logging.getLogger("softlabel")
 

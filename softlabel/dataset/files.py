@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.file_type import describe_beginning
 from softlabel.errors import DataError
-from softlabel.files import describe_beginning
 
 # Far below the 1024 that a process may usually open; the loader's other files need some as well.
 _OPEN_FILES = 128

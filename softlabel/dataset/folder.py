@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.common.spec import quote_path
 from softlabel.dataset.annotated import read_classes, usual_labels
 from softlabel.dataset.base import IGNORE, Sample, span
 from softlabel.dataset.findings import Findings, count_suffixes, some
@@ -18,7 +19,6 @@ from softlabel.dataset.list_lines import peek_list
 from softlabel.dataset.listed import ListedSource
 from softlabel.dataset.suffixes import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LIST_SUFFIXES, suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.spec import quote_path
 
 # What archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP) put among the folders.
 SYSTEM_FOLDERS = frozenset(

@@ -3,8 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
+from softlabel.common.keys import Keys
 from softlabel.dataset.base import Source, span
-from softlabel.store.keys import Keys
 
 
 class ListedSource(Source):

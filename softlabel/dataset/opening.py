@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from softlabel.common.spec import split_options
 from softlabel.dataset.arrays import ARRAY_SUFFIXES, ArraySource
 from softlabel.dataset.base import AS_USUAL, Decoding, PartSource, Source
 from softlabel.dataset.decoded import DecodedSource, read_decoding
@@ -39,7 +40,6 @@ from softlabel.dataset.suffixes import LIST_SUFFIXES
 from softlabel.dataset.tar import TarSource
 from softlabel.dataset.wrapped import DatasetSource, open_digits, open_torchvision
 from softlabel.errors import SpecError
-from softlabel.spec import split_options
 
 
 def open_source(

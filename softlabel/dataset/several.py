@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.keys import Keys
 from softlabel.dataset.base import AS_USUAL, IGNORE, Sample, Source, check_keys, span
 from softlabel.errors import MismatchError
-from softlabel.store.keys import Keys
 
 
 class SeveralSources(Source):

@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Subset
 
+from softlabel.common.spec import literal
 from softlabel.dataset.annotated import checked_labels, choose_label
 from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.dataset.findings import Findings
@@ -22,7 +23,6 @@ from softlabel.dataset.folder import FolderSource
 from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.listed import ListedSource
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
-from softlabel.spec import literal
 
 _TRIED = 100  # items, until one can be read
 _IMAGE_NAMES = ("image", "img", "pixel_values")

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.keys import Keys
 from softlabel.loss.targets import Target
-from softlabel.store.keys import Keys
 
 
 class BatchKeys(Sequence[str]):

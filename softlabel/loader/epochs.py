@@ -12,8 +12,8 @@ from torch.utils.data import Sampler
 
 from softlabel.loader.batch import BatchRequest
 from softlabel.loader.mixed import MixedOrder
+from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.shares import Shares
-from softlabel.order import BlockOrder, EpochOrder
 
 # Working out an order costs a hundred calls of numpy, however short it is.
 _STEPS_AT_ONCE = 64

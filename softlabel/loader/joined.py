@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from softlabel.common.keys import Keys
 from softlabel.dataset import (
     Source,
     comparable,
@@ -32,7 +33,6 @@ from softlabel.loader.pixels import PixelCache
 from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.teacher import Preprocessing

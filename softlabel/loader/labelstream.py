@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError
 from softlabel.labels import Mix
+from softlabel.loader.order import BlockOrder
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
-from softlabel.order import BlockOrder
 from softlabel.store.reader import Store
 
 Int64s = NDArray[np.int64]

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.random import stream_key
 from softlabel.dataset import Source
 from softlabel.dataset.several import SeveralSources
 from softlabel.errors import DataError, UsageError
-from softlabel.order import EpochOrder, stream_key
+from softlabel.loader.order import EpochOrder
 
 Int64s = NDArray[np.int64]
 _OF_A_GROUP = 3  # part of a key that keeps the orders of groups independent

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.keys import Keys
+from softlabel.common.random import mix64, stream_key
 from softlabel.dataset import IGNORE, stack_images
 from softlabel.errors import BadImageError, DataError, MismatchError, UsageError
-from softlabel.order import mix64, stream_key
-from softlabel.store.keys import Keys
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PARTNER
 from softlabel.teacher import Preprocessing

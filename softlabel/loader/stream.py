@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from softlabel.arguments import check_arguments
+from softlabel.common.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import Mix
@@ -22,10 +22,10 @@ from softlabel.loader.epochs import EpochSampler, Place, Plan
 from softlabel.loader.joined import JoinedDataset, Missing
 from softlabel.loader.labelstream import LabelStream, check_same_order
 from softlabel.loader.mixed import MixedOrder, mixed_order
+from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.replay import ViewOrder
 from softlabel.loader.shares import Shares, Tail
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
-from softlabel.order import BlockOrder, EpochOrder
 from softlabel.store.reader import Store, open_store
 from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip

@@ -4,13 +4,13 @@ Nothing that a checkpoint contains is executed: safetensors, `torch.load(weights
 torch cannot read in such a way, has to be trusted by name.
 """
 
+from softlabel.common.spec import Spec, parse_spec
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
 from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, network_of, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
-from softlabel.spec import Spec, parse_spec
 
 __all__ = [
     "Network",

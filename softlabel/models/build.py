@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
 from softlabel.models.builders import accepts, builder, call, classes_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
@@ -21,7 +22,6 @@ from softlabel.models.program import Program
 from softlabel.models.runs import network_of, read_run
 from softlabel.models.weights import load_weights, plain_names
 from softlabel.preprocessing import Preprocessing
-from softlabel.spec import Spec, literal, parse_spec
 
 log = logging.getLogger("softlabel")
 

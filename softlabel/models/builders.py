@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from softlabel import zoo
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
 from softlabel.models.fitting import fit_names
 from softlabel.models.from_timm import timm_builder
 from softlabel.models.from_torchvision import torchvision_builder
-from softlabel.spec import Spec
 
 
 def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:

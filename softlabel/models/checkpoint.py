@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from softlabel.common.file_type import describe_content
 from softlabel.errors import SpecError, TeacherError
-from softlabel.files import describe_content
 
 log = logging.getLogger("softlabel")
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
 from softlabel.models.checkpoint import is_averaged
-from softlabel.spec import Spec
 
 # What a checkpoint may have that a network has not: heads that were only trained with, and the counters of profilers.
 _LEFT_OVER = re.compile(r"(^|\.)total_(ops|params)$|^aux\w*\.", re.IGNORECASE)

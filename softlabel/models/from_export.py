@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softlabel.common.file_type import describe_content
+from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError, TeacherError
-from softlabel.files import describe_content
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
-from softlabel.spec import Spec, literal
 
 METADATA = "preprocessing.json"
 

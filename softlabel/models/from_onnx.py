@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softlabel.common.file_type import describe_content
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
-from softlabel.files import describe_content
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
-from softlabel.spec import Spec
 
 METADATA = "preprocessing"
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
 from softlabel.models.options import says_everything
 from softlabel.preprocessing import INTERPOLATIONS, Preprocessing
-from softlabel.spec import Spec, literal
 
 log = logging.getLogger("softlabel")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
 from softlabel.models.options import says_everything
 from softlabel.models.program import file_sha256
 from softlabel.preprocessing import Preprocessing
-from softlabel.spec import Spec, literal
 
 log = logging.getLogger("softlabel")
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
-from softlabel.spec import Spec
 
 PREPROCESSING_OPTIONS = ("mean", "std", "resize", "crop", "interpolation", "squash")
 # Which set of weights of a checkpoint is meant.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
 from softlabel.preprocessing import Preprocessing
-from softlabel.spec import Spec
 
 
 class Program(nn.Module):

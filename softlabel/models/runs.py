@@ -10,11 +10,11 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from softlabel.common.atomic_file import write_atomically
+from softlabel.common.spec import parse_spec
 from softlabel.errors import SpecError
-from softlabel.files import write_atomically
 from softlabel.models.from_hf import HuggingFaceClassifier
 from softlabel.models.weights import plain_names
-from softlabel.spec import parse_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Array
 from softlabel.store.folder import reading
-from softlabel.store.keys import Keys
 from softlabel.store.shard import (
     IDENTITY_LIMIT,
     IDENTITY_NAME,

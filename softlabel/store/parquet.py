@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import ROW_NAMES, Array, Column
 from softlabel.store.folder import reading
-from softlabel.store.keys import Keys
 from softlabel.store.shard import (
     IDENTITY_LIMIT,
     IDENTITY_NAME,

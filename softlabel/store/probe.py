@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from softlabel.store.keys import Keys, PickedKeys
+from softlabel.common.keys import Keys, PickedKeys
 from softlabel.store.reader import Store
 from softlabel.store.shard import ShardRows
 from softlabel.store.stored import StoredRows

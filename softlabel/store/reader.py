@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softlabel.common.hashing import word_view
+from softlabel.common.keys import Keys, PickedKeys
 from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, StoreIncompleteError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.folder import Folder, open_folder
-from softlabel.store.index import KeyIndex, rows_in_order, word_view
-from softlabel.store.keys import Keys, PickedKeys
+from softlabel.store.key_index import KeyIndex, rows_in_order
 from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.origins import origins_of

@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Format, Run, ShardPlan, ShardRecord
 
 _VERSIONS = " or ".join(map(str, FORMAT_VERSIONS))

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from softlabel.common.keys import Keys, PickedKeys
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.decode import decode
-from softlabel.store.keys import Keys, PickedKeys
 from softlabel.store.manifest import Run
 
 T = TypeVar("T")

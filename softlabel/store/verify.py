@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from softlabel.common.hashing import U64, Hasher
 from softlabel.errors import StoreCorruptError, StoreIncompleteError
 from softlabel.store.columns import ROW_NAMES
 from softlabel.store.decode import problem
 from softlabel.store.folder import Folder, file_xxh3, open_folder, reading
-from softlabel.store.index import U64, Hasher
 from softlabel.store.listing import load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.origins import cure

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_type_hints
 
-from softlabel.arguments import check_values
+from softlabel.common.arguments import check_values
 from softlabel.errors import UsageError
 from softlabel.store.reader import Store
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from softlabel.device import resolve_device
+from softlabel.common.device import resolve_device
 from softlabel.errors import SoftLabelError, TrainingError, UsageError
 
 T = TypeVar("T")

@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from softlabel.common.atomic_file import write_atomically as write_whole
+from softlabel.common.spec import quote_path
 from softlabel.errors import MismatchError, TrainingError, UsageError
-from softlabel.files import write_atomically as write_whole
-from softlabel.spec import quote_path
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from softlabel.spec import parse_spec
+from softlabel.common.spec import parse_spec
 from softlabel.train.config import GRID, TrainConfig
 
 _SHORT = {"lr": "lr", "weight_decay": "decay", "label_smoothing": "smooth", "temperature": "T"} | {

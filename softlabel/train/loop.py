@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from softlabel.common.device import decoders
 from softlabel.dataset import Source, open_source, report_source, require_samples
-from softlabel.device import decoders
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softlabel.common.random import stream_key
 from softlabel.dataset import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss import LossComponents, distillation_loss
-from softlabel.order import stream_key
 from softlabel.train.grid import StudentConfig
 from softlabel.train.work import Counts
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softlabel.order import stream_key
+from softlabel.common.random import stream_key
 
 State = dict[str, Tensor]
 

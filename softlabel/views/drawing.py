@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from softlabel.order import mix64
+from softlabel.common.random import mix64
 
 U64 = NDArray[np.uint64]
 

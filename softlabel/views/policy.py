@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from torchvision.transforms import v2
 
+from softlabel.common.spec import literal, split_options
 from softlabel.errors import UsageError
-from softlabel.spec import literal, split_options
 from softlabel.store.manifest import ViewPolicy
 from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
 from softlabel.views.lists import fixes_size, named, transform_of

@@ -22,7 +22,7 @@ from distributed import Client
 import softlabel
 from softlabel.cluster.deploy import connected
 from softlabel.cluster.drive import Drive
-from softlabel.deployment import Deployment
+from softlabel.generation.deployment import Deployment
 from softlabel.lanes import label_shard
 from softlabel.shardjob import Outcome, Request, label_one
 from softlabel.store.jsonio import dumps, to_json

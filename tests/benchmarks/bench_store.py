@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from softlabel.store.index import KeyIndex
-from softlabel.store.keys import Keys
+from softlabel.common.keys import Keys
+from softlabel.store.key_index import KeyIndex
 from softlabel.store.manifest import DatasetInfo, Member, Run
 from softlabel.store.reader import Store, open_store
 from softlabel.store.shard import Rows

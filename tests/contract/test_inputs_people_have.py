@@ -29,10 +29,10 @@ from PIL import Image
 import softlabel
 from softlabel import generate, open_store
 from softlabel.cli import main
+from softlabel.common.places import absolute_source, absolute_spec
+from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
-from softlabel.deployment import absolute_source, absolute_spec
 from softlabel.models import build_model
-from softlabel.spec import parse_spec
 from tests.helpers import environment, jpeg, write_dataset
 from tests.sourcekit import add_member
 

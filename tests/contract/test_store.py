@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from softlabel.common.keys import Keys
 from softlabel.errors import (
     DataError,
     MismatchError,
@@ -22,7 +23,6 @@ from softlabel.errors import (
     StoreNotFoundError,
     UsageError,
 )
-from softlabel.store.keys import Keys
 from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord, ViewPolicy
 from softlabel.store.probe import probe
 from softlabel.store.reader import open_store

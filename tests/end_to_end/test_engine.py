@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import softlabel
-from softlabel.device import Tuning
+from softlabel.common.device import Tuning
 from softlabel.errors import DataError, TeacherError, UsageError
 from softlabel.members import Members
 from softlabel.teacher import load_teacher

@@ -8,11 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from softlabel.common.hashing import Hasher
+from softlabel.common.keys import Keys
 from softlabel.encoding import encode
 from softlabel.store.columns import Encoding
 from softlabel.store.decode import decode
-from softlabel.store.index import Hasher, KeyIndex
-from softlabel.store.keys import Keys
+from softlabel.store.key_index import KeyIndex
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run, ViewPolicy
 from softlabel.store.reader import open_store
 from softlabel.store.shard import Rows

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import softlabel
-from softlabel.arguments import check_values
+from softlabel.common.arguments import check_values
+from softlabel.common.spec import Spec, literal, parse_spec, quote_path, split_options
 from softlabel.errors import UsageError
-from softlabel.spec import Spec, literal, parse_spec, quote_path, split_options
 
 
 def train(**wrong: Any) -> None:

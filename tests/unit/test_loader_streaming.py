@@ -17,7 +17,7 @@ import xxhash
 from softlabel.errors import MismatchError, MissingKeyError, StoreCorruptError, UsageError
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.loader.labelstream import LabelStream
-from softlabel.order import BlockOrder
+from softlabel.loader.order import BlockOrder
 from softlabel.store.reader import open_store
 from tests.helpers import write_parquet
 from tests.storekit import FORMATS, Samples, make_run, write_store

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from softlabel.common.spec import literal
 from softlabel.errors import SpecError, TeacherError
 from softlabel.models import (
     RunModel,
@@ -28,7 +29,6 @@ from softlabel.models import (
     save_run,
     weights_sha256,
 )
-from softlabel.spec import literal
 from softlabel.teacher import load_teacher
 
 

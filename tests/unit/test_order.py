@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from softlabel.order import BlockOrder, EpochOrder
+from softlabel.loader.order import BlockOrder, EpochOrder
 
 # A false alarm once in 10^5 runs; the seeds are fixed, so it is never or always.
 ALARM = 1e-5

@@ -13,43 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.random import UInt64s, mix64_in_place, stream_key
+
 Int64s = NDArray[np.int64]
-UInt64s = NDArray[np.uint64]
+
 
 # Enough for N = 3, where a round is the least of a shuffle; for a large N six would do.
 _ROUNDS = 12
-_GOLDEN = 0x9E3779B97F4A7C15
-_U64 = (1 << 64) - 1
+
 _HALF = np.uint64(32)
+
+
 # Parts of a key that keep the order of blocks and that of samples independent.
 _OF_BLOCKS, _OF_A_WINDOW = 1, 2
-
-
-def mix64(values: UInt64s) -> UInt64s:
-    """Hash uint64 numbers, each to one that looks independent of it (the finaliser of SplitMix64; a bijection)."""
-    mixed = values.copy()
-    _mix64(mixed, np.empty_like(mixed))
-    return mixed
-
-
-def _mix64(values: UInt64s, spare: UInt64s) -> None:
-    """`mix64` in place, with `spare` as scratch memory: an order is a hundred passes over short arrays."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        np.bitwise_xor(values, np.right_shift(values, np.uint64(shift), out=spare), out=values)
-        np.multiply(values, np.uint64(factor), out=values)
-    np.bitwise_xor(values, np.right_shift(values, np.uint64(31), out=spare), out=values)
-
-
-def stream_key(*parts: int) -> np.uint64:
-    """One uint64 key out of integers (a seed, an epoch, the number of a round), each of which changes it."""
-    key = 0
-    for part in parts:
-        # The arithmetic of mix64 on one Python integer: a batch needs a dozen of them, and numpy's scalars are slow.
-        key = ((key ^ (part & _U64)) + _GOLDEN) & _U64
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _U64
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _U64
-        key ^= key >> 31
-    return np.uint64(key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +85,7 @@ def _feistel(places: UInt64s, rows: int, columns: int, round_keys: list[np.uint6
     hashed, spare = np.empty_like(left), np.empty_like(left)
     for number, round_key in enumerate(round_keys):
         turned, by, limit = (left, right, a) if number % 2 == 0 else (right, left, b)
-        _mix64(np.bitwise_xor(by, round_key, out=hashed), spare)
+        mix64_in_place(np.bitwise_xor(by, round_key, out=hashed), spare)
         # Below the limit: the upper 32 bits scaled, which a rectangle of up to 2^64 places allows.
         np.right_shift(hashed, _HALF, out=hashed)
         np.multiply(hashed, limit, out=hashed)

@@ -1,12 +1,10 @@
-"""Where a run is labelled when it is not in this process, and names that mean the same to every process of it."""
+"""A Dask cluster to label on: one that runs already, or one that lives as long as the run."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from softlabel.errors import UsageError
-from softlabel.spec import PROGRAMS, Spec, join_options, parse_spec, quote_path, split_options
 
 ClusterKind = Literal["local", "slurm", "kubernetes", "cuda"]
 
@@ -41,38 +39,3 @@ class Deployment:
             raise UsageError(f"shard_seconds: expected a number above 0, found {self.shard_seconds}")
         if self.scheduler is not None and (self.workers is not None or self.options):
             raise UsageError("workers and cluster options belong to a cluster that is started, not to --scheduler")
-
-
-def absolute_source(text: str) -> str:
-    """A SOURCE whose local paths are absolute: workers have working directories of their own."""
-    plain = os.path.expanduser(text)
-    if os.path.exists(plain):
-        # A folder may be called as the data that comes with scikit-learn is, which SOURCE means.
-        return text if text == "digits" else os.path.abspath(plain)
-    head, options = split_options(text, subject=text)
-    if head != "digits" and not head.startswith("torchvision:") and "://" not in head:
-        head = os.path.abspath(head)  # braces and globs too
-    return f"{quote_path(head)}{join_options(_absolute(options))}"
-
-
-def absolute_spec(text: str) -> str:
-    """A SPEC whose local paths are absolute."""
-    spec = parse_spec(text)
-    name = spec.name
-    if spec.kind in ("run", "hf", *PROGRAMS.values()) and os.path.exists(name):
-        name = os.path.abspath(name)
-    checkpoint = os.path.abspath(spec.checkpoint) if spec.checkpoint else None
-    return Spec(kind=spec.kind, name=name, checkpoint=checkpoint, options=_absolute(spec.options)).text
-
-
-def _absolute(options: Mapping[str, str]) -> dict[str, str]:
-    return {
-        key: os.path.abspath(value) if key in ("root", "classes") or value.endswith(".npy") else value
-        for key, value in options.items()
-    }
-
-
-def absolute_root(out: str | os.PathLike[str]) -> str:
-    """A store's folder as every worker reaches it; URLs stay."""
-    text = os.path.expanduser(out)
-    return text if "://" in text else os.path.abspath(text)

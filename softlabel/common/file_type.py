@@ -1,33 +1,6 @@
-"""Files that appear whole or not at all."""
+"""What a file is by its first bytes, where it is taken for something else."""
 
-import contextlib
-import os
 from pathlib import Path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by one that is on disk in whole before it gets its name.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written to; what was there stays.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
 
 # The first bytes of files that are taken for others, and what they are.
 _PACKED = (
@@ -42,6 +15,7 @@ _PACKED = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
 )
+
 _NO_CHECKPOINTS = (
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?), not one of PyTorch"),
     (b"\x93NUMPY", "a numpy array"),

@@ -1,0 +1,1 @@
+"""Stage 1: teachers label a dataset, once."""
