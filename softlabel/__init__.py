@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from softlabel.generate import GenerateSummary, generate
     from softlabel.loader import LabelJoin, SoftLabelLoader, with_soft_labels
     from softlabel.loss import DistillationLoss, distillation_loss
-    from softlabel.store.reader import Store, open_store
+    from softlabel.store.open import open_store
+    from softlabel.store.reader import Store
     from softlabel.store.verify import verify_store
     from softlabel.train import TrainConfig, TrainResult, train
 __version__ = "0.1.0"
@@ -62,7 +63,7 @@ _HOME = {
     "evaluate": "softlabel.evaluate",
     "generate": "softlabel.generate",
     "open_source": "softlabel.dataset",
-    "open_store": "softlabel.store.reader",
+    "open_store": "softlabel.store.open",
     "train": "softlabel.train",
     "verify_store": "softlabel.store.verify",
     "with_soft_labels": "softlabel.loader",

@@ -13,8 +13,8 @@ from softlabel.dataset import comparable
 from softlabel.errors import MismatchError, UsageError
 from softlabel.job import Job
 from softlabel.store.manifest import Fidelity, Run
-from softlabel.store.probe import probe
 from softlabel.store.reader import Store
+from softlabel.store.sample_rows import sample_rows
 
 # What `recompute` takes for the same answer: a top class that is lower today by this share of the logits is a rounding
 # (another device, half precision); the share of rows beyond that; and nats, beside what the encoding loses.
@@ -60,7 +60,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     if rows < 1:
         raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
-    asked = probe(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
+    asked = sample_rows(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
     wanted_B = np.array([position[key] for key in asked.keys], np.int64)
     size = job.labeller.batch_size

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import DataError, MismatchError, StoreError, UsageError
-from softlabel.store.jsonio import SchemaError, from_json, loads, to_json
 from softlabel.store.manifest import Json, Member
+from softlabel.store.strict_json import SchemaError, from_json, loads, to_json
 
 LOWEST, HIGHEST = 0.01, 100.0  # where a temperature is looked for
 CHUNK = 8192  # rows that are worked on in float64 at a time

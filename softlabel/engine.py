@@ -31,8 +31,8 @@ from softlabel.intake import DecodedBatch, Intake, Span
 from softlabel.labels import combine
 from softlabel.members import Members
 from softlabel.pace import PaceMeter
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
-from softlabel.store.shard import Rows
 from softlabel.teacher import Teacher
 from softlabel.transfer import Download
 from softlabel.views import Views

@@ -23,7 +23,8 @@ from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model, refuse_precision, refuse_random
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017

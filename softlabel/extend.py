@@ -21,10 +21,11 @@ from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
 from softlabel.job import prepare
 from softlabel.labels import normalized_weights
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
-from softlabel.store.reader import Store, open_store
-from softlabel.store.shard import Rows
-from softlabel.store.supplant import supplant
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+from softlabel.store.replace import replace_store
 from softlabel.store.writer import Committer
 from softlabel.upkeep import recorded_place, refuse_derived
 from softlabel.views import changed as changed_libraries
@@ -114,7 +115,7 @@ def extend(
     with opened_beside as committer:
         summary = label_missing(committer, beside, job, progress=progress, complement=_beside(opened, extended))
     opened.close()
-    supplant(store, beside)
+    replace_store(store, beside)
     return dataclasses.replace(summary, path=str(store))
 
 

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from softlabel.dataset import ReorderedSource, Source, comparable, hashes_of, why_not_comparable
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
 from softlabel.intake import Intake
-from softlabel.store.folder import open_folder
-from softlabel.store.listing import load_root
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
-from softlabel.store.probe import probe
-from softlabel.store.reader import Store, StoredRows, open_store
+from softlabel.store.manifest_read import load_root
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+from softlabel.store.sample_rows import sample_rows
+from softlabel.store.storage.open import open_folder
+from softlabel.store.stored_rows import StoredRows
 from softlabel.views import changed
 
 log = logging.getLogger("softlabel")
@@ -232,7 +234,7 @@ def check_same_data(path: str | Path, intake: Intake, *, without: Collection[int
                 plan = store.run.shard(record.number)
                 kept = [index for index in range(plan.start, plan.stop) if index not in bad]
                 picked = np.unique(np.linspace(0, record.rows - 1, _ROWS).astype(np.int64))
-                stored = probe(store, start + picked, names)
+                stored = sample_rows(store, start + picked, names)
                 samples = source.read([kept[place] for place in picked.tolist()])
                 hashes = hashes_of([sample.image for sample in samples])
                 changed_B = comparable(hashes, stored.content) & (hashes != stored.content)

@@ -28,10 +28,10 @@ from softlabel.engine import BadImagePolicy
 from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
 from softlabel.job import Job
 from softlabel.lanes import label_shard
-from softlabel.store.folder import open_folder
-from softlabel.store.jsonio import dumps, from_json, loads, to_json
-from softlabel.store.listing import load_root
 from softlabel.store.manifest import ShardRecord
+from softlabel.store.manifest_read import load_root
+from softlabel.store.storage.open import open_folder
+from softlabel.store.strict_json import dumps, from_json, loads, to_json
 from softlabel.store.writer import write_shard
 from softlabel.upkeep import job_of
 

@@ -31,11 +31,11 @@ from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History, check_same_data
 from softlabel.job import Job, prepare
 from softlabel.store.columns import EXTRA_NAME
-from softlabel.store.folder import open_folder
-from softlabel.store.listing import load_manifest, load_root
 from softlabel.store.manifest import ROOT_NAME, Manifest
+from softlabel.store.manifest_read import load_manifest, load_root
 from softlabel.store.origins import origins_of
 from softlabel.store.reader import Store
+from softlabel.store.storage.open import open_folder
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
 

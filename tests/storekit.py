@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, DatasetInfo, Fidelity, Member, Run, ShardPlan, ViewPolicy
-from softlabel.store.shard import Rows
 from softlabel.store.writer import Committer, write_shard
 
 FORMATS = ("parquet", "hdf5")

@@ -12,9 +12,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run
-from softlabel.store.reader import Store, open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.store.writer import Committer, write_shard
 
 DIGITS = tuple("0123456789")

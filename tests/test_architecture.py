@@ -71,5 +71,5 @@ def test_import_is_light() -> None:
 
 
 def test_store_needs_no_torch() -> None:
-    code = "import softlabel.store.reader, softlabel.store.writer, sys; print('torch' in sys.modules)"
+    code = "import softlabel.store.open, softlabel.store.writer, sys; print('torch' in sys.modules)"
     assert run_python(code) == "False"

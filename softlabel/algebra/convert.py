@@ -15,7 +15,7 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.labels import retemperable
 from softlabel.store.columns import Array, Encoding
 from softlabel.store.manifest import Format, Run
-from softlabel.store.reader import StoredRows
+from softlabel.store.stored_rows import StoredRows
 
 
 @check_arguments

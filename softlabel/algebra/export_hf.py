@@ -18,9 +18,11 @@ import xxhash
 from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, StoreError
 from softlabel.store.columns import Array
-from softlabel.store.folder import TEMPORARY, sync, writing
-from softlabel.store.reader import Store, StoredRows, open_store
-from softlabel.store.shard import IGNORE
+from softlabel.store.formats.base import IGNORE
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+from softlabel.store.storage.base import TEMPORARY, sync, writing
+from softlabel.store.stored_rows import StoredRows
 
 # What is exported here, with which options, and whether all of it. Readers of Parquet folders pass over the underscore.
 ABOUT = "_softlabel-export.json"

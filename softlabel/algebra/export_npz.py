@@ -14,8 +14,9 @@ from tqdm import tqdm
 from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.columns import Array
-from softlabel.store.folder import TEMPORARY, sync, writing
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+from softlabel.store.storage.base import TEMPORARY, sync, writing
 
 
 def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from softlabel.labels import combine, normalized_weights, retemperable
 from softlabel.store.columns import Array
 from softlabel.store.decode import decode
 from softlabel.store.manifest import Combine, Member, Run
-from softlabel.store.reader import StoredRows
+from softlabel.store.stored_rows import StoredRows
 
 LOWEST_HALF = -65504.0  # of float16
 

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from softlabel.algebra.samples import NUMBERS, split
 from softlabel.store.columns import Array, Encoding
-from softlabel.store.jsonio import to_json
-from softlabel.store.reader import Store, StoredRows
+from softlabel.store.reader import Store
+from softlabel.store.stored_rows import StoredRows
+from softlabel.store.strict_json import to_json
 
 SPARSE = ("topk", "sampled")
 

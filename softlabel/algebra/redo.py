@@ -8,10 +8,10 @@ from softlabel.algebra.mix import combine_recode
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, keep_columns, rewrite
 from softlabel.algebra.samples import Samples
 from softlabel.errors import MismatchError
-from softlabel.store.folder import open_folder
-from softlabel.store.listing import load_root
+from softlabel.store.manifest_read import load_root
+from softlabel.store.open import open_store
 from softlabel.store.origins import missing_origin, origins_of, samples_then
-from softlabel.store.reader import open_store
+from softlabel.store.storage.open import open_folder
 
 
 def redo_store(

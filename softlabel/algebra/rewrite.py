@@ -23,10 +23,12 @@ from softlabel.common.keys import Keys
 from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
 from softlabel.store.columns import EXTRA_NAME, Array
-from softlabel.store.jsonio import to_json
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Fidelity, Run
-from softlabel.store.reader import Store, StoredRows, open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+from softlabel.store.stored_rows import StoredRows
+from softlabel.store.strict_json import to_json
 from softlabel.store.writer import Committer, write_shard
 
 # The columns of some rows; what encoding them costs goes to the meter.

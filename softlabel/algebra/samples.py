@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
-from softlabel.store.reader import Store, StoredRows
+from softlabel.store.reader import Store
+from softlabel.store.stored_rows import StoredRows
 
 NUMBERS = 1 << 20  # numbers of decoded logits that are held at once, whatever a row group has
 

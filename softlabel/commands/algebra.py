@@ -92,7 +92,7 @@ def convert(
     options = dict(locals())
     from softlabel.algebra import convert_store
     from softlabel.commands.label import encoding_of
-    from softlabel.store.reader import open_store
+    from softlabel.store.open import open_store
 
     wanted = None
     if encoding is not None:

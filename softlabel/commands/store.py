@@ -25,7 +25,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     from json import dumps
 
     from softlabel.commands.algebra import provenance
-    from softlabel.store.reader import open_store
+    from softlabel.store.open import open_store
 
     opened = open_store(store, allow_incomplete=True)
     manifest = opened.manifest
@@ -126,7 +126,7 @@ def verify(
 
 
 def _tell_coverage(store: str, data: str) -> bool:
-    from softlabel.store.reader import open_store
+    from softlabel.store.open import open_store
     from softlabel.upkeep import coverage
 
     found = coverage(open_store(store), data)
@@ -148,7 +148,7 @@ def _tell_coverage(store: str, data: str) -> bool:
 
 def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
     from softlabel.audit import recompute
-    from softlabel.store.reader import open_store
+    from softlabel.store.open import open_store
     from softlabel.upkeep import job_of
 
     opened = open_store(store)

@@ -26,7 +26,8 @@ from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.labels import Mix
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 
 log = logging.getLogger("softlabel")
 

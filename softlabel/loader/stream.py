@@ -26,7 +26,8 @@ from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.replay import ViewOrder
 from softlabel.loader.shares import Shares, Tail
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip
 

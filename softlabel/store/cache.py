@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from softlabel.store.columns import Array
-from softlabel.store.folder import TEMPORARY, file_xxh3, writing
+from softlabel.store.storage.base import TEMPORARY, file_xxh3, writing
 
 VARIABLE = "SOFTLABEL_CACHE"
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from softlabel.store.jsonio import OMIT
+from softlabel.store.strict_json import OMIT
 
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Array]

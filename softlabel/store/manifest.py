@@ -15,7 +15,7 @@ import xxhash
 
 from softlabel.store.columns import ROW_NAMES, Column, Encoding
 from softlabel.store.differences import differences
-from softlabel.store.jsonio import OMIT, dumps, to_json
+from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.view_columns import view_columns
 
 FORMAT_NAME = "softlabel-store"

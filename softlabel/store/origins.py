@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softlabel.errors import StoreError, StoreNotFoundError
-from softlabel.store.folder import Folder, open_folder
-from softlabel.store.listing import load_root
 from softlabel.store.manifest import Combine, Manifest, Run
+from softlabel.store.manifest_read import load_root
+from softlabel.store.storage.base import Folder
+from softlabel.store.storage.open import open_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

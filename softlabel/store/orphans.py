@@ -3,9 +3,10 @@
 from collections.abc import Collection
 
 from softlabel.errors import StoreCorruptError
-from softlabel.store.folder import Folder, file_xxh3
+from softlabel.store.formats.base import ShardIdentity
+from softlabel.store.formats.registry import open_shard
 from softlabel.store.manifest import SHARD_FILE, Run, ShardRecord, shard_file
-from softlabel.store.shard import ShardIdentity, open_shard
+from softlabel.store.storage.base import Folder, file_xxh3
 
 
 def find_orphans(folder: Folder, run: Run, recorded: Collection[int]) -> list[ShardRecord]:

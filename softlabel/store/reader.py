@@ -3,11 +3,10 @@
 N rows of the store in the order of its shards (view by view, each in dataset order), B rows of a batch.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,61 +14,21 @@ import xxhash
 
 from softlabel.common.hashing import word_view
 from softlabel.common.keys import Keys, PickedKeys
-from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, StoreIncompleteError, UsageError
+from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
-from softlabel.store.folder import Folder, open_folder
+from softlabel.store.formats.base import OpenShard, ShardRows
+from softlabel.store.formats.registry import open_shard
+from softlabel.store.gather import Parts, row_numbers
 from softlabel.store.key_index import KeyIndex, rows_in_order
-from softlabel.store.listing import check_sizes, load_manifest, read_extra
 from softlabel.store.manifest import Manifest, Run, ShardRecord
-from softlabel.store.origins import origins_of
-from softlabel.store.rows import Parts, row_numbers
-from softlabel.store.shard import OpenShard, ShardRows, open_shard
-from softlabel.store.stored import StoredRows, asked, asked_keys
+from softlabel.store.manifest_read import load_manifest, read_extra
+from softlabel.store.storage.base import Folder
+from softlabel.store.storage.open import open_folder
+from softlabel.store.stored_rows import StoredRows, asked, asked_keys
 
-__all__ = ["MEMORY", "Store", "StoredRows", "Verify", "open_store"]
-
-Verify = Literal["none", "sizes", "once", "full"]
 I64 = npt.NDArray[np.int64]
 MEMORY = 512 << 20
-
-
-def open_store(
-    path: str | os.PathLike[str],
-    *,
-    verify: Verify = "sizes",
-    allow_incomplete: bool = False,
-    memory: int = MEMORY,
-) -> "Store":
-    """Open a finished store.
-
-    Args:
-        path: its folder.
-        verify: ``sizes`` checks that every file is there with its length, ``full`` hashes and checks every byte,
-            ``once`` does so unless this machine has, since a file last changed, ``none`` trusts.
-        allow_incomplete: also open what a run has written so far, for inspection.
-        memory: bytes that `take` may hold. A Parquet store that is larger decoded is decoded once into a cache on the
-            local disk ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
-
-    Raises:
-        StoreNotFoundError, StoreIncompleteError, StoreCorruptError, or StoreError for another format version.
-    """
-    if verify not in get_args(Verify):
-        raise UsageError(f"verify: expected 'none', 'sizes', 'once' or 'full', found {verify!r}")
-    folder = open_folder(path)
-    manifest, records = load_manifest(folder)
-    if not manifest.complete and not allow_incomplete:
-        raise StoreIncompleteError(
-            f"{folder}: its run has finished {manifest.totals.shards} of {manifest.run.shard_count} shards; "
-            f"run the same 'softlabel {made[0] if (made := origins_of(manifest)) else 'generate'}' again to finish it"
-        )
-    if verify != "none":
-        check_sizes(folder, manifest, records)
-    if verify in ("once", "full"):
-        from softlabel.store.trust import ensure_whole
-
-        ensure_whole(folder, manifest, records, once=verify == "once", allow_incomplete=allow_incomplete)
-    return Store(folder, manifest, records, memory=memory, check_cache=verify != "none")
 
 
 class Store:
@@ -131,7 +90,7 @@ class Store:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.url, self.manifest.store_id, not self.manifest.complete, self._memory)
+        return _reopen, (self.url, self.manifest.store_id, self.manifest.complete, self._memory)
 
     def close(self) -> None:
         """Let go of memory and mapped files; a later call reads them again."""
@@ -390,8 +349,9 @@ class _Small:
     content: npt.NDArray[np.uint64]
 
 
-def _reopen(path: str, store_id: str, incomplete: bool, memory: int) -> Store:
-    store = open_store(path, verify="none", allow_incomplete=incomplete, memory=memory)
-    if store.manifest.store_id != store_id:
-        raise StoreError(f"{path}: was replaced by another store meanwhile; open it again")
-    return store
+def _reopen(url: str, store_id: str, complete: bool, memory: int) -> Store:
+    folder = open_folder(url)
+    manifest, records = load_manifest(folder)
+    if manifest.store_id != store_id or (complete and not manifest.complete):
+        raise StoreError(f"{url}: was replaced by another store meanwhile; open it again")
+    return Store(folder, manifest, records, memory=memory, check_cache=False)

@@ -13,12 +13,15 @@ from softlabel.common.hashing import U64, Hasher
 from softlabel.errors import StoreCorruptError, StoreIncompleteError
 from softlabel.store.columns import ROW_NAMES
 from softlabel.store.decode import problem
-from softlabel.store.folder import Folder, file_xxh3, open_folder, reading
-from softlabel.store.listing import load_manifest, read_extra
+from softlabel.store.formats.base import IGNORE, OpenShard
+from softlabel.store.formats.registry import open_shard
+from softlabel.store.hash_scan import hash_and_scan
 from softlabel.store.manifest import Manifest, Run, ShardRecord
+from softlabel.store.manifest_read import load_manifest, read_extra
 from softlabel.store.origins import cure
-from softlabel.store.scan import scan
-from softlabel.store.shard import IGNORE, OpenShard, open_shard
+from softlabel.store.reader import Store
+from softlabel.store.storage.base import Folder, file_xxh3, reading
+from softlabel.store.storage.open import open_folder
 from softlabel.store.view_columns import view_problem
 
 
@@ -154,7 +157,7 @@ def _scan(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
     if shard is not None and run.encoding.name == "float16" and shard.identity.columns == run.columns:
         extents = shard.extents("logits")
         if extents and sum(rows for _, rows in extents) == shard.identity.rows:
-            return scan(path, extents, run.columns[0].row_bytes, run.members_stored)
+            return hash_and_scan(path, extents, run.columns[0].row_bytes, run.members_stored)
     return file_xxh3(path), False
 
 
@@ -210,8 +213,6 @@ def _alike(hashes: list[U64]) -> bool:
 
 def _check_keys(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> list[str]:
     """No (key, view) twice."""
-    from softlabel.store.reader import Store
-
     store = Store(folder, manifest, records)
     try:
         if len(store):

@@ -19,9 +19,8 @@ from typing import Any, Self
 import xxhash
 
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError
-from softlabel.store.folder import SUBFOLDERS, TEMPORARY, Folder, file_xxh3, open_folder, sync, writing
-from softlabel.store.lease import Lease, NoLease, take_lease
-from softlabel.store.listing import load_for_writing
+from softlabel.store.formats.base import Rows, ShardIdentity, check_rows
+from softlabel.store.formats.registry import format_module
 from softlabel.store.manifest import (
     EXTRA_FILE,
     REASON_LENGTH,
@@ -45,10 +44,12 @@ from softlabel.store.manifest import (
     Totals,
     shard_file,
 )
+from softlabel.store.manifest_file import decode_root, encode_root, encode_segment
+from softlabel.store.manifest_read import load_for_writing
 from softlabel.store.orphans import find_orphans, holds
-from softlabel.store.remote import RemoteLease
-from softlabel.store.root import decode_root, encode_root, encode_segment
-from softlabel.store.shard import Rows, ShardIdentity, check_rows, format_module
+from softlabel.store.storage.base import SUBFOLDERS, TEMPORARY, Folder, Lease, file_xxh3, sync, writing
+from softlabel.store.storage.lease import NoLease
+from softlabel.store.storage.open import open_folder, take_lease
 
 COMMIT_SECONDS = 1.0  # records that come faster than this reach the disk together
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -108,9 +109,7 @@ class Committer:
     Leaving the `with` block releases the lease: what was committed stays, `finish` completes.
     """
 
-    def __init__(
-        self, folder: Folder, lease: Lease | RemoteLease | NoLease, manifest: Manifest, records: dict[int, ShardRecord]
-    ) -> None:
+    def __init__(self, folder: Folder, lease: Lease, manifest: Manifest, records: dict[int, ShardRecord]) -> None:
         self._folder, self._lease = folder, lease
         self._manifest = manifest
         self._records = records
@@ -158,7 +157,7 @@ class Committer:
     def _open(
         cls,
         folder: Folder,
-        lease: Lease | RemoteLease | NoLease,
+        lease: Lease,
         run: Run,
         recorded: Json,
         grow: bool,

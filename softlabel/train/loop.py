@@ -19,7 +19,8 @@ from softlabel.errors import DataError, MismatchError, SpecError, TrainingError,
 from softlabel.labels import Mix
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import Program, build_model
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.teacher import Preprocessing, student_preprocessing
 from softlabel.train import files
 from softlabel.train.config import GRID, TrainConfig

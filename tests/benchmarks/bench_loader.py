@@ -22,9 +22,9 @@ import xxhash
 from torch.utils.data import Dataset
 
 from softlabel.loader import SoftLabelLoader
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import DatasetInfo, Member, Run
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
 from tests.benchmarks.timing import interleaved
 from tests.helpers import jpeg
@@ -125,7 +125,7 @@ MEMORY = """
 import os, re, sys
 import numpy
 from softlabel.loader import SoftLabelLoader
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 
 class Images:  # that cost nothing themselves
     def __len__(self):

@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import xxhash
 
 from softlabel.common.keys import Keys
+from softlabel.store.formats.base import Rows
 from softlabel.store.key_index import KeyIndex
 from softlabel.store.manifest import DatasetInfo, Member, Run
-from softlabel.store.reader import Store, open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.benchmarks.timing import interleaved
@@ -307,7 +308,7 @@ def bench_topk(folder: Path) -> None:
 PEAK = """
 import sys
 import h5py
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

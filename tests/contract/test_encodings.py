@@ -13,9 +13,9 @@ from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.encoding import decode as torch_decode
 from softlabel.errors import StoreError
 from softlabel.store.columns import Encoding
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests import format_reader

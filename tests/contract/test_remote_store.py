@@ -14,7 +14,7 @@ import pytest
 
 from softlabel.cli import main
 from softlabel.errors import StoreError, StoreIncompleteError, StoreLockedError, StoreNotFoundError
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.helpers import write_dataset, write_teacher

@@ -23,10 +23,10 @@ from softlabel.errors import (
     StoreNotFoundError,
     UsageError,
 )
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord, ViewPolicy
-from softlabel.store.probe import probe
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.sample_rows import sample_rows
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests import format_reader
@@ -170,14 +170,14 @@ def test_a_few_rows_come_from_their_shards_alone(tmp_path: Path, format: str) ->
             if not any(start <= row < stop for row in rows):
                 (tmp_path / "store" / record.file).unlink()
     with open_store(tmp_path / "store", verify="none") as store:
-        found = probe(store, rows, names)
+        found = sample_rows(store, rows, names)
         assert found.keys == expected.keys
         np.testing.assert_array_equal(found.views, expected.views)
         np.testing.assert_array_equal(found.labels, expected.labels)
         np.testing.assert_array_equal(found.content, expected.content)
         np.testing.assert_array_equal(found.scaled_logits, expected.scaled_logits)
         with pytest.raises(UsageError, match="was not read"):
-            _ = probe(store, rows, ["label"]).keys
+            _ = sample_rows(store, rows, ["label"]).keys
 
 
 def test_a_store_without_any_good_row(tmp_path: Path, format: str) -> None:

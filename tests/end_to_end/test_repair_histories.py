@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from softlabel.cli import main
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from softlabel.store.writer import Committer
 from tests import format_reader
 from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher

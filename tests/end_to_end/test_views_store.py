@@ -22,9 +22,10 @@ import softlabel
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.extend import extend
 from softlabel.models import build_model
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Run
-from softlabel.store.reader import Store, open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from softlabel.train import TrainConfig, train

@@ -16,7 +16,7 @@ import h5py  # noqa: F401  imported once, before the forks
 
 from softlabel.errors import StoreIncompleteError, StoreNotFoundError
 from softlabel.store import writer
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
 from tests.storekit import Samples, files_of, make_run, write_store

@@ -171,7 +171,7 @@ def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
             assert record is not None
             records.append(record)
         program = "import sys; from softlabel.shardjob import main; sys.exit(main())"
-        from softlabel.store.jsonio import dumps, to_json
+        from softlabel.store.strict_json import dumps, to_json
 
         asked = dumps(to_json(request)).decode()
         late = run([sys.executable, "-c", program, asked, "1", keys[1]])

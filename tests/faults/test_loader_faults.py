@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import softlabel
 from softlabel.errors import DataError
 from softlabel.loader import SoftLabelLoader
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from tests.storekit import Samples, make_run, write_store
 
 ROWS, CLASSES = 4096, 512  # 4 MiB of labels

@@ -21,8 +21,8 @@ import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Encoding
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.formats.base import Rows
+from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.storekit import FORMATS, Samples, files_of, make_run, write_store
@@ -367,7 +367,7 @@ def test_hostile_shards_with_right_hashes(tmp_path: Path, format: str) -> None:
 
 BUILD = """
 import os, sys
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 store = open_store(sys.argv[1], memory=1000)
 rows = store.take(range(0, len(store), 3))
 print(len(rows), int(rows.columns["logits"].view("u2").astype("u8").sum()), len(rows.keys[5]))

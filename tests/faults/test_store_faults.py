@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softlabel.errors import StoreError
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
 from tests.storekit import FORMATS, Samples, make_run, write_store
 

@@ -12,9 +12,9 @@ import torch
 
 from softlabel.encoding import encode, encode_hidden
 from softlabel.store.columns import Encoding
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ViewPolicy
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
 
 FOLDER = Path(__file__).parent / "stores-v1"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from tests import format_reader
 
 FOLDER = Path(__file__).parent / "stores-v1"

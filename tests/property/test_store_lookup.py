@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softlabel.store.reader import Store, open_store
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from tests.storekit import make_run, write_store
 
 SAMPLES, VIEWS, BAD = 300, 2, (0, 17, 18, 120, 299)

@@ -13,10 +13,10 @@ from softlabel.common.keys import Keys
 from softlabel.encoding import encode
 from softlabel.store.columns import Encoding
 from softlabel.store.decode import decode
+from softlabel.store.formats.base import Rows
 from softlabel.store.key_index import KeyIndex
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run, ViewPolicy
-from softlabel.store.reader import open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)

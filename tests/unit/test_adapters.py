@@ -18,7 +18,7 @@ from softlabel.algebra.convert import convert_store
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.loss import DenseTarget, TopKTarget
 from softlabel.store.columns import Encoding
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from tests import storekit
 from tests.students import random_logits, write_store
 

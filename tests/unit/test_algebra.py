@@ -23,9 +23,10 @@ from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generate import generate
 from softlabel.store.columns import Encoding
+from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Extent, Member, Run
-from softlabel.store.reader import Store, open_store
-from softlabel.store.shard import Rows
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.helpers import environment, write_dataset, write_teacher

@@ -18,7 +18,7 @@ from softlabel.errors import MismatchError, MissingKeyError, StoreCorruptError, 
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.loader.labelstream import LabelStream
 from softlabel.loader.order import BlockOrder
-from softlabel.store.reader import open_store
+from softlabel.store.open import open_store
 from tests.helpers import write_parquet
 from tests.storekit import FORMATS, Samples, make_run, write_store
 from tests.students import digit_jpegs

@@ -10,8 +10,8 @@ import re
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
-from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
 from softlabel.store.manifest import FORMAT_NAME, FORMAT_VERSIONS, Manifest, Segment, SegmentRef
+from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
 
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')

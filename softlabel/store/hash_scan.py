@@ -17,7 +17,7 @@ _BLOCK = 1 << 20  # bytes; still in the cache when they are looked at, and few e
 _MAPPED = 32 << 20  # pages are let go of after so many bytes, so that a large file does not count as our memory
 
 
-def scan(path: Path, extents: Iterable[tuple[int, int]], row_bytes: int, members: int) -> tuple[str, bool]:
+def hash_and_scan(path: Path, extents: Iterable[tuple[int, int]], row_bytes: int, members: int) -> tuple[str, bool]:
     """(xxh3-128 of the file, whether all logits in the extents are as they must be).
 
     extents: (offset, rows) in rising order, where the file holds whole rows of float16 logits back to back; a row holds

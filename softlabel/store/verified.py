@@ -14,8 +14,8 @@ import xxhash
 
 from softlabel.errors import StoreCorruptError
 from softlabel.store.cache import cache_folder
-from softlabel.store.folder import TEMPORARY, Folder
 from softlabel.store.manifest import ROOT_NAME, Manifest, ShardRecord
+from softlabel.store.storage.base import TEMPORARY, Folder
 from softlabel.store.verify import verify_store
 
 Stamps = dict[str, list[int]]
@@ -53,7 +53,7 @@ def _stamps(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) 
     found = {}
     for name in listed:
         try:
-            status = os.lstat(folder.path(name))
+            status = os.lstat(folder.root / name)
         except OSError:
             return {}
         found[name] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

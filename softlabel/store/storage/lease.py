@@ -5,26 +5,20 @@ the lease alive after its parent was killed, so children close it at once.
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
 import time
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from softlabel.errors import StoreError, StoreLockedError
 
-if TYPE_CHECKING:
-    from softlabel.store.folder import Folder
-    from softlabel.store.remote import RemoteLease
-
 LOCK_NAME = ".lock"
-_held: "weakref.WeakSet[Lease]" = weakref.WeakSet()
+_held: "weakref.WeakSet[FileLease]" = weakref.WeakSet()
 
 
-class Lease:
+class FileLease:
     def __init__(self, root: Path) -> None:
         """Take the lease. Raises StoreLockedError, naming the holder, when another committer has it."""
         self.path = root / LOCK_NAME
@@ -79,16 +73,6 @@ class NoLease:
 
     def release(self) -> None:
         """There is nothing to release."""
-
-
-def take_lease(folder: "Folder") -> "Lease | RemoteLease | NoLease":
-    """The lease of a store's folder. Raises StoreLockedError when another committer has it."""
-    try:
-        return folder.lease()
-    except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
-            raise
-        return NoLease(error)
 
 
 def _close_in_child() -> None:

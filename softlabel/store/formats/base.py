@@ -2,14 +2,11 @@
 
 B rows of a shard, W elements of a column in one row.
 
-parquet.py and hdf5.py each have `write(path, identity, rows)` and `open_shard(path)`; everything else about shards is
-here or above and knows no format.
+parquet.py and hdf5.py each have `write(path, identity, rows)` and `open_shard(path)`; this file knows no format.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,15 +15,21 @@ import numpy.typing as npt
 from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array, Column, Columns
-from softlabel.store.jsonio import SchemaError, dumps, from_json, loads, to_json
-from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Format, Run, ShardPlan, ShardRecord
+from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Run, ShardPlan, ShardRecord
+from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
 
 _VERSIONS = " or ".join(map(str, FORMAT_VERSIONS))
+
 IGNORE = -100  # label of a row without one
+
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
+
 IDENTITY_LIMIT = 32 << 20
+
 GROUP_ROWS = 1 << 16
+
 SMALL_BYTES = 32 << 20  # keys, labels and the like of a shard that are read at once
+
 GROUP_BYTES = 8 << 20  # 4096 rows of 1000 float16; a few row groups fit in memory whatever the class count
 
 
@@ -196,19 +199,3 @@ def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> 
         raise ValueError(f"labels {labels.shape} and content {content.shape}, expected ({count},)")
     views = np.full(count, plan.view, "<i4")
     return CheckedRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
-
-
-def format_module(format: Format) -> ModuleType:
-    if format == "parquet":
-        from softlabel.store import parquet
-
-        return parquet
-    from softlabel.store import hdf5
-
-    return hdf5
-
-
-def open_shard(path: Path, format: Format) -> OpenShard:
-    """Raises StoreCorruptError for anything that is not a whole shard of this format, FileNotFoundError when absent."""
-    opened: OpenShard = format_module(format).open_shard(path)
-    return opened

@@ -16,8 +16,7 @@ import numpy as np
 from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Array
-from softlabel.store.folder import reading
-from softlabel.store.shard import (
+from softlabel.store.formats.base import (
     IDENTITY_LIMIT,
     IDENTITY_NAME,
     CheckedRows,
@@ -26,6 +25,7 @@ from softlabel.store.shard import (
     group_rows,
     in_one_go,
 )
+from softlabel.store.storage.base import reading
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
 _PAGE = 4096

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import ROW_NAMES, Array, Column
-from softlabel.store.folder import reading
-from softlabel.store.shard import (
+from softlabel.store.formats.base import (
     IDENTITY_LIMIT,
     IDENTITY_NAME,
     IGNORE,
@@ -31,6 +30,7 @@ from softlabel.store.shard import (
     group_rows,
     in_one_go,
 )
+from softlabel.store.storage.base import reading
 
 _MAPPED = 64 << 20
 _ROW_FIELDS = (

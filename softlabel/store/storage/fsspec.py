@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 
 from softlabel.errors import StoreCorruptError, StoreError, StoreLockedError
-from softlabel.store.folder import TEMPORARY, Folder
+from softlabel.store.storage.base import TEMPORARY, Folder
 
 LOCK_NAME = ".lock"
 RENEW_SECONDS = 20.0

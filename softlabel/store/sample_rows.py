@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from softlabel.common.keys import Keys, PickedKeys
+from softlabel.store.formats.base import ShardRows
 from softlabel.store.reader import Store
-from softlabel.store.shard import ShardRows
-from softlabel.store.stored import StoredRows
+from softlabel.store.stored_rows import StoredRows
 
 
-def probe(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Collection[str]) -> StoredRows:
+def sample_rows(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Collection[str]) -> StoredRows:
     """These rows, in this order, as `Store.take` gives them; each shard among them is opened once.
 
     Args:

@@ -5,20 +5,20 @@ import shutil
 from pathlib import Path
 
 from softlabel.errors import StoreError, StoreIncompleteError
-from softlabel.store.folder import Folder, sync, writing
-from softlabel.store.lease import Lease
-from softlabel.store.listing import load_manifest
 from softlabel.store.manifest import EXTRA_FILE, ROOT_LIMIT, ROOT_NAME, SEGMENT_FILE, SHARD_FILE
+from softlabel.store.manifest_read import load_manifest
+from softlabel.store.storage.base import sync, writing
+from softlabel.store.storage.local import LocalFolder
 
 
-def supplant(root: str | os.PathLike[str], by: str | os.PathLike[str]) -> None:
+def replace_store(root: str | os.PathLike[str], by: str | os.PathLike[str]) -> None:
     """Make the store at `root` what the finished store at `by` is, on the same file system; `by` is gone then.
 
     Its files are linked under their content-hashed names beside those that `root` has, then the root manifest is
     replaced, then what the new one does not list is removed. A kill in between leaves the old store or the new one, and
     the same call finishes.
     """
-    old, new = Folder(root), Folder(by)
+    old, new = LocalFolder(root), LocalFolder(by)
     manifest, records = load_manifest(new)
     if not manifest.complete:
         raise StoreIncompleteError(f"{new}: is not complete and cannot take the place of {old}")
@@ -26,7 +26,7 @@ def supplant(root: str | os.PathLike[str], by: str | os.PathLike[str]) -> None:
     names += [ref.file for ref in manifest.segments] + [ref.file for ref in manifest.extra]
     with writing(old):
         old.create()
-        lease = Lease(old.root)
+        lease = old.lease()
         try:
             for name in names:
                 final = old.path(name)

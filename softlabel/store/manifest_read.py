@@ -9,7 +9,6 @@ import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreNotFoundError
 from softlabel.store.columns import Array
-from softlabel.store.folder import Folder
 from softlabel.store.manifest import (
     ROOT_LIMIT,
     ROOT_NAME,
@@ -21,7 +20,8 @@ from softlabel.store.manifest import (
     SegmentRef,
     ShardRecord,
 )
-from softlabel.store.root import decode_root, decode_segment
+from softlabel.store.manifest_file import decode_root, decode_segment
+from softlabel.store.storage.base import Folder
 
 
 def load_root(folder: Folder) -> Manifest:
