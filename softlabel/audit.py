@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset import comparable
 from softlabel.errors import MismatchError, UsageError
+from softlabel.inputs.content import comparable
 from softlabel.job import Job
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from softlabel.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 from softlabel.common.arguments import check_arguments
-from softlabel.dataset import IGNORE, ReorderedSource, Source, open_source
+from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluate import calibration_error
+from softlabel.inputs.base import IGNORE
 from softlabel.job import Job, prepare
 from softlabel.store.columns import Encoding
 

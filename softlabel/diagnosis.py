@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.dataset import IGNORE
 from softlabel.engine import Labeller
+from softlabel.inputs.base import IGNORE
 from softlabel.intake import DecodedBatch
 from softlabel.teacher import Teacher
 from softlabel.trial import Trial

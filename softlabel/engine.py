@@ -23,10 +23,11 @@ from torch import Tensor
 from softlabel.common.device import Tuning
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
-from softlabel.dataset import IGNORE, Source
+from softlabel.dataset import Source
 from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.errors import DataError, TeacherError
 from softlabel.head import Head
+from softlabel.inputs.base import IGNORE
 from softlabel.intake import DecodedBatch, Intake, Span
 from softlabel.labels import combine
 from softlabel.members import Members

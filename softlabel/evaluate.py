@@ -17,8 +17,9 @@ from tqdm import tqdm
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
 from softlabel.common.spec import parse_spec, quote_path
-from softlabel.dataset import IGNORE, Source, open_source, report_source, require_samples
+from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
+from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from softlabel.common.arguments import check_arguments
 from softlabel.common.keys import Keys
-from softlabel.dataset import Source, comparable, why_not_comparable
+from softlabel.dataset import Source
 from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
+from softlabel.inputs.content import comparable, why_not_comparable
 from softlabel.job import prepare
 from softlabel.labels import normalized_weights
 from softlabel.store.formats.base import Rows

@@ -15,8 +15,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset import ReorderedSource, Source, comparable, hashes_of, why_not_comparable
+from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
+from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.intake import Intake
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
 from softlabel.store.manifest_read import load_root

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset import Sample, Source, decode_image, decode_sample, stack_images
-from softlabel.dataset.workers import begin_worker
+from softlabel.dataset import Source
+from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import BadImageError, DataError, SoftLabelError
+from softlabel.inputs.base import Sample
+from softlabel.inputs.image_decode import decode_image, decode_sample, stack_images
 from softlabel.store.manifest import BadRow
 from softlabel.teacher import Preprocessing
 from softlabel.views import Images, Made, Views, stacked

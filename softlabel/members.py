@@ -18,8 +18,8 @@ from torch.func import functional_call, stack_module_state
 
 from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import TeacherError, UsageError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, logits_of
-from softlabel.preprocessing import Preprocessing
 from softlabel.teacher import Teacher, computing
 from softlabel.transfer import Upload
 

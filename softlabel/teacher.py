@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import literal
 from softlabel.errors import SpecError, TeacherError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import (
     Program,
     Spec,
@@ -27,7 +28,6 @@ from softlabel.models import (
     refuse_random,
     weights_sha256,
 )
-from softlabel.preprocessing import Preprocessing
 
 __all__ = [
     "PRECISIONS",

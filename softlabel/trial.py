@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.dataset import IGNORE
 from softlabel.errors import DataError, TeacherError
+from softlabel.inputs.base import IGNORE
 from softlabel.intake import DecodedBatch
 from softlabel.job import Job
 from softlabel.lanes import fitting

@@ -17,18 +17,12 @@ from tqdm import tqdm
 from softlabel.algebra import RewriteSummary, redo_store
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import Choice, Tuning
-from softlabel.dataset import (
-    Source,
-    comparable,
-    hashes_of,
-    open_source,
-    report_source,
-    why_not_comparable,
-)
+from softlabel.dataset import Source, open_source, report_source
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History, check_same_data
+from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.job import Job, prepare
 from softlabel.store.columns import EXTRA_NAME
 from softlabel.store.manifest import ROOT_NAME, Manifest

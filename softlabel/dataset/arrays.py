@@ -14,12 +14,12 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import checked_classes, checked_labels, choose_label, read_classes, usual_labels
-from softlabel.dataset.base import BLOCK, IGNORE, RawImage, Sample, span
-from softlabel.dataset.containers import H5, H5_SUFFIXES, Container, Npy, Npz
+from softlabel.dataset.array_files import H5, H5_SUFFIXES, Container, Npy, Npz
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.hard_labels import checked_classes, checked_labels, choose_label, read_classes, usual_labels
+from softlabel.dataset.source import BLOCK, ListedSource, span
 from softlabel.errors import DataError, SpecError
+from softlabel.inputs.base import IGNORE, RawImage, Sample
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"}) | H5_SUFFIXES
 _CHANNELS = (1, 3, 4)

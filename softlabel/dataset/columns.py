@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from softlabel.dataset.annotated import choose_label, usual_labels
+from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.errors import DataError
 
 

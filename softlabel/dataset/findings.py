@@ -1,17 +1,10 @@
 """What was found when a source was opened: the first lines of every run, before a teacher or student sees an image."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from softlabel.dataset.suffixes import suffix_of
-
-if TYPE_CHECKING:
-    from softlabel.dataset.base import Source
-
-log = logging.getLogger("softlabel")
 
 _CLASSES_SHOWN = 5  # of many: the first ones, and the last
 
@@ -33,37 +26,12 @@ class Findings:
     notes: tuple[str, ...] = ()
 
 
-def describe_source(source: "Source") -> str:
-    """How many samples, how many of them with a hard label, from where, and the classes with their numbers."""
-    count = len(source)
-    text = f"{source.name}: {count:,} sample{'' if count == 1 else 's'}, "
-    labelled = source.count_labelled()
-    found = source.findings
-    if labelled == 0:
-        text += "none with a hard label"
-        return text + (f" ({found.without_labels})" if found.without_labels else "")
-    text += "hard labels come with each" if labelled is None else f"{labelled:,} with a hard label"
-    if found.labels_from:
-        text += f", from {found.labels_from}"
-    return text + (f"; {list_classes(source.class_names)}" if source.class_names else "")
-
-
 def list_classes(names: Sequence[str]) -> str:
     """``3 classes: 0 ant, 1 bee, 2 cat``, with those in the middle of many left out."""
     numbered = [f"{number} {name}" for number, name in enumerate(names)]
     if len(numbered) > 2 * _CLASSES_SHOWN:
         numbered = [*numbered[:_CLASSES_SHOWN], "...", numbered[-1]]
     return f"{len(names):,} class{'' if len(names) == 1 else 'es'}: {', '.join(numbered)}"
-
-
-def report_source(source: "Source") -> None:
-    """Log the lines of `describe_source`, and a warning for all that was left out."""
-    for part in source.parts():
-        log.info("%s", describe_source(part))
-        for note in part.findings.notes:
-            log.info("%s: %s", part.name, note)
-        for left_out in part.findings.left_out:
-            log.warning("%s: %s", part.name, left_out)
 
 
 def count_suffixes(names: Iterable[str]) -> str:

@@ -21,12 +21,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
-from softlabel.dataset.annotated import checked_labels, class_number, number_classes, read_classes
-from softlabel.dataset.base import IGNORE, RawImage, Sample, Source, span
 from softlabel.dataset.columns import Columns, find_columns
-from softlabel.dataset.files import Files, LocalFiles
 from softlabel.dataset.findings import Findings
+from softlabel.dataset.hard_labels import checked_labels, class_number, number_classes, read_classes
+from softlabel.dataset.source import Source, span
+from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE, RawImage, Sample
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")

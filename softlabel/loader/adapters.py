@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
-from softlabel.dataset import IGNORE, comparable, hashes_of, listed_labels, stored_bytes, why_not_comparable
+from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.labels import Mix
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target

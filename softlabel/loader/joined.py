@@ -17,16 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.common.keys import Keys
-from softlabel.dataset import (
-    Source,
-    comparable,
-    decode_sample,
-    hashes_of,
-    require_samples,
-    settle_decoding,
-    why_not_comparable,
-)
+from softlabel.dataset import Source, require_samples, settle_decoding
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
+from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
+from softlabel.inputs.image_decode import decode_sample
 from softlabel.labels import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.pixels import PixelCache

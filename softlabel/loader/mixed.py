@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.random import stream_key
 from softlabel.dataset import Source
-from softlabel.dataset.several import SeveralSources
+from softlabel.dataset.concat import SeveralSources
 from softlabel.errors import DataError, UsageError
 from softlabel.loader.order import EpochOrder
 

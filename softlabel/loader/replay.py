@@ -12,8 +12,9 @@ from torch import Tensor
 
 from softlabel.common.keys import Keys
 from softlabel.common.random import mix64, stream_key
-from softlabel.dataset import IGNORE, stack_images
 from softlabel.errors import BadImageError, DataError, MismatchError, UsageError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import stack_images
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PARTNER
 from softlabel.teacher import Preprocessing

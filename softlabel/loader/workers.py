@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from softlabel.dataset.workers import begin_worker
+from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import SoftLabelError
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.epochs import Plan

@@ -9,6 +9,7 @@ from torch import nn
 
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.builders import accepts, builder, call, classes_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.fitting import Fitted, fill, shown
@@ -21,7 +22,6 @@ from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_
 from softlabel.models.program import Program
 from softlabel.models.runs import network_of, read_run
 from softlabel.models.weights import load_weights, plain_names
-from softlabel.preprocessing import Preprocessing
 
 log = logging.getLogger("softlabel")
 

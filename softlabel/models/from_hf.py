@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from softlabel.common.file_type import describe_content
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.options import refuse_others, says_everything
-from softlabel.preprocessing import Preprocessing
 
 # How PIL numbers its filters, which image processors record. PIL's nearest takes the pixel in the middle.
 _RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}

@@ -10,8 +10,8 @@ from torch import nn
 
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
+from softlabel.inputs.image_transform import INTERPOLATIONS, Preprocessing
 from softlabel.models.options import says_everything
-from softlabel.preprocessing import INTERPOLATIONS, Preprocessing
 
 log = logging.getLogger("softlabel")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.options import says_everything
 from softlabel.models.program import file_sha256
-from softlabel.preprocessing import Preprocessing
 
 log = logging.getLogger("softlabel")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
-from softlabel.preprocessing import Preprocessing
+from softlabel.inputs.image_transform import Preprocessing
 
 
 class Program(nn.Module):

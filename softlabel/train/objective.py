@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabel.common.random import stream_key
-from softlabel.dataset import IGNORE
+from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss import LossComponents, distillation_loss
 from softlabel.train.grid import StudentConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from softlabel.dataset import IGNORE
+from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
 from softlabel.teacher import Preprocessing

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import softlabel
-from softlabel.dataset import Sample
+from softlabel.inputs.base import Sample
 
 CLASSES, SHARD_ROWS, BATCH = 4, 16_384, 4_096
 TEACHER = "python:tests.benchmarks.bench_generate_memory:Constant?mean=0&std=1&crop=1&resize=1"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-import softlabel.dataset.remote as remote
+import softlabel.dataset.storage_fsspec as remote
 from softlabel.dataset import open_source
 from softlabel.errors import DataError, SpecError
 from softlabel.generate import generate

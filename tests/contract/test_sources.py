@@ -22,8 +22,11 @@ import xxhash
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from softlabel.dataset import IGNORE, Source, content_hash, decode_hashed, decode_image, open_source
+from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.content import content_hash
+from softlabel.inputs.image_decode import decode_hashed, decode_image
 from tests.sourcekit import add_member, s3_server
 
 N = 23

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from softlabel.dataset import IGNORE, decode_image, open_source
+from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
 from tests.helpers import jpeg
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (6, 7, 5, 3), dtype=np.uint8)

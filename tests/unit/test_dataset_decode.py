@@ -10,9 +10,10 @@ import torch
 import xxhash
 from PIL import Image, ImageOps
 
-from softlabel.dataset import content_hash, decode_hashed, decode_image, stack_images
-from softlabel.dataset.base import Decoding
 from softlabel.errors import BadImageError, DataError
+from softlabel.inputs.base import Decoding
+from softlabel.inputs.content import content_hash
+from softlabel.inputs.image_decode import decode_hashed, decode_image, stack_images
 
 H, W = 6, 5
 RNG = np.random.default_rng(7)

@@ -5,7 +5,7 @@ import pytest
 import xxhash
 
 import softlabel
-from softlabel.dataset import Sample
+from softlabel.inputs.base import Sample
 
 ROWS = 2_200_000
 

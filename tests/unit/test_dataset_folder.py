@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from softlabel.dataset import IGNORE, decode_image, open_source, report_source
+from softlabel.dataset import open_source, report_source
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
 from softlabel.teacher import Preprocessing
 
 

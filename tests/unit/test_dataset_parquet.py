@@ -12,8 +12,10 @@ import pytest
 import xxhash
 
 import softlabel.dataset.parquet as parquet
-from softlabel.dataset import IGNORE, Source, decode_image, open_source
+from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
 
 N = 23
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import softlabel.dataset.tar as tar
-from softlabel.dataset import IGNORE, decode_image, open_source, report_source
+import softlabel.dataset.webdataset as tar
+from softlabel.dataset import open_source, report_source
 from softlabel.errors import DataError, SoftLabelError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
 from tests.helpers import jpeg
 from tests.sourcekit import add_member
 

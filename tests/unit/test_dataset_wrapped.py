@@ -15,8 +15,10 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 
 from softlabel import SoftLabelLoader, generate
-from softlabel.dataset import IGNORE, decode_image, open_source
+from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
 from softlabel.models import build_model
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from softlabel.dataset import open_source
-from softlabel.dataset.workers import begin_worker
+from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import DataError
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.intake import Intake, Span
-from softlabel.preprocessing import Preprocessing
 
 SPANS = [Span(view=0, start=start, stop=start + 3) for start in range(0, 30, 3)]
 AS_IT_IS = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

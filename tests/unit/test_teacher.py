@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from softlabel.dataset import decode_image, open_source, stack_images
+from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, SpecError, TeacherError
+from softlabel.inputs.image_decode import decode_image, stack_images
 from softlabel.members import replace_norms
 from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
 from softlabel.teacher import Preprocessing, load_teacher, student_preprocessing

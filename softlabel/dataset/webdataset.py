@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.dataset.annotated import checked_classes, checked_labels, number_classes, read_classes
-from softlabel.dataset.base import IGNORE, Sample, span
-from softlabel.dataset.files import Files
-from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.hard_labels import checked_classes, checked_labels, number_classes, read_classes
+from softlabel.dataset.source import ListedSource, span
+from softlabel.dataset.storage import Files
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES
-from softlabel.dataset.tar_labels import LABEL_BYTES, LabelMember, find_labels
+from softlabel.dataset.webdataset_labels import LABEL_BYTES, LabelMember, find_labels
 from softlabel.errors import DataError, SpecError
+from softlabel.inputs.base import IGNORE, Sample
 
 log = logging.getLogger("softlabel")
 

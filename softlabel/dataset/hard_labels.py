@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset.base import IGNORE
 from softlabel.errors import DataError, SpecError
+from softlabel.inputs.base import IGNORE
 
 
 def read_classes(path: str, *, subject: str) -> tuple[str, ...]:

@@ -12,13 +12,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.common.spec import quote_path
-from softlabel.dataset.annotated import read_classes, usual_labels
-from softlabel.dataset.base import IGNORE, Sample, span
+from softlabel.dataset.file_list_lines import peek_list
 from softlabel.dataset.findings import Findings, count_suffixes, some
-from softlabel.dataset.list_lines import peek_list
-from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.hard_labels import read_classes, usual_labels
+from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.suffixes import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LIST_SUFFIXES, suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE, Sample
 
 # What archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP) put among the folders.
 SYSTEM_FOLDERS = frozenset(

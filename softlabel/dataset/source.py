@@ -4,68 +4,23 @@ Legend: N samples. Labels are int64, `IGNORE` where there is none.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self, TypeAlias
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
-from softlabel.dataset.distinct import Repeated
+from softlabel.dataset.duplicates import Repeated
 from softlabel.dataset.findings import Findings
-from softlabel.errors import BadImageError, DataError, SpecError
-
-IGNORE = -100
-# Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
-RawImage: TypeAlias = bytes | Image.Image | NDArray[np.uint8] | Tensor | BadImageError
+from softlabel.errors import DataError
+from softlabel.inputs.base import AS_USUAL, IGNORE, Decoding, Sample
 
 BLOCK = 4096
+
 _CHUNK = 65536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoding:
-    """What is done with an image of which that has to be known.
-
-    Attributes:
-        upright: encoded images are turned as their EXIF data says.
-        bits: how many bits grey images of 16 bits use; None: nobody has looked, all of them.
-    """
-
-    upright: bool = True
-    bits: int | None = None
-
-    @classmethod
-    def of(cls, recorded: Mapping[str, Any]) -> Self:
-        """As `to_dict` gave it."""
-        return cls(upright=recorded.get("exif", "upright") == "upright", bits=recorded.get("bits"))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a manifest; what is usual is left out."""
-        exif = {} if self.upright else {"exif": "ignore"}
-        return exif if self.bits is None else {**exif, "bits": self.bits}
-
-    def options(self) -> str:
-        """As a user writes them behind a SOURCE."""
-        return f"'?exif={'upright' if self.upright else 'ignore'}{'' if self.bits is None else f'&bits={self.bits}'}'"
-
-
-AS_USUAL = Decoding()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One sample as the source has it; `decode_image` makes pixels of `image`, as `decoding` says."""
-
-    key: str
-    image: RawImage
-    label: int = IGNORE
-    decoding: Decoding = AS_USUAL
 
 
 class Source(ABC):
@@ -234,59 +189,24 @@ def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) ->
         )
 
 
-class PartSource(Source):
-    """Samples start to stop of another source, with or without its labels."""
+class ListedSource(Source):
+    """Keys are `_keys`, an Arrow array of large_string, or the decimal row numbers where it is None."""
 
-    def __init__(self, base: Source, start: int = 0, stop: int | None = None, *, ignore_labels: bool = False) -> None:
-        self.base = base
-        self.start, self.stop = span(start, stop, len(base))
-        self.ignore_labels = ignore_labels
-        self.kind, self.name = base.kind, base.name
-        self.class_names = None if ignore_labels else base.class_names
-        self.findings, self.decoding = base.findings, base.decoding
-        self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def count_labelled(self) -> int | None:
-        return super().count_labelled() if self.base.count_labelled() is not None else None
+    _keys: pa.Array | None = None
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         start, stop = span(start, stop, len(self))
-        return self.base.keys(self.start + start, self.start + stop)
+        if self._keys is None:
+            return [str(row) for row in range(start, stop)]
+        keys: list[str] = self._keys.slice(start, stop - start).to_pylist()
+        return keys
 
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
         start, stop = span(start, stop, len(self))
-        return self.base.key_table(self.start + start, self.start + stop)
+        if self._keys is None:
+            return Keys.of(pa.array(np.arange(start, stop)))
+        return Keys.of(self._keys.slice(start, stop - start))
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        start, stop = span(start, stop, len(self))
-        if self.ignore_labels:
-            return np.full(stop - start, IGNORE, dtype=np.int64)
-        return self.base.labels(self.start + start, self.start + stop)
-
-    def blocks(self) -> list[tuple[int, int]]:
-        cut = [(max(first, self.start), min(last, self.stop)) for first, last in self.base.blocks()]
-        return [(first - self.start, last - self.start) for first, last in cut if first < last]
-
-    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
-        samples = self.base.read(np.asarray(indices, dtype=np.int64) + self.start)
-        if self.ignore_labels:
-            return [replace(sample, label=IGNORE) for sample in samples]
-        return samples
-
-
-def require_samples(source: Source) -> None:
-    """Raises SpecError where ``rows=`` leaves no sample, DataError where there is none at all."""
-    if len(source):
-        return
-    whole = source
-    while isinstance(whole, PartSource):
-        whole = whole.base
-    if len(whole):
-        raise SpecError(
-            f"{source.name}: expected at least one sample, found none: rows= takes none of its {len(whole):,}; give "
-            "START:STOP with START < STOP"
-        )
-    raise DataError(f"{source.name}: expected at least one sample, found none; give data that has some")
+    def key_at(self, row: int) -> str:
+        """The key of one sample."""
+        return str(row) if self._keys is None else str(self._keys[row])

@@ -29,17 +29,19 @@ from typing import Any
 
 from softlabel.common.spec import split_options
 from softlabel.dataset.arrays import ARRAY_SUFFIXES, ArraySource
-from softlabel.dataset.base import AS_USUAL, Decoding, PartSource, Source
-from softlabel.dataset.decoded import DecodedSource, read_decoding
-from softlabel.dataset.folder import open_folder
-from softlabel.dataset.listing import is_url, list_source
-from softlabel.dataset.lists import open_list
+from softlabel.dataset.concat import SeveralSources
+from softlabel.dataset.decoding import DecodedSource, read_decoding
+from softlabel.dataset.discover import is_url, list_source
+from softlabel.dataset.file_list import open_list
+from softlabel.dataset.image_folder import open_folder
 from softlabel.dataset.parquet import ParquetSource
-from softlabel.dataset.several import SeveralSources
+from softlabel.dataset.source import Source
+from softlabel.dataset.subset import PartSource
 from softlabel.dataset.suffixes import LIST_SUFFIXES
-from softlabel.dataset.tar import TarSource
-from softlabel.dataset.wrapped import DatasetSource, open_digits, open_torchvision
+from softlabel.dataset.torch_dataset import DatasetSource, open_digits, open_torchvision
+from softlabel.dataset.webdataset import TarSource
 from softlabel.errors import SpecError
+from softlabel.inputs.base import AS_USUAL, Decoding
 
 
 def open_source(

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Subset
 
 from softlabel.common.spec import literal
-from softlabel.dataset.annotated import checked_labels, choose_label
-from softlabel.dataset.base import IGNORE, Sample, Source, span
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.folder import FolderSource
+from softlabel.dataset.hard_labels import checked_labels, choose_label
 from softlabel.dataset.huggingface import stored_bytes, undecoded
-from softlabel.dataset.listed import ListedSource
+from softlabel.dataset.image_folder import FolderSource
+from softlabel.dataset.source import ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
+from softlabel.inputs.base import IGNORE, Sample
 
 _TRIED = 100  # items, until one can be read
 _IMAGE_NAMES = ("image", "img", "pixel_values")

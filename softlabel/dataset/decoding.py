@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softlabel.common.keys import Keys
-from softlabel.dataset.base import Decoding, RawImage, Sample, Source
+from softlabel.dataset.source import Source
 from softlabel.errors import MismatchError, SpecError
+from softlabel.inputs.base import Decoding, RawImage, Sample
 
 log = logging.getLogger("softlabel")
 

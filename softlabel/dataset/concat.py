@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
-from softlabel.dataset.base import AS_USUAL, IGNORE, Sample, Source, check_keys, span
+from softlabel.dataset.source import Source, check_keys, span
 from softlabel.errors import MismatchError
+from softlabel.inputs.base import AS_USUAL, IGNORE, Sample
 
 
 class SeveralSources(Source):

@@ -14,11 +14,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from softlabel.dataset.annotated import choose_label, class_number, usual_labels
-from softlabel.dataset.base import IGNORE
 from softlabel.dataset.findings import Findings
+from softlabel.dataset.hard_labels import choose_label, class_number, usual_labels
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES, suffix_of
 from softlabel.errors import DataError
+from softlabel.inputs.base import IGNORE
 
 # The most usual one first; capitals do not count. Hugging Face's imagefolder has `file_name`.
 PATH_NAMES = (

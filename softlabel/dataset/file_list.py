@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from softlabel.dataset.annotated import checked_classes, checked_labels, number_classes, read_classes
-from softlabel.dataset.base import IGNORE
-from softlabel.dataset.folder import FolderSource
-from softlabel.dataset.list_lines import Asked, read_list
+from softlabel.dataset.file_list_lines import Asked, read_list
+from softlabel.dataset.hard_labels import checked_classes, checked_labels, number_classes, read_classes
+from softlabel.dataset.image_folder import FolderSource
 from softlabel.errors import SpecError
+from softlabel.inputs.base import IGNORE
 
 
 def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> FolderSource:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.dataset.base import runs
-from softlabel.dataset.files import PerProcess
+from softlabel.dataset.source import runs
+from softlabel.dataset.storage import PerProcess
 from softlabel.errors import DataError, SpecError
 
 H5_SUFFIXES = frozenset({".h5", ".hdf5", ".hdf", ".he5"})

@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softlabel.dataset.annotated import class_number, usual_labels
 from softlabel.dataset.findings import Findings, some
+from softlabel.dataset.hard_labels import class_number, usual_labels
 from softlabel.errors import DataError
 
 LABEL_BYTES = 1 << 20

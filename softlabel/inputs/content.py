@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from softlabel.dataset.base import RawImage
+from softlabel.inputs.base import RawImage
 
 _MARK = 0x7870
 _MARKED = 0xFFFF

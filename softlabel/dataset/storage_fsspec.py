@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 import numpy as np
 
-from softlabel.dataset.files import Files, Int64s, PerProcess, complete, join_url
+from softlabel.dataset.storage import Files, Int64s, PerProcess, complete, join_url
 from softlabel.errors import DataError, SpecError
 
 # As long as a request's own delay on a usual link: to read over a gap of this size costs less than to ask again.

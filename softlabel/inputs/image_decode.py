@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from softlabel.dataset.base import AS_USUAL, Decoding, RawImage, Sample
-from softlabel.dataset.content import content_hash, hash_values
 from softlabel.errors import BadImageError, DataError
+from softlabel.inputs.base import AS_USUAL, Decoding, RawImage, Sample
+from softlabel.inputs.content import content_hash, hash_values
 
 # Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
