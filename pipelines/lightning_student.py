@@ -19,7 +19,7 @@ from torch import Tensor
 import softlabel
 from softlabel.loader import Batch
 from softlabel.models import RunModel, build_model, save_run
-from softlabel.teacher import student_preprocessing
+from softlabel.models.teacher import student_preprocessing
 
 
 class Student(lightning.LightningModule):

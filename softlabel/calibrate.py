@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from softlabel.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 from softlabel.common.arguments import check_arguments
 from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluate import calibration_error
 from softlabel.inputs.base import IGNORE
 from softlabel.job import Job, prepare
+from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 from softlabel.store.columns import Encoding
 
 if TYPE_CHECKING:

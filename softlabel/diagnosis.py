@@ -18,7 +18,7 @@ from torch import Tensor
 from softlabel.engine import Labeller
 from softlabel.inputs.base import IGNORE
 from softlabel.intake import DecodedBatch
-from softlabel.teacher import Teacher
+from softlabel.models.teacher import Teacher
 from softlabel.trial import Trial
 
 # What images are divided into in other people's code: (mean, std), as a SPEC takes them.

@@ -24,17 +24,17 @@ from softlabel.common.device import Tuning
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
-from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.errors import DataError, TeacherError
-from softlabel.head import Head
 from softlabel.inputs.base import IGNORE
 from softlabel.intake import DecodedBatch, Intake, Span
-from softlabel.labels import combine
+from softlabel.labels.combine import combine
+from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
 from softlabel.members import Members
+from softlabel.models.head import Head
+from softlabel.models.teacher import Teacher
 from softlabel.pace import PaceMeter
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
-from softlabel.teacher import Teacher
 from softlabel.transfer import Download
 from softlabel.views import Views
 

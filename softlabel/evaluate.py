@@ -20,13 +20,14 @@ from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.loss.signals import teacher_log_probs, top_class
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, Target
 from softlabel.models import build_model, refuse_precision, refuse_random
+from softlabel.models.teacher import PRECISIONS, student_preprocessing
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
-from softlabel.teacher import PRECISIONS, Preprocessing, student_preprocessing
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 

@@ -21,7 +21,7 @@ from softlabel.generate import GenerateSummary, label_missing
 from softlabel.history import History
 from softlabel.inputs.content import comparable, why_not_comparable
 from softlabel.job import prepare
-from softlabel.labels import normalized_weights
+from softlabel.labels.combine import normalized_weights
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.open import open_store

@@ -24,7 +24,7 @@ from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.deployment import Deployment
 from softlabel.history import History, check_same_data, recorded_there
 from softlabel.job import Job, prepare
-from softlabel.labels import CombineRule
+from softlabel.labels.combine import CombineRule
 from softlabel.lanes import label_shards
 from softlabel.pace import Pace, PaceMeter
 from softlabel.preflight import Preflight

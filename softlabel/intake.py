@@ -28,8 +28,8 @@ from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import BadImageError, DataError, SoftLabelError
 from softlabel.inputs.base import Sample
 from softlabel.inputs.image_decode import decode_image, decode_sample, stack_images
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.manifest import BadRow
-from softlabel.teacher import Preprocessing
 from softlabel.views import Images, Made, Views, stacked
 
 _THREADS = min(8, os.cpu_count() or 1)  # that decode where no processes do

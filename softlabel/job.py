@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from softlabel.calibration import read_calibration
 from softlabel.common.device import Tuning, decoders, resolve_device
 from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
 from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import MismatchError, UsageError
-from softlabel.head import Head
 from softlabel.history import GROWN, History, new_runs
-from softlabel.labels import CombineRule, normalized_weights
+from softlabel.labels.calibration import read_calibration
+from softlabel.labels.combine import CombineRule, normalized_weights
 from softlabel.members import Members, compile_members, find_stacks, load_members
+from softlabel.models.head import Head
+from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.sizing import find_batch_size
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
-from softlabel.teacher import Teacher, load_teacher
 from softlabel.views import CENTER, libraries
 
 _TRIAL_BATCH = 256  # where stacking is tried before the batch size is found

@@ -20,7 +20,7 @@ from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import TeacherError, UsageError
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, logits_of
-from softlabel.teacher import Teacher, computing
+from softlabel.models.teacher import Teacher, computing
 from softlabel.transfer import Upload
 
 log = logging.getLogger("softlabel")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from softlabel.encoding import FidelityMeter, encode, encode_hidden
 from softlabel.engine import Labeller
 from softlabel.errors import UsageError
-from softlabel.head import Head
 from softlabel.job import Job
+from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
+from softlabel.models.head import Head
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, Fidelity
 from softlabel.trial import Trial, label_sample

@@ -17,7 +17,7 @@ from softlabel.errors import DataError, TeacherError
 from softlabel.intake import DecodedBatch
 from softlabel.lanes import fitting
 from softlabel.members import AGREEMENT
-from softlabel.teacher import Teacher
+from softlabel.models.teacher import Teacher
 from softlabel.trial import Trial
 
 _READ_AGAIN = 32  # images

@@ -10,9 +10,9 @@ import torch
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
 from softlabel.common.arguments import check_arguments
-from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
-from softlabel.labels import retemperable
+from softlabel.labels.combine import retemperable
+from softlabel.labels.encode import FidelityMeter
 from softlabel.store.columns import Array, Encoding
 from softlabel.store.manifest import Format, Run
 from softlabel.store.stored_rows import StoredRows

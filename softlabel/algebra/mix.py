@@ -14,9 +14,9 @@ import torch
 from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
 from softlabel.algebra.samples import Samples
 from softlabel.common.arguments import check_arguments
-from softlabel.encoding import FidelityMeter
 from softlabel.errors import MismatchError, UsageError
-from softlabel.labels import combine, normalized_weights, retemperable
+from softlabel.labels.combine import combine, normalized_weights, retemperable
+from softlabel.labels.encode import FidelityMeter
 from softlabel.store.columns import Array
 from softlabel.store.decode import decode
 from softlabel.store.manifest import Combine, Member, Run

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from softlabel.algebra.samples import Samples
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
-from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
+from softlabel.labels.encode import FidelityMeter, encode
 from softlabel.store.columns import EXTRA_NAME, Array
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Fidelity, Run

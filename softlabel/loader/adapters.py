@@ -25,7 +25,7 @@ from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
-from softlabel.labels import Mix
+from softlabel.labels.combine import Mix
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.open import open_store

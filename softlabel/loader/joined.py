@@ -21,7 +21,8 @@ from softlabel.dataset import Source, require_samples, settle_decoding
 from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.inputs.image_decode import decode_sample
-from softlabel.labels import Mix
+from softlabel.inputs.image_transform import Preprocessing
+from softlabel.labels.combine import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.pixels import PixelCache
 from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
@@ -29,7 +30,6 @@ from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
-from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip, Images, Views, stacked
 
 log = logging.getLogger("softlabel")

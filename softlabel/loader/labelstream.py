@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError
-from softlabel.labels import Mix
+from softlabel.labels.combine import Mix
 from softlabel.loader.order import BlockOrder
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target

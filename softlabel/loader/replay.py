@@ -15,11 +15,11 @@ from softlabel.common.random import mix64, stream_key
 from softlabel.errors import BadImageError, DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_decode import stack_images
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PARTNER
-from softlabel.teacher import Preprocessing
 from softlabel.views import Images, Views, changed, digests, draw, identity, stacked
-from softlabel.views.drawing import bits
+from softlabel.views.random import bits
 
 ViewOrder = Literal["cycle", "random"]
 Int64s = NDArray[np.int64]

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from softlabel.common.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, UsageError
-from softlabel.labels import Mix
+from softlabel.inputs.image_transform import Preprocessing
+from softlabel.labels.combine import Mix
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.epochs import EpochSampler, Place, Plan
 from softlabel.loader.joined import JoinedDataset, Missing
@@ -28,7 +29,6 @@ from softlabel.loader.shares import Shares, Tail
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
-from softlabel.teacher import Preprocessing
 from softlabel.views import CropFlip
 
 # Windows of a streamed epoch, unless the caller knows better.

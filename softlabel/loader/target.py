@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import UsageError
-from softlabel.labels import Mix, combine, normalized_weights, retemperable
+from softlabel.labels.combine import Mix, combine, normalized_weights, retemperable
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
 from softlabel.store.decode import decode
 from softlabel.store.manifest import Run

@@ -4,7 +4,6 @@ Nothing that a checkpoint contains is executed: safetensors, `torch.load(weights
 torch cannot read in such a way, has to be trusted by name.
 """
 
-from softlabel.common.spec import Spec, parse_spec
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
 from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
@@ -16,7 +15,6 @@ __all__ = [
     "Network",
     "Program",
     "RunModel",
-    "Spec",
     "build_model",
     "build_network",
     "class_names_of",
@@ -24,7 +22,6 @@ __all__ = [
     "logits_of",
     "network_of",
     "own_preprocessing",
-    "parse_spec",
     "published_weights",
     "read_run",
     "refuse_other_heads",

@@ -10,8 +10,8 @@ from torch import nn
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.models.builders import accepts, builder, call, classes_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
+from softlabel.models.factories import accepts, builder, call, classes_of
 from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing

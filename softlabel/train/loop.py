@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 from softlabel.common.device import decoders
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
-from softlabel.labels import Mix
+from softlabel.inputs.image_transform import Preprocessing
+from softlabel.labels.combine import Mix
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import Program, build_model
+from softlabel.models.teacher import student_preprocessing
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
-from softlabel.teacher import Preprocessing, student_preprocessing
 from softlabel.train import files
 from softlabel.train.config import GRID, TrainConfig
 from softlabel.train.distributed import Ranks

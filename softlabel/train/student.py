@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluate import Evaluation, autocast
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import RunModel, network_of, save_run
-from softlabel.teacher import Preprocessing
 from softlabel.train import files, random_state
 from softlabel.train.distributed import Ranks
 from softlabel.train.ema import Average

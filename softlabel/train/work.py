@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
-from softlabel.teacher import Preprocessing
 
 # Mean and standard deviation: students that agree on them share the normalised images.
 Norm = tuple[tuple[float, ...], tuple[float, ...]]

@@ -6,13 +6,13 @@ it is met. *Making* takes the parameters and the pixels, uint8, in RGB, before a
 that normalise differently see the same pixels.
 """
 
+from softlabel.views.apply import Made, Views, digests, stacked
 from softlabel.views.boxes import Images
 from softlabel.views.crop_flip import CropFlip, Crops
-from softlabel.views.drawing import draw
-from softlabel.views.libraries import changed, libraries
-from softlabel.views.making import Made, Views, digests, stacked
-from softlabel.views.mixing import identity
+from softlabel.views.mix_ops import identity
 from softlabel.views.policy import CENTER, Policy, parse_policy, view_policy
+from softlabel.views.random import draw
+from softlabel.views.versions import changed, libraries
 
 __all__ = [
     "CENTER",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softlabel.errors import UsageError
 from softlabel.views.crop_flip import CropFlip, Crops
-from softlabel.views.drawing import U64, uniforms
+from softlabel.views.random import U64, uniforms
 
 Images = Tensor | Sequence[Tensor]  # uint8: (B, 3, H, W), or B of (3, H, W) of any sizes
 

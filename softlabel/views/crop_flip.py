@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlabel.views.drawing import U64, draw
+from softlabel.views.random import U64, draw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from softlabel.common.spec import literal, split_options
 from softlabel.errors import UsageError
 from softlabel.store.manifest import ViewPolicy
 from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
-from softlabel.views.lists import fixes_size, named, transform_of
-from softlabel.views.mixing import MixStep
+from softlabel.views.mix_ops import MixStep
+from softlabel.views.torchvision_ops import fixes_size, named, transform_of
 
 CENTER = "center"
 _FILES = (".yaml", ".yml", ".json")

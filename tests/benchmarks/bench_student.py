@@ -23,8 +23,8 @@ from softlabel.evaluate import autocast
 from softlabel.loader import SoftLabelLoader
 from softlabel.loss import DistillationLoss
 from softlabel.models import build_model
+from softlabel.models.teacher import student_preprocessing
 from softlabel.report import plot_runs
-from softlabel.teacher import student_preprocessing
 from softlabel.views import CropFlip
 from tests.benchmarks.timing import interleaved
 

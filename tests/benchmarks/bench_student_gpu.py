@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.models import build_model
-from softlabel.teacher import load_teacher
+from softlabel.models.teacher import load_teacher
 from tests.benchmarks.accelerator import Bench, run_benchmark
 from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps

@@ -19,8 +19,8 @@ import torch
 
 import softlabel
 from softlabel.loader import joined
+from softlabel.models.teacher import load_teacher
 from softlabel.store.reader import Store
-from softlabel.teacher import load_teacher
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
 from tests.benchmarks.timing import interleaved
 from tests.students import random_logits, write_store

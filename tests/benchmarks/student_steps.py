@@ -7,7 +7,7 @@ import softlabel
 from softlabel.loader import SoftLabelLoader
 from softlabel.loss import DenseTarget
 from softlabel.models import build_model
-from softlabel.teacher import Teacher, student_preprocessing
+from softlabel.models.teacher import Teacher, student_preprocessing
 from softlabel.train.distributed import Ranks
 from softlabel.train.grid import students_of
 from softlabel.train.student import Student

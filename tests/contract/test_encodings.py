@@ -9,9 +9,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from softlabel.encoding import FidelityMeter, encode, encode_hidden
-from softlabel.encoding import decode as torch_decode
 from softlabel.errors import StoreError
+from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
+from softlabel.labels.encode import decode as torch_decode
 from softlabel.store.columns import Encoding
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run

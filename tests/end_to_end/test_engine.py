@@ -18,7 +18,7 @@ import softlabel
 from softlabel.common.device import Tuning
 from softlabel.errors import DataError, TeacherError, UsageError
 from softlabel.members import Members
-from softlabel.teacher import load_teacher
+from softlabel.models.teacher import load_teacher
 from tests.helpers import softlabel as command
 from tests.helpers import write_dataset, write_teacher
 

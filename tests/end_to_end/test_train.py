@@ -18,8 +18,8 @@ from softlabel import train
 from softlabel.errors import DataError, MismatchError, MissingKeyError, TrainingError, UsageError
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import build_model
+from softlabel.models.teacher import student_preprocessing
 from softlabel.report import plot_runs
-from softlabel.teacher import student_preprocessing
 from softlabel.views import CropFlip
 from tests.helpers import write_parquet
 from tests.runs import (

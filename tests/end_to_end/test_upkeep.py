@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import softlabel
 from softlabel.extend import extend
-from softlabel.labels import Mix
+from softlabel.labels.combine import Mix
 from softlabel.store.columns import Encoding
 from softlabel.upkeep import coverage, repair
 from tests.helpers import CLASSES, jpeg, write_dataset, write_parquet, write_teacher

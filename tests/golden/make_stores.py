@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from softlabel.encoding import encode, encode_hidden
+from softlabel.labels.encode import encode, encode_hidden
 from softlabel.store.columns import Encoding
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ViewPolicy

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
-from softlabel.encoding import encode
+from softlabel.labels.encode import encode
 from softlabel.store.columns import Encoding
 from softlabel.store.decode import decode
 from softlabel.store.formats.base import Rows

@@ -19,9 +19,9 @@ import xxhash
 
 from softlabel.algebra import combine_store, convert_store, export_store, merge_stores
 from softlabel.cli import main
-from softlabel.encoding import FidelityMeter, encode
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generate import generate
+from softlabel.labels.encode import FidelityMeter, encode
 from softlabel.store.columns import Encoding
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Extent, Member, Run

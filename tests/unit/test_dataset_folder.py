@@ -16,7 +16,7 @@ from softlabel.dataset import open_source, report_source
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_decode import decode_image
-from softlabel.teacher import Preprocessing
+from softlabel.inputs.image_transform import Preprocessing
 
 
 def paint(path: Path, colour: int, size: tuple[int, int] = (6, 4)) -> None:

@@ -17,19 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from softlabel.common.spec import literal
+from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError
-from softlabel.models import (
-    RunModel,
-    Spec,
-    build_model,
-    load_weights,
-    parse_spec,
-    read_run,
-    save_run,
-    weights_sha256,
-)
-from softlabel.teacher import load_teacher
+from softlabel.models import RunModel, build_model, load_weights, read_run, save_run, weights_sha256
+from softlabel.models.teacher import load_teacher
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, SpecError, TeacherError
 from softlabel.inputs.image_decode import decode_image, stack_images
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.members import replace_norms
 from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
-from softlabel.teacher import Preprocessing, load_teacher, student_preprocessing
+from softlabel.models.teacher import load_teacher, student_preprocessing
 from tests import reference_resnet
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

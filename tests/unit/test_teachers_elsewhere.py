@@ -23,11 +23,11 @@ from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
 from softlabel.errors import SpecError, TeacherError, UsageError
 from softlabel.evaluate import evaluate
-from softlabel.head import Head
 from softlabel.inputs.image_decode import decode_image
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, RunModel, build_model, save_run
-from softlabel.teacher import Teacher, load_teacher, student_preprocessing
+from softlabel.models.head import Head
+from softlabel.models.teacher import Teacher, load_teacher, student_preprocessing
 from tests.helpers import write_dataset
 
 

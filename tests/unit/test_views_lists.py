@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from softlabel.errors import UsageError
-from softlabel.views.lists import run, transform_of
+from softlabel.views.torchvision_ops import run, transform_of
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "CenterCrop": {"size": 20},

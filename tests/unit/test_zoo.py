@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from softlabel import zoo
-from softlabel.models import build_model
+from softlabel.models import build_model, cifar
 
 # Weights of convolutions and linear layers for 10 classes as He et al. 2015, table 6, round them ("0.27M" and so on).
 PUBLISHED_MILLIONS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7}
@@ -18,17 +17,17 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_the_table_of_builders() -> None:
-    assert set(zoo.BUILDERS) == {f"resnet{d}" for d in RESNETS} | {f"cnn{n}" for n in LAYERS}
+    assert set(cifar.BUILDERS) == {f"resnet{d}" for d in RESNETS} | {f"cnn{n}" for n in LAYERS}
 
 
 @pytest.mark.parametrize(("depth", "millions"), PUBLISHED_MILLIONS.items())
 def test_resnets_have_the_published_size(depth: int, millions: float) -> None:
-    assert parameters(zoo.BUILDERS[f"resnet{depth}"]()) / 1e6 == pytest.approx(millions, rel=0.03)
+    assert parameters(cifar.BUILDERS[f"resnet{depth}"]()) / 1e6 == pytest.approx(millions, rel=0.03)
 
 
 @pytest.mark.parametrize("depth", RESNETS)
 def test_resnet_depth_counts_weight_layers(depth: int) -> None:
-    model = zoo.BUILDERS[f"resnet{depth}"]()
+    model = cifar.BUILDERS[f"resnet{depth}"]()
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == depth
 
 
@@ -42,7 +41,7 @@ def test_plain_cnns_have_the_published_layers(layers: int) -> None:
         8: ([16, 16, 32, 32, 64, 64, 128, 128], [64, 10]),
         10: ([32, 32, 64, 64, 128, 128, 256, 256, 256, 256], [128, 10]),
     }
-    model = zoo.BUILDERS[f"cnn{layers}"]()
+    model = cifar.BUILDERS[f"cnn{layers}"]()
     filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     units = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
     assert (filters, units) == published[layers]
@@ -58,7 +57,7 @@ def test_width_multiplies_filters() -> None:
 
 
 def test_resnet_keys_are_those_of_the_published_checkpoints() -> None:
-    names = set(zoo.BUILDERS["resnet20"]().state_dict())
+    names = set(cifar.BUILDERS["resnet20"]().state_dict())
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     expected = {"conv1.weight", "linear.weight", "linear.bias"} | {f"bn1.{n}" for n in norm}
     for stage in (1, 2, 3):
@@ -71,7 +70,7 @@ def test_resnet_keys_are_those_of_the_published_checkpoints() -> None:
 
 def test_shortcut_subsamples_and_pads_with_zeros() -> None:
     """With its convolutions silenced a block is its shortcut, which can be written down."""
-    block = zoo.Block(16, 32, stride=2).eval()
+    block = cifar.Block(16, 32, stride=2).eval()
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     x = torch.rand(2, 16, 6, 6)
@@ -82,11 +81,11 @@ def test_shortcut_subsamples_and_pads_with_zeros() -> None:
     assert torch.equal(block(x), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.BUILDERS if n not in ("resnet44", "resnet56", "resnet110")])
+@pytest.mark.parametrize("name", [n for n in cifar.BUILDERS if n not in ("resnet44", "resnet56", "resnet110")])
 @pytest.mark.parametrize("side", [32, 16, 8, 40])
 def test_every_input_size_and_memory_layout(name: str, side: int) -> None:
     torch.manual_seed(0)
-    model = zoo.BUILDERS[name](num_classes=7).eval()
+    model = cifar.BUILDERS[name](num_classes=7).eval()
     images_BCHW = torch.rand(3, 3, side, side)
     with torch.inference_mode():
         plain = model(images_BCHW)
@@ -98,6 +97,6 @@ def test_every_input_size_and_memory_layout(name: str, side: int) -> None:
 
 @pytest.mark.parametrize("name", ["resnet8", "cnn10"])
 def test_gradients_reach_every_parameter(name: str) -> None:
-    model = zoo.BUILDERS[name](num_classes=5)
+    model = cifar.BUILDERS[name](num_classes=5)
     model(torch.rand(4, 3, 16, 16)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -12,31 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.common.device import out_of_memory
-from softlabel.common.spec import literal
+from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import (
     Program,
-    Spec,
     build_network,
     class_names_of,
     logits_of,
     own_preprocessing,
-    parse_spec,
     refuse_other_heads,
     refuse_precision,
     refuse_random,
     weights_sha256,
 )
-
-__all__ = [
-    "PRECISIONS",
-    "Precision",
-    "Preprocessing",
-    "Teacher",
-    "load_teacher",
-    "student_preprocessing",
-]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from softlabel.errors import UsageError
-from softlabel.teacher import Teacher
+from softlabel.models.teacher import Teacher
 
 # How far W h + b may lie from the output, relative to the batch's largest logit: another order of sums, or the
 # output's own rounding.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softlabel import zoo
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
+from softlabel.models import cifar
 from softlabel.models.fitting import fit_names
 from softlabel.models.from_timm import timm_builder
 from softlabel.models.from_torchvision import torchvision_builder
@@ -21,9 +21,9 @@ from softlabel.models.from_torchvision import torchvision_builder
 def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
     """The function that makes the network. torchvision's `weights` are resolved here, out of `options`."""
     if spec.kind == "zoo":
-        if spec.name not in zoo.BUILDERS:
-            raise SpecError(f"{spec.text}: expected one of {', '.join(zoo.BUILDERS)}; found {spec.name!r}")
-        return zoo.BUILDERS[spec.name]
+        if spec.name not in cifar.BUILDERS:
+            raise SpecError(f"{spec.text}: expected one of {', '.join(cifar.BUILDERS)}; found {spec.name!r}")
+        return cifar.BUILDERS[spec.name]
     if spec.kind == "torchvision":
         return torchvision_builder(spec, options)
     if spec.kind == "timm":

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from softlabel.errors import UsageError
-from softlabel.views.drawing import U64, bits, uniforms
+from softlabel.views.random import U64, bits, uniforms
 
 CANDIDATES = 8  # partners that are tried before a sample is mixed with itself
 _ONE = 1 << 16  # a weight is a multiple of 1 / 65536

@@ -29,10 +29,10 @@ from softlabel.store.view_columns import (
     WEIGHT,
 )
 from softlabel.views.boxes import Boxes, Images
-from softlabel.views.drawing import U64, bits, draw
-from softlabel.views.lists import run as run_transforms
-from softlabel.views.mixing import blend, identity, paste, share
+from softlabel.views.mix_ops import blend, identity, paste, share
 from softlabel.views.policy import Policy
+from softlabel.views.random import U64, bits, draw
+from softlabel.views.torchvision_ops import run as run_transforms
 
 Arrays = dict[str, NDArray[Any]]
 
