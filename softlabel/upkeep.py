@@ -14,9 +14,9 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from softlabel.algebra import RewriteSummary, redo_store
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import Choice, Tuning
+from softlabel.convert import RewriteSummary, redo_store
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.engine import BadImagePolicy
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError

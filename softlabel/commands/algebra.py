@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from softlabel.algebra import RewriteSummary
+    from softlabel.convert import RewriteSummary
     from softlabel.store.manifest import Fidelity, Manifest
 
 
@@ -35,7 +35,7 @@ def combine(
         temperature: of the new store; the store's when absent.
     """
     options = dict(locals())
-    from softlabel.algebra import combine_store
+    from softlabel.convert import combine_store
 
     return _tell(
         combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature, options=options)
@@ -55,7 +55,7 @@ def merge(stores: list[str], /, *, out: str) -> int:
         out: folder of the new one.
     """
     options = dict(locals())
-    from softlabel.algebra import merge_stores
+    from softlabel.convert import merge_stores
 
     return _tell(merge_stores(stores, out, options=options))
 
@@ -90,8 +90,8 @@ def convert(
         shard_rows: samples a shard; as it is when absent.
     """
     options = dict(locals())
-    from softlabel.algebra import convert_store
     from softlabel.commands.label import encoding_of
+    from softlabel.convert import convert_store
     from softlabel.store.open import open_store
 
     wanted = None
@@ -115,7 +115,7 @@ def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
         to: a folder of Parquet files, or one file of NumPy arrays.
     """
     options = dict(locals())
-    from softlabel.algebra import export_store
+    from softlabel.convert import export_store
 
     done = export_store(store, out, to=to, options=options)
     if not done.files_written:

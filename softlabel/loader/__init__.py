@@ -6,8 +6,8 @@ order -> samples -> images (decoded once, then cached) -> view -> Batch
 
 from softlabel.loader.adapters import LabelJoin, SoftLabelled, with_soft_labels
 from softlabel.loader.batch import Batch
-from softlabel.loader.joined import JoinedDataset, Missing
-from softlabel.loader.stream import SoftLabelLoader
+from softlabel.loader.dataset import JoinedDataset, Missing
+from softlabel.loader.loader import SoftLabelLoader
 
 __all__ = [
     "Batch",

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import SoftLabelError
 from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.epochs import Plan
-from softlabel.loader.joined import JoinedDataset
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 import softlabel
-from softlabel.loader import joined
+from softlabel.loader import dataset
 from softlabel.models.teacher import load_teacher
 from softlabel.store.reader import Store
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
@@ -90,10 +90,10 @@ def passes(data: str, labels: str, folder: Path, precision: str, repeats: int) -
             train(temperature)
 
     for name, side in (("one pass", lambda: train(temperatures)), ("four passes", apart)):
-        take, decode = Store.take, joined.decode_image
+        take, decode = Store.take, dataset.decode_sample
         with (
             mock.patch.object(Store, "take", autospec=True, side_effect=take) as taken,
-            mock.patch.object(joined, "decode_image", side_effect=decode) as decoded,
+            mock.patch.object(dataset, "decode_sample", side_effect=decode) as decoded,
         ):
             side()
         rows = sum(len(call.args[1]) for call in taken.call_args_list)

@@ -339,7 +339,7 @@ def test_members_get_the_whole_view(tmp_path: Path) -> None:
 
 
 def test_stores_out_of_stores_keep_what_views_are(data: Path, teacher: str, tmp_path: Path) -> None:
-    from softlabel.algebra import combine_store, convert_store, export_store, merge_stores
+    from softlabel.convert import combine_store, convert_store, export_store, merge_stores
 
     other = write_teacher(tmp_path / "o.safetensors", seed=1)
     softlabel.generate(

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import softlabel
-from softlabel.algebra.convert import convert_store
+from softlabel.convert.recode import convert_store
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.loss import DenseTarget, TopKTarget
 from softlabel.store.columns import Encoding

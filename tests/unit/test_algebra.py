@@ -17,8 +17,8 @@ import safetensors.numpy
 import torch
 import xxhash
 
-from softlabel.algebra import combine_store, convert_store, export_store, merge_stores
 from softlabel.cli import main
+from softlabel.convert import combine_store, convert_store, export_store, merge_stores
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generate import generate
 from softlabel.labels.encode import FidelityMeter, encode
@@ -502,7 +502,7 @@ def test_a_folder_with_other_rows_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, threading, time
 from pathlib import Path
-from softlabel.algebra import convert_store
+from softlabel.convert import convert_store
 source, out = sys.argv[1:]
 def kill():
     while len(list(Path(out, "shards").glob("0*"))) < 3:

@@ -16,7 +16,7 @@ import xxhash
 
 from softlabel.errors import MismatchError, MissingKeyError, StoreCorruptError, UsageError
 from softlabel.loader import Batch, SoftLabelLoader
-from softlabel.loader.labelstream import LabelStream
+from softlabel.loader.label_stream import LabelStream
 from softlabel.loader.order import BlockOrder
 from softlabel.store.open import open_store
 from tests.helpers import write_parquet

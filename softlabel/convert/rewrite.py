@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softlabel.algebra.samples import Samples
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
 from softlabel.labels.encode import FidelityMeter, encode
 from softlabel.store.columns import EXTRA_NAME, Array

@@ -19,13 +19,13 @@ from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Mix
 from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.dataset import JoinedDataset, Missing
 from softlabel.loader.epochs import EpochSampler, Place, Plan
-from softlabel.loader.joined import JoinedDataset, Missing
-from softlabel.loader.labelstream import LabelStream, check_same_order
-from softlabel.loader.mixed import MixedOrder, mixed_order
+from softlabel.loader.label_stream import LabelStream, check_same_order
+from softlabel.loader.mixed_order import MixedOrder, mixed_order
 from softlabel.loader.order import BlockOrder, EpochOrder
+from softlabel.loader.ranks import RankShare, Tail
 from softlabel.loader.replay import ViewOrder
-from softlabel.loader.shares import Shares, Tail
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
@@ -123,7 +123,7 @@ class SoftLabelLoader:
         world_size: int = 1,
     ) -> None:
         # Before anything is opened: wrong numbers cost nothing.
-        shares = Shares(samples=0, batch_size=batch_size, tail=tail, rank=rank, world_size=world_size)
+        shares = RankShare(samples=0, batch_size=batch_size, tail=tail, rank=rank, world_size=world_size)
         if workers < 0:
             raise UsageError(f"workers: expected at least 0, found {workers}")
         if window is not None and (window < 1 or not streaming):

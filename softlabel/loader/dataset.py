@@ -24,7 +24,7 @@ from softlabel.inputs.image_decode import decode_sample
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Mix
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
-from softlabel.loader.pixels import PixelCache
+from softlabel.loader.cache import PixelCache
 from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target

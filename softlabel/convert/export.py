@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from softlabel.algebra.export_hf import write_hf
-from softlabel.algebra.export_npz import write_npz
-from softlabel.algebra.rewrite import open_whole
+from softlabel.convert.export_npz import write_npz
+from softlabel.convert.export_parquet import write_hf
+from softlabel.convert.rewrite import open_whole
 from softlabel.errors import UsageError
 
 

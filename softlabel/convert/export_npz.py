@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
+from softlabel.convert.plain_columns import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.open import open_store

@@ -7,9 +7,9 @@ from typing import Any
 
 import xxhash
 
-from softlabel.algebra.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
-from softlabel.algebra.samples import Samples
 from softlabel.common.keys import Keys
+from softlabel.convert.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.manifest import DatasetInfo
 from softlabel.store.reader import Store

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from softlabel.algebra.convert import convert_recode
-from softlabel.algebra.mix import combine_recode
-from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, keep_columns, rewrite
-from softlabel.algebra.samples import Samples
+from softlabel.convert.combine import combine_recode
+from softlabel.convert.recode import convert_recode
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, keep_columns, rewrite
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError
 from softlabel.store.manifest_read import load_root
 from softlabel.store.open import open_store

@@ -7,9 +7,9 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
-from softlabel.algebra.samples import Samples
 from softlabel.common.arguments import check_arguments
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import retemperable
 from softlabel.labels.encode import FidelityMeter

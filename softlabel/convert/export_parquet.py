@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from softlabel.algebra.plain import bar_of, batches, describe, plain, widths_of
+from softlabel.convert.plain_columns import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, StoreError
 from softlabel.store.columns import Array
 from softlabel.store.formats.base import IGNORE

@@ -34,7 +34,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shares:
+class RankShare:
     """The batches of an epoch, as one of W ranks sees them.
 
     Attributes:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from softlabel.algebra.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
-from softlabel.algebra.samples import Samples
 from softlabel.common.arguments import check_arguments
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import combine, normalized_weights, retemperable
 from softlabel.labels.encode import FidelityMeter

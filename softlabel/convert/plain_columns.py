@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from softlabel.algebra.samples import NUMBERS, split
+from softlabel.convert.sample_index import NUMBERS, split
 from softlabel.store.columns import Array, Encoding
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
