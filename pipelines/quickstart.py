@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 import softlabel
-from softlabel.report import plot_runs
+from softlabel.evaluation.plots import plot_runs
 
 LABELLED, TEST = 150, 500  # of 1,797 digits; the rest is unlabelled
 BATCH = 50

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 import softlabel
-from softlabel.report import plot_runs
+from softlabel.evaluation.plots import plot_runs
 
 SMALL = "?resize=16&crop=16"  # of the digits
 

@@ -12,13 +12,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softlabel.calibrate import calibrate
     from softlabel.dataset import Source, open_source
     from softlabel.errors import SoftLabelError
-    from softlabel.evaluate import Evaluation, evaluate
-    from softlabel.generate import GenerateSummary, generate
+    from softlabel.evaluation.evaluate import evaluate
+    from softlabel.evaluation.metrics import Evaluation
+    from softlabel.generation.generate import generate
+    from softlabel.generation.run import GenerateSummary
     from softlabel.loader import LabelJoin, SoftLabelLoader, with_soft_labels
     from softlabel.loss import DistillationLoss, distillation_loss
+    from softlabel.maintain.calibrate import calibrate
     from softlabel.store.open import open_store
     from softlabel.store.reader import Store
     from softlabel.store.verify import verify_store
@@ -49,8 +51,8 @@ __all__ = [
 
 _HOME = {
     "DistillationLoss": "softlabel.loss",
-    "Evaluation": "softlabel.evaluate",
-    "GenerateSummary": "softlabel.generate",
+    "Evaluation": "softlabel.evaluation.metrics",
+    "GenerateSummary": "softlabel.generation.run",
     "LabelJoin": "softlabel.loader",
     "SoftLabelError": "softlabel.errors",
     "SoftLabelLoader": "softlabel.loader",
@@ -58,10 +60,10 @@ _HOME = {
     "Store": "softlabel.store.reader",
     "TrainConfig": "softlabel.train",
     "TrainResult": "softlabel.train",
-    "calibrate": "softlabel.calibrate",
+    "calibrate": "softlabel.maintain.calibrate",
     "distillation_loss": "softlabel.loss",
-    "evaluate": "softlabel.evaluate",
-    "generate": "softlabel.generate",
+    "evaluate": "softlabel.evaluation.evaluate",
+    "generate": "softlabel.generation.generate",
     "open_source": "softlabel.dataset",
     "open_store": "softlabel.store.open",
     "train": "softlabel.train",

@@ -26,10 +26,10 @@ from softlabel.cluster.drive import Drive
 from softlabel.cluster.modules import upload_modules
 from softlabel.common.places import absolute_root
 from softlabel.errors import DataError
-from softlabel.generate import Counts, Label
 from softlabel.generation.deployment import Deployment
-from softlabel.job import Job
-from softlabel.shardjob import Outcome, Request
+from softlabel.generation.job import Job
+from softlabel.generation.run import Counts, Label
+from softlabel.generation.worker import Outcome, Request
 from softlabel.store.manifest import ShardPlan
 from softlabel.store.writer import Committer
 

@@ -17,7 +17,7 @@ from distributed.scheduler import KilledWorker
 from tqdm import tqdm
 
 from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
-from softlabel.shardjob import Outcome, Request, label_alone, label_one
+from softlabel.generation.worker import Outcome, Request, label_alone, label_one
 
 log = logging.getLogger("softlabel")
 

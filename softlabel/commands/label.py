@@ -8,7 +8,7 @@ from softlabel.commands.telling import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
     from softlabel.generation.deployment import Deployment
-    from softlabel.preflight import Preflight
+    from softlabel.generation.preflight.check import Preflight
     from softlabel.store.columns import Encoding
 
 
@@ -98,7 +98,7 @@ def generate(
         shard_seconds: after which a shard on a cluster counts as hung; absent, from what shards take.
     """
     options = dict(locals())
-    from softlabel.generate import generate as run
+    from softlabel.generation.generate import generate as run
 
     deployment = _deployment(scheduler, cluster, workers, cluster_options, shard_seconds)
 
@@ -238,9 +238,9 @@ def plan(
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.errors import UsageError
-    from softlabel.job import prepare
-    from softlabel.plan import ENCODINGS
-    from softlabel.plan import plan as run
+    from softlabel.generation.job import prepare
+    from softlabel.generation.preflight.estimate import ENCODINGS
+    from softlabel.generation.preflight.estimate import plan as run
     from softlabel.views import view_policy
 
     if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
@@ -319,7 +319,7 @@ def calibrate(
         seed: of the draw, and of what a teacher's factory draws at random.
         device: auto, cpu, cuda or cuda:N.
     """
-    from softlabel.calibrate import calibrate as run
+    from softlabel.maintain.calibrate import calibrate as run
 
     found = run(
         data,

@@ -126,8 +126,8 @@ def verify(
 
 
 def _tell_coverage(store: str, data: str) -> bool:
+    from softlabel.maintain.coverage import coverage
     from softlabel.store.open import open_store
-    from softlabel.upkeep import coverage
 
     found = coverage(open_store(store), data)
     print(f"  {found.samples:,} samples in {data}, {found.compared:,} of them compared by content")
@@ -147,9 +147,9 @@ def _tell_coverage(store: str, data: str) -> bool:
 
 
 def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
-    from softlabel.audit import recompute
+    from softlabel.generation.reload import job_of
+    from softlabel.maintain.audit import recompute
     from softlabel.store.open import open_store
-    from softlabel.upkeep import job_of
 
     opened = open_store(store)
     found = recompute(opened, job_of(opened.manifest, store, data=data, teachers=teachers, device=device), rows)
@@ -192,7 +192,7 @@ def repair(
         workers: processes that decode; absent, chosen from the machine.
         device: auto, cpu, cuda or cuda:N.
     """
-    from softlabel.upkeep import repair as run
+    from softlabel.maintain.repair import repair as run
 
     if workers is not None and workers < 0:
         raise UsageError(f"workers: expected at least 0, found {workers}")
@@ -228,7 +228,7 @@ def extend(
         workers: processes that decode; absent, chosen from the machine.
         device: auto, cpu, cuda or cuda:N.
     """
-    from softlabel.extend import extend as run
+    from softlabel.maintain.extend import extend as run
 
     tell(run(store, teacher=teacher, data=data, calibration=calibration, workers=workers, device=device))
     return 0

@@ -51,7 +51,7 @@ def _to_measure(config: "TrainConfig", out: str) -> str:
 
 def _several(result: "TrainResult") -> int:
     """The table and the picture of several students; 1 if one of them was given up."""
-    from softlabel.report import plot_runs
+    from softlabel.evaluation.plots import plot_runs
 
     failed = [student for student in result.students if student.failure is not None]
     print(f"{result.out}: {len(result.students)} students in one pass, in {result.seconds:.1f} s")
@@ -100,7 +100,7 @@ def evaluate(
         except OSError as error:
             raise UsageError(f"--out {out}: its folder cannot be made: {error.strerror}") from error
 
-    from softlabel.evaluate import evaluate as run
+    from softlabel.evaluation.evaluate import evaluate as run
 
     found = run(
         model,

@@ -5,9 +5,9 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from softlabel.generate import GenerateSummary
-    from softlabel.pace import Pace
-    from softlabel.preflight import Preflight
+    from softlabel.generation.preflight.check import Preflight
+    from softlabel.generation.run import GenerateSummary
+    from softlabel.generation.timing import Pace
 
 _SLOW = 0.3  # of the time, from which something else than the teachers is worth a word
 

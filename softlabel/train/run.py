@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softlabel.evaluate import Evaluation, Measurement
+from softlabel.evaluation.evaluate import Measurement
+from softlabel.evaluation.metrics import Evaluation
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.train import files
 from softlabel.train.config import TrainConfig

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
-from softlabel.evaluate import Evaluation, autocast
+from softlabel.evaluation.evaluate import autocast
+from softlabel.evaluation.metrics import Evaluation
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.train import files, random_state

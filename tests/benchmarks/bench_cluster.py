@@ -23,13 +23,13 @@ import softlabel
 from softlabel.cluster.deploy import connected
 from softlabel.cluster.drive import Drive
 from softlabel.generation.deployment import Deployment
-from softlabel.lanes import label_shard
-from softlabel.shardjob import Outcome, Request, label_one
+from softlabel.generation.pipeline import label_shard
+from softlabel.generation.reload import job_of
+from softlabel.generation.worker import Outcome, Request, label_one
 from softlabel.store.manifest import ShardRecord, shard_file
 from softlabel.store.open import open_store
 from softlabel.store.strict_json import dumps, to_json
 from softlabel.store.writer import write_shard
-from softlabel.upkeep import job_of
 from tests.clusterkit import cluster, dataset, teacher_spec
 
 SHARD = 250

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 import softlabel
-from softlabel.evaluate import autocast
+from softlabel.evaluation.evaluate import autocast
+from softlabel.evaluation.plots import plot_runs
 from softlabel.loader import SoftLabelLoader
 from softlabel.loss import DistillationLoss
 from softlabel.models import build_model
 from softlabel.models.teacher import student_preprocessing
-from softlabel.report import plot_runs
 from softlabel.views import CropFlip
 from tests.benchmarks.timing import interleaved
 

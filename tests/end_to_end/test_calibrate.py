@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import softlabel
-from softlabel.extend import extend
+from softlabel.maintain.extend import extend
+from softlabel.maintain.repair import repair
 from softlabel.models import build_model
-from softlabel.upkeep import repair
 from tests.helpers import CLASSES, jpeg, write_parquet, write_teacher
 from tests.helpers import softlabel as run
 

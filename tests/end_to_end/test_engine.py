@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import softlabel
 from softlabel.common.device import Tuning
 from softlabel.errors import DataError, TeacherError, UsageError
-from softlabel.members import Members
+from softlabel.generation.ensemble import Members
 from softlabel.models.teacher import load_teacher
 from tests.helpers import softlabel as command
 from tests.helpers import write_dataset, write_teacher

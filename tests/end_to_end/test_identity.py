@@ -15,11 +15,12 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import softlabel
-from softlabel.audit import recompute
 from softlabel.cli import main
 from softlabel.errors import MismatchError, SoftLabelError
-from softlabel.extend import extend
-from softlabel.upkeep import coverage, job_of
+from softlabel.generation.reload import job_of
+from softlabel.maintain.audit import recompute
+from softlabel.maintain.coverage import coverage
+from softlabel.maintain.extend import extend
 from tests.helpers import write_teacher
 from tests.students import write_store
 

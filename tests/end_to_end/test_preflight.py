@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import softlabel
 from softlabel.errors import DataError
+from softlabel.generation.preflight.sample import sample_indices
 from softlabel.models import build_model
-from softlabel.trial import sample_indices
 from tests.helpers import CLASSES, beside_source, jpeg, write_parquet, write_teacher
 from tests.helpers import softlabel as run
 

@@ -16,10 +16,10 @@ import yaml
 import softlabel
 from softlabel import train
 from softlabel.errors import DataError, MismatchError, MissingKeyError, TrainingError, UsageError
+from softlabel.evaluation.plots import plot_runs
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import build_model
 from softlabel.models.teacher import student_preprocessing
-from softlabel.report import plot_runs
 from softlabel.views import CropFlip
 from tests.helpers import write_parquet
 from tests.runs import (

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import softlabel
-from softlabel.extend import extend
 from softlabel.labels.combine import Mix
+from softlabel.maintain.coverage import coverage
+from softlabel.maintain.extend import extend
+from softlabel.maintain.repair import repair
 from softlabel.store.columns import Encoding
-from softlabel.upkeep import coverage, repair
 from tests.helpers import CLASSES, jpeg, write_dataset, write_parquet, write_teacher
 from tests.helpers import softlabel as run
 

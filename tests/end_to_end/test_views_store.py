@@ -20,7 +20,8 @@ from torchvision.transforms.v2 import functional as plain
 
 import softlabel
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
-from softlabel.extend import extend
+from softlabel.maintain.extend import extend
+from softlabel.maintain.repair import repair
 from softlabel.models import build_model
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Run
@@ -29,7 +30,6 @@ from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from softlabel.train import TrainConfig, train
-from softlabel.upkeep import repair
 from softlabel.views import parse_policy
 from tests import format_reader
 from tests import teachers_that_tell as telling

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import softlabel
-from softlabel.shardjob import Request, label_one
+from softlabel.generation.worker import Request, label_one
 from softlabel.store.manifest import ShardRecord
 from softlabel.store.writer import Committer
 from tests.clusterkit import (
@@ -170,7 +170,7 @@ def test_two_attempts_at_a_shard_with_other_bytes(tmp_path: Path) -> None:
             record = label_one(request, number, keys[number], 0.0).record
             assert record is not None
             records.append(record)
-        program = "import sys; from softlabel.shardjob import main; sys.exit(main())"
+        program = "import sys; from softlabel.generation.worker import main; sys.exit(main())"
         from softlabel.store.strict_json import dumps, to_json
 
         asked = dumps(to_json(request)).decode()

@@ -20,7 +20,7 @@ import xxhash
 from softlabel.cli import main
 from softlabel.convert import combine_store, convert_store, export_store, merge_stores
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
-from softlabel.generate import generate
+from softlabel.generation.generate import generate
 from softlabel.labels.encode import FidelityMeter, encode
 from softlabel.store.columns import Encoding
 from softlabel.store.formats.base import Rows

@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from softlabel.allocator import keep_freed_memory
+from softlabel.generation.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

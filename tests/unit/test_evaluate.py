@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 import softlabel
 from softlabel.errors import MismatchError
-from softlabel.evaluate import calibration_error
+from softlabel.evaluation.metrics import calibration_error
 from tests.students import random_logits, write_store
 
 CLASSES = 7

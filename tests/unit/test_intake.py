@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from softlabel.dataset import open_source
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import DataError
+from softlabel.generation.input_reader import Intake, Span
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.intake import Intake, Span
 
 SPANS = [Span(view=0, start=start, stop=start + 3) for start in range(0, 30, 3)]
 AS_IT_IS = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

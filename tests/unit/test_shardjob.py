@@ -2,7 +2,7 @@
 
 import pickle
 
-from softlabel.shardjob import Outcome, Request
+from softlabel.generation.worker import Outcome, Request
 from softlabel.store.manifest import Fidelity, ShardRecord, shard_file
 
 

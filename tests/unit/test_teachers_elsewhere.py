@@ -22,7 +22,7 @@ from softlabel.cli import main
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
 from softlabel.errors import SpecError, TeacherError, UsageError
-from softlabel.evaluate import evaluate
+from softlabel.evaluation.evaluate import evaluate
 from softlabel.inputs.image_decode import decode_image
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, RunModel, build_model, save_run

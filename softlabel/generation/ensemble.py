@@ -18,10 +18,10 @@ from torch.func import functional_call, stack_module_state
 
 from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import TeacherError, UsageError
+from softlabel.generation.transfer import Upload
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, logits_of
 from softlabel.models.teacher import Teacher, computing
-from softlabel.transfer import Upload
 
 log = logging.getLogger("softlabel")
 

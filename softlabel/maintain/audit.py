@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError, UsageError
+from softlabel.generation.job import Job
 from softlabel.inputs.content import comparable
-from softlabel.job import Job
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.engine import Labeller
+from softlabel.generation.input_reader import DecodedBatch
+from softlabel.generation.labeller import Labeller
+from softlabel.generation.preflight.sample import Trial
 from softlabel.inputs.base import IGNORE
-from softlabel.intake import DecodedBatch
 from softlabel.models.teacher import Teacher
-from softlabel.trial import Trial
 
 # What images are divided into in other people's code: (mean, std), as a SPEC takes them.
 NORMALISATIONS = {

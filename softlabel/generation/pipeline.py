@@ -18,12 +18,12 @@ from typing import TypeVar
 import torch
 
 from softlabel.common.device import out_of_memory
-from softlabel.engine import BatchLabels, LabelledShard, Labeller, Lane, assemble
 from softlabel.errors import TeacherError
-from softlabel.intake import DecodedBatch, Span
-from softlabel.pace import PaceMeter
+from softlabel.generation.input_reader import DecodedBatch, Span
+from softlabel.generation.labeller import BatchLabels, LabelledShard, Labeller, Lane, assemble
+from softlabel.generation.timing import PaceMeter
+from softlabel.generation.transfer import pin
 from softlabel.store.manifest import ShardPlan
-from softlabel.transfer import pin
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
+from softlabel.generation.input_reader import Intake
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
-from softlabel.intake import Intake
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
 from softlabel.store.manifest_read import load_root
 from softlabel.store.open import open_store

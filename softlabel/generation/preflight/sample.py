@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import DataError, TeacherError
+from softlabel.generation.input_reader import DecodedBatch
+from softlabel.generation.job import Job
+from softlabel.generation.pipeline import fitting
 from softlabel.inputs.base import IGNORE
-from softlabel.intake import DecodedBatch
-from softlabel.job import Job
-from softlabel.lanes import fitting
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to be timed

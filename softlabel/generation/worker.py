@@ -6,7 +6,7 @@ No array, model or image leaves the process: a request names places, an outcome 
 why there is none). Labelling is idempotent and shards are named by their content, so it may run twice, late, or beside
 itself. Nothing here knows what carries requests and outcomes.
 
-    python -m softlabel.shardjob REQUEST NUMBER KEYS [SECONDS]     prints the outcome; a crash takes this process alone
+    python -m softlabel.generation.worker REQUEST NUMBER KEYS [SECONDS]   prints the outcome, in a process of its own
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from softlabel.allocator import keep_freed_memory
 from softlabel.common.device import Choice
-from softlabel.engine import BadImagePolicy
 from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
-from softlabel.job import Job
-from softlabel.lanes import label_shard
+from softlabel.generation.job import Job
+from softlabel.generation.labeller import BadImagePolicy
+from softlabel.generation.malloc import keep_freed_memory
+from softlabel.generation.pipeline import label_shard
+from softlabel.generation.reload import job_of
 from softlabel.store.manifest import ShardRecord
 from softlabel.store.manifest_read import load_root
 from softlabel.store.storage.open import open_folder
 from softlabel.store.strict_json import dumps, from_json, loads, to_json
 from softlabel.store.writer import write_shard
-from softlabel.upkeep import job_of
 
 HUNG = 86  # exit status of a process whose shard took too long
 LOADING_SECONDS = 3600.0  # for data and teachers, before the first shard
@@ -212,7 +212,7 @@ def label_alone(request: Request, number: int, keys: str, seconds: float, worker
     """
     started = time.monotonic()
     asked = [dumps(to_json(request)).decode(), str(number), keys, str(seconds)]
-    command = [sys.executable, "-m", "softlabel.shardjob", *asked]
+    command = [sys.executable, "-m", "softlabel.generation.worker", *asked]
     # A process that hangs in native code can keep its own watchdog from running.
     limit = LOADING_SECONDS + seconds + _MARGIN_SECONDS if seconds else None
     try:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from softlabel.common.arguments import check_arguments
 from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
-from softlabel.evaluate import calibration_error
+from softlabel.evaluation.metrics import calibration_error
+from softlabel.generation.job import Job, prepare
 from softlabel.inputs.base import IGNORE
-from softlabel.job import Job, prepare
 from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 from softlabel.store.columns import Encoding
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlabel.engine import Labeller
 from softlabel.errors import DataError, TeacherError
-from softlabel.intake import DecodedBatch
-from softlabel.lanes import fitting
-from softlabel.members import AGREEMENT
+from softlabel.generation.ensemble import AGREEMENT
+from softlabel.generation.input_reader import DecodedBatch
+from softlabel.generation.labeller import Labeller
+from softlabel.generation.pipeline import fitting
+from softlabel.generation.preflight.sample import Trial
 from softlabel.models.teacher import Teacher
-from softlabel.trial import Trial
 
 _READ_AGAIN = 32  # images
 # Above this share of other top classes, or of one image's probability that lies elsewhere, an answer by the batch is no

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softlabel.diagnosis import Diagnosis, compare_names, diagnose
 from softlabel.errors import StoreError
-from softlabel.job import Job
-from softlabel.plan import Offer, offer
-from softlabel.repeatability import check_repeatable
+from softlabel.generation.job import Job
+from softlabel.generation.preflight.diagnose import Diagnosis, compare_names, diagnose
+from softlabel.generation.preflight.estimate import Offer, offer
+from softlabel.generation.preflight.repeatability import check_repeatable
+from softlabel.generation.preflight.sample import Trial, label_sample, refuse_equal
 from softlabel.store.manifest import BadRow, ShardPlan
-from softlabel.trial import Trial, label_sample, refuse_equal
 
 log = logging.getLogger("softlabel")
 

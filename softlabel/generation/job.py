@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 
 from softlabel.common.device import Tuning, decoders, resolve_device
 from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
-from softlabel.engine import BadImagePolicy, Labeller
 from softlabel.errors import MismatchError, UsageError
-from softlabel.history import GROWN, History, new_runs
+from softlabel.generation.batch_size import find_batch_size
+from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
+from softlabel.generation.growth import GROWN, History, new_runs
+from softlabel.generation.labeller import BadImagePolicy, Labeller
 from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import CombineRule, normalized_weights
-from softlabel.members import Members, compile_members, find_stacks, load_members
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
-from softlabel.sizing import find_batch_size
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
 from softlabel.views import CENTER, libraries

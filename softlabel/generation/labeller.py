@@ -25,17 +25,17 @@ from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
+from softlabel.generation.ensemble import Members
+from softlabel.generation.input_reader import DecodedBatch, Intake, Span
+from softlabel.generation.timing import PaceMeter
+from softlabel.generation.transfer import Download
 from softlabel.inputs.base import IGNORE
-from softlabel.intake import DecodedBatch, Intake, Span
 from softlabel.labels.combine import combine
 from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
-from softlabel.members import Members
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
-from softlabel.pace import PaceMeter
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
-from softlabel.transfer import Download
 from softlabel.views import Views
 
 BadImagePolicy = Literal["skip", "error"]

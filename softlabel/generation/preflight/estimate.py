@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from softlabel.engine import Labeller
 from softlabel.errors import UsageError
-from softlabel.job import Job
+from softlabel.generation.job import Job
+from softlabel.generation.labeller import Labeller
+from softlabel.generation.preflight.sample import Trial, label_sample
 from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
 from softlabel.models.head import Head
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Combine, Fidelity
-from softlabel.trial import Trial, label_sample
 
 SECONDS = 5.0  # how long the sample is labelled for, warm-up aside
 ENCODINGS = ("float32", "float16", "int8", "topk", "sampled", "head")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from softlabel.common.device import out_of_memory
-from softlabel.engine import Labeller
 from softlabel.errors import DataError, TeacherError
-from softlabel.members import using_threads
+from softlabel.generation.ensemble import using_threads
+from softlabel.generation.labeller import Labeller
 
 log = logging.getLogger("softlabel")
 

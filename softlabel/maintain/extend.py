@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 from softlabel.common.arguments import check_arguments
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
-from softlabel.engine import LabelledShard
 from softlabel.errors import MismatchError, UsageError
-from softlabel.generate import GenerateSummary, label_missing
-from softlabel.history import History
+from softlabel.generation.growth import History
+from softlabel.generation.job import prepare
+from softlabel.generation.labeller import LabelledShard
+from softlabel.generation.reload import recorded_place, refuse_derived
+from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import comparable, why_not_comparable
-from softlabel.job import prepare
 from softlabel.labels.combine import normalized_weights
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
@@ -28,7 +29,6 @@ from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.replace import replace_store
 from softlabel.store.writer import Committer
-from softlabel.upkeep import recorded_place, refuse_derived
 from softlabel.views import changed as changed_libraries
 
 log = logging.getLogger("softlabel")

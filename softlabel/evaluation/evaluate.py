@@ -1,0 +1,184 @@
+"""How good a model is: accuracy, cross-entropy, calibration, and how far it is from the teacher of a store.
+
+Legend: B batch, C classes, N samples.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from softlabel.common.arguments import check_arguments
+from softlabel.common.device import resolve_device
+from softlabel.common.spec import parse_spec, quote_path
+from softlabel.dataset import Source, open_source, report_source, require_samples
+from softlabel.errors import MismatchError, TeacherError
+from softlabel.evaluation.metrics import Evaluation, Totals
+from softlabel.inputs.image_transform import Preprocessing
+from softlabel.loader import Batch, Missing, SoftLabelLoader
+from softlabel.models import build_model, refuse_precision, refuse_random
+from softlabel.models.teacher import PRECISIONS, student_preprocessing
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+
+
+@check_arguments
+def evaluate(
+    model: str | Path | nn.Module,
+    data: "str | Path | Source | Dataset[Any]",
+    labels: str | Path | Store | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+    workers: int = 0,
+    missing: Missing = "error",
+    key_fn: Callable[[int], str | int] | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure a model on a dataset, in eval mode.
+
+    Args:
+        model: the folder of a run, a SPEC with a checkpoint, or a module (left in the mode that it was in).
+        data: a SOURCE, or a map-style dataset.
+        labels: a store of the same data, with which the model is compared too. Where its rows are views, agreement,
+            teacher_kl and teacher_accuracy are measured on view 0, in a pass of their own; all else on the images as
+            they are.
+        preprocessing: how images are prepared; absent: the model's own, or for a module [0, 1] as they are.
+        batch_size: images a forward pass.
+        precision: fp32, bf16 or fp16 (autocast).
+        device: auto, cpu, cuda or cuda:N.
+        workers: processes that decode.
+        missing: error, skip or hard-only, for samples without a row in the store.
+        key_fn: index -> key, for a map-style dataset.
+        progress: show a bar; absent: if standard error is a terminal.
+
+    Raises:
+        SpecError: the model cannot be built.
+        MismatchError: the model's classes are not those of the data or the store.
+        DataError, StoreError: data or store cannot be read.
+    """
+    target = resolve_device(device)
+    if isinstance(model, nn.Module):
+        module = model
+        preprocessing = preprocessing or Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    else:
+        spec = _spec(model)
+        refuse_random(parse_spec(spec))
+        module = build_model(spec)
+        refuse_precision(parse_spec(spec), module, precision)
+        preprocessing = preprocessing or student_preprocessing(spec, module)
+    source = open_source(data, key_fn=key_fn)
+    require_samples(source)
+    report_source(source)
+    store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
+
+    def measured(store: Store | None) -> Evaluation:
+        loader = SoftLabelLoader(
+            source,
+            store,
+            batch_size=batch_size,
+            shuffle=False,
+            preprocessing=preprocessing,
+            missing=missing,
+            workers=workers,
+            cache_mb=0,
+            pin_memory=target.type == "cuda",
+        )
+        batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
+        return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision, source=source)
+
+    with _eval_mode(module.to(target)):
+        if store is None or not store.run.view_columns:
+            return measured(store)
+        as_it_is, view = measured(None), measured(store)
+    beside = ("samples", "labelled", "accuracy", "cross_entropy", "calibration_error")
+    return replace(view, **{name: getattr(as_it_is, name) for name in beside})
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+    source: Source,
+) -> Evaluation:
+    """Measure a module, already on `device` and in eval mode, on the batches of a loader over `source`.
+
+    Raises:
+        MismatchError: the model's classes are not those of the source.
+    """
+    measurement = Measurement(model, preprocessing=preprocessing, device=device, precision=precision, source=source)
+    for batch in batches:
+        measurement.add(batch.to(device, non_blocking=True))
+    return measurement.result()
+
+
+class Measurement:
+    """What `measure` does, batch by batch: for several models that share a pass, or several processes.
+
+    Args:
+        model: on `device` and in eval mode.
+        source: whose classes the model must have.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, preprocessing: Preprocessing, device: torch.device, precision: str, source: Source
+    ) -> None:
+        self._model, self._preprocessing, self._device, self._precision = model, preprocessing, device, precision
+        self._source = source
+        self._totals = Totals()
+
+    @torch.inference_mode()
+    def add(self, batch: Batch) -> None:
+        """A batch on the device; rows of weight 0 do not count."""
+        images_BCHW = self._preprocessing.normalize(batch.images)
+        with autocast(self._device, self._precision):
+            logits_BC = self._model(images_BCHW)
+        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
+            raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
+        names = self._source.class_names if self._source.has_labels else None
+        if names is not None and len(names) != logits_BC.shape[1]:
+            raise MismatchError(
+                f"model: has {logits_BC.shape[1]} classes, {self._source.name} has {len(names)}; "
+                "measure it on data of its own classes"
+            )
+        self._totals.add(logits_BC.double(), batch)
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Evaluation:
+        """Of all batches so far.
+
+        Args:
+            reduce: adds up a float64 tensor on the CPU over the processes that measure together.
+        """
+        return self._totals.result(reduce)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass has this precision: fp32, bf16 or fp16."""
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def _spec(model: str | Path) -> str:
+    """A SPEC; the folder of a run may be given by its path alone."""
+    folder = Path(model).expanduser()
+    return f"run:{quote_path(str(folder))}" if isinstance(model, Path) or (folder / "model.json").is_file() else model
+
+
+class _eval_mode:  # noqa: N801 - a context manager
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training = module, module.training
+
+    def __enter__(self) -> None:
+        self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.module.train(self.training)

@@ -1,0 +1,1 @@
+"""Before anything is spent: label a sample, look at the answers, estimate time and bytes, refuse what must fail."""

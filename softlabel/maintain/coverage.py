@@ -1,0 +1,89 @@
+"""Whether a store has a row for every sample of a source.
+
+Legend: B rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from softlabel.dataset import Source, open_source, report_source
+from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
+from softlabel.store.reader import Store
+
+CHUNK = 4096  # samples read at a time
+
+LISTED = 3  # keys that a message spells out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """A source against a store. Keys are listed up to a few, counted in full.
+
+    Attributes:
+        samples: in the source.
+        missing: samples without a row, that the store does not list as bad either.
+        surplus: rows whose key the source does not have.
+        changed: samples whose images are not those that were labelled.
+        compared: samples whose images could be compared by their content hash.
+        unknown: why the first one that could not be compared was not; None where all could.
+    """
+
+    samples: int
+    missing: tuple[str, ...]
+    missing_count: int
+    surplus_count: int
+    changed: tuple[str, ...]
+    changed_count: int
+    compared: int
+    unknown: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing_count or self.surplus_count or self.changed_count)
+
+
+def coverage(store: Store, data: str | Source, *, progress: bool | None = None) -> Coverage:
+    """Check that a store has a row for every sample of a source, no other ones, and for the very same images."""
+    source = open_source(data)
+    report_source(source)
+    bad = store.bad
+    missing: list[str] = []
+    changed: list[str] = []
+    missing_count = changed_count = compared = found = 0
+    unknown: str | None = None
+    with tqdm(total=len(source), unit="img", unit_scale=True, desc="comparing", disable=_off(progress)) as bar:
+        for start in range(0, len(source), CHUNK):
+            samples = source.read(range(start, min(start + CHUNK, len(source))))
+            keys = [sample.key for sample in samples]
+            rows_B = store.lookup(keys, missing="mask")
+            absent = [key for key, row in zip(keys, rows_B.tolist(), strict=True) if row < 0 and key not in bad]
+            missing_count += len(absent)
+            missing += absent[: LISTED - len(missing)] if len(missing) < LISTED else []
+            found += int((rows_B >= 0).sum())
+            there = np.flatnonzero(rows_B >= 0)
+            stored = store.content[rows_B[there]]
+            now = hashes_of([samples[place].image for place in there.tolist()])
+            unknown = unknown or why_not_comparable(now, stored)
+            can = comparable(now, stored)
+            compared += int(can.sum())
+            others = there[can & (now != stored)].tolist()
+            changed_count += len(others)
+            changed += [keys[place] for place in others[: max(0, LISTED - len(changed))]]
+            bar.update(len(samples))
+    per_view = len(store) // store.run.views.count
+    return Coverage(
+        samples=len(source),
+        missing=tuple(missing),
+        missing_count=missing_count,
+        surplus_count=per_view - found,
+        changed=tuple(changed),
+        changed_count=changed_count,
+        compared=compared,
+        unknown=unknown,
+    )
+
+
+def _off(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress

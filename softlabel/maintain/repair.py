@@ -1,0 +1,130 @@
+"""Making the damaged or missing shards of a store again, and nothing else."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from softlabel.common.arguments import check_arguments
+from softlabel.convert import RewriteSummary, redo_store
+from softlabel.dataset import Source
+from softlabel.errors import StoreCorruptError, UsageError
+from softlabel.generation.growth import check_same_data
+from softlabel.generation.reload import job_of
+from softlabel.generation.run import GenerateSummary, label_missing
+from softlabel.store.columns import EXTRA_NAME
+from softlabel.store.manifest import ROOT_NAME
+from softlabel.store.manifest_read import load_manifest, load_root
+from softlabel.store.origins import origins_of
+from softlabel.store.storage.open import open_folder
+from softlabel.store.verify import verify_store
+from softlabel.store.writer import Committer
+
+LISTED = 3  # keys that a message spells out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairSummary:
+    """What a call of `repair` did.
+
+    Attributes:
+        problems: what it found, each naming its file.
+        shards_written: how many shards it made again; total_rows: of the whole store.
+        derived: whether they were made from other stores, and not by teachers.
+    """
+
+    problems: tuple[str, ...]
+    shards_written: int
+    total_rows: int
+    derived: bool
+
+
+@check_arguments
+def repair(
+    store: str | Path,
+    *,
+    data: "str | Path | Source | Dataset[Any] | None" = None,
+    teachers: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> RepairSummary:
+    """Make the shards that are missing or damaged again, and nothing else: by the teachers, or out of the stores that
+    this one was made from.
+
+    Args:
+        store: its folder.
+        data: the SOURCE, where it is not at the recorded place any more.
+        teachers: the SPECs, where the weights are not at the recorded places any more.
+        sources: of a store that was made from others, where these lie now, in their order.
+
+    Raises:
+        UsageError: data or teachers for a store that was made from others, or sources for one that was not.
+        MismatchError: data, teachers or sources are not the same any more.
+        StoreCorruptError: the manifest itself is damaged, so that nothing says what the store was, or what is wrong is
+            nothing that labelling again changes.
+    """
+    folder = open_folder(store)
+    try:
+        manifest = load_root(folder)
+    except StoreCorruptError as error:
+        raise StoreCorruptError(
+            f"{error}; the shards alone do not say what the store was: without a copy of {ROOT_NAME}, move it out of "
+            "the folder and run the same 'softlabel generate' again, which takes over the whole shards of a store that "
+            "has not grown, or label into another folder"
+        ) from None
+    derived = origins_of(manifest) is not None
+    for option, given, wrong in (
+        ("data", data, derived),
+        ("teacher", teachers, derived),
+        ("source", sources, not derived),
+    ):
+        if given is not None and wrong:
+            how = "made from other stores" if derived else "labelled by teachers"
+            raise UsageError(f"--{option}: {store} was {how}; see 'softlabel inspect {store}'")
+    problems: tuple[str, ...] = ()
+    try:
+        load_manifest(folder)
+    except StoreCorruptError as error:
+        problems = (str(error),)
+        with Committer.open(store, manifest.run, relabel=()):
+            pass  # what damaged segments recorded is found again in the shards
+    report = verify_store(store, workers=workers, allow_incomplete=True)
+    if not (report.ok or report.damaged or report.extra):
+        raise StoreCorruptError(
+            f"{'; '.join(report.problems[:LISTED])}; no shard is damaged that could be made again: label the data "
+            "again, into another folder"
+        )
+    done: GenerateSummary | RewriteSummary
+    if derived:
+        done = redo_store(store, lost=report.damaged, sources=sources, progress=progress)
+    else:
+        done = _relabel(store, report.damaged, data, teachers, device, workers, progress)
+    return RepairSummary(
+        problems=(*problems, *report.problems),
+        shards_written=done.shards_written,
+        total_rows=done.total_rows,
+        derived=derived,
+    )
+
+
+def _relabel(
+    store: str | Path,
+    damaged: Collection[int],
+    data: "str | Path | Source | Dataset[Any] | None",
+    teachers: Sequence[str] | None,
+    device: str,
+    workers: int | None,
+    progress: bool | None,
+) -> GenerateSummary:
+    manifest = load_root(open_folder(store))
+    job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers, damaged=damaged)
+    # Before the damaged shards are forgotten: a repair that is refused leaves the store as it was.
+    check_same_data(store, job.labeller.intake, without=damaged)
+    with Committer.open(store, job.run, relabel=damaged) as committer:
+        if job.labeller.head is not None:
+            committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
+        return label_missing(committer, store, job, progress=progress)
