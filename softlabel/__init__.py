@@ -7,8 +7,6 @@ Names are imported when first used, so that `import softlabel` costs nothing.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     from softlabel.store.open import open_store
     from softlabel.store.reader import Store
     from softlabel.store.verify import verify_store
-    from softlabel.train import TrainConfig, TrainResult, train
+    from softlabel.training import TrainConfig, TrainResult, train
 __version__ = "0.1.0"
 
 __all__ = [
@@ -58,15 +56,15 @@ _HOME = {
     "SoftLabelLoader": "softlabel.loader",
     "Source": "softlabel.dataset",
     "Store": "softlabel.store.reader",
-    "TrainConfig": "softlabel.train",
-    "TrainResult": "softlabel.train",
+    "TrainConfig": "softlabel.training",
+    "TrainResult": "softlabel.training",
     "calibrate": "softlabel.maintain.calibrate",
     "distillation_loss": "softlabel.loss",
     "evaluate": "softlabel.evaluation.evaluate",
     "generate": "softlabel.generation.generate",
     "open_source": "softlabel.dataset",
     "open_store": "softlabel.store.open",
-    "train": "softlabel.train",
+    "train": "softlabel.training",
     "verify_store": "softlabel.store.verify",
     "with_soft_labels": "softlabel.loader",
 }
@@ -82,16 +80,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """`generate`, `calibrate`, `train` and `evaluate` are functions here and files as well: whoever imports the file
-    first, the name in the package stays the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOME.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

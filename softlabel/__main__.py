@@ -2,7 +2,7 @@
 
 import sys
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

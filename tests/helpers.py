@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.models import build_model
 
 CLASSES = ("red", "green", "blue", "grey")

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 from tests.helpers import environment
 
 SERVER = multiprocessing.get_context("forkserver")
 # The server imports them once; it has no threads and nothing of the tests' state.
-SERVER.set_forkserver_preload(["tests.processes", "softlabel.generate", "softlabel.train", "tests.runs"])
+SERVER.set_forkserver_preload(["tests.processes", "softlabel.generation.generate", "softlabel.training", "tests.runs"])
 
 
 def _begin(out: str, err: str, target: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

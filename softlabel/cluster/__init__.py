@@ -21,8 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from softlabel.cluster.deploy import connected
-from softlabel.cluster.drive import Drive
+from softlabel.cluster.connect import connected
+from softlabel.cluster.dispatch import Drive
 from softlabel.cluster.modules import upload_modules
 from softlabel.common.places import absolute_root
 from softlabel.errors import DataError

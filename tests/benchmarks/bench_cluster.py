@@ -20,8 +20,8 @@ import torch
 from distributed import Client
 
 import softlabel
-from softlabel.cluster.deploy import connected
-from softlabel.cluster.drive import Drive
+from softlabel.cluster.connect import connected
+from softlabel.cluster.dispatch import Drive
 from softlabel.generation.deployment import Deployment
 from softlabel.generation.pipeline import label_shard
 from softlabel.generation.reload import job_of

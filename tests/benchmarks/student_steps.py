@@ -8,10 +8,10 @@ from softlabel.loader import SoftLabelLoader
 from softlabel.loss import DenseTarget
 from softlabel.models import build_model
 from softlabel.models.teacher import Teacher, student_preprocessing
-from softlabel.train.distributed import Ranks
-from softlabel.train.grid import students_of
-from softlabel.train.student import Student
-from softlabel.train.work import Counts, Work, cut, prepare, without_filler
+from softlabel.training.distributed import Ranks
+from softlabel.training.grid import students_of
+from softlabel.training.step import Counts, Step, cut, prepare, without_filler
+from softlabel.training.student import Student
 from softlabel.views import CropFlip
 
 TEMPERATURE = 4.0
@@ -47,7 +47,7 @@ def build_steps(
             steps=count,
         )
 
-    def works(kind: str) -> Iterator[Work]:
+    def works(kind: str) -> Iterator[Step]:
         loader = loaders["soft" if kind == "soft" else "hard"]
         loader.set_epoch(0)
         for step, images in zip(range(count), loader, strict=False):

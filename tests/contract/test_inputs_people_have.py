@@ -28,7 +28,7 @@ from PIL import Image
 
 import softlabel
 from softlabel import generate, open_store
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.common.places import absolute_source, absolute_spec
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source

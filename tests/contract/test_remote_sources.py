@@ -21,7 +21,7 @@ import softlabel.dataset.storage_fsspec as remote
 from softlabel.dataset import open_source
 from softlabel.errors import DataError, SpecError
 from softlabel.generation.generate import generate
-from softlabel.train import TrainConfig, train
+from softlabel.training import TrainConfig, train
 from tests.helpers import jpeg, softlabel, write_dataset, write_teacher
 from tests.sourcekit import add_member, s3_server
 

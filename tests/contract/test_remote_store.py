@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.errors import StoreError, StoreIncompleteError, StoreLockedError, StoreNotFoundError
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store

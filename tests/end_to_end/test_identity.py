@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import softlabel
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.errors import MismatchError, SoftLabelError
 from softlabel.generation.reload import job_of
 from softlabel.maintain.audit import recompute

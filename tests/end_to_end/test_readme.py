@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softlabel.cli import COMMANDS
+from softlabel.cli.main import COMMANDS
 from tests.conftest import ROOT
 from tests.helpers import command_line_process, environment, script, softlabel
 

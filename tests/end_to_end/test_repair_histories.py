@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.store.open import open_store
 from softlabel.store.writer import Committer
 from tests import format_reader

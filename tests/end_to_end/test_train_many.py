@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from softlabel import TrainConfig, train
 from softlabel.errors import TrainingError, UsageError
 from softlabel.store.reader import Store
-from softlabel.train.grid import students_of
+from softlabel.training.grid import students_of
 from tests.helpers import softlabel
 from tests.runs import STUDENT, config, equal, finish, history, settings, start, wait_for, write_digits
 from tests.students import pixels

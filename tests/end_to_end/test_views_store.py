@@ -29,7 +29,7 @@ from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
-from softlabel.train import TrainConfig, train
+from softlabel.training import TrainConfig, train
 from softlabel.views import parse_policy
 from tests import format_reader
 from tests import teachers_that_tell as telling

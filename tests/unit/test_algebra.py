@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 import xxhash
 
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.convert import combine_store, convert_store, export_store, merge_stores
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generation.generate import generate

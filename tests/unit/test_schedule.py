@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from softlabel import TrainConfig
 from softlabel.errors import UsageError
-from softlabel.train.schedule import learning_rate
+from softlabel.training.schedule import learning_rate
 
 
 def given(**options: object) -> TrainConfig:

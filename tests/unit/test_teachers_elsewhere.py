@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import softlabel
-from softlabel.cli import main
+from softlabel.cli.main import main
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
 from softlabel.errors import SpecError, TeacherError, UsageError

@@ -3,8 +3,8 @@
 import shlex
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.commands.config import read_options
-from softlabel.commands.telling import duration, size, tell, tell_preflight
+from softlabel.cli.config import read_options
+from softlabel.cli.report import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
     from softlabel.generation.deployment import Deployment

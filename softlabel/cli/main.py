@@ -27,29 +27,29 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 import softlabel
-from softlabel.commands import algebra, label, store, student
+from softlabel.cli import convert, generate, store, train
 from softlabel.common.arguments import check_values, describe, is_plain
 from softlabel.errors import SoftLabelError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "plan": label.plan,
-    "calibrate": label.calibrate,
-    "generate": label.generate,
+    "plan": generate.plan,
+    "calibrate": generate.calibrate,
+    "generate": generate.generate,
     "inspect": store.inspect,
     "verify": store.verify,
     "repair": store.repair,
     "extend": store.extend,
-    "combine": algebra.combine,
-    "merge": algebra.merge,
-    "convert": algebra.convert,
-    "export": algebra.export,
-    "train": student.train,
-    "evaluate": student.evaluate,
+    "combine": convert.combine,
+    "merge": convert.merge,
+    "convert": convert.convert,
+    "export": convert.export,
+    "train": train.train,
+    "evaluate": train.evaluate,
 }
 # A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
-CONFIGS = {"train": ("softlabel.train", "TrainConfig")}
+CONFIGS = {"train": ("softlabel.training", "TrainConfig")}
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 

@@ -12,8 +12,8 @@ from softlabel.common.random import stream_key
 from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss import LossComponents, distillation_loss
-from softlabel.train.grid import StudentConfig
-from softlabel.train.work import Counts
+from softlabel.training.grid import StudentConfig
+from softlabel.training.step import Counts
 
 
 class Objective:

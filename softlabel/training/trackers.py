@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from softlabel.errors import UsageError
-from softlabel.train import files
-from softlabel.train.config import TrainConfig
-from softlabel.train.metrics import EpochMetrics
-from softlabel.train.student import Student
+from softlabel.training import run_folder
+from softlabel.training.config import TrainConfig
+from softlabel.training.metrics import EpochMetrics
+from softlabel.training.student import Student
 
 
 class Tracker(Protocol):
@@ -43,7 +43,7 @@ class Trackers:
                 mine: list[Tracker] = []
                 if config.tensorboard:
                     done = student.epoch * steps + student.step
-                    mine.append(_Board(student.folder / files.BOARD, resume_step=done))
+                    mine.append(_Board(student.folder / run_folder.BOARD, resume_step=done))
                 if config.tracker is not None:
                     mine.append(_WandB(student) if config.tracker == "wandb" else _MLflow(student))
                 for tracker in mine:
@@ -147,11 +147,11 @@ def _absent(name: str) -> UsageError:
 
 def _known_id(folder: Path, tracker: str) -> str | None:
     try:
-        found = json.loads((folder / files.TRACKER).read_text(encoding="utf-8")).get(tracker)
+        found = json.loads((folder / run_folder.TRACKER).read_text(encoding="utf-8")).get(tracker)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, str) else None
 
 
 def _keep_id(folder: Path, tracker: str, identifier: str | None) -> None:
-    files.write_atomically(folder / files.TRACKER, json.dumps({tracker: identifier}).encode() + b"\n")
+    run_folder.write_atomically(folder / run_folder.TRACKER, json.dumps({tracker: identifier}).encode() + b"\n")

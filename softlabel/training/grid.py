@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softlabel.common.spec import parse_spec
-from softlabel.train.config import GRID, TrainConfig
+from softlabel.training.config import GRID, TrainConfig
 
 _SHORT = {"lr": "lr", "weight_decay": "decay", "label_smoothing": "smooth", "temperature": "T"} | {
     "soft_weight": "soft",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlabel.train.files import write_atomically
+from softlabel.training.run_folder import write_atomically
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

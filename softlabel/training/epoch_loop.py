@@ -17,15 +17,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from softlabel.evaluation.evaluate import Measurement
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.loader import Batch, SoftLabelLoader
-from softlabel.train import files
-from softlabel.train.config import TrainConfig
-from softlabel.train.crew import Crew
-from softlabel.train.distributed import Ranks
-from softlabel.train.interrupts import Interrupts
-from softlabel.train.metrics import write_csv
-from softlabel.train.student import Student
-from softlabel.train.trackers import Trackers
-from softlabel.train.work import Counts, Work, cut, prepare, without_filler
+from softlabel.training import run_folder
+from softlabel.training.config import TrainConfig
+from softlabel.training.distributed import Ranks
+from softlabel.training.interrupts import Interrupts
+from softlabel.training.metrics import write_csv
+from softlabel.training.parallel_students import ParallelStudents
+from softlabel.training.step import Counts, Step, cut, prepare, without_filler
+from softlabel.training.student import Student
+from softlabel.training.trackers import Trackers
 
 log = logging.getLogger("softlabel")
 
@@ -75,7 +75,7 @@ class Pass:
             logging_redirect_tqdm(),
             Trackers(self.config, self._active if self.ranks.is_first else [], steps) as trackers,
             Interrupts() as interrupts,
-            Crew(self._at_once()) as crew,
+            ParallelStudents(self._at_once()) as crew,
         ):
             self._write_metrics()
             while self._active:
@@ -94,7 +94,7 @@ class Pass:
 
     # ---- an epoch ----
 
-    def _epoch(self, epoch: int, step: int, crew: Crew, bar: "tqdm[Any]", interrupts: Interrupts) -> None:
+    def _epoch(self, epoch: int, step: int, crew: ParallelStudents, bar: "tqdm[Any]", interrupts: Interrupts) -> None:
         steps = len(self.loader)
         self.loader.set_epoch(epoch, step)
         last = time.perf_counter()
@@ -124,7 +124,7 @@ class Pass:
                 self._saved = time.perf_counter()
         crew.drain()
 
-    def _work(self, batch: Batch, epoch: int, step: int, interrupts: Interrupts) -> tuple[Work, bool, bool]:
+    def _work(self, batch: Batch, epoch: int, step: int, interrupts: Interrupts) -> tuple[Step, bool, bool]:
         """The step for all students; whether to stop after it, and whether to save: what any process says, all do."""
         batch, counts_B = without_filler(batch)
         parts = cut(batch, counts_B, self.config.accumulate)
@@ -149,7 +149,7 @@ class Pass:
             if student.failure is not None:
                 self._active.remove(student)
                 if self.ranks.is_first:
-                    files.write_failure(student.folder, student.failure)
+                    run_folder.write_failure(student.folder, student.failure)
                 if len(self.students) > 1:
                     log.warning("%s is given up: %s", student.config.name, student.failure)
 
@@ -206,7 +206,7 @@ class Pass:
     def _write_metrics(self) -> None:
         if self.ranks.is_first:
             for student in self.students:
-                write_csv(student.folder / files.METRICS, student.history)
+                write_csv(student.folder / run_folder.METRICS, student.history)
 
     def _publish(self, student: Student) -> None:
         self._active.remove(student)

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.commands.config import local, write_config
+from softlabel.cli.config import local, write_config
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
-    from softlabel.train import TrainConfig, TrainResult
+    from softlabel.training import TrainConfig, TrainResult
 
 
 def train(config: "TrainConfig") -> int:
@@ -20,7 +20,7 @@ def train(config: "TrainConfig") -> int:
     Example:
         softlabel train --data train.parquet --labels labels/resnet50 --student zoo:resnet8 --epochs 10 --out runs/kd
     """
-    from softlabel.train import train as run
+    from softlabel.training import train as run
 
     local(config.out, "--out")
     result = run(config)

@@ -28,7 +28,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Work:
+class Step:
     """One step, ready for any student.
 
     Attributes:
@@ -107,12 +107,12 @@ def prepare(
     epoch: int,
     step: int,
     listen: bool,
-) -> Work:
+) -> Step:
     """Do once what all students need.
 
     Args:
         batch: on the device, without filler.
-        parts, whole: see `Work`.
+        parts, whole: see `Step`.
         norms: how the students normalise.
         listen: whether to ask what the teacher says.
     """
@@ -125,7 +125,7 @@ def prepare(
     top_B = told = None
     if listen and batch.target is not None:
         top_B, told = _listen(batch)
-    return Work(epoch=epoch, step=step, batch=batch, images=images, parts=parts, whole=whole, top=top_B, told=told)
+    return Step(epoch=epoch, step=step, batch=batch, images=images, parts=parts, whole=whole, top=top_B, told=told)
 
 
 def _listen(batch: Batch) -> tuple[Tensor | None, Tensor | None]:

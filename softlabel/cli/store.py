@@ -1,7 +1,7 @@
 """Commands about one store: inspect, verify, repair, extend."""
 
-from softlabel.commands.config import options_of
-from softlabel.commands.telling import tell
+from softlabel.cli.config import options_of
+from softlabel.cli.report import tell
 from softlabel.errors import UsageError
 
 DAMAGED = 3  # exit code of `verify`
@@ -24,7 +24,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     import dataclasses
     from json import dumps
 
-    from softlabel.commands.algebra import provenance
+    from softlabel.cli.convert import provenance
     from softlabel.store.open import open_store
 
     opened = open_store(store, allow_incomplete=True)

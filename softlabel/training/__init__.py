@@ -3,9 +3,9 @@
 TrainConfig -> loader -> students, each with its loss and optimiser -> run folders (metrics, checkpoint, weights)
 """
 
-from softlabel.train.config import TrainConfig
-from softlabel.train.loop import train
-from softlabel.train.metrics import EpochMetrics
-from softlabel.train.summary import StudentResult, TrainResult
+from softlabel.training.config import TrainConfig
+from softlabel.training.metrics import EpochMetrics
+from softlabel.training.summary import StudentResult, TrainResult
+from softlabel.training.train import train
 
 __all__ = ["EpochMetrics", "StudentResult", "TrainConfig", "TrainResult", "train"]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from softlabel.errors import UsageError
 from softlabel.loader import SoftLabelLoader
-from softlabel.train import files
-from softlabel.train.config import TrainConfig
-from softlabel.train.distributed import Ranks
-from softlabel.train.metrics import EpochMetrics
-from softlabel.train.student import Student
+from softlabel.training import run_folder
+from softlabel.training.config import TrainConfig
+from softlabel.training.distributed import Ranks
+from softlabel.training.metrics import EpochMetrics
+from softlabel.training.student import Student
 
 log = logging.getLogger("softlabel")
 
@@ -124,7 +124,7 @@ def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    files.write_atomically(folder / RESULTS, text.getvalue().encode())
+    run_folder.write_atomically(folder / RESULTS, text.getvalue().encode())
 
 
 def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, students: Sequence[Student]) -> None:

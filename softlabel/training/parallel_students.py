@@ -11,14 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from softlabel.train.student import Student
-from softlabel.train.work import Work
+from softlabel.training.step import Step
+from softlabel.training.student import Student
 
 # Steps that are on their way at a time: enough that students of different sizes wait for each other rarely.
 _AHEAD = 3
 
 
-class Crew:
+class ParallelStudents:
     """Makes the steps of students.
 
     Args:
@@ -33,7 +33,7 @@ class Crew:
         self._last: dict[int, Future[None]] = {}
         self._under_way: deque[list[Future[None]]] = deque()
 
-    def advance(self, students: Sequence[Student], work: Work) -> None:
+    def advance(self, students: Sequence[Student], work: Step) -> None:
         """Make a step of each student, or begin to; what goes wrong is raised here, at the next step or by `drain`."""
         if not self._may_share(students):
             self.drain()
@@ -76,7 +76,7 @@ class Crew:
         for future in self._under_way.popleft():
             future.result()
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "ParallelStudents":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,7 +85,7 @@ class Crew:
             torch.set_num_threads(self._threads)  # what the threads have set is the default of threads to come
 
 
-def _advance(student: Student, work: Work, before: "Future[None] | None") -> None:
+def _advance(student: Student, work: Step, before: "Future[None] | None") -> None:
     if before is not None:
         before.result()
     student.advance(work, alone=False)

@@ -2,7 +2,7 @@
 
 import math
 
-from softlabel.train.config import TrainConfig
+from softlabel.training.config import TrainConfig
 
 # Of the one-cycle policy (Smith and Topin 2017), the numbers that torch's OneCycleLR has.
 _RISE, _START, _END = 0.3, 25.0, 1e4

@@ -22,15 +22,15 @@ from softlabel.evaluation.evaluate import autocast
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import RunModel, network_of, save_run
-from softlabel.train import files, random_state
-from softlabel.train.distributed import Ranks
-from softlabel.train.ema import Average
-from softlabel.train.grid import StudentConfig
-from softlabel.train.metrics import EpochMetrics, Sums
-from softlabel.train.objective import Objective
-from softlabel.train.schedule import learning_rate
-from softlabel.train.sync_norm import synchronize
-from softlabel.train.work import Counts, Work, norm_of, take
+from softlabel.training import rng, run_folder
+from softlabel.training.distributed import Ranks
+from softlabel.training.ema import Average
+from softlabel.training.grid import StudentConfig
+from softlabel.training.metrics import EpochMetrics, Sums
+from softlabel.training.objective import Objective
+from softlabel.training.schedule import learning_rate
+from softlabel.training.step import Counts, Step, norm_of, take
+from softlabel.training.sync_batchnorm import synchronize
 
 log = logging.getLogger("softlabel")
 
@@ -82,7 +82,7 @@ class Student:
         self._forward = torch.compile(forward) if config.shared.compile else forward
         self._optimizer = _optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self._random = random_state.seeded(self.device, config.shared.seed, ranks.rank)
+        self._random = rng.seeded(self.device, config.shared.seed, ranks.rank)
         self.draws_random_numbers = False  # known once it has made a step
         self.epoch = self.step = 0  # epochs done; steps done of the next one
         self.history: list[EpochMetrics] = []
@@ -105,7 +105,7 @@ class Student:
         patience = self.shared.patience
         return self.epoch >= self.shared.epochs or (patience is not None and self._evaluations_since >= patience)
 
-    def advance(self, work: Work, *, alone: bool) -> None:
+    def advance(self, work: Step, *, alone: bool) -> None:
         """Make the step, unless it is another student's, or this one has failed.
 
         Args:
@@ -115,16 +115,16 @@ class Student:
             return
         if alone:
             # The global generators are this student's meanwhile: students of one pass do not disturb one another.
-            with random_state.kept(self.device):
-                random_state.restore(self._random, self.device)
+            with rng.kept(self.device):
+                rng.restore(self._random, self.device)
                 self._advance(work)
-                after = random_state.state_of(self.device)
-            self.draws_random_numbers |= not random_state.same(after, self._random)
+                after = rng.state_of(self.device)
+            self.draws_random_numbers |= not rng.same(after, self._random)
             self._random = after
         else:
-            before = random_state.state_of(self.device)
+            before = rng.state_of(self.device)
             self._advance(work)
-            if not random_state.same(before, random_state.state_of(self.device)):
+            if not rng.same(before, rng.state_of(self.device)):
                 raise TrainingError(
                     f"student {self.config.student}: it draws random numbers in some steps only, which several "
                     "students cannot do at the same time; use --students-at-once 1"
@@ -133,7 +133,7 @@ class Student:
         if (self.device.type == "cpu" and not self.ranks.several) or self.step % _LOOK_EVERY == 0:
             self.look()
 
-    def _advance(self, work: Work) -> None:
+    def _advance(self, work: Step) -> None:
         self.model.train()
         rate = learning_rate(self.shared, self.config.lr, self.epoch * self.steps + self.step, self.steps)
         for group in self._optimizer.param_groups:
@@ -162,7 +162,7 @@ class Student:
         if self.average is not None:
             self.average.update(self.model)
 
-    def _backward(self, work: Work, part: slice, here: Counts) -> None:
+    def _backward(self, work: Step, part: slice, here: Counts) -> None:
         images_BCHW, batch, top_B = work.images[norm_of(self.preprocessing)], work.batch, work.top
         if len(work.parts) > 1:
             images_BCHW, batch, top_B = images_BCHW[part], take(batch, part), None if top_B is None else top_B[part]
@@ -233,7 +233,7 @@ class Student:
             if self.best is None or metrics.eval_accuracy > self.best:
                 self.best, self._evaluations_since = metrics.eval_accuracy, 0
                 if self.ranks.is_first:
-                    files.save_weights(self.folder / files.BEST, self.evaluated)
+                    run_folder.save_weights(self.folder / run_folder.BEST, self.evaluated)
             else:
                 self._evaluations_since += 1
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
@@ -248,7 +248,7 @@ class Student:
         sums = self.ranks.sum_tensor(self._sums.values).tolist()
         if not self.ranks.is_first:
             return
-        files.save_checkpoint(
+        run_folder.save_checkpoint(
             self.folder,
             {
                 "epoch": self.epoch,
@@ -268,7 +268,7 @@ class Student:
 
     def resume(self) -> None:
         """Take up the checkpoint in the folder, if there is one."""
-        state = files.load_checkpoint(self.folder)
+        state = run_folder.load_checkpoint(self.folder)
         if state is None:
             return
         self.model.load_state_dict(state["model"])
@@ -288,7 +288,7 @@ class Student:
         """Write the finished student, so that its folder is a SPEC."""
         model = self.evaluated
         if self.shared.select == "best":
-            files.load_weights(self.folder / files.BEST, model)
+            run_folder.load_weights(self.folder / run_folder.BEST, model)
         description = replace(self._network, num_classes=num_classes, preprocessing=self.preprocessing.to_dict())
         try:
             save_run(self.folder, model, description)

@@ -23,14 +23,14 @@ from softlabel.models import Program, build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
-from softlabel.train import files
-from softlabel.train.config import GRID, TrainConfig
-from softlabel.train.distributed import Ranks
-from softlabel.train.grid import StudentConfig, students_of
-from softlabel.train.metrics import read_csv
-from softlabel.train.run import Pass, closing_loader
-from softlabel.train.student import Student
-from softlabel.train.summary import StudentResult, TrainResult, announce, write_summary
+from softlabel.training import run_folder
+from softlabel.training.config import GRID, TrainConfig
+from softlabel.training.distributed import Ranks
+from softlabel.training.epoch_loop import Pass, closing_loader
+from softlabel.training.grid import StudentConfig, students_of
+from softlabel.training.metrics import read_csv
+from softlabel.training.student import Student
+from softlabel.training.summary import StudentResult, TrainResult, announce, write_summary
 from softlabel.views import CropFlip, Views
 
 log = logging.getLogger("softlabel")
@@ -181,7 +181,7 @@ def _hold(
 ) -> list[StudentResult | None]:
     """Hold every student's folder for this run; the results of those that need no more training."""
     if len(configs) > 1:
-        files.hold_students(Path(config.out), {c.name: c.identity() for c in configs}, asdict(config))
+        run_folder.hold_students(Path(config.out), {c.name: c.identity() for c in configs}, asdict(config))
     standing: list[StudentResult | None] = []
     for student in configs:
         folder = Path(student.out)
@@ -189,17 +189,17 @@ def _hold(
         one = asdict(config) | {"out": student.out}
         one |= {name: getattr(student, name) for name in GRID} if len(configs) > 1 else {}
         identity = {**student.identity(), **shared}
-        if not config.overwrite and files.is_finished(folder) and (before := files.recorded_identity(folder)):
+        if not config.overwrite and run_folder.is_finished(folder) and (before := run_folder.recorded_identity(folder)):
             identity |= {VIEWS: before[VIEWS]} if VIEWS in before else {}  # its epochs are over
-        held.enter_context(files.run_folder(folder, identity=identity, config=one, overwrite=config.overwrite))
-        failure = files.read_failure(folder)
-        if files.is_finished(folder):
+        held.enter_context(run_folder.run_folder(folder, identity=identity, config=one, overwrite=config.overwrite))
+        failure = run_folder.read_failure(folder)
+        if run_folder.is_finished(folder):
             log.info("%s: finished already; --overwrite trains it again", folder)
-            history = tuple(read_csv(folder / files.METRICS))
+            history = tuple(read_csv(folder / run_folder.METRICS))
             standing.append(StudentResult(name=student.name, out=student.out, history=history, already_done=True))
         elif failure is not None and len(configs) > 1:
-            log.info("%s: given up before (%s); remove its %s to try again", folder, failure, files.FAILED)
-            history = tuple(read_csv(folder / files.METRICS))
+            log.info("%s: given up before (%s); remove its %s to try again", folder, failure, run_folder.FAILED)
+            history = tuple(read_csv(folder / run_folder.METRICS))
             standing.append(StudentResult(name=student.name, out=student.out, history=history, failure=failure))
         else:
             standing.append(None)
@@ -299,7 +299,7 @@ def _choose_views(config: TrainConfig, configs: list[StudentConfig], store: Stor
     if store is None or not store.run.view_columns:
         return None
     folders = [] if config.overwrite else [Path(student.out) for student in configs]
-    begun = [files.recorded_identity(folder) for folder in folders if not files.is_finished(folder)]
+    begun = [run_folder.recorded_identity(folder) for folder in folders if not run_folder.is_finished(folder)]
     recorded = [found[VIEWS] for found in begun if isinstance(found.get(VIEWS), int)]
     return int(min([*recorded, store.run.views.count]))
 

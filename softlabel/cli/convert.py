@@ -90,7 +90,7 @@ def convert(
         shard_rows: samples a shard; as it is when absent.
     """
     options = dict(locals())
-    from softlabel.commands.label import encoding_of
+    from softlabel.cli.generate import encoding_of
     from softlabel.convert import convert_store
     from softlabel.store.open import open_store
 
