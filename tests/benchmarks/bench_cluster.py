@@ -30,7 +30,7 @@ from softlabel.store.manifest import ShardRecord, shard_file
 from softlabel.store.open import open_store
 from softlabel.store.strict_json import dumps, to_json
 from softlabel.store.writer import write_shard
-from tests.clusterkit import cluster, dataset, teacher_spec
+from tests.support.clusters import cluster, dataset, teacher_spec
 
 SHARD = 250
 

@@ -27,7 +27,7 @@ from softlabel.store.manifest import DatasetInfo, Member, Run
 from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
 from tests.benchmarks.timing import interleaved
-from tests.helpers import jpeg
+from tests.support.commands import jpeg
 
 CLASSES, BATCH, REPEATS = 1000, 256, 7
 failures: list[str] = []

@@ -16,7 +16,7 @@ from softlabel.models.teacher import load_teacher
 from tests.benchmarks.accelerator import Bench, run_benchmark
 from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
-from tests.students import random_logits, write_store
+from tests.support.students import random_logits, write_store
 
 CLASSES = 1000
 SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"

@@ -23,7 +23,7 @@ from softlabel.models.teacher import load_teacher
 from softlabel.store.reader import Store
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
 from tests.benchmarks.timing import interleaved
-from tests.students import random_logits, write_store
+from tests.support.students import random_logits, write_store
 
 STUDENT, BATCH = "zoo:resnet8", 256
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softlabel.loss import DenseTarget, TopKTarget, distillation_loss
 from softlabel.models import build_model
-from tests.loss_cases import top_k_target
+from tests.support.loss_cases import top_k_target
 
 N, TEMPERATURE, SOFT, HARD, KEPT = 1024, 4.0, 0.9, 0.1, 64
 GOALS = {

@@ -79,7 +79,7 @@ PARTS = (
     _benchmark("bench_generate_gpu", 100),
     _benchmark("bench_loss_gpu", 75),
     _benchmark("bench_student_gpu", 60),
-    _pytest("kernels", "tests/unit/triton_inside.py", marks="not slow", seconds=90),
+    _pytest("kernels", "tests/loss/triton_interpreter.py", marks="not slow", seconds=90),
     _benchmark("bench_decode_gpu", 30),
     _benchmark("bench_compile_gpu", 120),
 )

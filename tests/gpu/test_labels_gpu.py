@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 import softlabel
 from softlabel.models import build_model
 from softlabel.models.teacher import load_teacher
-from tests.helpers import write_dataset, write_teacher
+from tests.support.commands import write_dataset, write_teacher
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""What the loss promises on a CUDA device. `tests/unit/triton_inside.py` compares values with the reference."""
+"""What the loss promises on a CUDA device. `tests/loss/triton_interpreter.py` compares values with the reference."""
 
 import pytest
 import torch

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 import softlabel
-from tests.helpers import softlabel as command
-from tests.helpers import write_dataset, write_teacher
-from tests.runs import config, history, write_digits
+from tests.support.commands import softlabel as command
+from tests.support.commands import write_dataset, write_teacher
+from tests.support.runs import config, history, write_digits
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,170 @@
+"""Arrays and lists of files: what shapes, labels and keys they take, and what they refuse."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from softlabel.dataset import open_source
+from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_decode import decode_image
+from tests.support.commands import jpeg
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (6, 7, 5, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    {
+        "grey": (PIXELS[..., 0], PIXELS[..., :1].repeat(3, 3)),
+        "grey-last": (PIXELS[..., :1], PIXELS[..., :1].repeat(3, 3)),
+        "grey-first": (PIXELS[..., 0][:, None], PIXELS[..., :1].repeat(3, 3)),
+        "alpha": (np.concatenate([PIXELS, PIXELS[..., :1]], 3), PIXELS),
+        "first": (PIXELS.transpose(0, 3, 1, 2), PIXELS),
+        # Where both axes could be channels, the last one is.
+        "both": (PIXELS[:, :3], PIXELS[:, :3]),
+    }.values(),
+)
+def test_shapes(stored: np.ndarray, expected: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", stored)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = stored
+    for name in ("a.npy", "a.h5"):
+        images = [
+            decode_image(one.image).permute(1, 2, 0).numpy() for one in open_source(tmp_path / name).read(range(6))
+        ]
+        np.testing.assert_array_equal(images, expected)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (PIXELS.astype(np.float32), "found float32; floats have no agreed range"),
+        (PIXELS.astype(np.uint16), "found uint16; other integers"),
+        (PIXELS[0, 0], r"found \(5, 3\)"),
+        (PIXELS[..., :2], r"found \(6, 7, 5, 2\)"),
+        (np.array(["a"], dtype=object), "Object arrays|object"),
+    ],
+)
+def test_arrays_that_are_no_images(array: np.ndarray, reason: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", images=array, allow_pickle=True)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(DataError, match=reason):
+            open_source(tmp_path / name)
+
+
+def test_labels_and_keys(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"], file["fine"], file["ids"] = PIXELS, np.array([[0], [1], [-1], [2], [1], [0]]), np.arange(6) * 11
+        file["few"], file["soft"] = np.arange(5), np.ones((6, 10))
+    where = f"{tmp_path / 'a.h5'}?images=x"
+    assert not open_source(where).has_labels
+    source = open_source(f"{where}&labels=fine&keys=ids")
+    assert source.labels().tolist() == [0, 1, IGNORE, 2, 1, 0]
+    assert source.keys() == ["0", "11", "22", "33", "44", "55"]
+    for option, reason in {
+        "labels=few": r"expected 6 integers, found int64 of shape \(5,\)",
+        "labels=soft": r"found float64 of shape \(6, 10\)",
+        "keys=few": "expected 6 strings or integers",
+        "keys=fine": "expected 6 strings or integers",
+        "labels=nothing": "there is no dataset 'nothing'; the file has few, fine, ids, soft, x",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            open_source(f"{where}&{option}")
+    with pytest.raises(DataError, match="there is no dataset 'images'"):
+        open_source(tmp_path / "a.h5")
+    with pytest.raises(SpecError, match="unknown option key"):
+        open_source(f"{where}&key=index")
+    np.save(tmp_path / "a.npy", PIXELS)
+    with pytest.raises(SpecError, match="no such file"):
+        open_source(f"{tmp_path / 'a.npy'}?labels=nothing.npy")
+    np.savez(tmp_path / "a.npz", images=PIXELS, y=np.arange(6))
+    assert open_source(f"{tmp_path / 'a.npz'}?labels=y").labels().tolist() == list(range(6))
+    with pytest.raises(DataError, match="there is no array 'z'; the archive has images, y"):
+        open_source(f"{tmp_path / 'a.npz'}?labels=z")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.h5"])
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    np.save(tmp_path / "a.npy", PIXELS)
+    np.savez(tmp_path / "a.npz", images=PIXELS)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = PIXELS
+    whole = path.read_bytes()
+    for length in (0, 5, len(whole) // 2):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=rf"a\.{name[2:]}"):
+            open_source(path)
+
+
+def test_lists(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i},x.jpg").write_bytes(jpeg(i))
+
+    def write(text: str) -> str:
+        (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
+        return str(tmp_path / "list.csv")
+
+    source = open_source(write('path,label\n"2,x.jpg",7\n\n"0,x.jpg",\r\n"gone.jpg",-1\n'))
+    assert (source.keys(), source.labels().tolist()) == (["2,x.jpg", "0,x.jpg", "gone.jpg"], [7, IGNORE, IGNORE])
+    found = source.read([1, 0, 2])
+    assert [one.image for one in found[:2]] == [jpeg(0), jpeg(2)]
+    assert isinstance(found[2].image, BadImageError)
+    assert not open_source(f"{write('1.jpg,2')}?labels=none").has_labels
+    assert not open_source(write("1.jpg\n2.jpg")).has_labels
+    absolute = tmp_path / "3,x.jpg"
+    assert open_source(write(f'"{absolute}"')).read([0])[0].image == jpeg(3)
+    for text, reason in {
+        "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the path, found '2,x.jpg'; put a path",
+        "a.jpg,cat": "line 1: expected a class number",
+        "a.jpg,1,2": "line 1: expected PATH or PATH,LABEL, found 'a.jpg,1,2'",
+        ",1": "line 1: expected PATH",
+        '"a.jpg': "expected a list of paths in UTF-8, found",
+        "a.jpg,-5": "expected a label of at least 0",
+        "a.jpg\nb.jpg\na.jpg": r"found more than once: 'a.jpg' \(samples 0 and 2\); name each file once",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            open_source(write(text))
+    with pytest.raises(SpecError, match="root=/nowhere: no such folder"):
+        open_source(f"{write('a.jpg')}?root=/nowhere")
+    with pytest.raises(SpecError, match="labels: expected none"):
+        open_source(f"{write('a.jpg')}?labels=folders")
+
+
+def test_classes_are_checked(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", PIXELS)
+    np.save(tmp_path / "y.npy", np.arange(6) % 3)
+    where = f"{tmp_path / 'a.npy'}?labels={tmp_path / 'y.npy'}&classes={tmp_path / 'c.txt'}"
+    (tmp_path / "c.txt").write_text("cat\ndog\nowl\n")
+    assert open_source(where).class_names == ("cat", "dog", "owl")
+    assert open_source(where, ignore_labels=True).class_names is None
+    for text, reason in {
+        "cat\ndog\ncat": "'cat' on line 3",
+        "cat\n\ndog": "'' on line 2",
+        "": "none on line 1",
+    }.items():
+        (tmp_path / "c.txt").write_text(text)
+        with pytest.raises(SpecError, match=reason):
+            open_source(where)
+    (tmp_path / "c.txt").unlink()
+    with pytest.raises(SpecError, match=r"c\.txt: cannot be read"):
+        open_source(where)
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter([torch.zeros(3, 4, 4, dtype=torch.uint8)] * 3)
+
+
+def test_a_stream_promises_no_order() -> None:
+    with pytest.raises(DataError, match=r"a stream, which promises no order .* as tar shards or files"):
+        open_source(Stream())

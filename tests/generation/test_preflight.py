@@ -1,0 +1,191 @@
+"""What generate says before hours are spent: the plan, the disk, and what looks wrong about a teacher."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import softlabel
+from softlabel.errors import DataError
+from softlabel.generation.preflight.sample import sample_indices
+from softlabel.models import build_model
+from tests.support.commands import CLASSES, beside_source, jpeg, write_parquet, write_teacher
+from tests.support.commands import softlabel as run
+
+ROWS = 160
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 images whose labels are what the teacher sees in them, but for a few."""
+    import io
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("preflight")
+    images = [jpeg(number) for number in range(ROWS)]
+    teacher = build_model(write_teacher(folder / "teacher.safetensors")).eval()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(image)), np.float32) for image in images])
+    inputs = (torch.from_numpy(pixels) / 255 - 0.5) / 0.25
+    with torch.inference_mode():
+        logits_NC = teacher(inputs.permute(0, 3, 1, 2))
+    # The classes in equal shares: what the teacher answers is what its bias makes of it.
+    bias = -logits_NC.mean(dim=0)
+    state = load_file(folder / "teacher.safetensors")
+    save_file({**state, "linear.bias": state["linear.bias"] + bias}, folder / "teacher.safetensors")
+    labels = (logits_NC + bias).argmax(dim=1).tolist()
+    assert min(labels.count(one) for one in range(len(CLASSES))) > ROWS // 20
+    labels[:8] = [(label + 1) % len(CLASSES) for label in labels[:8]]
+    write_parquet(folder / "data.parquet", images, labels=labels)
+    renamed = [[2, 3, 0, 1][label] for label in labels]
+    write_parquet(folder / "renamed.parquet", images, labels=renamed)
+    rng = np.random.default_rng(0)
+    write_parquet(folder / "random.parquet", images, labels=rng.integers(0, len(CLASSES), ROWS).tolist())
+    return folder
+
+
+def spec(ready: Path, options: str = "mean=0.5&std=0.25") -> str:
+    return f"zoo:resnet8@{ready / 'teacher.safetensors'}?{options}"
+
+
+def command(ready: Path, out: Path, data: str = "data", teacher: str | None = None) -> list[object]:
+    given = spec(ready) if teacher is None else teacher
+    base = ["generate", "--data", ready / f"{data}.parquet", "--teacher", given, "--out", out, "--batch-size", 64]
+    return [*base, "--shard-rows", 50]
+
+
+def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path) -> None:
+    done = run(*command(ready, tmp_path / "store"))
+    plan, summary = done.stdout.split(": complete, ")
+    assert "160 images, 1 teacher(s), 4 classes" in plan
+    assert "in 4 shards" in plan
+    assert "encoding float16: 8 bytes a row" in plan
+    accuracy = float(re.search(r"on [0-9]+ images of the sample: ([0-9.]+)", plan)[1])  # type: ignore[index]
+    assert 0.9 <= accuracy <= 1
+    assert beside_source(done.stderr) == []
+    totals = softlabel.open_store(tmp_path / "store").manifest.totals
+    planned = re.search(r"about ([0-9.]+) kB in", plan)
+    assert planned is not None
+    assert float(planned[1]) * 1000 == pytest.approx(ROWS * (8 + 24 + len("image-00000.jpg")), rel=0.01)
+    assert float(planned[1]) * 1000 < totals.bytes
+    assert "160 images labelled" in summary
+    assert "of the teachers alone" in summary
+    assert "accuracy of these labels where a hard label exists: 0.95" in summary
+    assert f"softlabel train --data {ready / 'data.parquet'} --labels {tmp_path / 'store'}" in summary
+    again = run(*command(ready, tmp_path / "store")).stdout
+    assert again.count("\n") == 1
+    assert "nothing to do" in again
+
+
+def test_a_resumed_run_plans_what_is_left(ready: Path, tmp_path: Path) -> None:
+    run(*command(ready, tmp_path / "store"))
+    assert run("verify", tmp_path / "store").returncode == 0
+    next((tmp_path / "store" / "shards").glob("00003-*")).unlink()
+    (tmp_path / "store" / "manifest.json").unlink()
+    told = run(*command(ready, tmp_path / "store")).stdout
+    assert ": 10 images, 1 teacher(s)" in told
+    assert "in 1 shards" in told
+
+
+def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> None:
+    done = run(*command(ready, tmp_path / "store", data="random"), "--no-preflight")
+    assert done.stdout.startswith(f"{tmp_path / 'store'}: complete")
+    assert beside_source(done.stderr) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "said"),
+    [
+        (
+            "renamed",
+            "mean=0.5&std=0.25",
+            r"classes seem to be in another order.*it answers 0 where the label is 2",
+        ),
+        ("random", "mean=0.5&std=0.25", r"no better than chance.*preprocessing"),
+        ("data", "mean=0.5&std=0.25", None),
+    ],
+    ids=["order", "chance", "right"],
+)
+def test_what_looks_wrong_is_said(
+    ready: Path, tmp_path: Path, data: str, options: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    softlabel.generate(
+        ready / f"{data}.parquet", teachers=[spec(ready, options)], out=tmp_path / "s", batch_size=64, progress=False
+    )
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (said is not None)
+    if said is not None:
+        assert re.search(said, warned[0]), warned
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [("mean=0&std=1", "ImageNet's|CIFAR's"), ("", None)],
+    ids=["wrong", "right"],
+)
+def test_a_real_teacher_under_another_normalisation(
+    shared_data: Path, tmp_path: Path, options: str, named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = f"zoo:resnet20@{shared_data / 'cifar10-resnets/resnet20-12fca82f.th'}{'?' * bool(options)}{options}"
+    data = f"{shared_data / 'cifar10-jpeg/test.parquet'}?rows=0:256"
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "store", batch_size=128, progress=False)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (named is not None), warned
+    if named is not None:
+        assert re.search(named, warned[0])
+        assert "mean=" in warned[0]
+
+
+class Changing(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Eight images that are others with every call, as a random transform makes them."""
+
+    calls = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.calls += 1
+        return torch.full((3, 32, 32), self.calls % 251, dtype=torch.uint8)
+
+
+def test_a_dataset_that_changes_between_two_calls_is_refused(ready: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"image '0': expected the same pixels.*random transforms"):
+        softlabel.generate(Changing(), teachers=[spec(ready)], out=tmp_path / "store", progress=False)
+
+
+def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        (disk / "filler").write_bytes(bytes(50 * 1024))
+        options = command(ready, disk / "store")
+        done = run(*options, code=1)
+        (line,) = beside_source(done.stderr)
+        need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", line))
+        assert need == ROWS * (8 + 24 + len("image-00000.jpg"))
+        assert free < 64 * 1024 - 50 * 1024
+        assert "--encoding" in done.stderr
+        assert not list((disk / "store").glob("shards/*"))
+        (disk / "filler").unlink()
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        assert "complete, 160 rows" in run(*options).stdout
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_the_sample_comes_from_everywhere_and_always_the_same() -> None:
+    first, *others = sample_indices(100_000, 256, 7)
+    assert len(first) == 256
+    assert np.histogram(first, bins=4, range=(0, 100_000))[0].min() > 0
+    np.testing.assert_array_equal(first, next(sample_indices(100_000, 256, 7)))
+    assert not np.array_equal(first, next(sample_indices(100_000, 256, 8)))
+    # Every sample once, when it goes on for long enough.
+    everything = np.concatenate([first, *others])
+    np.testing.assert_array_equal(np.sort(everything), np.arange(100_000))

@@ -1,0 +1,62 @@
+"""The recipes in pipelines/ that train in other people's loops, run as a user runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import softlabel
+from tests.conftest import ROOT
+from tests.support.commands import environment, write_parquet
+from tests.support.students import DIGITS, digit_jpegs, random_logits, write_store
+
+KEYS = [f"digit-{number:04d}.jpg" for number in range(500)]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 digits, and a store of a teacher that knows their classes."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    images, labels = digit_jpegs()
+    images, labels = images[: len(KEYS)], labels[: len(KEYS)]
+    write_parquet(folder / "digits.parquet", images, keys=KEYS, labels=labels, class_names=DIGITS)
+    logits_NC = random_logits(len(KEYS), 10) / 5
+    logits_NC[range(len(KEYS)), labels] += 8
+    write_store(folder / "labels", KEYS, logits_NC, images=images, labels=labels, class_names=DIGITS, temperature=2)
+    return folder
+
+
+def run(recipe: str, folder: Path, *arguments: object) -> str:
+    script = ROOT / "pipelines" / recipe
+    assert len(script.read_text().splitlines()) < 150
+    done = subprocess.run(
+        [sys.executable, str(script), "--data", "digits.parquet", "--labels", "labels", *map(str, arguments)],
+        cwd=folder,
+        env={**environment(), "HF_DATASETS_CACHE": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_a_student_trains_in_lightning_and_is_a_spec(digits: Path) -> None:
+    pytest.importorskip("lightning", reason="needs the extra 'lightning'")
+    arguments = ("--student", "zoo:resnet8?resize=16&crop=16", "--out", "runs/lightning", "--batch-size", 50)
+    told = run("lightning_student.py", digits, *arguments, "--epochs", 4)
+    accuracy = float(re.search(r"accuracy ([0-9.]+), agreement", told)[1])  # type: ignore[index]
+    assert accuracy > 0.8
+    found = softlabel.evaluate(digits / "runs/lightning", digits / "digits.parquet", progress=False)
+    assert found.accuracy == pytest.approx(accuracy, abs=1e-4)
+
+
+def test_a_hugging_face_model_trains_in_its_trainer(digits: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    pytest.importorskip("datasets", reason="needs Hugging Face datasets")
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    told = run("hf_trainer.py", digits, "--out", "runs/vit", "--epochs", 12)
+    assert float(re.search(r"accuracy ([0-9.]+)", told)[1]) > 0.4  # type: ignore[index]
+    assert (digits / "runs/vit/model.safetensors").is_file()

@@ -1,0 +1,94 @@
+"""What the tests of training share: a small dataset with its store, settings, and runs that can be killed."""
+
+import csv
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from softlabel import TrainConfig, train
+from tests.support.commands import write_parquet
+from tests.support.processes import Process
+from tests.support.students import DIGITS, digit_jpegs, random_logits, write_store
+
+ROWS = 120
+STUDENT = "zoo:cnn2?resize=16&crop=16"
+
+
+def keys_of(count: int) -> list[str]:
+    return [f"{number:04d}.jpg" for number in range(count)]
+
+
+def write_digits(folder: Path) -> Path:
+    """data.parquet, unlabelled.parquet, and a store whose teacher is almost sure of the label."""
+    images, labels = digit_jpegs()
+    images, labels = images[:ROWS], labels[:ROWS]
+    write_parquet(folder / "data.parquet", images, keys=keys_of(ROWS), labels=labels, class_names=DIGITS)
+    write_parquet(folder / "unlabelled.parquet", images, keys=keys_of(ROWS))
+    logits_NC = random_logits(ROWS, 10) / 2
+    logits_NC[np.arange(ROWS), labels] += 8
+    write_store(folder / "store", keys_of(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
+    return folder
+
+
+def settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:
+    given = {
+        "data": digits / "data.parquet",
+        "labels": digits / "store",
+        "student": STUDENT,
+        "out": out,
+        "epochs": 3,
+        "batch_size": 32,
+        "lr": 0.003,
+        "device": "cpu",
+        "tensorboard": False,
+        **changes,
+    }
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+
+def config(digits: Path, out: Path, **changes: object) -> TrainConfig:
+    return TrainConfig(**settings(digits, out, **changes))  # type: ignore[arg-type]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "model.safetensors")
+
+
+def equal(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    """The metrics without what a clock says."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def start(given: dict[str, object]) -> Process:
+    """Train in a process of its own."""
+    return Process(_train, given)
+
+
+def _train(given: dict[str, object]) -> None:
+    train(TrainConfig(**given))  # type: ignore[arg-type]
+
+
+def wait_for(path: Path, process: "Process | subprocess.Popen[str]", change: bytes = b"") -> None:
+    """Until a file is there with a content other than `change`."""
+    while process.poll() is None:
+        if path.exists() and path.read_bytes() != change:
+            return
+        time.sleep(0.005)
+
+
+def finish(given: dict[str, object]) -> None:
+    process = start(given)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
