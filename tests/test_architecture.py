@@ -1,8 +1,10 @@
 """The packages and who may import whom, no circle between files, and what stays out of `import softlabel`."""
 
+import ast
 import subprocess
 import sys
 from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,38 @@ import pytest
 import softlabel
 
 PACKAGE = Path(softlabel.__file__).parent
+
+# package -> the packages of softlabel that it may import, and the ones from outside.
+GROUND = "errors common inputs"
+LABELS = f"{GROUND} store models dataset views labels"
+MAY_IMPORT = {
+    "errors": ("", ""),
+    "common": ("errors", "numpy pyarrow torch"),
+    "inputs": ("errors", "torch torchvision numpy PIL xxhash"),
+    "loss": ("errors", "torch triton"),
+    "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
+    "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime"),
+    "dataset": (GROUND, "torch torchvision pyarrow h5py fsspec numpy xxhash PIL sklearn"),
+    "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL yaml"),
+    "labels": ("errors common store", "torch numpy"),
+    "loader": (f"{LABELS} loss", "torch numpy"),
+    "generation": (LABELS + " cluster", "torch numpy tqdm"),
+    "evaluation": (f"{LABELS} loss loader", "torch numpy tqdm matplotlib"),
+    "convert": ("errors common store labels", "torch numpy pyarrow safetensors tqdm xxhash"),
+    "cluster": (f"{LABELS} generation", "dask distributed tqdm"),
+    # A store that was made from other stores is repaired from those.
+    "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),
+    "training": (f"{LABELS} loss loader evaluation", "torch numpy safetensors tqdm yaml tensorboard wandb mlflow"),
+    "cli": ("*", "jsonargparse docstring_parser yaml tqdm"),
+    "__main__": ("cli", ""),
+    "__init__": ("*", ""),
+}
+# Imports that wait for the call, and why: none of them may hide a circle, which the test of circles sees to.
+MAY_WAIT = {
+    "cli": "--help and a mistyped option are answered without torch",
+    "generation/generate.py": "Dask is an extra",
+    "loss/dispatch.py": "triton is imported where a GPU is used",
+}
 
 
 def package_of(file: Path) -> str:
@@ -24,6 +58,74 @@ def modules() -> dict[str, Path]:
         parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
         names[".".join(parts).removesuffix(".__init__")] = file
     return names
+
+
+@lru_cache
+def imports(file: Path) -> frozenset[tuple[str, bool]]:
+    """What a file imports, and whether inside a function: modules, by their dotted names; `if TYPE_CHECKING` counts."""
+    tree = ast.parse(file.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, id(node) in inside) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add((inner if inner in modules() else node.module, id(node) in inside))
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_follow_the_table(name: str) -> None:
+    file = modules()[name]
+    package = package_of(file)
+    assert package in MAY_IMPORT, f"{file}: a new package; add it to the table here and in the guide"
+    ours, others = (text.split() for text in MAY_IMPORT[package])
+    for imported, waits in imports(file):
+        first, _, rest = imported.partition(".")
+        inner = rest.split(".")[0]
+        if first == "softlabel":
+            assert inner in {"", package, *ours} or "*" in ours, f"{name} imports {imported}"
+            reason = MAY_WAIT.get(package) or MAY_WAIT.get(str(file.relative_to(PACKAGE)))
+            assert not waits or reason, f"{name} imports {imported} inside a function"
+        elif first not in sys.stdlib_module_names:
+            assert first in others, f"{name} imports {imported}"
+
+
+def test_there_is_no_circle_between_files() -> None:
+    # A package's face imports its modules; a module that imports the face of its own package would be a circle.
+    arrows = {name: {to for to, _ in imports(file) if to in modules()} for name, file in modules().items()}
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_the_tree_is_small() -> None:
+    tops = {entry.name for entry in PACKAGE.iterdir() if entry.name != "__pycache__"}
+    assert {name for name in tops if "." in name} == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
+    assert len({name for name in tops if "." not in name}) <= 18
+
+
+def test_the_longest_chain_of_packages_is_short() -> None:
+    above = {
+        name: set(MAY_IMPORT) - {name} if ours == "*" else set(ours.split()) for name, (ours, _) in MAY_IMPORT.items()
+    }
+    above["cli"] -= {"__init__", "__main__"}
+    del above["__init__"]
+    del above["__main__"]
+    heights: dict[str, int] = {}
+    for name in TopologicalSorter(above).static_order():
+        heights[name] = 1 + max((heights[below] for below in above[name]), default=0)
+    assert max(heights.values()) <= 9, heights
 
 
 def test_files_stay_readable() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from softlabel.dataset.findings import count_suffixes
 from softlabel.dataset.image_folder import walk
 from softlabel.dataset.storage import Files, LocalFiles, join_url, split_url
+from softlabel.dataset.storage_fsspec import RemoteFiles, found_below, look
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES
 from softlabel.errors import DataError, SpecError
 
@@ -79,8 +80,6 @@ def list_source(name: str, options: dict[str, str], *, subject: str) -> Listing:
 
 
 def _at_url(url: str, wanted: str | None, subject: str) -> Listing:
-    from softlabel.dataset.storage_fsspec import found_below, look
-
     if wanted is None:
         is_file, size = look(url)
         if is_file:
@@ -155,8 +154,6 @@ def _of_one_kind(root: str, names: Sequence[str], subject: str, *, sizes: Sequen
             f".csv; found {found}{_unpack(names)}"
         )
     if is_url(root):
-        from softlabel.dataset.storage_fsspec import RemoteFiles
-
         assert sizes is not None
         return Listing(kind=kind, files=RemoteFiles(root, names, sizes))
     return Listing(kind=kind, files=LocalFiles(root, names))
@@ -202,8 +199,6 @@ def _expanded(pattern: str, subject: str) -> tuple[str, list[str]]:
     if not any(sign in name for name in inner for sign in "*["):
         return root, inner
     if is_url(pattern):
-        from softlabel.dataset.storage_fsspec import found_below
-
         there = list(found_below(root))
     elif os.path.isdir(root or "."):
         there = list(walk(Path(root or ".")))
@@ -223,8 +218,6 @@ def _sizes(root: str, names: Sequence[str], subject: str) -> list[int] | None:
     """Sizes of the files at a URL; of local ones it is enough that they are there."""
     if is_url(root):
         from concurrent.futures import ThreadPoolExecutor
-
-        from softlabel.dataset.storage_fsspec import look
 
         with ThreadPoolExecutor(16) as pool:
             looked = list(pool.map(lambda name: look(join_url(root, name)), names))
