@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL yaml"),
     "labels": ("errors common store", "torch numpy"),
     "loader": (f"{LABELS} loss", "torch numpy"),
-    "generation": (LABELS + " cluster", "torch numpy tqdm"),
+    "generation": (LABELS, "torch numpy tqdm"),
     "evaluation": (f"{LABELS} loss loader", "torch numpy tqdm matplotlib"),
     "convert": ("errors common store labels", "torch numpy pyarrow safetensors tqdm xxhash"),
     "cluster": (f"{LABELS} generation", "dask distributed tqdm"),
@@ -41,7 +41,6 @@ MAY_IMPORT = {
 # Imports that wait for the call, and why: none of them may hide a circle, which the test of circles sees to.
 MAY_WAIT = {
     "cli": "--help and a mistyped option are answered without torch",
-    "generation/generate.py": "Dask is an extra",
     "loss/dispatch.py": "triton is imported where a GPU is used",
 }
 

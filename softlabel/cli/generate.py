@@ -1,15 +1,85 @@
 """Commands that run teachers over a dataset: generate, plan, calibrate."""
 
 import shlex
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import read_options
 from softlabel.cli.report import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
-    from softlabel.generation.deployment import Deployment
-    from softlabel.generation.preflight.check import Preflight
+    from softlabel.generation.config import GenerateConfig, LabelConfig
+    from softlabel.generation.executor import Executor
     from softlabel.store.columns import Encoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingOptions:
+    """How logits are stored.
+
+    Attributes:
+        encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
+        top_k: classes that encoding topk keeps of a row; 50 when absent.
+        samples: draws that encoding sampled keeps of a row; 50 when absent.
+        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
+        hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
+    """
+
+    encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16"
+    top_k: int | None = None
+    samples: int | None = None
+    temperatures: list[float] | None = None
+    hidden: Literal["float16", "int8"] | None = None
+
+    def encoding_at(self, temperature: float) -> "Encoding | str":
+        """The encoding that the options name. Raises UsageError."""
+        return encoding_of(self.encoding, temperature, self.top_k, self.samples, self.temperatures, self.hidden)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """Where shards are labelled, if not in this process.
+
+    Attributes:
+        scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
+        cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
+        cluster_workers: how many workers the cluster starts; absent, one for each core (local) or GPU (cuda) of this
+            machine, or what the options say (kubernetes); slurm wants a number.
+        cluster_options: YAML file with further arguments of the cluster's class (queue, memory, image, ...).
+        shard_seconds: after which a shard on a cluster counts as hung; absent, from what shards take.
+    """
+
+    scheduler: str | None = None
+    cluster: Literal["local", "slurm", "kubernetes", "cuda"] | None = None
+    cluster_workers: int | None = None
+    cluster_options: str | None = None
+    shard_seconds: float | None = None
+
+    def executor(self) -> "Executor":
+        """Raises UsageError for options that do not go together, or without Dask."""
+        from softlabel.errors import UsageError
+
+        if self.scheduler is None and self.cluster is None:
+            for name in ("cluster_workers", "cluster_options", "shard_seconds"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name.replace('_', '-')} belongs to --cluster or --scheduler, found neither")
+            from softlabel.generation.executor import LocalExecutor
+
+            return LocalExecutor()
+        from softlabel.cluster.deployment import Deployment
+
+        deployment = Deployment(
+            scheduler=self.scheduler,
+            cluster=self.cluster,
+            cluster_workers=self.cluster_workers,
+            cluster_options={} if self.cluster_options is None else read_options(self.cluster_options),
+            shard_seconds=self.shard_seconds,
+        )
+        try:
+            from softlabel.cluster.executor import DaskExecutor
+        except ImportError as error:
+            raise UsageError(f"generation on a cluster needs Dask ({error}); pip install 'softlabel[dask]'") from None
+        return DaskExecutor(deployment)
 
 
 def generate(
@@ -17,36 +87,10 @@ def generate(
     data: str,
     teacher: list[str],
     out: str,
-    combine: Literal["logits", "probs", "keep"] = "logits",
-    weights: list[float] | None = None,
-    temperature: float = 4.0,
-    format: Literal["parquet", "hdf5"] = "parquet",
-    shard_rows: int = 16384,
-    batch_size: int | Literal["auto"] = 256,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    compile: bool = False,
-    stack: Literal["auto", "yes", "no"] = "auto",
-    members_in_turn: Literal["auto", "yes", "no"] = "auto",
-    workers: int | None = None,
-    threads: int | None = None,
-    seed: int = 0,
-    ignore_labels: bool = False,
-    on_bad_image: Literal["skip", "error"] = "skip",
-    encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16",
-    top_k: int | None = None,
-    samples: int | None = None,
-    temperatures: list[float] | None = None,
-    hidden: Literal["float16", "int8"] | None = None,
-    calibration: str | None = None,
-    grow: bool = False,
-    views: int = 1,
-    augment: str = "center",
+    config: "GenerateConfig",
+    how: EncodingOptions,
+    where: ClusterOptions,
     no_preflight: bool = False,
-    device: str = "auto",
-    scheduler: str | None = None,
-    cluster: Literal["local", "slurm", "kubernetes", "cuda"] | None = None,
-    cluster_options: str | None = None,
-    shard_seconds: float | None = None,
 ) -> int:
     """Run one or several teachers over a dataset and store their soft labels.
 
@@ -63,103 +107,25 @@ def generate(
             python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize, crop, interpolation,
             squash, weights, pretrained, download, trust. Several make an ensemble.
         out: folder of the store.
-        combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature, or keep all.
-        weights: one number a teacher, normalised to sum 1; equal when absent.
-        temperature: logits are divided by it before they are stored.
-        format: file format of the shards.
-        shard_rows: samples a shard.
-        batch_size: samples a forward pass; auto finds the fastest. Halved where memory runs out.
-        precision: of the forward pass.
-        compile: let torch.compile have the teachers.
-        stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
-        members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
-        workers: processes that decode, or, with --cluster, workers of the cluster; absent, chosen from the machine
-            (slurm wants a number).
-        threads: that compute on a CPU, of each worker on a cluster; absent, as many as torch takes.
-        seed: of the view policy, and of what a teacher's factory draws at random.
-        ignore_labels: store no hard labels even if the data has them.
-        on_bad_image: list an image that cannot be decoded and go on, or stop at it.
-        encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
-        top_k: classes that encoding topk keeps of a row; 50 when absent.
-        samples: draws that encoding sampled keeps of a row; 50 when absent.
-        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
-        hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
-        calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
-        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
-        views: how many views of each sample; more than a store has adds those that it lacks.
-        augment: what a view is: center (the image as it is), crop-flip, inception, trivial, randaugment, mixup or
-            cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of these
-            and of transforms in torchvision.transforms.v2.
         no_preflight: do not try two batches first, which shows the plan, checks the disk and warns of what looks wrong.
-        device: auto, cpu, cuda or cuda:N.
-        scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
-        cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
-        cluster_options: YAML file with further arguments of the cluster's class (queue, memory, image, ...).
-        shard_seconds: after which a shard on a cluster counts as hung; absent, from what shards take.
     """
-    options = dict(locals())
-    from softlabel.generation.generate import generate as run
+    from softlabel.generation.run import open_run
 
-    deployment = _deployment(scheduler, cluster, workers, cluster_options, shard_seconds)
-
-    def begin(found: "Preflight | None") -> None:
-        if found is not None:
-            tell_preflight(out, found, cluster=deployment is not None)
-
-    summary = run(
+    options = {"data": data, "teacher": teacher, "out": out, **asdict(config), **asdict(how), **asdict(where)}
+    executor = where.executor()
+    with open_run(
         data,
         teachers=teacher,
         out=out,
-        combine=combine,
-        weights=weights,
-        temperature=temperature,
-        format=format,
-        shard_rows=shard_rows,
-        batch_size=batch_size,
-        precision=precision,
-        compile=compile,
-        stack=stack,
-        members_in_turn=members_in_turn,
-        threads=threads,
-        workers=workers if deployment is None else 0,
-        seed=seed,
-        ignore_labels=ignore_labels,
-        on_bad_image=on_bad_image,
-        encoding=encoding_of(encoding, temperature, top_k, samples, temperatures, hidden),
-        calibration=calibration,
-        grow=grow,
-        views=views,
-        augment=augment,
-        device=device,
-        deployment=deployment,
-        preflight=not no_preflight,
-        begin=begin,
-        options=options,
-    )
+        config=replace(config, encoding=how.encoding_at(config.temperature)),
+        executor=executor,
+        options={**options, "no_preflight": no_preflight},
+    ) as run:
+        if not no_preflight and (found := run.preflight()) is not None:
+            tell_preflight(out, found, cluster=not executor.in_process)
+        summary = run.label()
     tell(summary, data)
     return 0
-
-
-def _deployment(
-    scheduler: str | None, cluster: str | None, workers: int | None, options_file: str | None, seconds: float | None
-) -> "Deployment | None":
-    """The cluster that the options name; None: this process labels."""
-    from softlabel.errors import UsageError
-    from softlabel.generation.deployment import Deployment
-
-    if scheduler is None and cluster is None:
-        for flag, value in (("--cluster-options", options_file), ("--shard-seconds", seconds)):
-            if value is not None:
-                raise UsageError(f"{flag} belongs to --cluster or --scheduler, found neither")
-        return None
-    options = {} if options_file is None else read_options(options_file)
-    return Deployment(
-        scheduler=scheduler,
-        cluster=cluster,  # type: ignore[arg-type]
-        workers=workers,
-        options=options,
-        shard_seconds=seconds,
-    )
 
 
 def encoding_of(
@@ -199,19 +165,9 @@ def plan(
     *,
     data: str,
     teacher: list[str],
-    combine: Literal["logits", "probs", "keep"] = "logits",
-    weights: list[float] | None = None,
-    temperature: float = 4.0,
+    config: "LabelConfig",
     encoding: list[str] | None = None,
-    calibration: str | None = None,
-    batch_size: int = 256,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     seconds: float = 5.0,
-    seed: int = 0,
-    ignore_labels: bool = False,
-    views: int = 1,
-    augment: str = "center",
-    device: str = "auto",
 ) -> int:
     """Show what labelling would take, and what every encoding costs in bytes and nats, from a short timed sample.
 
@@ -223,50 +179,21 @@ def plan(
     Args:
         data: a SOURCE, see 'softlabel generate --help'.
         teacher: the SPECs, see 'softlabel generate --help'.
-        combine: as for generate.
-        weights: one number a teacher.
-        temperature: at which the labels would be stored.
         encoding: show these alone (float32, float16, int8, topk, sampled, head); all when absent.
-        calibration: as for generate.
-        batch_size: samples a forward pass.
-        precision: of the forward pass.
         seconds: how long the sample is labelled for.
-        seed: of the sample.
-        ignore_labels: do not look at hard labels.
-        views: as for generate.
-        augment: as for generate; the sample is of view 0.
-        device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.errors import UsageError
-    from softlabel.generation.job import prepare
+    from softlabel.generation.config import GenerateConfig
+    from softlabel.generation.job import load_job
     from softlabel.generation.preflight.estimate import ENCODINGS
     from softlabel.generation.preflight.estimate import plan as run
-    from softlabel.views import view_policy
 
     if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
         raise UsageError(f"encoding: expected some of {', '.join(ENCODINGS)}, found {sorted(odd)[0]!r}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
-    job = prepare(
-        data,
-        teachers=teacher,
-        combine=combine,
-        weights=weights,
-        temperature=temperature,
-        format="parquet",
-        shard_rows=16384,
-        batch_size=batch_size,
-        precision=precision,
-        workers=0,
-        seed=seed,
-        ignore_labels=ignore_labels,
-        on_bad_image="skip",
-        encoding="float16",
-        calibration=calibration,
-        device=device,
-        views=view_policy(augment, count=views, seed=seed),
-    )
-    found = run(job, seconds=seconds, seed=seed)
+    job = load_job(data, teacher, GenerateConfig.of(config, workers=0))
+    found = run(job, seconds=seconds)
     print(f"{data}: {found.rows:,} images, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
     print(
         f"  {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}: about "
@@ -278,7 +205,7 @@ def plan(
         print(f"  {found.bad} images of the sample cannot be decoded")
     nats = "nats lost (mean / worst)"
     print(
-        f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}{f'at T = {temperature:g}'}"
+        f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}"
     )
     for offer in found.offers:
         if encoding is None or offer.name.split()[0] in encoding:

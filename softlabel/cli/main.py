@@ -7,6 +7,7 @@ lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
 """
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import io
@@ -48,8 +49,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.train,
     "evaluate": train.evaluate,
 }
-# A command whose only parameter is a dataclass has the dataclass's fields as options: (module, name).
-CONFIGS = {"train": ("softlabel.training", "TrainConfig")}
+# Dataclasses that are imported when their command is: the command names them in its annotations.
+LATE = {
+    "train": ("softlabel.training", "TrainConfig"),
+    "generate": ("softlabel.generation.config", "GenerateConfig"),
+    "plan": ("softlabel.generation.config", "LabelConfig"),
+}
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 
@@ -113,20 +118,39 @@ class _Terminated(KeyboardInterrupt):
 
 
 class _Options:
-    """The options of a command: its parameters, or the fields of the dataclass that is its only parameter."""
+    """The options of a command: its parameters, and in the place of a dataclass the fields of that."""
 
     def __init__(self, name: str) -> None:
         command = self.command = COMMANDS[name]
-        self.dataclass: Any = None
-        if name in CONFIGS:
-            module, attribute = CONFIGS[name]
-            self.dataclass = getattr(importlib.import_module(module), attribute)
-        described = self.dataclass or command
-        self.hints: dict[str, Any] = get_type_hints(described)
-        self.parameters = dict(inspect.signature(described).parameters)
+        late = {}
+        if name in LATE:
+            module, attribute = LATE[name]
+            late[attribute] = getattr(importlib.import_module(module), attribute)
+        hints = get_type_hints(command, localns=late)
         self.doc = docstring_parser.parse(inspect.getdoc(command) or "")
-        texts = docstring_parser.parse(inspect.getdoc(described) or "").params
-        self.help = {text.arg_name: " ".join((text.description or "").split()) for text in texts}
+        self.hints: dict[str, Any] = {}
+        self.parameters: dict[str, inspect.Parameter] = {}
+        self.help = _describe(command)
+        # The parameters that are dataclasses, and the options that each takes. Of two fields of one name the later is
+        # the option.
+        self.groups: dict[str, tuple[Any, list[str]]] = {}
+        own = inspect.signature(command).parameters
+        taken = {name for name in own if not dataclasses.is_dataclass(hints[name])}
+        for parameter in reversed(own):
+            if parameter not in taken:
+                fields = [field for field in inspect.signature(hints[parameter]).parameters if field not in taken]
+                self.groups[parameter] = hints[parameter], fields
+                taken |= set(fields)
+        for parameter, one in own.items():
+            if parameter not in self.groups:
+                self.parameters[parameter], self.hints[parameter] = one, hints[parameter]
+                continue
+            group, fields = self.groups[parameter]
+            for kind in reversed(group.__mro__):
+                self.help |= {name: text for name, text in _describe(kind).items() if name in fields}
+            of_group = get_type_hints(group)
+            self.parameters |= {field: inspect.signature(group).parameters[field] for field in fields}
+            self.hints |= {field: _text_form(of_group[field]) for field in fields}
 
     def lists(self) -> set[str]:
         """The flags that take several values."""
@@ -175,10 +199,26 @@ class _Options:
         # The parser lets a null pass for everything.
         check_values(values, self.hints)
         values = {name: _expand(value) for name, value in values.items()}
-        if self.dataclass is not None:
-            return self.command(self.dataclass(**values))
+        for parameter, (group, fields) in self.groups.items():
+            values[parameter] = group(**{field: values[field] for field in fields})
+        taken = {field for _, fields in self.groups.values() for field in fields}
+        values = {name: value for name, value in values.items() if name not in taken}
         positional = [values.pop(name) for name, p in self.parameters.items() if p.kind is POSITIONAL]
         return self.command(*positional, **values)
+
+
+def _text_form(hint: Any) -> Any:
+    """What an option takes of a value that Python also takes as an object: its text."""
+    kinds = typing.get_args(hint)
+    if is_plain(hint) or str not in kinds:
+        return hint
+    return str | None if type(None) in kinds else str
+
+
+def _describe(described: Any) -> dict[str, str]:
+    """The help of each parameter or field, from a docstring."""
+    texts = docstring_parser.parse(described.__doc__ or "").params
+    return {text.arg_name: " ".join((text.description or "").split()) for text in texts}
 
 
 def _expand(value: Any) -> Any:
@@ -205,7 +245,7 @@ def _choices(hint: Any) -> Sequence[str] | None:
 def _element(hint: Any) -> Any:
     """The element type of an option that takes a list (``list[str]``, ``list[float] | None``), else None."""
     for candidate in (hint, *typing.get_args(hint)):
-        if typing.get_origin(candidate) is list:
+        if typing.get_origin(candidate) in (list, Sequence):
             return typing.get_args(candidate)[0]
     return None
 

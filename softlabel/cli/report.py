@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from softlabel.generation.preflight.check import Preflight
+    from softlabel.generation.progress import Pace
     from softlabel.generation.run import GenerateSummary
-    from softlabel.generation.timing import Pace
 
 _SLOW = 0.3  # of the time, from which something else than the teachers is worth a word
 

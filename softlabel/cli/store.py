@@ -147,12 +147,15 @@ def _tell_coverage(store: str, data: str) -> bool:
 
 
 def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
-    from softlabel.generation.reload import job_of
+    from dataclasses import replace
+
+    from softlabel.generation.reload import config_of, reload_job
     from softlabel.maintain.audit import recompute
     from softlabel.store.open import open_store
 
     opened = open_store(store)
-    found = recompute(opened, job_of(opened.manifest, store, data=data, teachers=teachers, device=device), rows)
+    config = replace(config_of(opened.manifest), device=device)
+    found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
     print(
         f"  {found.rows:,} rows recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
         f"{found.worst_difference:.1e} at worst; top-1 differs in {found.top1_disagreement:.4%} of the rows"

@@ -18,8 +18,8 @@ from distributed.comm.registry import get_backend
 from distributed.core import Status, rpc
 from distributed.security import Security
 
+from softlabel.cluster.deployment import ClusterKind, Deployment
 from softlabel.errors import UsageError
-from softlabel.generation.deployment import ClusterKind, Deployment
 
 log = logging.getLogger("softlabel")
 
@@ -40,7 +40,9 @@ def connected(deployment: Deployment) -> Iterator[Client]:
         where: Any = deployment.scheduler
         if deployment.cluster is not None:
             stack.enter_context(dask.config.set(_settings()))
-            where = stack.enter_context(_cluster(deployment.cluster, deployment.workers, dict(deployment.options)))
+            where = stack.enter_context(
+                _cluster(deployment.cluster, deployment.cluster_workers, dict(deployment.cluster_options))
+            )
         if deployment.scheduler is not None:
             _check_address(deployment.scheduler)
             _check_scheduler(deployment.scheduler)
@@ -155,7 +157,7 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
     if kind == "cuda" and workers is not None:
         options = {"n_workers": workers, **options}
     if kind == "slurm" and workers is None:
-        raise UsageError("--cluster slurm: say how many --workers it shall start")
+        raise UsageError("--cluster slurm: expected --cluster-workers, the number of workers to start, not given")
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise UsageError("--cluster slurm: there is no 'sbatch' here; run this where jobs can be submitted")
     with contextlib.ExitStack() as stack:

@@ -14,9 +14,9 @@ from typing import Any
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
-from tqdm import tqdm
 
 from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
+from softlabel.generation.progress import Progress
 from softlabel.generation.worker import Outcome, Request, label_alone, label_one
 
 log = logging.getLogger("softlabel")
@@ -63,7 +63,7 @@ class Drive:
         limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
         work, alone: what a worker runs, and what it runs for a shard whose worker died.
         refill: asks for workers in the place of lost ones; called now and then.
-        bar: advanced by committed rows.
+        progress: advanced by committed rows.
     """
 
     def __init__(
@@ -77,10 +77,11 @@ class Drive:
         work: Work = label_one,
         alone: Work = label_alone,
         refill: Callable[[], object] | None = None,
-        bar: "tqdm[Any] | None" = None,
+        progress: Progress | None = None,
     ) -> None:
         self.client, self.request, self.keys, self.commit = client, request, keys, commit
-        self.limit, self.work, self.alone, self.refill, self.bar = limit, work, alone, refill, bar
+        self.limit, self.work, self.alone, self.refill = limit, work, alone, refill
+        self.progress = progress or Progress()
         self.done = 0
         self.failed: list[Outcome] = []
         self._waiting: deque[_Flight] = deque()
@@ -354,15 +355,12 @@ class Drive:
         )
 
     def _show(self, rows: int) -> None:
-        if self.bar is None:
-            return
-        self.bar.update(rows)
+        note = f"{self._workers} workers"
         if self._rates:
             slowest = min(self._rates, key=self._rates.__getitem__)
             usual = statistics.median(self._rates.values())
-            self.bar.set_postfix_str(
-                f"{self._workers} workers, {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}", refresh=False
-            )
+            note += f", {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}"
+        self.progress.count(rows, note)
 
 
 def _census(dask_scheduler: Any) -> dict[str, str]:

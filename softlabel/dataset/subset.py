@@ -1,5 +1,6 @@
 """Parts of a source, and a source in another order, which lets a dataset grow behind the samples labelled before."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -84,6 +85,31 @@ class ReorderedSource(Source):
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         return self.base.read(self.order_N[np.asarray(indices, dtype=np.int64)])
+
+
+class LockedSource(Source):
+    """The same source for several threads, of which one at a time reads."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._reading = source, threading.Lock()
+        self.kind, self.name = source.kind, source.name
+        self.decoding = source.decoding
+        self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
+        with self._reading:
+            return self._source.keys(start, stop)
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        with self._reading:
+            return self._source.labels(start, stop)
+
+    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
+        with self._reading:
+            return self._source.read(indices)
 
 
 def require_samples(source: Source) -> None:

@@ -9,10 +9,10 @@ import time
 import torch
 from torch import Tensor
 
-from softlabel.common.device import out_of_memory
+from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import DataError, TeacherError
-from softlabel.generation.ensemble import using_threads
-from softlabel.generation.labeller import Labeller
+from softlabel.generation.ensemble import Members, using_threads
+from softlabel.generation.input_reader import InputReader
 
 log = logging.getLogger("softlabel")
 
@@ -22,21 +22,21 @@ _SECONDS = 0.2  # a trial is repeated for as long
 _SAMPLES = 64  # looked at for an image that can be decoded
 
 
-def find_batch_size(labeller: Labeller) -> int:
+def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> int:
     """The batch size of the most images a second, doubling from 8 until that helps no more or memory runs out.
 
     Raises:
         DataError: no image at the source's beginning can be decoded.
         TeacherError: not even the smallest batch fits.
     """
-    images = _one_of_each(labeller)
-    most = min(_LARGEST, max(_SMALLEST, len(labeller.source)))
+    images = _one_of_each(reader)
+    most = min(_LARGEST, max(_SMALLEST, len(reader.source)))
     found: dict[int, float] = {}
     size = _SMALLEST
-    with using_threads(labeller.tuning.lanes(labeller.members.device)[1]):
+    with using_threads(tuning.lanes(members.device)[1]):
         while size <= most:
             try:
-                found[size] = _rate(labeller, images, size)
+                found[size] = _rate(members, images, size)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -45,7 +45,7 @@ def find_batch_size(labeller: Labeller) -> int:
                         f"out of memory with a batch of {size}; give a smaller --batch-size, or use --precision bf16"
                     ) from error
                 log.info("batch size %d does not fit into memory", size)
-                if labeller.members.device.type == "cuda":
+                if members.device.type == "cuda":
                     torch.cuda.empty_cache()
                 break
             if size // 2 in found and found[size] < _GAIN * found[size // 2]:
@@ -57,24 +57,24 @@ def find_batch_size(labeller: Labeller) -> int:
     return best
 
 
-def _one_of_each(labeller: Labeller) -> list[Tensor]:
+def _one_of_each(reader: InputReader) -> list[Tensor]:
     """uint8 (1, 3, H, W) for every geometry: the source's first image that can be decoded."""
-    for index in range(min(_SAMPLES, len(labeller.source))):
-        batch = labeller.intake.batch([index])
+    for index in range(min(_SAMPLES, len(reader.source))):
+        batch = reader.batch([index])
         if batch.keys:
             return list(batch.images)
-    raise DataError(f"{labeller.source.name}: none of its first {_SAMPLES} images can be decoded")
+    raise DataError(f"{reader.source.name}: none of its first {_SAMPLES} images can be decoded")
 
 
-def _rate(labeller: Labeller, images: list[Tensor], size: int) -> float:
+def _rate(members: Members, images: list[Tensor], size: int) -> float:
     """Images/s of all members on batches that are at hand already."""
-    device = labeller.members.device
+    device = members.device
     whole = [image.repeat(size, 1, 1, 1).contiguous(memory_format=torch.channels_last) for image in images]
-    labeller.members.logits([whole])  # warms up
+    members.logits([whole])  # warms up
     _wait(device)
     started, passes = time.perf_counter(), 0
     while not passes or time.perf_counter() - started < _SECONDS:
-        labeller.members.logits([whole])
+        members.logits([whole])
         passes += 1
         _wait(device)
     return passes * size / (time.perf_counter() - started)

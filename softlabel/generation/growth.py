@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
-from softlabel.generation.input_reader import Intake
+from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
 from softlabel.store.manifest_read import load_root
@@ -213,18 +213,18 @@ def recorded_there(path: str | Path) -> dict[str, Any]:
         return {}
 
 
-def check_same_data(path: str | Path, intake: Intake, *, without: Collection[int] = ()) -> None:
+def check_same_data(path: str | Path, reader: InputReader, *, without: Collection[int] = ()) -> None:
     """Compare labelled samples with the source's, some of every part of the store: equal keys are not equal images.
 
     Args:
         path: the store.
-        intake: reads the source.
+        reader: reads the source.
         without: numbers of shards that cannot be read.
 
     Raises:
         MismatchError: an image's content, hard label or view are not those that the store has.
     """
-    source = intake.source
+    source = reader.source
     with open_store(path, verify="none", allow_incomplete=True) as store:
         names = ["key", "label", "content", *(column.name for column in store.run.view_columns)]
         start = 0
@@ -250,7 +250,7 @@ def check_same_data(path: str | Path, intake: Intake, *, without: Collection[int
                             "give the data that it was made from, or another folder"
                         )
                 if store.run.view_columns:
-                    _check_same_view(store, stored, kept[picked[0]], intake)
+                    _check_same_view(store, stored, kept[picked[0]], reader)
             start += record.rows
     if unknown is not None:
         log.warning(
@@ -274,9 +274,9 @@ def _step(store: Store) -> int:
     return -(-len(store.shards) // count)
 
 
-def _check_same_view(store: Store, stored: StoredRows, index: int, intake: Intake) -> None:
+def _check_same_view(store: Store, stored: StoredRows, index: int, reader: InputReader) -> None:
     """The first of these rows, made again: rows to come must be views of the same kind."""
-    made = intake.batch([index], view=int(stored.views[0])).columns
+    made = reader.batch([index], view=int(stored.views[0])).columns
     for column in store.run.view_columns:
         if column.name not in made or not np.array_equal(made[column.name], stored.columns[column.name][:1]):
             raise MismatchError(

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset import Source
+from softlabel.dataset.subset import LockedSource
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import BadImageError, DataError, SoftLabelError
-from softlabel.inputs.base import Sample
 from softlabel.inputs.image_decode import decode_image, decode_sample, stack_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.manifest import BadRow
@@ -60,7 +59,7 @@ class DecodedBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Intake:
+class InputReader:
     """What turns samples of a source into batches, in this process or in workers.
 
     Attributes:
@@ -150,12 +149,12 @@ class Intake:
                 images.append(None)
         return [sample.key for sample in samples], images
 
-    def of(self, span: Span) -> DecodedBatch:
+    def read(self, span: Span) -> DecodedBatch:
         return self.batch(range(span.start, span.stop), view=span.view)
 
-    def one_reader(self) -> "Intake":
-        """The same for several threads, of which one at a time reads from the source: it may be somebody's own."""
-        return replace(self, source=_OneReader(self.source))
+    def one_at_a_time(self) -> "InputReader":
+        """The same for several threads; one at a time reads, as a user's source need not be safe for threads."""
+        return replace(self, source=LockedSource(self.source))
 
     def stream(self, spans: Iterable[Span], *, workers: int) -> Generator[DecodedBatch, None, None]:
         """The batches of these spans, in order, made ahead by worker processes, or by threads where there are none.
@@ -164,7 +163,7 @@ class Intake:
             DataError: a worker process was killed; or see `batch`.
         """
         if not workers:
-            yield from _ahead(self.one_reader().of, spans)
+            yield from _ahead(self.one_at_a_time().read, spans)
             return
         loader = DataLoader(
             _Spans(self),
@@ -178,7 +177,7 @@ class Intake:
         before = signal.getsignal(signal.SIGCHLD)
         batches = iter(loader)
         _handle_children(before)
-        with _deaths_told():
+        with _worker_deaths_reported():
             for batch in batches:
                 if isinstance(batch, SoftLabelError):
                     raise batch
@@ -188,37 +187,14 @@ class Intake:
 class _Spans(Dataset[DecodedBatch | SoftLabelError]):
     """Span -> its batch: what the worker processes run. The sampler yields spans, so that no list of them is held."""
 
-    def __init__(self, intake: Intake) -> None:
-        self.intake = intake
+    def __init__(self, reader: InputReader) -> None:
+        self.reader = reader
 
     def __getitem__(self, span: Span) -> DecodedBatch | SoftLabelError:
         try:
-            return self.intake.of(span)
+            return self.reader.read(span)
         except SoftLabelError as error:  # handed over as it is: PyTorch would put a traceback into its message
             return error.with_traceback(None)
-
-
-class _OneReader(Source):
-    def __init__(self, source: Source) -> None:
-        self._source, self._reading = source, threading.Lock()
-        self.kind, self.name = source.kind, source.name
-        self.decoding = source.decoding
-        self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        with self._reading:
-            return self._source.keys(start, stop)
-
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        with self._reading:
-            return self._source.labels(start, stop)
-
-    def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
-        with self._reading:
-            return self._source.read(indices)
 
 
 def _handle_children(before: Any) -> None:
@@ -230,7 +206,7 @@ def _handle_children(before: Any) -> None:
 
 
 @contextmanager
-def _deaths_told() -> Iterator[None]:
+def _worker_deaths_reported() -> Iterator[None]:
     """Turn what PyTorch raises when a worker process was killed into a DataError."""
     try:
         yield

@@ -5,160 +5,158 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from softlabel.common.device import Tuning, decoders, resolve_device
+from softlabel.common.device import decoders, resolve_device
 from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.batch_size import find_batch_size
+from softlabel.generation.config import GenerateConfig
 from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
 from softlabel.generation.growth import GROWN, History, new_runs
-from softlabel.generation.labeller import BadImagePolicy, Labeller
+from softlabel.generation.input_reader import InputReader
+from softlabel.generation.labeller import Labeller, Lane
 from softlabel.labels.calibration import read_calibration
-from softlabel.labels.combine import CombineRule, normalized_weights
+from softlabel.labels.combine import normalized_weights
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.store.columns import Encoding
-from softlabel.store.manifest import Combine, DatasetInfo, Format, Member, Run, ViewPolicy
-from softlabel.views import CENTER, libraries
+from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
+from softlabel.views import Views, libraries
 
 _TRIAL_BATCH = 256  # where stacking is tried before the batch size is found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Loaded and checked: what labels the shards of one run."""
+    """Loaded and checked: what labels the shards of one run.
 
+    Attributes:
+        config: what was asked for.
+        run: the identity of the store.
+        recorded: what its manifest keeps beside that.
+        labeller: the teachers and what they read.
+        workers: processes that decode.
+    """
+
+    config: GenerateConfig
     run: Run
     recorded: dict[str, Any]
     labeller: Labeller
     workers: int
 
 
-def prepare(
+def load_job(
     data: "str | Path | Source | Dataset[Any]",
-    *,
     teachers: Sequence[str],
-    combine: CombineRule,
-    weights: Sequence[float] | None,
-    temperature: float,
-    format: Format,
-    shard_rows: int,
-    batch_size: "int | Literal['auto']",
-    precision: Literal["fp32", "bf16", "fp16"],
-    workers: int | None,
-    seed: int,
-    ignore_labels: bool,
-    on_bad_image: BadImagePolicy,
-    encoding: Encoding | str,
-    device: str,
-    calibration: "str | Path | Sequence[float] | None" = None,
+    config: GenerateConfig,
+    *,
     key_fn: Callable[[int], str | int] | None = None,
     history: History | None = None,
-    views: ViewPolicy | None = None,
-    tuning: Tuning | None = None,
-    settled: Mapping[str, Any] | None = None,
-    believed: DatasetInfo | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    trusted: DatasetInfo | None = None,
+    first_member: int = 0,
 ) -> Job:
-    """Load data and teachers and check that they fit together; writes nothing. See `generate`.
+    """Load data and teachers and check that they fit together; writes nothing. See `generate` for the errors.
 
-    calibration: the file of `softlabel calibrate`, or the temperatures themselves, one a teacher.
-    views: absent: one, the image as it is.
-    settled: what an unfinished run recorded, whose choices are kept where this one leaves them open.
-    believed: what was found when all keys and labels of the data were read before, which is not done again.
+    Args:
+        data: a SOURCE or a map-style dataset.
+        teachers: SPECs.
+        config: what is asked for.
+        key_fn: index -> key, for a map-style dataset.
+        history: of a store that has grown, or is to grow.
+        recorded: what an unfinished run recorded, whose choices are kept where this one leaves them open.
+        trusted: what was found when all keys and labels of the data were read before, which is not done again.
+        first_member: the number in the store of the first teacher, where they join others.
     """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
-    for name, value in (
-        ("temperature", temperature),
-        ("shard_rows", shard_rows),
-        ("batch_size", 1 if batch_size == "auto" else batch_size),
-    ):
-        if not 0 < value < float("inf"):
-            raise UsageError(f"{name}: expected a number above 0, found {value}")
-    for name, given, allowed in (
-        ("combine", combine, get_args(CombineRule)),
-        ("format", format, get_args(Format)),
-        ("on_bad_image", on_bad_image, get_args(BadImagePolicy)),
-    ):
-        if given not in allowed:
-            raise UsageError(f"{name}: expected {' or '.join(allowed)}, found {given!r}")
-    if workers is not None and workers < 0:
-        raise UsageError(f"workers: expected at least 0, found {workers}")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: expected at least 0, found {seed}")
-    if combine == "keep" and weights is not None:
-        raise UsageError("weights: with combine 'keep' nothing is mixed yet; give them when the members are mixed")
-    source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels, check_keys=believed is None)
-    require_samples(source)
-    if believed is None:
-        report_source(source)
-    views = ViewPolicy(count=1, policy={"name": CENTER}, seed=seed) if views is None else views
-    source = settle_decoding(source, settled)
+    recorded = recorded or {}
+    source = _open_data(data, config, key_fn, look=trusted is None)
+    views = config.view_policy
+    source = settle_decoding(source, recorded)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
-    target = resolve_device(device)
-    tuning, settled = tuning or Tuning(), settled or {}
+    device, tuning = resolve_device(config.device), config.tuning
 
     def load(where: torch.device) -> list[Teacher]:
-        torch.manual_seed(seed)
-        return [load_teacher(spec, device=where, precision=precision) for spec in teachers]
+        torch.manual_seed(config.seed)
+        return [load_teacher(spec, device=where, precision=config.precision) for spec in teachers]
 
-    members, in_turn = load_members(load, target, tuning, len(teachers))
-    classes = {teacher.num_classes for teacher in members}
+    loaded, in_turn = load_members(load, device, tuning, len(teachers))
+    classes = {teacher.num_classes for teacher in loaded}
     if len(classes) > 1:
-        listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in members)
+        listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
     run = Run(
-        format=format,
-        num_classes=members[0].num_classes,
-        class_names=_class_names(source, members[0].num_classes, look=believed is None),
-        temperature=float(temperature),
-        encoding=_encoding(encoding, members, temperature),
-        combine=Combine(rule=combine, weights=normalized_weights(weights, len(members))),
-        members=_members(members, calibration),
+        format=config.format,
+        num_classes=loaded[0].num_classes,
+        class_names=_class_names(source, loaded[0].num_classes, look=trusted is None),
+        temperature=float(config.temperature),
+        encoding=_encoding(config.encoding, loaded, config.temperature),
+        combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
+        members=_members(loaded, config.calibration),
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
-            fingerprint=source.fingerprint() if believed is None else believed.fingerprint,
+            fingerprint=source.fingerprint() if trusted is None else trusted.fingerprint,
             has_labels=source.has_labels,
             earlier=earlier,
         ),
         views=views,
-        shard_rows=shard_rows,
+        shard_rows=config.shard_rows,
     )
     if tuning.compile:
-        compile_members(members, head=run.encoding.name == "head")
-    size = batch_size if isinstance(batch_size, int) else int(settled.get("batch_size", 0))
+        compile_members(loaded, head=run.encoding.name == "head")
+    size = config.batch_size if isinstance(config.batch_size, int) else int(recorded.get("batch_size", 0))
     groups = find_stacks(
-        members, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=settled.get("stacked")
+        loaded, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=recorded.get("stacked")
     )
-    together = Members(members, groups=groups, in_turn=in_turn, device=target)
-    labeller = Labeller(
-        source, together, run, batch_size=size or _TRIAL_BATCH, on_bad_image=on_bad_image, tuning=tuning
-    )
-    labeller.batch_size = size or find_batch_size(labeller)
-    recorded = {
+    members = Members(loaded, groups=groups, in_turn=in_turn, device=device)
+    reader = InputReader(source=source, geometries=members.geometries, views=Views.of(run))
+    size = size or find_batch_size(members, reader, tuning)
+    now = {
         "data": source.name,
         **({"decoding": source.decoding.to_dict()} if source.decoding.to_dict() else {}),
-        "teachers": [teacher.spec.text for teacher in members],
-        "device": str(target),
-        "batch_size": labeller.batch_size,
+        "teachers": [teacher.spec.text for teacher in loaded],
+        "device": str(device),
+        "batch_size": size,
         "compile": tuning.compile,
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
-    if earlier and (grown := _grown(source, run.dataset, settled)):
-        recorded[GROWN] = grown
-    return Job(run=run, recorded=recorded, labeller=labeller, workers=decoders(workers, target))
+    if earlier and (grown := _grown(source, run.dataset, recorded)):
+        now[GROWN] = grown
+    labeller = Labeller(
+        reader=reader,
+        lane=Lane.of(run, members, batch_size=size, first_member=first_member),
+        on_bad_image=config.on_bad_image,
+        tuning=tuning,
+    )
+    return Job(config=config, run=run, recorded=now, labeller=labeller, workers=decoders(config.workers, device))
 
 
-def _grown(source: Source, dataset: DatasetInfo, settled: Mapping[str, Any]) -> dict[str, Any]:
+def _open_data(
+    data: "str | Path | Source | Dataset[Any]",
+    config: GenerateConfig,
+    key_fn: Callable[[int], str | int] | None,
+    *,
+    look: bool,
+) -> Source:
+    """look: read all keys, and report what was found."""
+    source = open_source(data, key_fn=key_fn, ignore_labels=config.ignore_labels, check_keys=look)
+    require_samples(source)
+    if look:
+        report_source(source)
+    return source
+
+
+def _grown(source: Source, dataset: DatasetInfo, recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Which samples came with each growth, those of earlier ones as they were recorded; see `new_runs`."""
-    found = dict(settled.get(GROWN, {}))
+    found = dict(recorded.get(GROWN, {}))
     known = max((extent.rows for extent in dataset.earlier if extent.rows < dataset.rows), default=None)
     if known is not None and dataset.fingerprint not in found and (counts := new_runs(source, known)) is not None:
         found[dataset.fingerprint] = counts

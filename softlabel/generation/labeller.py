@@ -1,4 +1,4 @@
-"""The engine room of stage 1: decode, shape, ask the members, combine, encode, one shard at a time.
+"""From decoded batches to the rows of a shard: ask the members, combine, encode, one shard at a time.
 
     source -> decode -> geometry of each member -> teachers -> combine -> encode -> rows of a shard
 
@@ -12,8 +12,8 @@ Legend: B batch, C classes, H height, M members, R rows (B, or B * M where membe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
+from softlabel.generation.config import BadImagePolicy
 from softlabel.generation.ensemble import Members
-from softlabel.generation.input_reader import DecodedBatch, Intake, Span
-from softlabel.generation.timing import PaceMeter
+from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
+from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
 from softlabel.inputs.base import IGNORE
 from softlabel.labels.combine import combine
@@ -36,9 +37,6 @@ from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
-from softlabel.views import Views
-
-BadImagePolicy = Literal["skip", "error"]
 
 # What members in turn may keep of decoded images, so that a move of weights pays for many batches.
 _KEPT_BYTES = 1 << 29
@@ -57,93 +55,6 @@ class LabelledShard:
     labelled: int
 
 
-class Labeller:
-    """The loaded members and how they become labels: all that a shard needs beside its plan.
-
-    Attributes:
-        batch_size: samples a forward pass, always; halved where memory runs out.
-        first_member: the number in the store of the first of these members, where they join others.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        members: Members | Sequence[Teacher],
-        run: Run,
-        *,
-        batch_size: int,
-        on_bad_image: BadImagePolicy = "skip",
-        tuning: Tuning | None = None,
-    ) -> None:
-        self.members = members if isinstance(members, Members) else Members(members)
-        self.source, self.teachers, self.run = source, self.members.teachers, run
-        self.batch_size, self.on_bad_image = batch_size, on_bad_image
-        self.tuning = Tuning() if tuning is None else tuning
-        self.first_member = 0
-        self.intake = Intake(source=source, geometries=self.members.geometries, views=Views.of(run))
-        self.lane = Lane(self, self.members)
-
-    @property
-    def head(self) -> Head | None:
-        return self.lane.head
-
-    def spans(self, plan: ShardPlan) -> Iterator[Span]:
-        """The samples of a shard's batches, from the shard's own start."""
-        for start in range(plan.start, plan.stop, self.batch_size):
-            yield Span(view=plan.view, start=start, stop=min(start + self.batch_size, plan.stop))
-
-    def decoded(self, plans: Sequence[ShardPlan], workers: int) -> Iterator[DecodedBatch]:
-        """The decoded batches of shards, in order."""
-        return self.intake.stream((span for plan in plans for span in self.spans(plan)), workers=workers)
-
-    def batches_together(self) -> int:
-        """How many batches a lane takes at once: one, or what bounded memory holds where members take turns."""
-        if not self.members.in_turn:
-            return 1
-        pixels = sum((geometry.crop or geometry.resize or _SIDE) ** 2 for geometry in self.intake.geometries)
-        return max(1, _KEPT_BYTES // (self.batch_size * 3 * pixels))
-
-    def scaled_logits(self, batch: DecodedBatch) -> Tensor:
-        """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
-
-        Raises:
-            TeacherError: a member's logits are not numbers.
-        """
-        (logits_MBC,) = self.lane.logits([batch])
-        self.check(_wrong(logits_MBC).cpu().numpy(), batch.keys)
-        return self.combine(logits_MBC)
-
-    def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
-        """Scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
-
-        Raises:
-            TeacherError: the logits are not numbers.
-            UsageError: the last linear layer does not explain them.
-        """
-        assert self.head is not None
-        logits_BC, hidden_BD = self.lane.hidden(batch)
-        self.check(_wrong([logits_BC]).cpu().numpy(), batch.keys)
-        if not self.head.explains(logits_BC, hidden_BD):
-            self.head.refuse()
-        return self.combine([logits_BC]), hidden_BD
-
-    def combine(self, logits_MBC: Sequence[Tensor]) -> Tensor:
-        rule, weights = self.run.combine.rule, self.run.combine.weights
-        calibration = [member.calibration for member in self.run.members]
-        return combine(
-            logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights, calibration=calibration
-        )
-
-    def check(self, wrong_MB: NDArray[np.bool_], keys: Sequence[str]) -> None:
-        """Raises TeacherError for the first member with a wrong row."""
-        for wrong_B, teacher in zip(wrong_MB, self.teachers, strict=True):
-            if wrong_B.any():
-                raise TeacherError(
-                    f"teacher {teacher.spec.text}: the logits of image {keys[int(wrong_B.argmax())]!r} are not finite "
-                    f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
-                )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLabels:
     """A batch after a lane: who is in it, and what is on its way to main memory (nothing, if all images are bad)."""
@@ -157,25 +68,46 @@ class BatchLabels:
     checks: Download | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """What takes batches from pixels to columns, one after the other. Several lanes share weights and nothing else."""
+    """What takes batches from pixels to columns, one after the other. Several lanes share weights and nothing else.
 
-    def __init__(self, labeller: Labeller, members: Members) -> None:
-        self.labeller, self.members = labeller, members
-        run = labeller.run
-        self.head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.name == "head" else None
+    Attributes:
+        run: what is made of the members' logits.
+        members: the teachers.
+        batch_size: samples a forward pass, always.
+        first_member: the number in the store of the first of these members, where they join others.
+        head: the last layer, where its input is what is stored.
+    """
 
-    def label(self, plan: ShardPlan, batches: Sequence[DecodedBatch], meter: PaceMeter) -> list[BatchLabels]:
+    run: Run
+    members: Members
+    batch_size: int
+    first_member: int = 0
+    head: Head | None = None
+
+    @classmethod
+    def of(cls, run: Run, members: Members, *, batch_size: int, first_member: int = 0) -> Self:
+        """Raises UsageError where encoding ``head`` does not go with the teacher."""
+        head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.name == "head" else None
+        return cls(run=run, members=members, batch_size=batch_size, first_member=first_member, head=head)
+
+    def with_replicas(self) -> Self:
+        """A lane of its own for another thread: the same weights in networks of their own."""
+        members = self.members.replica()
+        return self.of(self.run, members, batch_size=self.batch_size, first_member=self.first_member)
+
+    def label(self, plan: ShardPlan, batches: Sequence[DecodedBatch], progress: Progress) -> list[BatchLabels]:
         """Label batches of one shard."""
         full = [batch for batch in batches if batch.keys]
         hidden: list[Tensor | None] = [None] * len(full)
-        with meter.spend("forward"):
+        with progress.spend("forward"):
             if self.head is None:
                 answers = self.logits(full)
             else:
-                heard = [self.hidden(batch) for batch in full]
-                answers, hidden = [[logits_BC] for logits_BC, _ in heard], [hidden_BD for _, hidden_BD in heard]
-        with meter.spend("encoding"), torch.inference_mode():
+                captured = [self._hidden(batch) for batch in full]
+                answers, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
+        with progress.spend("encoding"), torch.inference_mode():
             encoded = iter([self._encode(plan, *each) for each in zip(full, answers, hidden, strict=True)])
             return [next(encoded) if batch.keys else _labelled(batch, None, None) for batch in batches]
 
@@ -187,21 +119,61 @@ class Lane:
             for batch, logits_MBC in zip(batches, answers, strict=True)
         ]
 
+    def scaled_logits(self, batch: DecodedBatch) -> Tensor:
+        """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
+
+        Raises:
+            TeacherError: a member's logits are not numbers.
+        """
+        (logits_MBC,) = self.logits([batch])
+        self.check_finite(_wrong(logits_MBC).cpu().numpy(), batch.keys)
+        return self.combine(logits_MBC)
+
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and hidden (B, D), float32."""
+        """Scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
+
+        Raises:
+            TeacherError: the logits are not numbers.
+            UsageError: the last linear layer does not explain them.
+        """
+        assert self.head is not None
+        logits_BC, hidden_BD = self._hidden(batch)
+        self.check_finite(_wrong([logits_BC]).cpu().numpy(), batch.keys)
+        if not self.head.explains(logits_BC, hidden_BD):
+            self.head.refuse()
+        return self.combine([logits_BC]), hidden_BD
+
+    def combine(self, logits_MBC: Sequence[Tensor]) -> Tensor:
+        """Scaled logits (B, C), or (B, M, C) where members are kept, of the members' logits (B, C) each."""
+        rule, weights = self.run.combine.rule, self.run.combine.weights
+        calibration = [member.calibration for member in self.run.members]
+        return combine(
+            logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights, calibration=calibration
+        )
+
+    def check_finite(self, wrong_MB: NDArray[np.bool_], keys: Sequence[str]) -> None:
+        """Raises TeacherError for the first member with a wrong row."""
+        for wrong_B, teacher in zip(wrong_MB, self.members.teachers, strict=True):
+            if wrong_B.any():
+                raise TeacherError(
+                    f"teacher {teacher.spec.text}: the logits of image {keys[int(wrong_B.argmax())]!r} are not finite "
+                    f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
+                )
+
+    def _hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
         assert self.head is not None
         logits_BC, hidden_BD = self.head.logits(self.members.upload(self._padded(batch))[0])
         return logits_BC[: len(batch.keys)], hidden_BD[: len(batch.keys)]
 
     def _padded(self, batch: DecodedBatch) -> list[Tensor]:
         # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
-        return [_pad(images_BCHW, self.labeller.batch_size) for images_BCHW in batch.images]
+        return [_pad(images_BCHW, self.batch_size) for images_BCHW in batch.images]
 
     def _encode(
         self, plan: ShardPlan, batch: DecodedBatch, logits_MBC: list[Tensor], hidden_BD: Tensor | None
     ) -> BatchLabels:
-        run = self.labeller.run
-        scaled_logits = self.labeller.combine(logits_MBC)
+        run = self.run
+        scaled_logits = self.combine(logits_MBC)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
         checks = {"wrong": _wrong(logits_MBC)}
@@ -222,17 +194,70 @@ class Lane:
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
         """int64 (R,): what is drawn for a row follows from (seed, key, view, member) and from nothing else."""
-        run = self.labeller.run
+        run = self.run
         hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
-        members_M = self.labeller.first_member + np.arange(run.members_stored, dtype=np.int64)
+        members_M = self.first_member + np.arange(run.members_stored, dtype=np.int64)
         return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1)).to(device, non_blocking=True)
 
 
-def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels], meter: PaceMeter) -> LabelledShard:
-    """Put a shard together from its batches, which are waited for and looked at one by one.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labeller:
+    """What a shard needs beside its plan: where its images come from, and what turns them into labels.
+
+    Attributes:
+        reader: reads, decodes and shapes.
+        lane: the first lane; others are made beside it while shards are labelled.
+        on_bad_image: whether an image that cannot be decoded is listed, or stops the run.
+        tuning: how the machine is used.
+    """
+
+    reader: InputReader
+    lane: Lane
+    on_bad_image: BadImagePolicy = "skip"
+    tuning: Tuning
+
+    @property
+    def run(self) -> Run:
+        return self.lane.run
+
+    @property
+    def source(self) -> Source:
+        return self.reader.source
+
+    @property
+    def members(self) -> Members:
+        return self.lane.members
+
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        return self.lane.members.teachers
+
+    @property
+    def batch_size(self) -> int:
+        return self.lane.batch_size
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """The same with other batches; labels agree to rounding."""
+        return replace(self, lane=replace(self.lane, batch_size=batch_size))
+
+    def spans(self, plan: ShardPlan) -> Iterator[Span]:
+        """The samples of a shard's batches, from the shard's own start."""
+        for start in range(plan.start, plan.stop, self.batch_size):
+            yield Span(view=plan.view, start=start, stop=min(start + self.batch_size, plan.stop))
+
+    def batches_together(self) -> int:
+        """How many batches a lane takes at once: one, or what bounded memory holds where members take turns."""
+        if not self.members.in_turn:
+            return 1
+        pixels = sum((geometry.crop or geometry.resize or _SIDE) ** 2 for geometry in self.reader.geometries)
+        return max(1, _KEPT_BYTES // (self.batch_size * 3 * pixels))
+
+
+def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels], progress: Progress) -> LabelledShard:
+    """Put a shard together from its batches, each of which is waited for and checked.
 
     Raises:
-        TeacherError, UsageError: see `Labeller.scaled_logits` and `hidden`.
+        TeacherError, UsageError: see `Lane.scaled_logits` and `Lane.hidden`.
         DataError: a bad image, where that stops the run.
     """
     run = labeller.run
@@ -247,17 +272,15 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         parts.append(part)
         if part.bad and labeller.on_bad_image == "error":
             first = part.bad[0]
-            raise DataError(
-                f"image {first.key!r}: {first.reason}; mend it, or let it be skipped with --on-bad-image skip"
-            )
+            raise DataError(f"image {first.key!r}: {first.reason}; fix it, or skip it with --on-bad-image skip")
         if part.columns is None or part.checks is None:
             continue
-        with meter.spend("forward"):  # beside a GPU, this is where the host waits for it
+        with progress.spend("forward"):  # beside a GPU, this is where the host waits for it
             arrived, checks = part.columns.get(), part.checks.get()
-        labeller.check(checks["wrong"], part.keys)
-        if labeller.head is not None and not checks["explained"][0]:
-            labeller.head.refuse()
-        with meter.spend("encoding"):
+        labeller.lane.check_finite(checks["wrong"], part.keys)
+        if labeller.lane.head is not None and not checks["explained"][0]:
+            labeller.lane.head.refuse()
+        with progress.spend("encoding"):
             for name, values in (arrived | part.views).items():
                 columns[name][at : at + len(part.keys)] = values
         at += len(part.keys)

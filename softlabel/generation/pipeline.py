@@ -1,4 +1,4 @@
-"""Shards through the engine, everything at once: while one batch is decoded others are computed, copied and written.
+"""Shards through the labeller, overlapped: while one batch is decoded others are computed, copied and written.
 
 On a CPU a few lanes run side by side, each decoding and labelling whole batches with few threads. Beside a GPU there
 is one lane, which only launches: processes decode, a thread copies batches into page-locked memory, and what was
@@ -21,7 +21,7 @@ from softlabel.common.device import out_of_memory
 from softlabel.errors import TeacherError
 from softlabel.generation.input_reader import DecodedBatch, Span
 from softlabel.generation.labeller import BatchLabels, LabelledShard, Labeller, Lane, assemble
-from softlabel.generation.timing import PaceMeter
+from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import pin
 from softlabel.store.manifest import ShardPlan
 
@@ -39,76 +39,64 @@ def label_shard(plan: ShardPlan, labeller: Labeller) -> LabelledShard:
 
 
 def label_shards(
-    plans: Iterable[ShardPlan],
-    labeller: Labeller,
-    *,
-    workers: int = 0,
-    meter: PaceMeter | None = None,
-    seen: Callable[[int], object] | None = None,
+    plans: Iterable[ShardPlan], labeller: Labeller, *, workers: int = 0, progress: Progress | None = None
 ) -> Generator[LabelledShard, None, None]:
-    """Label shards, in order. Where memory runs out the batch size is halved, and the shard begun anew.
+    """Label shards, in order. Where memory runs out the batch size is halved, and the shard begun again.
 
     Args:
         workers: processes that decode.
-        meter: counts images and where the time goes.
-        seen: called with the number of images of each batch as it is done; negative for those that are done anew.
+        progress: counts images and where the time goes.
 
     Raises:
-        TeacherError: one image does not fit into memory, or see `Labeller.scaled_logits`.
+        TeacherError: one image does not fit into memory, or see `Lane.scaled_logits`.
         DataError: a bad image, where that stops the run, or a decoding process that died.
     """
-    left, meter = deque(plans), meter or PaceMeter()
-
-    def count(images: int) -> None:
-        meter.count(images)
-        if seen is not None:
-            seen(images)
-
+    left, progress = deque(plans), progress or Progress()
     while left:
         try:
-            for shard in _through(tuple(left), labeller, workers, meter, count):
+            for shard in _overlapped(tuple(left), labeller, workers, progress):
                 left.popleft()
                 yield shard
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            _halve(labeller, error)
+            labeller = _halved(labeller, error)
 
 
-def fitting(labeller: Labeller, compute: Callable[[], T]) -> T:
-    """What `compute` returns, begun anew with half the batch size where memory runs out.
+def fitting(labeller: Labeller, compute: Callable[[Labeller], T]) -> tuple[Labeller, T]:
+    """What `compute` returns, begun again with half the batch size where memory runs out; and the labeller that fits.
 
     Raises:
         TeacherError: one image does not fit into memory.
     """
     while True:
         try:
-            return compute()
+            return labeller, compute(labeller)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            _halve(labeller, error)
+            labeller = _halved(labeller, error)
 
 
-def _halve(labeller: Labeller, error: Exception) -> None:
+def _halved(labeller: Labeller, error: Exception) -> Labeller:
     before = labeller.batch_size
     if before == 1:
         raise TeacherError(
             "out of memory with a single image; use --precision bf16, a smaller input size, or a device with more "
             f"memory ({' '.join(str(error).split())[:200]})"
         ) from error
-    labeller.batch_size = before // 2
     if labeller.members.device.type == "cuda":
         torch.cuda.empty_cache()
-    log.warning("out of memory with batches of %d: going on with %d", before, labeller.batch_size)
+    log.warning("out of memory with batches of %d: going on with %d", before, before // 2)
+    return labeller.with_batch_size(before // 2)
 
 
-def _through(
-    plans: Sequence[ShardPlan], labeller: Labeller, workers: int, meter: PaceMeter, count: Callable[[int], None]
+def _overlapped(
+    plans: Sequence[ShardPlan], labeller: Labeller, workers: int, progress: Progress
 ) -> Iterator[LabelledShard]:
     together = labeller.batches_together()
     work = ((plan, group) for plan in plans for group in _groups(labeller.spans(plan), together))
-    answers = _answers(work, labeller, workers, meter)
+    answers = _answers(work, labeller, workers, progress)
     counted = 0  # images of a shard that is not whole yet
 
     def of_shard(rows: int) -> Iterator[BatchLabels]:
@@ -116,19 +104,19 @@ def _through(
         while counted < rows:
             batch = next(answers)
             images = len(batch.keys) + len(batch.bad)
-            count(images)
+            progress.count(images)
             counted += images
             yield batch
 
     try:
         with contextlib.closing(answers):
             for plan in plans:
-                shard = assemble(plan, labeller, of_shard(plan.stop - plan.start), meter)
+                shard = assemble(plan, labeller, of_shard(plan.stop - plan.start), progress)
                 counted = 0
                 yield shard
     finally:
         if counted:
-            count(-counted)
+            progress.count(-counted)
 
 
 def _groups(spans: Iterator[Span], size: int) -> Iterator[tuple[Span, ...]]:
@@ -137,21 +125,21 @@ def _groups(spans: Iterator[Span], size: int) -> Iterator[tuple[Span, ...]]:
 
 
 def _answers(
-    work: Iterator[tuple[ShardPlan, tuple[Span, ...]]], labeller: Labeller, workers: int, meter: PaceMeter
+    work: Iterator[tuple[ShardPlan, tuple[Span, ...]]], labeller: Labeller, workers: int, progress: Progress
 ) -> Generator[BatchLabels, None, None]:
-    """What the lanes make of this work, in its order, a bounded number of batches ahead of who asks."""
+    """What the lanes make of this work, in its order, a bounded number of batches ahead of the caller."""
     # Lanes of a CPU decode for themselves, so that its cores are never idle; else it is done ahead of the lane.
     inside = workers == 0 and labeller.members.device.type == "cpu"
-    intake = labeller.intake.one_reader()
+    reader = labeller.reader.one_at_a_time()
     lanes, threads = _lanes(labeller)
     count = lanes.qsize()
 
     def run(plan: ShardPlan, spans: tuple[Span, ...], ready: list[Future[DecodedBatch]] | None) -> list[BatchLabels]:
         lane = lanes.get()
         try:
-            with meter.spend("waiting"):
-                batches = [intake.of(span) for span in spans] if ready is None else [one.result() for one in ready]
-            return lane.label(plan, batches, meter)
+            with progress.spend("waiting"):
+                batches = [reader.read(span) for span in spans] if ready is None else [one.result() for one in ready]
+            return lane.label(plan, batches, progress)
         finally:
             lanes.put(lane)
 
@@ -160,12 +148,12 @@ def _answers(
     pending: deque[Future[list[BatchLabels]]] = deque()
     pool = ThreadPoolExecutor(count, "softlabel-lane", initializer=torch.set_num_threads, initargs=(threads,))
     pins = ThreadPoolExecutor(1, "softlabel-pin", initializer=torch.set_num_threads, initargs=(1,))
-    stream = labeller.intake.stream((span for _, spans in theirs for span in spans), workers=workers)
+    stream = labeller.reader.stream((span for _, spans in theirs for span in spans), workers=workers)
     try:
         for plan, spans in ours:
             ready = None
             if not inside:
-                with meter.spend("waiting"):
+                with progress.spend("waiting"):
                     ready = [pins.submit(_pinned, next(stream), labeller) for _ in spans]
             pending.append(pool.submit(run, plan, spans, ready))
             if len(pending) > _AHEAD * count:
@@ -193,8 +181,8 @@ def _lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":
     lanes.put(labeller.lane)
     if not labeller.members.in_turn:
         try:
-            copies = [Lane(labeller, labeller.members.replica()) for _ in range(count - 1)]
-        except Exception as error:  # somebody's network: what it raises when it is copied is not for us to know
+            copies = [labeller.lane.with_replicas() for _ in range(count - 1)]
+        except Exception as error:  # user code may raise anything when deep-copied
             log.info("one lane: a teacher cannot be copied (%s)", type(error).__name__)
             copies = []
         for lane in copies:

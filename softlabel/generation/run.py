@@ -1,38 +1,35 @@
-"""A run: label the shards that a store lacks and commit each, with a bar, and say what came of it."""
+"""A run that is open: data and teachers are loaded, the store's lease is held, and what is missing can be labelled."""
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from softlabel.errors import DataError
-from softlabel.generation.growth import check_same_data
-from softlabel.generation.job import Job
-from softlabel.generation.labeller import LabelledShard
-from softlabel.generation.pipeline import label_shards
-from softlabel.generation.preflight.check import Preflight
-from softlabel.generation.timing import Pace, PaceMeter
-from softlabel.store.manifest import BadRow, ShardPlan
-from softlabel.store.writer import Committer, write_shard
+from softlabel.common.places import absolute_source, absolute_spec
+from softlabel.dataset import Source
+from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.generation.config import GenerateConfig
+from softlabel.generation.executor import Executor, LocalExecutor
+from softlabel.generation.growth import History, check_same_data, recorded_there
+from softlabel.generation.job import Job, load_job
+from softlabel.generation.preflight.check import Preflight, check_run
+from softlabel.generation.progress import Pace, Progress
+from softlabel.store.columns import EXTRA_NAME
+from softlabel.store.writer import Committer
 
 log = logging.getLogger("softlabel")
-
-
-# One shard is written while the next is computed and a third waits: more would only hold memory.
-WRITES_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSummary:
     """What a call of `generate` did: images, shards, seconds and accuracy of this call's work; totals of the store.
 
-    `pace`: where the time went; None on a cluster, whose workers do not tell.
+    `pace`: where the time went; None on a cluster, whose workers do not report it.
     """
 
     path: str
@@ -50,149 +47,140 @@ class GenerateSummary:
         return self.images / self.seconds if self.seconds else 0.0
 
 
-@dataclass(slots=True)
-class Counts:
-    """What was labelled: images, shards, rows among them that are good, and where hard labels exist and are hit."""
+class GenerationRun:
+    """A store that is open for writing, and what labels its missing shards. Make one with `open_run`."""
 
-    images: int = 0
-    shards: int = 0
-    good: int = 0
-    correct: int = 0
-    labelled: int = 0
-    first_bad: BadRow | None = None
+    def __init__(self, job: Job, committer: Committer, executor: Executor) -> None:
+        self.job, self.committer, self.executor = job, committer, executor
+        self._bare_rate: float | None = None
+
+    def preflight(self) -> Preflight | None:
+        """Label two batches, check that the disk has room, and log what looks wrong; None where nothing is missing.
+
+        Raises:
+            StoreError, DataError, TeacherError, UsageError: the run cannot end well; see `check_run`.
+        """
+        missing = self.committer.missing()
+        if not missing:
+            return None
+        self.job, found = check_run(self.job, self.committer.url, missing)
+        self._bare_rate = found.bare_rate
+        return found
+
+    def label(self, *, progress: bool | None = None) -> GenerateSummary:
+        """Label and commit what is missing; see `label_missing`."""
+        return label_missing(
+            self.job, self.committer, executor=self.executor, progress=progress, bare_rate=self._bare_rate
+        )
 
 
-Label = Callable[[Committer, Sequence[ShardPlan], "tqdm[Any]"], Counts]
+@contextmanager
+def open_run(
+    data: "str | Path | Source | Dataset[Any]",
+    *,
+    teachers: Sequence[str],
+    out: str | Path,
+    config: GenerateConfig,
+    executor: Executor | None = None,
+    key_fn: Callable[[int], str | int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[GenerationRun]:
+    """Load data and teachers and open the store, or resume it. See `generate` for the arguments and errors."""
+    executor = executor or LocalExecutor()
+    if not executor.in_process:
+        if not isinstance(data, str | Path):
+            raise UsageError("data: on a cluster expected a SOURCE that every worker can open, found an object")
+        if config.workers is not None:
+            raise UsageError(
+                "workers: a cluster's workers decode with threads; give --cluster-workers for their number"
+            )
+        config = replace(config, workers=0)
+        data, teachers = absolute_source(str(data)), [absolute_spec(teacher) for teacher in teachers]
+    job = load_job(
+        data,
+        teachers,
+        config,
+        key_fn=key_fn,
+        history=History.of(out, grow=config.grow, views=config.views),
+        recorded=recorded_there(out),
+    )
+    if options is not None:
+        job.recorded["options"] = dict(options)
+    with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
+        if committer.manifest.recorded.get("derived") and committer.missing():
+            raise MismatchError(
+                f"{out}: was made from other stores, and teachers can add nothing to it: run the command that began it "
+                "again if it is not finished, or label new samples into another folder and merge the two"
+            )
+        add_head(job, committer)
+        if committer.resumed:
+            check_same_data(out, job.labeller.reader)
+        yield GenerationRun(job, committer, executor)
+
+
+def add_head(job: Job, committer: Committer) -> None:
+    """Put the teacher's last layer into a store whose rows are its inputs."""
+    if (head := job.labeller.lane.head) is not None:
+        committer.add_extra(EXTRA_NAME, head.safetensors())
 
 
 def label_missing(
-    committer: Committer,
-    out: str | Path,
     job: Job,
+    committer: Committer,
     *,
+    executor: Executor | None = None,
     progress: bool | None = None,
-    begin: Callable[[Sequence[ShardPlan]], Preflight | None] | None = None,
-    complement: Callable[[LabelledShard], LabelledShard] | None = None,
-    label: Label | None = None,
+    bare_rate: float | None = None,
 ) -> GenerateSummary:
-    """Label and commit the shards that the store lacks, and declare it complete.
+    """Label and commit the shards that a store lacks, and declare it complete.
 
-    begin: called with what is missing before the first image is labelled. complement: what is added to a shard's rows
-    before they are written. label: what labels and commits shards, where it is not this process.
+    Args:
+        executor: who labels; absent: this process.
+        progress: show a bar; absent: if standard error is a terminal.
+        bare_rate: images/s of the teachers alone, for the summary.
 
     Raises:
-        MismatchError: the data are not those that the store's shards were made from.
         DataError: no image could be labelled, in this call or before.
     """
-    run, labeller = committer.run, job.labeller
-    missing = committer.missing()
-    if committer.resumed:
-        check_same_data(out, labeller.intake)
-    found = begin(missing) if begin is not None and missing else None
-    started = time.perf_counter()
+    executor = executor or LocalExecutor()
+    run, missing, out = committer.run, committer.missing(), committer.url
     before = committer.manifest.totals.rows
-    rows = sum(plan.stop - plan.start for plan in missing)
+    left = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
         log.info("%s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
-    counts, meter = Counts(), PaceMeter()
-    meter.bare_rate = found.bare_rate if found is not None else None
-    if missing:
-        with _bar(total, total - rows, progress) as bar:
-            counts = (label or _here(out, job, meter, complement))(committer, missing, bar)
-    if not before + counts.good:
-        first = counts.first_bad
-        raise DataError(
-            f"{out}: no image could be labelled{f'; the first, {first.key!r}: {first.reason}' if first else ''}"
-        )
-    if (bad := counts.first_bad) is not None:
-        count = counts.images - counts.good
-        log.warning(
-            "warning: %s: %d of %d images have no row; the first, sample %d, %r: %s",
-            out,
-            count,
-            counts.images,
-            bad.index,
-            bad.key,
-            bad.reason,
-        )
+    started = time.perf_counter()
+    with Progress(total=total, done=total - left, show=progress if missing else False) as done:
+        done.bare_rate = bare_rate
+        if missing:
+            executor.label(job, committer, missing, done)
+    _report_bad(done, out, any_row=bool(before + done.rows))
     totals = committer.finish().totals
     return GenerateSummary(
-        path=str(out),
+        path=out,
         total_rows=totals.rows,
         total_bad=totals.bad,
         total_bytes=totals.bytes,
-        shards_written=counts.shards,
-        images=counts.images,
+        shards_written=done.shards,
+        images=done.images,
         seconds=time.perf_counter() - started,
-        teacher_accuracy=counts.correct / counts.labelled if counts.labelled else None,
-        pace=meter.pace() if label is None else None,
+        teacher_accuracy=done.correct / done.labelled if done.labelled else None,
+        pace=done.pace() if executor.in_process else None,
     )
 
 
-def _here(
-    out: str | Path, job: Job, meter: PaceMeter, complement: Callable[[LabelledShard], LabelledShard] | None
-) -> Label:
-    """This process labels."""
-
-    def label(committer: Committer, missing: Sequence[ShardPlan], bar: "tqdm[Any]") -> Counts:
-        counts = Counts()
-        shards = label_shards(
-            missing, job.labeller, workers=job.workers, meter=meter, seen=lambda images: _show(bar, images, meter)
+def _report_bad(done: Progress, out: str, *, any_row: bool) -> None:
+    first = done.first_bad
+    if not any_row:
+        reason = f"; the first, {first.key!r}: {first.reason}" if first else ""
+        raise DataError(f"{out}: no image could be labelled{reason}")
+    if first is not None:
+        log.warning(
+            "warning: %s: %d of %d images have no row; the first, sample %d, %r: %s",
+            out,
+            done.images - done.rows,
+            done.images,
+            first.index,
+            first.key,
+            first.reason,
         )
-        with contextlib.closing(shards), _writer(committer, out) as write:
-            for shard in shards:
-                shard = shard if complement is None else complement(shard)
-                with meter.spend("writing"):
-                    write(shard)
-                counts.images += len(shard.rows.keys) + len(shard.bad)
-                counts.good += len(shard.rows.keys)
-                counts.first_bad = counts.first_bad or (shard.bad[0] if shard.bad else None)
-                counts.correct, counts.labelled = counts.correct + shard.correct, counts.labelled + shard.labelled
-                counts.shards += 1
-        return counts
-
-    return label
-
-
-@contextlib.contextmanager
-def _writer(committer: Committer, out: str | Path) -> Iterator[Callable[[LabelledShard], None]]:
-    """Write and commit in the background, few in flight; a failure is raised at the next call or at exit."""
-    pending: list[Future[None]] = []
-
-    def publish(shard: LabelledShard) -> None:
-        record = write_shard(out, committer.run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
-        committer.commit(record)
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:
-
-        def write(shard: LabelledShard) -> None:
-            while len(pending) >= WRITES_IN_FLIGHT or (pending and pending[0].done()):
-                pending.pop(0).result()
-            pending.append(pool.submit(publish, shard))
-
-        yield write
-        for future in pending:
-            future.result()
-
-
-def _show(bar: "tqdm[Any]", images: int, meter: PaceMeter) -> None:
-    """Images/s and the time left are the bar's own; behind them, what the time goes into."""
-    pace = meter.pace()
-    bar.set_postfix_str(
-        f"data {pace.share('waiting'):.0%}, teachers {pace.share('forward') + pace.share('encoding'):.0%}, "
-        f"writing {pace.share('writing'):.0%}",
-        refresh=False,
-    )
-    bar.update(images)
-
-
-def _bar(total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
-    return tqdm(
-        total=total,
-        initial=initial,
-        unit="img",
-        unit_scale=True,
-        desc="labelling",
-        disable=None if progress is None else not progress,
-    )

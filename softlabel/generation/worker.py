@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 from softlabel.common.device import Choice
 from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
+from softlabel.generation.config import BadImagePolicy, GenerateConfig
 from softlabel.generation.job import Job
-from softlabel.generation.labeller import BadImagePolicy
 from softlabel.generation.malloc import keep_freed_memory
 from softlabel.generation.pipeline import label_shard
-from softlabel.generation.reload import job_of
-from softlabel.store.manifest import ShardRecord
+from softlabel.generation.reload import config_of, reload_job
+from softlabel.store.manifest import Manifest, ShardRecord
 from softlabel.store.manifest_read import load_root
 from softlabel.store.storage.open import open_folder
 from softlabel.store.strict_json import dumps, from_json, loads, to_json
@@ -45,15 +45,15 @@ class Request:
     """What a worker must know, beside the manifest, to label shards of a store.
 
     Attributes:
-        session: a word of its own for each client's run. A worker loads data and teachers once in it, and anew in the
-            next one: both may lie there changed under the same names.
+        session: a word of its own for each client's run. A worker loads data and teachers once in it, and again in
+            the next one: both may have changed under the same names.
         out: the store's folder or URL, as every worker reaches it.
         run: fingerprint of the run, so that no shard of another one is made.
         data: the SOURCE, as every worker reaches it.
         teachers: their SPECs.
         device: of the teachers.
         on_bad_image: whether an image that cannot be decoded is listed, or stops the run.
-        threads, members_in_turn: of `Tuning`; the rest of it was settled when the run began, and is in the manifest.
+        threads, members_in_turn: of `Tuning`; the rest of it was chosen when the run began, and is in the manifest.
     """
 
     session: str
@@ -65,6 +65,17 @@ class Request:
     on_bad_image: BadImagePolicy = "skip"
     threads: int | None = None
     members_in_turn: Choice = "auto"
+
+    def config(self, manifest: Manifest) -> GenerateConfig:
+        """What this worker's job is asked for."""
+        return dataclasses.replace(
+            config_of(manifest),
+            device=self.device,
+            on_bad_image=self.on_bad_image,
+            threads=self.threads,
+            members_in_turn=self.members_in_turn,
+            workers=0,  # processes of Dask's may not have children: threads decode
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,17 +116,13 @@ class _Loaded:
             manifest = load_root(open_folder(request.out))
             if (found := manifest.run.fingerprint()) != request.run:
                 raise MismatchError(f"{request.out}: expected the run {request.run}, found {found}; start again")
-            job = job_of(
+            job = reload_job(
                 manifest,
                 request.out,
+                request.config(manifest),
                 data=request.data,
                 teachers=request.teachers,
-                device=request.device,
-                workers=0,  # processes of Dask's may not have children: threads decode
-                on_bad_image=request.on_bad_image,
-                threads=request.threads,
-                members_in_turn=request.members_in_turn,
-                believe=True,  # a hundred million keys are not for every worker to read: those of its shards will do
+                trust_keys=True,  # a hundred million keys are not for every worker to read: its shards' are enough
             )
             self._loaded = request, job
         return self._loaded[1]

@@ -116,7 +116,7 @@ def _log_softmax(scaled_logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> NDArray[np.float64]:
-    batch = job.labeller.intake.batch(samples, view=view)
+    batch = job.labeller.reader.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
             f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
@@ -127,4 +127,4 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
             f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
             "data that was labelled as --data"
         )
-    return job.labeller.scaled_logits(batch).double().cpu().numpy()
+    return job.labeller.lane.scaled_logits(batch).double().cpu().numpy()

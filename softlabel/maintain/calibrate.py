@@ -17,10 +17,10 @@ from softlabel.common.arguments import check_arguments
 from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluation.metrics import calibration_error
-from softlabel.generation.job import Job, prepare
+from softlabel.generation.config import GenerateConfig
+from softlabel.generation.job import Job, load_job
 from softlabel.inputs.base import IGNORE
 from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
-from softlabel.store.columns import Encoding
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -66,23 +66,18 @@ def calibrate(
     """
     if samples is not None and samples < 1:
         raise UsageError(f"samples: expected at least 1, found {samples}")
-    job = prepare(
-        _labelled(open_source(data, key_fn=key_fn), samples, seed),
-        teachers=teachers,
+    config = GenerateConfig(
         combine="keep",
-        weights=None,
         temperature=1.0,
-        format="parquet",
+        encoding="float32",
         shard_rows=batch_size,
         batch_size=batch_size,
         precision=precision,
         workers=workers,
         seed=seed,
-        ignore_labels=False,
-        on_bad_image="skip",
-        encoding=Encoding(name="float32"),
         device=device,
     )
+    job = load_job(_labelled(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
     logits_MNC, labels_N = _answers(job, progress)
     found = Calibration(
         data=job.labeller.source.name,
@@ -110,13 +105,14 @@ def _labelled(source: Source, samples: int | None, seed: int) -> Source:
 def _answers(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
     """float32 (M, N, C) logits, up to a constant a row, and int64 (N,) labels."""
     labeller, run = job.labeller, job.run
-    batches = labeller.decoded([run.shard(number) for number in range(run.shard_count)], job.workers)
+    spans = (span for number in range(run.shard_count) for span in labeller.spans(run.shard(number)))
+    batches = labeller.reader.stream(spans, workers=job.workers)
     logits, labels = [], []
     off = None if progress is None else not progress
     with tqdm(total=len(labeller.source), unit="img", unit_scale=True, desc="calibrating", disable=off) as bar:
         for batch in batches:
             if batch.keys:
-                logits.append(labeller.scaled_logits(batch).transpose(0, 1).cpu())
+                logits.append(labeller.lane.scaled_logits(batch).transpose(0, 1).cpu())
                 labels.append(torch.from_numpy(batch.labels))
             bar.update(len(batch.keys) + len(batch.bad))
     if not logits:

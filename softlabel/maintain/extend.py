@@ -5,7 +5,6 @@ Legend: B rows, M members, W elements of a column in one row.
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from softlabel.common.arguments import check_arguments
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
 from softlabel.errors import MismatchError, UsageError
-from softlabel.generation.growth import History
-from softlabel.generation.job import prepare
+from softlabel.generation.executor import LocalExecutor
+from softlabel.generation.growth import History, check_same_data
+from softlabel.generation.job import load_job
 from softlabel.generation.labeller import LabelledShard
-from softlabel.generation.reload import recorded_place, refuse_derived
+from softlabel.generation.reload import config_of, recorded_place, refuse_derived
 from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import comparable, why_not_comparable
 from softlabel.labels.combine import normalized_weights
@@ -73,26 +73,15 @@ def extend(
             f"{store}: its members are {'' if calibrated else 'not '}calibrated; "
             f"{'give --calibration for this one too' if calibrated else 'leave out --calibration'}"
         )
-    job = prepare(
+    job = load_job(
         recorded_place(manifest, "data", store, data),
-        teachers=[teacher],
-        combine="keep",
-        weights=None,
-        temperature=run.temperature,
-        format=run.format,
-        shard_rows=run.shard_rows,
-        batch_size=int(manifest.recorded.get("batch_size", 256)),
-        precision=run.members[0].precision,  # type: ignore[arg-type]
-        workers=workers,
-        seed=run.views.seed,
-        ignore_labels=not run.dataset.has_labels,
-        on_bad_image="skip",
-        encoding=run.encoding,
-        calibration=calibration,
-        device=device,
+        [teacher],
+        dataclasses.replace(
+            config_of(manifest), calibration=calibration, device=device, workers=workers, compile=False
+        ),
         history=History.of(store),
-        views=run.views,
-        settled={"decoding": manifest.recorded.get("decoding", {})},
+        recorded={"decoding": manifest.recorded.get("decoding", {})},
+        first_member=len(run.members),
     )
     (member,) = job.run.members
     if any((member.sha256, member.preprocessing) == (one.sha256, one.preprocessing) for one in run.members):
@@ -105,7 +94,6 @@ def extend(
     extended = dataclasses.replace(run, members=members, combine=combine)
     teachers = [*manifest.recorded.get("teachers", []), teacher]
     beside = Path(f"{Path(store)}.extending")
-    job.labeller.first_member = len(run.members)
     try:
         opened_beside = Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers})
     except MismatchError as error:
@@ -114,18 +102,24 @@ def extend(
             "remove that folder"
         ) from None
     with opened_beside as committer:
-        summary = label_missing(committer, beside, job, progress=progress, complement=_beside(opened, extended))
+        if committer.resumed:
+            check_same_data(beside, job.labeller.reader)
+        summary = label_missing(job, committer, executor=_MemberExecutor(opened, extended), progress=progress)
     opened.close()
     replace_store(store, beside)
     return dataclasses.replace(summary, path=str(store))
 
 
-def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledShard]:
-    """Put a new member's columns to the right of those that the store has for the same rows."""
-    starts = np.cumsum([0, *(record.rows for record in store.shards)])
-    warned: list[str] = []
+class _MemberExecutor(LocalExecutor):
+    """Puts a new member's columns to the right of those that the store has for the same rows."""
 
-    def complement(shard: LabelledShard) -> LabelledShard:
+    def __init__(self, store: Store, extended: Run) -> None:
+        self._store, self._extended = store, extended
+        self._starts = np.cumsum([0, *(record.rows for record in store.shards)])
+        self._warned = False
+
+    def complete(self, shard: LabelledShard) -> LabelledShard:
+        store, extended, starts = self._store, self._extended, self._starts
         record = store.shards[shard.plan.number]
         kept = store.take(np.arange(starts[record.number], starts[record.number + 1]))
         if Keys.of(shard.rows.keys).to_list() != kept.keys or {r.key for r in record.bad} != {r.key for r in shard.bad}:
@@ -134,8 +128,8 @@ def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledSh
         assert now is not None
         changed = comparable(now, seen) & (now != seen)
         unknown = why_not_comparable(now, seen)
-        if unknown is not None and not warned:
-            warned.append(unknown)
+        if unknown is not None and not self._warned:
+            self._warned = True
             log.warning(
                 "warning: %s: its images cannot be compared with those that the other members saw (%s)",
                 store.url,
@@ -164,8 +158,6 @@ def _beside(store: Store, extended: Run) -> Callable[[LabelledShard], LabelledSh
         members = len(extended.members)
         fidelity = _mean(record.fidelity, shard.fidelity, members)
         return dataclasses.replace(shard, rows=rows, fidelity=fidelity)
-
-    return complement
 
 
 def _mean(kept: Fidelity | None, new: Fidelity | None, members: int) -> Fidelity | None:

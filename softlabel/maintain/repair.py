@@ -1,5 +1,6 @@
 """Making the damaged or missing shards of a store again, and nothing else."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,8 @@ from softlabel.convert import RewriteSummary, redo_store
 from softlabel.dataset import Source
 from softlabel.errors import StoreCorruptError, UsageError
 from softlabel.generation.growth import check_same_data
-from softlabel.generation.reload import job_of
-from softlabel.generation.run import GenerateSummary, label_missing
-from softlabel.store.columns import EXTRA_NAME
+from softlabel.generation.reload import config_of, reload_job
+from softlabel.generation.run import GenerateSummary, add_head, label_missing
 from softlabel.store.manifest import ROOT_NAME
 from softlabel.store.manifest_read import load_manifest, load_root
 from softlabel.store.origins import origins_of
@@ -121,10 +121,10 @@ def _relabel(
     progress: bool | None,
 ) -> GenerateSummary:
     manifest = load_root(open_folder(store))
-    job = job_of(manifest, store, data=data, teachers=teachers, device=device, workers=workers, damaged=damaged)
+    config = dataclasses.replace(config_of(manifest), device=device, workers=workers)
+    job = reload_job(manifest, store, config, data=data, teachers=teachers, damaged=damaged)
     # Before the damaged shards are forgotten: a repair that is refused leaves the store as it was.
-    check_same_data(store, job.labeller.intake, without=damaged)
+    check_same_data(store, job.labeller.reader, without=damaged)
     with Committer.open(store, job.run, relabel=damaged) as committer:
-        if job.labeller.head is not None:
-            committer.add_extra(EXTRA_NAME, job.labeller.head.safetensors())
-        return label_missing(committer, store, job, progress=progress)
+        add_head(job, committer)
+        return label_missing(job, committer, progress=progress)

@@ -204,6 +204,11 @@ class Committer:
         return self._manifest
 
     @property
+    def url(self) -> str:
+        """The store's folder or URL."""
+        return str(self._folder)
+
+    @property
     def complete(self) -> bool:
         return self._manifest.complete
 

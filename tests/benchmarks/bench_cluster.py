@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from distributed import Client
 
 import softlabel
 from softlabel.cluster.connect import connected
+from softlabel.cluster.deployment import Deployment
 from softlabel.cluster.dispatch import Drive
-from softlabel.generation.deployment import Deployment
 from softlabel.generation.pipeline import label_shard
-from softlabel.generation.reload import job_of
+from softlabel.generation.reload import config_of, reload_job
 from softlabel.generation.worker import Outcome, Request, label_one
 from softlabel.store.manifest import ShardRecord, shard_file
 from softlabel.store.open import open_store
@@ -68,7 +69,7 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
     request = Request(
         session="bench", out=out, run=manifest.run.fingerprint(), data=data, teachers=(teacher,), device="cpu"
     )
-    job = job_of(manifest, out, workers=0, device="cpu")
+    job = reload_job(manifest, out, replace(config_of(manifest), workers=0, device="cpu"))
     numbers = range(manifest.run.shard_count)
 
     def keys(number: int) -> str:
@@ -103,7 +104,7 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
             return [spread(client) for _ in range(3)][-1]
 
     def started() -> float:
-        with connected(Deployment(cluster="local", workers=2)) as client:
+        with connected(Deployment(cluster="local", cluster_workers=2)) as client:
             return [spread(client) for _ in range(3)][-1]
 
     # One after the other: a scheduler that idles in this process or beside it would count as the loop's.

@@ -713,7 +713,7 @@ def test_chinese_class_names_where_the_locale_is_ascii(tmp_path: Path) -> None:
     )
     (tmp_path / "list.csv").write_text("d/\u732b/1.png,0\n", encoding="utf-8")
     code = (
-        "from softlabel.cli import main; print(main(['inspect', 'labels']));"
+        "from softlabel.cli.main import main; print(main(['inspect', 'labels']));"
         "print([main(['generate', '--data', data, '--teacher', 'zoo:resnet8@w.pt?num_classes=2&resize=8', '--out', 'x',"
         "'--no-preflight', '--device', 'cpu']) for data in ('d', 'list.csv')])"
     )

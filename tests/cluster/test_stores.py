@@ -283,7 +283,7 @@ def test_workers_that_slurm_starts(tmp_path: Path) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     options = ["--data", data, "--shard-rows", 10, "--batch-size", 10, "--no-preflight"]
-    slurm = ["--cluster", "slurm", "--workers", 2, "--cluster-options", settings]
+    slurm = ["--cluster", "slurm", "--cluster-workers", 2, "--cluster-options", settings]
     teacher = teacher_spec(marks=marks, seconds=0.5)
     path = os.pathsep.join([str(commands), os.environ["PATH"]])
     command = generate(*options, "--teacher", teacher, "--out", tmp_path / "store", *slurm)
@@ -349,7 +349,7 @@ def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
         done = run(generate(*options, "--scheduler", address), code=2)
         assert "expected an address such as" in done.stderr
     done = run(generate(*options, "--cluster", "slurm"), code=2)
-    assert "--workers" in done.stderr
+    assert "--cluster-workers" in done.stderr
     if importlib.util.find_spec("dask_kubernetes") is None:
         done = run(generate(*options, "--cluster", "kubernetes"), code=2)
         assert "pip install 'softlabel[kubernetes]'" in done.stderr

@@ -5,6 +5,7 @@ Every place that has both an image and a row is given the labelled images, and t
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import Subset
 import softlabel
 from softlabel.cli.main import main
 from softlabel.errors import MismatchError, SoftLabelError
-from softlabel.generation.reload import job_of
+from softlabel.generation.reload import config_of, reload_job
 from softlabel.maintain.audit import recompute
 from softlabel.maintain.coverage import coverage
 from softlabel.maintain.extend import extend
@@ -102,7 +103,8 @@ def test_other_images_under_the_same_keys_are_refused(form: str, tmp_path: Path,
         label(data, store, teacher, combine="keep")
 
     def ask_again(data: Any) -> None:
-        found = recompute(opened, job_of(opened.manifest, store, data=data, teachers=[teacher], device="cpu"), 5)
+        config = replace(config_of(opened.manifest), device="cpu")
+        found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=[teacher]), 5)
         assert found.worst_difference < 1e-2
 
     def evaluate(data: Any) -> None:

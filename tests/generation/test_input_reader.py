@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from softlabel.dataset import open_source
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import DataError
-from softlabel.generation.input_reader import Intake, Span
+from softlabel.generation.input_reader import InputReader, Span
 from softlabel.inputs.image_transform import Preprocessing
 
 SPANS = [Span(view=0, start=start, stop=start + 3) for start in range(0, 30, 3)]
@@ -43,8 +43,8 @@ class Images(Dataset[tuple[Image.Image, int]]):
             self.busy.release()
 
 
-def intake(dataset: Images) -> Intake:
-    return Intake(source=open_source(dataset), geometries=(AS_IT_IS,))
+def intake(dataset: Images) -> InputReader:
+    return InputReader(source=open_source(dataset), geometries=(AS_IT_IS,))
 
 
 def test_order_and_bytes_are_those_of_one_thread() -> None:
@@ -54,7 +54,7 @@ def test_order_and_bytes_are_those_of_one_thread() -> None:
     made = list(ours.stream(iter(SPANS), workers=0))
     assert len(dataset.threads) > 1 or os.cpu_count() == 1
     assert all(name.startswith("softlabel-decode") for name in dataset.threads)
-    alone = [intake(Images()).of(span) for span in SPANS]
+    alone = [intake(Images()).read(span) for span in SPANS]
     assert [batch.keys for batch in made] == [batch.keys for batch in alone]
     for one, other in zip(made, alone, strict=True):
         np.testing.assert_array_equal(one.labels, other.labels)

@@ -70,7 +70,7 @@ def test_a_worker_of_a_cluster_has_the_device(tmp_path: Path, device: str) -> No
     data = write_dataset(tmp_path / "images.parquet", 48)
     teacher = write_teacher(tmp_path / "w.safetensors")
     softlabel.generate(data, teachers=[teacher], out=tmp_path / "here", shard_rows=16, device=device, progress=False)
-    options = ("--shard-rows", 16, "--device", device, "--cluster", "local", "--workers", 1)
+    options = ("--shard-rows", 16, "--device", device, "--cluster", "local", "--cluster-workers", 1)
     command("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "there", *options)
     with softlabel.open_store(tmp_path / "here") as one, softlabel.open_store(tmp_path / "there") as other:
         assert (one.take(range(48)).scaled_logits == other.take(range(48)).scaled_logits).all()

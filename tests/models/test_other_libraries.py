@@ -593,7 +593,7 @@ EXTRAS = {
 }
 RUN = """
 import sys
-from softlabel.cli import main
+from softlabel.cli.main import main
 for spec in {specs!r}:
     print(main(["generate", "--data", {data!r}, "--teacher", spec, "--out", {out!r}]))
 """

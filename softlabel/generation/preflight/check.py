@@ -63,19 +63,22 @@ class Preflight:
     remarks: tuple[str, ...] = ()
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def findings(self) -> tuple[str, ...]:
         return self.remarks + tuple(
-            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.doubt}"
+            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.finding}"
             for one in self.diagnoses
-            if one.doubt is not None
+            if one.finding is not None
         )
 
 
-def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: int = 0) -> Preflight:
-    """Try two batches, and check that what is missing of a store fits on its disk. Doubts are logged as warnings.
+def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[Job, Preflight]:
+    """Try two batches, and check that what is missing of a store fits on its disk. Findings are logged as warnings.
+
+    Returns:
+        The job with a batch size that fits into memory, and what was found.
 
     Raises:
-        StoreError: the disk has not room enough.
+        StoreError: the disk does not have enough room.
         DataError: no image of the sample can be decoded, one is another when it is read again, or (nearly) all of them
             are the same.
         TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, its answers change
@@ -83,7 +86,7 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
         UsageError: the encoding does not go with the teacher.
     """
     run = job.run
-    trial = label_sample(job, seed=seed)
+    job, trial = label_sample(job, seed=job.config.seed)
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
     remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
     refuse_equal(trial, job.labeller.source.name)
@@ -125,9 +128,9 @@ def preflight(job: Job, out: str | Path, missing: Sequence[ShardPlan], *, seed: 
         diagnoses=diagnose(job.labeller, trial),
         remarks=remarks,
     )
-    for doubt in report.doubts:
-        log.warning("warning: %s", doubt)
-    return report
+    for finding in report.findings:
+        log.warning("warning: %s", finding)
+    return job, report
 
 
 def free_bytes(out: str | Path) -> int | None:

@@ -36,13 +36,13 @@ _REORDERED = 0.1  # what another order of classes has to gain
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """One teacher on the sample's labelled images; `doubt` says what is odd about it, and what may be the reason."""
+    """One teacher on the sample's labelled images; `finding` says what is odd about it, and what may be the reason."""
 
     teacher: str
     images: int
     accuracy: float
     confidence: float
-    doubt: str | None
+    finding: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +107,9 @@ def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
         full = [batch for batch in trial.batches if batch.keys]
         logits_BC = torch.cat([logits_MBC[number] for logits_MBC in labeller.lane.logits(full)])
         found = _found(logits_BC, np.concatenate([batch.labels for batch in full]))
-    doubt = None
+    finding = None
     if len(found.labels) >= FEWEST:
-        doubt = (
+        finding = (
             _other_order(found, run.class_names)
             or _other_normalisation(teacher, labeller, trial)
             or _no_better_than_chance(found, teacher.num_classes)
@@ -119,7 +119,7 @@ def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
         images=len(found.labels),
         accuracy=found.accuracy,
         confidence=float(found.sure.mean()),
-        doubt=doubt,
+        finding=finding,
     )
 
 
@@ -131,7 +131,7 @@ def _found(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Answers:
 
 def _answers(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Answers:
     """What a teacher says itself of these batches."""
-    place = [one.shape for one in labeller.intake.geometries].index(teacher.preprocessing.shape)
+    place = [one.shape for one in labeller.reader.geometries].index(teacher.preprocessing.shape)
     full = [batch for batch in batches if batch.keys]
     logits = torch.cat([teacher.logits(batch.images[place]) for batch in full])
     return _found(logits, np.concatenate([batch.labels for batch in full]))

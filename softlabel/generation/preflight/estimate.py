@@ -11,7 +11,7 @@ import torch
 
 from softlabel.errors import UsageError
 from softlabel.generation.job import Job
-from softlabel.generation.labeller import Labeller
+from softlabel.generation.labeller import Lane
 from softlabel.generation.preflight.sample import Trial, label_sample
 from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
 from softlabel.models.head import Head
@@ -56,15 +56,15 @@ class Plan:
     offers: tuple[Offer, ...]
 
 
-def plan(job: Job, *, seconds: float = SECONDS, seed: int = 0) -> Plan:
+def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
     """Label a random sample for a few seconds and measure every encoding on it. Writes nothing.
 
     Raises:
         DataError: no image of the sample can be decoded.
         TeacherError: see `generate`.
     """
+    job, trial = label_sample(job, seconds=seconds, seed=job.config.seed)
     run = job.run
-    trial = label_sample(job, seconds=seconds, seed=seed)
     offers = [
         dataclasses.replace(offer(job, trial, encoding), name=name)
         for name, encoding in _encodings(run.num_classes, run.temperature)
@@ -93,10 +93,10 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     run = job.run
     meter = FidelityMeter(temperature=run.temperature, encoding=encoding)
     if encoding.name == "head":
-        labeller = _head_labeller(job, encoding)
-        assert labeller.head is not None
-        scaled_logits_BC, hidden_BD = labeller.hidden(next(batch for batch in trial.batches if batch.keys))
-        weights = (labeller.head.weight, labeller.head.bias)
+        lane = _head_lane(job, encoding)
+        assert lane.head is not None
+        scaled_logits_BC, hidden_BD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
+        weights = (lane.head.weight, lane.head.bias)
         meter.add(scaled_logits_BC, encode_hidden(hidden_BD, encoding), weights)
     else:
         scaled_logits_RC = trial.scaled_logits.reshape(-1, run.num_classes)
@@ -133,9 +133,9 @@ def _possible_head(job: Job) -> Encoding | None:
         return None
 
 
-def _head_labeller(job: Job, encoding: Encoding) -> Labeller:
+def _head_lane(job: Job, encoding: Encoding) -> Lane:
+    lane = job.labeller.lane
     if job.run.encoding == encoding:
-        return job.labeller
+        return lane
     run = dataclasses.replace(job.run, encoding=encoding, combine=Combine(rule="logits", weights=(1.0,)))
-    labeller = job.labeller
-    return Labeller(labeller.source, labeller.members, run, batch_size=labeller.batch_size)
+    return Lane.of(run, lane.members, batch_size=lane.batch_size)

@@ -39,13 +39,14 @@ def check_repeatable(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
         TeacherError: answers change from call to call, depend on the batch, or are not logits.
     """
     _read_again(labeller, trial)
-    return fitting(labeller, lambda: _ask_again(labeller, trial))
+    _, remarks = fitting(labeller, lambda labeller: _ask_again(labeller, trial))
+    return remarks
 
 
 def _read_again(labeller: Labeller, trial: Trial) -> None:
     """Bitwise: nothing before a teacher may be drawn at random, but for views, which depend on the key."""
     first = trial.batches[0]
-    again = labeller.intake.batch(trial.indices[0][:_READ_AGAIN].tolist())
+    again = labeller.reader.batch(trial.indices[0][:_READ_AGAIN].tolist())
     place = {key: number for number, key in enumerate(first.keys)}
     for number, key in enumerate(again.keys):
         before = place.get(key)
@@ -67,7 +68,7 @@ def _ask_again(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
     remarks = [text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _range(z, t))]
     if len(rows_K) == 0:
         return tuple(remarks)
-    asked_KC = labeller.combine([logits_BC[-len(rows_K) :] for logits_BC in logits_MBC]).cpu()
+    asked_KC = labeller.lane.combine([logits_BC[-len(rows_K) :] for logits_BC in logits_MBC]).cpu()
     # The sample's labels begin with those of its first full batch.
     if _apart(asked_KC, trial.scaled_logits[rows_K]) <= 0.5 * min(AGREEMENT[t.precision] for t in labeller.teachers):
         return tuple(remarks)

@@ -1,4 +1,4 @@
-"""A sample of a run, labelled before the run: what it costs, what comes out of it, and for whom.
+"""A sample of a run, labelled before the run: what it costs and what comes out of it.
 
 The sample is drawn over the whole dataset and depends on its size and the seed alone.
 
@@ -7,7 +7,7 @@ Legend: B batch, C classes, M members, R rows of the sample.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
+from softlabel.generation.labeller import Labeller
 from softlabel.generation.pipeline import fitting
 from softlabel.inputs.base import IGNORE
 from softlabel.store.manifest import BadRow
@@ -89,18 +90,21 @@ def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray
         yield indices[indices < samples]
 
 
-def label_sample(job: Job, *, seconds: float = 0.0, seed: int = 0) -> Trial:
+def label_sample(job: Job, *, seconds: float = 0.0, seed: int = 0) -> tuple[Job, Trial]:
     """Label `BATCHES` batches at least, and go on for so many seconds. Writes nothing.
+
+    Returns:
+        The job with a batch size that fits into memory, and what became of the sample.
 
     Raises:
         DataError: no image of the sample can be decoded.
         TeacherError: a member's output is not (B, C) finite numbers.
     """
-    return fitting(job.labeller, lambda: _label_sample(job, seconds, seed))
+    labeller, trial = fitting(job.labeller, lambda labeller: _label_sample(labeller, seconds, seed))
+    return replace(job, labeller=labeller), trial
 
 
-def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
-    labeller = job.labeller
+def _label_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     drawn = sample_indices(len(labeller.source), labeller.batch_size, seed)
     batches: list[DecodedBatch] = []
     indices: list[NDArray[np.int64]] = []
@@ -111,17 +115,17 @@ def _label_sample(job: Job, seconds: float, seed: int) -> Trial:
     decoding = forward = 0.0
     for number, indices_B in enumerate(drawn):
         started = time.perf_counter()
-        batch = labeller.intake.batch(indices_B.tolist())
+        batch = labeller.reader.batch(indices_B.tolist())
         decoded = time.perf_counter()
         if batch.keys:
-            scaled.append(labeller.scaled_logits(batch).cpu())
+            scaled.append(labeller.lane.scaled_logits(batch).cpu())
             labels.append(batch.labels)
         ended = time.perf_counter()
         sampled, bad = sampled + len(indices_B), [*bad, *batch.bad]
         alone = len(indices_B) == len(labeller.source)
         if alone and batch.keys:  # there is no second batch to be timed: this one once more
             again = time.perf_counter()
-            labeller.scaled_logits(batch).cpu()
+            labeller.lane.scaled_logits(batch).cpu()
             ended = decoded + time.perf_counter() - again
         if number or alone:
             timed, labelled = timed + len(indices_B), labelled + len(batch.keys)

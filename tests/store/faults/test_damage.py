@@ -428,7 +428,7 @@ def test_verify_names_the_row_of_wrong_logits_under_a_right_hash(tmp_path: Path,
 UNREADABLE = """
 import sys
 from pathlib import Path
-from softlabel.cli import main
+from softlabel.cli.main import main
 for root in sys.argv[1:]:
     for name in ("manifest.json", "segments", "shards", "shards/*"):
         paths = list(Path(root).glob(name))

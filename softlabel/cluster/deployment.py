@@ -17,25 +17,25 @@ class Deployment:
         scheduler: address of a running one, such as ``tcp://10.0.0.1:8786``.
         cluster: ``local`` starts processes on this machine; ``slurm``, ``kubernetes`` and ``cuda`` use dask-jobqueue,
             dask-kubernetes and dask-cuda.
-        workers: how many of a cluster's workers; None: one for each core (local) or GPU (cuda) of this machine, or what
-            `options` say (kubernetes); slurm wants a number.
-        options: further arguments of the cluster's class.
+        cluster_workers: how many of a cluster's workers; None: one for each core (local) or GPU (cuda) of this
+            machine, or what `cluster_options` say (kubernetes); slurm wants a number.
+        cluster_options: further arguments of the cluster's class.
         shard_seconds: after which a shard counts as hung and its worker is ended; None: 20 times what shards take, at
             least two minutes, and an hour until three have been done.
     """
 
     scheduler: str | None = None
     cluster: ClusterKind | None = None
-    workers: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    cluster_workers: int | None = None
+    cluster_options: Mapping[str, Any] = field(default_factory=dict)
     shard_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if (self.scheduler is None) == (self.cluster is None):
             raise UsageError("deployment: expected the address of a scheduler or a kind of cluster, one of the two")
-        if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers: expected at least 1 on a cluster, found {self.workers}")
+        if self.cluster_workers is not None and self.cluster_workers < 1:
+            raise UsageError(f"cluster_workers: expected at least 1, found {self.cluster_workers}")
         if self.shard_seconds is not None and not 0 < self.shard_seconds < float("inf"):
             raise UsageError(f"shard_seconds: expected a number above 0, found {self.shard_seconds}")
-        if self.scheduler is not None and (self.workers is not None or self.options):
-            raise UsageError("workers and cluster options belong to a cluster that is started, not to --scheduler")
+        if self.scheduler is not None and (self.cluster_workers is not None or self.cluster_options):
+            raise UsageError("cluster workers and options belong to a cluster that is started, not to --scheduler")

@@ -1,0 +1,122 @@
+"""What a run of the teachers is asked for: one frozen object, from the command line to a cluster's workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, Self, get_type_hints
+
+from softlabel.common.arguments import check_values, is_plain
+from softlabel.common.device import Choice, Tuning
+from softlabel.errors import UsageError
+from softlabel.labels.combine import CombineRule
+from softlabel.models.teacher import Precision
+from softlabel.store.columns import Encoding
+from softlabel.store.manifest import Format, ViewPolicy
+from softlabel.views import view_policy
+
+BadImagePolicy = Literal["skip", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelConfig:
+    """How labels are computed, wherever they are kept.
+
+    Attributes:
+        combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature (probs), or keep
+            every member, to be combined later.
+        weights: one number a teacher, normalised to sum 1; equal when absent.
+        temperature: logits are divided by it before they are stored.
+        calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
+        batch_size: samples a forward pass, always: the last batch is padded to it; auto finds the fastest. Halved where
+            memory runs out.
+        precision: of the forward pass; bf16 and fp16 use autocast.
+        seed: of the view policy, and of what a teacher's factory draws at random.
+        ignore_labels: store no hard labels even if the data has them.
+        views: how many views of each sample; more than a store has adds those that it lacks.
+        augment: what a view is: center (the image as it is), crop-flip, inception, trivial, randaugment, mixup or
+            cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of these
+            and of transforms in torchvision.transforms.v2.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    combine: CombineRule = "logits"
+    weights: Sequence[float] | None = None
+    temperature: float = 4.0
+    calibration: str | Path | Sequence[float] | None = None
+    batch_size: int | Literal["auto"] = 256
+    precision: Precision = "fp32"
+    seed: int = 0
+    ignore_labels: bool = False
+    views: int = 1
+    augment: str | ViewPolicy = "center"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        hints = {name: hint for name, hint in get_type_hints(type(self)).items() if is_plain(hint)}
+        check_values({name: getattr(self, name) for name in hints}, hints)
+        self._check_above_zero("temperature", "views", *(["batch_size"] if self.batch_size != "auto" else []))
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed: expected at least 0, found {self.seed}")
+        if self.combine == "keep" and self.weights is not None:
+            raise UsageError("weights: with combine 'keep' nothing is averaged yet; give them to 'softlabel combine'")
+
+    def _check_above_zero(self, *names: str) -> None:
+        for name in names:
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise UsageError(f"{name}: expected a number above 0, found {value}")
+
+    @classmethod
+    def of(cls, other: "LabelConfig", **changes: object) -> Self:
+        """The settings of another configuration that this class has, with changes."""
+        shared = {one.name for one in fields(cls)} & {one.name for one in fields(other)}
+        return cls(**{**{name: getattr(other, name) for name in shared}, **changes})
+
+    @property
+    def view_policy(self) -> ViewPolicy:
+        """Raises UsageError for an augmentation that does not exist."""
+        if isinstance(self.augment, ViewPolicy):
+            return self.augment
+        return view_policy(self.augment, count=self.views, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(LabelConfig):
+    """How a store of labels is made; see `LabelConfig` for the labels themselves.
+
+    Attributes:
+        encoding: how logits are stored: a name, for an encoding without parameters, or an `Encoding`; 'softlabel plan'
+            shows what each costs in bytes and nats.
+        format: file format of the shards.
+        shard_rows: samples a shard; what a kill can cost.
+        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
+        on_bad_image: skip lists an image that cannot be decoded in the manifest, error stops at it.
+        compile: compile the teachers with torch.compile.
+        stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
+        members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
+        workers: processes that decode images; absent, none on a CPU, up to 8 beside a GPU.
+        threads: that compute on a CPU, of each worker on a cluster; absent, as many as torch takes.
+    """
+
+    encoding: Encoding | str = "float16"
+    format: Format = "parquet"
+    shard_rows: int = 16384
+    grow: bool = False
+    on_bad_image: BadImagePolicy = "skip"
+    compile: bool = False
+    stack: Choice = "auto"
+    members_in_turn: Choice = "auto"
+    workers: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        LabelConfig.__post_init__(self)  # super() does not know a class that slots have made anew
+        self._check_above_zero("shard_rows")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"workers: expected at least 0, found {self.workers}")
+
+    @property
+    def tuning(self) -> Tuning:
+        """How the machine is used. Raises UsageError."""
+        return Tuning(
+            threads=self.threads, compile=self.compile, stack=self.stack, members_in_turn=self.members_in_turn
+        )

@@ -1,0 +1,85 @@
+"""Who labels the shards of a run: this process, or others."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from typing import Protocol
+
+from softlabel.generation.job import Job
+from softlabel.generation.labeller import LabelledShard
+from softlabel.generation.pipeline import label_shards
+from softlabel.generation.progress import Progress
+from softlabel.store.manifest import ShardPlan
+from softlabel.store.writer import Committer, write_shard
+
+# One shard is written while the next is computed and a third waits: more would only hold memory.
+WRITES_IN_FLIGHT = 2
+
+
+class Executor(Protocol):
+    """Labels shards and commits them.
+
+    Attributes:
+        in_process: whether it labels in this process; else data and teachers must be names that others can open.
+    """
+
+    in_process: bool
+
+    def label(self, job: Job, committer: Committer, missing: Sequence[ShardPlan], progress: Progress) -> None:
+        """Label and commit the missing shards, and account for them.
+
+        Raises:
+            DataError: some could not be labelled; the others are committed.
+        """
+
+
+class LocalExecutor:
+    """Labels in this process; a thread behind it writes and commits."""
+
+    in_process = True
+
+    def label(self, job: Job, committer: Committer, missing: Sequence[ShardPlan], progress: Progress) -> None:
+        """See `Executor.label`. A failure to write is raised at the next shard, or at the end."""
+        shards = label_shards(missing, job.labeller, workers=job.workers, progress=progress)
+        with closing(shards), _writer(committer) as writer:
+            for labelled in shards:
+                shard = self.complete(labelled)
+                with progress.spend("writing"):
+                    writer.write(shard)
+                progress.add_shard(
+                    rows=len(shard.rows.keys), bad=shard.bad, correct=shard.correct, labelled=shard.labelled
+                )
+
+    def complete(self, shard: LabelledShard) -> LabelledShard:
+        """A shard as it is to be written; a subclass may add to it."""
+        return shard
+
+
+class _Writer:
+    """Writes shards with a thread, few in flight."""
+
+    def __init__(self, committer: Committer, pool: ThreadPoolExecutor) -> None:
+        self._committer, self._pool = committer, pool
+        self._pending: list[Future[None]] = []
+
+    def write(self, shard: LabelledShard) -> None:
+        while len(self._pending) >= WRITES_IN_FLIGHT or (self._pending and self._pending[0].done()):
+            self._pending.pop(0).result()
+        self._pending.append(self._pool.submit(self._publish, shard))
+
+    def finish(self) -> None:
+        for future in self._pending:
+            future.result()
+
+    def _publish(self, shard: LabelledShard) -> None:
+        committer = self._committer
+        record = write_shard(committer.url, committer.run, shard.plan, shard.rows, shard.bad, fidelity=shard.fidelity)
+        committer.commit(record)
+
+
+@contextmanager
+def _writer(committer: Committer) -> Iterator[_Writer]:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:
+        writer = _Writer(committer, pool)
+        yield writer
+        writer.finish()
