@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures and hooks of all tests."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.shared_data import find_shared_data
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What stores keep in the user's cache folder is kept apart, by the processes that a test starts too."""
+def keep_caches_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Give this process and all that it starts a cache folder of their own, not the user's."""
     os.environ["SOFTLABEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -23,7 +23,7 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
 PATIENCE, IDLE = 120.0, 1.0
 
 
-def _computed() -> float:
+def _sum_processor_seconds() -> float:
     """Seconds of processor time that this process and all that it started have used."""
     total = 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
@@ -37,14 +37,14 @@ def pytest_runtest_protocol() -> Iterator[None]:
     """Fail a test that waits for something that does not come."""
     before = float("-inf")
 
-    def look(number: int, frame: object) -> None:
+    def check_progress(number: int, frame: object) -> None:
         nonlocal before
-        now = _computed()
+        now = _sum_processor_seconds()
         if 0 <= now - before < IDLE:
             pytest.fail(f"no progress: {now - before:.1f} s of computing in {PATIENCE:.0f} s")
         before = now
 
-    old = signal.signal(signal.SIGALRM, look)
+    old = signal.signal(signal.SIGALRM, check_progress)
     signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
     try:
         return (yield)
@@ -56,7 +56,7 @@ def pytest_runtest_protocol() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real CIFAR-10 images and real pretrained teachers; the test skips where there is none."""
-    folder = Path(os.environ.get("SOFTLABEL_DATA") or ROOT.parent / "shared" / "data")
-    if not (folder / "cifar10-jpeg" / "test.parquet").is_file():
-        pytest.skip(f"no CIFAR-10 images and teachers in {folder}; set SOFTLABEL_DATA to a folder that has them")
-    return folder.resolve()
+    folder = find_shared_data()
+    if folder is None:
+        pytest.skip("no CIFAR-10 images and teachers; set SOFTLABEL_DATA to a folder that has them")
+    return folder

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 import softlabel
-from tests.conftest import ROOT
+from tests.support.shared_data import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Packages whose module has another name.

@@ -7,7 +7,6 @@ import argparse
 import os
 import pickle
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,8 @@ from softlabel.store.manifest import ShardRecord, shard_file
 from softlabel.store.open import open_store
 from softlabel.store.strict_json import dumps, to_json
 from softlabel.store.writer import write_shard
-from tests.support.clusters import cluster, dataset, teacher_spec
+from tests.support.clusters import make_teacher_spec, start_cluster, write_jpeg_dataset
+from tests.support.shared_data import require_shared_data
 
 SHARD = 250
 
@@ -97,7 +97,7 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
 
     def by_hand(turn: int) -> float:
         with (
-            cluster(folder / f"dask-{turn}", workers=2) as dask,
+            start_cluster(folder / f"dask-{turn}", workers=2) as dask,
             Client(dask.address, set_as_default=False) as client,
         ):
             client.wait_for_workers(2)
@@ -144,7 +144,7 @@ def per_shard(folder: Path, shards: int) -> None:
         data="/data/images/train",
         teachers=("zoo:resnet20@a.th",),
     )
-    with cluster(folder / "dask", workers=2) as dask, Client(dask.address, set_as_default=False) as client:
+    with start_cluster(folder / "dask", workers=2) as dask, Client(dask.address, set_as_default=False) as client:
         client.wait_for_workers(2)
         kept: dict[int, ShardRecord] = {}
 
@@ -169,8 +169,8 @@ def per_shard(folder: Path, shards: int) -> None:
 
 def finished(folder: Path, shards: int) -> None:
     """The same call on a finished store of many shards: nothing is run, on a cluster none would be started."""
-    data = str(dataset(folder / "many.parquet", shards))
-    options: dict[str, Any] = {"teachers": [teacher_spec()], "shard_rows": 1, "device": "cpu", "progress": False}
+    data = str(write_jpeg_dataset(folder / "many.parquet", shards))
+    options: dict[str, Any] = {"teachers": [make_teacher_spec()], "shard_rows": 1, "device": "cpu", "progress": False}
     softlabel.generate(data, out=folder / "many", **options)
     started = time.perf_counter()
     summary = softlabel.generate(data, out=folder / "many", **options)
@@ -185,13 +185,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shards", type=int, default=10_000)
     options = parser.parse_args()
-    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
     with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
         per_shard(Path(folder), options.shards)
         finished(Path(folder), options.shards)
-        if not shared.is_dir():
-            sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg, cifar10-resnets")
-        per_image(shared, Path(folder), options.images, options.repeats)
+        per_image(require_shared_data(), Path(folder), options.images, options.repeats)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import functools
 import io
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import softlabel
 from softlabel.models import build_model
 from tests.benchmarks.timing import interleaved
+from tests.support.shared_data import require_shared_data
 
 BATCH = 256
 CLASSES = 1000
@@ -146,9 +146,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     options = parser.parse_args()
-    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not shared.is_dir():
-        sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg and cifar10-resnets")
+    shared = require_shared_data()
     work = Path(tempfile.mkdtemp(prefix="softlabel-bench-"))
     print(f"{options.images} CIFAR JPEG images, resnet20, batch {BATCH}, {torch.get_num_threads()} threads")
     try:

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 import softlabel
 from softlabel.inputs.base import Sample
+from tests.support.shared_data import ROOT
 
 CLASSES, SHARD_ROWS, BATCH = 4, 16_384, 4_096
 TEACHER = "python:tests.benchmarks.bench_generate_memory:Constant?mean=0&std=1&crop=1&resize=1"
@@ -87,7 +87,7 @@ def main() -> None:
     peaks = []
     for rows in (10_000, 10 * SHARD_ROWS, options.rows):
         command = [sys.executable, "-m", "tests.benchmarks.bench_generate_memory", "--one", str(rows)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         peak, seconds = (float(number) for number in done.stdout.split())
         peaks.append(peak)
         print(f"{rows:>12,} samples: peak {peak / 1e6:,.0f} MB, {seconds:,.0f} s", flush=True)

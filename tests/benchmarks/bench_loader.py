@@ -22,14 +22,12 @@ import xxhash
 from torch.utils.data import Dataset
 
 from softlabel.loader import SoftLabelLoader
-from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import DatasetInfo, Member, Run
 from softlabel.store.open import open_store
-from softlabel.store.writer import Committer, write_shard
 from tests.benchmarks.timing import interleaved
-from tests.support.commands import jpeg
+from tests.support.datasets import make_jpeg
+from tests.support.stores import draw_logits, write_logits
 
-CLASSES, BATCH, REPEATS = 1000, 256, 7
+CLASSES, BATCH, REPEATS, SHARD = 1000, 256, 7, 16_384
 failures: list[str] = []
 
 
@@ -39,31 +37,6 @@ def report(what: str, reached: float, goal: float, *, at_most: bool = False, not
         failures.append(what)
     bound = "at most" if at_most else "at least"
     print(f"{what:<66} {reached:8.2f}  ({bound} {goal:g})  {'ok' if good else 'BELOW'}  {note}", flush=True)
-
-
-def write_store(root: Path, keys: list[str], content: np.ndarray, logits: np.ndarray) -> None:
-    member = Member(spec="zoo:resnet8", sha256="0" * 64, num_classes=CLASSES)
-    run = Run(
-        format="parquet",
-        num_classes=CLASSES,
-        temperature=4.0,
-        members=(member,),
-        dataset=DatasetInfo(kind="parquet", rows=len(keys), fingerprint="f" * 32),
-        shard_rows=16_384,
-    )
-    with Committer.open(root, run) as committer:
-        for plan in committer.missing():
-            part = np.arange(plan.start, plan.stop)
-            rows = Rows(
-                keys=keys[plan.start : plan.stop], content=content[part], columns={"logits": logits[part % len(logits)]}
-            )
-            committer.commit(write_shard(root, run, plan, rows))
-        committer.finish()
-
-
-def random_logits(rows: int) -> np.ndarray:
-    logits = np.random.default_rng(0).normal(0, 2, (rows, CLASSES)).astype(np.float16)
-    return logits - logits.max(axis=1, keepdims=True)
 
 
 class InMemory(Dataset[np.ndarray]):
@@ -81,8 +54,8 @@ class InMemory(Dataset[np.ndarray]):
 
 def bench_rows(folder: Path) -> None:
     rows, steps = 50_000, 150
-    data, logits = InMemory(rows), random_logits(rows)
-    write_store(folder / "small", [str(row) for row in range(rows)], np.zeros(rows, np.uint64), logits)
+    data, logits = InMemory(rows), draw_logits(rows, CLASSES).astype(np.float16)
+    write_logits(folder / "small", [str(row) for row in range(rows)], logits, shard_rows=SHARD)
     loader = SoftLabelLoader(data, open_store(folder / "small"), batch_size=BATCH, ignore_labels=True)
     for _ in loader:  # decodes every image once
         pass
@@ -161,7 +134,7 @@ def run(code: str, *arguments: object) -> float:
 def write_large(folder: Path) -> tuple[Path, Path]:
     """1,280,000 small images in row groups of 1000, as Hugging Face writes them, and their store (2.6 GB)."""
     keys = [f"train/n{row % 1000:08d}/image-{row:08d}.JPEG" for row in range(ROWS)]
-    images = [jpeg(number) for number in range(64)]
+    images = [make_jpeg(number) for number in range(64)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     noted = {"image": {"_type": "Image"}, "label": {"names": [str(c) for c in range(CLASSES)], "_type": "ClassLabel"}}
     schema = pa.schema([("image", kind), ("label", pa.int64())]).with_metadata(
@@ -175,7 +148,8 @@ def write_large(folder: Path) -> tuple[Path, Path]:
             labels = pa.array(np.arange(start, start + 10_000) % CLASSES)
             writer.write_table(pa.table({"image": column, "label": labels}, schema=schema), row_group_size=1000)
     hashes = np.array([xxhash.xxh3_64_intdigest(image) for image in images], dtype=np.uint64)
-    write_store(folder / "large", keys, hashes[np.arange(ROWS) % 64], random_logits(16_384))
+    content = hashes[np.arange(ROWS) % 64]
+    write_logits(folder / "large", keys, draw_logits(SHARD, CLASSES), content=content, shard_rows=SHARD)
     return data, folder / "large"
 
 

@@ -27,6 +27,7 @@ from softlabel.models import build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.views import CropFlip
 from tests.benchmarks.timing import interleaved
+from tests.support.shared_data import require_shared_data
 
 STUDENT, BATCH = "zoo:resnet8", 128
 ARMS = {"hard labels": [], "soft labels": ["--soft-weight", "0.9", "--hard-weight", "0.1"]}
@@ -41,9 +42,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=None, help="keep the store and the runs here")
     options = parser.parse_args()
-    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not shared.is_dir():
-        sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg and cifar10-resnets")
+    shared = require_shared_data()
     out = options.out or Path(tempfile.mkdtemp(prefix="softlabel-bench-"))
     data, test = (shared / "cifar10-jpeg" / f"{split}.parquet" for split in ("train", "test"))
     store = out / f"labels-t{options.temperature:g}"

@@ -16,7 +16,7 @@ from softlabel.models.teacher import load_teacher
 from tests.benchmarks.accelerator import Bench, run_benchmark
 from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
-from tests.support.students import random_logits, write_store
+from tests.support.stores import draw_logits, write_logits
 
 CLASSES = 1000
 SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"
@@ -65,7 +65,7 @@ def measure(bench: Bench) -> None:
         spec = f"torchvision:{names[1]}@{path}?resize=none&crop={SIDE}"
         teacher = load_teacher(spec, device=bench.device, precision="bf16", num_classes=CLASSES)
         keys = [str(number) for number in range(len(data))]
-        write_store(Path(folder) / "store", keys, random_logits(len(data), CLASSES), temperature=TEMPERATURE)
+        write_logits(Path(folder) / "store", keys, draw_logits(len(data), CLASSES), temperature=TEMPERATURE)
         sides = build_steps(
             data,
             str(Path(folder) / "store"),

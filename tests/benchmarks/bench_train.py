@@ -9,8 +9,6 @@ how often images were decoded and rows of labels read.
 
 import argparse
 import logging
-import os
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -23,7 +21,8 @@ from softlabel.models.teacher import load_teacher
 from softlabel.store.reader import Store
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
 from tests.benchmarks.timing import interleaved
-from tests.support.students import random_logits, write_store
+from tests.support.shared_data import require_shared_data
+from tests.support.stores import draw_logits, write_logits
 
 STUDENT, BATCH = "zoo:resnet8", 256
 
@@ -34,16 +33,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     options = parser.parse_args()
-    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not shared.is_dir():
-        sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg and cifar10-resnets")
+    shared = require_shared_data()
     logging.disable(logging.WARNING)
     data = f"{shared / 'cifar10-jpeg' / 'train.parquet'}?rows=0:{options.rows}"
     print(f"{STUDENT}, batch {BATCH}, {options.precision}, {torch.get_num_threads()} threads, {options.rows:,} images")
     with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
         source = softlabel.open_source(data)
         # Whose labels these are makes no difference to the time.
-        write_store(Path(folder) / "store", source.keys(), random_logits(len(source), 10), temperature=TEMPERATURE)
+        write_logits(Path(folder) / "store", source.keys(), draw_logits(len(source), 10), temperature=TEMPERATURE)
         labels = str(Path(folder) / "store")
         teacher = f"zoo:resnet56@{shared / 'cifar10-resnets' / 'resnet56-jpeg.safetensors'}"
         steps(data, labels, teacher, options.precision, options.repeats)

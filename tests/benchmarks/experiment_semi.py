@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import softlabel
+from tests.support.shared_data import require_shared_data
 
 STUDENT, BATCH, LABELLED = "zoo:resnet8", 128, 1000
 
@@ -30,9 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="keep the store and the runs here")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    shared = Path(os.environ.get("SOFTLABEL_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not shared.is_dir():
-        sys.exit(f"{shared}: no such folder; set SOFTLABEL_DATA to the folder with cifar10-jpeg and cifar10-resnets")
+    shared = require_shared_data()
     train, test = (shared / "cifar10-jpeg" / f"{split}.parquet" for split in ("train", "test"))
     softlabel.generate(
         train,

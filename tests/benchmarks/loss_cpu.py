@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softlabel.loss import DenseTarget, TopKTarget, distillation_loss
 from softlabel.models import build_model
-from tests.support.loss_cases import top_k_target
+from tests.support.loss_cases import make_top_k_target
 
 N, TEMPERATURE, SOFT, HARD, KEPT = 1024, 4.0, 0.9, 0.1, 64
 GOALS = {
@@ -112,7 +112,7 @@ def compare_losses(classes: int, compiler: bool) -> list[str]:
     short = []
     groups = [("eager", sides)]
     if classes > KEPT:
-        kept = top_k_target(teacher_NC, KEPT, (TEMPERATURE,))
+        kept = make_top_k_target(teacher_NC, KEPT, (TEMPERATURE,))
         sparse: dict[str, Step] = {
             "densified": lambda: densified_loss(student_NC, kept, labels_N),
             "top-k 64": lambda: ours(student_NC, kept, labels_N, "torch"),

@@ -33,8 +33,8 @@ from softlabel.common.places import absolute_source, absolute_spec
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
 from softlabel.models import build_model
-from tests.support.commands import environment, jpeg, write_dataset
-from tests.support.sources import add_member
+from tests.support.commands import make_environment
+from tests.support.datasets import add_tar_member, make_jpeg, write_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def empty_folder(folder: Path) -> list[object]:
 
 
 def several_labels_each(folder: Path) -> list[object]:
-    images = [jpeg(number) for number in range(4)]
+    images = [make_jpeg(number) for number in range(4)]
     columns = {"image": pa.array([{"bytes": image} for image in images]), "label": pa.array([[0], [1], [0, 1], [1]])}
     pq.write_table(pa.table(columns), folder / "d.parquet")
     return label_all(folder, "d.parquet")
@@ -79,7 +79,7 @@ def several_labels_each(folder: Path) -> list[object]:
 def tar_with_class_folders(folder: Path) -> list[object]:
     with tarfile.open(folder / "d.tar", "w") as archive:
         for number in range(4):
-            add_member(archive, f"{'cat' if number % 2 else 'dog'}/{number}.jpg", jpeg(number))
+            add_tar_member(archive, f"{'cat' if number % 2 else 'dog'}/{number}.jpg", make_jpeg(number))
     return label_all(folder, "d.tar")
 
 
@@ -719,7 +719,9 @@ def test_chinese_class_names_where_the_locale_is_ascii(tmp_path: Path) -> None:
     )
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env={**environment(), **ascii_only}, capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**make_environment(), **ascii_only}, capture_output=True, check=False
+    )
     printed, told = done.stdout.decode(), done.stderr.decode()
     assert "classes    2: \\u72d7, \\u732b" in printed, told
     assert printed.splitlines()[-1] == "[1, 2]", told

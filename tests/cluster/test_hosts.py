@@ -13,12 +13,12 @@ import pytest
 
 from tests.support.clusters import (
     assert_same_rows,
-    dataset,
-    generate,
-    in_environment,
-    published,
-    teacher_spec,
-    wait_for,
+    list_shards,
+    make_cluster_environment,
+    make_generate_command,
+    make_teacher_spec,
+    wait_until,
+    write_jpeg_dataset,
 )
 
 pytest.importorskip("distributed", reason="dask is not installed")
@@ -60,10 +60,10 @@ def hosts(names: list[str]) -> Iterator[None]:
 
 
 def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
-    data = dataset(tmp_path / "data.parquet", 200)
+    data = write_jpeg_dataset(tmp_path / "data.parquet", 200)
     options = ["--data", data, "--shard-rows", 5, "--batch-size", 5, "--out", tmp_path / "store"]
-    teacher = teacher_spec(seconds=0.5)
-    environment = in_environment(
+    teacher = make_teacher_spec(seconds=0.5)
+    environment = make_cluster_environment(
         DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0, DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="15s"
     )
     started: list[subprocess.Popen[bytes]] = []
@@ -82,8 +82,10 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
             for number, host in ((2, "slone"), (3, "sltwo")):
                 worker = [sys.executable, "-m", "distributed.cli.dask_worker", f"tcp://{NET}.1:8786"]
                 within(host, *worker, "--host", f"{NET}.{number}", "--nthreads", 1, "--no-dashboard")
-            client = within("slboss", *generate(*options, "--teacher", teacher, "--scheduler", f"tcp://{NET}.1:8786"))
-            wait_for(lambda: len(published(tmp_path / "store")) >= 4)
+            client = within(
+                "slboss", *make_generate_command(*options, "--teacher", teacher, "--scheduler", f"tcp://{NET}.1:8786")
+            )
+            wait_until(lambda: len(list_shards(tmp_path / "store")) >= 4)
             ip("link", "set", "vsltwo", "down")
             time.sleep(20)
             ip("link", "set", "vsltwo", "up")
@@ -98,5 +100,7 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
     assert "complete, 200 rows" in log
     assert "its worker died" in log or "another worker does it as well" in log
     whole = ["--data", data, "--shard-rows", 5, "--batch-size", 5, "--out", tmp_path / "whole"]
-    subprocess.run(generate(*whole, "--teacher", teacher_spec()), env=in_environment(), check=True)
+    subprocess.run(
+        make_generate_command(*whole, "--teacher", make_teacher_spec()), env=make_cluster_environment(), check=True
+    )
     assert_same_rows(tmp_path / "store", tmp_path / "whole")

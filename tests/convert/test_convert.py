@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import safetensors.numpy
 import torch
 import xxhash
 
@@ -29,8 +28,10 @@ from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
-from tests.support.commands import environment, write_dataset, write_teacher
-from tests.support.stores import Samples, files_of, make_run, write_store
+from tests.support.commands import make_environment
+from tests.support.datasets import write_dataset
+from tests.support.stores import Samples, make_run, read_files, write_head_store, write_store
+from tests.support.teachers import write_teacher
 
 T = 4.0
 F32 = Encoding(name="float32")
@@ -238,25 +239,9 @@ def test_top_k_changes_its_temperature_where_its_tail_is_known(tmp_path: Path) -
         combine_store(kept, tmp_path / "e", temperature=2.0)
 
 
-def head_store(root: Path) -> tuple[Path, Array]:
-    """A store of encoding `head`, and the teacher's raw logits."""
-    rng = np.random.default_rng(0)
-    encoding = Encoding(name="head", width=6, hidden="float16")
-    run = make_run(classes=11, encoding=encoding)
-    hidden = rng.normal(0, 1, (50, 6)).astype(np.float16)
-    weight, bias = rng.normal(0, 1, (11, 6)).astype(np.float32), rng.normal(0, 1, 11).astype(np.float32)
-    with Committer.open(root, run) as committer:
-        committer.add_extra("head", safetensors.numpy.save({"weight": weight, "bias": bias}))
-        for plan in committer.missing():
-            part = slice(plan.start, plan.stop)
-            rows = Rows(keys=names(run)[part], columns={"hidden": hidden[part]})
-            committer.commit(write_shard(root, run, plan, rows))
-        committer.finish()
-    return root, hidden.astype(np.float64) @ weight.T.astype(np.float64) + bias
-
-
 def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path) -> None:
-    source, logits = head_store(tmp_path / "head")
+    source, run = tmp_path / "head", make_run(classes=11, encoding=Encoding(name="head", width=6, hidden="float16"))
+    logits = write_head_store(source, run, Samples.of(run, keys=names(run)))
     combine_store(source, tmp_path / "warm", temperature=9.0)
     convert_store(tmp_path / "warm", tmp_path / "hdf5", format="hdf5", shard_rows=7)
     convert_store(tmp_path / "hdf5", tmp_path / "dense", encoding="float32")
@@ -291,10 +276,10 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             combine_store(source, out, **options)  # type: ignore[arg-type]
         assert not out.exists()
-    before = files_of(kept)
+    before = read_files(kept)
     with pytest.raises(UsageError, match="is the store itself"):
         combine_store(kept, kept / ".." / "kept")
-    assert files_of(kept) == before
+    assert read_files(kept) == before
 
 
 # merge
@@ -339,10 +324,10 @@ def test_merge_changes_no_bit_of_a_row(tmp_path: Path, format: str) -> None:
     mean = sum(c.rows * c.fidelity.mean_t for c in costs if c.fidelity) / sum(c.rows for c in costs)
     assert found.mean_t == pytest.approx(mean)
     assert found.worst_t == max(c.fidelity.worst_t for c in costs if c.fidelity)
-    before = files_of(tmp_path / "all")
+    before = read_files(tmp_path / "all")
     again = merge_stores([tmp_path / str(number) for number in range(3)], tmp_path / "all")
     assert again.shards_written == 0
-    assert files_of(tmp_path / "all") == before
+    assert read_files(tmp_path / "all") == before
 
 
 def test_merge_is_what_one_source_of_both_gives(tmp_path: Path) -> None:
@@ -517,7 +502,7 @@ def test_a_killed_command_resumes(tmp_path: Path) -> None:
     run = kept_run(samples=60)
     source = store_of(tmp_path / "a", run, teach(run))
     out = tmp_path / "b"
-    done = subprocess.run([sys.executable, "-c", KILLED, source, out], env=environment(), check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, source, out], env=make_environment(), check=False)
     assert done.returncode == 9
     first = sorted(path.name for path in (out / "shards").glob("0*"))
     assert 3 <= len(first) < 60
@@ -525,7 +510,7 @@ def test_a_killed_command_resumes(tmp_path: Path) -> None:
     assert summary.shards_written == 60 - len(first)
     assert set(first) <= {path.name for path in (out / "shards").iterdir()}
     convert_store(source, tmp_path / "c", encoding="float16", shard_rows=1)
-    assert files_of(out / "shards") == files_of(tmp_path / "c" / "shards")
+    assert read_files(out / "shards") == read_files(tmp_path / "c" / "shards")
     whole(out)
 
 
@@ -558,9 +543,9 @@ def test_export_is_read_by_pyarrow_and_says_what_it_is(tmp_path: Path) -> None:
     check_columns(table.to_pydict(), store)
     about = json.loads(table.schema.metadata[b"softlabel"])
     assert (about["temperature"], about["combine"]["rule"], about["num_classes"]) == (T, "logits", 11)
-    before = files_of(folder)
+    before = read_files(folder)
     assert export_store(tmp_path / "a", folder, to="hf").files_written == 0
-    assert files_of(folder) == before
+    assert read_files(folder) == before
     # What a kill leaves: some files, and no word of completeness.
     files[2].unlink()
     note = folder / "_softlabel-export.json"
@@ -573,7 +558,7 @@ def test_export_is_read_by_pyarrow_and_says_what_it_is(tmp_path: Path) -> None:
     del said["checksum"]
     (folder / "softlabel-export.json").write_text(json.dumps({**said, "complete": False}))
     assert export_store(tmp_path / "a", folder, to="hf").files_written == 1
-    assert files_of(folder) == before
+    assert read_files(folder) == before
 
 
 def test_export_is_read_by_pandas(tmp_path: Path) -> None:
@@ -660,7 +645,7 @@ def test_export_refuses_what_is_there(tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             export_store(source, out if "://" in out else tmp_path / out, to=to)  # type: ignore[arg-type]
-    assert files_of(tmp_path / "full") == {"notes.txt": b"mine"}
+    assert read_files(tmp_path / "full") == {"notes.txt": b"mine"}
 
 
 @pytest.mark.parametrize("classes", [1, 300])

@@ -12,7 +12,7 @@ from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_decode import decode_image
-from tests.support.commands import jpeg
+from tests.support.datasets import make_jpeg
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (6, 7, 5, 3), dtype=np.uint8)
 
@@ -105,7 +105,7 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
 
 def test_lists(tmp_path: Path) -> None:
     for i in range(4):
-        (tmp_path / f"{i},x.jpg").write_bytes(jpeg(i))
+        (tmp_path / f"{i},x.jpg").write_bytes(make_jpeg(i))
 
     def write(text: str) -> str:
         (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
@@ -114,12 +114,12 @@ def test_lists(tmp_path: Path) -> None:
     source = open_source(write('path,label\n"2,x.jpg",7\n\n"0,x.jpg",\r\n"gone.jpg",-1\n'))
     assert (source.keys(), source.labels().tolist()) == (["2,x.jpg", "0,x.jpg", "gone.jpg"], [7, IGNORE, IGNORE])
     found = source.read([1, 0, 2])
-    assert [one.image for one in found[:2]] == [jpeg(0), jpeg(2)]
+    assert [one.image for one in found[:2]] == [make_jpeg(0), make_jpeg(2)]
     assert isinstance(found[2].image, BadImageError)
     assert not open_source(f"{write('1.jpg,2')}?labels=none").has_labels
     assert not open_source(write("1.jpg\n2.jpg")).has_labels
     absolute = tmp_path / "3,x.jpg"
-    assert open_source(write(f'"{absolute}"')).read([0])[0].image == jpeg(3)
+    assert open_source(write(f'"{absolute}"')).read([0])[0].image == make_jpeg(3)
     for text, reason in {
         "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the path, found '2,x.jpg'; put a path",
         "a.jpg,cat": "line 1: expected a class number",

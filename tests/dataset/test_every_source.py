@@ -27,7 +27,8 @@ from softlabel.errors import DataError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.content import content_hash
 from softlabel.inputs.image_decode import decode_hashed, decode_image
-from tests.support.sources import add_member, s3_server
+from tests.support.datasets import add_tar_member
+from tests.support.s3 import serve_s3
 
 N = 23
 # Class folders in the order of their names, and names that are not ASCII.
@@ -73,8 +74,8 @@ def tar_bytes(rows: Sequence[int]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for i in rows:
             stem = NAMES[i].removesuffix(".png")
-            add_member(archive, f"{stem}.png", BYTES[i])
-            add_member(archive, f"{stem}.cls", str(LABELS[i]).encode())
+            add_tar_member(archive, f"{stem}.png", BYTES[i])
+            add_tar_member(archive, f"{stem}.cls", str(LABELS[i]).encode())
     return buffer.getvalue()
 
 
@@ -196,7 +197,7 @@ def remote(bucket: Any, files: list[bytes], name: str) -> str:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    yield from s3_server()
+    yield from serve_s3()
 
 
 PLACES = [

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel.dataset import open_source
-from tests.support.commands import script
+from tests.support.commands import run_script
+from tests.support.shared_data import ROOT
 
-SCRIPT = Path(__file__).parents[2] / "data" / "prepare_cifar10_folder.py"
+SCRIPT = ROOT / "data" / "prepare_cifar10_folder.py"
 
 
 def prepare(source: Path, out: Path) -> "subprocess.CompletedProcess[str]":
-    return script(SCRIPT, source, out)
+    return run_script(SCRIPT, source, out)
 
 
 def test_class_folders_hold_the_same_bytes_and_labels(shared_data: Path, tmp_path: Path) -> None:

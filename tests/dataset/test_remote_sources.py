@@ -22,8 +22,10 @@ from softlabel.dataset import open_source
 from softlabel.errors import DataError, SpecError
 from softlabel.generation.generate import generate
 from softlabel.training import TrainConfig, train
-from tests.support.commands import jpeg, softlabel, write_dataset, write_teacher
-from tests.support.sources import add_member, s3_server
+from tests.support.commands import run_softlabel
+from tests.support.datasets import add_tar_member, make_jpeg, write_dataset
+from tests.support.s3 import serve_s3
+from tests.support.teachers import write_teacher
 
 
 class Counted(MemoryFileSystem):  # type: ignore[misc]
@@ -64,7 +66,7 @@ def tar_of(images: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, data in images.items():
-            add_member(archive, name, data)
+            add_tar_member(archive, name, data)
     return buffer.getvalue()
 
 
@@ -109,7 +111,7 @@ def test_large_members_are_stepped_over(counted: str) -> None:
 
 
 def test_small_images_come_many_at_a_time(counted: str) -> None:
-    images = {f"{i:04d}.jpg": jpeg(i) for i in range(500)}
+    images = {f"{i:04d}.jpg": make_jpeg(i) for i in range(500)}
     source = open_source(put(f"{counted}/a.tar", tar_of(images)))
     assert taken()[0] <= 5
     for start in range(0, 500, 10):
@@ -124,7 +126,7 @@ def test_a_row_group_is_one_request_a_column(counted: str, tmp_path: Path) -> No
     taken()
     group = pq.read_metadata(path).row_group(3)
     (sample,) = source.read([160])
-    assert sample.image == jpeg(160)
+    assert sample.image == make_jpeg(160)
     requests, size = taken()
     assert requests <= 2
     assert size <= group.total_byte_size + (64 << 10)
@@ -141,7 +143,7 @@ def test_many_footers_at_once(counted: str, tmp_path: Path) -> None:
         put(f"{counted}/{number:02d}.parquet", path.read_bytes())
     source = open_source(f"{counted}?rows=0:60")
     assert source.keys() == [f"{number}/{i}" for number in range(20) for i in range(3)]
-    assert [sample.image for sample in source.read([4, 59])] == [jpeg(1_000_001), jpeg(19_000_002)]
+    assert [sample.image for sample in source.read([4, 59])] == [make_jpeg(1_000_001), make_jpeg(19_000_002)]
 
 
 @pytest.mark.parametrize(
@@ -166,14 +168,14 @@ def test_what_is_not_there(where: str, reason: str, tmp_path: Path) -> None:
     fsspec.register_implementation("absent", "no_such_package.FS", errtxt="install no_such_package", clobber=True)
     bucket = f"memory://{uuid.uuid4().hex}"
     put(f"{bucket}/a.json", b"{}")
-    put(f"{bucket}/pictures/a.jpg", jpeg(1))
+    put(f"{bucket}/pictures/a.jpg", make_jpeg(1))
     with pytest.raises(SpecError, match=reason):
         open_source(where.replace("{bucket}", bucket))
 
 
 def test_a_damaged_file_is_named() -> None:
     bucket = f"memory://{uuid.uuid4().hex}"
-    data = tar_of({"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    data = tar_of({"a.jpg": make_jpeg(1), "b.jpg": make_jpeg(2)})
     put(f"{bucket}/cut.tar", data[:1500])
     with pytest.raises(DataError, match=rf"{bucket}/cut\.tar: expected a tar file, found one that is damaged"):
         open_source(f"{bucket}/cut.tar")
@@ -211,7 +213,7 @@ def test_a_web_server_without_ranges_or_without_a_list(plain_server: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    yield from s3_server()
+    yield from serve_s3()
 
 
 def test_from_s3_to_a_student(s3: str, tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_from_s3_to_a_student(s3: str, tmp_path: Path) -> None:
     generate(local, out=tmp_path / "local", workers=0, **options)
     generate(f"{s3}/tars/{{0..1}}.tar", out=tmp_path / "tar", workers=2, **options)
     command = ["generate", "--data", f"{s3}/a.parquet", "--out", tmp_path / "far", "--teacher", teacher]
-    softlabel(*command, "--batch-size", 16, "--shard-rows", 16, "--workers", 2)
+    run_softlabel(*command, "--batch-size", 16, "--shard-rows", 16, "--workers", 2)
     tables = {out: pq.read_table(sorted((tmp_path / out).rglob("*.parquet"))[0]) for out in ("local", "far", "tar")}
     assert tables["far"].equals(tables["local"])
     assert tables["tar"]["logits"].equals(tables["local"]["logits"])
@@ -258,6 +260,6 @@ def test_the_command_line_refuses_with_code_2(s3: str, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     for where in (f"{s3}/nothing.parquet", tmp_path / "a.tar.gz"):
         (tmp_path / "a.tar.gz").write_bytes(b"")
-        done = softlabel("generate", "--data", where, "--teacher", teacher, "--out", tmp_path / "out", code=2)
+        done = run_softlabel("generate", "--data", where, "--teacher", teacher, "--out", tmp_path / "out", code=2)
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         assert str(where).partition("://")[2] in done.stderr

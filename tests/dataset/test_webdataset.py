@@ -14,15 +14,14 @@ from softlabel.dataset import open_source, report_source
 from softlabel.errors import DataError, SoftLabelError, SpecError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_decode import decode_image
-from tests.support.commands import jpeg
-from tests.support.sources import add_member
+from tests.support.datasets import add_tar_member, make_jpeg
 
 
 def write(path: Path, members: list[tuple[str, bytes]], *, format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as archive:
         for name, data in members:
-            add_member(archive, name, data)
+            add_tar_member(archive, name, data)
     return path
 
 
@@ -30,7 +29,11 @@ def samples(numbers: range, folder: str = "") -> list[tuple[str, bytes]]:
     return [
         (f"{folder}{i:04d}.{extension}", data)
         for i in numbers
-        for extension, data in (("jpg", jpeg(i)), ("cls", b"%d" % (i % 5)), ("json", json.dumps({"id": i}).encode()))
+        for extension, data in (
+            ("jpg", make_jpeg(i)),
+            ("cls", b"%d" % (i % 5)),
+            ("json", json.dumps({"id": i}).encode()),
+        )
     ]
 
 
@@ -39,7 +42,11 @@ def test_what_the_webdataset_package_writes_and_reads(tmp_path: Path) -> None:
     for shard in range(3):
         with webdataset.TarWriter(str(tmp_path / f"train-{shard:03d}.tar"), encoder=False) as sink:
             for i in range(shard * 7, shard * 7 + 7):
-                members = {"JPG" if i % 2 else "jpeg": jpeg(i), "cls": b"%d\n" % (i % 5), "seg.png": b"not an image"}
+                members = {
+                    "JPG" if i % 2 else "jpeg": make_jpeg(i),
+                    "cls": b"%d\n" % (i % 5),
+                    "seg.png": b"not an image",
+                }
                 sink.write({"__key__": f"class {i % 5}/ünicode-{i:03d}", **members})
     shards = str(tmp_path / "train-{000..002}.tar")
     theirs = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
@@ -111,7 +118,7 @@ def test_labels_that_could_be_meant_are_offered(tmp_path: Path, caplog: pytest.L
         (f"{i}.{extension}", data)
         for i in range(4)
         for extension, data in (
-            *(("jpg", jpeg(i)), ("txt", b"%d" % (i % 3)), ("caption.txt", b"a cat")),
+            *(("jpg", make_jpeg(i)), ("txt", b"%d" % (i % 3)), ("caption.txt", b"a cat")),
             ("json", json.dumps({"label": str(i), "weight": float(i), "name": "abcd"[i], "boxes": []}).encode()),
         )
     ]
@@ -172,7 +179,7 @@ def test_members_that_are_no_samples(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_links_have_no_bytes(tmp_path: Path) -> None:
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
         with tarfile.open(tmp_path / "a.tar", "w") as archive:
-            add_member(archive, "a.jpg", b"1")
+            add_tar_member(archive, "a.jpg", b"1")
             member = tarfile.TarInfo("b.jpg")
             member.type, member.linkname = kind, "a.jpg"
             archive.addfile(member)
@@ -272,7 +279,7 @@ def test_many_files_in_few_descriptors(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for sample, number in zip(source.read([*range(150), 0, 149]), [*range(150), 0, 149], strict=True):
-        assert sample.image == jpeg(number)
+        assert sample.image == make_jpeg(number)
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 128
 
 
@@ -280,7 +287,7 @@ def test_pixels_of_a_jpeg_equal_those_from_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", samples(range(4), "x/"))
     for i in range(4):
         (tmp_path / "f").mkdir(exist_ok=True)
-        (tmp_path / "f" / f"{i:04d}.jpg").write_bytes(jpeg(i))
+        (tmp_path / "f" / f"{i:04d}.jpg").write_bytes(make_jpeg(i))
     for left, right in zip(
         open_source(tmp_path / "a.tar").read(range(4)), open_source(tmp_path / "f").read(range(4)), strict=True
     ):
@@ -291,7 +298,7 @@ def test_pixels_of_a_jpeg_equal_those_from_a_folder(tmp_path: Path) -> None:
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        add_member(archive, "bad\udcff.jpg", b"1")
+        add_tar_member(archive, "bad\udcff.jpg", b"1")
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
     with pytest.raises(DataError, match="not valid Unicode"):
         open_source(tmp_path / "a.tar")

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 import softlabel
 from softlabel.errors import MismatchError
 from softlabel.evaluation.metrics import calibration_error
-from tests.support.students import random_logits, write_store
+from tests.support.stores import draw_logits, write_logits
 
 CLASSES = 7
 
@@ -59,13 +59,13 @@ def expected_calibration_error(probs_NC: NDArray[np.float64], labels: NDArray[np
 def test_against_numpy_and_scikit_learn(tmp_path: Path, batch_size: int) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, 200)
-    logits_NC = random_logits(200, CLASSES, seed=1)
+    logits_NC = draw_logits(200, CLASSES, seed=1)
     logits_NC[np.arange(200), labels] += 5
-    teacher_NC = random_logits(200, CLASSES, seed=2)
+    teacher_NC = draw_logits(200, CLASSES, seed=2)
     teacher_NC[np.arange(200), labels] += 7
     temperature = 3.0
     order = rng.permutation(200)
-    write_store(tmp_path / "store", [str(i) for i in order], teacher_NC[order], temperature=temperature)
+    write_logits(tmp_path / "store", [str(i) for i in order], teacher_NC[order], temperature=temperature)
     found = softlabel.evaluate(
         Lookup(logits_NC), Indices(labels), tmp_path / "store", batch_size=batch_size, device="cpu"
     )
@@ -87,8 +87,8 @@ def test_against_numpy_and_scikit_learn(tmp_path: Path, batch_size: int) -> None
 
 def test_unlabelled_images_count_for_the_teacher_alone(tmp_path: Path) -> None:
     labels = np.array([0, 1, -100, -100, 2])
-    logits_NC = random_logits(5, CLASSES)
-    write_store(tmp_path / "store", [str(i) for i in range(4)], logits_NC[:4])
+    logits_NC = draw_logits(5, CLASSES)
+    write_logits(tmp_path / "store", [str(i) for i in range(4)], logits_NC[:4])
     found = softlabel.evaluate(
         Lookup(logits_NC), Indices(labels), tmp_path / "store", missing="hard-only", device="cpu"
     )
@@ -114,11 +114,11 @@ def test_calibration_error_of_known_cases() -> None:
 
 
 def test_the_model_is_left_in_its_mode_and_has_to_fit(tmp_path: Path) -> None:
-    model = Lookup(random_logits(4, CLASSES)).train()
+    model = Lookup(draw_logits(4, CLASSES)).train()
     softlabel.evaluate(model, Indices(np.zeros(4, dtype=np.int64)), device="cpu")
     assert model.training
     with pytest.raises(MismatchError, match="7 classes, the data has label 9"):
         softlabel.evaluate(model, Indices(np.array([9, 0, 0, 0])), device="cpu")
-    write_store(tmp_path / "store", list("0123"), random_logits(4, CLASSES + 1))
+    write_logits(tmp_path / "store", list("0123"), draw_logits(4, CLASSES + 1))
     with pytest.raises(MismatchError, match="7 classes, the store has 8"):
         softlabel.evaluate(model, Indices(np.zeros(4, dtype=np.int64)), tmp_path / "store", device="cpu")

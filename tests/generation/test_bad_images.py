@@ -11,7 +11,8 @@ from PIL import Image
 
 import softlabel
 from softlabel.models import build_model
-from tests.support.commands import jpeg, write_parquet, write_teacher
+from tests.support.datasets import make_jpeg, write_parquet
+from tests.support.teachers import write_teacher
 
 SIZE = 32
 
@@ -38,7 +39,7 @@ def animated(seed: int) -> bytes:
 
 
 BROKEN: dict[str, Callable[[int], bytes]] = {
-    "cut": lambda seed: jpeg(seed, 64)[: len(jpeg(seed, 64)) // 2],
+    "cut": lambda seed: make_jpeg(seed, 64)[: len(make_jpeg(seed, 64)) // 2],
     "empty": lambda seed: b"",
     "text": lambda seed: b"this is no image, number %d" % seed,
 }
@@ -58,7 +59,7 @@ def mixture(rows: int) -> dict[str, bytes]:
     kinds = {**BROKEN, **ODD}
     each = max(1, rows // 1000 // len(kinds))
     step = rows // (each * len(kinds) + 1)
-    found = {f"good-{number:06d}": jpeg(number % 5000, SIZE) for number in range(rows)}
+    found = {f"good-{number:06d}": make_jpeg(number % 5000, SIZE) for number in range(rows)}
     for number in range(each * len(kinds)):
         kind = list(kinds)[number % len(kinds)]
         place = (number + 1) * step

@@ -19,8 +19,9 @@ from softlabel.common.device import Tuning
 from softlabel.errors import DataError, TeacherError, UsageError
 from softlabel.generation.ensemble import Members
 from softlabel.models.teacher import load_teacher
-from tests.support.commands import softlabel as command
-from tests.support.commands import write_dataset, write_teacher
+from tests.support.commands import run_softlabel
+from tests.support.datasets import write_dataset
+from tests.support.teachers import write_teacher
 
 ROWS = 90
 
@@ -93,7 +94,7 @@ def test_a_trial_chooses_once_and_a_resumed_run_keeps_the_choice(
         store = softlabel.open_store(tmp_path / "store")
         (tmp_path / "store" / store.shards[1].file).unlink()
         store.close()
-        command("repair", tmp_path / "store")
+        run_softlabel("repair", tmp_path / "store")
         caplog.clear()
         again = labels(images, tmp_path / "store", teachers, shard_rows=32)
     assert "members" not in caplog.text

@@ -22,8 +22,8 @@ from softlabel.generation.reload import config_of, reload_job
 from softlabel.maintain.audit import recompute
 from softlabel.maintain.coverage import coverage
 from softlabel.maintain.extend import extend
-from tests.support.commands import write_teacher
-from tests.support.students import write_store
+from tests.support.stores import write_logits
+from tests.support.teachers import write_teacher
 
 ROWS, SIDE = 12, 8
 PIXELS = np.random.default_rng(3).integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8)
@@ -159,9 +159,9 @@ def test_stores_without_hashes_and_of_files_say_what_cannot_be_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     keys, logits_NC = [str(index) for index in range(ROWS)], np.zeros((ROWS, 4), np.float32)
-    write_store(tmp_path / "old", keys, logits_NC)
+    write_logits(tmp_path / "old", keys, logits_NC)
     files = [one.tobytes() for one in PIXELS]  # as good as files, here
-    write_store(tmp_path / "files", keys, logits_NC, images=files)
+    write_logits(tmp_path / "files", keys, logits_NC, images=files)
     data = npy(PIXELS, tmp_path)
     for store, reason in (
         ("old", "before images of this kind got"),

@@ -13,8 +13,9 @@ import softlabel
 from softlabel.errors import DataError
 from softlabel.generation.preflight.sample import sample_indices
 from softlabel.models import build_model
-from tests.support.commands import CLASSES, beside_source, jpeg, write_parquet, write_teacher
-from tests.support.commands import softlabel as run
+from tests.support.commands import drop_source_lines, run_softlabel
+from tests.support.datasets import CLASSES, make_jpeg, write_parquet
+from tests.support.teachers import write_teacher
 
 ROWS = 160
 
@@ -27,7 +28,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("preflight")
-    images = [jpeg(number) for number in range(ROWS)]
+    images = [make_jpeg(number) for number in range(ROWS)]
     teacher = build_model(write_teacher(folder / "teacher.safetensors")).eval()
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(image)), np.float32) for image in images])
     inputs = (torch.from_numpy(pixels) / 255 - 0.5) / 0.25
@@ -59,14 +60,14 @@ def command(ready: Path, out: Path, data: str = "data", teacher: str | None = No
 
 
 def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path) -> None:
-    done = run(*command(ready, tmp_path / "store"))
+    done = run_softlabel(*command(ready, tmp_path / "store"))
     plan, summary = done.stdout.split(": complete, ")
     assert "160 images, 1 teacher(s), 4 classes" in plan
     assert "in 4 shards" in plan
     assert "encoding float16: 8 bytes a row" in plan
     accuracy = float(re.search(r"on [0-9]+ images of the sample: ([0-9.]+)", plan)[1])  # type: ignore[index]
     assert 0.9 <= accuracy <= 1
-    assert beside_source(done.stderr) == []
+    assert drop_source_lines(done.stderr) == []
     totals = softlabel.open_store(tmp_path / "store").manifest.totals
     planned = re.search(r"about ([0-9.]+) kB in", plan)
     assert planned is not None
@@ -76,25 +77,25 @@ def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path
     assert "of the teachers alone" in summary
     assert "accuracy of these labels where a hard label exists: 0.95" in summary
     assert f"softlabel train --data {ready / 'data.parquet'} --labels {tmp_path / 'store'}" in summary
-    again = run(*command(ready, tmp_path / "store")).stdout
+    again = run_softlabel(*command(ready, tmp_path / "store")).stdout
     assert again.count("\n") == 1
     assert "nothing to do" in again
 
 
 def test_a_resumed_run_plans_what_is_left(ready: Path, tmp_path: Path) -> None:
-    run(*command(ready, tmp_path / "store"))
-    assert run("verify", tmp_path / "store").returncode == 0
+    run_softlabel(*command(ready, tmp_path / "store"))
+    assert run_softlabel("verify", tmp_path / "store").returncode == 0
     next((tmp_path / "store" / "shards").glob("00003-*")).unlink()
     (tmp_path / "store" / "manifest.json").unlink()
-    told = run(*command(ready, tmp_path / "store")).stdout
+    told = run_softlabel(*command(ready, tmp_path / "store")).stdout
     assert ": 10 images, 1 teacher(s)" in told
     assert "in 1 shards" in told
 
 
 def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> None:
-    done = run(*command(ready, tmp_path / "store", data="random"), "--no-preflight")
+    done = run_softlabel(*command(ready, tmp_path / "store", data="random"), "--no-preflight")
     assert done.stdout.startswith(f"{tmp_path / 'store'}: complete")
-    assert beside_source(done.stderr) == []
+    assert drop_source_lines(done.stderr) == []
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready
     try:
         (disk / "filler").write_bytes(bytes(50 * 1024))
         options = command(ready, disk / "store")
-        done = run(*options, code=1)
-        (line,) = beside_source(done.stderr)
+        done = run_softlabel(*options, code=1)
+        (line,) = drop_source_lines(done.stderr)
         need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", line))
         assert need == ROWS * (8 + 24 + len("image-00000.jpg"))
         assert free < 64 * 1024 - 50 * 1024
@@ -175,7 +176,7 @@ def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready
         assert not list((disk / "store").glob("shards/*"))
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
-        assert "complete, 160 rows" in run(*options).stdout
+        assert "complete, 160 rows" in run_softlabel(*options).stdout
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.__main__ import PARTS
-
-ROOT = Path(__file__).parents[2]
+from tests.support.shared_data import ROOT
 
 
 def test_every_benchmark_with_a_cuda_part_and_every_gpu_mark_is_reached() -> None:

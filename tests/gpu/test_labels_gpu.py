@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 import softlabel
 from softlabel.models import build_model
 from softlabel.models.teacher import load_teacher
-from tests.support.commands import write_dataset, write_teacher
+from tests.support.datasets import write_dataset
+from tests.support.teachers import write_teacher
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 import softlabel
-from tests.support.commands import softlabel as command
-from tests.support.commands import write_dataset, write_teacher
-from tests.support.runs import config, history, write_digits
+from tests.support.commands import run_softlabel
+from tests.support.datasets import write_dataset
+from tests.support.teachers import write_teacher
+from tests.support.training_runs import make_config, read_history, write_digits
 
 pytestmark = pytest.mark.gpu
 
@@ -21,8 +22,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_student_learns_as_on_the_cpu(digits: Path, tmp_path: Path, device: str) -> None:
     losses = []
     for name in ("cpu", device):
-        softlabel.train(config(digits, tmp_path / f"run-{name}", device=name, epochs=2, seed=1))
-        losses.append([float(row["loss"]) for row in history(tmp_path / f"run-{name}")])
+        softlabel.train(make_config(digits, tmp_path / f"run-{name}", device=name, epochs=2, seed=1))
+        losses.append([float(row["loss"]) for row in read_history(tmp_path / f"run-{name}")])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1][1] < losses[1][0]
 
@@ -33,19 +34,19 @@ def test_a_student_learns_as_on_the_cpu(digits: Path, tmp_path: Path, device: st
 def test_ways_to_train(digits: Path, tmp_path: Path, device: str, changes: dict[str, Any]) -> None:
     if device == "cpu" and changes.get("precision") == "fp16":
         pytest.skip("needs a CUDA device: training in float16")
-    softlabel.train(config(digits, tmp_path / "run", device=device, epochs=2, **changes))
+    softlabel.train(make_config(digits, tmp_path / "run", device=device, epochs=2, **changes))
     runs = (
         [tmp_path / "run"] if "temperature" not in changes else sorted((tmp_path / "run").glob("*/model.safetensors"))
     )
     assert runs
     if "temperature" not in changes:
-        losses = [float(row["loss"]) for row in history(tmp_path / "run")]
+        losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
         assert losses[1] < losses[0]
 
 
 def test_a_compiled_student_learns(digits: Path, tmp_path: Path, cuda: str) -> None:
-    softlabel.train(config(digits, tmp_path / "run", device=cuda, epochs=2, compile=True))
-    losses = [float(row["loss"]) for row in history(tmp_path / "run")]
+    softlabel.train(make_config(digits, tmp_path / "run", device=cuda, epochs=2, compile=True))
+    losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
     assert losses[1] < losses[0]
 
 
@@ -55,12 +56,12 @@ def test_the_command_line(tmp_path: Path, device: str) -> None:
     teacher = write_teacher(tmp_path / "w.safetensors")
     labels, run = tmp_path / "labels", tmp_path / "run"
     common = ("--device", device)
-    command("generate", "--data", data, "--teacher", teacher, "--out", labels, *common)
-    command("verify", labels, "--recompute", "8", *common)
-    command(
+    run_softlabel("generate", "--data", data, "--teacher", teacher, "--out", labels, *common)
+    run_softlabel("verify", labels, "--recompute", "8", *common)
+    run_softlabel(
         "train", "--data", data, "--labels", labels, "--student", "zoo:resnet8", "--epochs", 1, "--out", run, *common
     )
-    done = command("evaluate", "--data", data, "--model", run, *common)
+    done = run_softlabel("evaluate", "--data", data, "--model", run, *common)
     assert "accuracy" in done.stdout
 
 
@@ -71,6 +72,6 @@ def test_a_worker_of_a_cluster_has_the_device(tmp_path: Path, device: str) -> No
     teacher = write_teacher(tmp_path / "w.safetensors")
     softlabel.generate(data, teachers=[teacher], out=tmp_path / "here", shard_rows=16, device=device, progress=False)
     options = ("--shard-rows", 16, "--device", device, "--cluster", "local", "--cluster-workers", 1)
-    command("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "there", *options)
+    run_softlabel("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "there", *options)
     with softlabel.open_store(tmp_path / "here") as one, softlabel.open_store(tmp_path / "there") as other:
         assert (one.take(range(48)).scaled_logits == other.take(range(48)).scaled_logits).all()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from softlabel.cli.main import COMMANDS
-from tests.conftest import ROOT
-from tests.support.commands import command_line_process, environment, script, softlabel
+from tests.support.commands import isolate_command_line, make_environment, run_script, run_softlabel
+from tests.support.shared_data import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh slow|sh|python)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -29,12 +29,12 @@ SAID = {
 def execute(kind: str, block: str, folder: Path) -> str:
     """Run a block as a reader would; `softlabel` and Python in this process, which has imported torch already."""
     if kind == "python":
-        with command_line_process(folder) as (out, _):
+        with isolate_command_line(folder) as (out, _):
             exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
         return out.buffer.getvalue().decode()  # type: ignore[attr-defined]
     commands = [split(line) for line in block.replace("\\\n", " ").splitlines()]
     if all(words and words[0] == "softlabel" for words in commands):
-        return "".join(softlabel(*words[1:], cwd=folder).stdout for words in commands)
+        return "".join(run_softlabel(*words[1:], cwd=folder).stdout for words in commands)
     return in_shell(block, folder)
 
 
@@ -53,7 +53,7 @@ def in_shell(block: str, folder: Path) -> str:
     done = subprocess.run(
         ["sh", "-e", "-c", block],
         cwd=folder,
-        env={**environment(), "PATH": path},
+        env={**make_environment(), "PATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -124,7 +124,7 @@ def test_the_cifar_commands_run(tmp_path: Path, shared_data: Path) -> None:
 
 
 def test_every_option_that_the_readme_names_exists() -> None:
-    helps = "".join(softlabel(command, "--help").stdout for command in COMMANDS)
+    helps = "".join(run_softlabel(command, "--help").stdout for command in COMMANDS)
     helps += (ROOT / "tests" / "gpu" / "__main__.py").read_text()  # `python -m tests.gpu` is in it too
     # Options of other programs stand on lines that call these.
     ours = "\n".join(line for line in README.splitlines() if not re.search(r"\bdask (scheduler|worker)\b", line))
@@ -134,7 +134,7 @@ def test_every_option_that_the_readme_names_exists() -> None:
 
 def test_the_quickstart_tells_where_things_are(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn for its handwritten digits")
-    done = script(ROOT / "pipelines" / "quickstart.py", "--out", "demo", "--epochs", 6, cwd=tmp_path)
+    done = run_script(ROOT / "pipelines" / "quickstart.py", "--out", "demo", "--epochs", 6, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = done.stdout
     for line in ("student, hard labels alone", "student, soft labels"):

@@ -19,12 +19,11 @@ from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageErr
 from softlabel.loss import DenseTarget, TopKTarget
 from softlabel.store.columns import Encoding
 from softlabel.store.open import open_store
-from tests.support import stores as storekit
-from tests.support.students import random_logits, write_store
+from tests.support.stores import Samples, draw_logits, make_run, write_logits, write_store
 
 ROWS, CLASSES = 60, 7
 KEYS = [f"n0{number % 3}/image-{number:03d}" for number in range(ROWS)]
-LOGITS = random_logits(ROWS, CLASSES)
+LOGITS = draw_logits(ROWS, CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows in another order than the data's."""
     path = tmp_path_factory.mktemp("adapters") / "store"
     order = np.random.default_rng(1).permutation(ROWS)
-    write_store(path, [KEYS[place] for place in order], LOGITS[order], temperature=2)
+    write_logits(path, [KEYS[place] for place in order], LOGITS[order], temperature=2)
     return path
 
 
@@ -139,7 +138,7 @@ def test_a_webdataset_pipeline_gets_its_targets(store: Path, tmp_path: Path, wor
 
 def test_hard_labels_of_a_batch_are_compared(tmp_path: Path) -> None:
     labels = [number % 3 for number in range(ROWS)]
-    write_store(tmp_path / "store", KEYS, LOGITS, labels=labels, temperature=2)
+    write_logits(tmp_path / "store", KEYS, LOGITS, labels=labels, temperature=2)
     join = softlabel.LabelJoin(tmp_path / "store", key="name", label="label")
     assert "target" in join({"name": KEYS[:3], "label": torch.tensor([0, -100, 2])})
     with pytest.raises(MismatchError, match=r"batch: 1 of 2 samples have another hard label .*: 0 here, 1 there"):
@@ -166,9 +165,9 @@ def test_hugging_face_datasets_carry_the_columns(store: Path, tmp_path: Path) ->
 
 
 def test_other_encodings_survive_being_columns(tmp_path: Path) -> None:
-    run = storekit.make_run(samples=30, classes=300)
-    samples = storekit.Samples.of(run, keys=[str(number) for number in range(30)])
-    storekit.write_store(tmp_path / "dense", run, samples)
+    run = make_run(samples=30, classes=300)
+    samples = Samples.of(run, keys=[str(number) for number in range(30)])
+    write_store(tmp_path / "dense", run, samples)
     encoding = Encoding(name="topk", k=5, temperatures=(run.temperature,))
     convert_store(tmp_path / "dense", tmp_path / "topk", encoding=encoding, progress=False)
     join = softlabel.LabelJoin(tmp_path / "topk", key="id")
@@ -194,7 +193,7 @@ def test_a_join_says_what_it_cannot_do(store: Path, tmp_path: Path) -> None:
         join((KEYS, KEYS))
     copy = pickle.loads(pickle.dumps(join))
     check(KEYS[:3], copy.target(KEYS[:3]))
-    storekit.write_store(tmp_path / "views", storekit.make_run(views=3))
+    write_store(tmp_path / "views", make_run(views=3))
     with pytest.raises(UsageError, match="its rows are views of the images; SoftLabelLoader"):
         softlabel.LabelJoin(open_store(tmp_path / "views"))
 
@@ -226,7 +225,7 @@ class Numbered(Dataset[tuple[torch.Tensor, int]]):
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_subset_that_counts_otherwise_than_the_store_is_refused(listed: bool, tmp_path: Path) -> None:
     whole = [str(number) for number in range(ROWS)]
-    write_store(tmp_path / "store", whole, LOGITS, labels=[number % CLASSES for number in range(ROWS)], temperature=2)
+    write_logits(tmp_path / "store", whole, LOGITS, labels=[number % CLASSES for number in range(ROWS)], temperature=2)
     subset = Subset(Numbered(listed), [5, 3, 40])
 
     def first_batch(**options: Any) -> Any:
@@ -241,6 +240,6 @@ def test_a_subset_that_counts_otherwise_than_the_store_is_refused(listed: bool, 
 
 
 def test_a_subset_without_labels_to_compare_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_store(tmp_path / "store", [str(number) for number in range(ROWS)], LOGITS)
+    write_logits(tmp_path / "store", [str(number) for number in range(ROWS)], LOGITS)
     softlabel.with_soft_labels(Subset(Pairs(), [5, 3]), tmp_path / "store")
     assert "its keys are its own numbers, 0 to 1" in caplog.text

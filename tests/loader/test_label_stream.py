@@ -19,9 +19,9 @@ from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.loader.label_stream import LabelStream
 from softlabel.loader.order import BlockOrder
 from softlabel.store.open import open_store
-from tests.support.commands import write_parquet
+from tests.support.datasets import write_parquet
+from tests.support.digits import make_digit_jpegs
 from tests.support.stores import FORMATS, Samples, make_run, write_store
-from tests.support.students import digit_jpegs
 
 ROWS, CLASSES = 200, 7
 KEYS = [f"digits/{number:04d}.jpg" for number in range(ROWS)]
@@ -29,7 +29,7 @@ KEYS = [f"digits/{number:04d}.jpg" for number in range(ROWS)]
 
 def write_data(path: Path, keys: list[str], group: int = 13) -> Path:
     """Digits under these keys, in row groups of 13."""
-    images, _ = digit_jpegs()
+    images, _ = make_digit_jpegs()
     write_parquet(path, [images[int(key[-8:-4])] for key in keys], keys=keys)
     pq.write_table(pq.read_table(path), path, row_group_size=group)
     return path
@@ -41,7 +41,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("streaming")
     write_data(folder / "data.parquet", KEYS)
     run = make_run(request.param, samples=ROWS, classes=CLASSES)
-    hashes = [xxhash.xxh3_64_intdigest(image) for image in digit_jpegs()[0][:ROWS]]
+    hashes = [xxhash.xxh3_64_intdigest(image) for image in make_digit_jpegs()[0][:ROWS]]
     samples = dataclasses.replace(
         Samples.of(run, keys=KEYS), labels=np.full(ROWS, -100), content=np.array(hashes, dtype=np.uint64)
     )
@@ -199,7 +199,7 @@ def test_memory_is_that_of_a_few_windows(tmp_path: Path) -> None:
 
 def test_tar_shards_are_streamed_beside_their_labels(tmp_path: Path) -> None:
     """Two shards as WebDataset writes them, in which labels and images lie in one order."""
-    images, _ = digit_jpegs()
+    images, _ = make_digit_jpegs()
     for number, part in enumerate((range(120), range(120, ROWS))):
         with tarfile.open(tmp_path / f"data-{number}.tar", "w") as tar:
             for place in part:

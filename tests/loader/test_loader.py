@@ -13,8 +13,9 @@ from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageErr
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.models import build_model
 from softlabel.views import CropFlip
-from tests.support.commands import write_parquet
-from tests.support.students import DIGITS, digit_jpegs, pixels, random_logits, write_store
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, decode_by_pillow, make_digit_jpegs
+from tests.support.stores import draw_logits, write_logits
 
 ROWS = 90
 
@@ -27,11 +28,11 @@ def keys_of(count: int) -> list[str]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data.parquet and its store, whose logits are random numbers by key."""
     folder = tmp_path_factory.mktemp("digits")
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     images, labels = images[:ROWS], labels[:ROWS]
     write_parquet(folder / "data.parquet", images, keys=keys_of(ROWS), labels=labels, class_names=DIGITS)
-    logits_NC = random_logits(ROWS, 10)
-    write_store(folder / "store", keys_of(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
+    logits_NC = draw_logits(ROWS, 10)
+    write_logits(folder / "store", keys_of(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
     return folder
 
 
@@ -55,7 +56,7 @@ def same(one: Batch, other: Batch) -> bool:
 def test_shuffled_rows_and_another_file_name_leave_each_image_its_label(
     tmp_path: Path, workers: int, cache_mb: int
 ) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     images, labels = images[:ROWS], labels[:ROWS]
     source = write_parquet(tmp_path / "train.parquet", images, keys=keys_of(ROWS), labels=labels, class_names=DIGITS)
     torch.manual_seed(0)
@@ -67,10 +68,12 @@ def test_shuffled_rows_and_another_file_name_leave_each_image_its_label(
 
     # What the teacher says about an image is computed from its pixels alone, without a key.
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    inputs = torch.from_numpy(np.stack([pixels(image) for image in images])).float() / 255
+    inputs = torch.from_numpy(np.stack([decode_by_pillow(image) for image in images])).float() / 255
     with torch.inference_mode():
         scaled = teacher((inputs - mean[:, None, None]) / std[:, None, None]) / 2
-    said = {pixels(image).tobytes(): rest for image, *rest in zip(images, scaled.tolist(), labels, strict=True)}
+    said = {
+        decode_by_pillow(image).tobytes(): rest for image, *rest in zip(images, scaled.tolist(), labels, strict=True)
+    }
 
     order = np.random.default_rng(1).permutation(ROWS)
     moved = write_parquet(
@@ -118,7 +121,7 @@ def test_real_cifar_images_keep_their_labels(shared_data: Path, tmp_path: Path) 
 
 
 def test_a_missing_key_is_named_skipped_or_kept_with_its_hard_label(digits: Path, tmp_path: Path) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     keys = [*keys_of(ROWS), "digits/new one.jpg"]
     more = write_parquet(
         tmp_path / "more.parquet", images[: ROWS + 1], keys=keys, labels=labels[: ROWS + 1], class_names=DIGITS
@@ -147,10 +150,10 @@ def test_a_missing_key_is_named_skipped_or_kept_with_its_hard_label(digits: Path
 
 
 def test_images_that_could_not_be_labelled_are_left_out(tmp_path: Path) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     broken = [*images[:9], b"not an image"]
     source = write_parquet(tmp_path / "a.parquet", broken, keys=keys_of(10), labels=labels[:10], class_names=DIGITS)
-    write_store(tmp_path / "store", keys_of(9), random_logits(9, 10), images=images[:9], bad=keys_of(10)[9:])
+    write_logits(tmp_path / "store", keys_of(9), draw_logits(9, 10), images=images[:9], bad=keys_of(10)[9:])
     loader = SoftLabelLoader(source, tmp_path / "store")
     assert [key for batch in loader for key in sorted(batch.keys)] == keys_of(9)
     assert loader.dataset.skipped_bad == 1
@@ -158,7 +161,7 @@ def test_images_that_could_not_be_labelled_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_changed_since_is_refused_by_name(digits: Path, tmp_path: Path, workers: int) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     changed = [*images[:40], images[ROWS + 5], *images[41:ROWS]]
     source = write_parquet(
         tmp_path / "data.parquet", changed, keys=keys_of(ROWS), labels=labels[:ROWS], class_names=DIGITS
@@ -184,9 +187,9 @@ class Arrays(Dataset[tuple[np.ndarray, int]]):
 
 
 def test_a_dataset_of_ones_own_is_joined_by_its_keys_and_decoded_once(tmp_path: Path) -> None:
-    logits_NC = random_logits(20, 3)
+    logits_NC = draw_logits(20, 3)
     order = np.random.default_rng(0).permutation(20)
-    write_store(tmp_path / "store", [f"sample {i}" for i in order], logits_NC[order], temperature=1)
+    write_logits(tmp_path / "store", [f"sample {i}" for i in order], logits_NC[order], temperature=1)
     mine = Arrays(20)
     loader = SoftLabelLoader(mine, tmp_path / "store", batch_size=6, key_fn=lambda index: f"sample {index}")
     already = Counter(mine.reads)
@@ -206,7 +209,7 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
 
 
 def test_classes_that_are_not_those_of_the_store_are_refused(digits: Path, tmp_path: Path) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     fewer = write_parquet(tmp_path / "a.parquet", images[:5], keys=keys_of(5), labels=[0] * 5, class_names=DIGITS[:9])
     with pytest.raises(MismatchError, match=r"the store has 10, .* has 9"):
         SoftLabelLoader(fewer, digits / "store")
@@ -219,7 +222,7 @@ def test_classes_that_are_not_those_of_the_store_are_refused(digits: Path, tmp_p
 
 
 def test_labels_may_be_absent(digits: Path, tmp_path: Path) -> None:
-    images, _ = digit_jpegs()
+    images, _ = make_digit_jpegs()
     source = write_parquet(tmp_path / "unlabelled.parquet", images[:ROWS], keys=keys_of(ROWS))
     batch = next(iter(SoftLabelLoader(source, digits / "store", batch_size=50)))
     assert (batch.labels == -100).all()
@@ -343,7 +346,7 @@ def test_global_randomness_is_left_alone(digits: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(digits: Path, tmp_path: Path, workers: int) -> None:
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     broken = [*images[:9], images[9][:100]]
     source = write_parquet(tmp_path / "a.parquet", broken, keys=keys_of(10), labels=labels[:10], class_names=DIGITS)
     with pytest.raises(DataError, match=r"image 'digits/0009.jpg': "):
@@ -381,7 +384,7 @@ def test_numbers_that_are_none_are_refused_in_one_line(option: str, value: objec
 
 
 def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", ["5", "17", "x"], random_logits(3, 3))
+    store = write_logits(tmp_path / "store", ["5", "17", "x"], draw_logits(3, 3))
     for keys in ([17, 5], np.array([17, 5]), ["17", 5], np.array([17, 5], dtype=object)):
         assert store.lookup(keys).tolist() == [1, 0]
     with pytest.raises(UsageError, match=r"expected a list of keys, found the text '17'; write \['17'\]"):

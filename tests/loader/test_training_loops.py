@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 import softlabel
 from softlabel.errors import UsageError
 from softlabel.loader import Batch, SoftLabelLoader
-from tests.support import teachers as telling
-from tests.support.commands import jpeg, write_parquet
+from tests.support.datasets import make_jpeg, write_parquet
+from tests.support.teachers import make_pixel_teacher_spec
 
 ROWS, BATCH, STEPS, EPOCHS = 25, 10, 2, 4
 Seen = list[tuple[str, int]]
@@ -31,9 +31,9 @@ Seen = list[tuple[str, int]]
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], SoftLabelLoader]:
     """Loaders of 25 images in three views, five of which do not fit into the two batches of an epoch."""
     folder = tmp_path_factory.mktemp("loops")
-    data = write_parquet(folder / "data.parquet", [jpeg(number) for number in range(ROWS)])
+    data = write_parquet(folder / "data.parquet", [make_jpeg(number) for number in range(ROWS)])
     softlabel.generate(
-        data, teachers=[telling.spec(32)], out=folder / "store", views=3, augment="crop-flip", progress=False
+        data, teachers=[make_pixel_teacher_spec(32)], out=folder / "store", views=3, augment="crop-flip", progress=False
     )
     return lambda: SoftLabelLoader(data, folder / "store", batch_size=BATCH, tail="drop", ignore_labels=True)
 

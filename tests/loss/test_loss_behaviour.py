@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,8 @@ from softlabel.loss import (
 )
 from tests.loss.test_loss_matrix import needs_compiler
 from tests.support import reference
-from tests.support.loss_cases import TARGETS, make_target, top_k_target
+from tests.support.loss_cases import TARGETS, make_target, make_top_k_target
+from tests.support.shared_data import ROOT
 
 KD = {"temperature": 3.0, "soft_weight": 0.7, "hard_weight": 0.4}
 IMPLS = ["reference", "torch"]
@@ -180,7 +180,7 @@ def test_masked_classes(impl: str, kind: str) -> None:
     with torch.no_grad():
         student_NC[:, 7] = -torch.inf
     teacher_NC[:, 6:8] = -torch.inf
-    target = teacher_NC if kind == "dense" else top_k_target(teacher_NC, 4, (3.0,))
+    target = teacher_NC if kind == "dense" else make_top_k_target(teacher_NC, 4, (3.0,))
     exact_NC = student_NC.detach().double().requires_grad_()
     for tail in ("ghost", "renormalize"):
         found = distillation_loss(student_NC, target, labels_N, **KD, tail=tail, impl=impl)
@@ -211,7 +211,7 @@ def test_ghost_tail_of_any_mass(impl: str, exponent: int) -> None:
     student_NC[0, :2], student_NC[1, :2] = torch.tensor([0.0, -30.0]), torch.tensor([-0.1, -2.0])
     teacher_NC = torch.full((2, classes), float(tail_logit) - 1)
     teacher_NC[:, 0], teacher_NC[:, 1] = 0.0, -0.7
-    target = top_k_target(teacher_NC, 2, (1.0,))
+    target = make_top_k_target(teacher_NC, 2, (1.0,))
     options = {"temperature": 1.0, "soft_weight": 1.0, "hard_weight": 0.0, "reduction": "none"}
     exact_NC = student_NC.double().requires_grad_()
     student_NC.requires_grad_()
@@ -284,7 +284,7 @@ def test_sparse_targets_know_only_their_temperatures(kind: str) -> None:
 def test_a_top_k_target_is_exact_at_each_declared_temperature() -> None:
     """K = C - 1: the ghost is one class, so that the top-k loss is the dense loss."""
     student_NC, teacher_NC, labels_N = batch()
-    target = top_k_target(teacher_NC, 10, (1.0, 3.0))
+    target = make_top_k_target(teacher_NC, 10, (1.0, 3.0))
     exact = DenseTarget(scaled_logits=teacher_NC, temperature=1.0, retemperable=True)
     for temperature in (1.0, 3.0):
         options = {**KD, "temperature": temperature}
@@ -387,7 +387,7 @@ def test_a_high_temperature_is_as_exact_as_a_low_one(temperature: float, dtype: 
     """Against torch in float64, which at 100,000 agrees with the limit: half the variance of the difference."""
     classes = 50 if kept else 1000
     student_NC, teacher_NC, _ = batch(32, classes, dtype)
-    target = top_k_target(teacher_NC, classes, (temperature,)) if kept else teacher_NC
+    target = make_top_k_target(teacher_NC, classes, (temperature,)) if kept else teacher_NC
     if kept:
         teacher_NC = torch.zeros(32, classes).scatter(1, target.index.long(), target.value.float())
     z_NC = student_NC.detach().double().requires_grad_()
@@ -490,8 +490,7 @@ def test_a_compiled_step_is_one_graph() -> None:
 
 def test_importing_the_loss_does_not_import_triton() -> None:
     code = "import sys, softlabel.loss; sys.exit('triton' in sys.modules)"
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=root).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
 def test_triton_on_the_cpu_says_what_is_missing() -> None:
@@ -503,6 +502,5 @@ def test_triton_on_the_cpu_says_what_is_missing() -> None:
         "except L.functional.UsageError as error:\n    print(error)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert "impl='triton': expected" in done.stdout, done.stderr

@@ -21,7 +21,7 @@ from softlabel.loss import (
 )
 from tests.loss.test_loss_matrix import needs_compiler
 from tests.support import reference
-from tests.support.loss_cases import make_target, top_k_target
+from tests.support.loss_cases import make_target, make_top_k_target
 
 T = 3.0
 ROWS, CLASSES = 6, 11
@@ -204,7 +204,7 @@ def test_standardized_logits() -> None:
 def test_mistakes_are_named() -> None:
     logits_NC, teacher_NC = student(), torch.randn(ROWS, CLASSES)
     with pytest.raises(UsageError, match="TopKTarget"):
-        reverse_kl(logits_NC, top_k_target(teacher_NC, 3, (T,)), temperature=T)
+        reverse_kl(logits_NC, make_top_k_target(teacher_NC, 3, (T,)), temperature=T)
     with pytest.raises(UsageError, match="beta"):
         jensen_shannon(logits_NC, teacher_NC, temperature=T, beta=1.0)
     frozen = DenseTarget(scaled_logits=teacher_NC, temperature=4.0, retemperable=False)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.shared_data import ROOT
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is absent")
 
 
@@ -23,8 +25,7 @@ def run_inside(marks: str) -> None:
         environment["TRITON_INTERPRET"] = "1"
     options = ["-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "-m", marks, "--timeout", "3000"]
     command = [sys.executable, "-m", "pytest", *options, str(Path(__file__).with_name("triton_interpreter.py"))]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

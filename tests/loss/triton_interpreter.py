@@ -6,14 +6,14 @@ import torch
 from softlabel.loss import DistillationLoss, distillation_loss
 from softlabel.loss.rows import Settings, row_shares
 from softlabel.loss.targets import as_target
-from tests.support.loss_cases import Case, compare, full_cases, quick_cases
+from tests.support.loss_cases import Case, compare_with_reference, make_full_cases, make_quick_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("case", [*quick_cases(), Case(classes=21841, rows=2)], ids=str)
+@pytest.mark.parametrize("case", [*make_quick_cases(), Case(classes=21841, rows=2)], ids=str)
 def test_matrix(case: Case) -> None:
-    compare(case, "triton", upstream=3.0, device=DEVICE)
+    compare_with_reference(case, "triton", upstream=3.0, device=DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["dense16", "topk"])
@@ -24,15 +24,15 @@ def test_rows_that_are_swept(kind: str, smoothing: float, monkeypatch: pytest.Mo
     monkeypatch.setattr(triton_ops, "ROW_LIMIT", 64)
     monkeypatch.setattr(triton_ops, "SWEEP", 64)
     for size in (4.0, 1e4):
-        compare(
+        compare_with_reference(
             Case(kind=kind, classes=401, label_smoothing=smoothing, size=size, weight=True), "triton", device=DEVICE
         )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(full_cases()), ids=str)
+@pytest.mark.parametrize("case", list(make_full_cases()), ids=str)
 def test_full(case: Case) -> None:
-    compare(case, "triton", upstream=0.25, device=DEVICE)
+    compare_with_reference(case, "triton", upstream=0.25, device=DEVICE)
 
 
 def test_operators_are_registered_as_torch_expects() -> None:
@@ -95,5 +95,5 @@ def test_an_impossible_label_is_not_silent() -> None:
 
 
 def test_half_gradients_of_many_small_rows() -> None:
-    compare(Case(rows=333, classes=3, dtype=torch.float16), "triton", device=DEVICE)
-    compare(Case(rows=65, classes=33, kind="sampled"), "triton", device=DEVICE)
+    compare_with_reference(Case(rows=333, classes=3, dtype=torch.float16), "triton", device=DEVICE)
+    compare_with_reference(Case(rows=65, classes=33, kind="sampled"), "triton", device=DEVICE)

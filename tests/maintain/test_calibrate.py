@@ -11,8 +11,9 @@ import softlabel
 from softlabel.maintain.extend import extend
 from softlabel.maintain.repair import repair
 from softlabel.models import build_model
-from tests.support.commands import CLASSES, jpeg, write_parquet, write_teacher
-from tests.support.commands import softlabel as run
+from tests.support.commands import run_softlabel
+from tests.support.datasets import CLASSES, make_jpeg, write_parquet
+from tests.support.teachers import write_teacher
 
 ROWS, T = 300, 4.0
 
@@ -21,7 +22,7 @@ ROWS, T = 300, 4.0
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """300 labelled images whose labels agree with two of three teachers more often than not, and a calibration."""
     folder = tmp_path_factory.mktemp("calibrate")
-    images = [jpeg(number) for number in range(ROWS)]
+    images = [make_jpeg(number) for number in range(ROWS)]
     write_parquet(folder / "bare.parquet", images)
     for seed in range(3):
         write_teacher(folder / f"teacher{seed}.safetensors", seed=seed)
@@ -112,9 +113,9 @@ def test_a_store_holds_what_the_calibrated_members_say(ready: Path, tmp_path: Pa
     options = ["generate", "--data", ready / "data.parquet", "--teacher", spec(ready, 0), spec(ready, 1)]
     options += ["--calibration", ready / "t.json", "--encoding", "float32", "--batch-size", 32]
     parts = [logits(ready, seed) / own[seed] for seed in range(2)]
-    run(*options, "--out", tmp_path / "logits")
+    run_softlabel(*options, "--out", tmp_path / "logits")
     np.testing.assert_allclose(scaled(tmp_path / "logits"), centred((parts[0] + parts[1]) / 2 / T), atol=1e-4)
-    run(*options, "--out", tmp_path / "keep", "--combine", "keep")
+    run_softlabel(*options, "--out", tmp_path / "keep", "--combine", "keep")
     np.testing.assert_allclose(scaled(tmp_path / "keep"), centred(np.stack(parts, 1) / T), atol=1e-4)
     softlabel.generate(
         ready / "data.parquet",
@@ -129,12 +130,12 @@ def test_a_store_holds_what_the_calibrated_members_say(ready: Path, tmp_path: Pa
     )
     p0, p1 = (np.exp(centred(z / T)) / np.exp(centred(z / T)).sum(1, keepdims=True) for z in parts)
     np.testing.assert_allclose(scaled(tmp_path / "probs"), centred(np.log(p0 / 4 + p1 * 3 / 4)), atol=1e-4)
-    shown = run("inspect", tmp_path / "keep").stdout
+    shown = run_softlabel("inspect", tmp_path / "keep").stdout
     assert all(f"logits divided by {one:.4g}" in shown for one in own)
     # Temperatures are part of what a store is.
-    refused = run(*options[:6], "--out", tmp_path / "logits", "--encoding", "float32", code=2).stderr
+    refused = run_softlabel(*options[:6], "--out", tmp_path / "logits", "--encoding", "float32", code=2).stderr
     assert "calibration" in refused
-    differ = run("verify", tmp_path / "keep", "--recompute", 50).stdout
+    differ = run_softlabel("verify", tmp_path / "keep", "--recompute", 50).stdout
     assert "differ by 0.0e+00 in the mean" in differ
 
 
@@ -192,12 +193,12 @@ def test_extend_and_repair_keep_the_calibration(ready: Path, tmp_path: Path) -> 
 
 def test_what_cannot_be_calibrated_says_why(ready: Path, tmp_path: Path) -> None:
     command = ["calibrate", "--teacher", spec(ready, 0)]
-    assert "labelled samples" in run(*command, "--data", ready / "bare.parquet", code=1).stderr
+    assert "labelled samples" in run_softlabel(*command, "--data", ready / "bare.parquet", code=1).stderr
     right = logits(ready, 0).argmax(1)
-    write_parquet(tmp_path / "right.parquet", [jpeg(n) for n in range(ROWS)], labels=right.tolist())
-    assert "not trained on" in run(*command, "--data", tmp_path / "right.parquet", code=1).stderr
-    assert "at least 1" in run(*command, "--data", ready / "data.parquet", "--samples", 0, code=2).stderr
-    few = run(*command, "--data", ready / "data.parquet", "--samples", 200).stdout
+    write_parquet(tmp_path / "right.parquet", [make_jpeg(n) for n in range(ROWS)], labels=right.tolist())
+    assert "not trained on" in run_softlabel(*command, "--data", tmp_path / "right.parquet", code=1).stderr
+    assert "at least 1" in run_softlabel(*command, "--data", ready / "data.parquet", "--samples", 0, code=2).stderr
+    few = run_softlabel(*command, "--data", ready / "data.parquet", "--samples", 200).stdout
     assert "200 labelled images" in few
 
 

@@ -12,7 +12,8 @@ from softlabel.cli.main import main
 from softlabel.store.open import open_store
 from softlabel.store.writer import Committer
 from tests.support import format_reader
-from tests.support.commands import CLASSES, jpeg, write_parquet, write_teacher
+from tests.support.datasets import CLASSES, make_jpeg, write_parquet
+from tests.support.teachers import write_teacher
 
 Prepare = Callable[["Place"], None]
 
@@ -43,7 +44,7 @@ class Place:
 
 def write(path: Path, numbers: list[int]) -> None:
     keys = [f"{n:03d}.jpg" for n in numbers]
-    write_parquet(path, [jpeg(n) for n in numbers], keys=keys, labels=[n % len(CLASSES) for n in numbers])
+    write_parquet(path, [make_jpeg(n) for n in numbers], keys=keys, labels=[n % len(CLASSES) for n in numbers])
 
 
 VIEWS = ("--augment", "crop-flip", "--views")

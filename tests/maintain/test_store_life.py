@@ -14,8 +14,9 @@ from softlabel.maintain.coverage import coverage
 from softlabel.maintain.extend import extend
 from softlabel.maintain.repair import repair
 from softlabel.store.columns import Encoding
-from tests.support.commands import CLASSES, jpeg, write_dataset, write_parquet, write_teacher
-from tests.support.commands import softlabel as run
+from tests.support.commands import run_softlabel
+from tests.support.datasets import CLASSES, make_jpeg, write_dataset, write_parquet
+from tests.support.teachers import write_teacher
 
 ROWS, SHARD_ROWS, T = 70, 20, 4.0
 ENCODINGS = {
@@ -89,10 +90,10 @@ def test_every_encoding_gives_the_loss_its_target(ready: Path, tmp_path: Path, n
 def test_a_student_trains_on_the_command_line_from_topk_labels(ready: Path, tmp_path: Path) -> None:
     data, labels = ready / "data.parquet", tmp_path / "labels"
     options = ["--encoding", "topk", "--top-k", 2, "--temperatures", 1, 4]
-    run("generate", "--data", data, "--teacher", spec(ready, 0), "--out", labels, *options)
+    run_softlabel("generate", "--data", data, "--teacher", spec(ready, 0), "--out", labels, *options)
     train = ["train", "--data", data, "--labels", labels, "--student", "zoo:resnet8", "--epochs", 1, "--batch-size", 16]
-    assert "trained for 1 epochs" in run(*train, "--out", tmp_path / "run").stdout
-    refused = run(*train, "--out", tmp_path / "other", "--temperature", 3, code=2)
+    assert "trained for 1 epochs" in run_softlabel(*train, "--out", tmp_path / "run").stdout
+    refused = run_softlabel(*train, "--out", tmp_path / "other", "--temperature", 3, code=2)
     assert "temperature" in refused.stderr
     assert "1, 4" in refused.stderr
 
@@ -161,11 +162,11 @@ def test_a_grown_dataset_is_labelled_without_touching_old_shards(ready: Path, tm
     before, old = same_files(store), everything(softlabel.open_store(store))
     # New images come between the old ones, and one cannot be read.
     keys = [f"image-{n:05d}.jpg" for n in range(ROWS)]
-    images = [jpeg(n) for n in range(ROWS)]
+    images = [make_jpeg(n) for n in range(ROWS)]
     labels = [n % len(CLASSES) for n in range(ROWS)]
     for place, seed in ((0, 900), (30, 901), (60, 902)):
         keys.insert(place, f"new-{seed}.jpg")
-        images.insert(place, jpeg(seed))
+        images.insert(place, make_jpeg(seed))
         labels.insert(place, 3)
     keys.append("broken.jpg")
     images.append(b"nothing")
@@ -201,9 +202,12 @@ def test_repair_relabels_what_is_damaged_and_nothing_else(ready: Path, tmp_path:
     raw = bytearray(files[2].read_bytes())
     raw[len(raw) // 3] ^= 4
     files[2].write_bytes(raw)
-    assert "1 shard" in run("verify", store, code=3).stdout or files[0].name in run("verify", store, code=3).stdout
-    assert "2 shards relabelled" in run("repair", store).stdout
-    assert "whole" in run("verify", store).stdout
+    assert (
+        "1 shard" in run_softlabel("verify", store, code=3).stdout
+        or files[0].name in run_softlabel("verify", store, code=3).stdout
+    )
+    assert "2 shards relabelled" in run_softlabel("repair", store).stdout
+    assert "whole" in run_softlabel("verify", store).stdout
     now = same_files(store)
     assert {name: now[name] for name in before if name not in (files[0].name, files[2].name)} == {
         name: before[name] for name in before if name not in (files[0].name, files[2].name)
@@ -211,7 +215,7 @@ def test_repair_relabels_what_is_damaged_and_nothing_else(ready: Path, tmp_path:
     repaired = everything(softlabel.open_store(store, verify="full"))
     assert repaired[0] == expected[0]
     np.testing.assert_array_equal(repaired[1], expected[1])
-    assert "nothing to repair" in run("repair", store).stdout
+    assert "nothing to repair" in run_softlabel("repair", store).stdout
 
 
 def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
     keys = [f"image-{n:05d}.jpg" for n in range(ROWS)]
     repainted = write_parquet(
         tmp_path / "repainted.parquet",
-        [jpeg(n + 700) for n in range(ROWS)],
+        [make_jpeg(n + 700) for n in range(ROWS)],
         keys=keys,
         labels=[n % 4 for n in range(ROWS)],
     )
@@ -242,33 +246,41 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
 def test_verify_compares_with_data_and_teachers(ready: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     generate(ready, store, 0)
-    told = run("verify", store, "--recompute", 25, "--data", ready / "data.parquet").stdout
+    told = run_softlabel("verify", store, "--recompute", 25, "--data", ready / "data.parquet").stdout
     assert "25 rows recomputed" in told
     assert "top-1 differs in 0.0000%" in told
     worst = float(told.split(" at worst")[0].split()[-1])
     assert worst < 5e-3
-    images = [jpeg(n) for n in range(ROWS)]
-    images[7] = jpeg(12345)
-    changed = write_parquet(tmp_path / "changed.parquet", [*images[:-1], jpeg(1)], labels=[0] * ROWS)
-    done = run("verify", store, "--data", changed, code=3)
+    images = [make_jpeg(n) for n in range(ROWS)]
+    images[7] = make_jpeg(12345)
+    changed = write_parquet(tmp_path / "changed.parquet", [*images[:-1], make_jpeg(1)], labels=[0] * ROWS)
+    done = run_softlabel("verify", store, "--data", changed, code=3)
     assert "2 images are not those that were labelled: image-00007.jpg" in done.stdout
     fewer = write_dataset(tmp_path / "fewer.parquet", ROWS - 3)
-    assert "3 rows are of samples that the data do not have" in run("verify", store, "--data", fewer, code=3).stdout
+    assert (
+        "3 rows are of samples that the data do not have"
+        in run_softlabel("verify", store, "--data", fewer, code=3).stdout
+    )
     more = write_dataset(tmp_path / "more.parquet", ROWS + 1)
-    assert f"1 samples have no row: image-{ROWS:05d}.jpg" in run("verify", store, "--data", more, code=3).stdout
+    assert (
+        f"1 samples have no row: image-{ROWS:05d}.jpg" in run_softlabel("verify", store, "--data", more, code=3).stdout
+    )
 
 
 def test_a_derived_store_takes_no_teachers(ready: Path, tmp_path: Path) -> None:
     generate(ready, tmp_path / "kept", 0, 1, combine="keep")
-    run("convert", tmp_path / "kept", tmp_path / "derived", "--encoding", "int8")
-    assert "made from other stores" in run("repair", tmp_path / "derived", "--teacher", spec(ready, 2), code=2).stderr
-    extended = run("extend", tmp_path / "derived", "--teacher", spec(ready, 2), code=2)
+    run_softlabel("convert", tmp_path / "kept", tmp_path / "derived", "--encoding", "int8")
+    assert (
+        "made from other stores"
+        in run_softlabel("repair", tmp_path / "derived", "--teacher", spec(ready, 2), code=2).stderr
+    )
+    extended = run_softlabel("extend", tmp_path / "derived", "--teacher", spec(ready, 2), code=2)
     assert "made from another store" in extended.stderr
 
 
 def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_path: Path) -> None:
     options = ["--data", ready / "data.parquet", "--teacher", spec(ready, 0), "--seconds", 0.1, "--batch-size", 16]
-    told = run("plan", *options, cwd=tmp_path).stdout
+    told = run_softlabel("plan", *options, cwd=tmp_path).stdout
     assert not list(tmp_path.iterdir())
     lines = {line.split()[0]: line.split() for line in told.splitlines() if line and line[0].isalpha()}
     assert f"{ROWS} images" in told
@@ -280,5 +292,5 @@ def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_
     store = generate(ready, tmp_path / "store", 0)
     assert store.manifest.totals.fidelity is not None
     assert float(lines["float16"][-1]) <= store.manifest.totals.fidelity.worst_t * 1.05 + 1e-12
-    assert "int8" not in run("plan", *options, "--encoding", "float16", "head").stdout
-    assert "votes" in run("plan", *options, "--encoding", "votes", code=2).stderr
+    assert "int8" not in run_softlabel("plan", *options, "--encoding", "float16", "head").stdout
+    assert "votes" in run_softlabel("plan", *options, "--encoding", "votes", code=2).stderr

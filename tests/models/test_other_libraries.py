@@ -28,7 +28,7 @@ from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, RunModel, build_model, save_run
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher, student_preprocessing
-from tests.support.commands import write_dataset
+from tests.support.datasets import write_dataset
 
 
 def assert_near(ours: Tensor, theirs: Tensor, std: tuple[float, ...]) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 import softlabel
-from tests.conftest import ROOT
-from tests.support.commands import environment, write_parquet
-from tests.support.students import DIGITS, digit_jpegs, random_logits, write_store
+from tests.support.commands import make_environment
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.shared_data import ROOT
+from tests.support.stores import draw_logits, write_logits
 
 KEYS = [f"digit-{number:04d}.jpg" for number in range(500)]
 
@@ -19,12 +21,12 @@ KEYS = [f"digit-{number:04d}.jpg" for number in range(500)]
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """500 digits, and a store of a teacher that knows their classes."""
     folder = tmp_path_factory.mktemp("pipelines")
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     images, labels = images[: len(KEYS)], labels[: len(KEYS)]
     write_parquet(folder / "digits.parquet", images, keys=KEYS, labels=labels, class_names=DIGITS)
-    logits_NC = random_logits(len(KEYS), 10) / 5
+    logits_NC = draw_logits(len(KEYS), 10) / 5
     logits_NC[range(len(KEYS)), labels] += 8
-    write_store(folder / "labels", KEYS, logits_NC, images=images, labels=labels, class_names=DIGITS, temperature=2)
+    write_logits(folder / "labels", KEYS, logits_NC, images=images, labels=labels, class_names=DIGITS, temperature=2)
     return folder
 
 
@@ -34,7 +36,7 @@ def run(recipe: str, folder: Path, *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, str(script), "--data", "digits.parquet", "--labels", "labels", *map(str, arguments)],
         cwd=folder,
-        env={**environment(), "HF_DATASETS_CACHE": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""},
+        env={**make_environment(), "HF_DATASETS_CACHE": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

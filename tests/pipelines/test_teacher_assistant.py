@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from softlabel import open_store
-from tests.conftest import ROOT
-from tests.support.commands import script
+from tests.support.commands import run_script
+from tests.support.shared_data import ROOT
 
 SMALL = "?resize=16&crop=16"
 
@@ -17,7 +17,7 @@ def test_a_chain_is_one_command(tmp_path: Path) -> None:
     command = ["--out", tmp_path / "chain"]
     command += ["--data", "digits?rows=0:200", "--eval-data", "digits?rows=200:260", "--epochs", "1"]
     command += ["--teacher", f"zoo:resnet8{SMALL}", "--assistant", f"zoo:cnn4{SMALL}", "--student", f"zoo:cnn2{SMALL}"]
-    done = script(ROOT / "pipelines" / "teacher_assistant.py", *command)
+    done = run_script(ROOT / "pipelines" / "teacher_assistant.py", *command)
     assert done.returncode == 0, done.stderr
     assert "assistant-1 cnn4: learned from teacher" in done.stdout
     assert "student cnn2: learned from assistant-1" in done.stdout

@@ -30,7 +30,7 @@ from softlabel.store.sample_rows import sample_rows
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
-from tests.support.stores import FIDELITY, FORMATS, Samples, files_of, make_run, reference_rows, write_store
+from tests.support.stores import FIDELITY, FORMATS, Samples, make_reference_rows, make_run, read_files, write_store
 
 pytestmark = pytest.mark.parametrize("format", FORMATS)
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.parametrize("format", FORMATS)
 def test_what_was_written_is_what_is_read(tmp_path: Path, format: str) -> None:
     run, bad = make_run(format, views=3), (0, 17, 18, 49)
     samples = write_store(tmp_path / "s", run, bad=bad)
-    expected = reference_rows(run, samples, bad)
+    expected = make_reference_rows(run, samples, bad)
     store = open_store(tmp_path / "s", verify="full")
     assert len(store) == 3 * 46
     assert list(store.bad) == [samples.keys[index] for index in bad]
@@ -76,7 +76,7 @@ def test_read_by_the_format_document_alone(tmp_path: Path, format: str) -> None:
     assert {str(name).split(".")[0] for name in modules} <= {"json", "h5py", "numpy", "pyarrow"}
     assert sum(bool(line.strip()) for line in source.splitlines()) < 60
     run = make_run(format, views=2)
-    expected = reference_rows(run, write_store(tmp_path / "s", run, bad=(20,)), bad=(20,))
+    expected = make_reference_rows(run, write_store(tmp_path / "s", run, bad=(20,)), bad=(20,))
     found = format_reader.read_store(tmp_path / "s")
     assert list(found["key"]) == expected["keys"]
     for name, column in (("views", "view"), ("labels", "label"), ("content", "content")):
@@ -260,7 +260,7 @@ def test_writing_is_deterministic_and_idempotent(tmp_path: Path, format: str) ->
     for name in ("one", "two"):
         write_store(tmp_path / name, run)
     one, two = (
-        {name: data for name, data in files_of(tmp_path / name).items() if name != "manifest.json"}
+        {name: data for name, data in read_files(tmp_path / name).items() if name != "manifest.json"}
         for name in ("one", "two")
     )
     assert one == two
@@ -330,7 +330,7 @@ def test_another_version_is_refused(tmp_path: Path, format: str) -> None:
 def test_another_run_is_refused_by_name(tmp_path: Path, format: str) -> None:
     run = make_run(format)
     write_store(tmp_path / "s", run)
-    before = files_of(tmp_path / "s")
+    before = read_files(tmp_path / "s")
     other_format = next(name for name in FORMATS if name != format)
     teacher = dataclasses.replace(run.members[0], sha256="1" * 64)
     for change, words in (
@@ -352,7 +352,7 @@ def test_another_run_is_refused_by_name(tmp_path: Path, format: str) -> None:
         with pytest.raises(MismatchError) as caught:
             Committer.open(tmp_path / "s", dataclasses.replace(run, **change))
         assert words in str(caught.value)
-    assert files_of(tmp_path / "s") == before
+    assert read_files(tmp_path / "s") == before
 
 
 def test_two_writers_at_once(tmp_path: Path, format: str) -> None:

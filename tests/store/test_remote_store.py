@@ -17,8 +17,9 @@ from softlabel.errors import StoreError, StoreIncompleteError, StoreLockedError,
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
-from tests.support.commands import write_dataset, write_teacher
+from tests.support.datasets import write_dataset
 from tests.support.stores import FORMATS, Samples, make_run, write_store
+from tests.support.teachers import write_teacher
 
 
 @pytest.fixture(params=["memory", "s3"])

@@ -22,7 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import softlabel
-from tests.support.commands import environment, jpeg, write_parquet
+from tests.support.commands import make_environment
+from tests.support.datasets import make_jpeg, write_parquet
+from tests.support.shared_data import ROOT
 
 CLASSES = 4
 WHITE = 250  # mean of an image that means harm
@@ -91,30 +93,30 @@ class Teacher(nn.Module):
             del filled
 
 
-def teacher_spec(**options: object) -> str:
+def make_teacher_spec(**options: object) -> str:
     """SPEC of `Teacher`; its images are taken as they are, values in [0, 1]."""
     told = "".join(f"&{name}={value}" for name, value in options.items())
     return f"python:tests.support.clusters:Teacher?mean=0,0,0&std=1,1,1&resize=32&crop=32{told}"
 
 
-def dataset(path: Path, rows: int, white: Sequence[int] = ()) -> Path:
+def write_jpeg_dataset(path: Path, rows: int, white: Sequence[int] = ()) -> Path:
     """Labelled JPEGs, those at `white` white ones."""
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (255, 255, 255)).save(buffer, "JPEG")
     blank = buffer.getvalue()
-    images = [blank if number in white else jpeg(number) for number in range(rows)]
+    images = [blank if number in white else make_jpeg(number) for number in range(rows)]
     return write_parquet(path, images, labels=[number % CLASSES for number in range(rows)])
 
 
-def generate(*options: object) -> list[str]:
+def make_generate_command(*options: object) -> list[str]:
     return [sys.executable, "-m", "softlabel", "generate", *map(str, options)]
 
 
-def in_environment(**more: object) -> dict[str, str]:
+def make_cluster_environment(**more: object) -> dict[str, str]:
     """That of the tests, from which workers find the tests' teachers too."""
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return {**environment(), "PYTHONPATH": path, **{name: str(value) for name, value in more.items()}}
+    return {**make_environment(), "PYTHONPATH": path, **{name: str(value) for name, value in more.items()}}
 
 
 class Cluster:
@@ -125,7 +127,7 @@ class Cluster:
         folder.mkdir(exist_ok=True)
         self.file = folder / "scheduler.json"
         self.file.unlink(missing_ok=True)  # of an earlier cluster there
-        self.environment = in_environment(
+        self.environment = make_cluster_environment(
             DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=failures,
             DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=ttl,
             **more,
@@ -190,7 +192,7 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, *, workers: int = 2, ttl: str = "60s", **more: object) -> Iterator[Cluster]:
+def start_cluster(folder: Path, *, workers: int = 2, ttl: str = "60s", **more: object) -> Iterator[Cluster]:
     made = Cluster(folder, ttl=ttl, **more)
     try:
         for _ in range(workers):
@@ -200,7 +202,7 @@ def cluster(folder: Path, *, workers: int = 2, ttl: str = "60s", **more: object)
         made.close()
 
 
-def rows_of(store: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def read_rows(store: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Keys, hard labels and soft labels of a whole store, every byte of it checked."""
     with softlabel.open_store(store, verify="full") as opened:
         rows = opened.take(np.arange(len(opened)))
@@ -208,17 +210,17 @@ def rows_of(store: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def assert_same_rows(store: Path, expected: Path) -> None:
-    ours, theirs = rows_of(store), rows_of(expected)
+    ours, theirs = read_rows(store), read_rows(expected)
     assert ours[0] == theirs[0]
     np.testing.assert_array_equal(ours[1], theirs[1])
     np.testing.assert_array_equal(ours[2], theirs[2])
 
 
-def published(store: Path) -> list[Path]:
+def list_shards(store: Path) -> list[Path]:
     return sorted((store / "shards").glob("[0-9]*.parquet"))
 
 
-def wait_for(what: "object", *, seconds: float = 150.0) -> None:
+def wait_until(what: "object", *, seconds: float = 150.0) -> None:
     """Until `what()` is true."""
     assert callable(what)
     end = time.monotonic() + seconds

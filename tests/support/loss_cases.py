@@ -29,19 +29,19 @@ TARGETS = ("dense16", "dense32", "raw", "int8", "top1", "topk", "topall", "sampl
 TAILS = ("ghost", "uniform", "renormalize")
 
 
-def narrow(index: Tensor) -> Tensor:
+def narrow_index(index: Tensor) -> Tensor:
     """Class ids in the type in which a store has them."""
     return index.to(torch.uint8 if not len(index) or index.max() < 256 else torch.uint16)
 
 
-def top_k_target(teacher_NC: Tensor, k: int, temperatures: tuple[float, ...]) -> TopKTarget:
+def make_top_k_target(teacher_NC: Tensor, k: int, temperatures: tuple[float, ...]) -> TopKTarget:
     """Keeps the k largest of raw logits (temperature 1), in float16 as a store does."""
     relative_NC = teacher_NC.double() - teacher_NC.double().amax(1, keepdim=True)
     value_NK, index_NK = relative_NC.topk(k, dim=1)
     rest_NC = relative_NC.scatter(1, index_NK, -torch.inf)
     tail_NE = torch.stack([(rest_NC / t).logsumexp(1) for t in temperatures], dim=1)
     return TopKTarget(
-        index=narrow(index_NK) if k == 1 else index_NK,
+        index=narrow_index(index_NK) if k == 1 else index_NK,
         value=value_NK.half(),
         tail=tail_NE.float(),
         tail_temperatures=temperatures,
@@ -66,7 +66,7 @@ def make_target(kind: str, rows: int, classes: int, temperature: float, generato
             q=torch.randint(-127, 128, (rows, classes), dtype=torch.int8, generator=generator),
             scale=torch.rand(rows, generator=generator) * 0.05,
             offset=torch.randn(rows, generator=generator),
-            top_index=narrow(order_NX),
+            top_index=narrow_index(order_NX),
             top_value=(torch.rand(rows, exact, generator=generator) * 9).half(),
             temperature=2.0,
             retemperable=True,
@@ -91,7 +91,7 @@ def make_target(kind: str, rows: int, classes: int, temperature: float, generato
             bias=torch.randn(classes, generator=generator),
         )
     kept = {"top1": 1, "topk": min(5, classes), "topall": classes}[kind]
-    return top_k_target(teacher_NC, kept, (1.0, temperature))
+    return make_top_k_target(teacher_NC, kept, (1.0, temperature))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Case:
         return logits_NC, target, None if self.labelled == "absent" else labels_N, weight_N, mask_N
 
 
-def compare(case: Case, impl: str, *, upstream: float = 1.0, device: str = "cpu") -> None:
+def compare_with_reference(case: Case, impl: str, *, upstream: float = 1.0, device: str = "cpu") -> None:
     """Value and gradient of one case against the naive reference."""
     logits_NC, target, labels_N, weight_N, mask_N = case.make()
     options = {
@@ -184,7 +184,7 @@ def compare(case: Case, impl: str, *, upstream: float = 1.0, device: str = "cpu"
     assert torch.equal(student_NC.detach().nan_to_num(), before.nan_to_num()), "the student's logits were written to"
 
 
-def quick_cases() -> Iterator[Case]:
+def make_quick_cases() -> Iterator[Case]:
     """Every switch once, and every target with the switches that meet it."""
     for kind in TARGETS:
         for tail in TAILS if kind.startswith("top") else ("ghost",):
@@ -217,7 +217,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case(label_smoothing=1.0)
 
 
-def full_cases() -> Iterator[Case]:
+def make_full_cases() -> Iterator[Case]:
     for kind in TARGETS:
         for tail in TAILS if kind.startswith("top") else ("ghost",):
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

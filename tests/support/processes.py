@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from softlabel.cli.main import main
-from tests.support.commands import environment
+from tests.support.commands import make_environment
 
 SERVER = multiprocessing.get_context("forkserver")
 # The server imports them once; it has no threads and nothing of the tests' state.
 SERVER.set_forkserver_preload(
-    ["tests.support.processes", "softlabel.generation.generate", "softlabel.training", "tests.support.runs"]
+    ["tests.support.processes", "softlabel.generation.generate", "softlabel.training", "tests.support.training_runs"]
 )
 
 
@@ -30,7 +30,7 @@ def _begin(out: str, err: str, target: Callable[..., Any], arguments: tuple[Any,
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, descriptor)
         os.close(file)
-    os.environ.update(environment())
+    os.environ.update(make_environment())
     torch.set_num_threads(1)
     # Whoever runs the tests in the background ignores Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,11 +78,11 @@ class Process:
         return printed, told
 
 
-def command_line(*arguments: object) -> Process:
+def start_softlabel(*arguments: object) -> Process:
     """`softlabel ARGUMENTS` in a process of its own."""
     return Process(main, [str(argument) for argument in arguments])
 
 
-def new_command_line(*arguments: object) -> Process:
+def start_interpreter(*arguments: object) -> Process:
     """The same in an interpreter of its own, which ends as one that a user has started does."""
     return Process(os.execv, sys.executable, [sys.executable, "-m", "softlabel", *map(str, arguments)])

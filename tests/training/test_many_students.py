@@ -15,11 +15,21 @@ from softlabel import TrainConfig, train
 from softlabel.errors import TrainingError, UsageError
 from softlabel.store.reader import Store
 from softlabel.training.grid import students_of
-from tests.support.commands import softlabel
-from tests.support.runs import STUDENT, config, equal, finish, history, settings, start, wait_for, write_digits
-from tests.support.students import pixels
+from tests.support.commands import run_softlabel
+from tests.support.digits import decode_by_pillow
+from tests.support.training_runs import (
+    STUDENT,
+    finish_training,
+    have_equal_weights,
+    make_config,
+    make_settings,
+    read_history,
+    start_training,
+    wait_for_file,
+    write_digits,
+)
 
-OTHER = "python:tests.support.students:dropout_student?resize=16&crop=16"
+OTHER = "python:tests.support.students:build_dropout_student?resize=16&crop=16"
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +42,14 @@ def test_a_student_of_a_pass_is_what_it_is_alone(digits: Path, tmp_path: Path, s
     """Bit for bit, weights and curves; also with other students' random numbers drawn in between."""
     torch.set_num_threads(1)
     grid = {"student": student, "temperature": [1.0, 4.0], "lr": [0.003, 0.01], "eval_data": digits / "data.parquet"}
-    result = train(config(digits, tmp_path / "pass", **grid, students_at_once=2))
+    result = train(make_config(digits, tmp_path / "pass", **grid, students_at_once=2))
     assert len(result.students) == (4 if isinstance(student, str) else 8)
-    for made in students_of(config(digits, tmp_path / "pass", **grid)):
+    for made in students_of(make_config(digits, tmp_path / "pass", **grid)):
         alone = tmp_path / "alone" / made.name
         given = {"student": made.student, "temperature": made.temperature, "lr": made.lr}
-        train(config(digits, alone, **{**grid, **given}))
-        assert equal(Path(made.out), alone), made.name
-        assert history(Path(made.out)) == history(alone), made.name
+        train(make_config(digits, alone, **{**grid, **given}))
+        assert have_equal_weights(Path(made.out), alone), made.name
+        assert read_history(Path(made.out)) == read_history(alone), made.name
 
 
 class Counting(Dataset[tuple[torch.Tensor, int]]):
@@ -49,7 +59,7 @@ class Counting(Dataset[tuple[torch.Tensor, int]]):
         import pyarrow.parquet as pq
 
         table = pq.read_table(digits / "data.parquet").to_pylist()
-        self.images = [torch.from_numpy(pixels(row["image"]["bytes"]).copy()) for row in table]
+        self.images = [torch.from_numpy(decode_by_pillow(row["image"]["bytes"]).copy()) for row in table]
         self.labels = [row["label"] for row in table]
         self.keys = [row["image"]["path"] for row in table]
         self.read = 0
@@ -77,7 +87,7 @@ def test_images_and_labels_are_read_once_for_all_students(
     for name, temperatures in (("one", 4.0), ("four", [1.0, 2.0, 4.0, 8.0])):
         dataset = Counting(digits)
         taken.clear()
-        given = config(digits, tmp_path / name, temperature=temperatures, epochs=2, cache_mb=0, augment="none")
+        given = make_config(digits, tmp_path / name, temperature=temperatures, epochs=2, cache_mb=0, augment="none")
         train(given, data=dataset, key_fn=dataset.keys.__getitem__)
         reads[name] = (dataset.read, sum(taken))
     assert reads["four"] == reads["one"]
@@ -86,24 +96,24 @@ def test_images_and_labels_are_read_once_for_all_students(
 
 def test_a_student_that_fails_is_dropped_and_the_others_go_on(digits: Path, tmp_path: Path) -> None:
     grid = {"lr": [0.003, 1e30, 0.01], "warmup_epochs": 0}
-    result = train(config(digits, tmp_path / "pass", **grid))
+    result = train(make_config(digits, tmp_path / "pass", **grid))
     failed = [student for student in result.students if student.failure is not None]
     assert [student.name for student in failed] == ["lr1e+30"]
     assert "the loss is not finite" in str(failed[0].failure)
     assert "lr1e+30: given up: student" in result.table()
     assert not (tmp_path / "pass" / "lr1e+30" / "model.json").exists()
-    train(config(digits, tmp_path / "alone", lr=0.01, warmup_epochs=0))
-    assert equal(tmp_path / "pass" / "lr0.01", tmp_path / "alone")
-    again = train(config(digits, tmp_path / "pass", **grid))
+    train(make_config(digits, tmp_path / "alone", lr=0.01, warmup_epochs=0))
+    assert have_equal_weights(tmp_path / "pass" / "lr0.01", tmp_path / "alone")
+    again = train(make_config(digits, tmp_path / "pass", **grid))
     assert [student.already_done for student in again.students] == [True, False, True]
     assert again.students[1].failure == failed[0].failure
     with pytest.raises(TrainingError, match="the loss is not finite"):
-        train(config(digits, tmp_path / "all", lr=[1e29, 1e30], warmup_epochs=0))
+        train(make_config(digits, tmp_path / "all", lr=[1e29, 1e30], warmup_epochs=0))
 
 
 def test_more_students_join_those_that_are_done(digits: Path, tmp_path: Path) -> None:
-    train(config(digits, tmp_path / "pass", temperature=[1.0, 4.0]))
-    result = train(config(digits, tmp_path / "pass", temperature=[1.0, 2.0, 4.0]))
+    train(make_config(digits, tmp_path / "pass", temperature=[1.0, 4.0]))
+    result = train(make_config(digits, tmp_path / "pass", temperature=[1.0, 2.0, 4.0]))
     assert [student.already_done for student in result.students] == [True, False, True]
     assert set(json.loads((tmp_path / "pass" / "students.json").read_text())) == {"T1", "T2", "T4"}
 
@@ -113,37 +123,40 @@ def test_a_killed_pass_goes_on_as_if_nothing_had_happened(digits: Path, tmp_path
     """kill -9 at random instants, also between the checkpoints of two students of the same step."""
     rest = {"temperature": [1.0, 2.0, 4.0], "epochs": 8, "optimizer": "adamw", "lr": 0.001, "ema": 0.9}
     rest |= {"checkpoint_minutes": 1e-4, "students_at_once": 2}
-    straight, killed = settings(digits, tmp_path / "straight", **rest), settings(digits, tmp_path / "killed", **rest)
-    left_alone = start(straight)
+    straight, killed = (
+        make_settings(digits, tmp_path / "straight", **rest),
+        make_settings(digits, tmp_path / "killed", **rest),
+    )
+    left_alone = start_training(straight)
     checkpoint = tmp_path / "killed" / "T2" / "checkpoint.pt"
     kills, randomness = 0, random.Random(11)
     for _ in range(3):
         before = checkpoint.read_bytes() if checkpoint.exists() else b""
-        process = start(killed)
-        wait_for(checkpoint, process, before)
+        process = start_training(killed)
+        wait_for_file(checkpoint, process, before)
         time.sleep(randomness.uniform(0, 0.05))
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 2
-    finish(killed)
+    finish_training(killed)
     _, errors = left_alone.communicate()
     assert left_alone.returncode == 0, errors
     for name in ("T1", "T2", "T4"):
-        assert equal(tmp_path / "straight" / name, tmp_path / "killed" / name)
-        assert history(tmp_path / "straight" / name) == history(tmp_path / "killed" / name)
+        assert have_equal_weights(tmp_path / "straight" / name, tmp_path / "killed" / name)
+        assert read_history(tmp_path / "straight" / name) == read_history(tmp_path / "killed" / name)
 
 
 def test_students_at_different_steps_end_at_the_same_one(digits: Path, tmp_path: Path) -> None:
     """As a kill between two checkpoints leaves them: one is two epochs behind."""
-    train(config(digits, tmp_path / "straight", temperature=[1.0, 4.0]))
-    train(config(digits, tmp_path / "mixed", temperature=[1.0, 4.0]))
+    train(make_config(digits, tmp_path / "straight", temperature=[1.0, 4.0]))
+    train(make_config(digits, tmp_path / "mixed", temperature=[1.0, 4.0]))
     for name in ("model.json", "model.safetensors", "checkpoint.pt"):
         (tmp_path / "mixed" / "T1" / name).unlink()
-    result = train(config(digits, tmp_path / "mixed", temperature=[1.0, 4.0]))
+    result = train(make_config(digits, tmp_path / "mixed", temperature=[1.0, 4.0]))
     assert [student.already_done for student in result.students] == [False, True]
     for name in ("T1", "T4"):
-        assert equal(tmp_path / "straight" / name, tmp_path / "mixed" / name)
+        assert have_equal_weights(tmp_path / "straight" / name, tmp_path / "mixed" / name)
 
 
 def test_the_command_line_makes_a_grid_a_table_and_a_picture(digits: Path, tmp_path: Path) -> None:
@@ -151,33 +164,33 @@ def test_the_command_line_makes_a_grid_a_table_and_a_picture(digits: Path, tmp_p
     command = ["train", "--data", digits / "data.parquet", "--labels", digits / "store", "--out", out, "--epochs", 1]
     command += ["--student", STUDENT, "--student", "zoo:cnn4?resize=16&crop=16", "--temperature", 1, 4]
     command += ["--soft-weight", 0, 0.9, "--batch-size", 32, "--eval-data", digits / "data.parquet"]
-    done = softlabel(*command)
+    done = run_softlabel(*command)
     names = {f"cnn{n}-{rest}" for n in (2, 4) for rest in ("soft0", "T1-soft0.9", "T4-soft0.9")}
     assert names <= set(done.stdout.split())
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     with (out / "results.csv").open(newline="") as file:
         assert {row["student"] for row in csv.DictReader(file)} == names
     # The file that a student's folder keeps makes that student by itself.
-    softlabel("train", "--config", out / "cnn2-T4-soft0.9" / "config.yaml", "--out", tmp_path / "again")
-    assert equal(out / "cnn2-T4-soft0.9", tmp_path / "again")
+    run_softlabel("train", "--config", out / "cnn2-T4-soft0.9" / "config.yaml", "--out", tmp_path / "again")
+    assert have_equal_weights(out / "cnn2-T4-soft0.9", tmp_path / "again")
     with pytest.raises(UsageError, match="holds the run folders of several students"):
-        train(config(digits, out))
-    train(config(digits, tmp_path / "one", epochs=1))
+        train(make_config(digits, out))
+    train(make_config(digits, tmp_path / "one", epochs=1))
     with pytest.raises(UsageError, match="holds the run of a single student"):
-        train(config(digits, tmp_path / "one", temperature=[1.0, 4.0]))
+        train(make_config(digits, tmp_path / "one", temperature=[1.0, 4.0]))
 
 
 def test_wrong_grids_say_what_is_wrong(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"takes images of resize 8, .* students of one pass share"):
-        train(config(digits, tmp_path / "run", student=[STUDENT, "zoo:cnn2?resize=8&crop=8"]))
+        train(make_config(digits, tmp_path / "run", student=[STUDENT, "zoo:cnn2?resize=8&crop=8"]))
     with pytest.raises(UsageError, match="temperature: expected different values"):
-        config(digits, tmp_path / "run", temperature=[4.0, 4.0])
+        make_config(digits, tmp_path / "run", temperature=[4.0, 4.0])
     with pytest.raises(UsageError, match=r"temperature: .* needs soft labels"):
-        config(digits, tmp_path / "run", labels=None, temperature=4.0)
+        make_config(digits, tmp_path / "run", labels=None, temperature=4.0)
     with pytest.raises(UsageError, match="soft_weight is 0, so there is no soft term"):
-        config(digits, tmp_path / "run", soft_weight=0, temperature=4.0)
+        make_config(digits, tmp_path / "run", soft_weight=0, temperature=4.0)
     with pytest.raises(UsageError, match="expected one student, found 2"):
-        _ = train(config(digits, tmp_path / "two", temperature=[1.0, 4.0], epochs=1)).history
+        _ = train(make_config(digits, tmp_path / "two", temperature=[1.0, 4.0], epochs=1)).history
 
 
 def test_names_say_what_differs() -> None:

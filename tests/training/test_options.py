@@ -18,12 +18,20 @@ import softlabel
 from softlabel import SoftLabelLoader, open_store, train
 from softlabel.errors import DataError, MismatchError, StoreError, UsageError
 from softlabel.models import build_model
-from tests.support.commands import softlabel as command
-from tests.support.commands import write_parquet
-from tests.support.runs import ROWS, config, equal, history, keys_of, weights, write_digits
-from tests.support.students import DIGITS, digit_jpegs
+from tests.support.commands import run_softlabel
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.training_runs import (
+    ROWS,
+    have_equal_weights,
+    make_config,
+    make_keys,
+    read_history,
+    read_weights,
+    write_digits,
+)
 
-SMOOTH = "python:tests.support.students:smooth_student?resize=16&crop=16"
+SMOOTH = "python:tests.support.students:build_smooth_student?resize=16&crop=16"
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +41,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parts_of_a_batch_add_up_to_it(digits: Path, tmp_path: Path) -> None:
     for parts in (1, 3):
-        train(config(digits, tmp_path / str(parts), student=SMOOTH, accumulate=parts))
-    for name, value in weights(tmp_path / "1").items():
-        torch.testing.assert_close(value, weights(tmp_path / "3")[name], rtol=1e-4, atol=1e-5)
-    one, three = history(tmp_path / "1"), history(tmp_path / "3")
+        train(make_config(digits, tmp_path / str(parts), student=SMOOTH, accumulate=parts))
+    for name, value in read_weights(tmp_path / "1").items():
+        torch.testing.assert_close(value, read_weights(tmp_path / "3")[name], rtol=1e-4, atol=1e-5)
+    one, three = read_history(tmp_path / "1"), read_history(tmp_path / "3")
     assert float(one[-1]["loss"]) == pytest.approx(float(three[-1]["loss"]), rel=1e-5)
 
 
@@ -46,8 +54,8 @@ def test_a_clipped_gradient_moves_no_further_than_its_norm(digits: Path, tmp_pat
     torch.manual_seed(0)
     start = build_model(SMOOTH, num_classes=10).state_dict()
     for clip in (None, 1e-3):
-        train(config(digits, tmp_path / str(clip), clip_norm=clip, **rest))
-        after = weights(tmp_path / str(clip))
+        train(make_config(digits, tmp_path / str(clip), clip_norm=clip, **rest))
+        after = read_weights(tmp_path / str(clip))
         moved = torch.cat([(after[name] - start[name]).ravel() for name in start]).norm()
         furthest = 3 * 0.5 * 1e-3  # three steps
         assert (moved > furthest) if clip is None else (0 < moved < furthest * 1.001)
@@ -57,58 +65,58 @@ def test_the_average_of_weights_is_evaluated_and_saved(digits: Path, tmp_path: P
     out, test = tmp_path / "run", digits / "data.parquet"
     # One step an epoch: every checkpoint of the weights that are averaged is one of a shorter run.
     rest = {"student": SMOOTH, "batch_size": ROWS, "schedule": "constant", "warmup_epochs": 0, "lr": 0.05}
-    result = train(config(digits, out, epochs=3, ema=0.2, eval_data=test, **rest))
+    result = train(make_config(digits, out, epochs=3, ema=0.2, eval_data=test, **rest))
     torch.manual_seed(0)
     average = {name: value.double() for name, value in build_model(SMOOTH, num_classes=10).state_dict().items()}
     for epochs in (1, 2, 3):
-        train(config(digits, tmp_path / str(epochs), epochs=epochs, **rest))
+        train(make_config(digits, tmp_path / str(epochs), epochs=epochs, **rest))
         decay = min(0.2, (1 + epochs) / (10 + epochs))
-        for name, value in weights(tmp_path / str(epochs)).items():
+        for name, value in read_weights(tmp_path / str(epochs)).items():
             average[name] = decay * average[name] + (1 - decay) * value.double()
-    for name, value in weights(out).items():
+    for name, value in read_weights(out).items():
         torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
     assert result.history[-1].eval_accuracy == softlabel.evaluate(out, test, device="cpu").accuracy
 
 
 def test_evaluations_stop_a_run_and_choose_its_weights(digits: Path, tmp_path: Path) -> None:
     rest = {"eval_data": digits / "data.parquet", "epochs": 7}
-    still = train(config(digits, tmp_path / "still", lr=0.0, patience=2, student=SMOOTH, **rest))
+    still = train(make_config(digits, tmp_path / "still", lr=0.0, patience=2, student=SMOOTH, **rest))
     assert len(still.history) == 3  # the first is the best, two more are not better
-    rare = train(config(digits, tmp_path / "rare", eval_every=5, **rest))
+    rare = train(make_config(digits, tmp_path / "rare", eval_every=5, **rest))
     assert [epoch.epoch for epoch in rare.history if epoch.eval_accuracy is not None] == [5, 7]
     # A rate that destroys what was learned, from the sixth epoch on.
     jump = {"schedule": "step", "lr_drops": [5], "lr_factor": 1e4, "lr": 0.02, "student": SMOOTH}
-    best = train(config(digits, tmp_path / "best", select="best", **{**rest, **jump}))
+    best = train(make_config(digits, tmp_path / "best", select="best", **{**rest, **jump}))
     accuracies = [epoch.eval_accuracy for epoch in best.history]
     assert best.student.best is not None
     assert max(accuracies) == best.student.best.eval_accuracy > accuracies[-1]  # type: ignore[type-var, operator]
     assert softlabel.evaluate(tmp_path / "best", rest["eval_data"], device="cpu").accuracy == max(accuracies)  # type: ignore[arg-type, type-var]
     kept = load_file(tmp_path / "best" / "best.safetensors")
-    assert all(torch.equal(kept[name], value) for name, value in weights(tmp_path / "best").items())
+    assert all(torch.equal(kept[name], value) for name, value in read_weights(tmp_path / "best").items())
 
 
 def test_mixup_is_of_hard_labels_and_repeats(digits: Path, tmp_path: Path) -> None:
     rest = {"labels": None, "student": SMOOTH}
     for name, alpha, workers in (("a", 0.4, 0), ("b", 0.4, 2), ("none", 0.0, 0)):
-        train(config(digits, tmp_path / name, mixup=alpha, workers=workers, **rest))
-    assert equal(tmp_path / "a", tmp_path / "b")
-    assert not equal(tmp_path / "a", tmp_path / "none")
+        train(make_config(digits, tmp_path / name, mixup=alpha, workers=workers, **rest))
+    assert have_equal_weights(tmp_path / "a", tmp_path / "b")
+    assert not have_equal_weights(tmp_path / "a", tmp_path / "none")
     with pytest.raises(UsageError, match="mixup: a mixed image has no soft label"):
-        config(digits, tmp_path / "soft", mixup=0.4)
+        make_config(digits, tmp_path / "soft", mixup=0.4)
 
 
 def test_mixup_mixes_by_its_formula(digits: Path, tmp_path: Path) -> None:
     """With so large an alpha every share is 1/2, and with one row in a batch an image is mixed with itself."""
     rest = {"labels": None, "student": SMOOTH, "epochs": 1, "augment": "none"}
-    train(config(digits, tmp_path / "alone", mixup=1e9, batch_size=1, **rest))
-    train(config(digits, tmp_path / "plain", batch_size=1, **rest))
-    for name, value in weights(tmp_path / "plain").items():
-        torch.testing.assert_close(weights(tmp_path / "alone")[name], value, rtol=1e-3, atol=1e-5)
+    train(make_config(digits, tmp_path / "alone", mixup=1e9, batch_size=1, **rest))
+    train(make_config(digits, tmp_path / "plain", batch_size=1, **rest))
+    for name, value in read_weights(tmp_path / "plain").items():
+        torch.testing.assert_close(read_weights(tmp_path / "alone")[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_the_teacher_is_heard_while_training(digits: Path, tmp_path: Path) -> None:
     rest = {"student": SMOOTH, "batch_size": 40, "augment": "none", "lr": 0.0}
-    result = train(config(digits, tmp_path / "run", **rest))
+    result = train(make_config(digits, tmp_path / "run", **rest))
     found = open_store(digits / "store").take(np.arange(ROWS))
     scaled_NC = found.scaled_logits.astype(np.float64)
     p_NC = np.exp(scaled_NC) / np.exp(scaled_NC).sum(axis=1, keepdims=True)
@@ -123,9 +131,9 @@ def test_the_teacher_is_heard_while_training(digits: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(("encoding", "says"), [("topk", "largest classes"), ("sampled", "drawn from the teacher")])
 def test_what_a_store_cannot_tell_is_said(digits: Path, tmp_path: Path, encoding: str, says: str) -> None:
     options = {"topk": ["--top-k", 3], "sampled": ["--samples", 8]}[encoding]
-    command("convert", digits / "store", tmp_path / "store", "--encoding", encoding, *options)
-    result = train(config(digits, tmp_path / "run", labels=tmp_path / "store", student=SMOOTH))
-    shown = command(
+    run_softlabel("convert", digits / "store", tmp_path / "store", "--encoding", encoding, *options)
+    result = train(make_config(digits, tmp_path / "run", labels=tmp_path / "store", student=SMOOTH))
+    shown = run_softlabel(
         "evaluate", "--data", digits / "data.parquet", "--model", tmp_path / "run", "--labels", tmp_path / "store"
     )
     assert says in shown.stdout
@@ -144,9 +152,9 @@ def test_what_a_store_cannot_tell_is_said(digits: Path, tmp_path: Path, encoding
 
 
 def two_sources(folder: Path) -> tuple[Path, Path]:
-    images, labels = digit_jpegs()
-    one = write_parquet(folder / "few.parquet", images[:12], keys=keys_of(12), labels=labels[:12], class_names=DIGITS)
-    return one, write_parquet(folder / "many.parquet", images[:ROWS], keys=[f"u/{key}" for key in keys_of(ROWS)])
+    images, labels = make_digit_jpegs()
+    one = write_parquet(folder / "few.parquet", images[:12], keys=make_keys(12), labels=labels[:12], class_names=DIGITS)
+    return one, write_parquet(folder / "many.parquet", images[:ROWS], keys=[f"u/{key}" for key in make_keys(ROWS)])
 
 
 def test_sources_are_mixed_by_their_ratio_in_an_order_of_its_own(tmp_path: Path) -> None:
@@ -162,7 +170,7 @@ def test_sources_are_mixed_by_their_ratio_in_an_order_of_its_own(tmp_path: Path)
         assert sum(not key.startswith("u/") for key in batch) == 2
     for epoch in range(10):
         seen = [key for batch in found[6 * epoch : 6 * epoch + 6] for key in batch]
-        assert sorted(key for key in seen if not key.startswith("u/")) == keys_of(12)
+        assert sorted(key for key in seen if not key.startswith("u/")) == make_keys(12)
     unlabelled = [key for batch in found for key in batch if key.startswith("u/")]
     for start in range(0, 360, ROWS):  # pass after pass over the larger source, across the epochs
         assert len(set(unlabelled[start : start + ROWS])) == ROWS
@@ -177,19 +185,21 @@ def test_sources_are_mixed_by_their_ratio_in_an_order_of_its_own(tmp_path: Path)
 
 
 def test_few_labels_and_many_images_train_together(digits: Path, tmp_path: Path) -> None:
-    images, labels = digit_jpegs()
-    few = write_parquet(tmp_path / "few.parquet", images[:12], keys=keys_of(12), labels=labels[:12], class_names=DIGITS)
+    images, labels = make_digit_jpegs()
+    few = write_parquet(
+        tmp_path / "few.parquet", images[:12], keys=make_keys(12), labels=labels[:12], class_names=DIGITS
+    )
     data = [str(few), str(digits / "unlabelled.parquet")]
     rest = {"data": data, "mix": "1:3", "batch_size": 16, "hard_weight": 1.0, "soft_weight": 0.5, "epochs": 3}
-    result = train(config(digits, tmp_path / "run", **rest))
+    result = train(make_config(digits, tmp_path / "run", **rest))
     assert result.history[-1].step == 3 * (48 // 16)
     assert result.history[-1].hard_loss is not None
     # The hard loss is over the labelled rows alone, the soft loss over all: as the weights say.
     last = result.history[-1]
     assert last.loss == pytest.approx(1.0 * last.hard_loss + 0.5 * last.soft_loss, rel=1e-4)  # type: ignore[operator]
     with pytest.raises(UsageError, match="mix: expected a whole number"):
-        config(digits, tmp_path / "run", **{**rest, "mix": "1:2:3"})
-    shown = command("train", "--data", data[0], "--data", data[1], "--labels", digits / "store", "--out",
+        make_config(digits, tmp_path / "run", **{**rest, "mix": "1:2:3"})
+    shown = run_softlabel("train", "--data", data[0], "--data", data[1], "--labels", digits / "store", "--out",
                     tmp_path / "plain", "--student", SMOOTH, "--epochs", 1, "--batch-size", 33)  # fmt: skip
     assert "4 steps" in shown.stdout  # every sample of both: 132
 
@@ -212,7 +222,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, action: object) -> None:
 def test_a_worker_that_dies_is_named_and_the_run_goes_on(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(config(digits, tmp_path / "straight", checkpoint_minutes=0, epochs=20))
+    train(make_config(digits, tmp_path / "straight", checkpoint_minutes=0, epochs=20))
 
     def kill(loader: SoftLabelLoader) -> None:
         worker = next(child for child in multiprocessing.active_children() if child.daemon)
@@ -221,18 +231,18 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on(
     interrupted(monkeypatch, kill)
     rest = {"workers": 2, "checkpoint_minutes": 0, "epochs": 20, "cache_mb": 0}
     with pytest.raises(DataError, match="a loader process died"):
-        train(config(digits, tmp_path / "broken", **rest))
+        train(make_config(digits, tmp_path / "broken", **rest))
     monkeypatch.undo()
-    assert train(config(digits, tmp_path / "broken", **rest)).resumed_from >= 1
-    assert equal(tmp_path / "straight", tmp_path / "broken")
+    assert train(make_config(digits, tmp_path / "broken", **rest)).resumed_from >= 1
+    assert have_equal_weights(tmp_path / "straight", tmp_path / "broken")
 
 
 def test_a_shard_that_vanishes_is_named_and_the_run_goes_on(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command("convert", digits / "store", tmp_path / "store", "--shard-rows", 20)
+    run_softlabel("convert", digits / "store", tmp_path / "store", "--shard-rows", 20)
     rest = {"labels": tmp_path / "store", "streaming": True, "checkpoint_minutes": 0, "batch_size": 16}
-    train(config(digits, tmp_path / "straight", **rest))
+    train(make_config(digits, tmp_path / "straight", **rest))
     away = tmp_path / "away"
 
     def vanish(loader: SoftLabelLoader) -> None:
@@ -241,11 +251,11 @@ def test_a_shard_that_vanishes_is_named_and_the_run_goes_on(
 
     interrupted(monkeypatch, vanish)
     with pytest.raises(StoreError, match=r"shards/.*"):
-        train(config(digits, tmp_path / "broken", **rest))
+        train(make_config(digits, tmp_path / "broken", **rest))
     monkeypatch.undo()
     away.rename(tmp_path / "store" / "shards")
-    assert train(config(digits, tmp_path / "broken", **rest)).resumed_from >= 1
-    assert equal(tmp_path / "straight", tmp_path / "broken")
+    assert train(make_config(digits, tmp_path / "broken", **rest)).resumed_from >= 1
+    assert have_equal_weights(tmp_path / "straight", tmp_path / "broken")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
@@ -254,22 +264,22 @@ def test_a_tracker_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, tracker, None)  # as if it were not there
     with pytest.raises(UsageError, match=rf"pip install 'softlabel\[{tracker}\]'"):
-        train(config(digits, tmp_path / "run", tracker=tracker))
+        train(make_config(digits, tmp_path / "run", tracker=tracker))
 
 
 def test_a_finished_run_is_lengthened_as_the_message_says(digits: Path, tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("a run?", "second", "third"))
-    train(config(digits, first, student=SMOOTH, epochs=1))
+    train(make_config(digits, first, student=SMOOTH, epochs=1))
     with pytest.raises(MismatchError, match="or train its weights for 2 more epochs") as refused:
-        train(config(digits, first, student=SMOOTH, epochs=3))
+        train(make_config(digits, first, student=SMOOTH, epochs=3))
     words = shlex.split(str(refused.value).rpartition("same command with ")[2])
     changes = dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
     assert (changes.pop("out"), changes.pop("epochs")) == ("OTHER", "2")
     # A learning rate of 0 leaves the weights that it starts from as they are.
     still = {"epochs": 2, "lr": 0.0, "weight_decay": 0.0}
-    train(config(digits, second, **changes, **still))
-    train(config(digits, third, student=f"run:{second}", **still))
-    before, after = weights(first), weights(third)
+    train(make_config(digits, second, **changes, **still))
+    train(make_config(digits, third, student=f"run:{second}", **still))
+    before, after = read_weights(first), read_weights(third)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     # A run stands on its own.
@@ -280,6 +290,6 @@ def test_a_finished_run_is_lengthened_as_the_message_says(digits: Path, tmp_path
 
 def test_an_epoch_is_one_line_where_standard_error_is_no_terminal(digits: Path, tmp_path: Path) -> None:
     data = ["--data", digits / "data.parquet", "--student", SMOOTH, "--device", "cpu", "--tensorboard=false"]
-    told = command("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
+    told = run_softlabel("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
     lines = [line.split()[:2] for line in told.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2

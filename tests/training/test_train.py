@@ -21,22 +21,23 @@ from softlabel.loader import SoftLabelLoader
 from softlabel.models import build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.views import CropFlip
-from tests.support.commands import write_parquet
-from tests.support.runs import (
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.stores import draw_logits, write_logits
+from tests.support.training_runs import (
     ROWS,
     STUDENT,
-    config,
-    equal,
-    finish,
-    history,
-    keys_of,
-    settings,
-    start,
-    wait_for,
-    weights,
+    finish_training,
+    have_equal_weights,
+    make_config,
+    make_keys,
+    make_settings,
+    read_history,
+    read_weights,
+    start_training,
+    wait_for_file,
     write_digits,
 )
-from tests.support.students import DIGITS, digit_jpegs, random_logits, write_store
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_equals_a_plain_loop(digits: Path, tmp_path: Path, optimizer: str) -> None:
     """The same steps written out in plain torch: schedule, loss and optimiser by their formulas, float64."""
     lr = 0.05 if optimizer == "sgd" else 0.002
-    student = "python:tests.support.students:smooth_student?resize=none"
-    given = config(
+    student = "python:tests.support.students:build_smooth_student?resize=none"
+    given = make_config(
         digits,
         tmp_path / "run",
         student=student,
@@ -99,7 +100,7 @@ def test_equals_a_plain_loop(digits: Path, tmp_path: Path, optimizer: str) -> No
             optimiser.step()
             losses.append(loss.item())
             done += 1
-    for name, value in weights(tmp_path / "run").items():
+    for name, value in read_weights(tmp_path / "run").items():
         assert torch.allclose(value, model.state_dict()[name], rtol=1e-4, atol=1e-5), name
     assert [epoch.loss for epoch in result.history] == pytest.approx(
         [np.mean(losses[:3]), np.mean(losses[3:])], rel=1e-4
@@ -107,28 +108,28 @@ def test_equals_a_plain_loop(digits: Path, tmp_path: Path, optimizer: str) -> No
 
 
 def test_hard_labels_alone_soft_labels_alone_and_a_mix(digits: Path, tmp_path: Path) -> None:
-    hard = train(config(digits, tmp_path / "hard", labels=None))
+    hard = train(make_config(digits, tmp_path / "hard", labels=None))
     assert hard.history[-1].soft_loss is None
     assert hard.history[-1].hard_loss == pytest.approx(hard.history[-1].loss)
-    soft = train(config(digits, tmp_path / "soft", data=digits / "unlabelled.parquet"))
+    soft = train(make_config(digits, tmp_path / "soft", data=digits / "unlabelled.parquet"))
     assert soft.history[-1].hard_loss is None
     assert soft.history[-1].train_accuracy is None
     assert soft.history[-1].loss == pytest.approx(0.9 * soft.history[-1].soft_loss)
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     more = write_parquet(
         tmp_path / "more.parquet",
         images[: ROWS + 40],
-        keys=keys_of(ROWS + 40),
+        keys=make_keys(ROWS + 40),
         labels=labels[: ROWS + 40],
         class_names=DIGITS,
     )
-    both = train(config(digits, tmp_path / "mixed", data=more, missing="hard-only"))
+    both = train(make_config(digits, tmp_path / "mixed", data=more, missing="hard-only"))
     assert both.history[-1].step == 3 * (160 // 32)
     assert np.isfinite(both.history[-1].loss)
 
 
 def test_soft_labels_teach_what_hard_labels_are_not_there_to_teach(digits: Path, tmp_path: Path) -> None:
-    train(config(digits, tmp_path / "run", data=digits / "unlabelled.parquet", epochs=25, lr=0.05, augment="none"))
+    train(make_config(digits, tmp_path / "run", data=digits / "unlabelled.parquet", epochs=25, lr=0.05, augment="none"))
     found = softlabel.evaluate(tmp_path / "run", digits / "data.parquet", digits / "store", device="cpu")
     assert found.accuracy is not None
     assert found.accuracy > 0.8
@@ -139,14 +140,14 @@ def test_soft_labels_teach_what_hard_labels_are_not_there_to_teach(digits: Path,
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"workers": 2}, {"augment": "none"}, {"augment": "crop"}])
 def test_options_train_too(digits: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    result = train(config(digits, tmp_path / "run", epochs=2, **changes))
+    result = train(make_config(digits, tmp_path / "run", epochs=2, **changes))
     assert result.history[1].loss < result.history[0].loss
 
 
 def test_workers_do_not_change_the_weights(digits: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
-        train(config(digits, tmp_path / str(workers), epochs=2, workers=workers))
-    assert equal(tmp_path / "0", tmp_path / "2")
+        train(make_config(digits, tmp_path / str(workers), epochs=2, workers=workers))
+    assert have_equal_weights(tmp_path / "0", tmp_path / "2")
 
 
 # ---- what it leaves behind ----
@@ -154,9 +155,9 @@ def test_workers_do_not_change_the_weights(digits: Path, tmp_path: Path) -> None
 
 def test_a_run_folder_holds_metrics_settings_and_a_model_that_is_a_spec(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = train(config(digits, out, eval_data=digits / "data.parquet", tensorboard=True))
+    result = train(make_config(digits, out, eval_data=digits / "data.parquet", tensorboard=True))
     assert [epoch.epoch for epoch in result.history] == [1, 2, 3]
-    assert [row["epoch"] for row in history(out)] == ["1", "2", "3"]
+    assert [row["epoch"] for row in read_history(out)] == ["1", "2", "3"]
     assert yaml.safe_load((out / "config.yaml").read_text())["student"] == STUDENT
     assert json.loads((out / "model.json").read_text())["num_classes"] == 10
 
@@ -165,7 +166,7 @@ def test_a_run_folder_holds_metrics_settings_and_a_model_that_is_a_spec(digits: 
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [3, 6, 9]
     accuracy = softlabel.evaluate(f"run:{out}", digits / "data.parquet", device="cpu").accuracy
-    assert float(history(out)[-1]["eval_accuracy"]) == pytest.approx(accuracy)
+    assert float(read_history(out)[-1]["eval_accuracy"]) == pytest.approx(accuracy)
     assert events.Scalars("eval/accuracy")[-1].value == pytest.approx(accuracy)
     # Read by torch alone, without executing anything in it.
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -173,7 +174,7 @@ def test_a_run_folder_holds_metrics_settings_and_a_model_that_is_a_spec(digits: 
     assert not list(out.glob("*.tmp"))
 
     other = tmp_path / "hard"
-    train(config(digits, other, labels=None))
+    train(make_config(digits, other, labels=None))
     picture = plot_runs({"distilled": out, "hard": other}, tmp_path / "curves.png", title="digits")
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DataError, match=r"metrics.csv: expected the metrics of a run"):
@@ -182,62 +183,62 @@ def test_a_run_folder_holds_metrics_settings_and_a_model_that_is_a_spec(digits: 
 
 def test_a_finished_run_is_reported_and_another_one_refused(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first = train(config(digits, out))
-    before = weights(out)
-    again = train(config(digits, out, workers=1))
+    first = train(make_config(digits, out))
+    before = read_weights(out)
+    again = train(make_config(digits, out, workers=1))
     assert again.already_done
     assert again.history == first.history
     with pytest.raises(MismatchError, match=r"holds another run; epochs: 3 there, 4 here\. Use another --out"):
-        train(config(digits, out, epochs=4))
+        train(make_config(digits, out, epochs=4))
     with pytest.raises(MismatchError, match=r"store: .* there, None here"):
-        train(config(digits, out, labels=None, soft_weight=0.0))
+        train(make_config(digits, out, labels=None, soft_weight=0.0))
     with pytest.raises(MismatchError, match=r"hard labels .* there"):
-        train(config(digits, out, data=digits / "unlabelled.parquet"))
-    assert all(torch.equal(before[name], value) for name, value in weights(out).items())
-    fresh = train(config(digits, out, epochs=1, overwrite=True))
+        train(make_config(digits, out, data=digits / "unlabelled.parquet"))
+    assert all(torch.equal(before[name], value) for name, value in read_weights(out).items())
+    fresh = train(make_config(digits, out, epochs=1, overwrite=True))
     assert not fresh.already_done
-    assert len(history(out)) == 1
+    assert len(read_history(out)) == 1
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "checkpoint.pt").write_bytes(b"something")
     with pytest.raises(UsageError, match="not known"):
-        train(config(digits, tmp_path / "elsewhere"))
+        train(make_config(digits, tmp_path / "elsewhere"))
 
 
 # ---- interruptions ----
 
 
-@pytest.mark.parametrize("student", [STUDENT, "python:tests.support.students:dropout_student"])
+@pytest.mark.parametrize("student", [STUDENT, "python:tests.support.students:build_dropout_student"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(digits: Path, tmp_path: Path, student: str) -> None:
     """kill -9 at random instants, several times; the weights at the end are those of a run left alone, bit for bit."""
     rest = {"student": student, "epochs": 12, "optimizer": "adamw", "lr": 0.001, "checkpoint_minutes": 1e-4}
-    straight = settings(digits, tmp_path / "straight", **rest)
-    left_alone = start(straight)
-    killed = settings(digits, tmp_path / "killed", **rest)
+    straight = make_settings(digits, tmp_path / "straight", **rest)
+    left_alone = start_training(straight)
+    killed = make_settings(digits, tmp_path / "killed", **rest)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     kills = 0
     randomness = random.Random(7)
     for _ in range(3):
         before = checkpoint.read_bytes() if checkpoint.exists() else b""
-        process = start(killed)
-        wait_for(checkpoint, process, before)
+        process = start_training(killed)
+        wait_for_file(checkpoint, process, before)
         time.sleep(randomness.uniform(0, 0.1))
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 2
-    finish(killed)
+    finish_training(killed)
     _, errors = left_alone.communicate()
     assert left_alone.returncode == 0, errors
-    assert equal(tmp_path / "straight", tmp_path / "killed")
-    assert history(tmp_path / "straight") == history(tmp_path / "killed")
+    assert have_equal_weights(tmp_path / "straight", tmp_path / "killed")
+    assert read_history(tmp_path / "straight") == read_history(tmp_path / "killed")
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
 def test_ctrl_c_saves_the_step_and_the_same_run_goes_on(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
-    given = settings(digits, out, epochs=200)
-    process = start(given)
-    wait_for(out / "checkpoint.pt", process)
+    given = make_settings(digits, out, epochs=200)
+    process = start_training(given)
+    wait_for_file(out / "checkpoint.pt", process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode != 0
@@ -245,12 +246,12 @@ def test_ctrl_c_saves_the_step_and_the_same_run_goes_on(digits: Path, tmp_path: 
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     assert 0 < state["epoch"] < 200
     assert not (out / "model.json").exists()
-    assert len(history(out)) == state["epoch"]
+    assert len(read_history(out)) == state["epoch"]
 
 
 def test_stopping_between_steps_changes_nothing(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM in the middle of an epoch, in this process: the next call starts at that very step."""
-    train(config(digits, tmp_path / "straight"))
+    train(make_config(digits, tmp_path / "straight"))
     original = SoftLabelLoader.__iter__
 
     def interrupted(loader: SoftLabelLoader):  # type: ignore[no-untyped-def]
@@ -262,34 +263,34 @@ def test_stopping_between_steps_changes_nothing(digits: Path, tmp_path: Path, mo
     monkeypatch.setattr(SoftLabelLoader, "__iter__", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        train(config(digits, tmp_path / "stopped"))
+        train(make_config(digits, tmp_path / "stopped"))
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     state = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (1, 2)
-    result = train(config(digits, tmp_path / "stopped"))
+    result = train(make_config(digits, tmp_path / "stopped"))
     assert result.resumed_from == 1
-    assert equal(tmp_path / "straight", tmp_path / "stopped")
-    assert history(tmp_path / "straight") == history(tmp_path / "stopped")
+    assert have_equal_weights(tmp_path / "straight", tmp_path / "stopped")
+    assert read_history(tmp_path / "straight") == read_history(tmp_path / "stopped")
 
 
 def test_two_processes_cannot_train_in_one_folder(digits: Path, tmp_path: Path) -> None:
-    process = start(settings(digits, tmp_path / "run", epochs=500))
-    wait_for(tmp_path / "run" / "run.json", process)
+    process = start_training(make_settings(digits, tmp_path / "run", epochs=500))
+    wait_for_file(tmp_path / "run" / "run.json", process)
     with pytest.raises(UsageError, match="another process is training there"):
-        train(config(digits, tmp_path / "run", epochs=500))
+        train(make_config(digits, tmp_path / "run", epochs=500))
     process.kill()
     process.communicate()
 
 
 def test_a_damaged_checkpoint_is_named(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(config(digits, out))
+    train(make_config(digits, out))
     (out / "model.json").unlink()
     checkpoint = out / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(TrainingError, match=r"checkpoint.pt: damaged .* --overwrite"):
-        train(config(digits, out))
+        train(make_config(digits, out))
 
 
 # ---- requests that cannot be ----
@@ -297,42 +298,44 @@ def test_a_damaged_checkpoint_is_named(digits: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_clearly(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is not finite .* lower --lr"):
-        train(config(digits, tmp_path / "run", lr=1e30, warmup_epochs=0))
+        train(make_config(digits, tmp_path / "run", lr=1e30, warmup_epochs=0))
     assert not (tmp_path / "run" / "model.json").exists()
 
 
 def test_wrong_requests_say_what_is_wrong(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     with pytest.raises(UsageError, match="needs soft labels; give --labels"):
-        config(digits, out, labels=None, soft_weight=0.5)
+        make_config(digits, out, labels=None, soft_weight=0.5)
     with pytest.raises(UsageError, match="nothing to learn from"):
-        config(digits, out, soft_weight=0, hard_weight=0)
+        make_config(digits, out, soft_weight=0, hard_weight=0)
     with pytest.raises(UsageError, match="epochs: expected a number of at least 1, found 0"):
-        config(digits, out, epochs=0)
+        make_config(digits, out, epochs=0)
     with pytest.raises(DataError, match=r"no sample has a label|no labels"):
-        train(config(digits, out, data=digits / "unlabelled.parquet", labels=None))
+        train(make_config(digits, out, data=digits / "unlabelled.parquet", labels=None))
     with pytest.raises(UsageError, match="fp16 trains on CUDA only"):
-        train(config(digits, out, precision="fp16"))
+        train(make_config(digits, out, precision="fp16"))
     more = write_parquet(
-        tmp_path / "more.parquet", images[:200], keys=keys_of(200), labels=labels[:200], class_names=DIGITS
+        tmp_path / "more.parquet", images[:200], keys=make_keys(200), labels=labels[:200], class_names=DIGITS
     )
     with pytest.raises(MissingKeyError, match=r"'0120\.jpg'"):
-        train(config(digits, out, data=more))
+        train(make_config(digits, out, data=more))
     eleven = write_parquet(
-        tmp_path / "eleven.parquet", images[:50], keys=keys_of(50), labels=[10] * 50, class_names=[*DIGITS, "x"]
+        tmp_path / "eleven.parquet", images[:50], keys=make_keys(50), labels=[10] * 50, class_names=[*DIGITS, "x"]
     )
     with pytest.raises(MismatchError, match=r"'0000.jpg' has label 10, .* 10 classes"):
-        train(config(digits, out, data=eleven))
+        train(make_config(digits, out, data=eleven))
     with pytest.raises(MismatchError, match="expected 10 classes as in the target, found 3"):
-        train(config(digits, out, student="python:tests.support.students:three_classes", overwrite=True))
-    write_store(tmp_path / "mixed", keys_of(ROWS), random_logits(ROWS, 10), rule="probs", members=2)
+        train(
+            make_config(digits, out, student="python:tests.support.students:build_three_class_student", overwrite=True)
+        )
+    write_logits(tmp_path / "mixed", make_keys(ROWS), draw_logits(ROWS, 10), rule="probs", members=2)
     with pytest.raises(MismatchError, match="re-temper"):
-        train(config(digits, out, labels=tmp_path / "mixed", temperature=1.0, overwrite=True))
+        train(make_config(digits, out, labels=tmp_path / "mixed", temperature=1.0, overwrite=True))
 
 
 def test_the_student_s_preprocessing_is_used_and_kept(digits: Path, tmp_path: Path) -> None:
     student = "zoo:cnn2?resize=8&crop=8&mean=0.1,0.2,0.3&std=1,1,1"
-    train(config(digits, tmp_path / "run", student=student, epochs=1))
+    train(make_config(digits, tmp_path / "run", student=student, epochs=1))
     kept = student_preprocessing(f"run:{tmp_path / 'run'}")
     assert (kept.resize, kept.crop, kept.mean) == (8, 8, (0.1, 0.2, 0.3))

@@ -8,8 +8,8 @@ import pytest
 import xxhash
 
 import softlabel
-from tests.support import teachers as telling
-from tests.support.commands import jpeg, write_parquet
+from tests.support.datasets import make_jpeg, write_parquet
+from tests.support.teachers import make_pixel_teacher_spec, read_pixels
 
 POLICIES = {
     "crop-flip": "crop-flip",
@@ -37,7 +37,7 @@ def labelled(data: Path, out: Path, policy: str, *, views: int = 2, **options: o
     settings: dict[str, object] = {"encoding": "float32", "temperature": 1.0, "shard_rows": 20, "batch_size": 16}
     softlabel.generate(
         data,
-        teachers=[telling.spec(side_of(policy))],
+        teachers=[make_pixel_teacher_spec(side_of(policy))],
         out=out,
         views=views,
         augment=policy,
@@ -64,7 +64,7 @@ def check_replay(data: Path, store: softlabel.Store, side: int, *, workers: int,
         loader.set_epoch(epoch)
         for batch in loader:
             rows = store.take(batch.rows.numpy())
-            np.testing.assert_array_equal(batch.images.numpy(), telling.seen(rows.scaled_logits, side))
+            np.testing.assert_array_equal(batch.images.numpy(), read_pixels(rows.scaled_logits, side))
             hashes = [xxhash.xxh3_64_intdigest(np.ascontiguousarray(one.permute(1, 2, 0))) for one in batch.images]
             assert hashes == rows.columns["view_xxh3"][:, 0].tolist()
             assert rows.keys == list(batch.keys)
@@ -84,7 +84,7 @@ def digests_of(store: softlabel.Store) -> dict[tuple[str, int], int]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parquet(tmp_path_factory.mktemp("views") / "d.parquet", [jpeg(number) for number in range(45)])
+    return write_parquet(tmp_path_factory.mktemp("views") / "d.parquet", [make_jpeg(number) for number in range(45)])
 
 
 @pytest.mark.parametrize("name", [*POLICIES, "list"])

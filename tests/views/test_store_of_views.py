@@ -32,18 +32,18 @@ from softlabel.store.writer import Committer, write_shard
 from softlabel.training import TrainConfig, train
 from softlabel.views import parse_policy
 from tests.support import format_reader
-from tests.support import teachers as telling
-from tests.support.commands import CLASSES, jpeg, write_parquet, write_teacher
-from tests.support.commands import softlabel as command
-from tests.support.processes import command_line
-from tests.support.stores import files_of
+from tests.support.commands import run_softlabel
+from tests.support.datasets import CLASSES, make_jpeg, write_parquet
+from tests.support.processes import start_softlabel
+from tests.support.stores import read_files
+from tests.support.teachers import make_pixel_teacher_spec, read_pixels, write_teacher
 
 KEYS = [f"image-{number:05d}.jpg" for number in range(45)]
 
 
 def sized_jpeg(number: int) -> bytes:
     """Images of different sizes."""
-    image = Image.open(io.BytesIO(jpeg(number, 64))).resize((40 + number % 7, 36 + number % 5))
+    image = Image.open(io.BytesIO(make_jpeg(number, 64))).resize((40 + number % 7, 36 + number % 5))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
@@ -61,7 +61,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def data_of(folder: Path, count: int) -> Path:
     labels = [number % len(CLASSES) for number in range(count)]
-    return write_parquet(folder / "d.parquet", [jpeg(number) for number in range(count)], labels=labels)
+    return write_parquet(folder / "d.parquet", [make_jpeg(number) for number in range(count)], labels=labels)
 
 
 def generate(data: Path, out: Path, teacher: str, augment: str, views: int, **options: object) -> Store:
@@ -87,10 +87,10 @@ def test_stored_boxes_give_the_teachers_pixels_in_pillow_and_torchvision(tmp_pat
     images = [sized_jpeg(number) for number in range(12)]
     source = write_parquet(tmp_path / "d.parquet", images)
     store = generate(
-        source, tmp_path / "s", telling.spec(24), "inception?size=24", 3, encoding="float32", temperature=1.0
+        source, tmp_path / "s", make_pixel_teacher_spec(24), "inception?size=24", 3, encoding="float32", temperature=1.0
     )
     rows = store.take(range(len(store)))
-    seen = telling.seen(rows.scaled_logits, 24)
+    seen = read_pixels(rows.scaled_logits, 24)
     for place, (key, box, flip) in enumerate(
         zip(rows.keys, rows.columns["view_box"].tolist(), rows.columns["view_flip"][:, 0].tolist(), strict=True)
     ):
@@ -109,12 +109,19 @@ def test_stored_boxes_give_the_teachers_pixels_in_pillow_and_torchvision(tmp_pat
 
 def test_crop_flip_boxes_are_a_plain_pad_crop_and_mirror(data: Path, tmp_path: Path) -> None:
     store = generate(
-        data, tmp_path / "s", telling.spec(32), "crop-flip", 2, encoding="float32", temperature=1.0, ignore_labels=True
+        data,
+        tmp_path / "s",
+        make_pixel_teacher_spec(32),
+        "crop-flip",
+        2,
+        encoding="float32",
+        temperature=1.0,
+        ignore_labels=True,
     )
     rows = store.take(range(len(store)))
-    seen = telling.seen(rows.scaled_logits, 32)
+    seen = read_pixels(rows.scaled_logits, 32)
     for place, key in enumerate(rows.keys):
-        padded = ImageOps.expand(decoded(jpeg(KEYS.index(key))), 4)
+        padded = ImageOps.expand(decoded(make_jpeg(KEYS.index(key))), 4)
         top, left, height, width = (rows.columns["view_box"][place] + [4, 4, 0, 0]).tolist()
         cut = padded.crop((left, top, left + width, top + height))
         cut = ImageOps.mirror(cut) if rows.columns["view_flip"][place, 0] else cut
@@ -132,7 +139,7 @@ def test_a_mixed_label_is_the_teachers_answer_to_the_mixed_image(
 
     def view(number: int, box: np.ndarray, flip: int) -> np.ndarray:
         top, left, height, width = (box + np.array([4, 4, 0, 0])).tolist()
-        cut = ImageOps.expand(decoded(jpeg(number)), 4).crop((left, top, left + width, top + height))
+        cut = ImageOps.expand(decoded(make_jpeg(number)), 4).crop((left, top, left + width, top + height))
         return np.asarray(ImageOps.mirror(cut) if flip else cut).astype(np.float64)
 
     mixed, partners = [], set()
@@ -167,7 +174,7 @@ def test_a_mixed_label_is_the_teachers_answer_to_the_mixed_image(
 def test_views_are_added_and_samples_too(data: Path, teacher: str, tmp_path: Path) -> None:
     whole = all_rows(generate(data, tmp_path / "whole", teacher, "crop-flip+mixup", 8))
     generate(data, tmp_path / "s", teacher, "crop-flip+mixup", 4)
-    before = {name: raw for name, raw in files_of(tmp_path / "s").items() if name.startswith("shards/")}
+    before = {name: raw for name, raw in read_files(tmp_path / "s").items() if name.startswith("shards/")}
     summary = softlabel.generate(
         data,
         teachers=[teacher],
@@ -179,7 +186,7 @@ def test_views_are_added_and_samples_too(data: Path, teacher: str, tmp_path: Pat
         progress=False,
     )
     assert (summary.images, summary.total_rows) == (4 * 45, 8 * 45)
-    after = files_of(tmp_path / "s")
+    after = read_files(tmp_path / "s")
     assert before.items() <= after.items()
     assert verify_store(tmp_path / "s").ok
     grown = open_store(tmp_path / "s")
@@ -211,7 +218,7 @@ def test_a_kill_while_views_are_added_costs_a_shard(data: Path, teacher: str, tm
     whole = all_rows(generate(data, tmp_path / "whole", teacher, "crop-flip", 8, shard_rows=9))
     generate(data, tmp_path / "s", teacher, "crop-flip", 2, shard_rows=9)
     arguments = ["--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 8, "--augment", "crop-flip"]
-    process = command_line("generate", *arguments, "--shard-rows", 9, "--batch-size", 16)
+    process = start_softlabel("generate", *arguments, "--shard-rows", 9, "--batch-size", 16)
     while process.poll() is None and len(list((tmp_path / "s" / "shards").glob("[0-9]*"))) < 14:
         time.sleep(0.001)
     process.kill()
@@ -317,10 +324,10 @@ def test_members_get_the_whole_view(tmp_path: Path) -> None:
     images = [sized_jpeg(number) for number in range(8)]
     source = write_parquet(tmp_path / "d.parquet", images)
     options = {"encoding": "float32", "temperature": 1.0}
-    teacher = telling.spec(16, "&resize=20&crop=16")
+    teacher = make_pixel_teacher_spec(16, "&resize=20&crop=16")
     store = generate(source, tmp_path / "s", teacher, "inception?size=24", 1, **options)
     rows = store.take(range(len(store)))
-    seen = telling.seen(rows.scaled_logits, 16)
+    seen = read_pixels(rows.scaled_logits, 16)
     for place, key in enumerate(rows.keys):
         top, left, height, width = rows.columns["view_box"][place].tolist()
         image = decoded(images[KEYS.index(key)]).crop((left, top, left + width, top + height))
@@ -332,7 +339,7 @@ def test_members_get_the_whole_view(tmp_path: Path) -> None:
     # A policy that leaves sizes alone is followed by the member's own resize and crop.
     store = generate(source, tmp_path / "t", teacher, "RandomHorizontalFlip?p=1.0", 1, **options)
     rows = store.take(range(len(store)))
-    for place, (key, pixels) in enumerate(zip(rows.keys, telling.seen(rows.scaled_logits, 16), strict=True)):
+    for place, (key, pixels) in enumerate(zip(rows.keys, read_pixels(rows.scaled_logits, 16), strict=True)):
         image = torch.from_numpy(np.asarray(ImageOps.mirror(decoded(images[KEYS.index(key)]))).copy()).permute(2, 0, 1)
         expected = plain.center_crop(plain.resize(image, [20], antialias=True), [16, 16])
         assert np.abs(pixels.astype(int) - expected.numpy().astype(int)).max() <= 1, place
@@ -356,7 +363,7 @@ def test_stores_out_of_stores_keep_what_views_are(data: Path, teacher: str, tmp_
     combine_store(tmp_path / "kept", tmp_path / "mixed", weights=[1, 3], temperature=2.0, progress=False)
     convert_store(tmp_path / "mixed", tmp_path / "int8", encoding="int8", format="hdf5", progress=False)
     second = tmp_path / "e.parquet"
-    write_parquet(second, [jpeg(number) for number in range(100, 110)], keys=list("abcdefghij"), labels=[0] * 10)
+    write_parquet(second, [make_jpeg(number) for number in range(100, 110)], keys=list("abcdefghij"), labels=[0] * 10)
     for name, source in (("one", data), ("two", second)):
         generate(source, tmp_path / name, teacher, "crop-flip+cutmix", 2)
     merge_stores([tmp_path / "one", tmp_path / "two"], tmp_path / "merged", progress=False)
@@ -491,7 +498,13 @@ def test_a_size_that_is_not_the_images_own_needs_no_other_data(data: Path, tmp_p
     images[7] = b"not an image"
     source = write_parquet(tmp_path / "d.parquet", images)
     store = generate(
-        source, tmp_path / "s", telling.spec(24), "inception?size=24+cutmix", 2, encoding="float32", temperature=1.0
+        source,
+        tmp_path / "s",
+        make_pixel_teacher_spec(24),
+        "inception?size=24+cutmix",
+        2,
+        encoding="float32",
+        temperature=1.0,
     )
     assert len(store) == 36
     assert list(store.bad) == [KEYS[3], KEYS[7]]
@@ -499,7 +512,7 @@ def test_a_size_that_is_not_the_images_own_needs_no_other_data(data: Path, tmp_p
     for _ in range(2):
         (batch,) = loader
         rows = store.take(batch.rows.numpy())
-        np.testing.assert_array_equal(batch.images.numpy(), telling.seen(rows.scaled_logits, 24))
+        np.testing.assert_array_equal(batch.images.numpy(), read_pixels(rows.scaled_logits, 24))
 
 
 @pytest.mark.parametrize(
@@ -539,7 +552,9 @@ def test_a_file_that_is_no_list_of_steps_is_refused(content: str, tmp_path: Path
 
 
 def test_several_views_of_the_image_as_it_is_make_no_sense(data: Path, teacher: str, tmp_path: Path) -> None:
-    done = command("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 4, code=2)
+    done = run_softlabel(
+        "generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 4, code=2
+    )
     assert "one label 4 times" in done.stderr
     assert not (tmp_path / "s").exists()
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from softlabel import open_store
-from tests.support.commands import softlabel, write_dataset, write_teacher
-from tests.support.processes import command_line
+from tests.support.commands import run_softlabel
+from tests.support.datasets import write_dataset
+from tests.support.processes import start_softlabel
+from tests.support.teachers import write_teacher
 
 ROWS, SHARD_ROWS, KILLS = 1400, 20, 10
 
@@ -40,7 +42,7 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     rng = random.Random(20)
     done: dict[str, tuple[int, int]] = {}
     for _ in range(KILLS):
-        process = command_line(*command(store))
+        process = start_softlabel(*command(store))
         # Let it come a random way: to a number of published shards, and then a moment further into whatever it does.
         goal = len(published(store)) + rng.randint(0, 6)
         while process.poll() is None and len(published(store)) < goal:
@@ -54,7 +56,7 @@ def test_killed_ten_times(tmp_path: Path) -> None:
         done = now
     assert done, "no shard was ever finished before a kill"
 
-    last = softlabel(*command(store))
+    last = run_softlabel(*command(store))
     assert f"complete, {ROWS:,} rows" in last.stdout
     now = recorded(store)
     assert {name: now[name] for name in done} == done
@@ -65,7 +67,7 @@ def test_killed_ten_times(tmp_path: Path) -> None:
     assert len(published(store)) == ROWS // SHARD_ROWS
     assert not [name for name in left if "tmp" in name or name.startswith(".")], left
 
-    softlabel(*command(whole))
+    run_softlabel(*command(whole))
     everything = np.arange(ROWS)
     ours = open_store(store, verify="full").take(everything)
     theirs = open_store(whole, verify="full").take(everything)
@@ -81,7 +83,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     store, whole = tmp_path / "store", tmp_path / "whole"
     options = ["--data", data, "--teacher", teacher, "--shard-rows", SHARD_ROWS, "--batch-size", 20]
-    both = [command_line("generate", *options, "--out", store) for _ in range(2)]
+    both = [start_softlabel("generate", *options, "--out", store) for _ in range(2)]
     said = [process.communicate() for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 0], [0, 2]), said
@@ -94,7 +96,7 @@ def test_two_at_once(tmp_path: Path) -> None:
         else:
             assert "complete, 600 rows" in out
     assert not [path for path in store.rglob("*") if path.name.startswith(".")]
-    softlabel("generate", *options, "--out", whole)
+    run_softlabel("generate", *options, "--out", whole)
     ours = open_store(store, verify="full").take(np.arange(600))
     theirs = open_store(whole, verify="full").take(np.arange(600))
     assert ours.keys == theirs.keys

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from softlabel.errors import UsageError
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.views import CropFlip
-from tests.support.students import random_logits, write_store
+from tests.support.stores import draw_logits, write_logits
 
 SAMPLES, CLASSES = 45, 5
 WORLDS = (1, 2, 3, 4, 8)
@@ -36,7 +36,7 @@ class Arrays(Dataset[tuple[np.ndarray, int]]):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks") / "store"
-    write_store(path, [str(index) for index in range(SAMPLES)], random_logits(SAMPLES, CLASSES), temperature=1)
+    write_logits(path, [str(index) for index in range(SAMPLES)], draw_logits(SAMPLES, CLASSES), temperature=1)
     return path
 
 

@@ -19,7 +19,7 @@ from softlabel.store import writer
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
-from tests.support.stores import Samples, files_of, make_run, write_store
+from tests.support.stores import Samples, make_run, read_files, write_store
 
 EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.scandir"}
 
@@ -53,7 +53,7 @@ def main(folder: Path, format: str) -> None:
     run = run_of(format)
     samples = Samples.of(run)
     write_store(folder / "whole", run)
-    expected = {name: data for name, data in files_of(folder / "whole").items() if name != "manifest.json"}
+    expected = {name: data for name, data in read_files(folder / "whole").items() if name != "manifest.json"}
     deaths, states, adopted = 0, set(), 0
     while not dying_child(folder / str(deaths + 1), format, deaths + 1):
         deaths += 1
@@ -77,7 +77,7 @@ def main(folder: Path, format: str) -> None:
         now = {path.name: path.stat().st_ino for path in (root / "shards").iterdir()}
         assert all(now[name] == inode for name, inode in published.items()), "a finished shard was written again"
         assert verify_store(root).ok
-        found = files_of(root)
+        found = read_files(root)
         found.pop("manifest.json")
         assert found == expected, (deaths, sorted(found), sorted(expected))
     print(json.dumps({"deaths": deaths, "states": sorted(states), "adopted": adopted}))

@@ -13,9 +13,8 @@ import pytest
 from softlabel.errors import StoreError
 from softlabel.store.open import open_store
 from softlabel.store.writer import Committer, write_shard
+from tests.support.shared_data import ROOT
 from tests.support.stores import FORMATS, Samples, make_run, write_store
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(

@@ -16,41 +16,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import safetensors.numpy
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Encoding
-from softlabel.store.formats.base import Rows
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
-from tests.support.stores import FORMATS, Samples, files_of, make_run, write_store
+from tests.support.shared_data import ROOT
+from tests.support.stores import FORMATS, Samples, make_run, read_files, write_head_store, write_store
 
-ROOT = Path(__file__).parents[3]
-
-
-def head_store(root: Path, format: str) -> None:
-    """A store that has a file of every kind: root, segment, shards, extra."""
-    run = make_run(format, samples=40, encoding=Encoding(name="head", width=4, hidden="float16"))
-    rng = np.random.default_rng(0)
-    with Committer.open(root, run) as committer:
-        arrays = {"weight": rng.normal(size=(7, 4)).astype("f4"), "bias": np.zeros(7, "f4")}
-        committer.add_extra("head", safetensors.numpy.save(arrays))
-        for plan in committer.missing():
-            count = plan.stop - plan.start
-            hidden = rng.normal(size=(count, 4)).astype("f2")
-            rows = Rows(keys=[f"{plan.number}-{row}" for row in range(count)], columns={"hidden": hidden})
-            committer.commit(write_shard(root, run, plan, rows))
-        committer.finish()
+HEAD = Encoding(name="head", width=4, hidden="float16")
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_flipped_bit_is_found_and_named(tmp_path: Path, format: str) -> None:
     root = tmp_path / "s"
-    head_store(root, format)
+    # A file of every kind: root, segment, shards, extra.
+    write_head_store(root, make_run(format, samples=40, encoding=HEAD))
     assert verify_store(root).ok
-    whole = files_of(root)
+    whole = read_files(root)
     rng = np.random.default_rng(7)
     names = sorted(whole)
     hit = set()
@@ -76,8 +61,8 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path, format: str) -> No
 @pytest.mark.parametrize("format", FORMATS)
 def test_cut_and_grown_files_are_found_by_a_cheap_open(tmp_path: Path, format: str) -> None:
     root = tmp_path / "s"
-    head_store(root, format)
-    for name, raw in files_of(root).items():
+    write_head_store(root, make_run(format, samples=40, encoding=HEAD))
+    for name, raw in read_files(root).items():
         for wrong in (raw[:-1], raw[: len(raw) // 2], b"", raw + b"x"):
             (root / name).write_bytes(wrong)
             with pytest.raises(StoreError, match=name.split("-")[0]):
@@ -93,13 +78,13 @@ def test_cut_and_grown_files_are_found_by_a_cheap_open(tmp_path: Path, format: s
 def test_verified_once_until_a_file_changes(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTLABEL_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "s"
-    head_store(root, format)
+    write_head_store(root, make_run(format, samples=40, encoding=HEAD))
     open_store(root, verify="once")
     (note,) = (tmp_path / "cache" / "verified").iterdir()
     before = note.stat().st_mtime_ns
     open_store(root, verify="once")
     assert note.stat().st_mtime_ns == before, "verified again though nothing had changed"
-    for name, whole in files_of(root).items():
+    for name, whole in read_files(root).items():
         times = os.stat(root / name).st_atime_ns, os.stat(root / name).st_mtime_ns
         raw = bytearray(whole)
         raw[len(raw) // 3] ^= 4
@@ -144,7 +129,7 @@ def resign_record(root: Path, change: Any) -> None:
 def test_hostile_manifests(tmp_path: Path) -> None:
     root = tmp_path / "s"
     write_store(root, make_run())
-    whole = files_of(root)
+    whole = read_files(root)
     seg = "segments/00000-" + "0" * 32 + ".json"
     changes = [
         lambda v: v.update(run=[]),

@@ -1,4 +1,4 @@
-"""What the tests of training share: a small dataset with its store, settings, and runs that can be killed."""
+"""Training runs on a small dataset of digits and its store: settings, results, and processes that can be killed."""
 
 import csv
 import subprocess
@@ -11,31 +11,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softlabel import TrainConfig, train
-from tests.support.commands import write_parquet
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, make_digit_jpegs
 from tests.support.processes import Process
-from tests.support.students import DIGITS, digit_jpegs, random_logits, write_store
+from tests.support.stores import draw_logits, write_logits
 
 ROWS = 120
 STUDENT = "zoo:cnn2?resize=16&crop=16"
 
 
-def keys_of(count: int) -> list[str]:
+def make_keys(count: int) -> list[str]:
     return [f"{number:04d}.jpg" for number in range(count)]
 
 
 def write_digits(folder: Path) -> Path:
     """data.parquet, unlabelled.parquet, and a store whose teacher is almost sure of the label."""
-    images, labels = digit_jpegs()
+    images, labels = make_digit_jpegs()
     images, labels = images[:ROWS], labels[:ROWS]
-    write_parquet(folder / "data.parquet", images, keys=keys_of(ROWS), labels=labels, class_names=DIGITS)
-    write_parquet(folder / "unlabelled.parquet", images, keys=keys_of(ROWS))
-    logits_NC = random_logits(ROWS, 10) / 2
+    write_parquet(folder / "data.parquet", images, keys=make_keys(ROWS), labels=labels, class_names=DIGITS)
+    write_parquet(folder / "unlabelled.parquet", images, keys=make_keys(ROWS))
+    logits_NC = draw_logits(ROWS, 10) / 2
     logits_NC[np.arange(ROWS), labels] += 8
-    write_store(folder / "store", keys_of(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
+    write_logits(folder / "store", make_keys(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
     return folder
 
 
-def settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:
+def make_settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:
     given = {
         "data": digits / "data.parquet",
         "labels": digits / "store",
@@ -51,27 +52,27 @@ def settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-def config(digits: Path, out: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**settings(digits, out, **changes))  # type: ignore[arg-type]
+def make_config(digits: Path, out: Path, **changes: object) -> TrainConfig:
+    return TrainConfig(**make_settings(digits, out, **changes))  # type: ignore[arg-type]
 
 
-def weights(run: Path) -> dict[str, Tensor]:
+def read_weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "model.safetensors")
 
 
-def equal(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
+def have_equal_weights(one: Path, other: Path) -> bool:
+    a, b = read_weights(one), read_weights(other)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def history(run: Path) -> list[dict[str, str]]:
+def read_history(run: Path) -> list[dict[str, str]]:
     """The metrics without what a clock says."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
-def start(given: dict[str, object]) -> Process:
+def start_training(given: dict[str, object]) -> Process:
     """Train in a process of its own."""
     return Process(_train, given)
 
@@ -80,7 +81,7 @@ def _train(given: dict[str, object]) -> None:
     train(TrainConfig(**given))  # type: ignore[arg-type]
 
 
-def wait_for(path: Path, process: "Process | subprocess.Popen[str]", change: bytes = b"") -> None:
+def wait_for_file(path: Path, process: "Process | subprocess.Popen[str]", change: bytes = b"") -> None:
     """Until a file is there with a content other than `change`."""
     while process.poll() is None:
         if path.exists() and path.read_bytes() != change:
@@ -88,7 +89,7 @@ def wait_for(path: Path, process: "Process | subprocess.Popen[str]", change: byt
         time.sleep(0.005)
 
 
-def finish(given: dict[str, object]) -> None:
-    process = start(given)
+def finish_training(given: dict[str, object]) -> None:
+    process = start_training(given)
     _, errors = process.communicate()
     assert process.returncode == 0, errors

@@ -1,9 +1,7 @@
-"""What the tests of data sources share: members of tar files, and an S3 server in this process."""
+"""An S3 server in the process of the tests."""
 
-import io
 import logging
 import os
-import tarfile
 import uuid
 from collections.abc import Iterator
 from unittest import mock
@@ -12,14 +10,8 @@ import fsspec
 import pytest
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
-def s3_server() -> Iterator[str]:
-    """A server of the S3 protocol and the URL of an empty bucket on it; the environment leads to it."""
+def serve_s3() -> Iterator[str]:
+    """Run a server of the S3 protocol; yield the URL of an empty bucket. The environment names the server meanwhile."""
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = pytest.importorskip("moto.server", reason="moto[server] is not installed").ThreadedMotoServer(port=0)
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # its requests are not what the command line prints
