@@ -39,7 +39,7 @@ def write_images(path: Path, images: np.ndarray, labels: list[int | None], start
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """Three files: the labelled digits, the same with the unlabelled ones, and a test set that nobody trains on."""
+    """Three files: the labelled digits, the same with the unlabelled ones, and a test set that is not trained on."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -66,7 +66,7 @@ class Chain:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits?rows=0:1297", help="a SOURCE")
-    parser.add_argument("--eval-data", default="digits?rows=1297:1797", help="a SOURCE that nobody trains on")
+    parser.add_argument("--eval-data", default="digits?rows=1297:1797", help="a SOURCE that is not trained on")
     parser.add_argument("--teacher", default=f"zoo:resnet20{SMALL}", help="a SPEC; without a checkpoint it is trained")
     parser.add_argument("--assistant", nargs="+", default=[f"zoo:resnet14{SMALL}"], help="SPECs, the largest first")
     parser.add_argument("--student", default=f"zoo:cnn2{SMALL}", help="a SPEC")

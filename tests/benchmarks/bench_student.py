@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def speed(data: Path, store: Path, precision: str, steps: int = 20, repeats: int = 5) -> None:
-    """Seconds of a step from the cached loader to the optimiser, beside the arithmetic that nobody can leave out."""
+    """Seconds of a step from the cached loader to the optimiser, beside the arithmetic that every training does."""
     preprocessing, device = student_preprocessing(STUDENT), torch.device("cpu")
     model = build_model(STUDENT, num_classes=10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)

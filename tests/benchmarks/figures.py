@@ -1,4 +1,4 @@
-"""Figures of a benchmark: printed with their goals as they are measured, and kept as JSON lines for whoever asks.
+"""Figures of a benchmark: printed with their goals as they are measured, and kept as JSON lines.
 
 A runner sets SOFTLABEL_FIGURES to a file; every figure is appended to it at once, so that a benchmark that is stopped
 loses only what it had not measured yet.

@@ -102,7 +102,7 @@ def test_another_run_into_the_same_store_is_refused_by_name(ready: Path) -> None
     ],
     ids=str,
 )
-def test_mistakes_are_told_with_exit_code_2(ready: Path, changes: dict[str, object], said: str) -> None:
+def test_mistakes_exit_with_2_and_one_line(ready: Path, changes: dict[str, object], said: str) -> None:
     done = run_softlabel(*again(ready, **{"out": ready / "unused", **changes}), code=2, cwd=ready)
     assert said in done.stderr
     assert not (ready / "unused" / "manifest.json").exists()
@@ -115,9 +115,9 @@ def test_a_request_that_lacks_something_names_the_options(ready: Path) -> None:
         (["inspect"], "expected store, not given"),
         (["plan", "--data", ready / "data.parquet", "--teacher", "y", "--seconds", 0], "--seconds"),
     ):
-        told = run_softlabel(*arguments, code=2).stderr
-        assert said in told
-        assert len(told.strip().splitlines()) == 1, told
+        output = run_softlabel(*arguments, code=2).stderr
+        assert said in output
+        assert len(output.strip().splitlines()) == 1, output
 
 
 def test_a_teacher_that_gives_nan_is_named_with_the_image(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_equal_keys_of_other_images_are_not_trained_on(tmp_path: Path) -> None:
     assert "another hard label" in done.stderr
 
 
-def test_what_measures_nothing_is_refused(ready: Path, tmp_path: Path) -> None:
+def test_a_model_without_weights_or_of_other_classes_is_refused(ready: Path, tmp_path: Path) -> None:
     data = ready / "data.parquet"
     assert "random weights" in run_softlabel("evaluate", "--data", data, "--model", "zoo:resnet8", code=2).stderr
     seven = write_teacher(tmp_path / "seven.safetensors", num_classes=7)
@@ -273,8 +273,8 @@ def test_a_full_disk_is_one_line_and_the_store_can_be_resumed(tmp_path: Path) ->
         filler.write_bytes(bytes(80 * 1024))
         done = run_softlabel(*options, code=1)
         # One line, behind the warnings of random weights and of small shards.
-        (told,) = [line for line in drop_source_lines(done.stderr) if not line.startswith("warning: ")]
-        assert "disk is full" in told
+        (output,) = [line for line in drop_source_lines(done.stderr) if not line.startswith("warning: ")]
+        assert "disk is full" in output
         finished = len(list((disk / "store" / "shards").glob("[0-9]*.parquet")))
         assert finished > 0
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
@@ -306,11 +306,11 @@ def test_ctrl_c_and_sigterm_keep_what_is_finished(
     while process.poll() is None and len(list(store.glob("shards/[0-9]*"))) < 5:
         time.sleep(0.002)
     process.send_signal(number)
-    _, told = process.communicate()
+    _, output = process.communicate()
     assert process.returncode == code
-    assert told.splitlines()[-1].startswith(f"softlabel: {word};"), told
-    assert "Traceback" not in told
-    assert "resume" in told
+    assert output.splitlines()[-1].startswith(f"softlabel: {word};"), output
+    assert "Traceback" not in output
+    assert "resume" in output
     listed = json.loads((store / "manifest.json").read_text())["totals"]["shards"]
     assert listed >= 4
     assert "NOT COMPLETE" in run_softlabel("inspect", store).stdout

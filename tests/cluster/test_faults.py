@@ -1,5 +1,5 @@
-"""What clusters do, done for real to a scheduler, workers and a client in processes of their own: the rows stay those
-of one process, nobody innocent is blamed, and every end says what to do."""
+"""Failures of a real cluster, a process for the scheduler, the client and each worker: rows equal those of one process,
+only the sample at fault is listed, and every error names a remedy."""
 
 import os
 import random
@@ -46,7 +46,7 @@ def start(command: list[str]) -> "subprocess.Popen[str]":
     )
 
 
-def test_two_shards_that_kill_their_workers_and_ten_innocents(tmp_path: Path) -> None:
+def test_two_shards_that_kill_their_workers_beside_ten_good_ones(tmp_path: Path) -> None:
     data = write_jpeg_dataset(tmp_path / "data.parquet", 120, white=(35, 82))  # shards 3 and 8 of twelve
     options = ["--data", data, "--teacher", make_teacher_spec(harm="kill"), "--shard-rows", 10, "--batch-size", 10]
     with start_cluster(tmp_path / "dask", workers=2) as dask:
@@ -68,7 +68,7 @@ def test_two_shards_that_kill_their_workers_and_ten_innocents(tmp_path: Path) ->
     np.testing.assert_array_equal(ours.scaled_logits, theirs.scaled_logits)
 
 
-def test_a_worker_that_can_do_nothing_any_more(tmp_path: Path) -> None:
+def test_a_worker_whose_device_is_lost(tmp_path: Path) -> None:
     """It fails every shard that it gets, and fast: none of them is to blame."""
     data = write_jpeg_dataset(tmp_path / "data.parquet", 160, white=(35,))
     marks = tmp_path / "marks"
@@ -279,7 +279,7 @@ def test_scaled_down_in_the_middle_of_a_shard(tmp_path: Path) -> None:
     with start_cluster(tmp_path / "dask", workers=2) as dask:
         client = start(make_generate_command(*command, "--scheduler", dask.address))
         wait_until(lambda: len(list_shards(tmp_path / "store")) >= 3)
-        dask.processes[1].send_signal(signal.SIGTERM)  # a nanny that is told to leave closes its worker
+        dask.processes[1].send_signal(signal.SIGTERM)  # a nanny that is asked to end closes its worker
         out, error = client.communicate(timeout=200)
     assert client.returncode == 0, error
     assert "complete, 120 rows" in out
@@ -305,7 +305,7 @@ def test_a_worker_over_its_memory(tmp_path: Path) -> None:
 
 
 def test_workers_that_dask_pauses(tmp_path: Path) -> None:
-    """At 80% of its limit a worker gets nothing more, and a teacher keeps its memory: told of, then the end."""
+    """At 80% of its limit a worker gets nothing more, and a teacher keeps its memory: a warning, then an error."""
     data = write_jpeg_dataset(tmp_path / "data.parquet", 60)
     options = ["--data", data, "--teacher", make_teacher_spec(seconds=0.2), "--shard-rows", 5, "--batch-size", 5]
     with start_cluster(tmp_path / "dask", workers=0) as dask:

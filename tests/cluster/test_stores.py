@@ -51,7 +51,7 @@ def run(
     return done
 
 
-def test_begun_here_finished_there_and_kept_up(tmp_path: Path) -> None:
+def test_a_local_run_is_finished_on_a_cluster_and_maintained(tmp_path: Path) -> None:
     data = write_jpeg_dataset(tmp_path / "data.parquet", 120)
     options = ["--data", data, "--teacher", make_teacher_spec(), "--shard-rows", 10, "--batch-size", 10]
     run(make_generate_command(*options, "--out", tmp_path / "whole"))
@@ -308,7 +308,7 @@ def test_workers_that_slurm_starts(tmp_path: Path) -> None:
     assert_same_rows(tmp_path / "store", tmp_path / "whole")
 
 
-def test_a_bad_image_stops_the_run_where_it_shall(tmp_path: Path) -> None:
+def test_a_bad_image_stops_the_run_if_asked_to(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):

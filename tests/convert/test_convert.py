@@ -459,7 +459,7 @@ def test_convert_refuses(tmp_path: Path) -> None:
         assert not out.exists()
 
 
-def test_a_damaged_store_is_not_laundered(tmp_path: Path) -> None:
+def test_a_damaged_store_is_not_converted(tmp_path: Path) -> None:
     source = store_of(tmp_path / "a", kept_run(), teach(kept_run()))
     shard = source / open_store(source).shards[1].file
     raw = bytearray(shard.read_bytes())
@@ -684,9 +684,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", small, plain, "--to", "hf"]) == 0
     assert "already exported, 48 rows" in capsys.readouterr().out
     assert main(["inspect", small]) == 0
-    told = capsys.readouterr().out
-    assert f"softlabel convert from {mixed}" in told
-    assert "against the teacher unknown: the labels came through float16" in told
+    output = capsys.readouterr().out
+    assert f"softlabel convert from {mixed}" in output
+    assert "against the teacher unknown: the labels came through float16" in output
     assert main(["convert", mixed, str(tmp_path / "fine"), "--encoding", "float32"]) == 0
     assert main(["convert", str(tmp_path / "fine"), str(tmp_path / "last"), "--encoding", "int8"]) == 0
     assert main(["inspect", str(tmp_path / "last")]) == 0

@@ -30,10 +30,10 @@ class Numbered(softlabel.Source):
         return keys
 
     def labels(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raise AssertionError("nobody asks for labels")
+        raise AssertionError("labels are not asked for")
 
     def read(self, indices: object) -> list[Sample]:
-        raise AssertionError("nobody asks for images")
+        raise AssertionError("images are not asked for")
 
 
 def test_two_equal_keys_far_apart_are_named() -> None:

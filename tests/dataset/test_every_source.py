@@ -361,7 +361,7 @@ def test_two_samples_of_one_key_are_refused(write: Callable[[Path], Any], tmp_pa
 
 
 @pytest.mark.parametrize("write", [twice_parquet, twice_tar, twice_tars, twice_list, twice_npy])
-def test_whoever_trusts_the_keys_reads_those_of_a_part(write: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_trusted_keys_are_read_for_a_part_alone(write: Callable[[Path], Any], tmp_path: Path) -> None:
     source = open_source(write(tmp_path), check_keys=False)
     assert source.digest(1, 3) == fingerprint(source.keys(1, 3))
     assert source.digest(1, 3) != source.digest(0, 2)

@@ -91,7 +91,7 @@ def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.Log
         open_source(f"{classes}?classes={names}&labels=none")
 
 
-def test_an_image_out_of_place_costs_the_others_no_label(classes: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_misplaced_image_leaves_the_others_their_labels(classes: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One beside the class folders has no label; one below them has that of torchvision."""
     paint(classes / "loose.png", 3)
     paint(classes / "Bee" / "deep" / "y.png", 3)

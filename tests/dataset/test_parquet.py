@@ -211,7 +211,7 @@ def test_labels_by_every_usual_name_and_type(tmp_path: Path, name: str, values: 
     assert source.findings.labels_from == f"column {name!r}"
 
 
-def test_labels_that_nobody_could_guess(tmp_path: Path) -> None:
+def test_labels_under_unknown_names_are_refused(tmp_path: Path) -> None:
     data = {"image": pa.array([payload(i) for i in range(3)]), "breed": pa.array(["pug", "cat", "pug"])}
     path = write(tmp_path / "a.parquet", data)
     assert open_source(path).findings.without_labels == (

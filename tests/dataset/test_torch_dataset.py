@@ -103,7 +103,7 @@ def test_every_shape_of_item(item: Any, label: int) -> None:
         ({"picture": PIXELS}, "expected items with 'image', found picture"),
     ],
 )
-def test_items_that_cannot_be_meant(item: Any, message: str) -> None:
+def test_ambiguous_items_are_refused(item: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_source(Items(item)).read([0])
 
@@ -165,7 +165,7 @@ def test_subsets_and_tensor_datasets() -> None:
     assert torch.equal(decode_image(source.read([1])[0].image), images[1])
 
 
-def test_an_unreadable_image_spoils_itself_alone(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_the_only_bad_one(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir()
         Image.fromarray(PIXELS).save(tmp_path / name)
@@ -180,7 +180,7 @@ def test_an_unreadable_image_spoils_itself_alone(tmp_path: Path) -> None:
 
 def test_an_error_of_the_dataset_itself_names_the_sample_and_the_line() -> None:
     data = Items((PIXELS, 1), ZeroDivisionError("one\nline"))
-    reason = r"Items: sample 1: the dataset raised ZeroDivisionError: one line \(test_dataset_wrapped\.py, line \d+\)"
+    reason = r"Items: sample 1: the dataset raised ZeroDivisionError: one line \(test_torch_dataset\.py, line \d+\)"
     with pytest.raises(DataError, match=reason) as raised:
         open_source(data).read([0, 1])
     assert raised.value.__cause__ is data.items[1]
@@ -190,9 +190,7 @@ def test_an_error_of_the_dataset_itself_names_the_sample_and_the_line() -> None:
 
 
 @pytest.mark.parametrize("absent", [None, (None, 1), {"image": None, "label": 1}, {"bytes": None, "path": None}])
-def test_an_image_that_is_none_spoils_itself_alone(
-    absent: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_image_is_the_only_bad_one(absent: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As a row without bytes does in a Parquet file: it is listed by its key, or stops the run if asked to."""
     if isinstance(absent, dict) and "bytes" in absent:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -220,7 +218,7 @@ def test_several_datasets_by_name_are_refused() -> None:
             open_source(given)
 
 
-def test_an_image_of_a_kind_that_cannot_be_meant_names_its_sample() -> None:
+def test_an_image_of_a_wrong_kind_names_its_sample() -> None:
     loader = SoftLabelLoader(Items((PIXELS, 0), ("a.jpg", 1)), None, batch_size=2)
     with pytest.raises(DataError, match=r"Items: sample '1': expected an image as bytes, .* found str"):
         list(loader)

@@ -101,7 +101,7 @@ def test_labels_from_cls_from_json_and_none_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["jpg", "cls"])
-def test_labels_that_lie_apart_from_their_images(tmp_path: Path, first: str) -> None:
+def test_labels_in_files_apart_from_the_images(tmp_path: Path, first: str) -> None:
     """As `tar cf a.tar *.jpg *.cls` writes them."""
     members = [member for member in samples(range(9)) if not member[0].endswith("json")]
     apart = sorted(members, key=lambda member: not member[0].endswith(first))

@@ -23,7 +23,7 @@ AS_IT_IS = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
-    """Somebody's own dataset, which more than one thread at a time would harm."""
+    """A user's own dataset, which is not safe for several threads at a time."""
 
     def __init__(self, broken: int | None = None) -> None:
         self.broken, self.busy, self.threads = broken, threading.Lock(), set[str]()

@@ -28,7 +28,7 @@ print(frozen, faults())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 @pytest.mark.parametrize("threshold", [65536, 1 << 30])
-def test_a_tensor_is_not_faulted_in_anew_each_time(threshold: int) -> None:
+def test_memory_of_a_freed_tensor_is_reused(threshold: int) -> None:
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": str(threshold), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     frozen, kept = map(int, done.stdout.split())

@@ -87,9 +87,9 @@ def test_a_resumed_run_plans_what_is_left(ready: Path, tmp_path: Path) -> None:
     assert run_softlabel("verify", tmp_path / "store").returncode == 0
     next((tmp_path / "store" / "shards").glob("00003-*")).unlink()
     (tmp_path / "store" / "manifest.json").unlink()
-    told = run_softlabel(*command(ready, tmp_path / "store")).stdout
-    assert ": 10 images, 1 teacher(s)" in told
-    assert "in 1 shards" in told
+    output = run_softlabel(*command(ready, tmp_path / "store")).stdout
+    assert ": 10 images, 1 teacher(s)" in output
+    assert "in 1 shards" in output
 
 
 def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_without_preflight_nothing_is_planned(ready: Path, tmp_path: Path) -> No
     ],
     ids=["order", "chance", "right"],
 )
-def test_what_looks_wrong_is_said(
+def test_findings_are_reported(
     ready: Path, tmp_path: Path, data: str, options: str, said: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     softlabel.generate(

@@ -1,4 +1,4 @@
-"""Soft labels attached by key to what people have: torch, WebDataset, Hugging Face datasets. Each against the file."""
+"""Soft labels attached by key to torch, WebDataset and Hugging Face datasets, each against the file."""
 
 import dataclasses
 import io

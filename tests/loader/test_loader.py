@@ -378,7 +378,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
         ("world_size", None, "nothing|None"),
     ],
 )
-def test_numbers_that_are_none_are_refused_in_one_line(option: str, value: object, found: str) -> None:
+def test_what_is_no_whole_number_is_refused_in_one_line(option: str, value: object, found: str) -> None:
     with pytest.raises(UsageError, match=rf"^{option}: expected a whole number, found {found}"):
         SoftLabelLoader(Arrays(4), **{option: value})  # type: ignore[arg-type]
 

@@ -44,7 +44,7 @@ def test_each_permutation_of_a_small_set_is_as_likely(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 97])
-def test_where_a_sample_lands_and_who_stands_beside_it_is_uniform(size: int) -> None:
+def test_positions_and_distances_to_the_next_sample_are_uniform(size: int) -> None:
     draws = 2000
     orders = np.stack([EpochOrder(size=size, seed=seed).samples(0) for seed in range(draws)])
     for position in (0, 1, size // 2, size - 1):
@@ -54,7 +54,7 @@ def test_where_a_sample_lands_and_who_stands_beside_it_is_uniform(size: int) -> 
     assert stats.chisquare(np.bincount(steps, minlength=size)[1:]).pvalue > ALARM
 
 
-def test_two_samples_stand_anywhere_beside_each_other() -> None:
+def test_pairs_of_samples_are_uniform_at_two_positions() -> None:
     """Every ordered pair of samples is as likely at two given positions, near or far."""
     size = 8
     orders = np.stack([EpochOrder(size=size, seed=seed).samples(1) for seed in range(5000)])
@@ -95,8 +95,8 @@ def test_a_position_of_a_huge_dataset_costs_nothing() -> None:
     assert stats.kstest(samples / size, "uniform").pvalue > ALARM
 
 
-def test_the_order_is_the_same_in_another_process_and_for_ever() -> None:
-    code = "from softlabel.loader.order import EpochOrder as O; print(O(size=10, seed=5).samples(1).tolist())"
+def test_the_order_is_pinned_and_the_same_in_another_process() -> None:
+    code = "from softlabel.loader.order import BlockOrder, EpochOrder as O; print(O(size=10, seed=5).samples(1).tolist())"
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert elsewhere.strip() == str(EpochOrder(size=10, seed=5).samples(1).tolist())
     # Written down: a run that was interrupted under one version resumes in the same order under the next.
@@ -194,7 +194,7 @@ def test_epochs_seeds_and_windows_of_a_block_order_are_independent() -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(800)
 
 
-def test_a_block_order_is_the_same_for_ever_and_can_be_none() -> None:
+def test_a_block_order_is_pinned() -> None:
     order = BlockOrder(np.array([0, 3, 3, 7, 10]), seed=5, window=2)
     assert order.at(1, np.arange(10)).tolist() == BLOCKS_FROZEN
     still = BlockOrder(np.array([0, 3, 7, 10]), window=2, shuffle=False)

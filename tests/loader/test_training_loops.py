@@ -1,7 +1,7 @@
-"""Which samples and views other people's training loops see, epoch after epoch and after a resume.
+"""Which samples and views training loops of other libraries see, epoch after epoch and after a resume.
 
-The reference is the loader told each epoch, iterated to its end. The loops take `len(loader)` batches and leave the
-iterator, as Lightning, the Trainer and every `next()` loop do.
+The reference is the loader with `set_epoch` called each epoch, iterated to its end. The loops take `len(loader)`
+batches and leave the iterator, as Lightning, the Trainer and every `next()` loop do.
 """
 
 import copy

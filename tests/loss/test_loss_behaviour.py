@@ -193,7 +193,7 @@ def test_masked_classes(impl: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_student_that_rules_out_what_the_teacher_believes_has_infinite_loss(impl: str) -> None:
+def test_a_student_without_mass_where_the_teacher_has_some_has_infinite_loss(impl: str) -> None:
     student_NC, teacher_NC, _ = batch(2, 4)
     with torch.no_grad():
         student_NC[0, 1] = -torch.inf

@@ -1,4 +1,4 @@
-"""What `test_loss_triton` runs in a process of its own: the Triton kernels, on a GPU or in Triton's interpreter."""
+"""Tests that `test_triton` runs in a process of its own: the Triton kernels, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch

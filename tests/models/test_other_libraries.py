@@ -178,7 +178,7 @@ def test_timm_teachers_have_heads_and_lower_precision(timm_network: tuple[str, n
         ("timm:resnet10t@nowhere.pt", "no such file"),
     ],
 )
-def test_timm_specs_that_cannot_be_meant(spec: str, message: str) -> None:
+def test_wrong_timm_specs_are_refused(spec: str, message: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(SpecError, match=message):
         load_teacher(spec)
@@ -436,20 +436,20 @@ def test_programs_of_any_batch_equal_their_network(tmp_path: Path, suffix: str, 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_programs_that_tell_their_preprocessing(tmp_path: Path, suffix: str) -> None:
-    told = Preprocessing(mean=MEAN, std=STD, resize=36, crop=32, interpolation="bicubic").to_dict()
+def test_programs_that_carry_their_preprocessing(tmp_path: Path, suffix: str) -> None:
+    expected = Preprocessing(mean=MEAN, std=STD, resize=36, crop=32, interpolation="bicubic").to_dict()
     path = tmp_path / f"net{suffix}"
     if suffix == ".pt2":
-        save_program(path, batch=4, extra_files={"preprocessing.json": json.dumps(told)})
+        save_program(path, batch=4, extra_files={"preprocessing.json": json.dumps(expected)})
         spec = f"{path}?trust=true"
     else:
         save_program(path, batch=4)
         onnx = pytest.importorskip("onnx")
         model = onnx.load(path)
-        model.metadata_props.add(key="preprocessing", value=json.dumps(told))
+        model.metadata_props.add(key="preprocessing", value=json.dumps(expected))
         onnx.save(model, path)
         spec = str(path)
-    assert load_teacher(spec).preprocessing.to_dict() == told
+    assert load_teacher(spec).preprocessing.to_dict() == expected
     joined = "&" if "?" in spec else "?"
     assert load_teacher(f"{spec}{joined}interpolation=bilinear").preprocessing.interpolation == "bilinear"
 

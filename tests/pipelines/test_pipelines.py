@@ -1,4 +1,4 @@
-"""The recipes in pipelines/ that train in other people's loops, run as a user runs them."""
+"""The recipes in pipelines/ that train in loops of other libraries, run as a user runs them."""
 
 import re
 import subprocess
@@ -48,8 +48,8 @@ def run(recipe: str, folder: Path, *arguments: object) -> str:
 def test_a_student_trains_in_lightning_and_is_a_spec(digits: Path) -> None:
     pytest.importorskip("lightning", reason="needs the extra 'lightning'")
     arguments = ("--student", "zoo:resnet8?resize=16&crop=16", "--out", "runs/lightning", "--batch-size", 50)
-    told = run("lightning_student.py", digits, *arguments, "--epochs", 4)
-    accuracy = float(re.search(r"accuracy ([0-9.]+), agreement", told)[1])  # type: ignore[index]
+    output = run("lightning_student.py", digits, *arguments, "--epochs", 4)
+    accuracy = float(re.search(r"accuracy ([0-9.]+), agreement", output)[1])  # type: ignore[index]
     assert accuracy > 0.8
     found = softlabel.evaluate(digits / "runs/lightning", digits / "digits.parquet", progress=False)
     assert found.accuracy == pytest.approx(accuracy, abs=1e-4)
@@ -59,6 +59,6 @@ def test_a_hugging_face_model_trains_in_its_trainer(digits: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra 'hf'")
     pytest.importorskip("datasets", reason="needs Hugging Face datasets")
     pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
-    told = run("hf_trainer.py", digits, "--out", "runs/vit", "--epochs", 12)
-    assert float(re.search(r"accuracy ([0-9.]+)", told)[1]) > 0.4  # type: ignore[index]
+    output = run("hf_trainer.py", digits, "--out", "runs/vit", "--epochs", 12)
+    assert float(re.search(r"accuracy ([0-9.]+)", output)[1]) > 0.4  # type: ignore[index]
     assert (digits / "runs/vit/model.safetensors").is_file()

@@ -72,11 +72,11 @@ def test_what_cannot_be_reached_is_not_damaged(
         monkeypatch.setattr(fsspec.filesystem("s3"), "retries", 1)
         for command in ("verify", "repair", "inspect"):
             assert main([command, url]) == 1
-            told = "".join(capsys.readouterr())
-            assert f"softlabel: {url}/manifest.json: cannot be read: " in told
-            assert "check endpoint, network and credentials" in told
+            output = "".join(capsys.readouterr())
+            assert f"softlabel: {url}/manifest.json: cannot be read: " in output
+            assert "check endpoint, network and credentials" in output
             for word in ("DAMAGED", f"damaged: {url}", "remove", "move it"):
-                assert word not in told
+                assert word not in output
 
 
 def test_a_missing_bucket_is_named(
@@ -87,10 +87,10 @@ def test_a_missing_bucket_is_named(
     given = ["--data", "data.parquet", "--teacher", write_teacher(tmp_path / "w.safetensors"), "--batch-size", "4"]
     with s3_server(monkeypatch):
         assert main(["generate", *given, "--out", "s3://nobody-made-this/labels"]) == 1
-    told = capsys.readouterr().err
-    assert "s3://nobody-made-this/labels: cannot write: " in told
-    assert "make the folder or bucket first" in told
-    assert "make room" not in told
+    output = capsys.readouterr().err
+    assert "s3://nobody-made-this/labels: cannot write: " in output
+    assert "make the folder or bucket first" in output
+    assert "make room" not in output
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,4 +1,4 @@
-"""A Dask cluster of real processes for the tests, and teachers that do to their process what clusters do.
+"""A Dask cluster of real processes for the tests, and teachers whose process fails as those of clusters do.
 
 Legend: B batch, C classes.
 """
@@ -27,15 +27,15 @@ from tests.support.datasets import make_jpeg, write_parquet
 from tests.support.shared_data import ROOT
 
 CLASSES = 4
-WHITE = 250  # mean of an image that means harm
+WHITE = 250  # mean of an image that makes a teacher fail
 
 
 class Teacher(nn.Module):
-    """Four numbers that depend on the image, and harm where an image is white.
+    """Four numbers that depend on the image, and a failure where an image is white.
 
     Args:
         harm: ``kill`` ends the process by SIGKILL, ``once`` the first `times` ones that see the image, ``hang`` sleeps
-            for ever, ``memory`` takes a gigabyte for two seconds, ``noise`` answers otherwise in every process,
+            without end, ``memory`` takes a gigabyte for two seconds, ``noise`` answers otherwise in every process,
             ``break`` the first process that sees the image can do nothing any more, as after an error of its device.
         marks: folder in which a process leaves a file for what it did, and in which threads.
         seconds: that every batch takes.
@@ -95,8 +95,8 @@ class Teacher(nn.Module):
 
 def make_teacher_spec(**options: object) -> str:
     """SPEC of `Teacher`; its images are taken as they are, values in [0, 1]."""
-    told = "".join(f"&{name}={value}" for name, value in options.items())
-    return f"python:tests.support.clusters:Teacher?mean=0,0,0&std=1,1,1&resize=32&crop=32{told}"
+    query = "".join(f"&{name}={value}" for name, value in options.items())
+    return f"python:tests.support.clusters:Teacher?mean=0,0,0&std=1,1,1&resize=32&crop=32{query}"
 
 
 def write_jpeg_dataset(path: Path, rows: int, white: Sequence[int] = ()) -> Path:

@@ -46,7 +46,7 @@ def isolate_command_line(folder: Path) -> Iterator[tuple[io.TextIOWrapper, io.Te
             warnings.catch_warnings(),
             torch.random.fork_rng(devices=[]),
         ):
-            warnings.showwarning = lambda *told, **_: err.write(warnings.formatwarning(*told[:4]))
+            warnings.showwarning = lambda *warning, **_: err.write(warnings.formatwarning(*warning[:4]))
             sys.path.insert(0, str(folder))
             importlib.invalidate_caches()
             yield out, err
@@ -71,8 +71,8 @@ def run_in_process(
         except SystemExit as left:
             ended = left.code
     code = ended if isinstance(ended, int) else int(ended is not None)
-    printed, told = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
-    return subprocess.CompletedProcess(arguments, code, printed, told)
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(arguments, code, stdout, stderr)
 
 
 def run_softlabel(

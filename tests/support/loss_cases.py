@@ -162,7 +162,7 @@ def compare_with_reference(case: Case, impl: str, *, upstream: float = 1.0, devi
     found = distillation_loss(student_NC, place[1], place[2], weight=place[3], soft_mask=place[4], impl=impl, **options)
     assert found.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
     assert found.shape == expected.shape
-    # Triton takes its scalars (temperature, smoothing) in float32, which float64 logits can tell.
+    # Triton takes its scalars (temperature, smoothing) in float32, which shows with float64 logits.
     rounded = 1e-6 if impl == "triton" else 0.0
     value_bound = max(VALUE_TOLERANCE[case.dtype], rounded)
     torch.testing.assert_close(found.double().cpu(), expected.detach(), rtol=value_bound, atol=value_bound)

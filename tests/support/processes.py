@@ -32,7 +32,7 @@ def _begin(out: str, err: str, target: Callable[..., Any], arguments: tuple[Any,
         os.close(file)
     os.environ.update(make_environment())
     torch.set_num_threads(1)
-    # Whoever runs the tests in the background ignores Ctrl-C, and children inherit that.
+    # Tests that run in the background ignore Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = target(*arguments)
     sys.exit(code if isinstance(code, int) else 0)
@@ -72,10 +72,10 @@ class Process:
     def communicate(self) -> tuple[str, str]:
         """Wait for its end; what it printed on standard output and on standard error."""
         self._process.join()
-        printed, told = (file.read_text() for file in self._files)
+        stdout, stderr = (file.read_text() for file in self._files)
         for file in self._files:
             file.unlink()
-        return printed, told
+        return stdout, stderr
 
 
 def start_softlabel(*arguments: object) -> Process:

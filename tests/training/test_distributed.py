@@ -62,15 +62,15 @@ def run(given: dict[str, object], ranks: int, log: Path) -> None:
 
 
 def run_forked(given: dict[str, object], ranks: int, port: int) -> None:
-    """As `run`, with what torchrun tells its processes, but without its time to start them."""
-    told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [Process(rank_main, given, {**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
+    """As `run`, in forked processes with the variables that torchrun sets, which start sooner."""
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [Process(rank_main, given, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
     errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, errors
 
 
-def rank_main(given: dict[str, object], told: dict[str, object]) -> None:
-    os.environ.update({name: str(value) for name, value in told.items()})
+def rank_main(given: dict[str, object], environment: dict[str, object]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
     train(TrainConfig(**given))  # type: ignore[arg-type]
 
 

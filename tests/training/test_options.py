@@ -114,7 +114,7 @@ def test_mixup_mixes_by_its_formula(digits: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(read_weights(tmp_path / "alone")[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_the_teacher_is_heard_while_training(digits: Path, tmp_path: Path) -> None:
+def test_the_teacher_is_measured_while_training(digits: Path, tmp_path: Path) -> None:
     rest = {"student": SMOOTH, "batch_size": 40, "augment": "none", "lr": 0.0}
     result = train(make_config(digits, tmp_path / "run", **rest))
     found = open_store(digits / "store").take(np.arange(ROWS))
@@ -129,7 +129,9 @@ def test_the_teacher_is_heard_while_training(digits: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("encoding", "says"), [("topk", "largest classes"), ("sampled", "drawn from the teacher")])
-def test_what_a_store_cannot_tell_is_said(digits: Path, tmp_path: Path, encoding: str, says: str) -> None:
+def test_measures_that_an_encoding_cannot_give_are_named(
+    digits: Path, tmp_path: Path, encoding: str, says: str
+) -> None:
     options = {"topk": ["--top-k", 3], "sampled": ["--samples", 8]}[encoding]
     run_softlabel("convert", digits / "store", tmp_path / "store", "--encoding", encoding, *options)
     result = train(make_config(digits, tmp_path / "run", labels=tmp_path / "store", student=SMOOTH))
@@ -290,6 +292,6 @@ def test_a_finished_run_is_lengthened_as_the_message_says(digits: Path, tmp_path
 
 def test_an_epoch_is_one_line_where_standard_error_is_no_terminal(digits: Path, tmp_path: Path) -> None:
     data = ["--data", digits / "data.parquet", "--student", SMOOTH, "--device", "cpu", "--tensorboard=false"]
-    told = run_softlabel("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
-    lines = [line.split()[:2] for line in told.splitlines() if line.startswith("epoch ")]
+    output = run_softlabel("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
+    lines = [line.split()[:2] for line in output.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2

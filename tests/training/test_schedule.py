@@ -39,7 +39,7 @@ def test_step_equals_multi_step() -> None:
 def test_one_cycle_equals_torch_s() -> None:
     config = given(schedule="one-cycle", epochs=5)
     expected = rates(OneCycleLR(optimizer(0.2), 0.2, total_steps=51), 50)
-    # torch's last step is one that nobody makes; with one step more both are the same curve.
+    # torch's last step is never taken; with one step more both are the same curve.
     config_51 = [learning_rate(config, 0.2, step, 51 / 5) for step in range(50)]  # type: ignore[arg-type]
     assert config_51 == pytest.approx(expected, rel=1e-9)
 

@@ -58,7 +58,7 @@ def test_every_crop_is_as_likely() -> None:
     assert stats.chisquare(np.bincount(cells, minlength=9 * 9 * 2)).pvalue > 1e-5
 
 
-def test_the_parameters_are_the_same_for_ever() -> None:
+def test_the_parameters_are_pinned() -> None:
     # Written down: views that a store replays must outlive versions of this package.
     crops = CropFlip().crops(["train/1.jpg", "train/2.jpg", "ü"], seed=1, view=2)
     assert (crops.top.tolist(), crops.left.tolist(), crops.flip.tolist()) == FROZEN

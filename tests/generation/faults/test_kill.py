@@ -78,7 +78,7 @@ def test_killed_ten_times(tmp_path: Path) -> None:
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    """The one that comes second is told so, in one line; what the first makes is a store like any other."""
+    """The second one ends with one line that says so; the store of the first is complete."""
     data = write_dataset(tmp_path / "data.parquet", 600)
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     store, whole = tmp_path / "store", tmp_path / "whole"

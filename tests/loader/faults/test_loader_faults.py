@@ -70,7 +70,7 @@ def test_a_worker_that_is_killed_is_named_and_the_run_resumes(store: Path, strea
     with pytest.raises(DataError, match=r"Images: a loader process died .*is there memory for so many workers\?"):
         train()
     assert len(seen) < ROWS
-    assert set(children()) <= before  # nobody is left behind
+    assert set(children()) <= before  # no process is left
     state = broken.state_dict()
     resumed = loader(store, streaming=streaming, workers=1)
     resumed.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Damage and hostility: one flipped bit, cut files, files that lie. Always a clear error, never wrong values."""
+"""Damaged and forged stores: one flipped bit, cut files, false records. Always a clear error, never wrong values."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def test_verified_once_until_a_file_changes(tmp_path: Path, format: str, monkeyp
         raw = bytearray(whole)
         raw[len(raw) // 3] ^= 4
         (root / name).write_bytes(raw)
-        os.utime(root / name, ns=times)  # somebody hides the time of the change
+        os.utime(root / name, ns=times)  # the change leaves no trace in its time
         for verify in ("once", "full", "once"):
             with pytest.raises(StoreError, match=name.split("-")[0]):
                 open_store(root, verify=verify)

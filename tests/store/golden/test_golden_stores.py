@@ -1,4 +1,4 @@
-"""Stores that were written once, by the first version of the format, stay readable for ever."""
+"""Stores that the first version of the format wrote stay readable."""
 
 import json
 from pathlib import Path

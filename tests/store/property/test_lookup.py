@@ -48,7 +48,7 @@ def test_lookup_is_a_dictionary(stored: tuple[Store, list[str], list[dict[str, i
                 asked = [key for key in asked if key in rows[0]] or asked
     view = data.draw(st.integers(0, VIEWS - 1))
     if data.draw(st.booleans()):
-        store.close()  # forgets the index
+        store.close()  # drops the index
     found = store.lookup(asked, view=view, missing="mask")
     assert found.dtype == np.int64
     assert found.tolist() == [rows[view].get(key, -1) for key in asked]

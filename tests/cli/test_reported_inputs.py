@@ -1,4 +1,4 @@
-"""Inputs and habits that users of such tools have reported in public: what each must come to, one entry a report.
+"""Inputs that users of such tools have reported in public, and the result that each must have: one entry a report.
 
 A new report is one more `Case` in the table of its kind. `make` writes the files into an empty folder, which is also
 the working folder, and returns the command line; the command runs in this process, as `softlabel` would.
@@ -722,14 +722,14 @@ def test_chinese_class_names_where_the_locale_is_ascii(tmp_path: Path) -> None:
     done = subprocess.run(
         command, cwd=tmp_path, env={**make_environment(), **ascii_only}, capture_output=True, check=False
     )
-    printed, told = done.stdout.decode(), done.stderr.decode()
-    assert "classes    2: \\u72d7, \\u732b" in printed, told
-    assert printed.splitlines()[-1] == "[1, 2]", told
+    stdout, stderr = done.stdout.decode(), done.stderr.decode()
+    assert "classes    2: \\u72d7, \\u732b" in stdout, stderr
+    assert stdout.splitlines()[-1] == "[1, 2]", stderr
     assert re.search(
-        "d: a file name is not valid Unicode: .*; the locale reads names as ascii: start with PYTHONU", told
+        "d: a file name is not valid Unicode: .*; the locale reads names as ascii: start with PYTHONU", stderr
     )
-    assert re.search("expected names in the encoding of the locale, ascii, found: .* start with PYTHONUTF8=1", told)
-    assert "Traceback" not in told
+    assert re.search("expected names in the encoding of the locale, ascii, found: .* start with PYTHONUTF8=1", stderr)
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("case", [*DATA, *TEACHERS, *STORES, *COMMANDS], ids=str)
@@ -759,7 +759,7 @@ def test_input(
 
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
-    """Make a folder read-only for whoever runs the tests, root too."""
+    """Make a folder read-only for the user who runs the tests, also for root."""
     mounted: list[Path] = []
 
     def protect(folder: Path) -> None:
@@ -810,8 +810,8 @@ def test_what_is_finished_needs_nothing_written(
     write_dataset(tmp_path / "grown.parquet", 12)
     for other in ([*generate, "--grow", "--data", "grown.parquet"], [*given, "--out", "made/new"]):
         assert main(other) == 1
-        told = capsys.readouterr().err
-        assert "Read-only file system; what was finished is kept: get the right to write there" in told
+        error = capsys.readouterr().err
+        assert "Read-only file system; what was finished is kept: get the right to write there" in error
 
 
 def test_the_folder_of_an_export_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,7 +832,7 @@ def test_the_folder_of_an_export_is_a_table(tmp_path: Path, monkeypatch: pytest.
     assert said["options"] == {"store": "labels", "out": "exported", "to": "hf"}
 
 
-def test_an_address_that_is_no_scheduler_s(
+def test_an_address_without_a_scheduler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dask = pytest.importorskip("dask")
@@ -846,6 +846,6 @@ def test_an_address_that_is_no_scheduler_s(
             given = ["--batch-size", "8", "--scheduler", address]
             assert main([*map(str, beside_images(weights())(tmp_path)), *given]) == 2
         server.shutdown()
-    told = capsys.readouterr().err
-    assert f"--scheduler {address}: expected a Dask scheduler there, found no" in told
-    assert "8787 is that of its dashboard" in told
+    error = capsys.readouterr().err
+    assert f"--scheduler {address}: expected a Dask scheduler there, found no" in error
+    assert "8787 is that of its dashboard" in error

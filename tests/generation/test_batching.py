@@ -153,7 +153,7 @@ def limited(limit: int = LIMIT, how: str = "device") -> Limited:
 def test_out_of_memory_halves_the_batch_and_says_so(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    teacher = [f"python:tests.generation.test_engine:limited?how={how}"]
+    teacher = [f"python:tests.generation.test_batching:limited?how={how}"]
     expected = labels(images, tmp_path / "fits", teacher, batch_size=LIMIT)
     with caplog.at_level(logging.INFO, "softlabel"):
         found = labels(images, tmp_path / "halved", teacher, batch_size=64, shard_rows=40)
@@ -164,13 +164,13 @@ def test_out_of_memory_halves_the_batch_and_says_so(
 
 def test_one_image_that_does_not_fit_ends_the_run(images: Path, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="out of memory with a single image"):
-        labels(images, tmp_path / "store", ["python:tests.generation.test_engine:limited?limit=0"], batch_size=4)
+        labels(images, tmp_path / "store", ["python:tests.generation.test_batching:limited?limit=0"], batch_size=4)
 
 
 def test_the_batch_size_that_is_found_fits_and_is_recorded(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    teacher = ["python:tests.generation.test_engine:limited"]
+    teacher = ["python:tests.generation.test_batching:limited"]
     with caplog.at_level(logging.INFO, "softlabel"):
         labels(images, tmp_path / "store", teacher, batch_size="auto")
     with softlabel.open_store(tmp_path / "store") as store:

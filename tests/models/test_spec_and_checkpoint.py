@@ -74,7 +74,7 @@ def test_text_is_read_back_as_it_was(kind: str, name: str, checkpoint: str | Non
 @pytest.mark.parametrize(
     "text", ["", "resnet20", "zoo:", "zoo:resnet8@", "keras:resnet50", "zoo:a?b", "zoo:a?b=1&b=2", "zoo:a?=1"]
 )
-def test_specs_that_cannot_be_meant(text: str) -> None:
+def test_wrong_specs_are_refused(text: str) -> None:
     with pytest.raises(SpecError):
         parse_spec(text)
 
@@ -387,7 +387,7 @@ def test_sha256_is_of_the_weights_and_nothing_else(student: nn.Module, tmp_path:
     assert weights_sha256(student) != before
 
 
-def test_sha256_knows_dtypes_and_names() -> None:
+def test_sha256_depends_on_dtypes_and_names() -> None:
     class One(nn.Module):
         def __init__(self, name: str, value: Tensor) -> None:
             super().__init__()

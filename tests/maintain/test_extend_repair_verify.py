@@ -246,10 +246,10 @@ def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Pat
 def test_verify_compares_with_data_and_teachers(ready: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     generate(ready, store, 0)
-    told = run_softlabel("verify", store, "--recompute", 25, "--data", ready / "data.parquet").stdout
-    assert "25 rows recomputed" in told
-    assert "top-1 differs in 0.0000%" in told
-    worst = float(told.split(" at worst")[0].split()[-1])
+    output = run_softlabel("verify", store, "--recompute", 25, "--data", ready / "data.parquet").stdout
+    assert "25 rows recomputed" in output
+    assert "top-1 differs in 0.0000%" in output
+    worst = float(output.split(" at worst")[0].split()[-1])
     assert worst < 5e-3
     images = [make_jpeg(n) for n in range(ROWS)]
     images[7] = make_jpeg(12345)
@@ -280,11 +280,11 @@ def test_a_derived_store_takes_no_teachers(ready: Path, tmp_path: Path) -> None:
 
 def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_path: Path) -> None:
     options = ["--data", ready / "data.parquet", "--teacher", spec(ready, 0), "--seconds", 0.1, "--batch-size", 16]
-    told = run_softlabel("plan", *options, cwd=tmp_path).stdout
+    output = run_softlabel("plan", *options, cwd=tmp_path).stdout
     assert not list(tmp_path.iterdir())
-    lines = {line.split()[0]: line.split() for line in told.splitlines() if line and line[0].isalpha()}
-    assert f"{ROWS} images" in told
-    assert "images/s" in told
+    lines = {line.split()[0]: line.split() for line in output.splitlines() if line and line[0].isalpha()}
+    assert f"{ROWS} images" in output
+    assert "images/s" in output
     # Four classes: float16 takes 8 bytes; a head of width 64 in float16 takes 128.
     assert lines["float32"][1] == "16"
     assert lines["float16"][1] == "8"
