@@ -34,6 +34,7 @@ MAY_IMPORT = {
     # A store that was made from other stores is repaired from those.
     "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),
     "training": (f"{LABELS} loss loader evaluation", "torch numpy safetensors tqdm yaml tensorboard wandb mlflow"),
+    "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash"),
     "cli": ("*", "jsonargparse docstring_parser yaml tqdm"),
     "__main__": ("cli", ""),
     "__init__": ("*", ""),
@@ -93,6 +94,7 @@ def test_imports_follow_the_table(name: str) -> None:
         inner = rest.split(".")[0]
         if first == "softlabel":
             assert inner in {"", package, *ours} or "*" in ours, f"{name} imports {imported}"
+            assert inner != "testing" or package == "testing", f"{name} imports {imported}, which needs pytest"
             reason = MAY_WAIT.get(package) or MAY_WAIT.get(str(file.relative_to(PACKAGE)))
             assert not waits or reason, f"{name} imports {imported} inside a function"
         elif first not in sys.stdlib_module_names:
@@ -167,7 +169,18 @@ def run_python(code: str) -> str:
 
 
 def test_import_is_light() -> None:
-    heavy = "{'dask', 'triton', 'h5py', 'matplotlib', 'torchvision', 'timm', 'transformers', 'onnx', 'onnxruntime'}"
+    heavy = {
+        "dask",
+        "triton",
+        "h5py",
+        "matplotlib",
+        "torchvision",
+        "timm",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "pytest",
+    }
     assert run_python(f"import softlabel, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 

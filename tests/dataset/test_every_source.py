@@ -2,12 +2,10 @@
 
 import csv
 import io
-import multiprocessing
-import pickle
 import tarfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-import xxhash
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError
 from softlabel.inputs.base import IGNORE
-from softlabel.inputs.content import content_hash
-from softlabel.inputs.image_decode import decode_hashed, decode_image
+from softlabel.testing import ExpectedSample, SourceTests
+from softlabel.testing.source import check_samples, hash_keys
 from tests.support.datasets import add_tar_member
 from tests.support.s3 import serve_s3
 
@@ -200,118 +195,72 @@ def s3() -> Iterator[str]:
     yield from serve_s3()
 
 
-PLACES = [
-    *(pytest.param(case, "local", id=name) for name, case in LOCAL.items()),
-    *(pytest.param(case, "memory", id=f"memory-{name}") for name, case in REMOTE.items()),
-    *(pytest.param(case, "s3", id=f"s3-{name}") for name, case in REMOTE.items()),
-    pytest.param(Case(lambda root: Mapped(), has_bytes=False), "dataset", id="dataset"),
-]
+class NamedSourceTests(SourceTests):
+    """The contract of a source that a SPEC names; a subclass says where, by its fixture `where`."""
 
+    @pytest.fixture
+    def expected(self, case: Case) -> list[ExpectedSample]:
+        return expect(case)
 
-def written(case: Case, place: str, request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
-    if place == "memory":
-        return case.write(f"memory://{uuid.uuid4().hex}/ö"), {}  # type: ignore[arg-type]
-    if place == "s3":
-        return case.write(f"{request.getfixturevalue('s3')}/{uuid.uuid4().hex}/ö"), {}  # type: ignore[arg-type]
-    where = case.write(request.getfixturevalue("tmp_path"))
-    return where, {"key_fn": name_of} if place == "dataset" else {}
+    @pytest.fixture
+    def make_source(self, where: Any) -> Callable[[], Source]:
+        return lambda: open_source(where)
 
-
-def fingerprint(keys: list[str]) -> str:
-    return xxhash.xxh3_128_hexdigest(b"".join(len(k.encode()).to_bytes(4, "little") + k.encode() for k in keys))
-
-
-class Reading:
-    """A map-style dataset over a source, for worker processes."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[str, int, torch.Tensor]:
-        (sample,) = self.source.read([index])
-        return sample.key, sample.label, decode_image(sample.image)
-
-
-@pytest.mark.parametrize(("case", "place"), PLACES)
-def test_every_source_keeps_the_contract(case: Case, place: str, request: pytest.FixtureRequest) -> None:
-    where, options = written(case, place, request)
-    source = open_source(where, **options)
-    keys = case.keys
-    assert (len(source), source.has_labels, source.keys()) == (N, True, keys)
-    assert source.labels().dtype == np.int64
-    assert source.labels().tolist() == LABELS
-    assert source.fingerprint() == fingerprint(keys)
-    assert source.key_table().to_list() == keys
-    for start, stop in [(0, 0), (0, 5), (4, 11), (8, 10), (9, 10), (22, 23), (20, 99), (N, None), (7, None)]:
-        assert source.keys(start, stop) == source.key_table(start, stop).to_list() == keys[start:stop]
-        assert source.labels(start, stop).tolist() == LABELS[start:stop]
-
-    def check(source: Source, indices: list[int], *, labelled: bool = True, shift: int = 0) -> None:
-        samples = source.read(indices)
-        assert len(samples) == len(indices)
-        for sample, index in zip(samples, [index + shift for index in indices], strict=True):
-            assert (sample.key, sample.label) == (keys[index], LABELS[index] if labelled else IGNORE)
-            np.testing.assert_array_equal(decode_image(sample.image).permute(1, 2, 0).numpy(), PIXELS[index])
-            if case.has_bytes:
-                expected = xxhash.xxh3_64_intdigest(BYTES[index])
-            else:
-                shape = "x".join(map(str, PIXELS[index].shape))
-                expected = xxhash.xxh3_64_intdigest(
-                    PIXELS[index].tobytes(), xxhash.xxh3_64_intdigest(f"|u1 {shape}".encode())
-                )
-                expected = expected >> 16 << 16 | 0x7870
-            assert content_hash(sample.image) == expected
-            assert decode_hashed(sample.image)[1] == expected
-
-    for indices in ([], [3], list(range(N)), [22, 0, 9, 8, 10, 9, 9, 1], list(range(7, 12))):
-        check(source, indices)
-    check(pickle.loads(pickle.dumps(source)), [21, 2, 9])
-    part = open_source(f"{where}{'&' if '?' in str(where) else '?'}rows=8:11") if place != "dataset" else None
-    if part is not None:
-        assert (len(part), part.keys(), part.labels().tolist()) == (3, keys[8:11], LABELS[8:11])
-        assert part.fingerprint() == fingerprint(keys[8:11])
-        check(part, [2, 0, 1], shift=8)
+    def test_rows_of_it(self, where: Any, expected: list[ExpectedSample]) -> None:
+        part = open_source(f"{where}{'&' if '?' in str(where) else '?'}rows=8:11")
+        assert (len(part), part.keys()) == (3, [one.key for one in expected[8:11]])
+        assert part.labels().tolist() == LABELS[8:11]
+        assert part.fingerprint() == hash_keys(part.keys())
+        check_samples(part.read([2, 0, 1]), [expected[10], expected[8], expected[9]])
         assert [start for start, _ in part.blocks()][:1] == [0]
         assert part.blocks()[-1][1] == 3
-    plain = open_source(where, ignore_labels=True, **options)
-    assert not plain.has_labels
-    assert plain.class_names is None
-    assert plain.labels().tolist() == [IGNORE] * N
-    check(plain, [0, 20], labelled=False)
+
+    def test_opened_without_labels(self, where: Any, expected: list[ExpectedSample]) -> None:
+        plain = open_source(where, ignore_labels=True)
+        assert (plain.has_labels, plain.class_names, plain.labels().tolist()) == (False, None, [IGNORE] * N)
+        check_samples(plain.read([0, 20]), [replace(expected[index], label=IGNORE) for index in (0, 20)])
 
 
-@pytest.mark.parametrize(("case", "place"), PLACES)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_read_in_worker_processes(case: Case, place: str, workers: int, request: pytest.FixtureRequest) -> None:
-    where, options = written(case, place, request)
-    source = open_source(where, **options)
-    source.read([0, 13])  # what is open now must not be used by the children
-    found = list(DataLoader(Reading(source), batch_size=None, num_workers=workers, multiprocessing_context=None))  # type: ignore[arg-type]
-    assert [key for key, _, _ in found] == case.keys
-    assert [label for _, label, _ in found] == LABELS
-    for (_, _, image_CHW), pixels_HWC in zip(found, PIXELS, strict=True):
-        np.testing.assert_array_equal(image_CHW.permute(1, 2, 0).numpy(), pixels_HWC)
-    source.read([22])
+class TestLocalSources(NamedSourceTests):
+    @pytest.fixture(params=LOCAL.values(), ids=LOCAL.keys())
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        return request.param
+
+    @pytest.fixture
+    def where(self, case: Case, tmp_path: Path) -> Any:
+        return case.write(tmp_path)
 
 
-def keys_and_sums(source: Source) -> list[tuple[str, int]]:
-    return [(sample.key, int(decode_image(sample.image).sum())) for sample in source.read(range(N))]
+class TestRemoteSources(NamedSourceTests):
+    # What another process has in memory, and the port of a server that starts after it, are out of its reach.
+    test_a_process_that_inherits_nothing_reads_it = None
+
+    @pytest.fixture(params=REMOTE.values(), ids=REMOTE.keys())
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        return request.param
+
+    @pytest.fixture(params=["memory", "s3"])
+    def where(self, case: Case, request: pytest.FixtureRequest) -> Any:
+        bucket = request.getfixturevalue("s3") if request.param == "s3" else "memory:/"
+        return case.write(f"{bucket}/{uuid.uuid4().hex}/ö")  # type: ignore[arg-type]
 
 
-def test_read_in_a_process_that_inherits_nothing(tmp_path: Path) -> None:
-    sources = []
-    for name, case in LOCAL.items():
-        (tmp_path / name).mkdir()
-        source = open_source(case.write(tmp_path / name))
-        source.read([1])
-        sources.append(source)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.map(keys_and_sums, sources)
-    for name, one in zip(LOCAL, found, strict=True):
-        assert one == list(zip(LOCAL[name].keys, PIXELS.sum(axis=(1, 2, 3)).tolist(), strict=True)), name
+class TestDatasetSource(SourceTests):
+    @pytest.fixture
+    def expected(self) -> list[ExpectedSample]:
+        return expect(Case(folder, has_bytes=False))
+
+    @pytest.fixture
+    def make_source(self) -> Callable[[], Source]:
+        return lambda: open_source(Mapped(), key_fn=name_of)
+
+
+def expect(case: Case) -> list[ExpectedSample]:
+    encoded = BYTES if case.has_bytes else [None] * N
+    return [
+        ExpectedSample(key=key, label=label, pixels=pixels, encoded=data)
+        for key, label, pixels, data in zip(case.keys, LABELS, PIXELS, encoded, strict=True)
+    ]
 
 
 def test_blocks_are_what_the_container_has(tmp_path: Path) -> None:
@@ -363,7 +312,7 @@ def test_two_samples_of_one_key_are_refused(write: Callable[[Path], Any], tmp_pa
 @pytest.mark.parametrize("write", [twice_parquet, twice_tar, twice_tars, twice_list, twice_npy])
 def test_trusted_keys_are_read_for_a_part_alone(write: Callable[[Path], Any], tmp_path: Path) -> None:
     source = open_source(write(tmp_path), check_keys=False)
-    assert source.digest(1, 3) == fingerprint(source.keys(1, 3))
+    assert source.digest(1, 3) == hash_keys(source.keys(1, 3))
     assert source.digest(1, 3) != source.digest(0, 2)
     with pytest.raises(DataError, match="found more than once"):
         source.fingerprint()
@@ -389,4 +338,4 @@ def test_a_source_without_samples(write: Callable[[Path], Any], tmp_path: Path) 
     source = open_source(write(tmp_path))
     assert (len(source), source.keys(), source.read([]), source.has_labels) == (0, [], [], False)
     assert source.blocks() == []
-    assert source.fingerprint() == fingerprint([])
+    assert source.fingerprint() == hash_keys([])

@@ -1,0 +1,13 @@
+"""Contract tests for sources that others write: subclass them in a test module, with pytest installed.
+
+No other package of softlabel imports this one.
+"""
+
+import pytest
+
+# Before the modules are imported, so that a failed assert in them shows its values.
+pytest.register_assert_rewrite("softlabel.testing.source")
+
+from softlabel.testing.source import ExpectedSample, SourceTests  # noqa: E402
+
+__all__ = ["ExpectedSample", "SourceTests"]
