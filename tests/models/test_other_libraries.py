@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -397,18 +398,33 @@ def small() -> nn.Module:
     return randomise(Small())
 
 
-def save_program(path: Path, *, batch: int | tuple[int, int | None], training: bool = False, **options: Any) -> str:
-    """A .pt2 or .onnx file of `small()` at 32 x 32, of one batch size or of a range of them."""
-    model = small().train(training)
+Batch = int | tuple[int, int | None]
+
+
+def make_inputs(batch: Batch) -> tuple[Tensor, dict[str, Any] | None]:
+    """An example for an export, and the sizes of batch that the program takes."""
     images = torch.zeros(batch if isinstance(batch, int) else 4, 3, 32, 32)
-    shapes = None if isinstance(batch, int) else {"x": {0: torch.export.Dim("b", min=batch[0], max=batch[1])}}
+    return images, None if isinstance(batch, int) else {"x": {0: torch.export.Dim("b", min=batch[0], max=batch[1])}}
+
+
+@cache
+def export_onnx(batch: Batch) -> bytes:
+    """`small()` as ONNX, which takes torch seconds."""
+    images, shapes = make_inputs(batch)
+    program = torch.onnx.export(small().eval(), (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def save_program(path: Path, *, batch: Batch, training: bool = False, **options: Any) -> str:
+    """A .pt2 or .onnx file of `small()` at 32 x 32, of one batch size or of a range of them."""
     if path.suffix == ".pt2":
-        torch.export.save(torch.export.export(model, (images,), dynamic_shapes=shapes), path, **options)
+        images, shapes = make_inputs(batch)
+        program = torch.export.export(small().train(training), (images,), dynamic_shapes=shapes)
+        torch.export.save(program, path, **options)
         return f"{path}?trust=true&{STATED}"
     pytest.importorskip("onnxruntime")
-    program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert program is not None
-    program.save(path, **options)
+    path.write_bytes(export_onnx(batch))
     return f"{path}?{STATED}"
 
 
