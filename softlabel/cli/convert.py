@@ -15,30 +15,32 @@ def combine(
     *,
     weights: list[float] | None = None,
     members: list[str] | None = None,
-    rule: Literal["logits", "probs"] | None = None,
+    combine: Literal["logits", "probs"] | None = None,
     temperature: float | None = None,
 ) -> int:
-    """Mix the members of a store that kept them, or change its temperature, without running a teacher.
+    """Combine the members of a store that kept them, or change its temperature, without running a teacher.
 
     A store that keeps no members can only change its temperature, where that is exact. The same command again resumes
     what was interrupted.
 
     Example:
-        softlabel combine labels/three labels/mixed --weights 0.5 0.3 0.2 --rule probs --temperature 2
+        softlabel combine labels/three labels/mixed --weights 0.5 0.3 0.2 --combine probs --temperature 2
 
     Args:
         store: folder of the store.
         out: folder of the new one.
         weights: one number a chosen member, normalised to sum 1; equal when absent.
-        members: numbers (from 1, as inspect lists them) or SPECs of those to mix; all when absent.
-        rule: mean of the logits (when absent), or of the softmax at the temperature.
+        members: numbers (from 1, as inspect lists them) or SPECs of those to combine; all when absent.
+        combine: mean of the logits (when absent), or of the softmax at the temperature.
         temperature: of the new store; the store's when absent.
     """
     options = dict(locals())
     from softlabel.convert import combine_store
 
     return _tell(
-        combine_store(store, out, weights=weights, members=members, rule=rule, temperature=temperature, options=options)
+        combine_store(
+            store, out, weights=weights, members=members, combine=combine, temperature=temperature, options=options
+        )
     )
 
 

@@ -78,7 +78,7 @@ def verify(
     recompute: int = 0,
     data: str | None = None,
     teacher: list[str] | None = None,
-    workers: int | None = None,
+    threads: int | None = None,
     device: str = "auto",
 ) -> int:
     """Check every byte of a store: file hashes, rows, keys, ranges, finite values, manifest.
@@ -93,7 +93,7 @@ def verify(
         recompute: run the teachers again on this many rows and report how far the stored labels are from theirs.
         data: check that the store covers this SOURCE, and the content hashes of its images.
         teacher: the SPECs for --recompute, where the weights are not at the recorded places any more.
-        workers: threads; one a core when absent.
+        threads: that check; one a core when absent.
         device: auto, cpu, cuda or cuda:N.
     """
     import time
@@ -102,8 +102,8 @@ def verify(
 
     from softlabel.store.verify import verify_store
 
-    if recompute < 0 or (workers is not None and workers < 1):
-        raise UsageError("recompute and workers: expected at least 0 rows and 1 thread")
+    if recompute < 0 or (threads is not None and threads < 1):
+        raise UsageError("recompute and threads: expected at least 0 rows and 1 thread")
     started = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, desc="verifying", disable=None, leave=False) as bar:
 
@@ -111,7 +111,7 @@ def verify(
             bar.total = total
             bar.update(done - bar.n)
 
-        report = verify_store(store, workers=workers, progress=progress)
+        report = verify_store(store, threads=threads, progress=progress)
     seconds = time.perf_counter() - started
     if not report.ok:
         for problem in report.problems:

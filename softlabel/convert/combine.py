@@ -1,4 +1,4 @@
-"""Members -> one mixed store, and one temperature -> another.
+"""Members -> one combined store, and one temperature -> another.
 
 Legend: B rows, C classes, M members, K kept classes.
 """
@@ -32,12 +32,12 @@ def combine_store(
     *,
     weights: Sequence[float] | None = None,
     members: Sequence[int | str] | None = None,
-    rule: Literal["probs", "logits"] | None = None,
+    combine: Literal["probs", "logits"] | None = None,
     temperature: float | None = None,
     progress: bool | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
-    """Mix the members of a store that kept them, or change the temperature of one that did not, without a teacher.
+    """Combine the members of a store that kept them, or change the temperature of one that did not, without a teacher.
 
     The result is the store that `generate` would have written with these members, weights, rule and temperature, within
     what the kept store's encoding costs. The same call again resumes what was interrupted.
@@ -47,7 +47,7 @@ def combine_store(
         out: folder of the new one.
         weights: one number for each chosen member, normalised to sum 1; equal when absent.
         members: the chosen ones, by number (from 1, as `softlabel inspect` lists them) or by SPEC; all when absent.
-        rule: ``logits`` averages logits (the default), ``probs`` the softmax at `temperature`.
+        combine: ``logits`` averages logits (the default), ``probs`` the softmax at `temperature`.
         temperature: of the new store; the store's own when absent.
         progress: show a bar; absent: if standard error is a terminal.
         options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
@@ -62,19 +62,19 @@ def combine_store(
     wanted = run.temperature if temperature is None else float(temperature)
     if not 0 < wanted < float("inf"):
         raise UsageError(f"temperature: expected a number above 0, found {temperature}")
-    if rule not in (None, "logits", "probs"):
-        raise UsageError(f"rule: expected 'logits' or 'probs', found {rule!r}")
+    if combine not in (None, "logits", "probs"):
+        raise UsageError(f"combine: expected 'logits' or 'probs', found {combine!r}")
     chosen: list[int] | None = None
     if run.kept:
         chosen = _chosen(str(store), run.members, members)
-        new = _mixed(str(store), run, wanted, rule or "logits", weights, chosen)
+        new = _mixed(str(store), run, wanted, combine or "logits", weights, chosen)
     else:
         if weights is not None or members is not None:
             raise MismatchError(
-                f"{store}: expected a store that keeps its members, found the mix of {len(run.members)} by rule "
-                f"{run.combine.rule!r}; only its temperature can be changed; generate with --combine keep to mix later"
+                f"{store}: expected a store that keeps its members, found {len(run.members)} combined by rule "
+                f"{run.combine.rule!r}; only its temperature can be changed; generate with --combine keep"
             )
-        new = _retempered(str(store), run, wanted, rule)
+        new = _retempered(str(store), run, wanted, combine)
     samples = Samples([opened])
     recode, truth = combine_recode(samples, new, chosen)
     specs = opened.manifest.recorded.get("teachers")
@@ -87,9 +87,9 @@ def combine_store(
 
 
 def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = None) -> tuple[Recode, Truth]:
-    """How rows of a store become those of `new`, which mixes its members or has another temperature.
+    """How rows of a store become those of `new`, which combines its members or has another temperature.
 
-    chosen: positions of the mixed members; None: found by what they are.
+    chosen: positions of the combined members; None: found by what they are.
     """
     run = samples.stores[0].run
     wanted = new.temperature
@@ -97,7 +97,7 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
     if run.kept:
         mixed = _positions(run.members, new.members) if chosen is None else chosen
 
-        def mix(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
+        def average(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
             scaled_BMC = torch.from_numpy(_scaled_at(rows, wanted))
             # They are divided by the temperature already.
             mixed_BC = combine(
@@ -105,7 +105,7 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
             )
             return encoded(mixed_BC, rows, new, meter)
 
-        return mix, measured
+        return average, measured
     if run.encoding.name == "head":
         return keep_columns, "unknown"  # it holds the logits before any temperature
     if run.encoding.name == "topk":
@@ -142,12 +142,14 @@ def _mixed(
     encoding = run.encoding
     if encoding.name == "sampled":
         raise MismatchError(
-            f"{store}: its members are random draws of each teacher's softmax, which cannot be mixed into draws of the "
-            "mix; keep the members in another encoding"
+            f"{store}: its members are random draws of each teacher's softmax, which cannot be combined into draws of "
+            "their average; keep the members in another encoding"
         )
     if encoding.name == "topk":
         _declared(store, run, wanted)
-        encoding = dataclasses.replace(encoding, temperatures=(wanted,))  # of the mix, the tail is known here only
+        encoding = dataclasses.replace(
+            encoding, temperatures=(wanted,)
+        )  # of the combination, the tail is known here only
     return dataclasses.replace(
         run,
         temperature=wanted,
@@ -160,7 +162,7 @@ def _mixed(
 def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> Run:
     if rule is not None and rule != run.combine.rule and len(run.members) > 1:
         raise MismatchError(
-            f"{store}: was mixed by rule {run.combine.rule!r} and keeps no members, found rule {rule!r}; "
+            f"{store}: was combined by rule {run.combine.rule!r} and keeps no members, found rule {rule!r}; "
             "generate with --combine keep to choose later"
         )
     if wanted == run.temperature:

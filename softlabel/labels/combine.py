@@ -20,13 +20,13 @@ CombineRule = Literal["logits", "probs", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mix:
+class Combination:
     """How members that a store keeps apart become one teacher.
 
     Attributes:
         rule: ``logits`` or ``probs``, see `combine`.
         weights: one number a member, normalised; None: equal. 0 leaves a member out.
-        temperature: at which they are mixed; None: that of the store.
+        temperature: at which they are combined; None: that of the store.
     """
 
     rule: Literal["logits", "probs"] = "probs"

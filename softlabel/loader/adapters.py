@@ -25,7 +25,7 @@ from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.open import open_store
@@ -41,7 +41,7 @@ class LabelJoin:
         labels: a store or its path.
         key: where in a batch the keys are: a name, or a place in a tuple.
         target: under which name a dict gets its target.
-        mix: rule, weights and temperature for the members of a store that keeps them apart.
+        combine: rule, weights and temperature for the members of a store that keeps them apart.
         image: where in a batch the images are as the labelled data gave them (encoded bytes, or pixels before any
             transform): each is compared with what was labelled. None: keys alone join.
         label: where in a batch its hard labels are, to be compared with those of the store, where both have some.
@@ -57,12 +57,12 @@ class LabelJoin:
         *,
         key: str | int = "__key__",
         target: str = "target",
-        mix: Mix | None = None,
+        combine: Combination | None = None,
         image: str | int | None = None,
         label: str | int | None = None,
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels, verify="full")
-        self.key, self.name, self._mix, self.image, self.label = key, target, mix, image, label
+        self.key, self.name, self._combination, self.image, self.label = key, target, combine, image, label
         self._warned = False
         if self.store.run.views.count > 1 or self.store.run.view_columns:
             raise UsageError(
@@ -77,8 +77,8 @@ class LabelJoin:
     @property
     def temperature(self) -> float:
         """The temperature of the labels, at which the loss needs no conversion."""
-        mixed = None if self._mix is None else self._mix.temperature
-        return self.store.run.temperature if mixed is None else mixed
+        temperature = None if self._combination is None else self._combination.temperature
+        return self.store.run.temperature if temperature is None else temperature
 
     def target(self, keys: Any) -> Target:
         """The target of a batch of keys: strings, or integers, which count as their decimal digits.
@@ -92,7 +92,7 @@ class LabelJoin:
     def of_rows(self, rows_B: NDArray[np.int64]) -> Target:
         """The target of these rows of the store."""
         stored = self.store.take(rows_B, self._names)
-        return as_target(self.store.run, stored.columns, extra=self.store.extra, mix=self._mix)
+        return as_target(self.store.run, stored.columns, extra=self.store.extra, combination=self._combination)
 
     def __call__(self, batch: Any) -> Any:
         """A batch with its target: a dict gets one more entry, a tuple or list one more place at its end.
@@ -130,7 +130,7 @@ class LabelJoin:
         device = next((value.device for value in taken.values() if isinstance(value, Tensor)), torch.device("cpu"))
         dtypes = {column.name: column.numpy for column in self.store.run.columns}
         columns = {name: torch.as_tensor(value).cpu().numpy().astype(dtypes[name]) for name, value in taken.items()}
-        return as_target(self.store.run, columns, extra=self.store.extra, mix=self._mix).to(device)
+        return as_target(self.store.run, columns, extra=self.store.extra, combination=self._combination).to(device)
 
     def _rows(self, batch: Any) -> NDArray[np.int64]:
         keys = _texts(self._part(batch, self.key, "key"))
@@ -222,7 +222,7 @@ def with_soft_labels(
     *,
     key_fn: Callable[[int], str | int] | None = None,
     missing: Literal["error", "skip"] = "error",
-    mix: Mix | None = None,
+    combine: Combination | None = None,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     check_labels: bool = True,
 ) -> SoftLabelled:
@@ -238,7 +238,7 @@ def with_soft_labels(
         key_fn: index -> key; the decimal index when absent. That of a `Subset` is its own number, not the number of the
             sample in the dataset behind it.
         missing: what happens to samples without a row: ``error`` names them, ``skip`` leaves them out.
-        mix: see `LabelJoin`.
+        combine: see `LabelJoin`.
         collate_fn: of the dataset's items.
         check_labels: hold the hard labels that the dataset lists (`targets`, `labels`), and those of its items, against
             the store's, where both have some. False: the dataset's second elements are something else.
@@ -271,7 +271,7 @@ def with_soft_labels(
             count - 1,
             store.url,
         )
-    return SoftLabelled(dataset, LabelJoin(store, mix=mix), kept, rows_N[kept], collate_fn, check_labels)
+    return SoftLabelled(dataset, LabelJoin(store, combine=combine), kept, rows_N[kept], collate_fn, check_labels)
 
 
 def _hard_label(item: Any) -> int:

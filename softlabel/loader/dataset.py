@@ -22,7 +22,7 @@ from softlabel.errors import BadImageError, DataError, MismatchError, MissingKey
 from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
 from softlabel.inputs.image_decode import decode_sample
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import PixelCache
 from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
@@ -57,7 +57,7 @@ class JoinedDataset(Dataset[Batch]):
             unreadable images are left out in any case.
         cache_bytes: memory for decoded images; they are kept if all of them fit.
         workers: how many processes will share the dataset.
-        mix: how a store's members become one teacher, where it keeps them apart.
+        combine: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
         view_order, check_views: see `Replay`, of a store whose rows are views. Their images are then the views that the
             teacher saw, and hard labels are left out where two images are mixed into one.
@@ -81,14 +81,14 @@ class JoinedDataset(Dataset[Batch]):
         missing: Missing = "error",
         cache_bytes: int = 4 << 30,
         workers: int = 0,
-        mix: Mix | None = None,
+        combine: Combination | None = None,
         targets: bool = True,
         view_order: ViewOrder = "cycle",
         check_views: int = 256,
         views: int | None = None,
     ) -> None:
         source = settle_decoding(source, None if store is None else store.manifest.recorded)
-        self.source, self.store, self._mix = source, store, mix
+        self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
@@ -347,7 +347,7 @@ class JoinedDataset(Dataset[Batch]):
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
         stored = store.take(rows_B, self._label_names)
-        return as_target(store.run, stored.columns, extra=store.extra, mix=self._mix)
+        return as_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
 
 
 def _all_keys(source: Source) -> Keys:

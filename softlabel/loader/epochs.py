@@ -11,9 +11,9 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from softlabel.loader.batch import BatchRequest
-from softlabel.loader.mixed_order import MixedOrder
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare
+from softlabel.loader.ratio_order import RatioOrder
 
 # Working out an order costs a hundred calls of numpy, however short it is.
 _STEPS_AT_ONCE = 64
@@ -38,7 +38,7 @@ class Place:
 class Plan(Sampler[Any]):
     """This rank's requests of one epoch, from position `start` on."""
 
-    def __init__(self, order: EpochOrder | BlockOrder | MixedOrder, shares: RankShare) -> None:
+    def __init__(self, order: EpochOrder | BlockOrder | RatioOrder, shares: RankShare) -> None:
         self.order, self.shares = order, shares
         self.epoch = self.start = 0
 

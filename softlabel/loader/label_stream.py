@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.loader.order import BlockOrder
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
@@ -37,13 +37,18 @@ class LabelStream:
         order: of the epoch's samples; whose windows are read.
         rows_of: (epoch, samples) -> int64 rows of the store, -1 where there is none. Neighbouring samples have
             neighbouring rows, or much is read for nothing: see `check_same_order`.
-        mix: see `as_target`.
+        combination: see `as_target`.
     """
 
     def __init__(
-        self, store: Store, order: BlockOrder, rows_of: Callable[[int, Int64s], Int64s], *, mix: Mix | None = None
+        self,
+        store: Store,
+        order: BlockOrder,
+        rows_of: Callable[[int, Int64s], Int64s],
+        *,
+        combination: Combination | None = None,
     ) -> None:
-        self._store, self._order, self._rows_of, self._mix = store, order, rows_of, mix
+        self._store, self._order, self._rows_of, self._combination = store, order, rows_of, combination
         self._names = [column.name for column in store.run.label_columns]
         self._loading: dict[int, Future[_Window]] = {}
         self._epoch = -1
@@ -65,7 +70,9 @@ class LabelStream:
         except BaseException:
             self._loading.clear()  # whoever mends the store and goes on must not meet the old error
             raise
-        return as_target(self._store.run, _gather(parts, rows_B), extra=self._store.extra, mix=self._mix)
+        return as_target(
+            self._store.run, _gather(parts, rows_B), extra=self._store.extra, combination=self._combination
+        )
 
     def close(self) -> None:
         """End the thread and let go of the windows."""

@@ -17,14 +17,14 @@ from softlabel.common.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.dataset import JoinedDataset, Missing
 from softlabel.loader.epochs import EpochSampler, Place, Plan
 from softlabel.loader.label_stream import LabelStream, check_same_order
-from softlabel.loader.mixed_order import MixedOrder, mixed_order
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
+from softlabel.loader.ratio_order import RatioOrder, ratio_order
 from softlabel.loader.replay import ViewOrder
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.store.open import open_store
@@ -72,13 +72,14 @@ class SoftLabelLoader:
         pin_memory: hand out batches in page-locked memory.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 for every hard label.
-        mix: rule, weights and temperature for the members of a store that keeps them apart.
+        combine: rule, weights and temperature for the members of a store that keeps them apart.
         streaming: read labels in step with the images, a window of blocks at a time and the next one ahead, and keep
             nothing: for stores that neither memory nor the local disk holds. The epoch is then shuffled block-locally
             (see `BlockOrder` for how well), so that images come block by block too. Data and store must list their
             samples in one order.
-        ratio: a whole number for each of several sources: so many samples of each there are for one another, evenly
-            spread; an epoch ends where the first source has been seen once. None: an epoch is every sample of all.
+        source_ratio: a whole number for each of several sources: so many samples of each there are for one another,
+            evenly spread; an epoch ends where the first source has been seen once. None: an epoch is every sample of
+            all.
         window: with `streaming`, how many blocks are shuffled together and held in memory (up to three times); None:
             as many as hold 16,384 samples, at least 8.
         view_order: which views of a store that has several an epoch uses: ``cycle`` (epoch e: view e mod V) or
@@ -112,8 +113,8 @@ class SoftLabelLoader:
         pin_memory: bool = False,
         key_fn: Callable[[int], str | int] | None = None,
         ignore_labels: bool = False,
-        mix: Mix | None = None,
-        ratio: Sequence[int] | None = None,
+        combine: Combination | None = None,
+        source_ratio: Sequence[int] | None = None,
         streaming: bool = False,
         window: int | None = None,
         view_order: ViewOrder = "cycle",
@@ -128,8 +129,10 @@ class SoftLabelLoader:
             raise UsageError(f"workers: expected at least 0, found {workers}")
         if window is not None and (window < 1 or not streaming):
             raise UsageError(f"window: expected at least 1 block, and streaming, found {window} and {streaming}")
-        if ratio is not None and streaming:
-            raise UsageError("ratio: data that is read block by block has one order; give the mixture as one source")
+        if source_ratio is not None and streaming:
+            raise UsageError(
+                "source_ratio: data that is read block by block has one order; give the mixture as one source"
+            )
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
         if self.source is not data and rank == 0:
             report_source(self.source)
@@ -144,22 +147,22 @@ class SoftLabelLoader:
             missing=missing,
             cache_bytes=cache_mb << 20,
             workers=workers,
-            mix=mix,
+            combine=combine,
             targets=not streaming,
             view_order=view_order,
             check_views=check_views,
             views=views,
         )
-        self._mix = mix
-        self._order: EpochOrder | BlockOrder | MixedOrder
+        self._combination = combine
+        self._order: EpochOrder | BlockOrder | RatioOrder
         self._labels: LabelStream | None = None
         if streaming:
             self._order = self._block_order(window, shuffle)
             if self.store is not None:
                 check_same_order(self.store, self.dataset.rows, self.source.name, self._key_at)
-                self._labels = LabelStream(self.store, self._order, self.dataset.rows_of_epoch, mix=mix)
-        elif ratio is not None:
-            self._order = mixed_order(self.source, self.dataset.samples, ratio, seed=seed, shuffle=shuffle)
+                self._labels = LabelStream(self.store, self._order, self.dataset.rows_of_epoch, combination=combine)
+        elif source_ratio is not None:
+            self._order = ratio_order(self.source, self.dataset.samples, source_ratio, seed=seed, shuffle=shuffle)
         else:
             self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
         self._shares = replace(shares, samples=self._order.size)
@@ -189,8 +192,8 @@ class SoftLabelLoader:
     @property
     def temperature(self) -> float:
         """The temperature of the labels, at which the loss needs no conversion; 1 without a store."""
-        if self._mix is not None and self._mix.temperature is not None:
-            return self._mix.temperature
+        if self._combination is not None and self._combination.temperature is not None:
+            return self._combination.temperature
         return self.store.manifest.run.temperature if self.store is not None else 1.0
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import UsageError
-from softlabel.labels.combine import Mix, combine, normalized_weights, retemperable
+from softlabel.labels.combine import Combination, combine, normalized_weights, retemperable
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
 from softlabel.store.decode import decode
 from softlabel.store.manifest import Run
@@ -20,24 +20,26 @@ from softlabel.store.manifest import Run
 Columns = Mapping[str, NDArray[Any]]
 
 
-def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: Mix | None = None) -> Target:
+def as_target(
+    run: Run, columns: Columns, *, extra: Columns | None = None, combination: Combination | None = None
+) -> Target:
     """The target that columns of a store hold.
 
     Args:
         columns: of B rows, as `Store.take` gives them. The target shares their memory where it may be written to;
             arrays that are read-only (mapped files) are copied.
         extra: the arrays that the store shares (`Store.extra`), for encoding ``head``.
-        mix: how the members of a store that keeps them become one teacher; None: their mean probability at the store's
-            temperature. Only such a store takes one.
+        combination: how the members of a store that keeps them become one teacher; None: their mean probability at the
+            store's temperature. Only such a store takes one.
 
     Raises:
-        UsageError: a mix for a store that has mixed its members already, or of another number of members.
+        UsageError: a combination for a store that has combined its members already, or of another number of members.
     """
     if run.kept:
-        return _mixed(run, columns, mix or Mix(rule="probs"))
-    if mix is not None:
+        return _combined(run, columns, combination or Combination(rule="probs"))
+    if combination is not None:
         raise UsageError(
-            f"mix: the store holds the {run.combine.rule} average of its members, which cannot be mixed again; "
+            f"combine: the store holds the {run.combine.rule} average of its members, which cannot be combined again; "
             "generate with --combine keep to choose weights while training"
         )
     exact = retemperable(run.combine.rule, len(run.members))
@@ -82,10 +84,10 @@ def as_target(run: Run, columns: Columns, *, extra: Columns | None = None, mix: 
             )
 
 
-def _mixed(run: Run, columns: Columns, mix: Mix) -> DenseTarget:
+def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget:
     members = len(run.members)
-    weights = normalized_weights(mix.weights, members)
-    temperature = run.temperature if mix.temperature is None else mix.temperature
+    weights = normalized_weights(combination.weights, members)
+    temperature = run.temperature if combination.temperature is None else combination.temperature
     scaled_logits_BMC = torch.from_numpy(
         decode(
             run.encoding,
@@ -96,11 +98,16 @@ def _mixed(run: Run, columns: Columns, mix: Mix) -> DenseTarget:
             kept=True,
         )
     )
-    mixed_BC = combine(
-        list(scaled_logits_BMC.unbind(dim=1)), rule=mix.rule, temperature=temperature / run.temperature, weights=weights
+    combined_BC = combine(
+        list(scaled_logits_BMC.unbind(dim=1)),
+        rule=combination.rule,
+        temperature=temperature / run.temperature,
+        weights=weights,
     )
     used = sum(weight > 0 for weight in weights)
-    return DenseTarget(scaled_logits=mixed_BC, temperature=temperature, retemperable=retemperable(mix.rule, used))
+    return DenseTarget(
+        scaled_logits=combined_BC, temperature=temperature, retemperable=retemperable(combination.rule, used)
+    )
 
 
 def _own(array: NDArray[Any]) -> Tensor:

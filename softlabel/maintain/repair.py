@@ -92,7 +92,7 @@ def repair(
         problems = (str(error),)
         with Committer.open(store, manifest.run, relabel=()):
             pass  # what damaged segments recorded is found again in the shards
-    report = verify_store(store, workers=workers, allow_incomplete=True)
+    report = verify_store(store, allow_incomplete=True)
     if not (report.ok or report.damaged or report.extra):
         raise StoreCorruptError(
             f"{'; '.join(report.problems[:LISTED])}; no shard is damaged that could be made again: label the data "

@@ -45,13 +45,13 @@ class VerifyReport:
 def verify_store(
     path: str | os.PathLike[str],
     *,
-    workers: int | None = None,
+    threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     allow_incomplete: bool = False,
 ) -> VerifyReport:
     """Check the whole store: hashes, footers, row counts, keys, ranges, finite values, manifest.
 
-    workers: threads, the processor's cores by default. progress: called with (bytes done, bytes in all).
+    threads: of this process, the processor's cores by default. progress: called with (bytes done, bytes in all).
     Raises StoreNotFoundError, StoreIncompleteError, and StoreError for what cannot be reached or is of another format
     version; damage is reported, not raised.
     """
@@ -79,7 +79,7 @@ def verify_store(
     extra = bool(problems)
     damaged = []
     done = 0
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for record, found in zip(records, pool.map(check, records), strict=True):
             problems += found
             if found:

@@ -25,17 +25,17 @@ class TrainConfig:
         out: the run folder; of several students, the folder of their run folders.
         labels: the store with the teacher's soft labels; absent: hard labels only.
         eval_data: a SOURCE on which accuracy is measured.
-        mix: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then ends
-            where the first source has been seen once. Absent: an epoch is every sample of all of them.
+        source_ratio: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then
+            ends where the first source has been seen once. Absent: an epoch is every sample of all of them.
         streaming: read images and labels block by block, each once an epoch, for data that is not in memory; the order
             is then shuffled within windows of blocks.
         epochs: passes over the data.
         batch_size: samples a step, over all processes together.
         accumulate: parts into which a batch is cut, one forward and backward pass each.
         temperature: of the soft term; absent: that of the store.
-        mix_rule: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
+        combine: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
             their probabilities, at the temperature of the soft term.
-        mix_weights: one number a member of such a store; equal when absent, 0 leaves a member out.
+        weights: one number a member of such a store; equal when absent, 0 leaves a member out.
         soft_weight: of the soft term; absent: 0.9 with a store, 0 without.
         hard_weight: of the hard term; absent: 0.1 beside a soft term, 1 without.
         label_smoothing: of the hard term.
@@ -85,14 +85,14 @@ class TrainConfig:
     out: str
     labels: str | None = None
     eval_data: str | None = None
-    mix: str | None = None
+    source_ratio: str | None = None
     streaming: bool = False
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
     temperature: float | list[float] | None = None
-    mix_rule: Literal["logits", "probs"] | None = None
-    mix_weights: list[float] | None = None
+    combine: Literal["logits", "probs"] | None = None
+    weights: list[float] | None = None
     soft_weight: float | list[float] | None = None
     hard_weight: float | list[float] | None = None
     label_smoothing: float | list[float] = 0.0
@@ -145,16 +145,16 @@ class TrainConfig:
         _check_combinations(self)
 
     @property
-    def ratio(self) -> tuple[int, ...] | None:
-        """`mix` as whole numbers, one a source."""
-        if self.mix is None:
+    def source_counts(self) -> tuple[int, ...] | None:
+        """`source_ratio` as whole numbers, one a source."""
+        if self.source_ratio is None:
             return None
-        found = tuple(int(part) for part in self.mix.split(":") if part.isdecimal())
+        found = tuple(int(part) for part in self.source_ratio.split(":") if part.isdecimal())
         sources = len(self.values("data"))
-        if len(found) != sources or len(found) < 2 or min(found) < 1 or len(self.mix.split(":")) != sources:
+        if len(found) != sources or len(found) < 2 or min(found) < 1 or len(self.source_ratio.split(":")) != sources:
             raise UsageError(
-                f"mix: expected a whole number of at least 1 for each source of --data, such as 1:7 for two, found "
-                f"{self.mix!r} for {sources}"
+                f"source_ratio: expected a whole number of at least 1 for each source of --data, such as 1:7 for two, "
+                f"found {self.source_ratio!r} for {sources}"
             )
         return found
 
@@ -259,7 +259,9 @@ def _check_combinations(config: TrainConfig) -> None:
         for name, given in (("patience", config.patience is not None), ("select best", config.select == "best")):
             if given:
                 raise UsageError(f"{name}: the accuracy has to be measured for it; give --eval-data SOURCE")
-    if config.ratio is not None and config.streaming:
-        raise UsageError("mix: data that is read block by block has one order; leave --mix or --streaming out")
+    if config.source_counts is not None and config.streaming:
+        raise UsageError(
+            "source_ratio: data that is read block by block has one order; leave --source-ratio or --streaming out"
+        )
     if config.accumulate > config.batch_size:
         raise UsageError(f"accumulate: a batch of {config.batch_size} cannot be cut into {config.accumulate} parts")

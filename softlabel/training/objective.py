@@ -30,14 +30,14 @@ class Objective:
         self.config, self.temperature, self.world_size, self.rank = config, temperature, world_size, rank
 
     def losses(
-        self, logits_BC: Tensor, batch: Batch, here: Counts, whole: Counts, mixing: tuple[float, Tensor] | None
+        self, logits_BC: Tensor, batch: Batch, here: Counts, whole: Counts, mixup: tuple[float, Tensor] | None
     ) -> LossComponents:
         """The loss of the rows here, weighted so that its gradient, averaged over processes and summed over parts, is
         that of the whole batch: the soft mean over its rows with soft labels, the hard mean over its labelled rows.
 
         Args:
             here, whole: what counts among these rows, and in the batch over all parts and processes.
-            mixing: what `mixing` drew, if the images were mixed.
+            mixup: what `mixup` drew, if there is mixup.
         """
         config = self.config
         soft_weight = config.soft_weight * (here.soft * self.world_size / max(whole.soft, 1))
@@ -56,12 +56,12 @@ class Objective:
                 components=True,
             )
         hard = self._cross_entropy(logits_BC, batch.labels, here.hard)
-        if mixing is not None:
-            share, other_B = mixing
+        if mixup is not None:
+            share, other_B = mixup
             hard = share * hard + (1 - share) * self._cross_entropy(logits_BC, batch.labels[other_B], here.hard)
         return LossComponents(hard_weight * hard, torch.zeros_like(hard), hard.detach())
 
-    def mixing(self, epoch: int, step: int, part: slice, device: torch.device) -> tuple[float, Tensor] | None:
+    def mixup(self, epoch: int, step: int, part: slice, device: torch.device) -> tuple[float, Tensor] | None:
         """Mixup's share of the image itself, and which other one each is mixed with (int64 (B,)): from the seed and the
         place alone. None without mixup."""
         alpha, seed = self.config.shared.mixup, self.config.shared.seed

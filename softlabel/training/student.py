@@ -166,13 +166,13 @@ class Student:
         images_BCHW, batch, top_B = work.images[norm_of(self.preprocessing)], work.batch, work.top
         if len(work.parts) > 1:
             images_BCHW, batch, top_B = images_BCHW[part], take(batch, part), None if top_B is None else top_B[part]
-        mixing = self._objective.mixing(work.epoch, work.step, part, self.device)
-        if mixing is not None:
-            images_BCHW = torch.lerp(images_BCHW[mixing[1]], images_BCHW, mixing[0])
+        mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
+        if mixup is not None:
+            images_BCHW = torch.lerp(images_BCHW[mixup[1]], images_BCHW, mixup[0])
         with autocast(self.device, self.precision):
             logits_BC = self._forward(images_BCHW)
         logits_BC = self._checked(logits_BC).float()
-        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixing)
+        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best_B = logits_BC.argmax(dim=1)

@@ -17,7 +17,7 @@ from softlabel.common.device import decoders
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import Program, build_model
 from softlabel.models.teacher import student_preprocessing
@@ -115,11 +115,11 @@ def _train(
                 workers=workers,
                 cache_mb=config.cache_mb,
                 pin_memory=ranks.device.type == "cuda",
-                mix=_mix(config, store),
+                combine=_combination(config, store),
                 view_order=config.view_order,
                 check_views=config.check_views,
                 views=views,
-                ratio=config.ratio,
+                source_ratio=config.source_counts,
                 streaming=config.streaming,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -216,25 +216,25 @@ def _result(config: StudentConfig, student: Student, before: int) -> StudentResu
     )
 
 
-def _mix(config: TrainConfig, store: Store | None) -> Mix | None:
-    asked = config.mix_rule is not None or config.mix_weights is not None
+def _combination(config: TrainConfig, store: Store | None) -> Combination | None:
+    asked = config.combine is not None or config.weights is not None
     if store is None or not store.run.kept:
         if asked:
             raise UsageError(
-                "mix_rule, mix_weights: only the members of a store that keeps them apart can be mixed; "
+                "combine, weights: only the members of a store that keeps them apart can be combined; "
                 "generate with --combine keep"
             )
         return None
-    weights = None if config.mix_weights is None else tuple(config.mix_weights)
-    rule, temperatures = config.mix_rule or "probs", config.values("temperature")
+    weights = None if config.weights is None else tuple(config.weights)
+    rule, temperatures = config.combine or "probs", config.values("temperature")
     if len(temperatures) == 1:
-        return Mix(rule=rule, weights=weights, temperature=temperatures[0])
+        return Combination(rule=rule, weights=weights, temperature=temperatures[0])
     if rule == "probs":
         raise UsageError(
-            "mix_rule: probabilities are mixed at one temperature, and students of one pass share the mixture; use "
-            f"--mix-rule logits, or train the temperatures {temperatures} apart"
+            "combine: probabilities are averaged at one temperature, and students of one pass share the average; use "
+            f"--combine logits, or train the temperatures {temperatures} apart"
         )
-    return Mix(rule=rule, weights=weights)  # the mean of logits re-tempers exactly
+    return Combination(rule=rule, weights=weights)  # the mean of logits re-tempers exactly
 
 
 def _precision(config: TrainConfig, device: torch.device) -> str:

@@ -216,7 +216,7 @@ def bench_verify(folder: Path) -> None:
             "raw": lambda files=files, hashed=hashed: [hashed(path) for path in files],
             "raw, threads": threaded,
             "ours": lambda root=root: verify_store(root),
-            "ours, one thread": lambda root=root: verify_store(root, workers=1),
+            "ours, one thread": lambda root=root: verify_store(root, threads=1),
         }
         seconds = interleaved(sides, REPEATS)
         ratio, equal = seconds["raw"] / seconds["ours"], seconds["raw, threads"] / seconds["ours"]

@@ -47,7 +47,7 @@ def main() -> None:
         "1,000 labels alone": (LABELLED // BATCH, ["--data", few]),
         "and 49,000 images through soft labels": (
             8 * LABELLED // BATCH,
-            ["--data", few, "--data", many, "--mix", "1:7", *soft],
+            ["--data", few, "--data", many, "--source-ratio", "1:7", *soft],
         ),
     }
 

@@ -134,7 +134,7 @@ def test_combine_is_the_mix_of_the_members(tmp_path: Path, encoding: Encoding, t
     logits = teach(run)
     kept = store_of(tmp_path / "kept", run, logits, bad=BAD)
     weights = [0.5, 3.0]
-    done = combine_store(kept, tmp_path / "mix", members=[3, "zoo:net1"], weights=weights, rule=rule, temperature=2)
+    done = combine_store(kept, tmp_path / "mix", members=[3, "zoo:net1"], weights=weights, combine=rule, temperature=2)
     store = whole(tmp_path / "mix")
     assert done.total_rows == len(store) == 2 * (run.dataset.rows - len(BAD))
     views, index = good_rows(run)
@@ -170,7 +170,7 @@ def test_combine_writes_what_generate_would_have_written(tmp_path: Path) -> None
         chosen, weights = [teachers[2], teachers[0]], [1.0, 3.0]
         direct, mixed = tmp_path / f"direct-{rule}", tmp_path / f"mixed-{rule}"
         generate(data, teachers=chosen, out=direct, combine=rule, weights=weights, temperature=2.0, **common)
-        combine_store(tmp_path / "kept", mixed, members=[3, 1], weights=weights, rule=rule, temperature=2.0)  # type: ignore[arg-type]
+        combine_store(tmp_path / "kept", mixed, members=[3, 1], weights=weights, combine=rule, temperature=2.0)  # type: ignore[arg-type]
         one, other = open_store(direct), whole(mixed)
         assert one.run.differences(other.run) == []
         assert one.keys.to_list() == other.keys.to_list()
@@ -183,12 +183,12 @@ def test_combine_writes_what_generate_would_have_written(tmp_path: Path) -> None
 
 def test_combine_measures_from_float32_and_says_unknown_otherwise(tmp_path: Path) -> None:
     exact = store_of(tmp_path / "exact", kept_run(), teach(kept_run()))
-    combine_store(exact, tmp_path / "from-exact", rule="probs")
+    combine_store(exact, tmp_path / "from-exact", combine="probs")
     cost = open_store(tmp_path / "from-exact").manifest.totals.fidelity
     assert cost is not None
     assert cost.worst_t < 1e-9
     lossy = store_of(tmp_path / "lossy", kept_run(Encoding()), teach(kept_run()))
-    done = combine_store(lossy, tmp_path / "from-lossy", rule="probs")
+    done = combine_store(lossy, tmp_path / "from-lossy", combine="probs")
     manifest = open_store(tmp_path / "from-lossy").manifest
     assert manifest.totals.fidelity is None
     made = manifest.recorded["derived"]
@@ -232,7 +232,7 @@ def test_top_k_changes_its_temperature_where_its_tail_is_known(tmp_path: Path) -
     with pytest.raises(MismatchError, match="at temperatures 1, 4, found 2"):
         combine_store(source, tmp_path / "c", temperature=2.0)
     kept = store_of(tmp_path / "kept", kept_run(TOPK), teach(kept_run()))
-    combine_store(kept, tmp_path / "d", temperature=1.0, rule="probs", weights=[2, 1, 1])
+    combine_store(kept, tmp_path / "d", temperature=1.0, combine="probs", weights=[2, 1, 1])
     mixed = whole(tmp_path / "d")
     assert mixed.run.encoding == Encoding(name="topk", k=4, temperatures=(1.0,))
     with pytest.raises(MismatchError, match="at temperatures 1, 4, found 2"):
@@ -261,8 +261,13 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for error, message, source, options in [
         (MismatchError, "mean of 3 teachers' probabilities at temperature 4", probs, {"temperature": 2}),
-        (MismatchError, "keeps its members, found the mix of 3", logits, {"weights": [1, 1, 1]}),
-        (MismatchError, "mixed by rule 'logits' and keeps no members", logits, {"rule": "probs", "temperature": 2}),
+        (MismatchError, "keeps its members, found 3 combined", logits, {"weights": [1, 1, 1]}),
+        (
+            MismatchError,
+            "combined by rule 'logits' and keeps no members",
+            logits,
+            {"combine": "probs", "temperature": 2},
+        ),
         (UsageError, "nothing to do", logits, {}),
         (MismatchError, "random draws from the softmax", draws, {"temperature": 2}),
         (MismatchError, "random draws of each teacher", drawn, {}),
@@ -271,7 +276,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
         (UsageError, "3 zoo:net3; found 4", kept, {"members": [4]}),
         (UsageError, "each once", kept, {"members": [1, "1"]}),
         (UsageError, "temperature: expected a number above 0", kept, {"temperature": 0}),
-        (UsageError, "rule: expected .*found 'keep'", kept, {"rule": "keep"}),
+        (UsageError, "combine: expected .*found 'keep'", kept, {"combine": "keep"}),
     ]:
         with pytest.raises(error, match=message):
             combine_store(source, out, **options)  # type: ignore[arg-type]
@@ -427,9 +432,9 @@ def test_stores_behind_urls(tmp_path: Path) -> None:
     run = kept_run()
     source = store_of(tmp_path / "a", run, teach(run))
     there = f"memory://{tmp_path.name}/mix"
-    combine_store(source, there, rule="probs")
+    combine_store(source, there, combine="probs")
     convert_store(there, tmp_path / "back", format="hdf5")
-    combine_store(source, tmp_path / "direct", rule="probs")
+    combine_store(source, tmp_path / "direct", combine="probs")
     one, other = open_store(tmp_path / "direct"), whole(tmp_path / "back")
     rows = np.arange(len(one))
     assert one.take(rows).scaled_logits.tobytes() == other.take(rows).scaled_logits.tobytes()
@@ -671,7 +676,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = str(store_of(tmp_path / "kept", run, teach(run), bad=BAD))
     more = str(store_of(tmp_path / "more", run, teach(run, seed=1), prefix="more"))
     mixed, both, small, plain = (str(tmp_path / name) for name in ("mixed", "both", "small", "plain"))
-    mix = ["combine", kept, mixed, "--members", "1", "zoo:net3", "--weights", "1", "3", "--rule", "probs"]
+    mix = ["combine", kept, mixed, "--members", "1", "zoo:net3", "--weights", "1", "3", "--combine", "probs"]
     assert main([*mix, "--temperature", "2"]) == 0
     assert "complete, 48 rows" in capsys.readouterr().out
     assert main([*mix, "--temperature", "2"]) == 0

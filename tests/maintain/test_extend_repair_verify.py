@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import softlabel
-from softlabel.labels.combine import Mix
+from softlabel.labels.combine import Combination
 from softlabel.maintain.coverage import coverage
 from softlabel.maintain.extend import extend
 from softlabel.maintain.repair import repair
@@ -128,13 +128,15 @@ def test_kept_members_mix_as_if_they_had_been_mixed_by_the_teachers(ready: Path,
             temperature=temperature,
             encoding="float32",
         )
-        mix = Mix(rule=rule, weights=weights, temperature=temperature)  # type: ignore[arg-type]
-        loader = softlabel.SoftLabelLoader(ready / "data.parquet", kept, batch_size=ROWS, shuffle=False, mix=mix)
+        combine = Combination(rule=rule, weights=weights, temperature=temperature)  # type: ignore[arg-type]
+        loader = softlabel.SoftLabelLoader(
+            ready / "data.parquet", kept, batch_size=ROWS, shuffle=False, combine=combine
+        )
         assert loader.temperature == temperature
         target = next(iter(loader)).target
         np.testing.assert_allclose(target.scaled_logits.numpy(), everything(direct)[1], atol=2e-5, rtol=1e-5)
     with pytest.raises(softlabel.SoftLabelError, match="keep"):
-        softlabel.SoftLabelLoader(ready / "data.parquet", direct, mix=Mix()).__iter__().__next__()
+        softlabel.SoftLabelLoader(ready / "data.parquet", direct, combine=Combination()).__iter__().__next__()
 
 
 @pytest.mark.parametrize("encoding", ["float16", "sampled", "topk"])

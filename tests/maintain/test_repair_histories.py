@@ -80,7 +80,7 @@ def head(at: Place) -> None:
 
 def combined(at: Place) -> None:
     at.generate("--combine", "keep", out="kept", teachers=(0, 1, 2))
-    at.run("combine", "kept", "s", "--members", 3, 1, "--weights", 0.3, 0.6, "--rule", "probs", "--temperature", 3)
+    at.run("combine", "kept", "s", "--members", 3, 1, "--weights", 0.3, 0.6, "--combine", "probs", "--temperature", 3)
 
 
 def retempered(at: Place) -> None:

@@ -163,7 +163,7 @@ def test_sources_are_mixed_by_their_ratio_in_an_order_of_its_own(tmp_path: Path)
     few, many = map(str, two_sources(tmp_path))
 
     def batches(epochs: int, **options: object) -> list[list[str]]:
-        loader = SoftLabelLoader([few, many], ratio=(1, 3), tail="drop", **{"batch_size": 8, **options})  # type: ignore[arg-type]
+        loader = SoftLabelLoader([few, many], source_ratio=(1, 3), tail="drop", **{"batch_size": 8, **options})  # type: ignore[arg-type]
         assert len(loader) == 48 // int(str(options.get("batch_size", 8)))
         return [list(batch.keys) for _ in range(epochs) for batch in loader]
 
@@ -182,8 +182,8 @@ def test_sources_are_mixed_by_their_ratio_in_an_order_of_its_own(tmp_path: Path)
     assert list(itertools.chain(*wide)) == list(itertools.chain(*found[:12]))
     halves = [batches(2, rank=rank, world_size=2) for rank in (0, 1)]
     assert [one + other for one, other in zip(*halves, strict=True)] == found[:12]
-    with pytest.raises(UsageError, match="ratio: expected a whole number of at least 1 for each of 2 sources"):
-        SoftLabelLoader([few, many], ratio=(1, 2, 3))
+    with pytest.raises(UsageError, match="source_ratio: expected a whole number of at least 1 for each of 2 sources"):
+        SoftLabelLoader([few, many], source_ratio=(1, 2, 3))
 
 
 def test_few_labels_and_many_images_train_together(digits: Path, tmp_path: Path) -> None:
@@ -192,15 +192,15 @@ def test_few_labels_and_many_images_train_together(digits: Path, tmp_path: Path)
         tmp_path / "few.parquet", images[:12], keys=make_keys(12), labels=labels[:12], class_names=DIGITS
     )
     data = [str(few), str(digits / "unlabelled.parquet")]
-    rest = {"data": data, "mix": "1:3", "batch_size": 16, "hard_weight": 1.0, "soft_weight": 0.5, "epochs": 3}
+    rest = {"data": data, "source_ratio": "1:3", "batch_size": 16, "hard_weight": 1.0, "soft_weight": 0.5, "epochs": 3}
     result = train(make_config(digits, tmp_path / "run", **rest))
     assert result.history[-1].step == 3 * (48 // 16)
     assert result.history[-1].hard_loss is not None
     # The hard loss is over the labelled rows alone, the soft loss over all: as the weights say.
     last = result.history[-1]
     assert last.loss == pytest.approx(1.0 * last.hard_loss + 0.5 * last.soft_loss, rel=1e-4)  # type: ignore[operator]
-    with pytest.raises(UsageError, match="mix: expected a whole number"):
-        make_config(digits, tmp_path / "run", **{**rest, "mix": "1:2:3"})
+    with pytest.raises(UsageError, match="source_ratio: expected a whole number"):
+        make_config(digits, tmp_path / "run", **{**rest, "source_ratio": "1:2:3"})
     shown = run_softlabel("train", "--data", data[0], "--data", data[1], "--labels", digits / "store", "--out",
                     tmp_path / "plain", "--student", SMOOTH, "--epochs", 1, "--batch-size", 33)  # fmt: skip
     assert "4 steps" in shown.stdout  # every sample of both: 132

@@ -24,7 +24,7 @@ Int64s = NDArray[np.int64]
 _OF_A_GROUP = 3  # part of a key that keeps the orders of groups independent
 
 
-class MixedOrder:
+class RatioOrder:
     """Which sample stands at which position of which epoch; an epoch ends where the first group has been seen once.
 
     Args:
@@ -83,7 +83,7 @@ class MixedOrder:
         return reshaped
 
 
-def mixed_order(source: Source, samples: Int64s, ratio: Sequence[int], *, seed: int, shuffle: bool) -> MixedOrder:
+def ratio_order(source: Source, samples: Int64s, ratio: Sequence[int], *, seed: int, shuffle: bool) -> RatioOrder:
     """The order of a source of several, of which some samples were kept.
 
     Args:
@@ -96,11 +96,12 @@ def mixed_order(source: Source, samples: Int64s, ratio: Sequence[int], *, seed: 
     sources = source.sources if isinstance(source, SeveralSources) else (source,)
     if len(ratio) != len(sources) or len(sources) < 2 or min(ratio) < 1:
         raise UsageError(
-            f"ratio: expected a whole number of at least 1 for each of {len(sources)} sources, found {list(ratio)}"
+            f"source_ratio: expected a whole number of at least 1 for each of {len(sources)} sources, found "
+            f"{list(ratio)}"
         )
     assert isinstance(source, SeveralSources)
     edges = np.searchsorted(samples, source.edges)
     for number, one in enumerate(sources):
         if edges[number] == edges[number + 1]:
             raise DataError(f"{one.name}: none of its {len(one)} samples is left to train on; leave it out")
-    return MixedOrder(edges, ratio, seed=seed, shuffle=shuffle)
+    return RatioOrder(edges, ratio, seed=seed, shuffle=shuffle)
