@@ -3,10 +3,11 @@
 Legend: B batch, C classes, N samples.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.models import build_model, refuse_precision, refuse_random
-from softlabel.models.teacher import PRECISIONS, student_preprocessing
+from softlabel.models.precision import Precision, computing, ieee_float32
+from softlabel.models.teacher import student_preprocessing
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
@@ -35,7 +37,7 @@ def evaluate(
     *,
     preprocessing: Preprocessing | None = None,
     batch_size: int = 256,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     device: str = "auto",
     workers: int = 0,
     missing: Missing = "error",
@@ -94,7 +96,7 @@ def evaluate(
         batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
         return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision, source=source)
 
-    with _eval_mode(module.to(target)):
+    with _eval_mode(module.to(target)), ieee_float32():
         if store is None or not store.run.view_columns:
             return measured(store)
         as_it_is, view = measured(None), measured(store)
@@ -141,7 +143,7 @@ class Measurement:
     def add(self, batch: Batch) -> None:
         """A batch on the device; rows of weight 0 do not count."""
         images_BCHW = self._preprocessing.normalize(batch.images)
-        with autocast(self._device, self._precision):
+        with computing(self._precision, self._device):
             logits_BC = self._model(images_BCHW)
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
@@ -162,23 +164,17 @@ class Measurement:
         return self._totals.result(reduce)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass has this precision: fp32, bf16 or fp16."""
-    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
-
-
 def _spec(model: str | Path) -> str:
     """A SPEC; the folder of a run may be given by its path alone."""
     folder = Path(model).expanduser()
     return f"run:{quote_path(str(folder))}" if isinstance(model, Path) or (folder / "model.json").is_file() else model
 
 
-class _eval_mode:  # noqa: N801 - a context manager
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.training = module, module.training
-
-    def __enter__(self) -> None:
-        self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.train(self.training)
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

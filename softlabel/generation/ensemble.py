@@ -21,7 +21,8 @@ from softlabel.errors import TeacherError, UsageError
 from softlabel.generation.transfer import Upload
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, logits_of
-from softlabel.models.teacher import Teacher, computing
+from softlabel.models.precision import computing
+from softlabel.models.teacher import Teacher
 
 log = logging.getLogger("softlabel")
 

@@ -23,6 +23,7 @@ from softlabel.generation.input_reader import DecodedBatch, Span
 from softlabel.generation.labeller import BatchLabels, LabelledShard, Labeller, Lane, assemble
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import pin
+from softlabel.models.precision import ieee_float32
 from softlabel.store.manifest import ShardPlan
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ def _overlapped(
             yield batch
 
     try:
-        with contextlib.closing(answers):
+        with ieee_float32(), contextlib.closing(answers):
             for plan in plans:
                 shard = assemble(plan, labeller, of_shard(plan.stop - plan.start), progress)
                 counted = 0

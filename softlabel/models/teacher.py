@@ -3,10 +3,7 @@
 Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +23,7 @@ from softlabel.models import (
     refuse_random,
     weights_sha256,
 )
-
-Precision = Literal["fp32", "bf16", "fp16"]
-PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,21 +86,6 @@ class Teacher:
             return logits_BC.float()
 
 
-@contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute in this precision. fp32 means it: cuDNN's convolutions would otherwise round their inputs to TF32's 10
-    bits on newer GPUs."""
-    dtype = PRECISIONS[precision]
-    lower = dtype != torch.float32
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before and lower
-    try:
-        with torch.autocast(device.type, dtype=dtype, enabled=lower):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def load_teacher(
     spec_text: str,
     *,
@@ -162,7 +142,7 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: Preprocessing, de
     if preprocessing.crop is not None:
         side = preprocessing.crop
         grey_BCHW = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), ieee_float32():
             try:
                 output = model(preprocessing.normalize(grey_BCHW))
             except Exception as error:

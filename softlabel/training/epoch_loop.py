@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from softlabel.evaluation.evaluate import Measurement
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.loader import Batch, SoftLabelLoader
+from softlabel.models.precision import ieee_float32
 from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
@@ -72,6 +73,7 @@ class Pass:
         )
         with (
             bar,
+            ieee_float32(),
             logging_redirect_tqdm(),
             Trackers(self.config, self._active if self.ranks.is_first else [], steps) as trackers,
             Interrupts() as interrupts,

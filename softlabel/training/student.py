@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
-from softlabel.evaluation.evaluate import autocast
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import RunModel, network_of, save_run
+from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
 from softlabel.training.distributed import Ranks
 from softlabel.training.ema import Average
@@ -169,7 +169,7 @@ class Student:
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
             images_BCHW = torch.lerp(images_BCHW[mixup[1]], images_BCHW, mixup[0])
-        with autocast(self.device, self.precision):
+        with computing(self.precision, self.device):
             logits_BC = self._forward(images_BCHW)
         logits_BC = self._checked(logits_BC).float()
         losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)

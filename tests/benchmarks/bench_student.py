@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 import softlabel
-from softlabel.evaluation.evaluate import autocast
 from softlabel.evaluation.plots import plot_runs
 from softlabel.loader import SoftLabelLoader
 from softlabel.loss import DistillationLoss
 from softlabel.models import build_model
+from softlabel.models.precision import computing
 from softlabel.models.teacher import student_preprocessing
 from softlabel.views import CropFlip
 from tests.benchmarks.timing import interleaved
@@ -99,7 +99,7 @@ def speed(data: Path, store: Path, precision: str, steps: int = 20, repeats: int
     labels_B = torch.randint(10, (BATCH,))
 
     def forward(images_BCHW: torch.Tensor) -> torch.Tensor:
-        with autocast(device, precision):
+        with computing(precision, device):
             logits_BC: torch.Tensor = model(images_BCHW)
         return logits_BC.float()
 

@@ -61,11 +61,18 @@ def test_a_teacher_answers_as_on_the_cpu(tmp_path: Path, device: str, precision:
     images_BCHW = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     expected_BC = load_teacher(f"zoo:resnet20@{tmp_path}/w.pt").logits(images_BCHW).double()
     teacher = load_teacher(f"zoo:resnet20@{tmp_path}/w.pt", device=device, precision=precision)
-    before = torch.backends.cudnn.allow_tf32
     found_BC = teacher.logits(images_BCHW)
     assert found_BC.device.type == device
-    assert torch.backends.cudnn.allow_tf32 == before
     assert float((found_BC.double().cpu() - expected_BC).abs().max() / expected_BC.abs().max()) < tolerance
+
+
+def test_evaluate_agrees_with_a_teacher_s_own_labels(ready: Path, tmp_path: Path, device: str) -> None:
+    generate(ready, tmp_path / "store", device=device)
+    (teacher,) = teachers(ready, 1)
+    found = softlabel.evaluate(teacher, ready / "images.parquet", tmp_path / "store", device=device, batch_size=16)
+    assert found.agreement == 1.0
+    # TF32 moves logits by 1e-3, which is 1e-7 nats and more; another order of sums by 1e-6.
+    assert found.teacher_kl == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
