@@ -98,7 +98,9 @@ def convert(
 
     wanted = None
     if encoding is not None:
-        wanted = encoding_of(encoding, open_store(store).run.temperature, top_k, samples, temperatures, None)
+        wanted = encoding_of(
+            encoding, open_store(store, verify="sizes").run.temperature, top_k, samples, temperatures, None
+        )
     done = convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows, options=options)
     return _tell(done)
 

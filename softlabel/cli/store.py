@@ -27,7 +27,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     from softlabel.cli.convert import provenance
     from softlabel.store.open import open_store
 
-    opened = open_store(store, allow_incomplete=True)
+    opened = open_store(store, verify="sizes", allow_incomplete=True)
     manifest = opened.manifest
     if options:
         print(options_of(opened.path, manifest), end="")
@@ -129,7 +129,7 @@ def _tell_coverage(store: str, data: str) -> bool:
     from softlabel.maintain.coverage import coverage
     from softlabel.store.open import open_store
 
-    found = coverage(open_store(store), data)
+    found = coverage(open_store(store, verify="sizes"), data)
     print(f"  {found.samples:,} samples in {data}, {found.compared:,} of them compared by content")
     if found.unknown is not None:
         print(f"  {found.samples - found.missing_count - found.compared:,} cannot be compared: {found.unknown}")
@@ -153,7 +153,7 @@ def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str
     from softlabel.maintain.audit import recompute
     from softlabel.store.open import open_store
 
-    opened = open_store(store)
+    opened = open_store(store, verify="sizes")
     config = replace(config_of(opened.manifest), device=device)
     found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
     print(

@@ -45,7 +45,7 @@ def redo_store(
             f"{store}: was made by 'softlabel {command}' from {listed}, and {why}; give --source with the places where "
             "these stores lie now, as they were, or generate the labels again into another folder"
         )
-    opened = [open_store(place) for place in places]
+    opened = [open_store(place, verify="sizes") for place in places]
     counts = [
         samples_then(one.run, origin.run, fewer_members=command == "combine")
         for one, origin in zip(opened, origins, strict=True)

@@ -57,7 +57,7 @@ def open_whole(path: str | Path, *, of: str, out: str | Path) -> Store:
         raise UsageError(
             f"{of}: {out} is the store itself, which is never changed; choose another folder for the result"
         )
-    return open_store(path)
+    return open_store(path, verify="sizes")  # every byte is checked before the first row is written
 
 
 def _place(path: str | Path) -> str:

@@ -79,7 +79,7 @@ def evaluate(
     source = open_source(data, key_fn=key_fn)
     require_samples(source)
     report_source(source)
-    store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="full")
+    store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
 
     def measured(store: Store | None) -> Evaluation:
         loader = SoftLabelLoader(

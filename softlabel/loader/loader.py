@@ -136,7 +136,7 @@ class SoftLabelLoader:
         self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
         if self.source is not data and rank == 0:
             report_source(self.source)
-        self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels, verify="once")
+        self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
         self.batch_size, self.seed = batch_size, seed
         self.dataset = JoinedDataset(
             self.source,

@@ -16,7 +16,7 @@ Verify = Literal["none", "sizes", "once", "full"]
 def open_store(
     path: str | os.PathLike[str],
     *,
-    verify: Verify = "sizes",
+    verify: Verify = "once",
     allow_incomplete: bool = False,
     memory: int = MEMORY,
 ) -> Store:
@@ -24,14 +24,17 @@ def open_store(
 
     Args:
         path: its folder.
-        verify: ``sizes`` checks that every file is there with its length, ``full`` hashes and checks every byte,
-            ``once`` does so unless this machine has, since a file last changed, ``none`` trusts.
+        verify: ``full`` hashes and checks every byte, ``once`` does so unless this machine has since a file last
+            changed, ``sizes`` checks that every file is there with its length, ``none`` nothing.
         allow_incomplete: also open what a run has written so far, for inspection.
         memory: bytes that `take` may hold. A Parquet store that is larger decoded is decoded once into a cache on the
             local disk ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
 
     Raises:
-        StoreNotFoundError, StoreIncompleteError, StoreCorruptError, or StoreError for another format version.
+        StoreNotFoundError: nothing is there.
+        StoreIncompleteError: its run is not finished.
+        StoreCorruptError: a file is damaged or missing.
+        StoreError: it is of another format version, or cannot be read.
     """
     if verify not in get_args(Verify):
         raise UsageError(f"verify: expected 'none', 'sizes', 'once' or 'full', found {verify!r}")

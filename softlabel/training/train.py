@@ -84,7 +84,7 @@ def _train(
     require_samples(source)
     if ranks.is_first:
         report_source(source)
-    store = open_store(config.labels, verify="once") if config.labels is not None else None
+    store = open_store(config.labels) if config.labels is not None else None
     if store is not None and Views.mixes(store.run) and 0 in config.values("soft_weight"):
         raise UsageError(
             f"soft_weight: the views of {store.url} are mixed images, which have no hard label; expected above 0"
