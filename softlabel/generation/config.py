@@ -9,7 +9,7 @@ from softlabel.common.arguments import check_values, is_plain
 from softlabel.common.device import Choice, Tuning
 from softlabel.errors import UsageError
 from softlabel.labels.combine import CombineRule
-from softlabel.models.teacher import Precision
+from softlabel.models.precision import Precision
 from softlabel.store.columns import Encoding
 from softlabel.store.manifest import Format, ViewPolicy
 from softlabel.views import view_policy

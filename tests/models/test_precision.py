@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import softlabel
 from softlabel.models.precision import ieee_float32
-from tests.support.runs import config, write_digits
+from tests.support.runs import make_config, write_digits
 
 FLAGS: set[str] = set()  # what forward and backward passes found
 
@@ -59,7 +59,7 @@ def test_float32_is_exact_in_every_pass_and_as_before_after_it(tmp_path: Path, l
         case "generate":
             softlabel.generate(digits / "data.parquet", teachers=[SPEC], out=tmp_path / "out", device="cpu", threads=2)
         case "train":
-            softlabel.train(config(digits, tmp_path / "out", student=SPEC, epochs=1))
+            softlabel.train(make_config(digits, tmp_path / "out", student=SPEC, epochs=1))
         case "evaluate":
             softlabel.evaluate(SPEC, digits / "data.parquet", device="cpu")
     assert sorted(FLAGS) == ["ieee"]
