@@ -19,7 +19,7 @@ from distributed.core import Status, rpc
 from distributed.security import Security
 
 from softlabel.cluster.deployment import ClusterKind, Deployment
-from softlabel.errors import UsageError
+from softlabel.errors import UsageError, one_line
 
 log = logging.getLogger("softlabel")
 
@@ -51,7 +51,7 @@ def connected(deployment: Deployment) -> Iterator[Client]:
         except Exception as error:
             asked = f"--scheduler {deployment.scheduler}" if deployment.scheduler else f"--cluster {deployment.cluster}"
             raise UsageError(
-                f"{asked}: no scheduler answers there ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                f"{asked}: no scheduler answers there ({one_line(error, with_type=True)}); "
                 "start one with 'dask scheduler', or check the address"
             ) from None
         yield client
@@ -79,10 +79,9 @@ def _check_address(address: str) -> None:
         if scheme in ("tls", "wss") and Security().get_connection_args("client")["ssl_context"] is None:
             raise ValueError("there are none")
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
         raise UsageError(
             f"--scheduler {address}: expected an address such as tcp://10.0.0.1:8786, and for tls:// Dask's settings "
-            f"of certificates ({said})"
+            f"of certificates ({one_line(error)})"
         ) from None
 
 
@@ -101,7 +100,7 @@ def _check_scheduler(address: str) -> None:
         except TimeoutError:
             kind = f"nothing that answers as one within {seconds:g} s"
         except Exception as error:
-            kind = f"none that answers ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            kind = f"none that answers ({one_line(error, with_type=True)})"
     if kind != "Scheduler":
         raise UsageError(
             f"--scheduler {address}: expected a Dask scheduler there, found {kind}; the scheduler's port is 8786 where "
@@ -209,7 +208,7 @@ def _made(kind: ClusterKind, make: Callable[..., Any], options: dict[str, Any]) 
         first: BaseException = error  # "Nanny failed to start" is the end of a chain that begins with the reason
         while (before := first.__cause__ or first.__context__) is not None:
             first = before
-        reason = " ".join(str(first).split())[:300] or type(first).__name__
         raise UsageError(
-            f"--cluster {kind}: cannot be started: {reason}; its arguments are those in the file of --cluster-options"
+            f"--cluster {kind}: cannot be started: {one_line(first)}; its arguments come from the file of "
+            "--cluster-options"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
-from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError
+from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError, one_line
 from softlabel.generation.progress import Progress
 from softlabel.generation.worker import Outcome, Request, label_alone, label_one
 
@@ -265,8 +265,8 @@ class Drive:
         flight.copies.remove(future)
         if future.status == "error":
             error = future.exception(timeout=ANSWER_SECONDS)
-            said = " ".join(str(error).split())[:300]
-            flight.why = "its worker died" if isinstance(error, KilledWorker) else f"{type(error).__name__}: {said}"
+            assert error is not None, "the future's status is error"
+            flight.why = "its worker died" if isinstance(error, KilledWorker) else one_line(error, with_type=True)
             flight.deaths += 1
             self._alone_from_now(flight, flight.why)
         if flight.copies:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from softlabel.common.spec import parse_spec
-from softlabel.errors import UsageError
+from softlabel.errors import UsageError, one_line
 
 log = logging.getLogger("softlabel")
 
@@ -33,8 +33,7 @@ def upload_modules(client: Any, teachers: Iterable[str]) -> None:
         try:
             client.upload_file(path)
         except Exception as error:  # what the module raises there, such as for a package that workers lack
-            why = " ".join(str(error).split())[:200]
-            raise UsageError(f"{path}: the workers cannot import it: {type(error).__name__}: {why}") from error
+            raise UsageError(f"{path}: the workers cannot import it: {one_line(error, with_type=True)}") from error
         log.info("%s: given to the workers", path)
 
 

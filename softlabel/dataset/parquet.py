@@ -26,7 +26,7 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_labels, class_number, number_classes, read_classes
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles
-from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, RawImage, Sample
 
 CACHE_BYTES = 1 << 30
@@ -173,7 +173,7 @@ class ParquetSource(Source):
                 table = self._file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
-                    f"{self._files.where(number)}: row group {group_in_file} cannot be read: {_line(error)}; "
+                    f"{self._files.where(number)}: row group {group_in_file} cannot be read: {one_line(error)}; "
                     "fetch the file again"
                 ) from error
             column = table.column(0)
@@ -195,7 +195,7 @@ class ParquetSource(Source):
             try:
                 return column.cast(pa.int64())
             except pa.ArrowInvalid as error:  # beyond 63 bits
-                raise DataError(f"{self.name}: column {self._columns.label!r}: {_line(error)}") from None
+                raise DataError(f"{self.name}: column {self._columns.label!r}: {one_line(error)}") from None
         # Each value once: there are few classes.
         encoded = column.combine_chunks().dictionary_encode()
         try:
@@ -235,7 +235,7 @@ class ParquetSource(Source):
             # Whole column chunks in few requests, not one for each page.
             return pq.ParquetFile(files.open(number), pre_buffer=True)
         except (pa.ArrowException, OSError) as error:
-            found = files.describe(number) or f"one that cannot be read: {_line(error)}"
+            found = files.describe(number) or f"one that cannot be read: {one_line(error)}"
             raise DataError(f"{files.where(number)}: expected a Parquet file, found {found}") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -309,7 +309,3 @@ class ParquetSource(Source):
                 f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, "
                 f"found {largest}; correct the file, or name another column with '?label=COLUMN'"
             )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 
 from softlabel.dataset.storage import Files, Int64s, PerProcess, complete, join_url
-from softlabel.errors import DataError, SpecError
+from softlabel.errors import DataError, SpecError, one_line
 
 # As long as a request's own delay on a usual link: to read over a gap of this size costs less than to ask again.
 GAP = 64 << 10
@@ -51,7 +51,9 @@ class RemoteFiles(Files):
         try:
             data: bytes = self._reach.get().fs.cat_file(self._object(number), start=start, end=stop)
         except Exception as error:
-            raise DataError(f"{where}: cannot be read: {reason(error)}; start again, what was made stays") from error
+            raise DataError(
+                f"{where}: cannot be read: {one_line(error, with_type=True)}; rerun the command to continue"
+            ) from error
         if len(data) > stop - start:
             raise DataError(
                 f"{where}: expected {stop - start} bytes, found {len(data)}: the server serves no ranges of files; "
@@ -170,13 +172,8 @@ def connect(url: str) -> tuple[Any, str]:
         cure = f"pip install 'softlabel[{extra}]'" if extra else "install that package"
         raise SpecError(f"{url}: {protocol}:// needs a package that is not installed: {error}; {cure}") from error
     except Exception as error:
-        raise SpecError(f"{url}: cannot be opened: {reason(error)}; write PROTOCOL://PATH") from error
+        raise SpecError(f"{url}: cannot be opened: {one_line(error, with_type=True)}; write PROTOCOL://PATH") from error
     return fs, str(path)
-
-
-def reason(error: Exception) -> str:
-    """What a file system's library says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def look(url: str) -> tuple[bool, int]:
@@ -232,7 +229,8 @@ def _refused(url: str, error: Exception) -> SpecError:
         return SpecError(f"{url}: expected a file or folder, found nothing there; check the URL")
     if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {error}".lower():
         return SpecError(
-            f"{url}: access denied: {reason(error)}; give credentials as the protocol's package expects them (for S3 "
+            f"{url}: access denied: {one_line(error, with_type=True)}; give the credentials that "
+            "the protocol's package expects (for S3 "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile)"
         )
-    return SpecError(f"{url}: cannot be reached: {reason(error)}; check the URL and the connection")
+    return SpecError(f"{url}: cannot be reached: {one_line(error, with_type=True)}; check the URL and the connection")

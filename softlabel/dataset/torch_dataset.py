@@ -21,7 +21,7 @@ from softlabel.dataset.hard_labels import checked_labels, choose_label
 from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import ListedSource, Source, span
-from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
+from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Sample
 
 _TRIED = 100  # items, until one can be read
@@ -176,7 +176,7 @@ class DatasetSource(ListedSource):
                 raise
             except Exception as error:
                 raise DataError(
-                    f"{self.name}: sample {number}: the dataset raised {type(error).__name__}: {_one_line(error)}"
+                    f"{self.name}: sample {number}: the dataset raised {one_line(error, with_type=True)}"
                     f"{_place(error)}; correct the dataset, or take the sample out"
                 ) from error
             items.append(BadImageError("the dataset returns None for it") if item is None else item)
@@ -201,10 +201,6 @@ def listed_labels(dataset: Any) -> NDArray[np.int64] | None:
         if labels_N.shape == (len(dataset),) and labels_N.dtype.kind in "iu":
             return labels_N.astype(np.int64)
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _place(error: Exception) -> str:

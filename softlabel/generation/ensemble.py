@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from softlabel.common.device import Tuning, out_of_memory
-from softlabel.errors import TeacherError, UsageError
+from softlabel.errors import TeacherError, UsageError, one_line
 from softlabel.generation.transfer import Upload
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, logits_of
@@ -306,8 +306,10 @@ def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_siz
             once, found = _timed(lambda: stack(images), device)
         except Exception as error:
             if tuning.stack == "yes" and not out_of_memory(error):
-                raise TeacherError(f"{named}: cannot be stacked: {_line(error)}; leave out --stack yes") from error
-            log.info("%s: run in turn (cannot be stacked: %s)", named, _line(error))
+                raise TeacherError(
+                    f"{named}: cannot be stacked: {one_line(error, with_type=True)}; leave out --stack yes"
+                ) from error
+            log.info("%s: run in turn (cannot be stacked: %s)", named, one_line(error, with_type=True))
             return False
         limit = AGREEMENT[chosen[0].precision] * (1 + max(float(z.abs().max()) for z in expected))
         off = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
@@ -348,7 +350,3 @@ def using_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

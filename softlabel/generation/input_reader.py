@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from softlabel.dataset import Source
 from softlabel.dataset.subset import LockedSource
 from softlabel.dataset.worker_init import begin_worker
-from softlabel.errors import BadImageError, DataError, SoftLabelError
+from softlabel.errors import BadImageError, DataError, SoftLabelError, one_line
 from softlabel.inputs.image_decode import decode_image, decode_sample, stack_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.manifest import BadRow
@@ -216,7 +216,7 @@ def _worker_deaths_reported() -> Iterator[None]:
         if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "worker (pid" not in str(error)):
             raise
         raise DataError(
-            f"a decoding process died ({' '.join(str(error).split())[:200]}), perhaps because memory ran out; what "
+            f"a decoding process died ({one_line(error)}), perhaps because memory ran out; what "
             "was committed stays: run the same command again, with fewer --workers"
         ) from error
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from softlabel.common.device import out_of_memory
-from softlabel.errors import TeacherError
+from softlabel.errors import TeacherError, one_line
 from softlabel.generation.input_reader import DecodedBatch, Span
 from softlabel.generation.labeller import BatchLabels, LabelledShard, Labeller, Lane, assemble
 from softlabel.generation.progress import Progress
@@ -84,7 +84,7 @@ def _halved(labeller: Labeller, error: Exception) -> Labeller:
     if before == 1:
         raise TeacherError(
             "out of memory with a single image; use --precision bf16, a smaller input size, or a device with more "
-            f"memory ({' '.join(str(error).split())[:200]})"
+            f"memory ({one_line(error)})"
         ) from error
     if labeller.members.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from softlabel.common.device import Choice
-from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError
+from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError, one_line
 from softlabel.generation.config import BadImagePolicy, GenerateConfig
 from softlabel.generation.job import Job
 from softlabel.generation.malloc import keep_freed_memory
@@ -153,7 +153,7 @@ def label_one(request: Request, number: int, keys: str, seconds: float, worker: 
             stops = request.on_bad_image == "error" and isinstance(error, DataError)
             return Outcome(
                 number=number,
-                error=" ".join(f"{error}".split()) or type(error).__name__,
+                error=one_line(error, limit=None),
                 transient=transient,
                 # Who cannot load anything would fail every shard, and faster than others label them.
                 fatal=stops or isinstance(error, MismatchError) or (job is None and not transient),

@@ -15,7 +15,7 @@ import yaml
 from torchvision.transforms import v2
 
 from softlabel.common.spec import literal, split_options
-from softlabel.errors import UsageError
+from softlabel.errors import UsageError, one_line
 from softlabel.store.manifest import ViewPolicy
 from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
 from softlabel.views.mix_ops import MixStep
@@ -123,7 +123,7 @@ def _read(path: str) -> list[Any]:
     except OSError as error:
         raise UsageError(f"augment: {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"augment: {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"augment: {path} is not YAML: {one_line(error)}") from None
     if not isinstance(found, list):
         raise UsageError(
             f"augment: {path}: expected a list of steps, found {type(found).__name__}; for instance '- inception: "
