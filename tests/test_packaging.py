@@ -11,7 +11,8 @@ import pytest
 import softlabel
 from tests.support.shared_data import ROOT
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 # Packages whose module has another name.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "pyyaml": "yaml", "dask-jobqueue": "dask_jobqueue"}
 MODULES |= {"docstring-parser": "docstring_parser"}
@@ -51,6 +52,15 @@ def test_the_metadata_of_the_package() -> None:
     versions = {name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name}
     assert versions >= {"3.11", "3.12", "3.13"}
     assert PROJECT["requires-python"] == ">=3.11"
+
+
+def test_files_that_are_not_python_are_packaged() -> None:
+    folder = ROOT / "softlabel"
+    patterns = SETUPTOOLS["package-data"]["softlabel"]
+    shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert all(any(folder.glob(pattern)) for pattern in patterns)
+    there = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == shipped
 
 
 def test_the_demo_needs_only_its_extra() -> None:
