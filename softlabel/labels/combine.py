@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from softlabel.errors import MismatchError, UsageError
+from softlabel.errors import UsageError
 
 CombineRule = Literal["logits", "probs", "keep"]
 
@@ -94,19 +94,3 @@ def combine(
 def retemperable(rule: str, members: int) -> bool:
     """Whether labels of one temperature are exact at another: averages of logits are, averages of probabilities not."""
     return rule != "probs" or members == 1
-
-
-def retemper(scaled_logits_BC: Tensor, *, stored: float, wanted: float, rule: str, members: int) -> Tensor:
-    """Scaled logits of another temperature, exact, or refused.
-
-    Raises:
-        MismatchError: the labels are an average of probabilities, which only exists at the stored temperature.
-    """
-    if stored == wanted:
-        return scaled_logits_BC
-    if not retemperable(rule, members):
-        raise MismatchError(
-            f"temperature: the labels are the mean of {members} teachers' probabilities at {stored:g} and cannot be "
-            f"changed exactly to {wanted:g}; train at {stored:g}, or generate with --combine logits or at {wanted:g}"
-        )
-    return scaled_logits_BC * (stored / wanted)

@@ -138,11 +138,6 @@ class BlockOrder:
         """int64 (windows + 1,): window w is the positions windows[w] to windows[w + 1] of the epoch."""
         return self._layout(epoch).positions[self._cuts]
 
-    def blocks_of(self, epoch: int, window: int) -> list[tuple[int, int]]:
-        """The blocks of a window, as ranges of samples, in rising order."""
-        numbers = np.sort(self._layout(epoch).blocks[self._cuts[window] : self._cuts[window + 1]])
-        return [(int(self.edges[number]), int(self.edges[number + 1])) for number in numbers]
-
     def at(self, epoch: int, positions: Int64s) -> Int64s:
         """The samples at these positions of an epoch.
 

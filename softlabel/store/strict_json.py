@@ -116,11 +116,6 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def _nothing(value: Any) -> None:
-    if value is not None:
-        raise SchemaError(f"expected null, {_found(value)}")
-
-
 def _object(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
         raise SchemaError(f"expected an object, {_found(value)}")
@@ -132,7 +127,6 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {
     int: _integer,
     float: _number,
     bool: _boolean,
-    type(None): _nothing,
     Any: lambda value: value,
 }
 
