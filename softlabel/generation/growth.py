@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
 from softlabel.generation.input_reader import InputReader
-from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
+from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
 from softlabel.store.manifest_read import load_root
 from softlabel.store.open import open_store
@@ -238,7 +238,7 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
                 stored = sample_rows(store, start + picked, names)
                 samples = source.read([kept[place] for place in picked.tolist()])
                 hashes = hashes_of([sample.image for sample in samples])
-                changed_B = comparable(hashes, stored.content) & (hashes != stored.content)
+                changed_B = changed_content(hashes, stored.content)
                 unknown = unknown or why_not_comparable(hashes, stored.content)
                 for sample, key, label, changed in zip(
                     samples, stored.keys, stored.labels.tolist(), changed_B.tolist(), strict=True

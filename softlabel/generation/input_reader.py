@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from softlabel.dataset import Source
 from softlabel.dataset.subset import LockedSource
 from softlabel.dataset.worker_init import begin_worker
-from softlabel.errors import BadImageError, DataError, SoftLabelError, one_line
-from softlabel.inputs.image_decode import decode_image, decode_sample, stack_images
+from softlabel.errors import DataError, SoftLabelError, one_line
+from softlabel.inputs.image_batch import decode_samples, shape_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.manifest import BadRow
-from softlabel.views import Images, Made, Views, stacked
+from softlabel.views import Made, Views, stacked
 
 _THREADS = min(8, os.cpu_count() or 1)  # that decode where no processes do
 
@@ -78,28 +78,26 @@ class InputReader:
             DataError: images of different sizes for a teacher that takes them as they are.
         """
         samples = self.source.read(indices)
-        reasons: dict[int, str] = {}  # place among the samples -> why it has no row
-        decoded: list[Tensor] = []
-        hashes = np.zeros(len(samples), dtype=np.uint64)
-        for place, sample in enumerate(samples):
-            try:
-                image_CHW, hashes[place] = decode_sample(sample, name=self.source.name)
-            except BadImageError as error:
-                reasons[place] = str(error)
-            else:
-                decoded.append(image_CHW)
-        there = [place for place in range(len(samples)) if place not in reasons]
-        made = self._views(decoded, [samples[place].key for place in there], view)
+        decoded = decode_samples(samples, name=self.source.name)
+        reasons = dict(decoded.failed)  # place among the samples -> why it has no row
+        there = list(decoded.images)
+        made = self._views(list(decoded.images.values()), [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
-        images, misshapen = self._shapes(made.images, [samples[place].key for place in there])
+        images, misshapen = shape_images(
+            made.images,
+            [samples[place].key for place in there],
+            self.geometries,
+            network="teacher",
+            fixed=self.views is not None and self.views.policy.fixed,
+        )
         reasons |= {there[number]: reason for number, reason in misshapen.items()}
         shapely = [number for number in range(len(there)) if number not in misshapen]
         kept = [samples[there[number]] for number in shapely]
         return DecodedBatch(
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
-            content=hashes[[there[number] for number in shapely]],
+            content=decoded.content[[there[number] for number in shapely]],
             images=images,
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
@@ -113,41 +111,11 @@ class InputReader:
             return Made(images=images, columns={}, failed={})
         return self.views.make(stacked(images), keys, view=view, read=self._decoded)
 
-    def _shapes(self, views: Images, keys: list[str]) -> tuple[tuple[Tensor, ...], dict[int, str]]:
-        """The views in every geometry, and those (place, reason) that do not fit one and are in none."""
-        fixed = self.views is not None and self.views.policy.fixed
-        if isinstance(views, Tensor):
-            first = views[0]
-            if all(geometry.view_geometry(first, fixed=fixed) is first for geometry in self.geometries):
-                return (views,) * len(self.geometries), {}
-        stacks: list[list[Tensor]] = [[] for _ in self.geometries]
-        misshapen: dict[int, str] = {}
-        for number, view_CHW in enumerate(views):
-            try:
-                # Each member shapes the view itself, never what another member left of it.
-                shaped = [geometry.view_geometry(view_CHW, fixed=fixed) for geometry in self.geometries]
-            except BadImageError as error:
-                misshapen[number] = str(error)
-                continue
-            for stack, image_CHW in zip(stacks, shaped, strict=True):
-                if stack and image_CHW.shape != stack[0].shape:
-                    raise DataError(
-                        f"image {keys[number]!r}: expected {_size(stack[0])} like the images before it, found "
-                        f"{_size(image_CHW)}; give the teacher a size, such as '?resize=256&crop=224'"
-                    )
-                stack.append(image_CHW)
-        return tuple(stack_images(stack) for stack in stacks if stack), misshapen
-
     def _decoded(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
         """Keys and images of samples that others are mixed with; None where one cannot be decoded."""
-        images: list[Tensor | None] = []
         samples = self.source.read(indices)
-        for sample in samples:
-            try:
-                images.append(decode_image(sample.image, sample.decoding))
-            except BadImageError:
-                images.append(None)
-        return [sample.key for sample in samples], images
+        images = decode_samples(samples, name=self.source.name).images
+        return [sample.key for sample in samples], [images.get(place) for place in range(len(samples))]
 
     def read(self, span: Span) -> DecodedBatch:
         return self.batch(range(span.start, span.stop), view=span.view)
@@ -238,10 +206,6 @@ def _ahead(make: Callable[[Span], DecodedBatch], spans: Iterable[Span]) -> Itera
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
-
-
-def _size(image_CHW: Tensor) -> str:
-    return f"{image_CHW.shape[2]}x{image_CHW.shape[1]} pixels"
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,6 +1,6 @@
 """What an input is before a network sees it: encoded bytes or pixels, its key, its label, and how it is decoded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -16,6 +16,8 @@ IGNORE = -100
 
 # Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
 RawImage: TypeAlias = bytes | Image.Image | NDArray[np.uint8] | Tensor | BadImageError
+# Decoded, uint8: (B, 3, H, W), or B of (3, H, W) of any sizes.
+Images: TypeAlias = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

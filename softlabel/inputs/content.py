@@ -58,6 +58,12 @@ def comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> NDArr
     return found
 
 
+def changed_content(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """bool (B,): where two hashes say that the image is another one than was labelled."""
+    found: NDArray[np.bool_] = comparable(now_B, stored_B) & (now_B != stored_B)
+    return found
+
+
 def why_not_comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> str | None:
     """Why the first of these samples that cannot be compared cannot be; None where all can be, or cannot be read."""
     places = np.flatnonzero((now_B != 0) & ~comparable(now_B, stored_B))

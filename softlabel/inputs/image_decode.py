@@ -10,7 +10,6 @@ dropped, colour profiles are not applied, of an animation the first frame counts
 import dataclasses
 import io
 import re
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -21,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
-from softlabel.inputs.base import AS_USUAL, Decoding, RawImage, Sample
+from softlabel.inputs.base import AS_USUAL, Decoding, RawImage
 from softlabel.inputs.content import content_hash, hash_values
 
 # Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
@@ -91,24 +90,6 @@ def decode_hashed(image: RawImage, decoding: Decoding = AS_USUAL) -> tuple[Tenso
     return pixels_CHW, content_hash(image) or 0
 
 
-def decode_sample(sample: Sample, *, name: str) -> tuple[Tensor, int]:
-    """`decode_hashed` of a sample, as it says that it is decoded.
-
-    Args:
-        name: of the source.
-
-    Raises:
-        BadImageError: as `decode_image`, the reason alone.
-        DataError: as `decode_image`, with the sample.
-    """
-    try:
-        return decode_hashed(sample.image, sample.decoding)
-    except BadImageError:
-        raise
-    except DataError as error:
-        raise DataError(f"{name}: sample {sample.key!r}: {error}") from error
-
-
 def _is_plain(image: RawImage) -> bool:
     """Whether decoding gives the pixels as the dataset gave them."""
     if isinstance(image, Image.Image):
@@ -116,11 +97,6 @@ def _is_plain(image: RawImage) -> bool:
     if isinstance(image, np.ndarray):
         return image.ndim == 3 and image.shape[2] == 3
     return isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
-
-
-def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:
-    """Decoded images of one size as a batch: uint8 (B, 3, H, W) in channels-last layout, as they lie already."""
-    return torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW]).permute(0, 3, 1, 2)
 
 
 # A pixel from here on needs more than 12 bits: no camera or scanner fills 13 to 15.

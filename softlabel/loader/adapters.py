@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
-from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
+from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.labels.combine import Combination
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
@@ -149,7 +149,7 @@ class LabelJoin:
         now_B, stored_B = hashes_of([stored_bytes(image) for image in images]), self.store.content[rows_B]
         if len(now_B) != len(rows_B):
             raise DataError(f"batch: expected an image for each of its {len(rows_B)} keys, found {len(now_B)} images")
-        changed = np.flatnonzero(comparable(now_B, stored_B) & (now_B != stored_B))
+        changed = np.flatnonzero(changed_content(now_B, stored_B))
         if len(changed):
             raise MismatchError(
                 f"batch: image {keys[int(changed[0])]!r} is not the one that was labelled in {self.store.url} (its "

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source, require_samples, settle_decoding
-from softlabel.errors import BadImageError, DataError, MismatchError, MissingKeyError, UsageError
-from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
-from softlabel.inputs.image_decode import decode_sample
+from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
+from softlabel.inputs.base import Images
+from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
+from softlabel.inputs.image_batch import decode_samples, refuse_failed, shape_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
@@ -30,7 +31,7 @@ from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
-from softlabel.views import CropFlip, Images, Views, stacked
+from softlabel.views import CropFlip, Views, stacked
 
 log = logging.getLogger("softlabel")
 
@@ -139,6 +140,7 @@ class JoinedDataset(Dataset[Batch]):
                 check=check_views,
                 decode=self._sources,
                 preprocessing=preprocessing,
+                name=source.name,
             )
         self._cache: PixelCache | None = None
         self._cache = self._new_cache(cache_bytes, workers)
@@ -257,11 +259,10 @@ class JoinedDataset(Dataset[Batch]):
 
     def _images(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
         if self._cache is None:
-            return np.stack(self._read(positions, keys))
+            return self._read(positions, keys)
         unknown = self._cache.unknown(positions)
         if len(unknown):
-            images = self._read(positions[unknown], [keys[place] for place in unknown])
-            self._cache.put(positions[unknown], np.stack(images))
+            self._cache.put(positions[unknown], self._read(positions[unknown], [keys[place] for place in unknown]))
         return self._cache.get(positions)
 
     def _sources(self, positions: Int64s, keys: Sequence[str]) -> Images:
@@ -284,49 +285,33 @@ class JoinedDataset(Dataset[Batch]):
             ]
         )
 
-    def _read(self, positions: Int64s, keys: Sequence[str]) -> list[NDArray[np.uint8]]:
-        """Decoded images, none of them cached, in the student's size."""
-        images = []
-        for image_CHW, key in zip(self._decoded(positions, keys), keys, strict=True):
-            try:
-                shaped_CHW = image_CHW if self._preprocessing is None else self._preprocessing.geometry(image_CHW)
-            except BadImageError as error:
-                raise DataError(f"{self.source.name}: image {key!r}: {error}; mend it or take it out") from error
-            images.append(shaped_CHW.numpy())
-        expected = self._cache.shape if self._cache is not None else images[0].shape
-        for image, key in zip(images, keys, strict=True):
-            if image.shape != expected:
-                raise DataError(
-                    f"image {key!r}: expected {_size(expected)} like those before it, found {_size(image.shape)}; "
-                    "give the student a size, such as '?resize=256&crop=224'"
-                )
+    def _read(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
+        """Decoded images, none of them cached, in the student's size: (B, 3, H, W)."""
+        batches, failed = shape_images(
+            self._decoded(positions, keys),
+            keys,
+            [self._preprocessing or Preprocessing()],
+            network="student",
+            size=None if self._cache is None else self._cache.shape,
+        )
+        refuse_failed(failed, keys, name=self.source.name)
+        images: NDArray[np.uint8] = batches[0].numpy()
         return images
 
     def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:
         """Read, check and decode images, none of them cached: uint8 (3, H, W) each."""
         samples = self.source.read(self.samples[positions].tolist())
-        images: list[Tensor] = []
-        hashes = np.zeros(len(samples), dtype=np.uint64)
-        failed: tuple[str, BadImageError] | None = None
-        for place, (sample, key) in enumerate(zip(samples, keys, strict=True)):
+        for sample, key, position in zip(samples, keys, positions, strict=True):
             if sample.key != key:
                 raise DataError(
-                    f"{self.source.name}: sample {self.samples[positions[place]]} was {key!r} and is now "
-                    f"{sample.key!r}; the data changed while it was in use, start again"
+                    f"{self.source.name}: sample {self.samples[position]} was {key!r} and is now {sample.key!r}; the "
+                    "data changed while it was in use, start again"
                 )
-            try:
-                image_CHW, hashes[place] = decode_sample(sample, name=self.source.name)
-            except BadImageError as error:
-                hashes[place], failed = hashes_of([sample.image])[0], failed or (key, error)
-            else:
-                images.append(image_CHW)
+        decoded = decode_samples(samples, name=self.source.name)
         # Another image first: that it is damaged too matters less.
-        self._check_content(positions, keys, hashes)
-        if failed is not None:
-            raise DataError(
-                f"{self.source.name}: image {failed[0]!r}: {failed[1]}; repair it or take it out"
-            ) from failed[1]
-        return images
+        self._check_content(positions, keys, decoded.content)
+        refuse_failed(decoded.failed, keys, name=self.source.name)
+        return list(decoded.images.values())
 
     def _check_content(self, positions: Int64s, keys: Sequence[str], hashes: NDArray[np.uint64]) -> None:
         rows = self.rows[positions]
@@ -334,7 +319,7 @@ class JoinedDataset(Dataset[Batch]):
         if self.store is None or not len(known):
             return
         stored = self.store.content[rows[known]]
-        changed = known[comparable(hashes[known], stored) & (stored != hashes[known])]
+        changed = known[changed_content(hashes[known], stored)]
         if len(changed):
             raise MismatchError(
                 f"{self.source.name}: image {keys[int(changed[0])]!r} is not the one that was labelled in "
@@ -370,7 +355,3 @@ def _check_classes(source: Source, run: Run) -> None:
             f"classes: in another order; class {place} is {run.class_names[place]!r} in the store and "
             f"{names[place]!r} in {source.name}; bring them into one order"
         )
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return f"{shape[2]}x{shape[1]} pixels"

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from softlabel.common.keys import Keys
 from softlabel.common.random import mix64, stream_key
-from softlabel.errors import BadImageError, DataError, MismatchError, UsageError
-from softlabel.inputs.base import IGNORE
-from softlabel.inputs.image_decode import stack_images
+from softlabel.errors import MismatchError, UsageError
+from softlabel.inputs.base import IGNORE, Images
+from softlabel.inputs.image_batch import refuse_failed, shape_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PARTNER
-from softlabel.views import Images, Views, changed, digests, draw, identity, stacked
+from softlabel.views import Views, changed, digests, draw, identity, stacked
 from softlabel.views.random import bits
 
 ViewOrder = Literal["cycle", "random"]
@@ -40,6 +40,7 @@ class Replay:
         check: the pixels of one in so many rows are compared with the digest that the store has; 1: of all, 0: of none.
         decode: gives the images as they are in the source.
         preprocessing: whose geometry brings views to one size; None: they are of one size.
+        name: of the source, for messages.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Replay:
         check: int,
         decode: Decode,
         preprocessing: Preprocessing | None,
+        name: str,
     ) -> None:
         if order not in get_args(ViewOrder):
             raise UsageError(f"view_order: expected cycle or random, found {order!r}")
@@ -61,7 +63,7 @@ class Replay:
             raise UsageError(f"check_views: expected 0 (no row) or one in how many, found {check}")
         self._store, self._views, self._rows_VK = store, views, rows_VK
         self._seed, self._order, self._check = seed, order, check
-        self._decode, self._preprocessing = decode, preprocessing
+        self._decode, self._preprocessing, self._name = decode, preprocessing, name
         self._names = [column.name for column in store.run.view_columns]
         if len(store):
             store.take([0], self._names)  # reads them into memory, which forked workers then share
@@ -102,16 +104,16 @@ class Replay:
                 named = [keys[place] for place in places.tolist()]
                 images = self._decode(positions[places], named)
                 if known:
-                    made = self._again(images, named, rows_B[places], view, epoch)
+                    made = self._replay(images, named, rows_B[places], view, epoch)
                 else:
-                    made = self._anew(images, named, view)
+                    made = self._make_unlabelled(images, named, view)
                 if len(places) == len(keys):
-                    return self._shaped(made, keys)
+                    return self._shape(made, keys)
                 for place, image in zip(places.tolist(), made, strict=True):
                     seen[place] = image
-        return self._shaped(stacked([image for image in seen if image is not None]), keys)
+        return self._shape(stacked([image for image in seen if image is not None]), keys)
 
-    def _again(self, images: Images, keys: Sequence[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
+    def _replay(self, images: Images, keys: Sequence[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
         columns = self._store.take(rows_B, self._names).columns
         partners: Images | None = None
         partner_keys: Sequence[str] = []
@@ -123,7 +125,7 @@ class Replay:
             made = self._views.replay(images, keys, columns, view=view, partners=partners, partner_keys=partner_keys)
         except ValueError as error:
             raise MismatchError(
-                f"{self._store.url}: view {view} cannot be made again: {error}; {self._cure()}"
+                f"{self._store.url}: view {view} cannot be made again: {error}; {self._describe_remedy()}"
             ) from None
         self._compare(made, keys, columns[DIGEST][:, 0], rows_B, view, epoch)
         return made
@@ -153,42 +155,26 @@ class Replay:
             raise MismatchError(
                 f"{self._store.url}: view {view} of {keys[place]!r} has other pixels than the teacher saw "
                 f"({len(wrong)} of {len(picked)} compared; xxh3-64 expected {stored_B[place]:016x}, "
-                f"found {found[wrong[0]]:016x}); {self._cure()}"
+                f"found {found[wrong[0]]:016x}); {self._describe_remedy()}"
             )
 
-    def _cure(self) -> str:
+    def _describe_remedy(self) -> str:
         return (
             f"{changed(self._store.manifest.recorded.get('libraries'))}; train with the libraries that labelled, label "
-            "anew, or accept other pixels with --check-views 0"
+            "again, or accept other pixels with --check-views 0"
         )
 
-    def _anew(self, images: Images, keys: Sequence[str], view: int) -> Images:
+    def _make_unlabelled(self, images: Images, keys: Sequence[str], view: int) -> Images:
         """Views of samples that the store has no row for: of the same kind, and never mixed, for their hard labels."""
-        made = self._views.unmixed().make(images, keys, view=view, read=_nobody)
-        if made.failed:
-            place, reason = next(iter(made.failed.items()))
-            raise DataError(f"image {keys[place]!r}: {reason}; mend it or take it out")
+        made = self._views.unmixed().make(images, keys, view=view, read=_refuse_partners)
+        refuse_failed(made.failed, keys, name=self._name)
         return made.images
 
-    def _shaped(self, made: Images, keys: Sequence[str]) -> Tensor:
-        shape, fixed = self._preprocessing, self._views.policy.fixed
-        first = made[0]
-        try:
-            if shape is None or (isinstance(made, Tensor) and shape.view_geometry(first, fixed=fixed) is first):
-                shaped: Images = made
-            else:
-                shaped = [shape.view_geometry(image_CHW, fixed=fixed) for image_CHW in made]
-        except BadImageError as error:
-            raise DataError(f"a view of one of {keys[0]!r} to {keys[-1]!r}: {error}") from error
-        if isinstance(shaped, Tensor):
-            return shaped
-        for image_CHW, key in zip(shaped, keys, strict=True):
-            if image_CHW.shape != shaped[0].shape:
-                raise DataError(
-                    f"image {key!r}: expected {tuple(shaped[0].shape[1:])} pixels like those before it, found "
-                    f"{tuple(image_CHW.shape[1:])}; give the student a size, such as '?resize=256&crop=224'"
-                )
-        return stack_images(shaped)
+    def _shape(self, made: Images, keys: Sequence[str]) -> Tensor:
+        geometry, fixed = self._preprocessing or Preprocessing(), self._views.policy.fixed
+        batches, failed = shape_images(made, keys, [geometry], network="student", fixed=fixed)
+        refuse_failed(failed, keys, name=self._name)
+        return batches[0]
 
 
 class _Partners:
@@ -211,7 +197,7 @@ class _Partners:
         return found
 
 
-def _nobody(positions: object, /) -> tuple[list[str], list[Tensor | None]]:
+def _refuse_partners(positions: object, /) -> tuple[list[str], list[Tensor | None]]:
     raise AssertionError("an unmixed view has no partner")
 
 

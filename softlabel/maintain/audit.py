@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.job import Job
-from softlabel.inputs.content import comparable
+from softlabel.inputs.content import changed_content
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
@@ -121,7 +121,7 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
         raise MismatchError(
             f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
         )
-    changed = np.flatnonzero(comparable(batch.content, stored_B) & (batch.content != stored_B))
+    changed = np.flatnonzero(changed_content(batch.content, stored_B))
     if len(changed):
         raise MismatchError(
             f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "

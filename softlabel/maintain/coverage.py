@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from softlabel.dataset import Source, open_source, report_source
-from softlabel.inputs.content import comparable, hashes_of, why_not_comparable
+from softlabel.inputs.content import changed_content, comparable, hashes_of, why_not_comparable
 from softlabel.store.reader import Store
 
 CHUNK = 4096  # samples read at a time
@@ -66,9 +66,8 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
             stored = store.content[rows_B[there]]
             now = hashes_of([samples[place].image for place in there.tolist()])
             unknown = unknown or why_not_comparable(now, stored)
-            can = comparable(now, stored)
-            compared += int(can.sum())
-            others = there[can & (now != stored)].tolist()
+            compared += int(comparable(now, stored).sum())
+            others = there[changed_content(now, stored)].tolist()
             changed_count += len(others)
             changed += [keys[place] for place in others[: max(0, LISTED - len(changed))]]
             bar.update(len(samples))

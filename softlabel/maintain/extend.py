@@ -21,7 +21,7 @@ from softlabel.generation.job import load_job
 from softlabel.generation.labeller import LabelledShard
 from softlabel.generation.reload import config_of, recorded_place, refuse_derived
 from softlabel.generation.run import GenerateSummary, label_missing
-from softlabel.inputs.content import comparable, why_not_comparable
+from softlabel.inputs.content import changed_content, why_not_comparable
 from softlabel.labels.combine import normalized_weights
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
@@ -126,7 +126,7 @@ class _MemberExecutor(LocalExecutor):
             raise MismatchError(f"{store.path / record.file}: holds other samples than can be labelled now")
         seen, now = kept.content, shard.rows.content
         assert now is not None
-        changed = comparable(now, seen) & (now != seen)
+        changed = changed_content(now, seen)
         unknown = why_not_comparable(now, seen)
         if unknown is not None and not self._warned:
             self._warned = True

@@ -7,7 +7,6 @@ that normalise differently see the same pixels.
 """
 
 from softlabel.views.apply import Made, Views, digests, stacked
-from softlabel.views.boxes import Images
 from softlabel.views.crop_flip import CropFlip, Crops
 from softlabel.views.mix_ops import identity
 from softlabel.views.policy import CENTER, Policy, parse_policy, view_policy
@@ -18,7 +17,6 @@ __all__ = [
     "CENTER",
     "CropFlip",
     "Crops",
-    "Images",
     "Made",
     "Policy",
     "Views",

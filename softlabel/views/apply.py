@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.inputs.base import Images
 from softlabel.store.manifest import Run
 from softlabel.store.view_columns import (
     BOX,
@@ -28,7 +29,7 @@ from softlabel.store.view_columns import (
     PASTE,
     WEIGHT,
 )
-from softlabel.views.boxes import Boxes, Images
+from softlabel.views.boxes import Boxes
 from softlabel.views.mix_ops import blend, identity, paste, share
 from softlabel.views.policy import Policy
 from softlabel.views.random import U64, bits, draw

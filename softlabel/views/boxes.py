@@ -7,7 +7,6 @@ pixels are black. Pixels are cut, resized where the step says to which size, and
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from softlabel.errors import UsageError
+from softlabel.inputs.base import Images
 from softlabel.views.crop_flip import CropFlip, Crops
 from softlabel.views.random import U64, uniforms
-
-Images = Tensor | Sequence[Tensor]  # uint8: (B, 3, H, W), or B of (3, H, W) of any sizes
 
 _ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

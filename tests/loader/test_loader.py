@@ -203,9 +203,19 @@ def test_a_dataset_of_ones_own_is_joined_by_its_keys_and_decoded_once(tmp_path: 
     assert max((mine.reads - already).values()) == 1
 
 
-def test_images_of_several_sizes_need_a_size(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected 16x16 pixels like those before it, found 20x20 pixels.*resize="):
-        list(SoftLabelLoader(Arrays(8, sizes=(16, 20)), batch_size=4))
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_images_of_several_sizes_need_a_size(tmp_path: Path, network: str) -> None:
+    images = Arrays(8, sizes=(16, 20))
+    spec = "python:tests.support.students:build_smooth_student?num_classes=3&mean=0&std=1"
+    use = {
+        "student": lambda: list(SoftLabelLoader(images, batch_size=4, shuffle=False)),
+        "teacher": lambda: softlabel.generate(
+            images, teachers=[spec], out=tmp_path / "store", preflight=False, device="cpu"
+        ),
+    }[network]
+    sizes = "expected 16x16 pixels like the images before it, found 20x20 pixels"
+    with pytest.raises(DataError, match=f"image '1': {sizes}; give the {network} a size, such as .*resize="):
+        use()
 
 
 def test_classes_that_are_not_those_of_the_store_are_refused(digits: Path, tmp_path: Path) -> None:

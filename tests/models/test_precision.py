@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import softlabel
 from softlabel.models.precision import ieee_float32
-from tests.support.runs import make_config, write_digits
+from tests.support.training_runs import make_config, write_digits
 
 FLAGS: set[str] = set()  # what forward and backward passes found
 

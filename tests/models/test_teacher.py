@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, SpecError, TeacherError
 from softlabel.generation.ensemble import replace_norms
-from softlabel.inputs.image_decode import decode_image, stack_images
+from softlabel.inputs.image_batch import stack_images
+from softlabel.inputs.image_decode import decode_image
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
 from softlabel.models.teacher import load_teacher, student_preprocessing
