@@ -10,7 +10,7 @@ from softlabel.cli.report import duration, size, tell, tell_preflight
 if TYPE_CHECKING:
     from softlabel.generation.config import GenerateConfig, LabelConfig
     from softlabel.generation.executor import Executor
-    from softlabel.store.columns import Encoding
+    from softlabel.store.encodings import Encoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,30 +135,25 @@ def encoding_of(
     samples: int | None,
     temperatures: list[float] | None,
     hidden: str | None,
-) -> "Encoding | str":
+) -> "Encoding":
     """The encoding that the options name; the width of `head` is the teacher's.
 
     Raises:
         UsageError: an option of another encoding, or a number that makes no sense.
     """
     from softlabel.errors import UsageError
-    from softlabel.store.columns import Encoding
+    from softlabel.store.encodings import Encoding
 
-    owners = {"top_k": "topk", "temperatures": "topk", "samples": "sampled", "hidden": "head"}
-    given = {"top_k": top_k, "temperatures": temperatures, "samples": samples, "hidden": hidden}
-    for option, value in given.items():
-        if value is not None and owners[option] != name:
-            raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owners[option]}, found {name!r}")
+    options = {"top_k": top_k, "temperatures": temperatures, "samples": samples, "hidden": hidden}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        owner = next(kind.name for kind in Encoding.kinds.values() if option in kind.options)
+        if owner != name:
+            raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owner}, found {name!r}")
     try:
-        if name == "topk":
-            declared = tuple(sorted({float(temperature), *(temperatures or ())}))
-            return Encoding(name="topk", k=50 if top_k is None else top_k, temperatures=declared)
-        if name == "sampled":
-            return Encoding(name="sampled", samples=50 if samples is None else samples)
+        return Encoding.kinds[name].from_options(temperature=temperature, **given)
     except ValueError as error:
-        raise UsageError(f"encoding: {error}") from None
-    hidden = hidden or "float16"
-    return f"head:{hidden}" if name == "head" else name
+        raise UsageError(str(error)) from None
 
 
 def plan(
@@ -185,11 +180,11 @@ def plan(
     from softlabel.errors import UsageError
     from softlabel.generation.config import GenerateConfig
     from softlabel.generation.job import load_job
-    from softlabel.generation.preflight.estimate import ENCODINGS
     from softlabel.generation.preflight.estimate import plan as run
+    from softlabel.store.encodings import Encoding
 
-    if encoding is not None and (odd := set(encoding) - set(ENCODINGS)):
-        raise UsageError(f"encoding: expected some of {', '.join(ENCODINGS)}, found {sorted(odd)[0]!r}")
+    if encoding is not None and (odd := set(encoding) - set(Encoding.kinds)):
+        raise UsageError(f"encoding: expected some of {', '.join(Encoding.kinds)}, found {sorted(odd)[0]!r}")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
     job = load_job(data, teacher, GenerateConfig.of(config, workers=0))

@@ -26,6 +26,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
 
     from softlabel.cli.convert import provenance
     from softlabel.store.open import open_store
+    from softlabel.store.strict_json import to_json
 
     opened = open_store(store, verify="sizes", allow_incomplete=True)
     manifest = opened.manifest
@@ -33,7 +34,9 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         print(options_of(opened.path, manifest), end="")
         return 0
     if json:
-        print(dumps(dataclasses.asdict(manifest), indent=2))
+        found = dataclasses.asdict(manifest)
+        found["run"]["encoding"] = to_json(manifest.run.encoding)
+        print(dumps(found, indent=2))
         return 0
     run, totals = manifest.run, manifest.totals
     state = "complete" if manifest.complete else f"NOT COMPLETE, {totals.shards} of {run.shard_count} shards"

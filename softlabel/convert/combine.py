@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from softlabel.common.arguments import check_arguments
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import combine, normalized_weights, retemperable
-from softlabel.labels.encode import FidelityMeter
+from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
-from softlabel.store.decode import decode
 from softlabel.store.manifest import Combine, Member, Run
 from softlabel.store.stored_rows import StoredRows
 
@@ -93,7 +92,7 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
     """
     run = samples.stores[0].run
     wanted = new.temperature
-    measured: Truth = "measured" if run.encoding.name == "float32" and samples.measured else "unknown"
+    measured: Truth = "measured" if run.encoding.exact and samples.measured else "unknown"
     if run.kept:
         mixed = _positions(run.members, new.members) if chosen is None else chosen
 
@@ -106,18 +105,12 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
             return encoded(mixed_BC, rows, new, meter)
 
         return average, measured
-    if run.encoding.name == "head":
-        return keep_columns, "unknown"  # it holds the logits before any temperature
-    if run.encoding.name == "topk":
-        ratio = np.float32(run.temperature / wanted)
-
-        def rescale(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-            return {**rows.columns, "value": _half(rows.columns["value"].astype(np.float32) * ratio)}
-
-        return rescale, "unknown"
 
     def retemper(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        return encoded(torch.from_numpy(_scaled_at(rows, wanted)), rows, new, meter)
+        columns = run.encoding.retemper(rows.columns, run.temperature / wanted)
+        if columns is None:
+            return encoded(torch.from_numpy(_scaled_at(rows, wanted)), rows, new, meter)
+        return {one.name: _narrow(columns[one.name], one.numpy) for one in run.label_columns}
 
     return retemper, measured
 
@@ -139,23 +132,18 @@ def _mixed(
     chosen: Sequence[int],
 ) -> Run:
     shares = normalized_weights(weights, len(chosen))
-    encoding = run.encoding
-    if encoding.name == "sampled":
+    if run.encoding.drawn:
         raise MismatchError(
             f"{store}: its members are random draws of each teacher's softmax, which cannot be combined into draws of "
             "their average; keep the members in another encoding"
         )
-    if encoding.name == "topk":
-        _declared(store, run, wanted)
-        encoding = dataclasses.replace(
-            encoding, temperatures=(wanted,)
-        )  # of the combination, the tail is known here only
+    _refuse_unknown(store, run, wanted)
     return dataclasses.replace(
         run,
         temperature=wanted,
         combine=Combine(rule=rule, weights=shares),
         members=tuple(run.members[number] for number in chosen),
-        encoding=encoding,
+        encoding=run.encoding.at_one_temperature(wanted),
     )
 
 
@@ -172,9 +160,8 @@ def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> Run:
             f"{store}: is the mean of {len(run.members)} teachers' probabilities at temperature {run.temperature:g}, "
             f"which cannot be changed exactly to {wanted:g}; use a store that keeps its members"
         )
-    if run.encoding.name == "topk":
-        _declared(store, run, wanted)
-    if run.encoding.name == "sampled":
+    _refuse_unknown(store, run, wanted)
+    if run.encoding.drawn:
         raise MismatchError(
             f"{store}: holds random draws from the softmax at temperature {run.temperature:g}, which say nothing "
             f"exact at {wanted:g}; generate at that temperature, or in another encoding"
@@ -183,14 +170,13 @@ def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> Run:
 
 
 def _scaled_at(rows: StoredRows, wanted: float) -> Array:
-    """float32 scaled logits at another temperature: (B, C), or (B, M, C). For top-k it must be a declared one."""
+    """float32 scaled logits at another temperature, one that the rows know: (B, C), or (B, M, C)."""
     run = rows.run
-    ratio = np.float32(run.temperature / wanted)
-    if run.encoding.name != "topk":
-        return rows.scaled_logits * ratio if ratio != 1 else rows.scaled_logits
-    columns = {**rows.columns, "value": rows.columns["value"].astype(np.float32) * ratio}
-    return decode(
-        run.encoding,
+    factor = run.temperature / wanted
+    stored = {one.name: rows.columns[one.name] for one in run.label_columns}
+    if (columns := run.encoding.retemper(stored, factor)) is None:
+        return rows.scaled_logits * np.float32(factor) if factor != 1 else rows.scaled_logits
+    return run.encoding.decode(
         columns,
         num_classes=run.num_classes,
         temperature=wanted,
@@ -199,16 +185,17 @@ def _scaled_at(rows: StoredRows, wanted: float) -> Array:
     )
 
 
-def _half(values: Array) -> Array:
-    # A finite value stays finite: -inf means a masked class.
-    return np.where(np.isneginf(values), values, np.maximum(values, LOWEST_HALF)).astype(np.float16)
+def _narrow(values: Array, dtype: np.dtype[Any]) -> Array:
+    if values.dtype != dtype == np.float16:  # a finite value stays finite: -inf means a masked class
+        values = np.where(np.isneginf(values), values, np.maximum(values, LOWEST_HALF))
+    return values.astype(dtype, copy=False)
 
 
-def _declared(store: str, run: Run, wanted: float) -> None:
-    if wanted not in run.encoding.temperatures:
-        known = ", ".join(f"{t:g}" for t in run.encoding.temperatures)
+def _refuse_unknown(store: str, run: Run, wanted: float) -> None:
+    if not run.encoding.knows(wanted):
+        known = ", ".join(f"{t:g}" for t in run.encoding.declared or ())
         raise MismatchError(
-            f"{store}: knows the mass outside its top {run.encoding.k} at temperatures {known}, found {wanted:g}; "
+            f"{store}: encoding {run.encoding.title} knows the tail at temperatures {known}, found {wanted:g}; "
             "choose one of these, or generate with it among them"
         )
 

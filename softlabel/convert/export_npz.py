@@ -43,8 +43,8 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
                 _add(archive, "temperature", np.array(run.temperature))
                 if run.class_names is not None:
                     _add(archive, "class_names", np.array(run.class_names))
-                if run.encoding.temperatures:
-                    _add(archive, "temperatures", np.array(run.encoding.temperatures))
+                if run.encoding.declared is not None:
+                    _add(archive, "temperatures", np.array(run.encoding.declared))
                 text = np.dtype(f"<U{longest}")
                 # Padded to one width, as NumPy's text is: only compressed is it small.
                 keys = (np.array(rows.keys, text) for rows in store.stream(["key"]))

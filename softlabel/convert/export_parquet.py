@@ -117,8 +117,7 @@ def _table(rows: StoredRows, schema: Any) -> Any:
         "label": pa.array(labels, pa.int64(), mask=labels == IGNORE),
     }
     arrays = plain(rows)
-    # An unused draw has weight 0.
-    used = arrays["weight"] > 0 if rows.run.encoding.name == "sampled" else None
+    used = rows.run.encoding.used(arrays)
     kept = rows.run.members_stored if rows.run.kept else 0
     for name, array in arrays.items():
         for member, column in enumerate(_names(name, kept)):

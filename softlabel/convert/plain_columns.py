@@ -10,12 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from softlabel.convert.sample_index import NUMBERS, split
-from softlabel.store.columns import Array, Encoding
+from softlabel.store.columns import Array
+from softlabel.store.encodings import Encoding
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
-
-SPARSE = ("topk", "sampled")
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def describe(store: Store) -> dict[str, Any]:
 def plain(rows: StoredRows) -> dict[str, Array]:
     """The numbers of rows in types that every tool has: (B, M, W) int32 or float32, M 1 where members are mixed."""
     run = rows.run
-    if run.encoding.name not in SPARSE:
+    if not run.encoding.sparse:
         scaled = rows.scaled_logits.reshape(len(rows), run.members_stored, run.num_classes)
         return {"scaled_logits": scaled - scaled.max(axis=-1, keepdims=True)}
     return {
@@ -49,7 +48,7 @@ def plain(rows: StoredRows) -> dict[str, Array]:
 
 
 def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
-    if encoding.name not in SPARSE:
+    if not encoding.sparse:
         return {"scaled_logits": num_classes}
     return {column.name: column.width for column in encoding.columns(num_classes=num_classes)}
 

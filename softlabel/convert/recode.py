@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
@@ -12,8 +12,10 @@ from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, ke
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import retemperable
-from softlabel.labels.encode import FidelityMeter
-from softlabel.store.columns import Array, Encoding
+from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.columns import Array
+from softlabel.store.encodings import Encoding
+from softlabel.store.encodings.registry import fitted
 from softlabel.store.manifest import Format, Run
 from softlabel.store.stored_rows import StoredRows
 
@@ -52,8 +54,8 @@ def convert_store(
     """
     opened = open_whole(store, of="convert", out=out)
     run = opened.run
-    wanted = _encoding(encoding, run)
     try:
+        wanted = run.encoding if encoding is None else fitted(encoding, temperature=run.temperature)
         new = dataclasses.replace(
             run,
             format=run.format if format is None else format,
@@ -85,43 +87,29 @@ def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:
     def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
         return encoded(torch.from_numpy(rows.scaled_logits), rows, new, meter)
 
-    return recode, "measured" if run.encoding.name == "float32" and samples.measured else "unknown"
-
-
-def _encoding(encoding: Encoding | str | None, run: Run) -> Encoding:
-    if encoding is None:
-        return run.encoding
-    if isinstance(encoding, Encoding):
-        return encoding
-    if encoding not in get_args(get_type_hints(Encoding)["name"]):
-        raise UsageError(f"encoding: expected float32, float16, int8, topk or sampled, found {encoding!r}")
-    try:
-        return Encoding(name=encoding)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UsageError(f"convert: {error}") from None
+    return recode, "measured" if run.encoding.exact and samples.measured else "unknown"
 
 
 def _refuse_impossible(store: str, run: Run, wanted: Encoding) -> None:
-    if wanted.name == "head":
+    if wanted.from_hidden:
         raise MismatchError(
-            f"{store}: encoding 'head' holds what enters the teacher's last layer, which a store of logits has not; "
-            "generate with it"
+            f"{store}: encoding {wanted.name!r} holds what enters the teacher's last layer, which a store of logits "
+            "has not; generate with it"
         )
-    if run.encoding.name == "sampled":
+    if run.encoding.drawn:
         raise MismatchError(
             f"{store}: holds random draws, which are the teacher's softmax on average only; another encoding would "
             "state them as if they were it; generate with that encoding"
         )
-    others = [t for t in wanted.temperatures if t != run.temperature]
-    if wanted.name == "topk" and others:
+    if others := [t for t in wanted.declared or () if t != run.temperature]:
         listed = ", ".join(f"{t:g}" for t in others)
-        if run.encoding.name == "topk":
+        if run.encoding.sparse:
             why = "of its tail only the sum is known"
         elif not run.kept and not retemperable(run.combine.rule, len(run.members)):
             why = "it is a mean of probabilities, which exists at one temperature"
         else:
             return
         raise MismatchError(
-            f"{store}: {why}, so a top-k store made from it knows temperature {run.temperature:g} alone, found "
+            f"{store}: {why}, so a {wanted.name} store made from it knows temperature {run.temperature:g} alone, found "
             f"{listed}; declare {run.temperature:g} only"
         )

@@ -21,8 +21,9 @@ from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
-from softlabel.labels.encode import FidelityMeter, encode
-from softlabel.store.columns import EXTRA_NAME, Array
+from softlabel.labels.encodings import encode
+from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.columns import Array
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.open import open_store
@@ -150,7 +151,7 @@ def encoded(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMe
     """The columns of `run` for scaled logits (B, C), or (B, M, C) where it keeps members; measured."""
     scaled_RC = scaled_logits.reshape(-1, run.num_classes)
     scaled_RC = scaled_RC - scaled_RC.amax(dim=-1, keepdim=True)
-    seeds_R = _row_seeds(run, rows) if run.encoding.name == "sampled" else None
+    seeds_R = _row_seeds(run, rows) if run.encoding.drawn else None
     columns = encode(scaled_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
     meter.add(scaled_RC, columns)
     return {
@@ -204,10 +205,9 @@ def _gather(
 
 
 def _share_extra(store: Store, run: Run, committer: Committer) -> None:
-    """The teacher's head, where the encoding keeps one beside the shards."""
-    if not run.encoding.extra or store.extra is None:  # reading it has checked its hash
-        return
-    committer.add_extra(EXTRA_NAME, safetensors.numpy.save(dict(store.extra)))
+    """The file that an encoding keeps beside the shards."""
+    if run.encoding.extra is not None and store.extra is not None:  # reading it has checked its hash
+        committer.add_extra(run.encoding.extra, safetensors.numpy.save(dict(store.extra)))
 
 
 def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from softlabel.common.device import Choice, Tuning
 from softlabel.errors import UsageError
 from softlabel.labels.combine import CombineRule
 from softlabel.models.precision import Precision
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Format, ViewPolicy
 from softlabel.views import view_policy
 

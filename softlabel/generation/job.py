@@ -24,7 +24,8 @@ from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import Encoding
+from softlabel.store.encodings.registry import fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
 from softlabel.views import Views, libraries
 
@@ -110,7 +111,7 @@ def load_job(
         shard_rows=config.shard_rows,
     )
     if tuning.compile:
-        compile_members(loaded, head=run.encoding.name == "head")
+        compile_members(loaded, head=run.encoding.from_hidden)
     size = config.batch_size if isinstance(config.batch_size, int) else int(recorded.get("batch_size", 0))
     groups = find_stacks(
         loaded, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=recorded.get("stacked")
@@ -164,22 +165,16 @@ def _grown(source: Source, dataset: DatasetInfo, recorded: Mapping[str, Any]) ->
 
 
 def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
-    """A full encoding from a name; ``head:float16`` and ``head:int8`` get their width from the teacher."""
-    if isinstance(encoding, Encoding):
-        if encoding.name == "topk" and temperature not in encoding.temperatures:
-            raise UsageError(
-                f"temperatures: expected the store's {temperature:g} among them, found {encoding.temperatures}"
-            )
-        return encoding
-    name, _, hidden = encoding.partition(":")
-    if name != "head":
-        try:
-            return Encoding(name=name)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UsageError(f"encoding: {error}") from None
-    if len(members) > 1:
-        raise UsageError(f"encoding head: stores the last layer of one teacher, found {len(members)} teachers")
-    return Encoding(name="head", width=Head.of(members[0]).width, hidden=hidden or "float16")  # type: ignore[arg-type]
+    """The encoding with its parameters, of which the width of a hidden layer is the teacher's."""
+    try:
+        found = fitted(encoding, temperature=temperature, width=lambda: Head.of(members[0]).width)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if found.from_hidden and len(members) > 1:
+        raise UsageError(f"encoding {found.name}: stores the last layer of one teacher, found {len(members)} teachers")
+    if not found.knows(temperature):
+        raise UsageError(f"temperatures: expected the store's {temperature:g} among them, found {found.declared}")
+    return found
 
 
 def _class_names(source: Source, num_classes: int, *, look: bool) -> tuple[str, ...] | None:

@@ -32,7 +32,8 @@ from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
 from softlabel.inputs.base import IGNORE
 from softlabel.labels.combine import combine
-from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
+from softlabel.labels.encodings import encode
+from softlabel.labels.fidelity import FidelityMeter
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
 from softlabel.store.formats.base import Rows
@@ -89,7 +90,7 @@ class Lane:
     @classmethod
     def of(cls, run: Run, members: Members, *, batch_size: int, first_member: int = 0) -> Self:
         """Raises UsageError where encoding ``head`` does not go with the teacher."""
-        head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.name == "head" else None
+        head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.from_hidden else None
         return cls(run=run, members=members, batch_size=batch_size, first_member=first_member, head=head)
 
     def with_replicas(self) -> Self:
@@ -177,15 +178,13 @@ class Lane:
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
         checks = {"wrong": _wrong(logits_MBC)}
-        if hidden_BD is not None:
-            assert self.head is not None
-            columns = encode_hidden(hidden_BD, run.encoding)
-            checks["nats"] = meter.measure(flat_RC, columns, (self.head.weight, self.head.bias))
+        seeds_R = self._row_seeds(plan, batch.keys, flat_RC.device) if run.encoding.drawn else None
+        columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_BD)
+        checks["nats"] = meter.measure(
+            flat_RC, columns, None if self.head is None else (self.head.weight, self.head.bias)
+        )
+        if self.head is not None and hidden_BD is not None:
             checks["explained"] = self.head.explains(logits_MBC[0], hidden_BD)
-        else:
-            seeds_R = self._row_seeds(plan, batch.keys, flat_RC.device) if run.encoding.name == "sampled" else None
-            columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
-            checks["nats"] = meter.measure(flat_RC, columns)
         if batch.labels.max() != IGNORE:
             mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1)

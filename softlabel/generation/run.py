@@ -19,7 +19,6 @@ from softlabel.generation.growth import History, check_same_data, recorded_there
 from softlabel.generation.job import Job, load_job
 from softlabel.generation.preflight.check import Preflight, check_run
 from softlabel.generation.progress import Pace, Progress
-from softlabel.store.columns import EXTRA_NAME
 from softlabel.store.writer import Committer
 
 log = logging.getLogger("softlabel")
@@ -120,8 +119,9 @@ def open_run(
 
 def add_head(job: Job, committer: Committer) -> None:
     """Put the teacher's last layer into a store whose rows are its inputs."""
-    if (head := job.labeller.lane.head) is not None:
-        committer.add_extra(EXTRA_NAME, head.safetensors())
+    head, name = job.labeller.lane.head, job.run.encoding.extra
+    if head is not None and name is not None:
+        committer.add_extra(name, head.safetensors())
 
 
 def label_missing(

@@ -3,7 +3,7 @@
 Legend: B batch, C classes, M members.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from torch import Tensor
 from softlabel.errors import UsageError
 from softlabel.labels.combine import Combination, combine, normalized_weights, retemperable
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
-from softlabel.store.decode import decode
+from softlabel.store.columns import Columns
+from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.manifest import Run
 
-Columns = Mapping[str, NDArray[Any]]
+Tensors = Mapping[str, Tensor]
 
 
 def as_target(
@@ -28,7 +29,7 @@ def as_target(
     Args:
         columns: of B rows, as `Store.take` gives them. The target shares their memory where it may be written to;
             arrays that are read-only (mapped files) are copied.
-        extra: the arrays that the store shares (`Store.extra`), for encoding ``head``.
+        extra: the arrays that the store shares (`Store.extra`), for an encoding that has some.
         combination: how the members of a store that keeps them become one teacher; None: their mean probability at the
             store's temperature. Only such a store takes one.
 
@@ -42,46 +43,81 @@ def as_target(
             f"combine: the store holds the {run.combine.rule} average of its members, which cannot be combined again; "
             "generate with --combine keep to choose weights while training"
         )
-    exact = retemperable(run.combine.rule, len(run.members))
-    temperature = run.temperature
-    match run.encoding.name:
-        case "float32" | "float16":
-            return DenseTarget(scaled_logits=_own(columns["logits"]), temperature=temperature, retemperable=exact)
-        case "int8":
-            return Int8Target(
-                q=_own(columns["q"]),
-                scale=_own(columns["scale"])[:, 0],
-                offset=_own(columns["offset"])[:, 0],
-                top_index=_own(columns["top_index"]),
-                top_value=_own(columns["top_value"]),
-                temperature=temperature,
-                retemperable=exact,
-            )
-        case "topk":
-            return TopKTarget(
-                index=_own(columns["index"]),
-                value=_own(columns["value"]),
-                tail=_own(columns["tail"]),
-                tail_temperatures=run.encoding.temperatures,
-                temperature=temperature,
-                num_classes=run.num_classes,
-            )
-        case "sampled":
-            return SampledTarget(
-                index=_own(columns["index"]),
-                weight=_own(columns["weight"]),
-                temperature=temperature,
-                num_classes=run.num_classes,
-            )
-        case "head":
-            assert extra is not None, "a head store has its safetensors file"
-            scale = columns.get("hidden_scale")
-            return HeadTarget(
-                hidden=_own(columns["hidden"]),
-                hidden_scale=None if scale is None else _own(scale)[:, 0],
-                weight=_own(extra["weight"]),
-                bias=_own(extra["bias"]),
-            )
+    tensors = {column.name: _own(columns[column.name]) for column in run.label_columns}
+    return _TARGETS.get(type(run.encoding), _decoded)(run, tensors, extra)
+
+
+def _dense(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:
+    return DenseTarget(scaled_logits=columns["logits"], temperature=run.temperature, retemperable=_is_retemperable(run))
+
+
+def _int8(run: Run, columns: Tensors, extra: Columns | None) -> Int8Target:
+    return Int8Target(
+        q=columns["q"],
+        scale=columns["scale"][:, 0],
+        offset=columns["offset"][:, 0],
+        top_index=columns["top_index"],
+        top_value=columns["top_value"],
+        temperature=run.temperature,
+        retemperable=_is_retemperable(run),
+    )
+
+
+def _topk(run: Run, columns: Tensors, extra: Columns | None) -> TopKTarget:
+    assert run.encoding.declared is not None
+    return TopKTarget(
+        index=columns["index"],
+        value=columns["value"],
+        tail=columns["tail"],
+        tail_temperatures=run.encoding.declared,
+        temperature=run.temperature,
+        num_classes=run.num_classes,
+    )
+
+
+def _sampled(run: Run, columns: Tensors, extra: Columns | None) -> SampledTarget:
+    return SampledTarget(
+        index=columns["index"],
+        weight=columns["weight"],
+        temperature=run.temperature,
+        num_classes=run.num_classes,
+    )
+
+
+def _head(run: Run, columns: Tensors, extra: Columns | None) -> HeadTarget:
+    assert extra is not None, "a head store has its safetensors file"
+    scale = columns.get("hidden_scale")
+    return HeadTarget(
+        hidden=columns["hidden"],
+        hidden_scale=None if scale is None else scale[:, 0],
+        weight=_own(extra["weight"]),
+        bias=_own(extra["bias"]),
+    )
+
+
+def _decoded(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:
+    """Of an encoding that the loss has no form of its own for."""
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    logits_BC = run.encoding.decode(arrays, num_classes=run.num_classes, temperature=run.temperature, extra=extra)
+    return DenseTarget(
+        scaled_logits=torch.from_numpy(logits_BC), temperature=run.temperature, retemperable=_is_retemperable(run)
+    )
+
+
+# The form in which the loss takes the rows of an encoding; of any other, `_decoded`.
+_TARGETS: dict[type[Encoding], Callable[[Run, Tensors, Columns | None], Target]] = {
+    Float32: _dense,
+    Float16: _dense,
+    Int8: _int8,
+    TopK: _topk,
+    Sampled: _sampled,
+    Head: _head,
+}
+
+
+def _is_retemperable(run: Run) -> bool:
+    encoding = run.encoding
+    return retemperable(run.combine.rule, len(run.members)) and not (encoding.sparse or encoding.drawn)
 
 
 def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget:
@@ -89,8 +125,7 @@ def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarg
     weights = normalized_weights(combination.weights, members)
     temperature = run.temperature if combination.temperature is None else combination.temperature
     scaled_logits_BMC = torch.from_numpy(
-        decode(
-            run.encoding,
+        run.encoding.decode(
             columns,
             num_classes=run.num_classes,
             temperature=run.temperature,

@@ -73,7 +73,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
             now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
     stored -= stored.max(axis=-1, keepdims=True)
     now -= now.max(axis=-1, keepdims=True)
-    drawn = store.run.encoding.name == "sampled"
+    drawn = store.run.encoding.drawn
     log_stored, log_now = _log_softmax(stored), _log_softmax(now)
     if drawn:
         nats = _cross_entropy(log_stored, log_now) - _cross_entropy(log_now, log_now)
@@ -103,7 +103,7 @@ def _cross_entropy(log_shares: NDArray[np.float64], log_others: NDArray[np.float
 
 
 def _allowed(run: Run, fidelity: Fidelity | None) -> float:
-    if run.encoding.name == "sampled":
+    if run.encoding.drawn:
         return _ALLOWED_DRAWN
     rounding = max(_ALLOWED.get(member.precision, _ALLOWED_BELOW) for member in run.members)
     return rounding + (0.0 if fidelity is None else fidelity.worst_t)

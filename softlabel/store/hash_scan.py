@@ -1,28 +1,36 @@
-"""One pass over a shard file that hashes every byte and looks at its float16 logits while they are in the processor's
-cache: checking a store then costs little more than reading it.
+"""One pass over a shard file that hashes every byte and looks at its logits while they are in the processor's cache:
+checking a store then costs little more than reading it.
 """
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from softlabel.store.decode import float16_clean
+from softlabel.store.columns import Array, Column
 
 _BLOCK = 1 << 20  # bytes; still in the cache when they are looked at, and few enough calls for several threads
 _MAPPED = 32 << 20  # pages are let go of after so many bytes, so that a large file does not count as our memory
 
 
-def hash_and_scan(path: Path, extents: Iterable[tuple[int, int]], row_bytes: int, members: int) -> tuple[str, bool]:
-    """(xxh3-128 of the file, whether all logits in the extents are as they must be).
+def hash_and_scan(
+    path: Path,
+    extents: Iterable[tuple[int, int]],
+    column: Column,
+    members: int,
+    is_clean: Callable[[Array], bool],
+) -> tuple[str, bool]:
+    """(xxh3-128 of the file, whether all rows in the extents are as they must be).
 
-    extents: (offset, rows) in rising order, where the file holds whole rows of float16 logits back to back; a row holds
-    those of `members` teachers. What lies outside of the file or out of order is not as it must be.
+    extents: (offset, rows) in rising order, where the file holds whole rows of the column back to back; a row holds
+    those of `members` teachers, of which `is_clean` takes one each. What lies outside of the file or out of order is
+    not as it must be.
     """
+    row_bytes, width = column.row_bytes, column.width // members
     digest, clean, position, forgotten = xxhash.xxh3_128(), True, 0, 0
     scratch = np.empty(max(_BLOCK, row_bytes), np.uint8)
     with open(path, "rb", buffering=0) as file:
@@ -37,10 +45,10 @@ def hash_and_scan(path: Path, extents: Iterable[tuple[int, int]], row_bytes: int
         digest.update(data[position:stop])
         if clean and start < stop:
             rows: Any = data[start:stop]
-            if start % 2:  # numpy is many times slower on numbers that straddle
+            if start % column.numpy.itemsize:  # numpy is many times slower on numbers that straddle
                 rows = scratch[: stop - start]
                 np.copyto(rows, data[start:stop])
-            clean = float16_clean(rows.view("<f2").reshape(-1, row_bytes // members // 2))
+            clean = is_clean(rows.view(column.numpy).reshape(-1, width))
         position = stop
         if position - forgotten > _MAPPED and hasattr(mmap, "MADV_DONTNEED"):
             whole = position // mmap.PAGESIZE * mmap.PAGESIZE

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import xxhash
 
-from softlabel.store.columns import ROW_NAMES, Column, Encoding
+from softlabel.store.columns import ROW_NAMES, Column
 from softlabel.store.differences import differences
+from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.view_columns import view_columns
 
@@ -126,7 +127,7 @@ class Run(_Remembering):
     format: Format
     num_classes: int
     temperature: float
-    encoding: Encoding = field(default_factory=Encoding)
+    encoding: Encoding = field(default_factory=Float16)
     combine: Combine = field(default_factory=Combine)
     members: tuple[Member, ...]
     dataset: DatasetInfo
@@ -144,8 +145,8 @@ class Run(_Remembering):
             raise ValueError("shard_rows, views and members: expected at least 1 of each")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
-        if self.encoding.name == "topk" and self.temperature not in self.encoding.temperatures:
-            raise ValueError(f"encoding: its temperatures {self.encoding.temperatures} lack {self.temperature}")
+        if not self.encoding.knows(self.temperature):
+            raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent names its views only where they are fewer than now, so that equal histories have equal texts.
         now = self.views.count
         named = (

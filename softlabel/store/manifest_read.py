@@ -91,7 +91,7 @@ def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
 def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     """The arrays of the store's safetensors file, checked against its hash and the run. Raises StoreCorruptError."""
     run = manifest.run
-    name = run.encoding.extra[0]
+    name = run.encoding.extra
     ref = next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
     if ref is None:
         raise StoreCorruptError(
@@ -108,8 +108,7 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
         arrays = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise StoreCorruptError(f"{where}: not readable as safetensors: {error}") from None
-    shapes = {"weight": (run.num_classes, run.encoding.width), "bias": (run.num_classes,)}
-    for one, shape in shapes.items():
+    for one, shape in run.encoding.extra_shapes(run.num_classes).items():
         array = arrays.get(one)
         if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
             raise StoreCorruptError(f"{where}: expected a finite float32 {one!r} of shape {shape}")

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from softlabel.common.keys import Keys, PickedKeys
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
-from softlabel.store.decode import decode
 from softlabel.store.manifest import Run
 
 T = TypeVar("T")
@@ -54,8 +53,7 @@ class StoredRows:
         names = [column.name for column in run.label_columns]
         if missing := [name for name in names if name not in self.columns]:
             raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
-        return decode(
-            run.encoding,
+        return run.encoding.decode(
             {name: self.columns[name] for name in names},
             num_classes=run.num_classes,
             temperature=run.temperature,

@@ -1,8 +1,8 @@
 """Frozen dataclasses <-> JSON, strictly: what a manifest from somebody else says is checked before it is believed.
 
 A decoder is built once per type (a store of 10,000 shards decodes 10,000 records on opening). Supported: str, int,
-float, bool, None-unions, tuple[X, ...], Mapping[str, Any], Literal and nested dataclasses. Absent fields need a
-default; unknown ones are refused, so that a misspelt or newer field is not silently dropped.
+float, bool, None-unions, tuple[X, ...], Mapping[str, Any], Literal, nested dataclasses and the kinds of a `Tagged`.
+Absent fields need a default; unknown ones are refused, so that a misspelt or newer field is not silently dropped.
 """
 
 import dataclasses
@@ -11,11 +11,19 @@ import json
 import math
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 INT_LIMIT = 2**63
 OMIT = {"omit": True}  # metadata of a field that is left out of the JSON while it has its default
+
+
+class Tagged:
+    """A dataclass of one of several `kinds`, whose JSON begins with the `name` of its kind."""
+
+    __slots__ = ()
+    name: ClassVar[str]
+    kinds: ClassVar[dict[str, Any]]
 
 
 class SchemaError(ValueError):
@@ -34,7 +42,8 @@ def to_json(value: Any) -> Any:
     """A dataclass, tuple, mapping or scalar as plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        return {
+        tag = {"name": value.name} if isinstance(value, Tagged) else {}
+        return tag | {
             field.name: to_json(found)
             for field, found in fields
             if not (field.metadata.get("omit") and found == field.default)
@@ -146,8 +155,10 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
         return _choice(arguments)
     if origin is not None and issubclass(origin, Mapping):
         return _object
+    if isinstance(kind, type) and issubclass(kind, Tagged):
+        return _tagged(kind)
     assert dataclasses.is_dataclass(kind), kind
-    return _record(kind)
+    return _record(cast(Any, kind))
 
 
 def _choice(choices: tuple[Any, ...]) -> Callable[[Any], Any]:
@@ -176,6 +187,21 @@ def _sequence(item: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return decode
 
 
+def _tagged(kind: type[Tagged]) -> Callable[[Any], Any]:
+    def decode(value: Any) -> Any:
+        fields = dict(_object(value))
+        if "name" not in fields:
+            raise SchemaError("missing field", "name")
+        try:
+            name = _choice(tuple(kind.kinds))(fields.pop("name"))
+        except SchemaError as error:
+            raise error.inside("name") from None
+        return _record(kind.kinds[name])(fields)
+
+    return decode
+
+
+@functools.cache
 def _record(kind: Any) -> Callable[[Any], Any]:
     hints = get_type_hints(kind)
     fields = dataclasses.fields(kind)

@@ -12,7 +12,6 @@ import numpy as np
 from softlabel.common.hashing import U64, Hasher
 from softlabel.errors import StoreCorruptError, StoreIncompleteError
 from softlabel.store.columns import ROW_NAMES
-from softlabel.store.decode import problem
 from softlabel.store.formats.base import IGNORE, OpenShard
 from softlabel.store.formats.registry import open_shard
 from softlabel.store.hash_scan import hash_and_scan
@@ -154,10 +153,11 @@ def _scan(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
 
     False says nothing: they are then read the ordinary way, which tells what is wrong.
     """
-    if shard is not None and run.encoding.name == "float16" and shard.identity.columns == run.columns:
-        extents = shard.extents("logits")
+    column = run.encoding.scanned
+    if shard is not None and column is not None and shard.identity.columns == run.columns:
+        extents = shard.extents(column)
         if extents and sum(rows for _, rows in extents) == shard.identity.rows:
-            return hash_and_scan(path, extents, run.columns[0].row_bytes, run.members_stored)
+            return hash_and_scan(path, extents, run.columns[0], run.members_stored, run.encoding.is_clean)
     return file_xxh3(path), False
 
 
@@ -197,7 +197,7 @@ def _check_content(
         found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
         if not (seen or found):
             kept = {name: part.columns[name] for name in labels}
-            found = problem(run.encoding, kept, num_classes=run.num_classes, members=run.members_stored)
+            found = run.encoding.problem(kept, num_classes=run.num_classes, members=run.members_stored)
         if found:
             return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):

@@ -267,10 +267,8 @@ class Committer:
         """Declare the store complete and collect what no manifest lists. StoreError while shards are missing."""
         if missing := self.missing():
             raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
-        if absent := [name for name in self.run.encoding.extra if not self._has_extra(name)]:
-            raise StoreError(
-                f"{self._folder}: extra/{absent[0]} is missing, encoding {self.run.encoding.name} needs it"
-            )
+        if (extra := self.run.encoding.extra) is not None and not self._has_extra(extra):
+            raise StoreError(f"{self._folder}: extra/{extra} is missing, encoding {self.run.encoding.name} needs it")
         with writing(self._folder):
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}

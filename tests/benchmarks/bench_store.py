@@ -259,12 +259,12 @@ def bench_open(folder: Path) -> None:
 def bench_topk(folder: Path) -> None:
     """1,000,000 rows of top-k 32 (136 MB) into the loss's tensors: uint16 ids, float16 values, float32 tails."""
     from softlabel.loader.target import as_target
-    from softlabel.store.columns import Encoding
+    from softlabel.store.encodings import TopK
 
     count, kept, root = 1_000_000, 32, folder / "topk"
     rng = np.random.default_rng(0)
     run = run_of("parquet", rows=count, shard_rows=1 << 17)
-    run = dataclasses.replace(run, encoding=Encoding(name="topk", k=kept, temperatures=(4.0,)))
+    run = dataclasses.replace(run, encoding=TopK(k=kept, temperatures=(4.0,)))
     with Committer.open(root, run) as committer:
         for plan in committer.missing():
             size = plan.stop - plan.start

@@ -20,8 +20,9 @@ from softlabel.cli.main import main
 from softlabel.convert import combine_store, convert_store, export_store, merge_stores
 from softlabel.errors import MismatchError, StoreCorruptError, StoreError, UsageError
 from softlabel.generation.generate import generate
-from softlabel.labels.encode import FidelityMeter, encode
-from softlabel.store.columns import Encoding
+from softlabel.labels.encodings import encode
+from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Extent, Member, Run
 from softlabel.store.open import open_store
@@ -34,9 +35,9 @@ from tests.support.stores import Samples, make_run, read_files, write_head_store
 from tests.support.teachers import write_teacher
 
 T = 4.0
-F32 = Encoding(name="float32")
-TOPK = Encoding(name="topk", k=4, temperatures=(1.0, T))
-SAMPLED = Encoding(name="sampled", samples=6)
+F32 = Float32()
+TOPK = TopK(k=4, temperatures=(1.0, T))
+SAMPLED = Sampled(samples=6)
 BAD = (3, 20)
 
 Array = np.ndarray[Any, Any]
@@ -126,7 +127,7 @@ def good_rows(run: Run, bad: tuple[int, ...] = BAD) -> tuple[Array, Array]:
 @pytest.mark.parametrize("rule", ["logits", "probs"])
 @pytest.mark.parametrize(
     ("encoding", "tolerance"),
-    [(F32, 1e-6), (Encoding(), 3e-3), (Encoding(name="int8"), 3e-2)],
+    [(F32, 1e-6), (Float16(), 3e-3), (Int8(), 3e-2)],
     ids=lambda v: str(v)[15:30],
 )
 def test_combine_is_the_mix_of_the_members(tmp_path: Path, encoding: Encoding, tolerance: float, rule: Any) -> None:
@@ -187,7 +188,7 @@ def test_combine_measures_from_float32_and_says_unknown_otherwise(tmp_path: Path
     cost = open_store(tmp_path / "from-exact").manifest.totals.fidelity
     assert cost is not None
     assert cost.worst_t < 1e-9
-    lossy = store_of(tmp_path / "lossy", kept_run(Encoding()), teach(kept_run()))
+    lossy = store_of(tmp_path / "lossy", kept_run(Float16()), teach(kept_run()))
     done = combine_store(lossy, tmp_path / "from-lossy", combine="probs")
     manifest = open_store(tmp_path / "from-lossy").manifest
     assert manifest.totals.fidelity is None
@@ -205,7 +206,7 @@ def test_combine_measures_from_float32_and_says_unknown_otherwise(tmp_path: Path
     assert manifest.recorded["derived"]["sources"][0]["derived"]["sources"][0]["derived"]["command"] == "combine"
 
 
-@pytest.mark.parametrize("encoding", [F32, Encoding(), Encoding(name="int8")], ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", [F32, Float16(), Int8()], ids=lambda e: e.name)
 def test_logits_change_their_temperature(tmp_path: Path, encoding: Encoding) -> None:
     run = kept_run(encoding, rule="logits")
     logits = teach(run)
@@ -234,13 +235,13 @@ def test_top_k_changes_its_temperature_where_its_tail_is_known(tmp_path: Path) -
     kept = store_of(tmp_path / "kept", kept_run(TOPK), teach(kept_run()))
     combine_store(kept, tmp_path / "d", temperature=1.0, combine="probs", weights=[2, 1, 1])
     mixed = whole(tmp_path / "d")
-    assert mixed.run.encoding == Encoding(name="topk", k=4, temperatures=(1.0,))
+    assert mixed.run.encoding == TopK(k=4, temperatures=(1.0,))
     with pytest.raises(MismatchError, match="at temperatures 1, 4, found 2"):
         combine_store(kept, tmp_path / "e", temperature=2.0)
 
 
 def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path) -> None:
-    source, run = tmp_path / "head", make_run(classes=11, encoding=Encoding(name="head", width=6, hidden="float16"))
+    source, run = tmp_path / "head", make_run(classes=11, encoding=Head(width=6, hidden="float16"))
     logits = write_head_store(source, run, Samples.of(run, keys=names(run)))
     combine_store(source, tmp_path / "warm", temperature=9.0)
     convert_store(tmp_path / "warm", tmp_path / "hdf5", format="hdf5", shard_rows=7)
@@ -249,7 +250,7 @@ def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path
         found = whole(tmp_path / name).take(np.arange(50)).scaled_logits
         np.testing.assert_allclose(softmax(found), softmax(logits / 9.0), atol=1e-6)
     with pytest.raises(MismatchError, match="encoding 'head' holds what enters"):
-        convert_store(tmp_path / "dense", tmp_path / "x", encoding=Encoding(name="head", width=6, hidden="float16"))
+        convert_store(tmp_path / "dense", tmp_path / "x", encoding=Head(width=6, hidden="float16"))
 
 
 def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
@@ -294,7 +295,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
 def test_merge_changes_no_bit_of_a_row(tmp_path: Path, format: str) -> None:
     sizes, runs, logits = (50, 21, 1), [], []
     for number, size in enumerate(sizes):
-        run = kept_run(Encoding(name="int8"), samples=size, views=2, format=format)
+        run = kept_run(Int8(), samples=size, views=2, format=format)
         if number == 0:  # one of them has grown
             run = dataclasses.replace(
                 run, dataset=dataclasses.replace(run.dataset, earlier=(Extent(rows=19, fingerprint="0" * 32),))
@@ -383,7 +384,7 @@ def test_merge_refuses_shared_keys_and_other_runs_by_name(tmp_path: Path) -> Non
 # convert
 
 
-@pytest.mark.parametrize("encoding", [F32, Encoding(), Encoding(name="int8"), TOPK, SAMPLED], ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", [F32, Float16(), Int8(), TOPK, SAMPLED], ids=lambda e: e.name)
 def test_convert_of_the_format_changes_no_bit(tmp_path: Path, encoding: Encoding) -> None:
     run = kept_run(encoding, views=2)
     source = store_of(tmp_path / "a", run, teach(run), bad=BAD)
@@ -407,7 +408,7 @@ def test_convert_of_the_format_changes_no_bit(tmp_path: Path, encoding: Encoding
     assert {record.rows for record in open_store(tmp_path / "c").shards} == {48}
 
 
-@pytest.mark.parametrize("encoding", [Encoding(), Encoding(name="int8"), TOPK, SAMPLED], ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", [Float16(), Int8(), TOPK, SAMPLED], ids=lambda e: e.name)
 def test_convert_from_float32_is_what_the_teacher_would_have_given(tmp_path: Path, encoding: Encoding) -> None:
     run = kept_run(count=1, rule="logits")
     logits = teach(run)
@@ -446,7 +447,7 @@ def test_convert_refuses(tmp_path: Path) -> None:
     source = store_of(tmp_path / "a", kept_run(rule="probs"), teach(kept_run(rule="probs")))
     draws = store_of(tmp_path / "draws", kept_run(SAMPLED), teach(kept_run()))
     top = store_of(tmp_path / "top", kept_run(TOPK), teach(kept_run()))
-    lacking, three = Encoding(name="topk", k=3, temperatures=(1.0,)), Encoding(name="topk", k=3, temperatures=(1.0, T))
+    lacking, three = TopK(k=3, temperatures=(1.0,)), TopK(k=3, temperatures=(1.0, T))
     out = tmp_path / "out"
     for error, message, store, options in [
         (UsageError, "has this format, encoding and shard size already", source, {"format": "parquet"}),
@@ -478,7 +479,7 @@ def test_a_damaged_store_is_not_converted(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_rows_is_refused(tmp_path: Path) -> None:
     exact = store_of(tmp_path / "exact", kept_run(), teach(kept_run()))
-    half = store_of(tmp_path / "half", kept_run(Encoding()), teach(kept_run()))
+    half = store_of(tmp_path / "half", kept_run(Float16()), teach(kept_run()))
     convert_store(half, tmp_path / "out", encoding="int8")
     # The same run, but these rows came through float16.
     with pytest.raises(MismatchError, match="found a store made by 'softlabel convert' from other stores"):
@@ -599,7 +600,7 @@ def test_export_is_read_by_hugging_face_datasets(tmp_path: Path, monkeypatch: py
     check_columns({name: found[:][name] for name in found.column_names}, store)
 
 
-@pytest.mark.parametrize("encoding", [TOPK, SAMPLED, Encoding()], ids=lambda e: e.name)
+@pytest.mark.parametrize("encoding", [TOPK, SAMPLED, Float16()], ids=lambda e: e.name)
 def test_export_of_members_and_sparse_encodings(tmp_path: Path, encoding: Encoding) -> None:
     store, folder = exported(tmp_path, encoding, rule="keep")
     table = pq.read_table(folder / "data").to_pydict()
@@ -610,7 +611,7 @@ def test_export_of_members_and_sparse_encodings(tmp_path: Path, encoding: Encodi
         assert arrays["label"].tolist() == rows.labels.tolist()
         assert arrays["view"].tolist() == rows.views.tolist()
         assert json.loads(str(arrays["softlabel"]))["store_id"] == store.manifest.store_id
-        if encoding == Encoding():
+        if encoding == Float16():
             assert arrays["scaled_logits"].tobytes() == rows.scaled_logits.tobytes()
             wanted = {"scaled_logits": rows.scaled_logits}
         else:
@@ -672,7 +673,7 @@ def test_one_row_and_none(tmp_path: Path, classes: int) -> None:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = kept_run(Encoding())
+    run = kept_run(Float16())
     kept = str(store_of(tmp_path / "kept", run, teach(run), bad=BAD))
     more = str(store_of(tmp_path / "more", run, teach(run, seed=1), prefix="more"))
     mixed, both, small, plain = (str(tmp_path / name) for name in ("mixed", "both", "small", "plain"))
@@ -684,7 +685,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", kept, more, "--out", both]) == 0
     assert "complete, 98 rows" in capsys.readouterr().out
     assert main(["convert", mixed, small, "--encoding", "topk", "--top-k", "3", "--format", "hdf5"]) == 0
-    assert open_store(small).run.encoding == Encoding(name="topk", k=3, temperatures=(2.0,))
+    assert open_store(small).run.encoding == TopK(k=3, temperatures=(2.0,))
     assert main(["export", small, plain, "--to", "hf"]) == 0
     assert main(["export", small, plain, "--to", "hf"]) == 0
     assert "already exported, 48 rows" in capsys.readouterr().out

@@ -10,12 +10,14 @@ import safetensors.numpy
 import torch
 
 from softlabel.errors import StoreError
-from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
-from softlabel.labels.encode import decode as torch_decode
-from softlabel.store.columns import Encoding
+from softlabel.labels.encodings import Reading, encode
+from softlabel.labels.encodings import decode as torch_decode
+from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
 from softlabel.store.open import open_store
+from softlabel.store.strict_json import from_json
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
@@ -23,18 +25,18 @@ from tests.support.stores import FORMATS, make_run
 
 T = 4.0
 ENCODINGS = (
-    Encoding(name="float32"),
-    Encoding(name="float16"),
-    Encoding(name="int8"),
-    Encoding(name="topk", k=5, temperatures=(1.0, T)),
-    Encoding(name="topk", k=1, temperatures=(T,)),
-    Encoding(name="topk", k=10**6, temperatures=(T,)),
-    Encoding(name="sampled", samples=12),
-    Encoding(name="sampled", samples=5, proposal=0.8),
-    Encoding(name="head", width=6, hidden="float16"),
-    Encoding(name="head", width=6, hidden="int8"),
+    Float32(),
+    Float16(),
+    Int8(),
+    TopK(k=5, temperatures=(1.0, T)),
+    TopK(k=1, temperatures=(T,)),
+    TopK(k=10**6, temperatures=(T,)),
+    Sampled(samples=12),
+    Sampled(samples=5, proposal=0.8),
+    Head(width=6, hidden="float16"),
+    Head(width=6, hidden="int8"),
 )
-NAMES = ["-".join([e.name, str(e.k or e.samples or e.hidden or "")]) for e in ENCODINGS]
+NAMES = [" ".join([e.title, getattr(e, "hidden", "")]).strip() for e in ENCODINGS]
 
 
 def teacher(rows: int, classes: int, members: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -47,17 +49,16 @@ def teacher(rows: int, classes: int, members: int = 1, seed: int = 0) -> dict[st
 
 def write(root: Path, run: Run, said: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Encode and write; the columns as encoded."""
-    scaled = (said["hidden"] @ said["weight"].T + said["bias"] if run.encoding.name == "head" else said["logits"]) / T
+    hidden = run.encoding.from_hidden
+    scaled = (said["hidden"] @ said["weight"].T + said["bias"] if hidden else said["logits"]) / T
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
-    if run.encoding.name == "head":
-        columns = encode_hidden(said["hidden"], run.encoding)
-    else:
-        columns = encode(scaled, run.encoding, temperature=T, seeds_R=torch.arange(len(scaled)) * 7919)
+    seeds = torch.arange(len(scaled)) * 7919
+    columns = encode(scaled, run.encoding, temperature=T, seeds_R=seeds, hidden_RD=said["hidden"])
     stored = {name: column.reshape(run.dataset.rows, -1).numpy() for name, column in columns.items()}
     meter = FidelityMeter(temperature=T, encoding=run.encoding)
     meter.add(scaled, columns, head=(said["weight"], said["bias"]))
     with Committer.open(root, run) as committer:
-        if run.encoding.name == "head":
+        if hidden:
             with pytest.raises(StoreError):
                 committer.finish()
             arrays = {"weight": said["weight"].numpy(), "bias": said["bias"].numpy()}
@@ -109,7 +110,7 @@ def test_what_was_encoded_is_what_is_read(tmp_path: Path, format: str, encoding:
     np.testing.assert_array_equal(found, streamed)
     said = teacher(40, classes)
     by_torch = torch_decode(
-        columns, encoding, num_classes=classes, temperature=T, head=(said["weight"], said["bias"])
+        columns, encoding, Reading(num_classes=classes, temperature=T, at=T, head=(said["weight"], said["bias"]))
     ).numpy()
     np.testing.assert_allclose(found, by_torch, rtol=2e-6, atol=1e-5)
     np.testing.assert_allclose(format_reader.read_store(tmp_path / "s")["scaled_logits"], found, rtol=1e-6, atol=1e-6)
@@ -148,7 +149,7 @@ def test_members_kept_apart(tmp_path: Path, format: str, encoding: Encoding) -> 
     columns.pop("scaled")
     found = open_store(tmp_path / "s", verify="full").take(range(20)).scaled_logits
     assert found.shape == (20, 3, 9)
-    by_torch = torch_decode(columns, encoding, num_classes=9, temperature=T).reshape(20, 3, 9).numpy()
+    by_torch = torch_decode(columns, encoding, Reading(num_classes=9, temperature=T, at=T)).reshape(20, 3, 9).numpy()
     np.testing.assert_allclose(found, by_torch, rtol=2e-6, atol=1e-5)
     np.testing.assert_allclose(format_reader.read_store(tmp_path / "s")["scaled_logits"], found, rtol=1e-6, atol=1e-6)
 
@@ -157,7 +158,7 @@ def test_topk_tails_are_exact_at_declared_temperatures() -> None:
     logits = teacher(50, 200)["logits"]
     scaled = logits / T
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
-    columns = encode(scaled, Encoding(name="topk", k=10, temperatures=(1.0, T, 7.5)), temperature=T)
+    columns = encode(scaled, TopK(k=10, temperatures=(1.0, T, 7.5)), temperature=T)
     for place, t in enumerate((1.0, T, 7.5)):
         raw = logits.double().numpy() / t
         p = np.exp(raw - raw.max(axis=1, keepdims=True))
@@ -170,7 +171,7 @@ def test_sampling_is_unbiased_and_follows_from_the_seed_alone() -> None:
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
     p = torch.softmax(scaled.double(), dim=1).numpy()
     for proposal in (None, 0.7):
-        encoding = Encoding(name="sampled", samples=20, proposal=proposal)
+        encoding = Sampled(samples=20, proposal=proposal)
         repeats = 4000
         seeds = torch.arange(3 * repeats) * 104_729
         columns = encode(scaled.repeat(repeats, 1), encoding, seeds_R=seeds)
@@ -191,7 +192,7 @@ def test_ids_reach_the_last_class_of_every_index_type() -> None:
     for classes, kind in ((256, torch.uint8), (257, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)):
         scaled = torch.full((2, classes), -3.0)
         scaled[:, classes - 1] = 0
-        for encoding in (Encoding(name="topk", k=2, temperatures=(1.0,)), Encoding(name="int8")):
+        for encoding in (TopK(k=2, temperatures=(1.0,)), Int8()):
             columns = encode(scaled, encoding)
             index = columns["index" if encoding.name == "topk" else "top_index"]
             assert index.dtype == kind
@@ -205,7 +206,7 @@ def test_int8_stays_below_a_ten_thousandth_nat() -> None:
     logits[:, :5] += torch.rand(512, 5, generator=generator) * 12
     for t in (1.0, 4.0):
         scaled = logits / t - (logits / t).amax(dim=1, keepdim=True)
-        meter = FidelityMeter(temperature=t, encoding=Encoding(name="int8"))
+        meter = FidelityMeter(temperature=t, encoding=Int8())
         meter.add(scaled, encode(scaled, meter.encoding, temperature=t))
         result = meter.result()
         assert result is not None
@@ -220,7 +221,7 @@ def test_extreme_and_masked_logits() -> None:
     scaled[3] = torch.linspace(0, -1e6, 12)
     for encoding in ENCODINGS[:8]:
         columns = encode(scaled, encoding, temperature=T, seeds_R=torch.arange(4))
-        decoded = torch_decode(columns, encoding, num_classes=12, temperature=T)
+        decoded = torch_decode(columns, encoding, Reading(num_classes=12, temperature=T, at=T))
         assert not decoded.isnan().any()
         assert not (decoded == torch.inf).any()
         p, q = torch.softmax(scaled.double(), 1), torch.softmax(decoded, 1)
@@ -229,19 +230,23 @@ def test_extreme_and_masked_logits() -> None:
 
 
 def test_encodings_that_make_no_sense_are_refused() -> None:
-    for wrong in (
-        {"name": "topk"},
-        {"name": "topk", "k": 0, "temperatures": (1.0,)},
-        {"name": "float16", "k": 3},
-        {"name": "sampled"},
-        {"name": "sampled", "samples": 3, "proposal": 0.0},
-        {"name": "head", "width": 3},
-        {"name": "topk", "k": 3, "temperatures": (-1.0,)},
+    for wrong, why in (
+        ({"name": "topk"}, "k: missing field"),
+        ({"name": "topk", "k": 0, "temperatures": [1.0]}, "k: expected at least 1, found 0"),
+        ({"name": "float16", "k": 3}, "k: unknown field"),
+        ({"name": "sampled"}, "samples: missing field"),
+        ({"name": "sampled", "samples": 3, "proposal": 0.0}, "proposal: expected above 0"),
+        ({"name": "topk", "k": 3, "temperatures": [-1.0]}, "temperatures: expected numbers above 0"),
+        ({"name": "head", "width": 3, "hidden": "float64"}, "hidden: expected one of float16, int8"),
+        ({"k": 3}, "name: missing field"),
+        ({"name": "bf16"}, "name: expected one of float32, float16"),
     ):
-        with pytest.raises(ValueError, match="encoding"):
-            Encoding(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=why):
+            from_json(Encoding, wrong)
+    with pytest.raises(ValueError, match="needs 'width'"):
+        make_run(encoding=Head())
     with pytest.raises(ValueError, match=r"lack 4\.0"):
-        make_run(encoding=Encoding(name="topk", k=3, temperatures=(1.0,)))
+        make_run(encoding=TopK(k=3, temperatures=(1.0,)))
     with pytest.raises(ValueError, match="one teacher"):
         make_run(encoding=ENCODINGS[8], combine=Combine(rule="keep"), members=(Member(spec="a", sha256="a"),) * 2)
 
@@ -249,7 +254,7 @@ def test_encodings_that_make_no_sense_are_refused() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["q", "scale", "top_index", "top_value"])
 def test_wrong_values_are_found(tmp_path: Path, format: str, name: str) -> None:
-    run = make_run(format, samples=20, classes=9, encoding=Encoding(name="int8"))
+    run = make_run(format, samples=20, classes=9, encoding=Int8())
     columns = {one: a.numpy() for one, a in encode(torch.randn(20, 9) - 9, run.encoding, temperature=T).items()}
     columns["top_value"] -= columns["top_value"].max(axis=1, keepdims=True)
     columns[name] = columns[name].copy()

@@ -17,7 +17,7 @@ import softlabel
 from softlabel.convert.recode import convert_store
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.loss import DenseTarget, TopKTarget
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import TopK
 from softlabel.store.open import open_store
 from tests.support.stores import Samples, draw_logits, make_run, write_logits, write_store
 
@@ -168,7 +168,7 @@ def test_other_encodings_survive_being_columns(tmp_path: Path) -> None:
     run = make_run(samples=30, classes=300)
     samples = Samples.of(run, keys=[str(number) for number in range(30)])
     write_store(tmp_path / "dense", run, samples)
-    encoding = Encoding(name="topk", k=5, temperatures=(run.temperature,))
+    encoding = TopK(k=5, temperatures=(run.temperature,))
     convert_store(tmp_path / "dense", tmp_path / "topk", encoding=encoding, progress=False)
     join = softlabel.LabelJoin(tmp_path / "topk", key="id")
     rows = [

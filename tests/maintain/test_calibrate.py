@@ -11,6 +11,7 @@ import softlabel
 from softlabel.maintain.extend import extend
 from softlabel.maintain.repair import repair
 from softlabel.models import build_model
+from softlabel.store.encodings import Head
 from tests.support.commands import run_softlabel
 from tests.support.datasets import CLASSES, make_jpeg, write_parquet
 from tests.support.teachers import write_teacher
@@ -162,7 +163,7 @@ def test_a_head_is_stored_calibrated(ready: Path, tmp_path: Path) -> None:
         ready / "data.parquet",
         teachers=[spec(ready, 0)],
         out=tmp_path / "head",
-        encoding="head:float16",
+        encoding=Head(),
         calibration=ready / "t.json",
         batch_size=32,
         progress=False,

@@ -13,7 +13,7 @@ from softlabel.labels.combine import Combination
 from softlabel.maintain.coverage import coverage
 from softlabel.maintain.extend import extend
 from softlabel.maintain.repair import repair
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import Head, Sampled, TopK
 from tests.support.commands import run_softlabel
 from tests.support.datasets import CLASSES, make_jpeg, write_dataset, write_parquet
 from tests.support.teachers import write_teacher
@@ -23,9 +23,9 @@ ENCODINGS = {
     "float32": "float32",
     "float16": "float16",
     "int8": "int8",
-    "topk": Encoding(name="topk", k=2, temperatures=(1.0, T)),
-    "sampled": Encoding(name="sampled", samples=16),
-    "head": "head:float16",
+    "topk": TopK(k=2, temperatures=(1.0, T)),
+    "sampled": Sampled(samples=16),
+    "head": Head(),
 }
 
 
@@ -100,13 +100,13 @@ def test_a_student_trains_on_the_command_line_from_topk_labels(ready: Path, tmp_
 
 def test_head_is_exact_at_every_temperature_and_refuses_what_has_none(ready: Path, tmp_path: Path) -> None:
     exact = generate(ready, tmp_path / "exact", 0, encoding="float32", temperature=1.0)
-    head = generate(ready, tmp_path / "head", 0, encoding="head:float16")
+    head = generate(ready, tmp_path / "head", 0, encoding=Head())
     _, expected = everything(exact)
     _, found = everything(head)
     found = (found - found.max(axis=1, keepdims=True)) * T
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-2)
     with pytest.raises(softlabel.SoftLabelError, match="one teacher"):
-        generate(ready, tmp_path / "two", 0, 1, encoding="head:float16")
+        generate(ready, tmp_path / "two", 0, 1, encoding=Head())
 
 
 def test_kept_members_mix_as_if_they_had_been_mixed_by_the_teachers(ready: Path, tmp_path: Path) -> None:

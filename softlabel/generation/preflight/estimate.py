@@ -1,10 +1,10 @@
 """What a run would take and what each encoding would cost, from a short timed sample, before anything is spent.
 
-Legend: R rows of the sample, C classes.
+Legend: R rows of the sample, C classes, D width of the teacher's last hidden layer.
 """
 
-import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,13 @@ from softlabel.errors import UsageError
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Lane
 from softlabel.generation.preflight.sample import Trial, label_sample
-from softlabel.labels.encode import FidelityMeter, encode, encode_hidden
+from softlabel.labels.encodings import encode
+from softlabel.labels.fidelity import FidelityMeter
 from softlabel.models.head import Head
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Combine, Fidelity
 
 SECONDS = 5.0  # how long the sample is labelled for, warm-up aside
-ENCODINGS = ("float32", "float16", "int8", "topk", "sampled", "head")
-KEPT = (10, 50)  # classes of the top-k rows that are shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +64,7 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
     """
     job, trial = label_sample(job, seconds=seconds, seed=job.config.seed)
     run = job.run
-    offers = [
-        dataclasses.replace(offer(job, trial, encoding), name=name)
-        for name, encoding in _encodings(run.num_classes, run.temperature)
-    ]
-    if (head := _possible_head(job)) is not None:
-        with contextlib.suppress(UsageError):  # of a last layer that does not explain the output
-            offers.append(offer(job, trial, head))
+    offers = tuple(_offers(job, trial))
     rows, rate = run.dataset.rows * run.views.count, trial.images_per_second(job)
     return Plan(
         rows=rows,
@@ -80,7 +73,7 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
         seconds=rows / rate,
         bad=len(trial.bad),
         accuracy=trial.accuracy,
-        offers=tuple(offers),
+        offers=offers,
     )
 
 
@@ -88,49 +81,40 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     """What an encoding costs, measured on a sample of the run.
 
     Raises:
-        UsageError: encoding ``head``, for a teacher whose output is not that of its last layer.
+        UsageError: an encoding from the hidden layer, for a teacher whose output is not that of its last layer.
     """
     run = job.run
     meter = FidelityMeter(temperature=run.temperature, encoding=encoding)
-    if encoding.name == "head":
+    scaled_logits_RC, hidden_RD, head = trial.scaled_logits.reshape(-1, run.num_classes), None, None
+    if encoding.from_hidden:
         lane = _head_lane(job, encoding)
         assert lane.head is not None
-        scaled_logits_BC, hidden_BD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
-        weights = (lane.head.weight, lane.head.bias)
-        meter.add(scaled_logits_BC, encode_hidden(hidden_BD, encoding), weights)
-    else:
-        scaled_logits_RC = trial.scaled_logits.reshape(-1, run.num_classes)
-        seeds_R = torch.arange(len(scaled_logits_RC))
-        meter.add(scaled_logits_RC, encode(scaled_logits_RC, encoding, temperature=run.temperature, seeds_R=seeds_R))
-    columns = encoding.columns(
-        num_classes=run.num_classes, members=1 if encoding.name == "head" else run.members_stored
-    )
+        scaled_logits_RC, hidden_RD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
+        head = (lane.head.weight, lane.head.bias)
+    seeds_R = torch.arange(len(scaled_logits_RC))
+    encoded = encode(scaled_logits_RC, encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
+    meter.add(scaled_logits_RC, encoded, head)
+    columns = encoding.columns(num_classes=run.num_classes, members=1 if encoding.from_hidden else run.members_stored)
     row_bytes = sum(column.row_bytes for column in columns)
     fidelity = meter.result()
     assert fidelity is not None
     rows = run.dataset.rows * run.views.count
-    return Offer(name=encoding.name, row_bytes=row_bytes, total_bytes=row_bytes * rows, fidelity=fidelity)
+    return Offer(name=encoding.title, row_bytes=row_bytes, total_bytes=row_bytes * rows, fidelity=fidelity)
 
 
-def _encodings(num_classes: int, temperature: float) -> list[tuple[str, Encoding]]:
-    declared = tuple(sorted({1.0, temperature}))
-    found = [("float32", Encoding(name="float32")), ("float16", Encoding()), ("int8", Encoding(name="int8"))]
-    for k in KEPT:
-        if k < num_classes:
-            found.append((f"topk {k}", Encoding(name="topk", k=k, temperatures=declared)))
-            found.append((f"sampled {k}", Encoding(name="sampled", samples=k)))
-    return found
-
-
-def _possible_head(job: Job) -> Encoding | None:
-    """The head encoding where there is one teacher and it has a last linear layer."""
-    teachers = job.labeller.teachers
-    if len(teachers) > 1:
-        return None
-    try:
-        return Encoding(name="head", width=Head.of(teachers[0]).width, hidden="float16")
-    except UsageError:
-        return None
+def _offers(job: Job, trial: Trial) -> Iterator[Offer]:
+    """Of every encoding that the teachers can be stored in."""
+    run, teachers = job.run, job.labeller.teachers
+    for kind in Encoding.kinds.values():
+        if kind.from_hidden and len(teachers) > 1:
+            continue
+        for encoding in kind.offers(num_classes=run.num_classes, temperature=run.temperature):
+            try:
+                full = encoding.fit(temperature=run.temperature, width=lambda: Head.of(teachers[0]).width)
+                yield offer(job, trial, full)
+            except UsageError:  # no last linear layer, or one that does not explain the output
+                if not kind.from_hidden:
+                    raise
 
 
 def _head_lane(job: Job, encoding: Encoding) -> Lane:

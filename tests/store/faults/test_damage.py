@@ -19,14 +19,14 @@ import pytest
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
-from softlabel.store.columns import Encoding
+from softlabel.store.encodings import Head
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.support.shared_data import ROOT
 from tests.support.stores import FORMATS, Samples, make_run, read_files, write_head_store, write_store
 
-HEAD = Encoding(name="head", width=4, hidden="float16")
+HEAD = Head(width=4, hidden="float16")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -10,8 +10,8 @@ import numpy as np
 import safetensors.numpy
 import torch
 
-from softlabel.labels.encode import encode, encode_hidden
-from softlabel.store.columns import Encoding
+from softlabel.labels.encodings import encode
+from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ViewPolicy
 from softlabel.store.open import open_store
@@ -20,14 +20,14 @@ from softlabel.store.writer import Committer, write_shard
 FOLDER = Path(__file__).parent / "stores-v1"
 CLASSES, SAMPLES, VIEWS, T = 11, 6, 2, 4.0
 ENCODINGS = {
-    "float32": Encoding(name="float32"),
-    "float16": Encoding(name="float16"),
-    "int8": Encoding(name="int8"),
-    "topk": Encoding(name="topk", k=3, temperatures=(1.0, T)),
-    "sampled": Encoding(name="sampled", samples=6, proposal=0.9),
-    "head-float16": Encoding(name="head", width=4, hidden="float16"),
-    "head-int8": Encoding(name="head", width=4, hidden="int8"),
-    "keep": Encoding(name="float16"),
+    "float32": Float32(),
+    "float16": Float16(),
+    "int8": Int8(),
+    "topk": TopK(k=3, temperatures=(1.0, T)),
+    "sampled": Sampled(samples=6, proposal=0.9),
+    "head-float16": Head(width=4, hidden="float16"),
+    "head-int8": Head(width=4, hidden="int8"),
+    "keep": Float16(),
 }
 
 
@@ -77,17 +77,14 @@ def write(
         shard_rows=4,
     )
     with Committer.open(root, run, {"device": "cpu"}) as committer:
-        if encoding.name == "head":
+        if encoding.from_hidden:
             committer.add_extra("head", safetensors.numpy.save(head))
         for plan in committer.missing():
             good = [index for index in range(plan.start, plan.stop) if index != 2]
             scaled = torch.from_numpy(logits[plan.view]) / T
             scaled = scaled - scaled.amax(dim=1, keepdim=True)
-            columns = (
-                encode_hidden(torch.from_numpy(hidden[plan.view]), encoding)
-                if encoding.name == "head"
-                else encode(scaled, encoding, temperature=T, seeds_R=torch.arange(len(scaled)))
-            )
+            hidden_RD, seeds_R = torch.from_numpy(hidden[plan.view]), torch.arange(len(scaled))
+            columns = encode(scaled, encoding, temperature=T, seeds_R=seeds_R, hidden_RD=hidden_RD)
             rows = Rows(
                 keys=[f"ordner {index}/bild-{index}-ü.jpg" for index in good],
                 labels=np.array([-100 if index == 4 else index for index in good]),

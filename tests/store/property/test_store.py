@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
-from softlabel.labels.encode import encode
-from softlabel.store.columns import Encoding
-from softlabel.store.decode import decode
+from softlabel.labels.encodings import encode
+from softlabel.store.encodings import Encoding, Float16, Float32, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.key_index import KeyIndex
 from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run, ViewPolicy
@@ -22,9 +21,9 @@ from softlabel.store.writer import Committer, write_shard
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 LONG = st.builds(lambda one, count: one * count, TEXT, st.integers(100, 400))
 ENCODINGS = st.one_of(
-    st.sampled_from([Encoding(name="float32"), Encoding(name="float16"), Encoding(name="int8")]),
-    st.builds(lambda k: Encoding(name="topk", k=k, temperatures=(2.0, 1.0)), st.integers(1, 50_000)),
-    st.builds(lambda s: Encoding(name="sampled", samples=s), st.integers(1, 20)),
+    st.sampled_from([Float32(), Float16(), Int8()]),
+    st.builds(lambda k: TopK(k=k, temperatures=(2.0, 1.0)), st.integers(1, 50_000)),
+    st.builds(lambda s: Sampled(samples=s), st.integers(1, 20)),
 )
 
 
@@ -111,8 +110,7 @@ def test_written_is_read(
                     check_bound(encoding, taken.scaled_logits, logits[view][order], classes)
                     np.testing.assert_array_equal(
                         taken.scaled_logits,
-                        decode(
-                            encoding,
+                        encoding.decode(
                             {one: array[order] for one, array in stored[view].items()},
                             num_classes=classes,
                             temperature=2.0,
@@ -125,17 +123,17 @@ def test_written_is_read(
 def check_bound(encoding: Encoding, found: np.ndarray, true: np.ndarray, classes: int) -> None:
     found = found.reshape(true.shape)
     assert not np.isnan(found).any()
-    if encoding.name == "float32":
+    if encoding == Float32():
         np.testing.assert_array_equal(found, true)
-    elif encoding.name == "float16":
+    elif encoding == Float16():
         finite = np.maximum(true, -65504)
         np.testing.assert_allclose(found, np.where(np.isneginf(true), true, finite), rtol=2.0**-11, atol=2.0**-24)
-    elif encoding.name == "int8":
+    elif encoding == Int8():
         lowest = np.maximum(true, -64.0)  # 128 / T
         step = (lowest.max(axis=-1) - lowest.min(axis=-1)) / 254
         error = np.abs(np.maximum(found, -64.0) - lowest)
         assert (error <= np.maximum(step[..., None] * 0.501, np.abs(lowest) * 2.0**-11) + 1e-4).all()
-    elif encoding.name == "topk":
+    elif isinstance(encoding, TopK):
         kept = np.argsort(-true, axis=-1, kind="stable")[..., : encoding.kept(classes)]
         values = np.take_along_axis(np.maximum(true, -65504), kept, -1)
         largest = -np.sort(-found, axis=-1)[..., :1]

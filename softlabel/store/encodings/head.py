@@ -1,0 +1,64 @@
+"""head: what enters the last linear layer of the teacher, and this layer once per store.
+
+R rows, C classes, D width of the teacher's last hidden layer.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+
+from softlabel.store.columns import Array, Column, Columns
+from softlabel.store.encodings.base import Encoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head(Encoding):
+    """`width` numbers of type `hidden`, from which logits at temperature 1 follow. width: the teacher's, when left
+    out."""
+
+    name: ClassVar[str] = "head"
+    from_hidden: ClassVar[bool] = True
+    extra: ClassVar[str | None] = "head"
+    options: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    width: int | None = None
+    hidden: Literal["float16", "int8"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.width is not None and not 0 < self.width < 2**31:
+            raise ValueError(f"encoding 'head': width: expected at least 1, found {self.width}")
+        if self.hidden not in ("float16", "int8"):
+            raise ValueError(f"encoding 'head': hidden: expected float16 or int8, found {self.hidden!r}")
+
+    @classmethod
+    def from_options(cls, *, temperature: float, hidden: Literal["float16", "int8"] = "float16") -> Self:
+        return cls(hidden=hidden)
+
+    def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Head":
+        return self if self.width is not None or width is None else replace(self, width=width())
+
+    def row_columns(self, num_classes: int) -> tuple[Column, ...]:
+        if self.width is None:
+            raise ValueError("encoding 'head' needs 'width'")
+        if self.hidden == "float16":
+            return (Column(name="hidden", dtype="<f2", width=self.width),)
+        return (
+            Column(name="hidden", dtype="|i1", width=self.width),
+            Column(name="hidden_scale", dtype="<f4", width=1),
+        )
+
+    def decode_rows(
+        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
+    ) -> Array:
+        assert extra is not None, "a head store needs its safetensors file"
+        hidden_RD = columns["hidden"].astype(np.float32) * columns.get("hidden_scale", np.float32(1))
+        return (hidden_RD @ extra["weight"].T.astype(np.float32) + extra["bias"]) / np.float32(temperature)
+
+    def retemper(self, columns: Columns, factor: float) -> dict[str, Array]:
+        return dict(columns)  # they hold the logits before any temperature
+
+    def extra_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
+        assert self.width is not None
+        return {"weight": (num_classes, self.width), "bias": (num_classes,)}
