@@ -227,7 +227,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_quickstart_prints_its_results(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn for its handwritten digits")
-    done = run_script(ROOT / "pipelines" / "quickstart.py", "--out", "demo", "--epochs", 6, cwd=tmp_path)
+    done = run_script(ROOT / "pipelines" / "quickstart.py", "--out", "demo", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = done.stdout
     for line in ("student, hard labels alone", "student, soft labels"):
