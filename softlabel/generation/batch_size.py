@@ -1,18 +1,19 @@
 """Finding, by short timed trials, the batch size with which the teachers are fastest.
 
-Legend: B batch, H height, W width.
+Legend: B batch.
 """
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.ensemble import Members, using_threads
 from softlabel.generation.input_reader import InputReader
+from softlabel.inputs.base import Inputs
 
 log = logging.getLogger("softlabel")
 
@@ -29,14 +30,14 @@ def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> in
         DataError: no image at the source's beginning can be decoded.
         TeacherError: not even the smallest batch fits.
     """
-    images = _one_of_each(reader)
+    samples = _one_of_each(reader)
     most = min(_LARGEST, max(_SMALLEST, len(reader.source)))
     found: dict[int, float] = {}
     size = _SMALLEST
     with using_threads(tuning.lanes(members.device)[1]):
         while size <= most:
             try:
-                found[size] = _rate(members, images, size)
+                found[size] = _rate(members, samples, size)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -57,19 +58,19 @@ def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> in
     return best
 
 
-def _one_of_each(reader: InputReader) -> list[Tensor]:
-    """uint8 (1, 3, H, W) for every geometry: the source's first image that can be decoded."""
+def _one_of_each(reader: InputReader) -> tuple[Inputs, ...]:
+    """A batch of one for every transform: the source's first sample that can be decoded."""
     for index in range(min(_SAMPLES, len(reader.source))):
         batch = reader.batch([index])
         if batch.keys:
-            return list(batch.images)
+            return batch.inputs
     raise DataError(f"{reader.source.name}: none of its first {_SAMPLES} images can be decoded")
 
 
-def _rate(members: Members, images: list[Tensor], size: int) -> float:
+def _rate(members: Members, samples: Sequence[Inputs], size: int) -> float:
     """Images/s of all members on batches that are at hand already."""
     device = members.device
-    whole = [image.repeat(size, 1, 1, 1).contiguous(memory_format=torch.channels_last) for image in images]
+    whole = [sample[torch.zeros(size, dtype=torch.int64)] for sample in samples]
     members.logits([whole])  # warms up
     _wait(device)
     started, passes = time.perf_counter(), 0

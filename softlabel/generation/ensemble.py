@@ -19,7 +19,7 @@ from torch.func import functional_call, stack_module_state
 from softlabel.common.device import Tuning, out_of_memory
 from softlabel.errors import TeacherError, UsageError, one_line
 from softlabel.generation.transfer import Upload
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.models import Program, logits_of
 from softlabel.models.precision import computing
 from softlabel.models.teacher import Teacher
@@ -32,8 +32,8 @@ Group = tuple[int, ...]
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 # Stacking has to be worth it: below this share of the time that the members in turn take.
 _WORTH = 0.97
-# On a CPU a trial is a thirty-second of a megapixel: 32 images of CIFAR, one of ImageNet.
-_TRIAL_PIXELS = 2**15
+# Numbers that a trial on a CPU feeds in: 32 images of CIFAR, one of ImageNet.
+_TRIAL_VALUES = 3 * 2**15
 _TRIALS = 2
 # Above this share of a GPU's memory the weights leave too little for a batch.
 _MOST_WEIGHTS = 0.7
@@ -43,7 +43,7 @@ class Members:
     """What a lane runs: the loaded teachers, and how they share the device.
 
     Attributes:
-        geometries: the distinct ones among the members; a batch has a tensor for each.
+        transforms: the distinct ones among the members; a batch comes as inputs for each.
         groups: numbers of the members that run stacked, see `find_stacks`.
         device: where they compute; in turns, the teachers themselves wait in main memory.
     """
@@ -59,12 +59,12 @@ class Members:
     ) -> None:
         self.teachers, self.in_turn, self.groups = tuple(teachers), in_turn, tuple(groups)
         self.device = teachers[0].device if device is None else device
-        shapes = [teacher.preprocessing for teacher in teachers]
-        # Members with the same geometry share one tensor; normalisation differs and happens on the device.
-        keys = [p.shape for p in shapes]
+        transforms = [teacher.preprocessing for teacher in teachers]
+        # Members that fit samples alike share one batch; normalisation differs and happens on the device.
+        keys = [transform.shape for transform in transforms]
         unique = list(dict.fromkeys(keys))
-        self.geometries: tuple[Preprocessing, ...] = tuple(shapes[keys.index(key)] for key in unique)
-        self.geometry_of = tuple(unique.index(key) for key in keys)
+        self.transforms: tuple[InputTransform, ...] = tuple(transforms[keys.index(key)] for key in unique)
+        self.transform_of = tuple(unique.index(key) for key in keys)
         self._stacks = stacks or {g[0]: _Stack([self.teachers[number] for number in g]) for g in self.groups}
         self._upload = Upload(self.device)
 
@@ -78,28 +78,27 @@ class Members:
         stacks = {number: stack.replica() for number, stack in self._stacks.items()}
         return Members(teachers, groups=self.groups, in_turn=self.in_turn, device=self.device, stacks=stacks)
 
-    def logits(self, batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    def logits(self, batches: Sequence[Sequence[Inputs]]) -> list[list[Tensor]]:
         """Logits of each batch and member, float32 (B, C) on the device.
 
         Args:
-            batches: of each batch, a uint8 tensor (B, 3, H, W) for every geometry.
+            batches: each as inputs for every distinct transform.
         """
         if not self.in_turn:
-            return [self._together(images) for images in batches]
+            return [self._together(inputs) for inputs in batches]
         found: list[list[Tensor]] = [[] for _ in batches]
-        for teacher, geometry in zip(self.teachers, self.geometry_of, strict=True):
+        for teacher, transform in zip(self.teachers, self.transform_of, strict=True):
             with _moved(teacher, self.device) as there:
-                for images, answers in zip(batches, found, strict=True):
-                    (images_BCHW,) = self._upload([images[geometry]])
-                    answers.append(there.logits(images_BCHW))
+                for inputs, answers in zip(batches, found, strict=True):
+                    answers.append(there.logits(*self._upload([inputs[transform]])))
         return found
 
-    def upload(self, images: Sequence[Tensor]) -> list[Tensor]:
-        return self._upload(images)
+    def upload(self, batches: Sequence[Inputs]) -> list[Inputs]:
+        return self._upload(batches)
 
-    def _together(self, images: Sequence[Tensor]) -> list[Tensor]:
-        there = self._upload(images)
-        inputs = [there[geometry] for geometry in self.geometry_of]
+    def _together(self, batches: Sequence[Inputs]) -> list[Tensor]:
+        there = self._upload(batches)
+        inputs = [there[transform] for transform in self.transform_of]
         found: dict[int, Tensor] = {}
         for number, teacher in enumerate(self.teachers):
             group = next((group for group in self.groups if number in group), (number,))
@@ -123,21 +122,23 @@ class _Stack:
             replace_norms(base)
         spec = teachers[0].spec.text
 
-        def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], inputs_BCHW: Tensor) -> Tensor:
-            return logits_of(spec, functional_call(base, (parameters, buffers), (inputs_BCHW,)))
+        def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], tensors: dict[str, Tensor]) -> Tensor:
+            def network(*args: Tensor, **named: Tensor) -> Any:
+                return functional_call(base, (parameters, buffers), args, named)
+
+            return logits_of(spec, Inputs(tensors).call(network))
 
         self._call: Callable[..., Tensor] = torch.vmap(call)
 
     def replica(self) -> "_Stack":
         return _Stack(self.teachers, self._state)
 
-    def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, batches: Sequence[Inputs]) -> list[Tensor]:
         first = self.teachers[0]
         with torch.inference_mode(), computing(first.precision, first.device):
-            inputs_MBCHW = torch.stack(
-                [t.preprocessing.normalize(x) for t, x in zip(self.teachers, images, strict=True)]
-            )
-            return list(self._call(*self._state, inputs_MBCHW).float())
+            finished = [t.preprocessing.finish(x).tensors for t, x in zip(self.teachers, batches, strict=True)]
+            stacked = {name: torch.stack([tensors[name] for tensors in finished]) for name in finished[0]}
+            return list(self._call(*self._state, stacked).float())
 
 
 class _EvalNorm(nn.Module):
@@ -278,32 +279,34 @@ def find_stacks(
 
 
 def _architecture(teacher: Teacher) -> object:
-    crop = teacher.preprocessing.crop
-    state = teacher.model.state_dict()
-    if crop is None or not state:  # images of many sizes, or a network that is no module of torch: alone
+    example, state = teacher.preprocessing.example(1), teacher.model.state_dict()
+    if example is None or not state:  # samples of many sizes, or a network that is no module of torch: alone
         return id(teacher)
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items())
-    return type(teacher.model), repr(teacher.model), crop, shapes
+    return type(teacher.model), repr(teacher.model), example.shapes, shapes
 
 
 def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_size: int) -> bool:
     chosen = [teachers[number] for number in group]
     named = f"members {', '.join(str(number + 1) for number in group)}"
-    device, crop = chosen[0].device, chosen[0].preprocessing.crop
-    assert crop is not None
-    rows = batch_size if device.type == "cuda" else max(1, min(batch_size, _TRIAL_PIXELS // crop**2))
-    generator = torch.Generator().manual_seed(0)
-    images_BCHW = torch.randint(0, 256, (rows, 3, crop, crop), dtype=torch.uint8, generator=generator).to(device)
-    images = [images_BCHW] * len(group)
+    device, transform = chosen[0].device, chosen[0].preprocessing
+    example = transform.example(1)
+    assert example is not None
+    values = sum(tensor.numel() for tensor in example.tensors.values())
+    rows = batch_size if device.type == "cuda" else max(1, min(batch_size, _TRIAL_VALUES // values))
+    trial = transform.example(rows)
+    assert trial is not None
+    trial = trial.to(device)
+    inputs = [trial] * len(group)
 
     def in_turn() -> list[Tensor]:
-        return [teacher.logits(images_BCHW) for teacher in chosen]
+        return [teacher.logits(trial) for teacher in chosen]
 
     with using_threads(tuning.lanes(device)[1]):
         _, expected = _timed(in_turn, device)
         try:
             stack = _Stack(chosen)
-            once, found = _timed(lambda: stack(images), device)
+            once, found = _timed(lambda: stack(inputs), device)
         except Exception as error:
             if tuning.stack == "yes" and not out_of_memory(error):
                 raise TeacherError(
@@ -323,7 +326,7 @@ def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_siz
             return True
         apart, together = [_timed(in_turn, device)[0]], [once]
         for _ in range(_TRIALS if once < 1.5 * apart[0] else 0):  # the first stacked pass warms up as well
-            together.append(_timed(lambda: stack(images), device)[0])
+            together.append(_timed(lambda: stack(inputs), device)[0])
             apart.append(_timed(in_turn, device)[0])
     ratio = statistics.median(together[1:] or together) / statistics.median(apart)
     faster = ratio < _WORTH

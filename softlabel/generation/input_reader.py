@@ -26,8 +26,8 @@ from softlabel.dataset import Source
 from softlabel.dataset.subset import LockedSource
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import DataError, SoftLabelError, one_line
-from softlabel.inputs.image_batch import decode_samples, shape_images
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import Inputs, InputTransform
+from softlabel.inputs.batch import collate_samples, decode_samples
 from softlabel.store.manifest import BadRow
 from softlabel.views import Made, Views, stacked
 
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedBatch:
-    """Up to B samples, decoded and shaped for every distinct geometry among the members.
+    """Up to B samples, decoded and collated for every distinct transform among the members.
 
     `columns` are the store's that describe the views.
     """
@@ -53,7 +53,7 @@ class DecodedBatch:
     keys: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]]
     content: np.ndarray[Any, np.dtype[np.uint64]]
-    images: tuple[Tensor, ...]
+    inputs: tuple[Inputs, ...]
     bad: tuple[BadRow, ...]
     columns: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
@@ -63,12 +63,12 @@ class InputReader:
     """What turns samples of a source into batches, in this process or in workers.
 
     Attributes:
-        geometries: the distinct ones among the members; a batch has a tensor for each.
+        transforms: the distinct ones among the members; a batch comes as inputs for each.
         views: how views are made; None: a view is the image as it is.
     """
 
     source: Source
-    geometries: tuple[Preprocessing, ...]
+    transforms: tuple[InputTransform, ...]
     views: Views | None = None
 
     def batch(self, indices: Sequence[int], *, view: int = 0) -> DecodedBatch:
@@ -84,10 +84,10 @@ class InputReader:
         made = self._views(list(decoded.images.values()), [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
-        images, misshapen = shape_images(
+        inputs, misshapen = collate_samples(
             made.images,
             [samples[place].key for place in there],
-            self.geometries,
+            self.transforms,
             network="teacher",
             fixed=self.views is not None and self.views.policy.fixed,
         )
@@ -98,7 +98,7 @@ class InputReader:
             keys=[sample.key for sample in kept],
             labels=np.array([sample.label for sample in kept], dtype=np.int64),
             content=decoded.content[[there[number] for number in shapely]],
-            images=images,
+            inputs=inputs,
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
                 for place in sorted(reasons)

@@ -117,7 +117,7 @@ def load_job(
         loaded, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=recorded.get("stacked")
     )
     members = Members(loaded, groups=groups, in_turn=in_turn, device=device)
-    reader = InputReader(source=source, geometries=members.geometries, views=Views.of(run))
+    reader = InputReader(source=source, transforms=members.transforms, views=Views.of(run))
     size = size or find_batch_size(members, reader, tuning)
     now = {
         "data": source.name,

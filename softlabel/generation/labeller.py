@@ -30,7 +30,7 @@ from softlabel.generation.ensemble import Members
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
-from softlabel.inputs.base import IGNORE
+from softlabel.inputs.base import IGNORE, Inputs
 from softlabel.labels.combine import combine
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
@@ -41,7 +41,7 @@ from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 
 # What members in turn may keep of decoded images, so that a move of weights pays for many batches.
 _KEPT_BYTES = 1 << 29
-_SIDE = 256  # of an image whose size only decoding tells
+_UNKNOWN_BYTES = 3 * 256**2  # of a sample whose size only decoding shows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +166,9 @@ class Lane:
         logits_BC, hidden_BD = self.head.logits(self.members.upload(self._padded(batch))[0])
         return logits_BC[: len(batch.keys)], hidden_BD[: len(batch.keys)]
 
-    def _padded(self, batch: DecodedBatch) -> list[Tensor]:
+    def _padded(self, batch: DecodedBatch) -> list[Inputs]:
         # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
-        return [_pad(images_BCHW, self.batch_size) for images_BCHW in batch.images]
+        return [inputs.padded(self.batch_size) for inputs in batch.inputs]
 
     def _encode(
         self, plan: ShardPlan, batch: DecodedBatch, logits_MBC: list[Tensor], hidden_BD: Tensor | None
@@ -248,8 +248,9 @@ class Labeller:
         """How many batches a lane takes at once: one, or what bounded memory holds where members take turns."""
         if not self.members.in_turn:
             return 1
-        pixels = sum((geometry.crop or geometry.resize or _SIDE) ** 2 for geometry in self.reader.geometries)
-        return max(1, _KEPT_BYTES // (self.batch_size * 3 * pixels))
+        examples = [transform.example(1) for transform in self.reader.transforms]
+        sizes = [_UNKNOWN_BYTES if one is None else one.nbytes for one in examples]
+        return max(1, _KEPT_BYTES // (self.batch_size * sum(sizes)))
 
 
 def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels], progress: Progress) -> LabelledShard:
@@ -313,16 +314,6 @@ def _labelled(batch: DecodedBatch, columns: Download | None, checks: Download | 
         columns=columns,
         checks=checks,
     )
-
-
-def _pad(images_BCHW: Tensor, batch_size: int) -> Tensor:
-    if len(images_BCHW) == batch_size:
-        return images_BCHW
-    # Filled in the layout of the whole batches: another one could take another way through the network.
-    whole_BCHW = torch.zeros((batch_size, *images_BCHW.shape[1:]), dtype=images_BCHW.dtype)
-    whole_BCHW = whole_BCHW.contiguous(memory_format=torch.channels_last)
-    whole_BCHW[: len(images_BCHW)] = images_BCHW
-    return whole_BCHW
 
 
 def _wrong(logits_MBC: Sequence[Tensor]) -> Tensor:

@@ -172,7 +172,7 @@ def _pinned(batch: DecodedBatch, labeller: Labeller) -> DecodedBatch:
     """The batch as the device wants it; members in turn hold many batches, too many for page-locked memory."""
     if labeller.members.device.type == "cpu" or labeller.members.in_turn:
         return batch
-    return replace(batch, images=pin(batch.images))
+    return replace(batch, inputs=pin(batch.inputs))
 
 
 def _lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":

@@ -1,6 +1,6 @@
 """Between main memory and the device, without the host ever waiting for a batch: no-ops on a CPU.
 
-Legend: B batch, H height, W width.
+Legend: B batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.inputs.base import Inputs
 
-def pin(images: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same tensors in page-locked memory, from which a device copies beside its work.
+
+def pin(batches: Sequence[Inputs]) -> tuple[Inputs, ...]:
+    """The same batches in page-locked memory, from which a device copies beside its work.
 
     Torch keeps freed page-locked memory, and gives a block away again only when the copies out of it are done.
     """
-    return tuple(tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in images)
+    return tuple(inputs.map(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory()) for inputs in batches)
 
 
 class Upload:
@@ -28,17 +30,18 @@ class Upload:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors (B, 3, H, W) on the device, ready for what the current stream does next."""
+    def __call__(self, batches: Sequence[Inputs]) -> list[Inputs]:
+        """Batches on the device, ready for what the current stream does next."""
         if self.device.type != "cuda":
-            return list(images)
+            return list(batches)
         current = torch.cuda.current_stream(self.device)
-        pinned = pin(images)
+        pinned = pin(batches)
         with torch.cuda.stream(self._stream):
-            there = [tensor.to(self.device, non_blocking=True) for tensor in pinned]
+            there = [inputs.map(lambda tensor: tensor.to(self.device, non_blocking=True)) for inputs in pinned]
         # Its memory may go to another tensor of the side stream only when the current stream is done with it.
-        for tensor in there:
-            tensor.record_stream(current)
+        for inputs in there:
+            for tensor in inputs.tensors.values():
+                tensor.record_stream(current)
         current.wait_stream(self._stream)
         return there
 

@@ -1,10 +1,15 @@
-"""What an input is before a network sees it: encoded bytes or pixels, its key, its label, and how it is decoded."""
+"""What a sample is before a network sees it, and how a network takes a batch of them.
 
-from collections.abc import Mapping, Sequence
+Legend: B batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -58,3 +63,124 @@ class Sample:
     image: RawImage
     label: int = IGNORE
     decoding: Decoding = AS_USUAL
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """B samples as a network takes them: tensors by name, each with B as its first axis.
+
+    A network with one input is called with its tensor, one with several by their names.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def single(cls, tensor: Tensor) -> Self:
+        """The only input of a network; its name does not matter."""
+        return cls({"x": tensor})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Self:
+        """Some of the samples."""
+        return self.map(lambda tensor: tensor[rows])
+
+    @property
+    def only(self) -> Tensor:
+        """The tensor of a network with one input."""
+        (tensor,) = self.tensors.values()
+        return tensor
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each tensor, without the batch."""
+        return tuple(tuple(tensor.shape[1:]) for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same names with other tensors."""
+        return type(self)({name: change(tensor) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, without waiting; batches of images channels-last, as convolutions take them fastest."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True, memory_format=_layout(tensor)))
+
+    def padded(self, batch_size: int) -> Self:
+        """Filled up with zeros to a batch of this size, in the layout of a whole batch: another one could be computed
+        in another way."""
+        return self if len(self) == batch_size else self.map(lambda tensor: _pad(tensor, batch_size))
+
+    def call(self, network: Callable[..., Any]) -> Any:
+        """What a network answers."""
+        return network(self.only) if len(self.tensors) == 1 else network(**self.tensors)
+
+    @classmethod
+    def join(cls, parts: Sequence["Inputs"]) -> "Inputs":
+        """Batches one after the other."""
+        names = parts[0].tensors
+        return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+
+
+def _pad(tensor: Tensor, batch_size: int) -> Tensor:
+    shape = (batch_size, *tensor.shape[1:])
+    whole = torch.zeros(shape, dtype=tensor.dtype).contiguous(memory_format=_layout(tensor))
+    whole[: len(tensor)] = tensor
+    return whole
+
+
+class InputTransform(ABC):
+    """How one network takes a sample: brought to its shape on the host, one by one, and finished on the device."""
+
+    kind: ClassVar[str]
+    # What a user can do where a network does not take the samples as they come out.
+    remedy: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def shape(self) -> Hashable:
+        """What `fit` depends on: members that are equal in it share one batch."""
+
+    @property
+    @abstractmethod
+    def fixes_size(self) -> bool:
+        """Whether samples of every size come out with the same one."""
+
+    @abstractmethod
+    def fit(self, item: Tensor, *, fixed: bool = False) -> Tensor:
+        """A decoded sample in this network's shape; the same tensor where it has it already.
+
+        Args:
+            item: the sample.
+            fixed: its size was chosen with its view.
+
+        Raises:
+            BadImageError: it cannot be brought to that shape.
+        """
+
+    @abstractmethod
+    def collate(self, items: Sequence[Tensor]) -> Inputs:
+        """Samples of one shape as a batch."""
+
+    @abstractmethod
+    def finish(self, inputs: Inputs) -> Inputs:
+        """The last step, on the device: normalisation."""
+
+    @abstractmethod
+    def example(self, rows: int) -> Inputs | None:
+        """Made-up samples before `finish`, each another one; None where the shape is not known."""
+
+    @abstractmethod
+    def describe(self, shape: Sequence[int]) -> str:
+        """The size of one sample in words."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""

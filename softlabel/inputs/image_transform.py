@@ -4,10 +4,10 @@ Legend: B batch, C channels, H and W height and width. Images are uint8 RGB unti
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from softlabel.errors import BadImageError, SpecError
+from softlabel.inputs.base import Inputs, InputTransform
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,7 +25,7 @@ _MOST_PIXELS = 2**30 // 4 // 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocessing:
+class Preprocessing(InputTransform):
     """How an image of any size becomes a network's input.
 
     Attributes:
@@ -35,6 +36,9 @@ class Preprocessing:
         squash: both sides become `resize`, whatever the image's proportions were.
         floor_crop: half a pixel beside the crop is rounded down, as transformers does, and not to even, as torchvision.
     """
+
+    kind: ClassVar[str] = "image"
+    remedy: ClassVar[str] = "give the {network} the size that it needs, such as '?resize=256&crop=224'"
 
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
@@ -129,19 +133,19 @@ class Preprocessing:
         cut_CHW: Tensor = transforms.center_crop(image_CHW, [self.crop, self.crop])
         return cut_CHW
 
-    def view_geometry(self, view_CHW: Tensor, *, fixed: bool) -> Tensor:
-        """The same for a view: uint8 (3, H, W) to uint8.
+    def fit(self, item: Tensor, *, fixed: bool = False) -> Tensor:
+        """A view in this network's size: uint8 (3, H, W) to uint8.
 
         Where views of all images have one size (`fixed`), the crop was chosen with the view, and cutting the middle
         once more would show less than was chosen: the whole view is resized to S x S, S being this network's crop.
         """
         if not fixed or self.crop is None:
-            return self.geometry(view_CHW)
+            return self.geometry(item)
         size = [self.crop, self.crop]
-        if list(view_CHW.shape[-2:]) == size:
-            return view_CHW
+        if list(item.shape[-2:]) == size:
+            return item
         mode = InterpolationMode(self.interpolation)
-        resized_CHW: Tensor = transforms.resize(view_CHW, size, interpolation=mode, antialias=True)
+        resized_CHW: Tensor = transforms.resize(item, size, interpolation=mode, antialias=True)
         return resized_CHW
 
     def _resized(self, image_CHW: Tensor) -> Tensor:
@@ -159,10 +163,38 @@ class Preprocessing:
         resized_CHW: Tensor = transforms.resize(image_CHW, size, interpolation=mode, antialias=True)
         return resized_CHW
 
+    def collate(self, items: Sequence[Tensor]) -> Inputs:
+        """uint8 (B, 3, H, W), channels last."""
+        return Inputs.single(stack_images(items))
+
+    def finish(self, inputs: Inputs) -> Inputs:
+        """See `normalize`."""
+        return inputs.map(self.normalize)
+
+    def example(self, rows: int) -> Inputs | None:
+        """A black image, one that is half white, and random ones."""
+        if self.crop is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        shape = (rows, 3, self.crop, self.crop)
+        images_BCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        images_BCHW[:2] = 0
+        images_BCHW[1:2, :, : self.crop // 2] = 255
+        return Inputs.single(images_BCHW)
+
+    def describe(self, shape: Sequence[int]) -> str:
+        """Width x height."""
+        return f"{shape[-1]} x {shape[-2]} pixels"
+
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """``(x / 255 - mean) / std``: uint8 (B, 3, H, W) to float32 of the same shape, device and memory layout."""
         mean_C11, std_C11 = _constants(self.mean, self.std, images_BCHW.device)
         return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+
+
+def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:
+    """Decoded images of one size as a batch: uint8 (B, 3, H, W) in channels-last layout, as they lie already."""
+    return torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW]).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=64)

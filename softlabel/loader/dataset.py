@@ -20,8 +20,8 @@ from softlabel.common.keys import Keys
 from softlabel.dataset import Source, require_samples, settle_decoding
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.inputs.base import Images
+from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
-from softlabel.inputs.image_batch import decode_samples, refuse_failed, shape_images
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
@@ -287,15 +287,15 @@ class JoinedDataset(Dataset[Batch]):
 
     def _read(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
         """Decoded images, none of them cached, in the student's size: (B, 3, H, W)."""
-        batches, failed = shape_images(
+        batches, failed = collate_samples(
             self._decoded(positions, keys),
             keys,
             [self._preprocessing or Preprocessing()],
             network="student",
-            size=None if self._cache is None else self._cache.shape,
+            shape=None if self._cache is None else self._cache.shape,
         )
         refuse_failed(failed, keys, name=self.source.name)
-        images: NDArray[np.uint8] = batches[0].numpy()
+        images: NDArray[np.uint8] = batches[0].only.numpy()
         return images
 
     def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:

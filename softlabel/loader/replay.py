@@ -14,7 +14,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.random import mix64, stream_key
 from softlabel.errors import MismatchError, UsageError
 from softlabel.inputs.base import IGNORE, Images
-from softlabel.inputs.image_batch import refuse_failed, shape_images
+from softlabel.inputs.batch import collate_samples, refuse_failed
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PARTNER
@@ -172,9 +172,9 @@ class Replay:
 
     def _shape(self, made: Images, keys: Sequence[str]) -> Tensor:
         geometry, fixed = self._preprocessing or Preprocessing(), self._views.policy.fixed
-        batches, failed = shape_images(made, keys, [geometry], network="student", fixed=fixed)
+        batches, failed = collate_samples(made, keys, [geometry], network="student", fixed=fixed)
         refuse_failed(failed, keys, name=self._name)
-        return batches[0]
+        return batches[0].only
 
 
 class _Partners:

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from softlabel.errors import UsageError
+from softlabel.inputs.base import Inputs
 from softlabel.models.teacher import Teacher
 
 # How far W h + b may lie from the output, relative to the batch's largest logit: another order of sums, or the
@@ -63,14 +64,14 @@ class Head:
         """The file that the store shares: float32 `weight` (C, D) and `bias` (C,)."""
         return save({"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()})
 
-    def logits(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(logits float32 (B, C), hidden float32 (B, D)) of a batch: the forward pass with an ear at its head.
 
         Raises:
             UsageError: the layer ran more than once, or not on (B, D).
         """
         with self._listening() as heard:
-            logits_BC = self.teacher.logits(images_BCHW)
+            logits_BC = self.teacher.logits(inputs)
         if len(heard) != 1 or heard[0].shape != (len(logits_BC), self.width):
             self.refuse()
         return logits_BC, heard[0].float()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
-from softlabel.errors import SpecError, TeacherError
+from softlabel.errors import SpecError, TeacherError, one_line
+from softlabel.inputs.base import Inputs
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import (
     Program,
@@ -40,11 +41,11 @@ class Teacher:
     sha256: str
     class_names: tuple[str, ...] | None = None
 
-    def logits(self, images_BCHW: Tensor) -> Tensor:
-        """The network's answer to a batch that has been through `preprocessing.geometry`.
+    def logits(self, inputs: Inputs) -> Tensor:
+        """The network's answer to a batch that `preprocessing` has collated.
 
         Args:
-            images_BCHW: uint8 (B, 3, H, W), on any device.
+            inputs: B samples, on any device.
 
         Returns:
             float32 (B, C) on the teacher's device. Not checked for NaN: the engine does that, which knows the keys.
@@ -52,8 +53,6 @@ class Teacher:
         Raises:
             TeacherError: the network gives something else, or somebody has set it to training mode.
         """
-        assert images_BCHW.dtype == torch.uint8, images_BCHW.dtype
-        assert images_BCHW.dim() == 4, images_BCHW.shape
         # A frozen TorchScript program has no mode any more.
         if any(getattr(module, "training", False) for module in self.model.modules()):
             raise TeacherError(
@@ -61,29 +60,31 @@ class Teacher:
                 "would label by the rest of the batch; call model.eval()"
             )
         with torch.inference_mode():
-            images_BCHW = images_BCHW.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            inputs_BCHW = self.preprocessing.normalize(images_BCHW)
+            finished = self.preprocessing.finish(inputs.to(self.device))
             with computing(self.precision, self.device):
                 try:
-                    output = self.model(inputs_BCHW)
+                    output = finished.call(self.model)
                 except Exception as error:  # somebody's network: what it raises is a fact about this teacher
                     if out_of_memory(error):  # or about the batch: a smaller one may fit
                         raise
-                    size = f"{images_BCHW.shape[3]} x {images_BCHW.shape[2]}"
-                    raise TeacherError(
-                        f"{self.spec.text}: the network fails on images of {size}: {type(error).__name__}: {error}; "
-                        "give the size that it needs with resize= and crop="
-                    ) from error
+                    raise self._failed(inputs, error) from error
             logits_BC = logits_of(self.spec.text, output)
-            expected = (len(images_BCHW), self.num_classes)
+            expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
                 raise TeacherError(
                     f"{self.spec.text}: expected logits of shape {expected} (batch, classes), "
                     f"found {tuple(logits_BC.shape)}"
                 )
-            if not self.preprocessing.fixes_size:  # no image could be tried while it was loaded
+            if not self.preprocessing.fixes_size:  # no sample could be tried while it was loaded
                 _refuse_probabilities(self.spec.text, logits_BC)
             return logits_BC.float()
+
+    def _failed(self, inputs: Inputs, error: Exception) -> TeacherError:
+        size = " and ".join(map(self.preprocessing.describe, inputs.shapes))
+        return TeacherError(
+            f"{self.spec.text}: the network fails on samples of {size}: {type(error).__name__}: {one_line(error)}; "
+            f"{self.preprocessing.remedy.format(network='teacher')}"
+        )
 
 
 def load_teacher(
@@ -129,26 +130,22 @@ def load_teacher(
         sha256=sha256,
         class_names=class_names_of(network.model),
     )
-    side = preprocessing.crop
-    if side is not None:
-        images_BCHW = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-        images_BCHW[1, :, : side // 2] = 255
-        _refuse_probabilities(spec_text, teacher.logits(images_BCHW))
+    if (example := preprocessing.example(2)) is not None:
+        _refuse_probabilities(spec_text, teacher.logits(example))
     return teacher
 
 
 def _count_classes(spec: str, model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> int:
-    """How many classes the network has: what it gives for one image, or else its last linear layer."""
-    if preprocessing.crop is not None:
-        side = preprocessing.crop
-        grey_BCHW = torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device)
+    """How many classes the network has: what it gives for one sample, or else its last linear layer."""
+    if (example := preprocessing.example(1)) is not None:
         with torch.inference_mode(), ieee_float32():
             try:
-                output = model(preprocessing.normalize(grey_BCHW))
+                output = preprocessing.finish(example.to(device)).call(model)
             except Exception as error:
+                size = " and ".join(map(preprocessing.describe, example.shapes))
                 raise TeacherError(
-                    f"{spec}: the network fails on a {side} x {side} image: {error}; give the size that it needs with "
-                    "resize= and crop="
+                    f"{spec}: the network fails on a sample of {size}: {error}; "
+                    f"{preprocessing.remedy.format(network='teacher')}"
                 ) from error
         return logits_of(spec, output).shape[1]
     if isinstance(declared := getattr(model, "num_classes", None), int):

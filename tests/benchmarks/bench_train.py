@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 import softlabel
-from softlabel.inputs import image_batch
+from softlabel.inputs import batch as input_batch
 from softlabel.models.teacher import load_teacher
 from softlabel.store.reader import Store
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
@@ -87,10 +87,10 @@ def passes(data: str, labels: str, folder: Path, precision: str, repeats: int) -
             train(temperature)
 
     for name, side in (("one pass", lambda: train(temperatures)), ("four passes", apart)):
-        take, decode = Store.take, image_batch.decode_hashed
+        take, decode = Store.take, input_batch.decode_hashed
         with (
             mock.patch.object(Store, "take", autospec=True, side_effect=take) as taken,
-            mock.patch.object(image_batch, "decode_hashed", side_effect=decode) as decoded,
+            mock.patch.object(input_batch, "decode_hashed", side_effect=decode) as decoded,
         ):
             side()
         rows = sum(len(call.args[1]) for call in taken.call_args_list)

@@ -44,7 +44,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 
 def intake(dataset: Images) -> InputReader:
-    return InputReader(source=open_source(dataset), geometries=(AS_IT_IS,))
+    return InputReader(source=open_source(dataset), transforms=(AS_IT_IS,))
 
 
 def test_order_and_bytes_are_those_of_one_thread() -> None:
@@ -58,7 +58,7 @@ def test_order_and_bytes_are_those_of_one_thread() -> None:
     assert [batch.keys for batch in made] == [batch.keys for batch in alone]
     for one, other in zip(made, alone, strict=True):
         np.testing.assert_array_equal(one.labels, other.labels)
-        assert torch.equal(one.images[0], other.images[0])
+        assert torch.equal(one.inputs[0].only, other.inputs[0].only)
 
 
 def test_an_error_comes_at_its_place_and_threads_end() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import softlabel
+from softlabel.inputs.base import Inputs
 from softlabel.models import build_model
 from softlabel.models.teacher import load_teacher
 from tests.support.datasets import write_dataset
@@ -59,9 +60,9 @@ def test_a_teacher_answers_as_on_the_cpu(tmp_path: Path, device: str, precision:
     torch.manual_seed(0)
     torch.save(build_model("zoo:resnet20").state_dict(), tmp_path / "w.pt")
     images_BCHW = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
-    expected_BC = load_teacher(f"zoo:resnet20@{tmp_path}/w.pt").logits(images_BCHW).double()
+    expected_BC = load_teacher(f"zoo:resnet20@{tmp_path}/w.pt").logits(Inputs.single(images_BCHW)).double()
     teacher = load_teacher(f"zoo:resnet20@{tmp_path}/w.pt", device=device, precision=precision)
-    found_BC = teacher.logits(images_BCHW)
+    found_BC = teacher.logits(Inputs.single(images_BCHW))
     assert found_BC.device.type == device
     assert float((found_BC.double().cpu() - expected_BC).abs().max() / expected_BC.abs().max()) < tolerance
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from softlabel.errors import BadImageError, DataError
 from softlabel.inputs.base import Decoding
 from softlabel.inputs.content import content_hash
-from softlabel.inputs.image_batch import stack_images
 from softlabel.inputs.image_decode import decode_hashed, decode_image
+from softlabel.inputs.image_transform import stack_images
 
 H, W = 6, 5
 RNG = np.random.default_rng(7)

@@ -213,8 +213,9 @@ def test_images_of_several_sizes_need_a_size(tmp_path: Path, network: str) -> No
             images, teachers=[spec], out=tmp_path / "store", preflight=False, device="cpu"
         ),
     }[network]
-    sizes = "expected 16x16 pixels like the images before it, found 20x20 pixels"
-    with pytest.raises(DataError, match=f"image '1': {sizes}; give the {network} a size, such as .*resize="):
+    sizes = "expected 16 x 16 pixels like those before it, found 20 x 20 pixels"
+    remedy = f"give the {network} the size that it needs, such as .*resize="
+    with pytest.raises(DataError, match=f"sample '1': {sizes}; {remedy}"):
         use()
 
 

@@ -24,6 +24,7 @@ from softlabel.common.spec import parse_spec
 from softlabel.dataset import open_source
 from softlabel.errors import SpecError, TeacherError, UsageError
 from softlabel.evaluation.evaluate import evaluate
+from softlabel.inputs.base import Inputs
 from softlabel.inputs.image_decode import decode_image
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import Program, RunModel, build_model, save_run
@@ -51,7 +52,7 @@ PHOTOS = [photo(70, 50), photo(51, 94, 1), photo(64, 64, 2), photo(97, 60, 3)]
 
 
 def labels(teacher: Teacher, images: list[Tensor] = PHOTOS) -> Tensor:
-    return teacher.logits(torch.stack([teacher.preprocessing.geometry(image) for image in images]))
+    return teacher.logits(Inputs.single(torch.stack([teacher.preprocessing.geometry(image) for image in images])))
 
 
 def pil(image_CHW: Tensor) -> Image.Image:
@@ -160,11 +161,11 @@ def test_timm_squash_and_what_cannot_be_expressed() -> None:
 def test_timm_teachers_have_heads_and_lower_precision(timm_network: tuple[str, nn.Module]) -> None:
     teacher = load_teacher(f"{timm_network[0]}?crop=64")
     images_BCHW = torch.stack([teacher.preprocessing.geometry(image) for image in PHOTOS])
-    logits_BC, hidden_BD = Head.of(teacher).logits(images_BCHW)
+    logits_BC, hidden_BD = Head.of(teacher).logits(Inputs.single(images_BCHW))
     layer = timm_network[1].get_classifier()
     with torch.inference_mode():
         assert torch.allclose(layer(hidden_BD), logits_BC, rtol=1e-4, atol=1e-4)
-    rough = load_teacher(f"{timm_network[0]}?crop=64", precision="bf16").logits(images_BCHW)
+    rough = load_teacher(f"{timm_network[0]}?crop=64", precision="bf16").logits(Inputs.single(images_BCHW))
     assert 1e-5 < float((rough - logits_BC).abs().max() / logits_BC.abs().max()) < 0.1
 
 
@@ -371,7 +372,7 @@ def test_students_of_other_libraries_come_back_from_their_run(tmp_path: Path, ki
     images_BCHW = torch.stack([teacher.preprocessing.geometry(image) for image in PHOTOS])
     with torch.inference_mode():
         expected = student.eval()(teacher.preprocessing.normalize(images_BCHW))
-    assert torch.allclose(teacher.logits(images_BCHW), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(teacher.logits(Inputs.single(images_BCHW)), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- programs ----
@@ -447,7 +448,7 @@ def test_programs_of_any_batch_equal_their_network(tmp_path: Path, suffix: str, 
         images_BCHW = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         # As images lie in memory when they were decoded, too.
         for given in (images_BCHW, images_BCHW.contiguous(memory_format=torch.channels_last)):
-            assert torch.allclose(teacher.logits(given), expected_of(images_BCHW), rtol=1e-4, atol=1e-4)
+            assert torch.allclose(teacher.logits(Inputs.single(given)), expected_of(images_BCHW), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -512,7 +513,7 @@ def test_onnx_weights_beside_the_file(tmp_path: Path) -> None:
     teacher = load_teacher(spec)
     assert teacher.sha256 == hashlib.sha256(both).hexdigest()
     images_BCHW = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    assert torch.allclose(teacher.logits(images_BCHW), expected_of(images_BCHW), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(teacher.logits(Inputs.single(images_BCHW)), expected_of(images_BCHW), rtol=1e-4, atol=1e-4)
     (tmp_path / "net.data").rename(tmp_path / "gone.data")
     with pytest.raises(SpecError, match=r"expected its weights in .*net\.data"):
         load_teacher(spec)
@@ -549,7 +550,7 @@ def test_onnx_networks_with_channels_last_and_several_outputs(tmp_path: Path) ->
     teacher = load_teacher(f"{tmp_path / 'net.onnx'}?mean=0&std=1&crop=20")
     images_BCHW = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
     expected = (images_BCHW.double() / 255).mean(dim=(2, 3)).float() @ torch.from_numpy(weight)
-    assert torch.allclose(teacher.logits(images_BCHW), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(teacher.logits(Inputs.single(images_BCHW)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, SpecError, TeacherError
 from softlabel.generation.ensemble import replace_norms
-from softlabel.inputs.image_batch import stack_images
+from softlabel.inputs.base import Inputs
 from softlabel.inputs.image_decode import decode_image
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.image_transform import Preprocessing, stack_images
 from softlabel.models import RunModel, build_model, load_weights, published_weights, save_run, weights_sha256
 from softlabel.models.teacher import load_teacher, student_preprocessing
 from tests.support import reference_resnet
@@ -165,7 +165,7 @@ def test_real_teachers_equal_an_independent_forward(shared_data: Path, file: str
     teacher = load_teacher(f"zoo:{file.partition('-')[0]}@{path}")
     samples = open_source(shared_data / "cifar10-jpeg" / "test.parquet").read(range(count))
     images = [teacher.preprocessing.geometry(decode_image(sample.image)) for sample in samples]
-    logits_NC = teacher.logits(stack_images(images))
+    logits_NC = teacher.logits(Inputs.single(stack_images(images)))
     assert (teacher.num_classes, logits_NC.dtype) == (10, torch.float32)
     assert torch.allclose(logits_NC, expected_NC, rtol=1e-4, atol=2e-4)
     assert float((logits_NC.argmax(1) == labels_N).float().mean()) > 0.7
@@ -177,17 +177,17 @@ def test_sizes_other_than_32(weights: str) -> None:
     as_they_are = load_teacher(f"{weights}?crop=none")
     assert as_they_are.num_classes == 6
     expected = reference_resnet.logits(load_weights(as_they_are.spec.checkpoint), images_BCHW.float() / 255)
-    assert torch.allclose(as_they_are.logits(images_BCHW), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(as_they_are.logits(Inputs.single(images_BCHW)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_do_not_depend_on_the_batch(weights: str) -> None:
     teacher = load_teacher(weights)
     images_BCHW = random_images(9)
-    together = teacher.logits(images_BCHW)
-    alone = torch.cat([teacher.logits(images_BCHW[i : i + 1]) for i in range(9)])
+    together = teacher.logits(Inputs.single(images_BCHW))
+    alone = torch.cat([teacher.logits(Inputs.single(images_BCHW[i : i + 1])) for i in range(9)])
     assert torch.allclose(together, alone, rtol=1e-5, atol=1e-5)
     before = weights_sha256(teacher.model)
-    teacher.logits(images_BCHW)
+    teacher.logits(Inputs.single(images_BCHW))
     assert weights_sha256(teacher.model) == before == teacher.sha256, "labelling must not move batch norm statistics"
 
 
@@ -195,14 +195,14 @@ def test_training_mode_is_refused(weights: str) -> None:
     teacher = load_teacher(weights)
     teacher.model.layer2[0].bn1.train()
     with pytest.raises(TeacherError, match=r"training mode.*model\.eval"):
-        teacher.logits(random_images(2))
+        teacher.logits(Inputs.single(random_images(2)))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.1), ("fp16", 0.02)])
 def test_lower_precision_is_near_and_really_lower(weights: str, precision: Any, tolerance: float) -> None:
     images_BCHW = random_images(16)
-    exact = load_teacher(weights).logits(images_BCHW)
-    found = load_teacher(weights, precision=precision).logits(images_BCHW)
+    exact = load_teacher(weights).logits(Inputs.single(images_BCHW))
+    found = load_teacher(weights, precision=precision).logits(Inputs.single(images_BCHW))
     assert found.dtype == torch.float32
     error = float((found - exact).abs().max() / exact.abs().max())
     assert 1e-5 < error < tolerance
@@ -213,12 +213,12 @@ def test_a_float64_reference_bounds_the_float32_error(weights: str) -> None:
     teacher = load_teacher(weights)
     mean, std = (torch.tensor(IMAGENET[k], dtype=torch.float64).view(3, 1, 1) for k in ("mean", "std"))
     exact = build_model(weights).eval().double()((images_BCHW.double() / 255 - mean) / std)
-    assert torch.allclose(teacher.logits(images_BCHW).double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(teacher.logits(Inputs.single(images_BCHW)).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_no_graph_is_kept_and_nothing_needs_gradients(weights: str) -> None:
     teacher = load_teacher(weights)
-    assert not teacher.logits(random_images(2)).requires_grad
+    assert not teacher.logits(Inputs.single(random_images(2))).requires_grad
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
 
 
@@ -237,7 +237,7 @@ def test_a_torchvision_teacher_from_a_file(tmp_path: Path) -> None:
     images_BCHW = random_images(2, 64, 64)
     with torch.inference_mode():
         expected = model(v1.Normalize(**IMAGENET)(images_BCHW.float() / 255))
-    assert torch.allclose(teacher.logits(images_BCHW), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(teacher.logits(Inputs.single(images_BCHW)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "resnet18"])
@@ -260,7 +260,7 @@ def test_files_for_torchvision_get_the_input_of_its_published_weights(
         expected = theirs(preset(image_CHW)[None])
     for spec in (f"torchvision:{name}@{tmp_path}/w.pth", f"torchvision:{name}?weights={weights.name}"):
         teacher = load_teacher(spec)
-        found = teacher.logits(teacher.preprocessing.geometry(image_CHW)[None])
+        found = teacher.logits(Inputs.single(teacher.preprocessing.geometry(image_CHW)[None]))
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), spec
     assert f"none of torchvision's published weights; .* as for {weights}" in caplog.text.replace(
         "where the SPEC does not say otherwise its images are prepared", ".*"
@@ -344,7 +344,7 @@ def test_outputs_that_hold_logits(factory: Any, make: Any) -> None:
     for size in ("", "?crop=16"):
         teacher = load_teacher(factory(make) + size)
         assert teacher.num_classes == 4
-        assert teacher.logits(random_images(3, 16, 16)).dtype == torch.float32
+        assert teacher.logits(Inputs.single(random_images(3, 16, 16))).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_class_count_that_does_not_hold(factory: Any) -> None:
         load_teacher(factory(lambda z: z) + "?crop=16", num_classes=7)
     teacher = load_teacher(factory(lambda z: z, num_classes=9))
     with pytest.raises(TeacherError, match=r"\(3, 9\).*found \(3, 4\)"):
-        teacher.logits(random_images(3))
+        teacher.logits(Inputs.single(random_images(3)))
 
 
 def test_a_network_that_wants_another_size(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_a_network_that_wants_another_size(tmp_path: Path) -> None:
     module.build = lambda: linear
     sys.modules["flat_factory_of_a_test"] = module
     try:
-        with pytest.raises(TeacherError, match=r"fails on a 32 x 32 image.*resize= and crop="):
+        with pytest.raises(TeacherError, match=r"fails on a sample of 32 x 32 pixels.*resize="):
             load_teacher("python:flat_factory_of_a_test:build?crop=32")
         assert load_teacher("python:flat_factory_of_a_test:build?crop=16").num_classes == 4
     finally:
@@ -393,7 +393,7 @@ def test_a_factory_may_bring_its_preprocessing(factory: Any) -> None:
 
 def test_nan_is_passed_on_for_the_engine_to_name_the_image(factory: Any) -> None:
     teacher = load_teacher(factory(lambda z: z * float("nan")))
-    assert teacher.logits(random_images(2)).isnan().all()
+    assert teacher.logits(Inputs.single(random_images(2))).isnan().all()
 
 
 def test_an_unknown_precision(weights: str) -> None:

@@ -19,6 +19,7 @@ from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.preflight.sample import Trial
 from softlabel.inputs.base import IGNORE
+from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.teacher import Teacher
 
 # What images are divided into in other people's code: (mean, std), as a SPEC takes them.
@@ -131,9 +132,9 @@ def _found(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Answers:
 
 def _answers(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Answers:
     """What a teacher says itself of these batches."""
-    place = [one.shape for one in labeller.reader.geometries].index(teacher.preprocessing.shape)
+    place = [one.shape for one in labeller.reader.transforms].index(teacher.preprocessing.shape)
     full = [batch for batch in batches if batch.keys]
-    logits = torch.cat([teacher.logits(batch.images[place]) for batch in full])
+    logits = torch.cat([teacher.logits(batch.inputs[place]) for batch in full])
     return _found(logits, np.concatenate([batch.labels for batch in full]))
 
 
@@ -171,7 +172,10 @@ def _other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial) -> 
     """The common mean and std, if any, with which it is clearly more often right."""
     if labeller.members.in_turn:  # their weights are not on the device
         return None
-    own, batches = teacher.preprocessing, [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
+    own = teacher.preprocessing
+    if not isinstance(own, Preprocessing):
+        return None
+    batches = [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
     now = _answers(teacher, labeller, batches)
     best, told = 0.0, None
     for name, (mean, std) in NORMALISATIONS.items():

@@ -18,6 +18,7 @@ from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.pipeline import fitting
 from softlabel.generation.preflight.sample import Trial
+from softlabel.inputs.base import Inputs
 from softlabel.models.teacher import Teacher
 
 _READ_AGAIN = 32  # images
@@ -51,7 +52,9 @@ def _read_again(labeller: Labeller, trial: Trial) -> None:
     for number, key in enumerate(again.keys):
         before = place.get(key)
         same = before is not None and all(
-            torch.equal(now[number], then[before]) for now, then in zip(again.images, first.images, strict=True)
+            torch.equal(now[number], then[before])
+            for now_inputs, then_inputs in zip(again.inputs, first.inputs, strict=True)
+            for now, then in zip(now_inputs.tensors.values(), then_inputs.tensors.values(), strict=True)
         )
         if not same:
             raise DataError(
@@ -108,19 +111,17 @@ def _in_other_company(full: Sequence[DecodedBatch], batch_size: int) -> tuple[De
     count = -(-len(first.keys) // 2)
     rows_K = list(range(count))[::-1]
     second = full[1] if len(full) > 1 else None
-    alike = second is not None and all(
-        a.shape[1:] == b.shape[1:] for a, b in zip(first.images, second.images, strict=True)
-    )
+    alike = second is not None and all(a.shapes == b.shapes for a, b in zip(first.inputs, second.inputs, strict=True))
     before = min(len(second.keys), batch_size - count) if second is not None and alike else 0
     if before == 0 and count == len(first.keys):
         return first, [], first
-    images = tuple(
-        torch.cat([*([second.images[place][:before]] if second is not None and before else []), images_BCHW[rows_K]])
-        for place, images_BCHW in enumerate(first.images)
+    inputs = tuple(
+        Inputs.join([*([second.inputs[place][:before]] if second is not None and before else []), own[rows_K]])
+        for place, own in enumerate(first.inputs)
     )
     keys = [*(second.keys[:before] if second is not None else []), *(first.keys[row] for row in rows_K)]
     none = np.zeros(len(keys), np.int64)
-    other = DecodedBatch(keys=keys, labels=none, content=none.astype(np.uint64), images=images, bad=())
+    other = DecodedBatch(keys=keys, labels=none, content=none.astype(np.uint64), inputs=inputs, bad=())
     return first, rows_K, other
 
 

@@ -159,7 +159,9 @@ def refuse_equal(trial: Trial, name: str) -> None:
         DataError: the decoded images are.
         TeacherError: the rows are, and the images are not.
     """
-    images_BCHW = [image_CHW for batch in trial.batches if batch.keys for image_CHW in batch.images[0]]
+    images_BCHW = [
+        sample for batch in trial.batches if batch.keys for sample in next(iter(batch.inputs[0].tensors.values()))
+    ]
     picked = np.unique(np.linspace(0, max(0, len(images_BCHW) - 1), _COMPARED).astype(np.int64))
     if len(picked) < _FEW:
         return

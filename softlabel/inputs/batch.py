@@ -1,0 +1,124 @@
+"""From samples to batches, for whatever reads them: decode and hash, bring to one shape, collate.
+
+    samples -> decode_samples -> (views of them) -> collate_samples -> Inputs for each transform
+
+A sample that cannot be used is reported by its place, with the reason: labelling makes a bad row of it, training stops.
+
+Legend: B batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.errors import BadImageError, DataError
+from softlabel.inputs.base import Images, Inputs, InputTransform, Sample
+from softlabel.inputs.content import content_hash
+from softlabel.inputs.image_decode import decode_hashed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DecodedSamples:
+    """B samples, decoded.
+
+    Attributes:
+        images: place among the samples -> uint8 (3, H, W), of any sizes; in their order, without those that failed.
+        content: uint64 (B,), the content hash of every sample; 0 where there is none.
+        failed: place -> why it cannot be decoded.
+    """
+
+    images: dict[int, Tensor]
+    content: NDArray[np.uint64]
+    failed: dict[int, str]
+
+
+def decode_samples(samples: Sequence[Sample], *, name: str) -> DecodedSamples:
+    """Decode samples, each as it says that it is decoded, and hash what the source gave.
+
+    Args:
+        samples: B of them.
+        name: of the source.
+
+    Raises:
+        DataError: a sample is no image at all; it is named.
+    """
+    images: dict[int, Tensor] = {}
+    failed: dict[int, str] = {}
+    content = np.zeros(len(samples), dtype=np.uint64)
+    for place, sample in enumerate(samples):
+        try:
+            images[place], content[place] = decode_hashed(sample.image, sample.decoding)
+        except BadImageError as error:
+            content[place], failed[place] = content_hash(sample.image) or 0, str(error)
+        except DataError as error:
+            raise DataError(f"{name}: sample {sample.key!r}: {error}") from error
+    return DecodedSamples(images=images, content=content, failed=failed)
+
+
+def collate_samples(
+    items: Images,
+    keys: Sequence[str],
+    transforms: Sequence[InputTransform],
+    *,
+    network: str,
+    fixed: bool = False,
+    shape: Sequence[int] | None = None,
+) -> tuple[tuple[Inputs, ...], dict[int, str]]:
+    """Bring decoded samples to one shape, once for each transform, and collate them.
+
+    Args:
+        items: B samples or views of them, at least one.
+        keys: of the samples.
+        transforms: each fits the sample itself, never what another one left of it.
+        network: what takes them, "teacher" or "student", for the message.
+        fixed: they are views of one size, whose crop was chosen with the view (`InputTransform.fit`).
+        shape: that each must come out with; None: that of the first.
+
+    Returns:
+        A batch for each transform, none where no sample fits; and place -> reason of the samples that do not fit one
+        of the transforms, which are in none of the batches.
+
+    Raises:
+        DataError: samples come out with different shapes.
+    """
+    if isinstance(items, Tensor) and (shape is None or items.shape[1:] == torch.Size(shape)):
+        first = items[0]
+        if all(transform.fit(first, fixed=fixed) is first for transform in transforms):
+            return (Inputs.single(items),) * len(transforms), {}
+    batches: list[list[Tensor]] = [[] for _ in transforms]
+    failed: dict[int, str] = {}
+    for place, item in enumerate(items):
+        try:
+            fitted = [transform.fit(item, fixed=fixed) for transform in transforms]
+        except BadImageError as error:
+            failed[place] = str(error)
+            continue
+        for transform, batch, one in zip(transforms, batches, fitted, strict=True):
+            expected = tuple(shape or (batch[0] if batch else one).shape)
+            if one.shape != expected:
+                raise DataError(
+                    f"sample {keys[place]!r}: expected {transform.describe(expected)} like those before it, found "
+                    f"{transform.describe(one.shape)}; {transform.remedy.format(network=network)}"
+                )
+            batch.append(one)
+    pairs = zip(transforms, batches, strict=True)
+    return tuple(transform.collate(batch) for transform, batch in pairs if batch), failed
+
+
+def refuse_failed(failed: dict[int, str], keys: Sequence[str], *, name: str) -> None:
+    """Raise for the first image that cannot be used, where there is one.
+
+    Args:
+        failed: place -> reason.
+        keys: of the images.
+        name: of the source.
+
+    Raises:
+        DataError: `failed` is not empty.
+    """
+    for place, reason in failed.items():
+        raise DataError(f"{name}: image {keys[place]!r}: {reason}; repair it or take it out")
