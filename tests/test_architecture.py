@@ -34,7 +34,7 @@ MAY_IMPORT = {
     # A store that was made from other stores is repaired from those.
     "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),
     "training": (f"{LABELS} loss loader evaluation", "torch numpy safetensors tqdm yaml tensorboard wandb mlflow"),
-    "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash"),
+    "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash safetensors"),
     "cli": ("*", "jsonargparse docstring_parser yaml tqdm"),
     "__main__": ("cli", ""),
     "__init__": ("*", ""),

@@ -1,4 +1,4 @@
-"""Contract tests for sources that others write: subclass them in a test module, with pytest installed.
+"""Contract tests for sources and encodings of other packages: subclass them in a test module, with pytest installed.
 
 No other package of softlabel imports this one.
 """
@@ -6,8 +6,9 @@ No other package of softlabel imports this one.
 import pytest
 
 # Before the modules are imported, so that a failed assert in them shows its values.
-pytest.register_assert_rewrite("softlabel.testing.source")
+pytest.register_assert_rewrite("softlabel.testing.source", "softlabel.testing.encoding")
 
+from softlabel.testing.encoding import EncodingCase, EncodingTests  # noqa: E402
 from softlabel.testing.source import ExpectedSample, SourceTests  # noqa: E402
 
-__all__ = ["ExpectedSample", "SourceTests"]
+__all__ = ["EncodingCase", "EncodingTests", "ExpectedSample", "SourceTests"]

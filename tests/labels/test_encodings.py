@@ -1,161 +1,111 @@
-"""Every encoding, in every format: what is read is what was encoded, within the bound that the encoding states."""
+"""Every encoding keeps the contract of `softlabel.testing`; and what single encodings promise beyond it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 
-from softlabel.errors import StoreError
-from softlabel.labels.encodings import Reading, encode
-from softlabel.labels.encodings import decode as torch_decode
+from softlabel.labels.encodings import Reading, decode, encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
-from softlabel.store.open import open_store
-from softlabel.store.strict_json import from_json
+from softlabel.store.manifest import Combine, DatasetInfo, Member
+from softlabel.store.strict_json import from_json, to_json
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
+from softlabel.testing import EncodingCase, EncodingTests
 from tests.support import format_reader
-from tests.support.stores import FORMATS, make_run
+from tests.support.stores import FORMATS, draw_logits, make_run
 
 T = 4.0
-ENCODINGS = (
-    Float32(),
-    Float16(),
-    Int8(),
-    TopK(k=5, temperatures=(1.0, T)),
-    TopK(k=1, temperatures=(T,)),
-    TopK(k=10**6, temperatures=(T,)),
-    Sampled(samples=12),
-    Sampled(samples=5, proposal=0.8),
-    Head(width=6, hidden="float16"),
-    Head(width=6, hidden="int8"),
-)
-NAMES = [" ".join([e.title, getattr(e, "hidden", "")]).strip() for e in ENCODINGS]
+Columns = Mapping[str, np.ndarray[Any, Any]]
 
 
-def teacher(rows: int, classes: int, members: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, 6, generator=generator) * 2
-    weight, bias = torch.randn(classes, 6, generator=generator), torch.randn(classes, generator=generator)
-    logits = torch.randn(rows * members, classes, generator=generator) * 4
-    return {"hidden": hidden, "weight": weight, "bias": bias, "logits": logits}
+class EveryEncodingTests(EncodingTests):
+    def decode(self, columns: Columns, encoding: Encoding, case: EncodingCase) -> Any:
+        run = {
+            "encoding": to_json(encoding),
+            "num_classes": case.num_classes,
+            "temperature": case.temperature,
+            "combine": {"rule": "logits"},
+        }
+        return format_reader.decode(run, columns, case.extra)
 
 
-def write(root: Path, run: Run, said: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Encode and write; the columns as encoded."""
-    hidden = run.encoding.from_hidden
-    scaled = (said["hidden"] @ said["weight"].T + said["bias"] if hidden else said["logits"]) / T
-    scaled = scaled - scaled.amax(dim=1, keepdim=True)
-    seeds = torch.arange(len(scaled)) * 7919
-    columns = encode(scaled, run.encoding, temperature=T, seeds_R=seeds, hidden_RD=said["hidden"])
-    stored = {name: column.reshape(run.dataset.rows, -1).numpy() for name, column in columns.items()}
-    meter = FidelityMeter(temperature=T, encoding=run.encoding)
-    meter.add(scaled, columns, head=(said["weight"], said["bias"]))
-    with Committer.open(root, run) as committer:
-        if hidden:
-            with pytest.raises(StoreError):
-                committer.finish()
-            arrays = {"weight": said["weight"].numpy(), "bias": said["bias"].numpy()}
-            committer.add_extra("head", safetensors.numpy.save(arrays))
-        for plan in committer.missing():
-            part = slice(plan.start, plan.stop)
-            rows = Rows(
-                keys=[f"{index}.jpg" for index in range(plan.start, plan.stop)],
-                columns={name: column[part] for name, column in stored.items()},
-            )
-            committer.commit(write_shard(root, run, plan, rows, fidelity=meter.result()))
-        committer.finish()
-    return {**columns, "scaled": scaled}
+class TestFloat32(EveryEncodingTests):
+    @pytest.fixture
+    def encoding(self) -> Encoding:
+        return Float32()
+
+    def bound(self, columns: Columns, encoding: Encoding, case: EncodingCase) -> Any:
+        return 0.0
 
 
-def bound(encoding: Encoding, scaled: np.ndarray[Any, Any], columns: dict[str, torch.Tensor]) -> Any:
-    """How far a decoded logit may lie from the true one, by what the encoding says of itself."""
-    match encoding.name:
-        case "float32":
-            return 0.0
-        case "float16":
-            return np.maximum(2.0**-11 * np.abs(scaled), 2.0**-24)
-        case "int8":
-            return np.maximum(columns["scale"].numpy() * 0.5001 + 1e-5, 2.0**-11 * np.abs(scaled))
-    raise AssertionError
+class TestFloat16(EveryEncodingTests):
+    @pytest.fixture
+    def encoding(self) -> Encoding:
+        return Float16()
+
+    def bound(self, columns: Columns, encoding: Encoding, case: EncodingCase) -> Any:
+        return np.maximum(2.0**-11 * np.abs(case.scaled_logits), 2.0**-24)
 
 
-def kl(p_logits: np.ndarray[Any, Any], q_logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    p_logits, q_logits = p_logits.astype(np.float64), q_logits.astype(np.float64)
-    log_p = p_logits - np.log(np.exp(p_logits).sum(axis=1, keepdims=True))
-    log_q = q_logits - np.log(np.exp(q_logits).sum(axis=1, keepdims=True))
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+class TestInt8(EveryEncodingTests):
+    @pytest.fixture
+    def encoding(self) -> Encoding:
+        return Int8()
+
+    def bound(self, columns: Columns, encoding: Encoding, case: EncodingCase) -> Any:
+        return np.maximum(columns["scale"] * 0.5001 + 1e-5, 2.0**-11 * np.abs(case.scaled_logits))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=NAMES)
-@pytest.mark.parametrize("classes", [7, 300])
-def test_what_was_encoded_is_what_is_read(tmp_path: Path, format: str, encoding: Encoding, classes: int) -> None:
-    run = make_run(format, samples=40, classes=classes, encoding=encoding)
-    columns = write(tmp_path / "s", run, teacher(40, classes))
-    scaled = columns.pop("scaled")
-    store = open_store(tmp_path / "s", verify="full")
-    rows = store.take(range(40))
-    for name, column in columns.items():
-        np.testing.assert_array_equal(rows.columns[name], column.reshape(40, -1).numpy())
-        assert rows.columns[name].dtype == column.numpy().dtype
-    found = rows.scaled_logits
-    streamed = np.concatenate([part.scaled_logits for part in store.stream()])
-    np.testing.assert_array_equal(found, streamed)
-    said = teacher(40, classes)
-    by_torch = torch_decode(
-        columns, encoding, Reading(num_classes=classes, temperature=T, at=T, head=(said["weight"], said["bias"]))
-    ).numpy()
-    np.testing.assert_allclose(found, by_torch, rtol=2e-6, atol=1e-5)
-    np.testing.assert_allclose(format_reader.read_store(tmp_path / "s")["scaled_logits"], found, rtol=1e-6, atol=1e-6)
+class TestTopK(EveryEncodingTests):
+    @pytest.fixture(
+        params=[
+            TopK(k=5, temperatures=(1.0, T)),
+            TopK(k=1, temperatures=(T,)),
+            TopK(k=10**6, temperatures=(T,)),
+        ],
+        ids=["5", "1", "all"],
+    )
+    def encoding(self, request: pytest.FixtureRequest) -> Encoding:
+        return request.param
 
-    true = scaled.numpy()
-    if encoding.name in ("float32", "float16", "int8"):
-        assert (np.abs(found - true) <= bound(encoding, true, columns)).all()
-    elif encoding.name == "head":
-        np.testing.assert_allclose(
-            found - found.max(axis=1, keepdims=True), true, atol=0.01 if encoding.hidden == "float16" else 0.2
-        )
-    elif encoding.name == "topk":
-        p = np.exp(true.astype(np.float64))
-        p /= p.sum(axis=1, keepdims=True)
-        q = np.exp(found.astype(np.float64))
-        q /= q.sum(axis=1, keepdims=True)
-        index = rows.columns["index"].astype(np.int64)
-        assert (index == np.argsort(-true, axis=1, kind="stable")[:, : index.shape[1]]).all()
-        np.testing.assert_allclose(
-            np.take_along_axis(q, index, 1), np.take_along_axis(p, index, 1), rtol=4e-3
-        )  # half a float16 step at 8
-    totals = store.manifest.totals.fidelity
-    assert totals is not None
-    if encoding.name not in ("sampled",):
-        nats = kl(true, found)
-        assert totals.worst_t == pytest.approx(nats.max(), rel=0.02, abs=1e-9)
-        assert totals.mean_t == pytest.approx(nats.mean(), rel=0.02, abs=1e-9)
+    def test_kept_classes_have_their_probability(self, encoding: TopK, case: EncodingCase) -> None:
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        index = columns["index"].astype(np.int64)
+        order = np.argsort(-case.scaled_logits, axis=1, kind="stable")
+        np.testing.assert_array_equal(index, order[:, : index.shape[1]])
+        decoded = self.decode(columns, encoding, case)
+        p, q = (torch.softmax(torch.from_numpy(x).double(), 1).numpy() for x in (case.scaled_logits, decoded))
+        # Half a step of float16 at 8.
+        np.testing.assert_allclose(np.take_along_axis(q, index, 1), np.take_along_axis(p, index, 1), rtol=4e-3)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("encoding", ENCODINGS[:8], ids=NAMES[:8])
-def test_members_kept_apart(tmp_path: Path, format: str, encoding: Encoding) -> None:
-    members = tuple(Member(spec=f"zoo:resnet{depth}", sha256=str(depth), num_classes=9) for depth in (8, 20, 56))
-    run = make_run(format, samples=20, classes=9, encoding=encoding, members=members, combine=Combine(rule="keep"))
-    columns = write(tmp_path / "s", run, teacher(20, 9, members=3))
-    columns.pop("scaled")
-    found = open_store(tmp_path / "s", verify="full").take(range(20)).scaled_logits
-    assert found.shape == (20, 3, 9)
-    by_torch = torch_decode(columns, encoding, Reading(num_classes=9, temperature=T, at=T)).reshape(20, 3, 9).numpy()
-    np.testing.assert_allclose(found, by_torch, rtol=2e-6, atol=1e-5)
-    np.testing.assert_allclose(format_reader.read_store(tmp_path / "s")["scaled_logits"], found, rtol=1e-6, atol=1e-6)
+class TestSampled(EveryEncodingTests):
+    @pytest.fixture(params=[Sampled(samples=12), Sampled(samples=5, proposal=0.8)], ids=["teacher", "flatter"])
+    def encoding(self, request: pytest.FixtureRequest) -> Encoding:
+        return request.param
+
+
+class TestHead(EveryEncodingTests):
+    @pytest.fixture(params=[Head(width=6, hidden="float16"), Head(width=6, hidden="int8")], ids=["float16", "int8"])
+    def encoding(self, request: pytest.FixtureRequest) -> Encoding:
+        return request.param
+
+    def test_decoded_logits_are_near_those_of_the_layer(self, encoding: Head, case: EncodingCase) -> None:
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        found = self.decode(columns, encoding, case)
+        found = found - found.max(axis=1, keepdims=True)
+        np.testing.assert_allclose(found, case.scaled_logits, atol=0.01 if encoding.hidden == "float16" else 0.2)
 
 
 def test_topk_tails_are_exact_at_declared_temperatures() -> None:
-    logits = teacher(50, 200)["logits"]
+    logits = torch.from_numpy(draw_logits(50, 200))
     scaled = logits / T
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
     columns = encode(scaled, TopK(k=10, temperatures=(1.0, T, 7.5)), temperature=T)
@@ -167,7 +117,7 @@ def test_topk_tails_are_exact_at_declared_temperatures() -> None:
 
 
 def test_sampling_is_unbiased_and_follows_from_the_seed_alone() -> None:
-    scaled = teacher(3, 30)["logits"] / T
+    scaled = torch.from_numpy(draw_logits(3, 30)) / T
     scaled = scaled - scaled.amax(dim=1, keepdim=True)
     p = torch.softmax(scaled.double(), dim=1).numpy()
     for proposal in (None, 0.7):
@@ -213,20 +163,16 @@ def test_int8_stays_below_a_ten_thousandth_nat() -> None:
         assert result.worst_t < 1e-4, (t, result)
 
 
-def test_extreme_and_masked_logits() -> None:
+@pytest.mark.parametrize("encoding", [Float32(), Float16(), Int8()], ids=lambda encoding: encoding.name)
+def test_probabilities_of_extreme_and_masked_logits(encoding: Encoding) -> None:
     scaled = torch.zeros(4, 12)
     scaled[0, 1:] = -1e4
     scaled[1, 1:] = -torch.inf
     scaled[2, 5:] = -torch.inf
     scaled[3] = torch.linspace(0, -1e6, 12)
-    for encoding in ENCODINGS[:8]:
-        columns = encode(scaled, encoding, temperature=T, seeds_R=torch.arange(4))
-        decoded = torch_decode(columns, encoding, Reading(num_classes=12, temperature=T, at=T))
-        assert not decoded.isnan().any()
-        assert not (decoded == torch.inf).any()
-        p, q = torch.softmax(scaled.double(), 1), torch.softmax(decoded, 1)
-        if encoding.name in ("float32", "float16", "int8"):
-            torch.testing.assert_close(q, p, atol=1e-4, rtol=0)
+    columns = encode(scaled, encoding, temperature=T)
+    decoded = decode(columns, encoding, Reading(num_classes=12, temperature=T, at=T))
+    torch.testing.assert_close(torch.softmax(decoded, 1), torch.softmax(scaled.double(), 1), atol=1e-4, rtol=0)
 
 
 def test_encodings_that_make_no_sense_are_refused() -> None:
@@ -248,7 +194,7 @@ def test_encodings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"lack 4\.0"):
         make_run(encoding=TopK(k=3, temperatures=(1.0,)))
     with pytest.raises(ValueError, match="one teacher"):
-        make_run(encoding=ENCODINGS[8], combine=Combine(rule="keep"), members=(Member(spec="a", sha256="a"),) * 2)
+        make_run(encoding=Head(width=6), combine=Combine(rule="keep"), members=(Member(spec="a", sha256="a"),) * 2)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -1,0 +1,318 @@
+"""What every encoding must do, as tests that the tests of an encoding inherit.
+
+    class TestMine(EncodingTests):
+        @pytest.fixture
+        def encoding(self):
+            return Mine(bits=3)
+
+        def decode(self, columns, encoding, case):
+            return columns["q"] * columns["step"]  # plain numpy, without a look at the encoding's own code
+
+        def bound(self, columns, encoding, case):
+            return columns["step"] / 2
+
+N samples, M members, R = N * M rows, C classes, W elements of a column in one row, D width of a hidden layer.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.errors import StoreError
+from softlabel.labels.encodings import Reading, encode
+from softlabel.labels.encodings import decode as decode_tensors
+from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.encodings import Encoding
+from softlabel.store.formats.base import Rows
+from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
+from softlabel.store.open import open_store
+from softlabel.store.strict_json import from_json, to_json
+from softlabel.store.verify import verify_store
+from softlabel.store.writer import Committer, write_shard
+
+Array = NDArray[Any]
+
+_ROWS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodingCase:
+    """Answers of a teacher, and what else an encoding may make of them.
+
+    Attributes:
+        scaled_logits: float32 (R, C), divided by the temperature, the row's maximum subtracted.
+        temperature: the store's.
+        hidden: float32 (R, D), of a teacher whose last layer is `extra`; None where the encoding does not store it.
+        extra: float32 arrays that the store keeps once.
+    """
+
+    scaled_logits: Array
+    temperature: float = 4.0
+    hidden: Array | None = None
+    extra: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.scaled_logits.shape[1])
+
+    def encode(self, encoding: Encoding, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Columns (R, W) of these rows, as the pipeline makes them."""
+        seeds_R = torch.arange(len(self.scaled_logits)) * 7919
+        hidden_RD = None if self.hidden is None else torch.from_numpy(self.hidden)[rows]
+        scaled_RC = torch.from_numpy(self.scaled_logits)[rows]
+        return encode(scaled_RC, encoding, temperature=self.temperature, seeds_R=seeds_R[rows], hidden_RD=hidden_RD)
+
+
+class EncodingTests:
+    """The contract of an encoding. A subclass gives the fixture `encoding`, and `decode` and `bound` where it can."""
+
+    @pytest.fixture
+    def encoding(self) -> Encoding:
+        raise NotImplementedError("give the fixture `encoding`: an instance of the encoding, fitted to temperature 4")
+
+    @pytest.fixture(params=[2, 7, 300])
+    def case(self, encoding: Encoding, request: pytest.FixtureRequest) -> EncodingCase:
+        """Random answers; override it where an encoding needs others."""
+        return draw_case(encoding, classes=request.param)
+
+    def decode(self, columns: Mapping[str, Array], encoding: Encoding, case: EncodingCase) -> Array | None:
+        """Scaled logits (R, C) of columns (R, W), written again in plain numpy; None: not compared."""
+        return None
+
+    def bound(self, columns: Mapping[str, Array], encoding: Encoding, case: EncodingCase) -> Array | float | None:
+        """How far a decoded logit may be from the true one, to be broadcast to (R, C); None: it has no bound."""
+        return None
+
+    def test_it_is_read_back_from_json(self, encoding: Encoding) -> None:
+        assert Encoding.kinds[encoding.name] is type(encoding), "register it in softlabel.store.encodings"
+        written = json.loads(json.dumps(to_json(encoding)))
+        assert written["name"] == encoding.name
+        found = from_json(Encoding, written)  # type: ignore[type-abstract]  # a table of them
+        assert found == encoding
+
+    def test_columns_have_the_names_types_and_widths_that_it_declares(
+        self, encoding: Encoding, case: EncodingCase
+    ) -> None:
+        declared = encoding.columns(num_classes=case.num_classes)
+        columns = case.encode(encoding)
+        assert list(columns) == [one.name for one in declared]
+        for one in declared:
+            assert columns[one.name].shape == (len(case.scaled_logits), one.width)
+            assert columns[one.name].numpy().dtype == np.dtype(one.dtype)
+
+    def test_a_row_does_not_depend_on_its_batch(self, encoding: Encoding, case: EncodingCase) -> None:
+        whole = case.encode(encoding)
+        again = [case.encode(encoding, rows) for rows in (slice(0, 1), slice(1, 17), slice(17, None))]
+        for name, column in whole.items():
+            np.testing.assert_array_equal(torch.cat([part[name] for part in again]).numpy(), column.numpy())
+
+    @pytest.mark.parametrize("format", ["parquet", "hdf5"])
+    def test_what_was_encoded_is_what_is_read(
+        self, tmp_path: Path, encoding: Encoding, case: EncodingCase, format: Literal["parquet", "hdf5"]
+    ) -> None:
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        write_case(tmp_path / "store", encoding, case, format=format)
+        raw = read_columns(tmp_path / "store")
+        with open_store(tmp_path / "store", verify="full") as store:
+            rows = store.take(range(len(case.scaled_logits)))
+            streamed = np.concatenate([part.scaled_logits for part in store.stream()])
+        assert raw.keys() == rows.columns.keys() == columns.keys()
+        for name, column in columns.items():
+            np.testing.assert_array_equal(raw[name], column)
+            np.testing.assert_array_equal(rows.columns[name], column)
+            assert raw[name].dtype == rows.columns[name].dtype == column.dtype
+        np.testing.assert_array_equal(streamed, rows.scaled_logits)
+        self.check_decoded(rows.scaled_logits, columns, encoding, case)
+        assert verify_store(tmp_path / "store").ok
+
+    def test_a_store_without_its_shared_arrays_is_not_finished(
+        self, tmp_path: Path, encoding: Encoding, case: EncodingCase
+    ) -> None:
+        if encoding.extra is not None:
+            with pytest.raises(StoreError, match=encoding.extra):
+                write_case(tmp_path / "store", encoding, replace(case, extra={}))
+
+    def check_decoded(self, found: Array, columns: Mapping[str, Array], encoding: Encoding, case: EncodingCase) -> None:
+        """Compare decoded logits (R, C) with the device's decoder, the one in plain numpy, and the teacher's."""
+        assert found.dtype == np.float32
+        tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+        np.testing.assert_allclose(
+            found, decode_tensors(tensors, encoding, read_at(case)).numpy(), rtol=2e-6, atol=1e-5
+        )
+        expected = self.decode(columns, encoding, case)
+        if expected is not None:
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+        bound = self.bound(columns, encoding, case)
+        if bound is not None:
+            assert (np.abs(found - case.scaled_logits) <= bound).all()
+
+    @pytest.mark.parametrize("format", ["parquet", "hdf5"])
+    def test_members_are_kept_apart(
+        self, tmp_path: Path, encoding: Encoding, format: Literal["parquet", "hdf5"]
+    ) -> None:
+        if encoding.from_hidden:
+            with pytest.raises(ValueError, match="one teacher"):
+                encoding.columns(num_classes=9, members=3)
+            return
+        case = draw_case(encoding, classes=9, rows=3 * 20)
+        write_case(tmp_path / "store", encoding, case, members=3, format=format)
+        with open_store(tmp_path / "store", verify="full") as store:
+            found = store.take(range(20)).scaled_logits
+        assert found.shape == (20, 3, 9)
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        self.check_decoded(found.reshape(60, 9), columns, encoding, case)
+
+    def test_the_measured_loss_is_that_of_the_decoded_rows(self, encoding: Encoding, case: EncodingCase) -> None:
+        columns = case.encode(encoding)
+        meter = FidelityMeter(temperature=case.temperature, encoding=encoding)
+        head = read_at(case).head
+        for rows in (slice(0, 15), slice(15, None)):
+            part = {name: column[rows] for name, column in columns.items()}
+            meter.add(torch.from_numpy(case.scaled_logits)[rows], part, head=head)
+        found = meter.result()
+        assert found is not None
+        arrays = {name: column.numpy() for name, column in columns.items()}
+        decoded = encoding.decode(arrays, num_classes=case.num_classes, temperature=case.temperature, extra=case.extra)
+        both = (case.scaled_logits, decoded)
+        nats = kl(*(reversed(both) if encoding.drawn else both))
+        assert found.worst_t == pytest.approx(nats.max(), rel=0.02, abs=1e-6)
+        assert found.mean_t == pytest.approx(nats.mean(), rel=0.02, abs=1e-6)
+
+    def test_columns_at_another_temperature(self, encoding: Encoding, case: EncodingCase) -> None:
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        warmer = encoding.retemper(columns, 0.5)
+        if warmer is None or encoding.from_hidden:
+            return
+        settings: dict[str, Any] = {"num_classes": case.num_classes, "temperature": case.temperature}
+        kept = encoding.decode(columns, extra=case.extra, **settings)
+        found = encoding.decode(warmer, extra=case.extra, **settings)
+        named = kept != np.sort(kept, axis=1)[:, :1] if encoding.sparse else np.isfinite(kept)
+        np.testing.assert_allclose(found[named], kept[named] * 0.5, rtol=1e-5, atol=1e-5)
+
+    def test_values_that_it_never_writes_are_found(self, encoding: Encoding, case: EncodingCase) -> None:
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        assert encoding.problem(columns, num_classes=case.num_classes) is None
+        for name, column in columns.items():
+            wrong = column.copy()
+            if column.dtype.kind == "f":
+                wrong[5, 0] = np.nan
+            elif name.endswith("index") and np.iinfo(column.dtype).max >= case.num_classes:
+                wrong[5, 0] = case.num_classes
+            else:
+                continue
+            found = encoding.problem({**columns, name: wrong}, num_classes=case.num_classes)
+            assert found is not None, f"a wrong value in column {name!r} was not found"
+            assert found.startswith("row 5 of a block")
+            assert name in found
+
+    def test_extreme_and_masked_logits(self, encoding: Encoding) -> None:
+        if encoding.from_hidden:
+            return  # its logits follow from a layer
+        scaled_RC = np.zeros((4, 12), np.float32)
+        scaled_RC[1] = -np.arange(12)
+        scaled_RC[1, 3:5] = -np.inf
+        scaled_RC[2, 1:] = -60_000.0
+        scaled_RC[3, 1:] = -np.linspace(1e-4, 3e-3, 11)
+        case = EncodingCase(scaled_logits=scaled_RC)
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        assert encoding.problem(columns, num_classes=12) is None
+        decoded = encoding.decode(columns, num_classes=12, temperature=case.temperature)
+        assert not np.isnan(decoded).any()
+        assert not np.isposinf(decoded).any()
+        if not encoding.sparse:
+            p = np.exp(decoded - np.logaddexp.reduce(decoded, axis=1, keepdims=True))
+            assert (p[np.isneginf(scaled_RC)] < 1e-6).all()
+
+
+def draw_case(encoding: Encoding, *, classes: int, rows: int = _ROWS, seed: int = 0) -> EncodingCase:
+    """Draw a teacher's answers; those of a linear layer for an encoding of what enters it."""
+    rng, temperature = np.random.default_rng(seed), 4.0
+    extra = {name: rng.normal(size=shape).astype(np.float32) for name, shape in encoding.extra_shapes(classes).items()}
+    hidden = None
+    if encoding.from_hidden:
+        hidden = rng.normal(0, 2, (rows, extra["weight"].shape[1])).astype(np.float32)
+        logits = hidden @ extra["weight"].T + extra["bias"]
+    else:
+        logits = rng.normal(0, 4, (rows, classes))
+    scaled = logits / temperature
+    scaled = (scaled - scaled.max(axis=1, keepdims=True)).astype(np.float32)
+    return EncodingCase(scaled_logits=scaled, temperature=temperature, hidden=hidden, extra=extra)
+
+
+def read_at(case: EncodingCase) -> Reading:
+    head = None
+    if case.hidden is not None:
+        head = (torch.from_numpy(case.extra["weight"]), torch.from_numpy(case.extra["bias"]))
+    return Reading(num_classes=case.num_classes, temperature=case.temperature, at=case.temperature, head=head)
+
+
+def write_case(
+    root: Path,
+    encoding: Encoding,
+    case: EncodingCase,
+    *,
+    members: int = 1,
+    format: Literal["parquet", "hdf5"] = "parquet",
+) -> None:
+    """Write a store of these answers, in shards of 16 samples."""
+    samples = len(case.scaled_logits) // members
+    member = Member(spec="test", sha256="0" * 64, num_classes=case.num_classes)
+    run = Run(
+        format=format,
+        num_classes=case.num_classes,
+        temperature=case.temperature,
+        encoding=encoding,
+        combine=Combine(rule="keep", weights=(1 / members,) * members) if members > 1 else Combine(),
+        members=(member,) * members,
+        dataset=DatasetInfo(kind="test", rows=samples, fingerprint="0" * 32),
+        shard_rows=16,
+    )
+    stored = {name: column.reshape(samples, -1).numpy() for name, column in case.encode(encoding).items()}
+    with Committer.open(root, run) as committer:
+        if encoding.extra is not None and case.extra:
+            committer.add_extra(encoding.extra, safetensors.numpy.save(dict(case.extra)))
+        for plan in committer.missing():
+            rows = Rows(
+                keys=[f"{index}.jpg" for index in range(plan.start, plan.stop)],
+                columns={name: column[plan.start : plan.stop] for name, column in stored.items()},
+            )
+            committer.commit(write_shard(root, run, plan, rows))
+        committer.finish()
+
+
+def read_columns(root: Path) -> dict[str, Array]:
+    """The label columns of a store as FORMAT.md describes them, by pyarrow or h5py alone: (N, W) each."""
+    parts = []
+    for path in sorted((root / "shards").iterdir()):
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path)
+            declared, table = json.loads(file.metadata.metadata[b"softlabel"])["columns"], file.read()
+            raw = {one["name"]: np.frombuffer(b"".join(table[one["name"]].to_pylist()), np.uint8) for one in declared}
+        else:
+            with h5py.File(path, "r") as file:
+                declared = json.loads(file.attrs["softlabel"])["columns"]
+                raw = {one["name"]: file[one["name"]][:] for one in declared}
+        parts.append({one["name"]: raw[one["name"]].view(one["dtype"]).reshape(-1, one["width"]) for one in declared})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def kl(p_logits: Array, q_logits: Array) -> Array:
+    """KL(p || q) of each row in nats, in float64; a class without probability under p is left out."""
+    log_p, log_q = (
+        x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (np.float64(p_logits), np.float64(q_logits))
+    )
+    with np.errstate(invalid="ignore"):
+        terms = np.where(np.exp(log_p) > 0, np.exp(log_p) * (log_p - log_q), 0.0)
+    found: Array = terms.sum(axis=1)
+    return found
