@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from softlabel.dataset import Source, open_source
+from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError
 from softlabel.inputs.base import IGNORE
 from softlabel.testing import ExpectedSample, SourceTests
@@ -253,6 +253,48 @@ class TestDatasetSource(SourceTests):
     @pytest.fixture
     def make_source(self) -> Callable[[], Source]:
         return lambda: open_source(Mapped(), key_fn=name_of)
+
+
+def open_parquet(root: Path, rows: Sequence[int], name: str) -> Source:
+    return open_source(put(root / name, parquet_bytes(rows)))
+
+
+# Sources made of the Parquet sources of a folder, and which of the samples they have.
+DERIVED: dict[str, tuple[Callable[[Path], Source], list[int]]] = {
+    "several": (
+        lambda root: open_source(
+            [open_parquet(root, range(9), "a.parquet"), open_parquet(root, range(9, N), "b.parquet")]
+        ),
+        list(range(N)),
+    ),
+    "part": (
+        lambda root: open_source(f"{put(root / 'a.parquet', parquet_bytes(range(N)))}?rows=4:17"),
+        [*range(4, 17)],
+    ),
+    "other decoding": (
+        lambda root: open_source(f"{put(root / 'a.parquet', parquet_bytes(range(N)))}?exif=ignore"),
+        list(range(N)),
+    ),
+    "reordered": (
+        lambda root: ReorderedSource(open_parquet(root, range(N), "a.parquet"), np.array([5, 6, 7, 22, 0, 1])),
+        [5, 6, 7, 22, 0, 1],
+    ),
+}
+
+
+class TestDerivedSources(SourceTests):
+    @pytest.fixture(params=DERIVED)
+    def name(self, request: pytest.FixtureRequest) -> str:
+        return request.param
+
+    @pytest.fixture
+    def expected(self, name: str) -> list[ExpectedSample]:
+        whole = expect(LOCAL["parquet"])
+        return [whole[index] for index in DERIVED[name][1]]
+
+    @pytest.fixture
+    def make_source(self, name: str, tmp_path: Path) -> Callable[[], Source]:
+        return lambda: DERIVED[name][0](tmp_path)
 
 
 def expect(case: Case) -> list[ExpectedSample]:

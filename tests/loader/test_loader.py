@@ -403,3 +403,15 @@ def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
     for wrong in ([17.0], [True], [None]):
         with pytest.raises(DataError, match="key"):
             store.lookup(wrong)
+
+
+def test_a_batch_reads_like_a_dict_and_its_keys_like_a_tuple() -> None:
+    (batch,) = SoftLabelLoader(Arrays(3), batch_size=3, shuffle=False)
+    assert batch["images"] is batch.images
+    assert ("labels" in batch, "target" in batch, "nothing" in batch) == (True, False, False)
+    with pytest.raises(KeyError, match="nothing"):
+        batch["nothing"]
+    keys = ("0", "1", "2")
+    assert (batch.keys, repr(batch.keys), hash(batch.keys)) == (keys, repr(keys), hash(keys))
+    assert batch.keys + batch.keys == keys * 2
+    assert batch.keys[1:] == keys[1:]

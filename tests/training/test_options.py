@@ -1,6 +1,7 @@
 """What the options of training do, each against something that is not the trainer."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import shlex
@@ -18,9 +19,11 @@ import softlabel
 from softlabel import SoftLabelLoader, open_store, train
 from softlabel.errors import DataError, MismatchError, StoreError, UsageError
 from softlabel.models import build_model
+from softlabel.store.manifest import Combine, Member
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.stores import Samples, draw_logits, make_run, write_store
 from tests.support.training_runs import (
     ROWS,
     have_equal_weights,
@@ -128,6 +131,35 @@ def test_the_teacher_is_measured_while_training(digits: Path, tmp_path: Path) ->
     assert measured.note is None
 
 
+def test_members_that_a_store_keeps_apart_are_combined(digits: Path, tmp_path: Path) -> None:
+    two_NMC = np.stack([draw_logits(ROWS, 10, seed=seed) for seed in (1, 2)], axis=1)
+    two_NMC = (two_NMC - two_NMC.max(axis=2, keepdims=True)) / 4
+    labels = open_store(digits / "store").take(np.arange(ROWS)).labels
+    for name, logits_NMC in (("kept", two_NMC), ("second", two_NMC[:, 1:])):
+        members = logits_NMC.shape[1]
+        member = Member(spec="test", sha256="0" * 64, num_classes=10)
+        combine = Combine(rule="keep", weights=(0.5, 0.5)) if members == 2 else Combine()
+        run = make_run(samples=ROWS, classes=10, members=(member,) * members, combine=combine)
+        columns = {"logits": logits_NMC.reshape(1, ROWS, -1).astype(np.float16)}
+        content = np.zeros(ROWS, np.uint64)
+        samples = Samples(
+            keys=make_keys(ROWS), labels=labels, content=content, logits=two_NMC[None, :, 0], columns=columns
+        )
+        write_store(tmp_path / name, run, samples)
+    rest = {"student": SMOOTH, "epochs": 1}
+    chosen = {"labels": tmp_path / "kept", "combine": "logits", "weights": [0.0, 1.0]}
+    train(make_config(digits, tmp_path / "a", **chosen, **rest))
+    train(make_config(digits, tmp_path / "b", labels=tmp_path / "second", **rest))
+    assert have_equal_weights(tmp_path / "a", tmp_path / "b")
+    # The mean probability, which is what is trained on unless something else is asked for, is another teacher.
+    train(make_config(digits, tmp_path / "c", labels=tmp_path / "kept", **rest))
+    assert not have_equal_weights(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UsageError, match="only the members of a store that keeps them apart"):
+        train(make_config(digits, tmp_path / "d", combine="logits", **rest))
+    with pytest.raises(UsageError, match="probabilities are averaged at one temperature"):
+        train(make_config(digits, tmp_path / "e", labels=tmp_path / "kept", temperature=[2.0, 4.0], **rest))
+
+
 @pytest.mark.parametrize(("encoding", "says"), [("topk", "largest classes"), ("sampled", "drawn from the teacher")])
 def test_measures_that_an_encoding_cannot_give_are_named(
     digits: Path, tmp_path: Path, encoding: str, says: str
@@ -135,9 +167,12 @@ def test_measures_that_an_encoding_cannot_give_are_named(
     options = {"topk": ["--top-k", 3], "sampled": ["--samples", 8]}[encoding]
     run_softlabel("convert", digits / "store", tmp_path / "store", "--encoding", encoding, *options)
     result = train(make_config(digits, tmp_path / "run", labels=tmp_path / "store", student=SMOOTH))
-    shown = run_softlabel(
-        "evaluate", "--data", digits / "data.parquet", "--model", tmp_path / "run", "--labels", tmp_path / "store"
-    )
+    given = ["--data", digits / "data.parquet", "--model", tmp_path / "run", "--labels", tmp_path / "store"]
+    shown = run_softlabel("evaluate", *given, "--out", tmp_path / "new" / "figures.json")
+    figures = json.loads((tmp_path / "new" / "figures.json").read_text())
+    assert f"{figures['accuracy']:.4f}" in shown.stdout
+    again = run_softlabel("evaluate", "--config", tmp_path / "new" / "figures.config.yaml")
+    assert again.stdout == shown.stdout
     assert says in shown.stdout
     assert "KL(teacher" not in shown.stdout
     whole = softlabel.evaluate(tmp_path / "run", digits / "data.parquet", digits / "store", device="cpu")

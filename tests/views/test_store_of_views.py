@@ -428,6 +428,24 @@ def test_an_image_without_a_row_is_a_view_too(data: Path, teacher: str, tmp_path
         list(softlabel.SoftLabelLoader(tmp_path / "fewer.parquet", mixed))
 
 
+@pytest.mark.parametrize("steps", ["- crop-flip\n- RandomCrop: {size: 20}\n", "- RandomCrop: {size: 20}\n"])
+def test_an_image_of_which_there_is_no_view_leaves_the_others_theirs(teacher: str, tmp_path: Path, steps: str) -> None:
+    (tmp_path / "steps.yaml").write_text(steps)
+    images = [make_jpeg(number) for number in range(12)]
+    whole = write_parquet(tmp_path / "whole.parquet", images)
+    small = write_parquet(tmp_path / "small.parquet", [*images[:5], make_jpeg(5, size=12), *images[6:]])
+    expected = all_rows(generate(whole, tmp_path / "a", teacher, str(tmp_path / "steps.yaml"), 2))
+    store = generate(small, tmp_path / "b", teacher, str(tmp_path / "steps.yaml"), 2)
+    ((key, reason),) = store.bad.items()
+    assert key == "image-00005.jpg"
+    assert "RandomCrop" in reason
+    found = all_rows(store)
+    assert found.keys() == {row for row in expected if row[0] != key}
+    for row, columns in found.items():
+        for name, values in columns.items():
+            np.testing.assert_allclose(values, expected[row][name], atol=2e-3 if name == "logits" else 0, err_msg=name)
+
+
 def test_training_replays_and_refuses_another_augmentation(data: Path, teacher: str, tmp_path: Path) -> None:
     generate(data, tmp_path / "s", teacher, "crop-flip", 2)
     settings: dict[str, object] = {
