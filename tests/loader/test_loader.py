@@ -406,7 +406,8 @@ def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
 
 
 def test_a_batch_reads_like_a_dict_and_its_keys_like_a_tuple() -> None:
-    (batch,) = SoftLabelLoader(Arrays(3), batch_size=3, shuffle=False)
+    loader = SoftLabelLoader(Arrays(3), batch_size=3, shuffle=False)
+    (batch,) = loader
     assert batch["images"] is batch.images
     assert ("labels" in batch, "target" in batch, "nothing" in batch) == (True, False, False)
     with pytest.raises(KeyError, match="nothing"):
@@ -415,3 +416,6 @@ def test_a_batch_reads_like_a_dict_and_its_keys_like_a_tuple() -> None:
     assert (batch.keys, repr(batch.keys), hash(batch.keys)) == (keys, repr(keys), hash(keys))
     assert batch.keys + batch.keys == keys * 2
     assert batch.keys[1:] == keys[1:]
+    alone = loader.dataset[2]
+    assert (alone.keys, alone.labels.tolist()) == (("2",), [2])
+    assert torch.equal(alone.images, batch.images[2:])
