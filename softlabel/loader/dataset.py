@@ -26,7 +26,7 @@ from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import PixelCache
-from softlabel.loader.replay import Replay, ViewOrder, rows_of_views
+from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
 from softlabel.store.manifest import Run
@@ -41,6 +41,7 @@ Int64s = NDArray[np.int64]
 _CHUNK = 1 << 16  # keys handled at a time
 _COMPARED = 8  # images that are compared before the first batch
 _LISTED = 3  # keys that an error spells out
+_ALL_VIEWS = ViewChoice()
 
 
 class JoinedDataset(Dataset[Batch]):
@@ -60,9 +61,8 @@ class JoinedDataset(Dataset[Batch]):
         workers: how many processes will share the dataset.
         combine: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
-        view_order, check_views: see `Replay`, of a store whose rows are views. Their images are then the views that the
-            teacher saw, and hard labels are left out where two images are mixed into one.
-        views: how many of these are used, from the first one on; None: all.
+        views: of a store whose rows are views: which of them. The images are then the views that the teacher saw, and
+            hard labels are left out where two images are mixed into one.
 
     Raises:
         UsageError: an augmentation beside a store that has views of its own.
@@ -84,9 +84,7 @@ class JoinedDataset(Dataset[Batch]):
         workers: int = 0,
         combine: Combination | None = None,
         targets: bool = True,
-        view_order: ViewOrder = "cycle",
-        check_views: int = 256,
-        views: int | None = None,
+        views: ViewChoice = _ALL_VIEWS,
     ) -> None:
         source = settle_decoding(source, None if store is None else store.manifest.recorded)
         self.source, self.store, self._combination = source, store, combine
@@ -109,9 +107,9 @@ class JoinedDataset(Dataset[Batch]):
             kept, rows_N = np.arange(len(keys)), np.full(len(keys), -1)
         else:
             _check_classes(source, store.manifest.run)
-            if made is None and views not in (None, store.run.views.count):
-                raise UsageError(f"views: the rows of {store.url} are of the images as they are, found {views}")
-            self.views = store.run.views.count if views is None else views
+            if made is None and views.count not in (None, store.run.views.count):
+                raise UsageError(f"views: the rows of {store.url} are of the images as they are, found {views.count}")
+            self.views = store.run.views.count if views.count is None else views.count
             rows_VN = rows_of_views(store, keys, self.views) if made is not None else None
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
             kept = self._kept(store, keys, rows_N, missing)
@@ -136,8 +134,7 @@ class JoinedDataset(Dataset[Batch]):
                 self._keys,
                 np.ascontiguousarray(rows_VN[:, kept], dtype=np.int64),
                 seed=seed,
-                order=view_order,
-                check=check_views,
+                choice=views,
                 decode=self._sources,
                 preprocessing=preprocessing,
                 name=source.name,

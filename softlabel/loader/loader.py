@@ -25,7 +25,7 @@ from softlabel.loader.label_stream import LabelStream, check_same_order
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
 from softlabel.loader.ratio_order import RatioOrder, ratio_order
-from softlabel.loader.replay import ViewOrder
+from softlabel.loader.replay import ViewChoice, ViewOrder
 from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
@@ -125,6 +125,7 @@ class SoftLabelLoader:
     ) -> None:
         # Before anything is opened: wrong numbers cost nothing.
         shares = RankShare(samples=0, batch_size=batch_size, tail=tail, rank=rank, world_size=world_size)
+        chosen_views = ViewChoice(order=view_order, check=check_views, count=views)
         if workers < 0:
             raise UsageError(f"workers: expected at least 0, found {workers}")
         if window is not None and (window < 1 or not streaming):
@@ -149,9 +150,7 @@ class SoftLabelLoader:
             workers=workers,
             combine=combine,
             targets=not streaming,
-            view_order=view_order,
-            check_views=check_views,
-            views=views,
+            views=chosen_views,
         )
         self._combination = combine
         self._order: EpochOrder | BlockOrder | RatioOrder

@@ -4,6 +4,7 @@ Legend: B batch, H and W pixels, K samples that are kept, V views.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -29,15 +30,34 @@ Decode = Callable[[Int64s, list[str]], Images]
 _ORDER = 3000  # the number of a sample's stream that chooses its view
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewChoice:
+    """Which views of a store a student sees.
+
+    Attributes:
+        order: ``cycle``: epoch e uses view e mod V of every sample; ``random``: every sample one that follows from
+            (seed, key, e).
+        check: the pixels of one in so many rows are compared with the digest that the store has; 1: of all, 0: of none.
+        count: how many of the views are used, from the first one on; None: all.
+    """
+
+    order: ViewOrder = "cycle"
+    check: int = 256
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(ViewOrder):
+            raise UsageError(f"view_order: expected cycle or random, found {self.order!r}")
+        if self.check < 0:
+            raise UsageError(f"check_views: expected 0 (no row) or one in how many, found {self.check}")
+
+
 class Replay:
     """The views of the samples of a store.
 
     Args:
         rows_VK: row of each kept sample in each view, -1 where a sample has none.
         seed: of the order `random`.
-        order: ``cycle``: epoch e uses view e mod V of every sample; ``random``: every sample one that follows from
-            (seed, key, e).
-        check: the pixels of one in so many rows are compared with the digest that the store has; 1: of all, 0: of none.
         decode: gives the images as they are in the source.
         preprocessing: whose geometry brings views to one size; None: they are of one size.
         name: of the source, for messages.
@@ -51,18 +71,13 @@ class Replay:
         rows_VK: Int64s,
         *,
         seed: int,
-        order: ViewOrder,
-        check: int,
+        choice: ViewChoice,
         decode: Decode,
         preprocessing: Preprocessing | None,
         name: str,
     ) -> None:
-        if order not in get_args(ViewOrder):
-            raise UsageError(f"view_order: expected cycle or random, found {order!r}")
-        if check < 0:
-            raise UsageError(f"check_views: expected 0 (no row) or one in how many, found {check}")
         self._store, self._views, self._rows_VK = store, views, rows_VK
-        self._seed, self._order, self._check = seed, order, check
+        self._seed, self._order, self._check = seed, choice.order, choice.check
         self._decode, self._preprocessing, self._name = decode, preprocessing, name
         self._names = [column.name for column in store.run.view_columns]
         if len(store):

@@ -1,6 +1,6 @@
 """The distillation loss: targets, one float64 reference, fast paths that equal it, and the other losses."""
 
-from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss
+from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss, distillation_loss_components
 from softlabel.loss.others import (
     decoupled_kd,
     dist_loss,
@@ -25,6 +25,7 @@ __all__ = [
     "decoupled_kd",
     "dist_loss",
     "distillation_loss",
+    "distillation_loss_components",
     "jensen_shannon",
     "mse_logits",
     "reverse_kl",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from softlabel.loss.chunked_kept import KeptPart
-from softlabel.loss.rows import RowLosses, Settings, Shares, work_dtype
-from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
+from softlabel.loss.rows import LossCall, RowLosses, work_dtype
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, TopKTarget
 
 __all__ = ["chunk_rows", "row_losses"]
 
@@ -32,17 +32,9 @@ def chunk_rows(logits_NC: Tensor, buffers: int = 2) -> int:
     return max(1, min(rows, elements // max(classes, 1)))
 
 
-def row_losses(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    *,
-    want_grad: bool,
-) -> RowLosses:
+def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool) -> RowLosses:
     with torch.no_grad(), torch.autocast(logits_NC.device.type, enabled=False):
-        return _Chunks(logits_NC, target, labels_N, shares, settings, want_grad).run()
+        return _Chunks(logits_NC, call, want_grad).run()
 
 
 class _Chunks:
@@ -51,15 +43,8 @@ class _Chunks:
     A pass leaves sums (N, 1) behind; what follows from them for the losses is done once, for all rows.
     """
 
-    def __init__(
-        self,
-        logits_NC: Tensor,
-        target: Target,
-        labels_N: Tensor | None,
-        shares: Shares,
-        settings: Settings,
-        want_grad: bool,
-    ) -> None:
+    def __init__(self, logits_NC: Tensor, call: LossCall, want_grad: bool) -> None:
+        target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
         rows, classes = logits_NC.shape
         dtype, device = work_dtype(logits_NC), logits_NC.device
         self.logits_NC, self.target, self.settings, self.classes = logits_NC, target, settings, classes

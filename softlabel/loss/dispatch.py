@@ -19,8 +19,8 @@ from softlabel.errors import UsageError
 from softlabel.loss import chunked, reference, traced
 from softlabel.loss.arguments import transforming
 from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
-from softlabel.loss.rows import RowLosses, Settings, Shares, reduce_rows, work_dtype
-from softlabel.loss.targets import Target, blanked
+from softlabel.loss.rows import LossCall, RowLosses, reduce_rows, work_dtype
+from softlabel.loss.targets import blanked
 
 __all__ = ["run_loss"]
 
@@ -29,47 +29,37 @@ Rows = Callable[..., RowLosses]
 Losses = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 
 
-def run_loss(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    *,
-    reduction: str,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_loss(logits_NC: Tensor, call: LossCall, *, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """total (with its gradient), soft and hard: scalars, or (N,) with reduction "none"."""
     if transforming():
         if impl in ("compile", "triton"):
             raise UsageError(f"impl={impl!r}: has no rules for torch.func; use impl='reference' (or 'auto') there")
-        return _transformed(logits_NC, target, labels_N, shares, settings, reduction)
+        return _transformed(logits_NC, call)
     if impl == "reference":
-        return _reference(logits_NC, target, labels_N, shares, settings, reduction)
+        return _reference(logits_NC, call)
     tracing = torch.compiler.is_compiling()
     if impl == "auto":
         impl = "triton" if logits_NC.device.type == "cuda" and HAS_TRITON else "torch"
     losses_of = _losses_of(impl, tracing)
 
     def compute(logits: Tensor, want_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return losses_of(logits, target, labels_N, shares, settings, reduction, want_grad)
+        return losses_of(logits, call, want_grad)
 
     if tracing:
         want_grad = torch.is_grad_enabled() and logits_NC.requires_grad
         if impl == "triton":
-            return _traced_triton(logits_NC, target, labels_N, shares, settings, reduction, want_grad)
+            return _traced_triton(logits_NC, call, want_grad)
         total, soft, hard, grad_NC = compute(logits_NC.detach(), want_grad)
         return (TracedLoss.apply(logits_NC, total, grad_NC) if want_grad else total), soft, hard
-    parts = [getattr(target, name) for name in target.__slots__]
-    inputs = tensors_of([labels_N, shares.soft, shares.hard, *parts])
+    parts = [getattr(call.target, name) for name in call.target.__slots__]
+    inputs = tensors_of([call.labels, call.shares.soft, call.shares.hard, *parts])
     scale = _triton_scale() if impl == "triton" else scale_by
     result: tuple[Tensor, Tensor, Tensor] = FusedLoss.apply(logits_NC, compute, scale, *inputs)
     return result
 
 
-def _reference(
-    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(logits_NC: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
     # An empty sum ties the result to the logits, so that a loss without any term still has a gradient: zero.
     soft_N = hard_N = logits_NC[:0].to(reference.WORK).sum().expand(logits_NC.shape[0])
     if settings.soft_weight != 0:  # only rows that count are looked at, so that the others cannot leak their NaN
@@ -82,14 +72,13 @@ def _reference(
             logits_NC[counted], labels_N[counted], settings.label_smoothing, settings.ignore_index
         )
         hard_N = hard_N.index_copy(0, counted, rows * shares.hard[counted])
-    return _reduced(logits_NC, soft_N, hard_N, settings, reduction)
+    return _reduce(logits_NC, soft_N, hard_N, call)
 
 
-def _transformed(
-    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _transformed(logits_NC: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     """The reference without a choice of rows, which `torch.func.vmap` cannot make: those that do not count are blanked
     instead."""
+    target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
     soft_N = hard_N = logits_NC[:0].to(reference.WORK).sum().expand(logits_NC.shape[0])
     if settings.soft_weight != 0:
         counts_N = shares.soft != 0
@@ -101,15 +90,13 @@ def _transformed(
         blank_NC = torch.where(counts_N[:, None], logits_NC, 0.0)
         rows = reference.hard_rows(blank_NC, labels_N, settings.label_smoothing, settings.ignore_index)
         hard_N = torch.where(counts_N, rows * shares.hard, 0.0)
-    return _reduced(logits_NC, soft_N, hard_N, settings, reduction)
+    return _reduce(logits_NC, soft_N, hard_N, call)
 
 
-def _reduced(
-    logits_NC: Tensor, soft_N: Tensor, hard_N: Tensor, settings: Settings, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if reduction != "none":
+def _reduce(logits_NC: Tensor, soft_N: Tensor, hard_N: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    if call.reduction != "none":
         soft_N, hard_N = soft_N.sum(), hard_N.sum()
-    total = settings.soft_weight * soft_N + settings.hard_weight * hard_N
+    total = call.settings.soft_weight * soft_N + call.settings.hard_weight * hard_N
     dtype = work_dtype(logits_NC)
     return total.to(dtype), soft_N.detach().to(dtype), hard_N.detach().to(dtype)
 
@@ -123,33 +110,17 @@ def _losses_of(impl: str, tracing: bool) -> Losses:
 
 
 def _losses(
-    rows_of: Rows,
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    reduction: str,
-    want_grad: bool,
+    rows_of: Rows, logits_NC: Tensor, call: LossCall, want_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    rows = rows_of(logits_NC, target, labels_N, shares, settings, want_grad=want_grad)
-    return reduce_rows(rows, shares, settings, reduction)
+    return reduce_rows(rows_of(logits_NC, call, want_grad=want_grad), call)
 
 
-def _traced_triton(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    reduction: str,
-    want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _traced_triton(logits_NC: Tensor, call: LossCall, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     from softlabel.loss import triton_ops
 
-    total_N, soft_N, hard_N = triton_ops.differentiable_losses(logits_NC, target, labels_N, shares, settings, want_grad)
-    soft_N, hard_N = soft_N * shares.soft, hard_N * shares.hard
-    return (total_N, soft_N, hard_N) if reduction == "none" else (total_N.sum(), soft_N.sum(), hard_N.sum())
+    total_N, soft_N, hard_N = triton_ops.differentiable_losses(logits_NC, call, want_grad)
+    soft_N, hard_N = soft_N * call.shares.soft, hard_N * call.shares.hard
+    return (total_N, soft_N, hard_N) if call.reduction == "none" else (total_N.sum(), soft_N.sum(), hard_N.sum())
 
 
 def _triton_rows() -> Rows:

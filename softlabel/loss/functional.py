@@ -6,17 +6,17 @@ N rows, C classes; z student logits, t teacher logits, y labels, T temperature (
 the soft term alone. The soft mean is over all rows that have a target, the hard mean over labelled rows.
 """
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from softlabel.errors import UsageError
 from softlabel.loss.arguments import ArrayLike, check_number, check_temperature, loss_inputs, widened
 from softlabel.loss.dispatch import run_loss
-from softlabel.loss.rows import Settings, row_shares, work_dtype
+from softlabel.loss.rows import LossCall, Settings, row_shares, work_dtype
 from softlabel.loss.targets import Target, retemper_factor
 
-__all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss"]
+__all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss", "distillation_loss_components"]
 
 Impl = Literal["auto", "reference", "torch", "compile", "triton"]
 IMPLS = ("auto", "reference", "torch", "compile", "triton")
@@ -31,66 +31,6 @@ class LossComponents(NamedTuple):
     total: Tensor
     soft: Tensor
     hard: Tensor
-
-
-@overload
-def distillation_loss(
-    student_logits_NC: Tensor,
-    target: Target | ArrayLike,
-    labels: ArrayLike | None = ...,
-    *,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float = ...,
-    weight: ArrayLike | None = ...,
-    soft_mask: ArrayLike | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    tail: str = ...,
-    impl: Impl = ...,
-    components: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def distillation_loss(
-    student_logits_NC: Tensor,
-    target: Target | ArrayLike,
-    labels: ArrayLike | None = ...,
-    *,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float = ...,
-    weight: ArrayLike | None = ...,
-    soft_mask: ArrayLike | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    tail: str = ...,
-    impl: Impl = ...,
-    components: Literal[True],
-) -> LossComponents: ...
-
-
-@overload
-def distillation_loss(
-    student_logits_NC: Tensor,
-    target: Target | ArrayLike,
-    labels: ArrayLike | None = ...,
-    *,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float = ...,
-    weight: ArrayLike | None = ...,
-    soft_mask: ArrayLike | None = ...,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    tail: str = ...,
-    impl: Impl = ...,
-    components: bool,
-) -> Tensor | LossComponents: ...
 
 
 def distillation_loss(
@@ -108,32 +48,77 @@ def distillation_loss(
     reduction: str = "mean",
     tail: str = "ghost",
     impl: Impl = "auto",
-    components: bool = False,
-) -> Tensor | LossComponents:
-    """The loss of a student's logits (N, C), float16, bfloat16, float32 or float64, against soft and hard labels.
-
-    Logits of sequences (B, L, C) go with labels, weight and soft_mask (B, L), and a target of B * L rows.
-
-    target: a record of `softlabel.loss.targets`, or the teacher's raw logits (N, C) as a tensor or array.
-    labels: integers (N,), as a tensor, array or list, `ignore_index` where there is none; None: no hard term.
-    temperature: above 0, at most 100,000; above 50 the loss is computed in float64, which float32 could not tell from
-        its rounding. weight, soft_weight, hard_weight: at least 0.
-    weight: (N,) weights of the rows; a mean divides by their sum, and a row with weight 0 counts for nothing, even
-        when it holds NaN.
-    soft_mask: bool (N,), False where a row has no target: such a row has its hard term alone.
-    reduction: "mean", "sum", or "none", which gives (N,).
-    tail: for a top-k target; "ghost" compares the mass outside the k as one more outcome, "uniform" spreads the
-        teacher's evenly over those classes, "renormalize" drops it (biased).
-    impl: "auto" takes triton on CUDA and torch elsewhere, and is traceable under `torch.compile`; "compile" compiles
-        it by itself; "reference" is float64. All are equal within rounding.
+) -> Tensor:
+    """The distillation loss of a student's logits against soft and hard labels.
 
     Under `torch.func` (grad, jvp, vmap) "auto", "torch" and "reference" are plain torch operations.
 
-    Returns a scalar (or (N,), or (B, L)), float64 for float64 logits, else float32; LossComponents with
-    `components=True`.
-    Raises MismatchError when target and loss do not fit each other, UsageError for a value that makes no sense. The
-    numbers in labels and weight are looked at on the CPU alone, where it costs no synchronisation: on a CUDA device a
-    label that is no class makes the loss NaN ("triton") or stops in torch ("torch"), and a NaN weight makes it NaN.
+    Args:
+        student_logits_NC: float16, bfloat16, float32 or float64 (N, C). Those of sequences are (B, L, C), and go with
+            labels, weight and soft_mask (B, L) and a target of B * L rows.
+        target: a record of `softlabel.loss.targets`, or the teacher's raw logits (N, C) as a tensor or array.
+        labels: integers (N,), as a tensor, array or list, `ignore_index` where there is none; None: no hard term.
+        temperature: above 0, at most 100,000; above 50 the loss is computed in float64, as float32 would lose it in
+            rounding.
+        soft_weight: of the soft term, at least 0; a term of weight 0 is not computed.
+        hard_weight: of the hard term, at least 0.
+        label_smoothing: of the hard term, 0 to 1.
+        weight: (N,) weights of the rows, at least 0; a mean divides by their sum, and a row with weight 0 counts for
+            nothing, even when it holds NaN.
+        soft_mask: bool (N,), False where a row has no target: such a row has its hard term alone.
+        ignore_index: the label of a row without one.
+        reduction: "mean", "sum", or "none", which gives (N,).
+        tail: for a top-k target; "ghost" compares the mass outside the k as one more outcome, "uniform" spreads the
+            teacher's evenly over those classes, "renormalize" drops it (biased).
+        impl: "auto" takes triton on CUDA and torch elsewhere, and is traceable under `torch.compile`; "compile"
+            compiles it by itself; "reference" is float64. All are equal within rounding.
+
+    Returns:
+        A scalar (or (N,), or (B, L)) with the gradient, float64 for float64 logits, else float32.
+
+    Raises:
+        MismatchError: target and loss do not fit each other.
+        UsageError: a value that makes no sense. The numbers in labels and weight are looked at on the CPU alone, where
+            it costs no synchronisation: on a CUDA device a label that is no class makes the loss NaN ("triton") or
+            stops in torch ("torch"), and a NaN weight makes it NaN.
+    """
+    return distillation_loss_components(
+        student_logits_NC,
+        target,
+        labels,
+        temperature=temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
+        weight=weight,
+        soft_mask=soft_mask,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        tail=tail,
+        impl=impl,
+    ).total
+
+
+def distillation_loss_components(
+    student_logits_NC: Tensor,
+    target: Target | ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float = 0.0,
+    weight: ArrayLike | None = None,
+    soft_mask: ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    tail: str = "ghost",
+    impl: Impl = "auto",
+) -> LossComponents:
+    """`distillation_loss` with its two terms beside it; arguments and errors are the same.
+
+    Returns:
+        `LossComponents`, each a scalar (or (N,), or (B, L)).
     """
     _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
     given = loss_inputs(student_logits_NC, target, labels, weight, soft_mask, ignore_index=ignore_index)
@@ -150,17 +135,22 @@ def distillation_loss(
     shares = row_shares(
         logits_NC, given.labels, given.weight, given.soft_mask, ignore_index=ignore_index, reduction=reduction
     )
-    parts = run_loss(logits_NC, given.target, given.labels, shares, settings, reduction=reduction, impl=impl)
+    call = LossCall(target=given.target, labels=given.labels, shares=shares, settings=settings, reduction=reduction)
+    parts = run_loss(logits_NC, call, impl=impl)
     if logits_NC is not given.logits:
         dtype = work_dtype(given.logits)
         parts = (parts[0].to(dtype), parts[1].to(dtype), parts[2].to(dtype))
     if reduction == "none" and len(given.shape) > 1:
         parts = (parts[0].reshape(given.shape), parts[1].reshape(given.shape), parts[2].reshape(given.shape))
-    return LossComponents(*parts) if components else parts[0]
+    return LossComponents(*parts)
 
 
 class DistillationLoss(nn.Module):
-    """`distillation_loss` with its settings kept: `loss(student_logits, target, labels, weight=None)`."""
+    """`distillation_loss` with its settings kept: `loss(student_logits, target, labels, weight=None)`.
+
+    Args:
+        components: give `LossComponents` instead of the loss alone; the other settings are those of the function.
+    """
 
     def __init__(
         self,
@@ -195,7 +185,7 @@ class DistillationLoss(nn.Module):
         weight: ArrayLike | None = None,
         soft_mask: ArrayLike | None = None,
     ) -> Tensor | LossComponents:
-        return distillation_loss(
+        parts = distillation_loss_components(
             student_logits_NC,
             target,
             labels,
@@ -209,8 +199,8 @@ class DistillationLoss(nn.Module):
             reduction=self.reduction,
             tail=self.tail,
             impl=self.impl,
-            components=self.components,
         )
+        return parts if self.components else parts.total
 
     def extra_repr(self) -> str:
         return (

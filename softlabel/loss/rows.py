@@ -11,9 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softlabel.loss.targets import SampledTarget, TopKTarget, tail_column
+from softlabel.loss.targets import SampledTarget, Target, TopKTarget, tail_column
 
-__all__ = ["Kept", "RowLosses", "Settings", "Shares", "kept_probs", "reduce_rows", "row_shares", "work_dtype"]
+__all__ = [
+    "Kept",
+    "LossCall",
+    "RowLosses",
+    "Settings",
+    "Shares",
+    "kept_probs",
+    "reduce_rows",
+    "row_shares",
+    "work_dtype",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,18 @@ class Shares:
     soft: Tensor
     hard: Tensor
     gaps: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossCall:
+    """One call of the loss, beside the logits: target of N rows, labels int64 (N,) or None, what each row counts, the
+    numbers of the loss, and the reduction: "mean", "sum" or "none"."""
+
+    target: Target
+    labels: Tensor | None
+    shares: Shares
+    settings: Settings
+    reduction: str
 
 
 class RowLosses(NamedTuple):
@@ -75,15 +97,15 @@ def row_shares(
 ) -> Shares:
     dtype, device, rows = work_dtype(logits_NC), logits_NC.device, logits_NC.shape[0]
     each_N = None if weight_N is None else weight_N.detach().to(dtype)
-    soft_N = _part(each_N, soft_mask_N, rows, dtype, device, reduction)
+    soft_N = _share_rows(each_N, soft_mask_N, rows, dtype, device, reduction)
     if labels_N is None:
         hard_N = torch.zeros(rows, dtype=dtype, device=device)
     else:
-        hard_N = _part(each_N, labels_N != ignore_index, rows, dtype, device, reduction)
+        hard_N = _share_rows(each_N, labels_N != ignore_index, rows, dtype, device, reduction)
     return Shares(soft=soft_N, hard=hard_N, gaps=weight_N is not None or soft_mask_N is not None)
 
 
-def _part(
+def _share_rows(
     each_N: Tensor | None,
     counts_N: Tensor | None,
     rows: int,
@@ -123,11 +145,9 @@ def kept_probs(target: TopKTarget | SampledTarget, settings: Settings, dtype: to
     return Kept(log_p_NK.exp(), log_p_NK, log_rest_N1.exp(), log_rest_N1, log_whole_N1)
 
 
-def reduce_rows(
-    rows: RowLosses, shares: Shares, settings: Settings, reduction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def reduce_rows(rows: RowLosses, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """total, soft and hard (scalars, or (N,) with reduction "none") and the gradient as it is."""
-    soft, hard = rows.soft * shares.soft, rows.hard * shares.hard
-    if reduction != "none":
+    soft, hard, settings = rows.soft * call.shares.soft, rows.hard * call.shares.hard, call.settings
+    if call.reduction != "none":
         soft, hard = soft.sum(), hard.sum()
     return settings.soft_weight * soft + settings.hard_weight * hard, soft, hard, rows.grad

@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 
 from softlabel.loss.reference import scaled_logits
-from softlabel.loss.rows import RowLosses, Settings, Shares, kept_probs, work_dtype
+from softlabel.loss.rows import LossCall, RowLosses, Settings, Shares, kept_probs, work_dtype
 from softlabel.loss.targets import SampledTarget, Target, TopKTarget
 
 __all__ = ["row_losses"]
 
 
-def row_losses(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    *,
-    want_grad: bool,
-) -> RowLosses:
+def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool) -> RowLosses:
+    target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
     dtype = work_dtype(logits_NC)
     soft_on, hard_on = settings.soft_weight != 0, settings.hard_weight != 0 and labels_N is not None
     soft_scale_N1 = (shares.soft * (settings.soft_weight * settings.temperature))[:, None]

@@ -17,8 +17,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from softlabel.errors import UsageError
 from softlabel.loss.reference import scaled_logits
-from softlabel.loss.rows import RowLosses, Settings, Shares, kept_probs, work_dtype
-from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
+from softlabel.loss.rows import LossCall, RowLosses, Shares, kept_probs, work_dtype
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, TopKTarget
 from softlabel.loss.triton_dense import dense_row_kernel, dense_sweep_kernel, scale_kernel
 from softlabel.loss.triton_kept import kept_kernel
 
@@ -33,35 +33,28 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Launched = tuple[Tensor, Tensor, Tensor]
 
 
-def row_losses(
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    *,
-    want_grad: bool,
-) -> RowLosses:
-    if isinstance(target, HeadTarget) and settings.soft_weight != 0:
-        return _head_losses(logits_NC, target, labels_N, shares, settings, want_grad)
-    soft_N, hard_N, grad_NC = _call(_EAGER, logits_NC, target, labels_N, shares, settings, want_grad)
+def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool) -> RowLosses:
+    if isinstance(call.target, HeadTarget) and call.settings.soft_weight != 0:
+        return _head_losses(logits_NC, call.target, call, want_grad)
+    soft_N, hard_N, grad_NC = _launch(_EAGER, logits_NC, call, want_grad)
     return RowLosses(soft_N, hard_N, grad_NC if want_grad else None)
 
 
-def differentiable_losses(
-    logits_NC: Tensor, target: Target, labels_N: Tensor | None, shares: Shares, settings: Settings, want_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def differentiable_losses(logits_NC: Tensor, call: LossCall, want_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) each: what the rows add to the total, by the operator's own autograd rule; soft and hard losses."""
-    if isinstance(target, HeadTarget):
-        scaled_NC = scaled_logits(target, work_dtype(logits_NC))
-        target = DenseTarget(scaled_logits=scaled_NC, temperature=1.0, retemperable=True)
-    outputs: Outputs = _call(_TRACED, logits_NC, target, labels_N, shares, settings, want_grad)
+    if isinstance(call.target, HeadTarget):
+        call = _with_rows(call, scaled_logits(call.target, work_dtype(logits_NC)), call.labels, call.shares)
+    outputs: Outputs = _launch(_TRACED, logits_NC, call, want_grad)
     return outputs[:3]
 
 
-def _head_losses(
-    logits_NC: Tensor, target: HeadTarget, labels_N: Tensor | None, shares: Shares, settings: Settings, want_grad: bool
-) -> RowLosses:
+def _with_rows(call: LossCall, scaled_RC: Tensor, labels_R: Tensor | None, shares: Shares) -> LossCall:
+    """The call for a head target's rows, whose scaled logits are computed."""
+    dense = DenseTarget(scaled_logits=scaled_RC, temperature=1.0, retemperable=True)
+    return LossCall(target=dense, labels=labels_R, shares=shares, settings=call.settings, reduction=call.reduction)
+
+
+def _head_losses(logits_NC: Tensor, target: HeadTarget, call: LossCall, want_grad: bool) -> RowLosses:
     """The teacher's logits come from a matrix product, a block of rows at a time."""
     rows, classes = logits_NC.shape
     step = max(1, HEAD_ELEMENTS // max(classes, 1))
@@ -71,12 +64,10 @@ def _head_losses(
     grad_NC = torch.empty((rows, classes), dtype=logits_NC.dtype, device=logits_NC.device) if want_grad else None
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        scaled_RC = scaled_logits(target.take(part), dtype)
-        dense = DenseTarget(scaled_logits=scaled_RC, temperature=1.0, retemperable=True)
-        part_shares = Shares(soft=shares.soft[part], hard=shares.hard[part], gaps=shares.gaps)
-        labels = None if labels_N is None else labels_N[part]
-        call = (logits_NC[part], dense, labels, part_shares, settings, want_grad)
-        soft_N[part], hard_N[part], grad = _call(_EAGER, *call)
+        shares = Shares(soft=call.shares.soft[part], hard=call.shares.hard[part], gaps=call.shares.gaps)
+        labels_R = None if call.labels is None else call.labels[part]
+        rows_call = _with_rows(call, scaled_logits(target.take(part), dtype), labels_R, shares)
+        soft_N[part], hard_N[part], grad = _launch(_EAGER, logits_NC[part], rows_call, want_grad)
         if grad_NC is not None:
             if step >= rows:
                 return RowLosses(soft_N, hard_N, grad)
@@ -84,17 +75,12 @@ def _head_losses(
     return RowLosses(soft_N, hard_N, grad_NC)
 
 
-def _call(
-    launch: "tuple[Callable[..., Any], Callable[..., Any]]",
-    logits_NC: Tensor,
-    target: Target,
-    labels_N: Tensor | None,
-    shares: Shares,
-    settings: Settings,
-    want_grad: bool,
+def _launch(
+    kernels: "tuple[Callable[..., Any], Callable[..., Any]]", logits_NC: Tensor, call: LossCall, want_grad: bool
 ) -> Any:
-    """What `launch`, a way to run the dense kernels and one to run the sparse one, gives for this target."""
-    dense, sparse = launch
+    """What `kernels`, a way to run the dense ones and one to run the sparse one, gives for this call's target."""
+    dense, sparse = kernels
+    target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
     soft, hard = settings.soft_weight != 0, settings.hard_weight != 0 and labels_N is not None
     soft_scale_N = shares.soft * settings.soft_weight
     hard_scale_N = shares.hard * (settings.hard_weight if hard else 0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from softlabel.common.random import stream_key
 from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
-from softlabel.loss import LossComponents, distillation_loss
+from softlabel.loss import LossComponents, distillation_loss_components
 from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Counts
 
@@ -44,7 +44,7 @@ class Objective:
         hard_weight = config.hard_weight * (here.hard * self.world_size / max(whole.hard, 1))
         if config.soft_weight > 0:
             assert batch.target is not None
-            return distillation_loss(
+            return distillation_loss_components(
                 logits_BC,
                 batch.target,
                 batch.labels,
@@ -53,7 +53,6 @@ class Objective:
                 hard_weight=hard_weight,
                 label_smoothing=config.label_smoothing,
                 soft_mask=batch.has_target,
-                components=True,
             )
         hard = self._cross_entropy(logits_BC, batch.labels, here.hard)
         if mixup is not None:

@@ -19,6 +19,7 @@ from softlabel.loss import (
     SampledTarget,
     decoupled_kd,
     distillation_loss,
+    distillation_loss_components,
     jensen_shannon,
     mse_logits,
     reverse_kl,
@@ -142,7 +143,7 @@ def test_the_reference_can_be_differentiated_twice() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_components_are_the_terms_of_the_total(impl: str) -> None:
     student_NC, teacher_NC, labels_N = batch()
-    parts = distillation_loss(student_NC, teacher_NC, labels_N, **KD, impl=impl, components=True)
+    parts = distillation_loss_components(student_NC, teacher_NC, labels_N, **KD, impl=impl)
     torch.testing.assert_close(parts.total, 0.7 * parts.soft + 0.4 * parts.hard)
     torch.testing.assert_close(parts.hard, F.cross_entropy(student_NC, labels_N).detach())
     assert parts.total.requires_grad
@@ -250,7 +251,7 @@ def test_sampled_targets_are_unbiased() -> None:
 
 def test_no_labelled_row_is_zero_not_nan() -> None:
     student_NC, teacher_NC, labels_N = batch()
-    parts = distillation_loss(student_NC, teacher_NC, torch.full_like(labels_N, -100), **KD, components=True)
+    parts = distillation_loss_components(student_NC, teacher_NC, torch.full_like(labels_N, -100), **KD)
     assert parts.hard == 0
     assert parts.total.isfinite()
 
@@ -259,9 +260,9 @@ def test_a_row_without_target_keeps_its_hard_term() -> None:
     student_NC, teacher_NC, labels_N = batch()
     teacher_NC[2] = torch.nan
     mask_N = torch.arange(6) != 2
-    parts = distillation_loss(student_NC, teacher_NC, labels_N, **KD, soft_mask=mask_N, components=True)
+    parts = distillation_loss_components(student_NC, teacher_NC, labels_N, **KD, soft_mask=mask_N)
     torch.testing.assert_close(parts.hard, F.cross_entropy(student_NC, labels_N).detach())
-    without = distillation_loss(student_NC[mask_N], teacher_NC[mask_N], None, **KD, components=True)
+    without = distillation_loss_components(student_NC[mask_N], teacher_NC[mask_N], None, **KD)
     torch.testing.assert_close(parts.soft, without.soft)
     parts.total.backward()
     assert student_NC.grad.isfinite().all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softlabel.loss import DistillationLoss, distillation_loss
-from softlabel.loss.rows import Settings, row_shares
+from softlabel.loss.rows import LossCall, Settings, row_shares
 from softlabel.loss.targets import as_target
 from tests.support.loss_cases import Case, compare_with_reference, make_full_cases, make_quick_cases
 
@@ -87,7 +87,8 @@ def test_an_impossible_label_is_not_silent() -> None:
         factor=1.0,
     )
     shares = row_shares(logits_NC, labels_N, None, None, ignore_index=-100, reduction="mean")
-    rows = triton_ops.row_losses(logits_NC, as_target(logits_NC), labels_N, shares, settings, want_grad=False)
+    call = LossCall(target=as_target(logits_NC), labels=labels_N, shares=shares, settings=settings, reduction="mean")
+    rows = triton_ops.row_losses(logits_NC, call, want_grad=False)
     assert rows.hard.isnan().tolist() == [False, True]
     if DEVICE == "cuda":
         value = distillation_loss(logits_NC, logits_NC, labels_N, temperature=1.0, soft_weight=0.0, hard_weight=1.0)
