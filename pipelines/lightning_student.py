@@ -52,7 +52,7 @@ class Student(lightning.LightningModule):
         )
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        logits_BC = self.model(self.preprocessing.normalize(batch.images))
+        logits_BC = self.model(self.preprocessing.normalize(batch.inputs))
         parts = self.loss(
             logits_BC.float(), batch.target, batch.labels, weight=batch.weight, soft_mask=batch.has_target
         )

@@ -20,6 +20,7 @@ from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.evaluation.metrics import Evaluation, Totals
+from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.models import build_model, refuse_precision, refuse_random
@@ -35,7 +36,7 @@ def evaluate(
     data: "str | Path | Source | Dataset[Any]",
     labels: str | Path | Store | None = None,
     *,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: InputTransform | None = None,
     batch_size: int = 256,
     precision: Precision = "fp32",
     device: str = "auto",
@@ -108,7 +109,7 @@ def measure(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    preprocessing: Preprocessing,
+    preprocessing: InputTransform,
     device: torch.device,
     precision: str,
     source: Source,
@@ -133,7 +134,7 @@ class Measurement:
     """
 
     def __init__(
-        self, model: nn.Module, *, preprocessing: Preprocessing, device: torch.device, precision: str, source: Source
+        self, model: nn.Module, *, preprocessing: InputTransform, device: torch.device, precision: str, source: Source
     ) -> None:
         self._model, self._preprocessing, self._device, self._precision = model, preprocessing, device, precision
         self._source = source
@@ -142,9 +143,9 @@ class Measurement:
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
         """A batch on the device; rows of weight 0 do not count."""
-        images_BCHW = self._preprocessing.normalize(batch.images)
+        inputs = self._preprocessing.finish(Inputs.of(batch.inputs))
         with computing(self._precision, self._device):
-            logits_BC = self._model(images_BCHW)
+            logits_BC = inputs.call(self._model)
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
         names = self._source.class_names if self._source.has_labels else None

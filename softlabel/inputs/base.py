@@ -79,6 +79,16 @@ class Inputs:
         """The only input of a network; its name does not matter."""
         return cls({"x": tensor})
 
+    @classmethod
+    def of(cls, plain: "Tensor | Mapping[str, Tensor]") -> Self:
+        """From a tensor, or tensors by name."""
+        return cls.single(plain) if isinstance(plain, Tensor) else cls(plain)
+
+    @property
+    def plain(self) -> "Tensor | dict[str, Tensor]":
+        """A tensor, or, of several inputs, tensors by name."""
+        return self.only if len(self.tensors) == 1 else dict(self.tensors)
+
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
@@ -108,6 +118,10 @@ class Inputs:
     def to(self, device: torch.device) -> Self:
         """On a device, without waiting; batches of images channels-last, as convolutions take them fastest."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True, memory_format=_layout(tensor)))
+
+    def contiguous(self) -> Self:
+        """In the layout of `to`."""
+        return self.map(lambda tensor: tensor.contiguous(memory_format=_layout(tensor)))
 
     def padded(self, batch_size: int) -> Self:
         """Filled up with zeros to a batch of this size, in the layout of a whole batch: another one could be computed
@@ -150,6 +164,11 @@ class InputTransform(ABC):
 
     @property
     @abstractmethod
+    def norm(self) -> Hashable:
+        """What `finish` depends on."""
+
+    @property
+    @abstractmethod
     def fixes_size(self) -> bool:
         """Whether samples of every size come out with the same one."""
 
@@ -180,6 +199,11 @@ class InputTransform(ABC):
     @abstractmethod
     def describe(self, shape: Sequence[int]) -> str:
         """The size of one sample in words."""
+
+    @property
+    @abstractmethod
+    def fit_in_words(self) -> str:
+        """What `fit` makes of samples."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

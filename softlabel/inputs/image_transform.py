@@ -4,7 +4,7 @@ Legend: B batch, C channels, H and W height and width. Images are uint8 RGB unti
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -181,6 +181,16 @@ class Preprocessing(InputTransform):
         images_BCHW[:2] = 0
         images_BCHW[1:2, :, : self.crop // 2] = 255
         return Inputs.single(images_BCHW)
+
+    @property
+    def norm(self) -> Hashable:
+        """Mean and standard deviation."""
+        return self.mean, self.std
+
+    @property
+    def fit_in_words(self) -> str:
+        """Sizes and interpolation."""
+        return f"images of resize {self.resize}, crop {self.crop}, {self.interpolation}"
 
     def describe(self, shape: Sequence[int]) -> str:
         """Width x height."""

@@ -1,6 +1,6 @@
 """What a training loop gets, and what it takes to ask for it.
 
-Legend: B batch, C classes, H and W pixels.
+Legend: B batch, H and W pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.common.keys import Keys
+from softlabel.inputs.base import Inputs
 from softlabel.loss.targets import Target
 
 
@@ -72,7 +73,8 @@ class Batch:
     transformers, look into their batches so.
 
     Attributes:
-        images: uint8 (B, 3, H, W), RGB, not normalised.
+        inputs: what the student takes, not normalised: of images uint8 (B, 3, H, W), RGB; of a student with several
+            inputs a dict of tensors by name, each with B as its first axis.
         labels: int64 (B,), -100 where there is none.
         keys: B keys, a sequence of strings.
         samples: int64 (B,), which samples of the dataset these are.
@@ -84,7 +86,7 @@ class Batch:
             the last batch, as large as the others; None: all count, on every rank. Filler repeats samples.
     """
 
-    images: Tensor
+    inputs: Tensor | dict[str, Tensor]
     labels: Tensor
     keys: Sequence[str]
     samples: Tensor
@@ -111,7 +113,7 @@ class Batch:
         """The same batch on another device; `samples` and `rows` are for people and stay where they are."""
         return replace(
             self,
-            images=self.images.to(device, non_blocking=non_blocking),
+            inputs=Inputs.of(self.inputs).map(lambda one: one.to(device, non_blocking=non_blocking)).plain,
             labels=self.labels.to(device, non_blocking=non_blocking),
             target=None if self.target is None else self.target.to(device, non_blocking=non_blocking),
             has_target=None if self.has_target is None else self.has_target.to(device, non_blocking=non_blocking),
@@ -122,7 +124,7 @@ class Batch:
         """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
         return replace(
             self,
-            images=self.images.pin_memory(),
+            inputs=Inputs.of(self.inputs).map(Tensor.pin_memory).plain,
             labels=self.labels.pin_memory(),
             target=None if self.target is None else self.target.pin_memory(),
             has_target=None if self.has_target is None else self.has_target.pin_memory(),

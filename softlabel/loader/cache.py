@@ -1,57 +1,79 @@
-"""Decoded images, kept in memory so that every epoch after the first decodes nothing.
+"""Decoded samples, kept in memory so that every epoch after the first decodes nothing."""
 
-Legend: H and W pixels, N images.
-"""
-
+import math
 import mmap
 import multiprocessing
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-Bytes = NDArray[np.uint8]
-Flags = NDArray[np.bool_]
+from softlabel.inputs.base import Inputs
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
 
 
-class PixelCache:
-    """N decoded images of one size, in memory that forked workers share: each decodes for all the others.
+class SampleCache:
+    """N decoded samples of one shape, in memory that forked workers share: each decodes for all the others.
 
     The memory is an anonymous mapping: pages that were not written cost nothing, and unlike POSIX shared memory it is
-    not bounded by the size of /dev/shm. An image is written by whoever decodes it first; an epoch visits a sample
-    once, so no two workers write the same one, and a second writer would write the same bytes.
+    not bounded by the size of /dev/shm. A sample is written by the worker that decodes it first; an epoch visits a
+    sample once, so no two workers write the same one, and a second writer would write the same bytes.
+
+    Args:
+        samples: N.
+        layout: name of an input -> shape of one sample and NumPy dtype.
     """
 
-    def __init__(self, images: int, shape: tuple[int, int, int]) -> None:
-        pixels = shape[0] * shape[1] * shape[2]
-        self._memory = mmap.mmap(-1, images * (pixels + 1))
-        flat = np.frombuffer(self._memory, dtype=np.uint8)
-        self._pixels: Bytes = flat[: images * pixels].reshape(images, *shape)
-        self._known: Flags = flat[images * pixels :].view(np.bool_)
+    def __init__(self, samples: int, layout: Layout) -> None:
+        self.layout = layout
+        self._memory = mmap.mmap(-1, samples * (sample_bytes(layout) + 1))
+        flat, at = np.frombuffer(self._memory, dtype=np.uint8), 0
+        self._arrays: dict[str, NDArray[Any]] = {}
+        # Wide types first: each array then begins at a multiple of its item size.
+        for name in sorted(layout, key=lambda name: -np.dtype(layout[name][1]).itemsize):
+            shape, dtype = layout[name]
+            size = samples * math.prod(shape) * np.dtype(dtype).itemsize
+            self._arrays[name] = flat[at : at + size].view(dtype).reshape(samples, *shape)
+            at += size
+        self._known: NDArray[np.bool_] = flat[at:].view(np.bool_)
 
     @staticmethod
-    def fits(images: int, shape: tuple[int, int, int], *, budget: int, workers: int) -> bool:
+    def fits(samples: int, layout: Layout, *, budget: int, workers: int) -> bool:
         """Whether a cache of this size stays in `budget` bytes and would reach the workers."""
         if workers and "fork" not in multiprocessing.get_all_start_methods():
             return False
-        return images * (shape[0] * shape[1] * shape[2] + 1) <= budget
+        return samples * (sample_bytes(layout) + 1) <= budget
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy begins empty: shared memory cannot travel, and images can be decoded again."""
-        return PixelCache, (len(self._known), self.shape)
+        """A copy begins empty: shared memory cannot travel, and samples can be decoded again."""
+        return SampleCache, (len(self._known), self.layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._pixels.shape[1:]
+        """Of one sample with a single input."""
+        ((shape, _),) = self.layout.values()
+        return shape
 
     def unknown(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Places in `positions` of the images that nobody has decoded yet."""
+        """Places in `positions` of the samples that no process has decoded yet."""
         return np.flatnonzero(~self._known[positions])
 
-    def put(self, positions: NDArray[np.int64], images: Bytes) -> None:
-        self._pixels[positions] = images
+    def put(self, positions: NDArray[np.int64], samples: Inputs) -> None:
+        for name, array in self._arrays.items():
+            array[positions] = samples.tensors[name].numpy()
         self._known[positions] = True
 
-    def get(self, positions: NDArray[np.int64]) -> Bytes:
-        """A copy of these images, uint8 (B, 3, H, W)."""
-        return self._pixels[positions]
+    def get(self, positions: NDArray[np.int64]) -> Inputs:
+        """A copy of these samples."""
+        return Inputs({name: torch.from_numpy(self._arrays[name][positions]) for name in self.layout})
+
+
+def layout_of(samples: Inputs) -> Layout:
+    """The layout of a cache for samples like these."""
+    return {name: (tuple(tensor.shape[1:]), str(tensor.numpy().dtype)) for name, tensor in samples.tensors.items()}
+
+
+def sample_bytes(layout: Layout) -> int:
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())

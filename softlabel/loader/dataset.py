@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source, require_samples, settle_decoding
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
-from softlabel.inputs.base import Images
+from softlabel.inputs.base import Images, Inputs, InputTransform
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
-from softlabel.loader.cache import PixelCache
+from softlabel.loader.cache import SampleCache, layout_of
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import as_target
 from softlabel.loss.targets import Target
@@ -76,7 +76,7 @@ class JoinedDataset(Dataset[Batch]):
         source: Source,
         store: Store | None = None,
         *,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: InputTransform | None = None,
         augment: CropFlip | None = None,
         seed: int = 0,
         missing: Missing = "error",
@@ -139,7 +139,7 @@ class JoinedDataset(Dataset[Batch]):
                 preprocessing=preprocessing,
                 name=source.name,
             )
-        self._cache: PixelCache | None = None
+        self._cache: SampleCache | None = None
         self._cache = self._new_cache(cache_bytes, workers)
 
     def __len__(self) -> int:
@@ -160,15 +160,15 @@ class JoinedDataset(Dataset[Batch]):
             views_B = self._replay.views_of(view, keys)
             rows_B = self._replay.rows(positions, views_B)
             labels_B = self._replay.labels(labels_B, rows_B)
-            images_BCHW = self._replay.images(positions, keys, views_B, rows_B, view)
+            inputs = Inputs.single(self._replay.images(positions, keys, views_B, rows_B, view))
         else:
             rows_B = self.rows[positions]
-            images_BCHW = torch.from_numpy(self._images(positions, keys))
+            inputs = self._inputs(positions, keys)
             if self._augment is not None and view is not None:
-                images_BCHW = self._augment(images_BCHW, keys, seed=self._seed, view=view)
+                inputs = Inputs.single(self._augment(inputs.only, keys, seed=self._seed, view=view))
         counted = wanted.counted if isinstance(wanted, BatchRequest) else None
         return Batch(
-            images=images_BCHW,
+            inputs=inputs.plain,
             labels=torch.from_numpy(labels_B),
             keys=keys,
             samples=torch.from_numpy(self.samples[positions]),
@@ -243,18 +243,17 @@ class JoinedDataset(Dataset[Batch]):
                 "that was labelled"
             )
 
-    def _new_cache(self, budget: int, workers: int) -> PixelCache | None:
+    def _new_cache(self, budget: int, workers: int) -> SampleCache | None:
         if budget <= 0:
             return None
         first = np.zeros(1, dtype=np.int64)
-        read = self._read if self._replay is None else self._decoded
-        shape = tuple(read(first, self.keys(first))[0].shape)
-        assert len(shape) == 3
-        return (
-            PixelCache(len(self), shape) if PixelCache.fits(len(self), shape, budget=budget, workers=workers) else None
-        )
+        keys = self.keys(first)
+        read = self._read(first, keys) if self._replay is None else Inputs.single(self._decoded(first, keys)[0][None])
+        layout = layout_of(read)
+        fits = SampleCache.fits(len(self), layout, budget=budget, workers=workers)
+        return SampleCache(len(self), layout) if fits else None
 
-    def _images(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
+    def _inputs(self, positions: Int64s, keys: Sequence[str]) -> Inputs:
         if self._cache is None:
             return self._read(positions, keys)
         unknown = self._cache.unknown(positions)
@@ -271,19 +270,19 @@ class JoinedDataset(Dataset[Batch]):
         images = self._decoded(positions[unknown], [keys[place] for place in unknown]) if len(unknown) else []
         fit = [number for number, image in enumerate(images) if image.shape == cache.shape]
         if fit:
-            cache.put(positions[unknown[fit]], np.stack([images[number].numpy() for number in fit]))
+            cache.put(positions[unknown[fit]], Inputs.single(torch.stack([images[number] for number in fit])))
         if len(fit) == len(unknown):
-            return torch.from_numpy(cache.get(positions))
+            return cache.get(positions).only
         others = dict(zip(unknown.tolist(), images, strict=True))
         return stacked(
             [
-                others[place] if place in others else torch.from_numpy(cache.get(positions[place : place + 1])[0])
+                others[place] if place in others else cache.get(positions[place : place + 1]).only[0]
                 for place in range(len(positions))
             ]
         )
 
-    def _read(self, positions: Int64s, keys: Sequence[str]) -> NDArray[np.uint8]:
-        """Decoded images, none of them cached, in the student's size: (B, 3, H, W)."""
+    def _read(self, positions: Int64s, keys: Sequence[str]) -> Inputs:
+        """Decoded samples, none of them cached, as the student takes them."""
         batches, failed = collate_samples(
             self._decoded(positions, keys),
             keys,
@@ -292,8 +291,7 @@ class JoinedDataset(Dataset[Batch]):
             shape=None if self._cache is None else self._cache.shape,
         )
         refuse_failed(failed, keys, name=self.source.name)
-        images: NDArray[np.uint8] = batches[0].only.numpy()
-        return images
+        return batches[0]
 
     def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:
         """Read, check and decode images, none of them cached: uint8 (3, H, W) each."""

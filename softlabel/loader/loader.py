@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from softlabel.common.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.errors import DataError, MismatchError, UsageError
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import InputTransform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchRequest
 from softlabel.loader.dataset import JoinedDataset, Missing
@@ -42,7 +42,7 @@ class SoftLabelLoader:
         loss = DistillationLoss(temperature=loader.temperature, soft_weight=0.9, hard_weight=0.1)
         for epoch in range(10):
             for batch in loader:
-                loss(student(batch.images.float() / 255), batch.target, batch.labels).backward()
+                loss(student(batch.inputs.float() / 255), batch.target, batch.labels).backward()
 
     Every iteration is one epoch, in an order of its own. The next one is the next epoch, also where the loop took
     `len(loader)` batches with `next()`, or stopped before (a look at one batch counts: `set_epoch(0)` takes it back).
@@ -106,7 +106,7 @@ class SoftLabelLoader:
         shuffle: bool = True,
         tail: Tail = "keep",
         augment: CropFlip | None = None,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: InputTransform | None = None,
         missing: Missing = "error",
         workers: int = 0,
         cache_mb: int = 4096,

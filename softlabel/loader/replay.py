@@ -14,7 +14,7 @@ from torch import Tensor
 from softlabel.common.keys import Keys
 from softlabel.common.random import mix64, stream_key
 from softlabel.errors import MismatchError, UsageError
-from softlabel.inputs.base import IGNORE, Images
+from softlabel.inputs.base import IGNORE, Images, InputTransform
 from softlabel.inputs.batch import collate_samples, refuse_failed
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
@@ -73,7 +73,7 @@ class Replay:
         seed: int,
         choice: ViewChoice,
         decode: Decode,
-        preprocessing: Preprocessing | None,
+        preprocessing: InputTransform | None,
         name: str,
     ) -> None:
         self._store, self._views, self._rows_VK = store, views, rows_VK

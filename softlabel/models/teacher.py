@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError, one_line
-from softlabel.inputs.base import Inputs
+from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models import (
     Program,
@@ -34,7 +34,7 @@ class Teacher:
 
     spec: Spec
     model: nn.Module
-    preprocessing: Preprocessing
+    preprocessing: InputTransform
     num_classes: int
     precision: Precision
     device: torch.device

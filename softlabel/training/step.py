@@ -1,21 +1,17 @@
-"""What all students of a pass share of one step: the images, normalised; how many rows count; what the teacher says.
+"""What all students of a pass share of one step: its inputs, normalised; how many rows count; what the teacher says.
 
-Legend: B batch, C classes, H and W pixels.
+Legend: B batch, C classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from softlabel.inputs.base import IGNORE
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import IGNORE, Inputs, InputTransform
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
-
-# Mean and standard deviation: students that agree on them share the normalised images.
-Norm = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +30,7 @@ class Step:
     Attributes:
         epoch, step: which one, from 0.
         batch: on the device; rows of weight 0 have neither a hard label nor soft labels.
-        images: float32 (B, 3, H, W), channels last, for each way to normalise.
+        inputs: what a network takes, for each way to normalise (`InputTransform.norm`).
         parts: slices of the batch that go forward and backward one after the other, with what counts in each.
         whole: rows of the batch over all processes, by which means are taken.
         top: int64 (B,), the teacher's most probable class, -1 where there is none; None: unknown for all.
@@ -45,15 +41,11 @@ class Step:
     epoch: int
     step: int
     batch: Batch
-    images: dict[Norm, Tensor]
+    inputs: dict[Hashable, Inputs]
     parts: tuple[tuple[slice, Counts], ...]
     whole: Counts
     top: Tensor | None
     told: Tensor | None
-
-
-def norm_of(preprocessing: Preprocessing) -> Norm:
-    return preprocessing.mean, preprocessing.std
 
 
 def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
@@ -87,7 +79,7 @@ def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts
 def take(batch: Batch, part: slice) -> Batch:
     """Some rows of a batch without filler."""
     return Batch(
-        images=batch.images[part],
+        inputs=Inputs.of(batch.inputs)[part].plain,
         labels=batch.labels[part],
         keys=batch.keys[part],
         samples=batch.samples[part],
@@ -102,7 +94,7 @@ def prepare(
     batch: Batch,
     parts: tuple[tuple[slice, Counts], ...],
     whole: Counts,
-    norms: Iterable[Preprocessing],
+    transforms: Iterable[InputTransform],
     *,
     epoch: int,
     step: int,
@@ -113,19 +105,17 @@ def prepare(
     Args:
         batch: on the device, without filler.
         parts, whole: see `Step`.
-        norms: how the students normalise.
+        transforms: those of the students.
         listen: whether to ask what the teacher says.
     """
-    images: dict[Norm, Tensor] = {}
-    for preprocessing in norms:
-        if norm_of(preprocessing) not in images:
-            normal_BCHW = preprocessing.normalize(batch.images)
-            # Channels last is how convolutions are fastest on both kinds of device.
-            images[norm_of(preprocessing)] = normal_BCHW.contiguous(memory_format=torch.channels_last)
+    inputs: dict[Hashable, Inputs] = {}
+    for transform in transforms:
+        if transform.norm not in inputs:
+            inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs)).contiguous()
     top_B = told = None
     if listen and batch.target is not None:
         top_B, told = _listen(batch)
-    return Step(epoch=epoch, step=step, batch=batch, images=images, parts=parts, whole=whole, top=top_B, told=told)
+    return Step(epoch=epoch, step=step, batch=batch, inputs=inputs, parts=parts, whole=whole, top=top_B, told=told)
 
 
 def _listen(batch: Batch) -> tuple[Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluation.metrics import Evaluation
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import InputTransform
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
@@ -29,7 +29,7 @@ from softlabel.training.grid import StudentConfig
 from softlabel.training.metrics import EpochMetrics, Sums
 from softlabel.training.objective import Objective
 from softlabel.training.schedule import learning_rate
-from softlabel.training.step import Counts, Step, norm_of, take
+from softlabel.training.step import Counts, Step, take
 from softlabel.training.sync_batchnorm import synchronize
 
 log = logging.getLogger("softlabel")
@@ -56,7 +56,7 @@ class Student:
         self,
         config: StudentConfig,
         model: nn.Module,
-        preprocessing: Preprocessing,
+        preprocessing: InputTransform,
         *,
         ranks: Ranks,
         precision: str,
@@ -163,14 +163,15 @@ class Student:
             self.average.update(self.model)
 
     def _backward(self, work: Step, part: slice, here: Counts) -> None:
-        images_BCHW, batch, top_B = work.images[norm_of(self.preprocessing)], work.batch, work.top
+        inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
         if len(work.parts) > 1:
-            images_BCHW, batch, top_B = images_BCHW[part], take(batch, part), None if top_B is None else top_B[part]
+            inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
-            images_BCHW = torch.lerp(images_BCHW[mixup[1]], images_BCHW, mixup[0])
+            share, others = mixup
+            inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
         with computing(self.precision, self.device):
-            logits_BC = self._forward(images_BCHW)
+            logits_BC = inputs.call(self._forward)
         logits_BC = self._checked(logits_BC).float()
         losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from softlabel.common.device import decoders
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.base import InputTransform
 from softlabel.labels.combine import Combination
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import Program, build_model
@@ -156,7 +156,7 @@ def _train(
     return results
 
 
-def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, Preprocessing]:
+def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, InputTransform]:
     torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on the others
     model = build_model(config.student, num_classes=num_classes)
     if isinstance(model, Program):
@@ -164,15 +164,14 @@ def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, Preproce
     return model, student_preprocessing(config.student, model)
 
 
-def _check_geometry(configs: list[StudentConfig], found: list[Preprocessing]) -> None:
+def _check_geometry(configs: list[StudentConfig], found: list[InputTransform]) -> None:
     """Students of one pass get the same pixels; how they are normalised is each student's own."""
     for config, preprocessing in zip(configs, found, strict=True):
-        mine, first = (p.shape for p in (preprocessing, found[0]))
-        if mine != first:
+        if preprocessing.shape != found[0].shape:
             raise UsageError(
-                f"student {config.student}: takes images of resize {mine[0]}, crop {mine[1]}, {mine[2]}, and "
-                f"{configs[0].student} of resize {first[0]}, crop {first[1]}, {first[2]}; students of one pass share "
-                "their pixels: give them one size, or train them apart"
+                f"student {config.student}: takes {preprocessing.fit_in_words}, and {configs[0].student} "
+                f"{found[0].fit_in_words}; students of one pass share their inputs: give them one size, or train them "
+                "apart"
             )
 
 
@@ -308,7 +307,7 @@ def _choose_views(config: TrainConfig, configs: list[StudentConfig], store: Stor
 def _eval_loader(
     config: TrainConfig,
     data: "Source | Dataset[Any] | None",
-    preprocessing: Preprocessing,
+    preprocessing: InputTransform,
     ranks: Ranks,
     workers: int,
 ) -> Iterator[SoftLabelLoader | None]:

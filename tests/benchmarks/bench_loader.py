@@ -66,7 +66,7 @@ def bench_rows(folder: Path) -> None:
         loader.set_epoch(3)
         seen = 0
         for _, batch in zip(range(steps), loader, strict=False):
-            seen += int(batch.images[0, 0, 0, 0]) + batch.target.scaled_logits.shape[0]
+            seen += int(batch.inputs[0, 0, 0, 0]) + batch.target.scaled_logits.shape[0]
         return seen
 
     def numpy_alone() -> int:

@@ -116,7 +116,7 @@ def speed(data: Path, store: Path, precision: str, steps: int = 20, repeats: int
         loader = loaders[kind]
         loader.set_epoch(0)
         for _, batch in zip(range(steps), loader, strict=False):
-            images_BCHW = preprocessing.normalize(batch.images).contiguous(memory_format=torch.channels_last)
+            images_BCHW = preprocessing.normalize(batch.inputs).contiguous(memory_format=torch.channels_last)
             logits_BC = forward(images_BCHW)
             update(
                 F.cross_entropy(logits_BC, batch.labels)

@@ -56,7 +56,7 @@ def build_steps(
             parts = cut(made, counts_B, 1)
             made = made.to(ranks.device, non_blocking=True)
             if kind == "online":
-                logits_BC = teacher.logits(Inputs.single(made.images))
+                logits_BC = teacher.logits(Inputs.single(made.inputs))
                 target = DenseTarget(scaled_logits=logits_BC / TEMPERATURE, temperature=TEMPERATURE, retemperable=True)
                 made = replace(made, target=target)
             whole = Counts(rows=batch, soft=0 if made.target is None else batch, hard=batch)

@@ -87,7 +87,7 @@ def test_other_images_under_the_same_keys_are_refused(form: str, tmp_path: Path,
             patch.setattr("softlabel.loader.dataset._COMPARED", 0)  # what the first look misses
             for batch in softlabel.SoftLabelLoader(data, store, batch_size=5, cache_mb=0):
                 assert [PIXELS[int(key)].tobytes() for key in batch.keys] == [
-                    image.permute(1, 2, 0).numpy().tobytes() for image in batch.images
+                    image.permute(1, 2, 0).numpy().tobytes() for image in batch.inputs
                 ]
 
     def audit(data: Any) -> None:

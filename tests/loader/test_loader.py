@@ -41,7 +41,7 @@ def same(one: Batch, other: Batch) -> bool:
     assert other.target is not None
     return (
         one.keys == other.keys
-        and torch.equal(one.images, other.images)
+        and torch.equal(one.inputs, other.inputs)
         and torch.equal(one.labels, other.labels)
         and torch.equal(one.rows, other.rows)
         and torch.equal(one.target.scaled_logits, other.target.scaled_logits)
@@ -88,7 +88,7 @@ def test_shuffled_rows_and_another_file_name_leave_each_image_its_label(
         seen = Counter()
         for batch in loader:
             for place, key in enumerate(batch.keys):
-                logits, label = said[batch.images[place].numpy().tobytes()]
+                logits, label = said[batch.inputs[place].numpy().tobytes()]
                 centred = torch.tensor(logits) - max(logits)
                 assert torch.allclose(batch.target.scaled_logits[place].float(), centred, atol=5e-3, rtol=1e-3)
                 assert batch.labels[place] == label
@@ -110,11 +110,11 @@ def test_real_cifar_images_keep_their_labels(shared_data: Path, tmp_path: Path) 
     by_pixels = {
         image.numpy().tobytes(): target
         for batch in straight
-        for image, target in zip(batch.images, batch.target.scaled_logits, strict=True)
+        for image, target in zip(batch.inputs, batch.target.scaled_logits, strict=True)
     }
     correct = 0
     for batch in SoftLabelLoader(tmp_path / "shuffled.parquet", tmp_path / "store", batch_size=64, seed=3):
-        for image, target in zip(batch.images, batch.target.scaled_logits, strict=True):
+        for image, target in zip(batch.inputs, batch.target.scaled_logits, strict=True):
             assert torch.equal(by_pixels[image.numpy().tobytes()], target)
         correct += int((batch.target.scaled_logits.argmax(dim=1) == batch.labels).sum())
     assert correct / 500 > 0.85
@@ -195,7 +195,7 @@ def test_a_dataset_of_ones_own_is_joined_by_its_keys_and_decoded_once(tmp_path: 
     already = Counter(mine.reads)
     for _ in range(3):
         for batch in loader:
-            for image, key, target in zip(batch.images, batch.keys, batch.target.scaled_logits, strict=True):
+            for image, key, target in zip(batch.inputs, batch.keys, batch.target.scaled_logits, strict=True):
                 number = int(image[0, 0, 0])
                 assert key == f"sample {number}"
                 expected = torch.from_numpy(logits_NC[number] - logits_NC[number].max())
@@ -257,7 +257,7 @@ def test_batches_do_not_depend_on_workers_or_cache(digits: Path) -> None:
         return found
 
     reference = batches()
-    assert not torch.equal(reference[0].images, reference[6].images)
+    assert not torch.equal(reference[0].inputs, reference[6].inputs)
     for settings in ({"workers": 1}, {"workers": 2, "cache_mb": 0}, {"cache_mb": 0}):
         assert all(same(one, other) for one, other in zip(reference, batches(**settings), strict=True))
 

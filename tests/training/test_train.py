@@ -89,7 +89,7 @@ def test_equals_a_plain_loop(digits: Path, tmp_path: Path, optimizer: str) -> No
                 else lr * (1 + math.cos(math.pi * (done - warmup) / (steps - warmup))) / 2
             )
             optimiser.param_groups[0]["lr"] = rate
-            z = model((batch.images / 255 - mean) / std).double()
+            z = model((batch.inputs / 255 - mean) / std).double()
             teacher = batch.target.scaled_logits.double() * 4 / 2
             p, log_p = teacher.softmax(1), teacher.log_softmax(1)
             soft = 4 * (p * (log_p - (z / 2).log_softmax(1))).sum(1).mean()

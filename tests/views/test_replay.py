@@ -64,8 +64,8 @@ def check_replay(data: Path, store: softlabel.Store, side: int, *, workers: int,
         loader.set_epoch(epoch)
         for batch in loader:
             rows = store.take(batch.rows.numpy())
-            np.testing.assert_array_equal(batch.images.numpy(), read_pixels(rows.scaled_logits, side))
-            hashes = [xxhash.xxh3_64_intdigest(np.ascontiguousarray(one.permute(1, 2, 0))) for one in batch.images]
+            np.testing.assert_array_equal(batch.inputs.numpy(), read_pixels(rows.scaled_logits, side))
+            hashes = [xxhash.xxh3_64_intdigest(np.ascontiguousarray(one.permute(1, 2, 0))) for one in batch.inputs]
             assert hashes == rows.columns["view_xxh3"][:, 0].tolist()
             assert rows.keys == list(batch.keys)
             if view_order == "cycle":

@@ -530,7 +530,7 @@ def test_a_size_that_is_not_the_images_own_needs_no_other_data(data: Path, tmp_p
     for _ in range(2):
         (batch,) = loader
         rows = store.take(batch.rows.numpy())
-        np.testing.assert_array_equal(batch.images.numpy(), read_pixels(rows.scaled_logits, 24))
+        np.testing.assert_array_equal(batch.inputs.numpy(), read_pixels(rows.scaled_logits, 24))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def counted(batch: Batch) -> list[Row]:
     return [
         Row(
             batch.keys[n],
-            batch.images[n].numpy().tobytes(),
+            batch.inputs[n].numpy().tobytes(),
             int(batch.labels[n]),
             batch.target.scaled_logits[n].numpy().tobytes(),
         )
