@@ -408,7 +408,7 @@ def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
 def test_a_batch_reads_like_a_dict_and_its_keys_like_a_tuple() -> None:
     loader = SoftLabelLoader(Arrays(3), batch_size=3, shuffle=False)
     (batch,) = loader
-    assert batch["images"] is batch.images
+    assert batch["inputs"] is batch.inputs
     assert ("labels" in batch, "target" in batch, "nothing" in batch) == (True, False, False)
     with pytest.raises(KeyError, match="nothing"):
         batch["nothing"]
