@@ -219,6 +219,7 @@ class SoftLabelLoader:
         try:
             for done, batch in enumerate(self._batches, 1):
                 if isinstance(batch, Failure):
+                    self.close()  # the garbage collector would wait 5 seconds for the worker processes
                     raise batch.error
                 sample = self._shares.after(start, done)
                 batch = self._with_target(batch, epoch, self._shares.after(start, done - 1), sample)
