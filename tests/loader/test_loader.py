@@ -418,4 +418,4 @@ def test_a_batch_reads_like_a_dict_and_its_keys_like_a_tuple() -> None:
     assert batch.keys[1:] == keys[1:]
     alone = loader.dataset[2]
     assert (alone.keys, alone.labels.tolist()) == (("2",), [2])
-    assert torch.equal(alone.images, batch.images[2:])
+    assert torch.equal(alone.inputs, batch.inputs[2:])
