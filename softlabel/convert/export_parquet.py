@@ -117,7 +117,7 @@ def _table(rows: StoredRows, schema: Any) -> Any:
         "label": pa.array(labels, pa.int64(), mask=labels == IGNORE),
     }
     arrays = plain(rows)
-    used = rows.run.encoding.used(arrays)
+    used = arrays["weight"] > 0 if "weight" in arrays else None  # an unused draw has weight 0
     kept = rows.run.members_stored if rows.run.kept else 0
     for name, array in arrays.items():
         for member, column in enumerate(_names(name, kept)):

@@ -14,8 +14,7 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import retemperable
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
-from softlabel.store.encodings import Encoding
-from softlabel.store.encodings.registry import fitted
+from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Format, Run
 from softlabel.store.stored_rows import StoredRows
 

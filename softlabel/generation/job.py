@@ -24,8 +24,7 @@ from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
-from softlabel.store.encodings import Encoding
-from softlabel.store.encodings.registry import fitted
+from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
 from softlabel.views import Views, libraries
 

@@ -18,7 +18,7 @@ from softlabel.store.columns import Columns
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.manifest import Run
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Any]
 
 
 def as_target(
@@ -52,56 +52,31 @@ def _dense(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:
 
 
 def _int8(run: Run, columns: Tensors, extra: Columns | None) -> Int8Target:
-    return Int8Target(
-        q=columns["q"],
-        scale=columns["scale"][:, 0],
-        offset=columns["offset"][:, 0],
-        top_index=columns["top_index"],
-        top_value=columns["top_value"],
-        temperature=run.temperature,
-        retemperable=_is_retemperable(run),
-    )
+    columns = {**columns, "scale": columns["scale"][:, 0], "offset": columns["offset"][:, 0]}
+    return Int8Target(**columns, temperature=run.temperature, retemperable=_is_retemperable(run))
 
 
 def _topk(run: Run, columns: Tensors, extra: Columns | None) -> TopKTarget:
-    assert run.encoding.declared is not None
-    return TopKTarget(
-        index=columns["index"],
-        value=columns["value"],
-        tail=columns["tail"],
-        tail_temperatures=run.encoding.declared,
-        temperature=run.temperature,
-        num_classes=run.num_classes,
-    )
+    known = run.encoding.declared or ()
+    return TopKTarget(**columns, tail_temperatures=known, temperature=run.temperature, num_classes=run.num_classes)
 
 
 def _sampled(run: Run, columns: Tensors, extra: Columns | None) -> SampledTarget:
-    return SampledTarget(
-        index=columns["index"],
-        weight=columns["weight"],
-        temperature=run.temperature,
-        num_classes=run.num_classes,
-    )
+    return SampledTarget(**columns, temperature=run.temperature, num_classes=run.num_classes)
 
 
 def _head(run: Run, columns: Tensors, extra: Columns | None) -> HeadTarget:
     assert extra is not None, "a head store has its safetensors file"
-    scale = columns.get("hidden_scale")
-    return HeadTarget(
-        hidden=columns["hidden"],
-        hidden_scale=None if scale is None else scale[:, 0],
-        weight=_own(extra["weight"]),
-        bias=_own(extra["bias"]),
-    )
+    if "hidden_scale" in columns:
+        columns = {**columns, "hidden_scale": columns["hidden_scale"][:, 0]}
+    return HeadTarget(**columns, weight=_own(extra["weight"]), bias=_own(extra["bias"]))
 
 
 def _decoded(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:
     """Of an encoding that the loss has no form of its own for."""
     arrays = {name: column.numpy() for name, column in columns.items()}
     logits_BC = run.encoding.decode(arrays, num_classes=run.num_classes, temperature=run.temperature, extra=extra)
-    return DenseTarget(
-        scaled_logits=torch.from_numpy(logits_BC), temperature=run.temperature, retemperable=_is_retemperable(run)
-    )
+    return _dense(run, {"logits": torch.from_numpy(logits_BC)}, None)
 
 
 # The form in which the loss takes the rows of an encoding; of any other, `_decoded`.
@@ -116,8 +91,8 @@ _TARGETS: dict[type[Encoding], Callable[[Run, Tensors, Columns | None], Target]]
 
 
 def _is_retemperable(run: Run) -> bool:
-    encoding = run.encoding
-    return retemperable(run.combine.rule, len(run.members)) and not (encoding.sparse or encoding.drawn)
+    exact = retemperable(run.combine.rule, len(run.members))
+    return exact and not (run.encoding.sparse or run.encoding.drawn)
 
 
 def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget:

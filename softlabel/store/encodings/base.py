@@ -8,7 +8,7 @@ B rows, C classes, M members, R = B * M, W elements of one column in one row.
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -49,9 +49,7 @@ class Encoding(Tagged, ABC):
         """The columns of a row of one teacher."""
 
     @abstractmethod
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, *, num_classes: int, temperature: float, extra: Columns | None) -> Array:
         """Scaled logits (R, C), float32, of columns (R, W)."""
 
     def check_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:
@@ -99,10 +97,6 @@ class Encoding(Tagged, ABC):
         have to be decoded and encoded again."""
         return None
 
-    def used(self, columns: Columns) -> Array | None:
-        """Which places of a sparse row hold something, of shape (..., W); None: all."""
-        return None
-
     def extra_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
         """The float32 arrays of the file `extra`."""
         return {}
@@ -122,7 +116,7 @@ class Encoding(Tagged, ABC):
         temperature: float,
         members: int = 1,
         kept: bool = False,
-        extra: Mapping[str, Array] | None = None,
+        extra: Columns | None = None,
     ) -> Array:
         """Scaled logits, float32, up to a constant per row: (B, C), or (B, M, C) when members are `kept` apart.
 

@@ -1,8 +1,8 @@
 """float32: every class, as it was computed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,9 +20,7 @@ class Float32(Encoding):
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:
         return (Column(name="logits", dtype="<f4", width=num_classes),)
 
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, **_: Any) -> Array:
         return columns["logits"].astype(np.float32)
 
     def check_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:

@@ -3,9 +3,9 @@
 R rows, C classes, D width of the teacher's last hidden layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -44,14 +44,9 @@ class Head(Encoding):
             raise ValueError("encoding 'head' needs 'width'")
         if self.hidden == "float16":
             return (Column(name="hidden", dtype="<f2", width=self.width),)
-        return (
-            Column(name="hidden", dtype="|i1", width=self.width),
-            Column(name="hidden_scale", dtype="<f4", width=1),
-        )
+        return (Column(name="hidden", dtype="|i1", width=self.width), Column(name="hidden_scale", dtype="<f4", width=1))
 
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, *, temperature: float, extra: Columns | None, **_: Any) -> Array:
         assert extra is not None, "a head store needs its safetensors file"
         hidden_RD = columns["hidden"].astype(np.float32) * columns.get("hidden_scale", np.float32(1))
         return (hidden_RD @ extra["weight"].T.astype(np.float32) + extra["bias"]) / np.float32(temperature)

@@ -3,9 +3,9 @@
 R rows, C classes, X exact classes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,9 +31,7 @@ class Int8(Encoding):
             Column(name="top_value", dtype="<f2", width=exact),
         )
 
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, **_: Any) -> Array:
         logits_RC: Array = columns["q"] * columns["scale"] + columns["offset"]
         top_index_RX, top_value_RX = columns["top_index"].astype(np.int64), columns["top_value"].astype(np.float32)
         np.put_along_axis(logits_RC, top_index_RX, top_value_RX, 1)

@@ -3,9 +3,9 @@
 R rows, C classes, S draws.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -52,9 +52,7 @@ class Sampled(Encoding):
             Column(name="weight", dtype="<f4", width=self.samples),
         )
 
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, *, num_classes: int, **_: Any) -> Array:
         weights_RC = np.zeros((len(columns["index"]), num_classes), np.float64)
         rows = np.arange(len(weights_RC))[:, None]
         np.add.at(weights_RC, (rows, columns["index"].astype(np.int64)), columns["weight"])
@@ -65,7 +63,3 @@ class Sampled(Encoding):
         yield from check_values(columns, num_classes)
         weight_RS = columns["weight"]
         yield (weight_RS < 0).any(axis=1) | ~(weight_RS > 0).any(axis=1), "`weight` is negative or all 0"
-
-    def used(self, columns: Columns) -> Array:
-        used: Array = columns["weight"] > 0
-        return used

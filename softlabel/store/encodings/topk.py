@@ -3,9 +3,9 @@
 R rows, C classes, K kept classes, E temperatures with a known tail.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -75,9 +75,7 @@ class TopK(Encoding):
             Column(name="tail", dtype="<f4", width=len(self.temperatures)),
         )
 
-    def decode_rows(
-        self, columns: Columns, *, num_classes: int, temperature: float, extra: Mapping[str, Array] | None
-    ) -> Array:
+    def decode_rows(self, columns: Columns, *, num_classes: int, temperature: float, **_: Any) -> Array:
         place = find_temperature(self.temperatures, temperature)
         assert place is not None, temperature
         even_R = columns["tail"][:, place] - np.log(max(1, num_classes - self.kept(num_classes)))
