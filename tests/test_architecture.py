@@ -129,6 +129,27 @@ def test_the_longest_chain_of_packages_is_short() -> None:
     assert max(heights.values()) <= 9, heights
 
 
+def test_no_encoding_is_told_by_its_name() -> None:
+    # What depends on the encoding is a method or an attribute of it, or stands in a table by its class.
+    names = {"float32", "float16", "int8", "topk", "sampled", "head"}
+    found = []
+    for name, file in modules().items():
+        if ".encodings" in name or name.startswith("softlabel.testing"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+            elif isinstance(node, ast.Match):
+                sides = [node.subject, *(value for case in node.cases for value in ast.walk(case.pattern))]
+            else:
+                continue
+            named = any(isinstance(one, ast.Attribute) and one.attr == "name" for one in sides)
+            texts = {one.value for side in sides for one in ast.walk(side) if isinstance(one, ast.Constant)}
+            if named and (names & texts or any("encoding" in ast.unparse(side) for side in sides)):
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    assert not found
+
+
 def test_files_stay_readable() -> None:
     long = {str(f.relative_to(PACKAGE)): n for f in modules().values() if (n := len(f.read_text().splitlines())) > 400}
     assert not long, f"files over 400 lines: {long}"

@@ -1,9 +1,11 @@
 """The commands that make stores and files out of stores: combine, merge, convert, export."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.convert import RewriteSummary
     from softlabel.store.manifest import Fidelity, Manifest
 
@@ -68,10 +70,7 @@ def convert(
     /,
     *,
     format: Literal["parquet", "hdf5"] | None = None,
-    encoding: Literal["float32", "float16", "int8", "topk", "sampled"] | None = None,
-    top_k: int | None = None,
-    samples: int | None = None,
-    temperatures: list[float] | None = None,
+    how: "EncodingOptions",
     shard_rows: int | None = None,
 ) -> int:
     """Write a store's labels in another file format, encoding or shard size.
@@ -85,23 +84,14 @@ def convert(
         store: folder of the store.
         out: folder of the new one.
         format: file format of the shards; as it is when absent.
-        encoding: how logits are stored; as it is when absent.
-        top_k: classes that encoding topk keeps of a row.
-        samples: draws that encoding sampled keeps of a row.
-        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
         shard_rows: samples a shard; as it is when absent.
     """
-    options = dict(locals())
-    from softlabel.cli.generate import encoding_of
     from softlabel.convert import convert_store
     from softlabel.store.open import open_store
 
-    wanted = None
-    if encoding is not None:
-        wanted = encoding_of(
-            encoding, open_store(store, verify="sizes").run.temperature, top_k, samples, temperatures, None
-        )
-    done = convert_store(store, out, format=format, encoding=wanted, shard_rows=shard_rows, options=options)
+    options = {"store": store, "out": out, "format": format, **asdict(how), "shard_rows": shard_rows}
+    encoding = how.encoding_at(open_store(store, verify="sizes").run.temperature)
+    done = convert_store(store, out, format=format, encoding=encoding, shard_rows=shard_rows, options=options)
     return _tell(done)
 
 

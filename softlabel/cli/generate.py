@@ -8,32 +8,9 @@ from softlabel.cli.config import read_options
 from softlabel.cli.report import duration, size, tell, tell_preflight
 
 if TYPE_CHECKING:
+    from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.generation.config import GenerateConfig, LabelConfig
     from softlabel.generation.executor import Executor
-    from softlabel.store.encodings import Encoding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodingOptions:
-    """How logits are stored.
-
-    Attributes:
-        encoding: how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.
-        top_k: classes that encoding topk keeps of a row; 50 when absent.
-        samples: draws that encoding sampled keeps of a row; 50 when absent.
-        temperatures: where the tail of encoding topk is known; the store's temperature when absent.
-        hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
-    """
-
-    encoding: Literal["float32", "float16", "int8", "topk", "sampled", "head"] = "float16"
-    top_k: int | None = None
-    samples: int | None = None
-    temperatures: list[float] | None = None
-    hidden: Literal["float16", "int8"] | None = None
-
-    def encoding_at(self, temperature: float) -> "Encoding | str":
-        """The encoding that the options name. Raises UsageError."""
-        return encoding_of(self.encoding, temperature, self.top_k, self.samples, self.temperatures, self.hidden)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +65,7 @@ def generate(
     teacher: list[str],
     out: str,
     config: "GenerateConfig",
-    how: EncodingOptions,
+    how: "EncodingOptions",
     where: ClusterOptions,
     no_preflight: bool = False,
 ) -> int:
@@ -111,13 +88,15 @@ def generate(
     """
     from softlabel.generation.run import open_run
 
+    encoding = how.encoding_at(config.temperature)
+    assert encoding is not None, "the option has a default"
     options = {"data": data, "teacher": teacher, "out": out, **asdict(config), **asdict(how), **asdict(where)}
     executor = where.executor()
     with open_run(
         data,
         teachers=teacher,
         out=out,
-        config=replace(config, encoding=how.encoding_at(config.temperature)),
+        config=replace(config, encoding=encoding),
         executor=executor,
         options={**options, "no_preflight": no_preflight},
     ) as run:
@@ -126,34 +105,6 @@ def generate(
         summary = run.label()
     tell(summary, data)
     return 0
-
-
-def encoding_of(
-    name: str,
-    temperature: float,
-    top_k: int | None,
-    samples: int | None,
-    temperatures: list[float] | None,
-    hidden: str | None,
-) -> "Encoding":
-    """The encoding that the options name; the width of `head` is the teacher's.
-
-    Raises:
-        UsageError: an option of another encoding, or a number that makes no sense.
-    """
-    from softlabel.errors import UsageError
-    from softlabel.store.encodings import Encoding
-
-    options = {"top_k": top_k, "temperatures": temperatures, "samples": samples, "hidden": hidden}
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        owner = next(kind.name for kind in Encoding.kinds.values() if option in kind.options)
-        if owner != name:
-            raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owner}, found {name!r}")
-    try:
-        return Encoding.kinds[name].from_options(temperature=temperature, **given)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def plan(
@@ -174,7 +125,7 @@ def plan(
     Args:
         data: a SOURCE, see 'softlabel generate --help'.
         teacher: the SPECs, see 'softlabel generate --help'.
-        encoding: show these alone (float32, float16, int8, topk, sampled, head); all when absent.
+        encoding: show these alone; all when absent.
         seconds: how long the sample is labelled for.
     """
     from softlabel.errors import UsageError

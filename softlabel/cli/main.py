@@ -49,11 +49,15 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.train,
     "evaluate": train.evaluate,
 }
-# Dataclasses that are imported when their command is: the command names them in its annotations.
+# Dataclasses that are imported when their command is: the names in its annotations, and where each is.
 LATE = {
-    "train": ("softlabel.training", "TrainConfig"),
-    "generate": ("softlabel.generation.config", "GenerateConfig"),
-    "plan": ("softlabel.generation.config", "LabelConfig"),
+    "train": {"TrainConfig": "softlabel.training.TrainConfig"},
+    "generate": {
+        "GenerateConfig": "softlabel.generation.config.GenerateConfig",
+        "EncodingOptions": "softlabel.cli.encoding_options.OfTeachers",
+    },
+    "plan": {"LabelConfig": "softlabel.generation.config.LabelConfig"},
+    "convert": {"EncodingOptions": "softlabel.cli.encoding_options.OfStores"},
 }
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
@@ -123,9 +127,9 @@ class _Options:
     def __init__(self, name: str) -> None:
         command = self.command = COMMANDS[name]
         late = {}
-        if name in LATE:
-            module, attribute = LATE[name]
-            late[attribute] = getattr(importlib.import_module(module), attribute)
+        for annotation, place in LATE.get(name, {}).items():
+            module, _, attribute = place.rpartition(".")
+            late[annotation] = getattr(importlib.import_module(module), attribute)
         hints = get_type_hints(command, localns=late)
         self.doc = docstring_parser.parse(inspect.getdoc(command) or "")
         self.hints: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from softlabel.errors import MismatchError
 from softlabel.labels.encodings import Reading, decode, encode
 from softlabel.labels.fidelity import FidelityMeter
+from softlabel.loss import TopKTarget, distillation_loss
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Member
@@ -114,6 +117,18 @@ def test_topk_tails_are_exact_at_declared_temperatures() -> None:
         p = np.exp(raw - raw.max(axis=1, keepdims=True))
         left = p.sum(axis=1) - np.take_along_axis(p, columns["index"].long().numpy(), 1).sum(axis=1)
         np.testing.assert_allclose(np.exp(columns["tail"][:, place].double().numpy()), left, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "temperature", [T, T * (1 + 0.9e-6), T * (1 - 0.9e-6), T * (1 + 1.1e-6), T * (1 - 1.1e-6), 1.0]
+)
+def test_the_loss_knows_the_temperatures_that_the_store_knows(temperature: float) -> None:
+    encoding = TopK(k=2, temperatures=(T,))
+    scaled = torch.from_numpy(draw_logits(3, 7))
+    columns = encode(scaled - scaled.amax(dim=1, keepdim=True), encoding, temperature=T)
+    target = TopKTarget(**columns, tail_temperatures=encoding.temperatures, temperature=T, num_classes=7)
+    with nullcontext() if encoding.knows(temperature) else pytest.raises(MismatchError, match="its tail is known"):
+        distillation_loss(torch.zeros(3, 7), target, temperature=temperature, soft_weight=1.0, hard_weight=0.0)
 
 
 def test_sampling_is_unbiased_and_follows_from_the_seed_alone() -> None:

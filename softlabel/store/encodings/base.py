@@ -7,6 +7,7 @@ B rows, C classes, M members, R = B * M, W elements of one column in one row.
 """
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ class Encoding(Tagged, ABC):
         from_hidden: a row is what enters the last linear layer of one teacher, not logits.
         extra: name of the safetensors file that all shards share; None: there is none.
         scanned: the column that `is_clean` judges while a file is hashed, where it is the only one.
-        options: the options of `softlabel generate` that `from_options` takes.
     """
 
     kinds: ClassVar[dict[str, type["Encoding"]]] = {}  # filled by `registry`
@@ -42,7 +42,6 @@ class Encoding(Tagged, ABC):
     from_hidden: ClassVar[bool] = False
     extra: ClassVar[str | None] = None
     scanned: ClassVar[str | None] = None
-    options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:
@@ -62,7 +61,8 @@ class Encoding(Tagged, ABC):
 
     @classmethod
     def from_options(cls, *_: Any, **options: Any) -> Self:
-        """The encoding that the command line describes: `options`, and the store's `temperature`."""
+        """The encoding that the command line describes: the keyword-only parameters of a subclass are its options, but
+        for `temperature`, the store's; its docstring has their help."""
         return cls(**{name: value for name, value in options.items() if name != "temperature"})
 
     @classmethod
@@ -165,4 +165,4 @@ def check_distinct(columns: Columns, name: str) -> Iterator[Finding]:
 
 def find_temperature(known: tuple[float, ...], temperature: float) -> int | None:
     """Which of the known temperatures this is, to six digits; None: none of them."""
-    return next((at for at, one in enumerate(known) if abs(one - temperature) <= 1e-6 * temperature), None)
+    return next((at for at, one in enumerate(known) if math.isclose(one, temperature, rel_tol=1e-6)), None)

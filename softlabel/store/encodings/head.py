@@ -21,7 +21,6 @@ class Head(Encoding):
     name: ClassVar[str] = "head"
     from_hidden: ClassVar[bool] = True
     extra: ClassVar[str | None] = "head"
-    options: ClassVar[tuple[str, ...]] = ("hidden",)
 
     width: int | None = None
     hidden: Literal["float16", "int8"] = "float16"
@@ -34,6 +33,12 @@ class Head(Encoding):
 
     @classmethod
     def from_options(cls, *, temperature: float, hidden: Literal["float16", "int8"] = "float16") -> Self:
+        """The options of `softlabel generate`.
+
+        Args:
+            temperature: the store's.
+            hidden: type in which encoding head stores the teacher's last hidden layer; float16 when absent.
+        """
         return cls(hidden=hidden)
 
     def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Head":

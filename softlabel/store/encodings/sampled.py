@@ -23,7 +23,6 @@ class Sampled(Encoding):
     name: ClassVar[str] = "sampled"
     drawn: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ("samples",)
 
     samples: int
     proposal: float | None = field(default=None, metadata=OMIT)
@@ -36,6 +35,12 @@ class Sampled(Encoding):
 
     @classmethod
     def from_options(cls, *, temperature: float, samples: int = 50) -> Self:
+        """The options of `softlabel generate`.
+
+        Args:
+            temperature: the store's.
+            samples: draws that encoding sampled keeps of a row; 50 when absent.
+        """
         return cls(samples=samples)
 
     @classmethod

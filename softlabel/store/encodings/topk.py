@@ -29,7 +29,6 @@ class TopK(Encoding):
 
     name: ClassVar[str] = "topk"
     sparse: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ("top_k", "temperatures")
 
     k: int
     temperatures: tuple[float, ...] = ()
@@ -42,6 +41,13 @@ class TopK(Encoding):
 
     @classmethod
     def from_options(cls, *, temperature: float, top_k: int = 50, temperatures: Sequence[float] = ()) -> Self:
+        """The options of `softlabel generate`.
+
+        Args:
+            temperature: the store's.
+            top_k: classes that encoding topk keeps of a row; 50 when absent.
+            temperatures: where the tail of encoding topk is known; the store's temperature when absent.
+        """
         return cls(k=top_k, temperatures=tuple(sorted({float(temperature), *temperatures})))
 
     @classmethod

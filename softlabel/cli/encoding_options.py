@@ -1,0 +1,76 @@
+"""The options of the encodings: --encoding, and what each encoding takes besides, as its `from_options` says."""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, make_dataclass
+from typing import Any, Literal, get_type_hints
+
+import docstring_parser
+
+from softlabel.errors import UsageError
+from softlabel.store.encodings import Encoding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingOptions:
+    """Those of every command that takes an encoding; `_options_of` adds those of the encodings."""
+
+    encoding: str | None
+
+    def encoding_at(self, temperature: float) -> Encoding | None:
+        """The encoding that the options name, for a store of this temperature; None: none was named.
+
+        Raises:
+            UsageError: an option of another encoding, or a number that makes no sense.
+        """
+        given = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
+        kind = Encoding.kinds.get(given.pop("encoding", ""))
+        for option in given:
+            if kind is None or option not in _parameters_of(kind):
+                owner = next(one.name for one in Encoding.kinds.values() if option in _parameters_of(one))
+                found = "none" if kind is None else repr(kind.name)
+                raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owner}, found {found}")
+        try:
+            return None if kind is None else kind.from_options(temperature=temperature, **given)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+def _parameters_of(kind: type[Encoding]) -> dict[str, Any]:
+    """The options of an encoding, and their types."""
+    parameters = inspect.signature(kind.from_options).parameters.values()
+    names = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "temperature"]
+    hints = get_type_hints(kind.from_options)
+    return {name: hints[name] for name in names}
+
+
+def _options_of(kinds: Iterable[type[Encoding]], default: str | None, text: str) -> type[EncodingOptions]:
+    kinds = list(kinds)
+    names: Any = Literal[tuple(kind.name for kind in kinds)]
+    texts = {"encoding": text}
+    for kind in kinds:
+        found = docstring_parser.parse(inspect.getdoc(kind.from_options) or "").params
+        texts |= {one.arg_name: " ".join((one.description or "").split()) for one in found}
+    own = [(name, hint | None, None) for kind in kinds for name, hint in _parameters_of(kind).items()]
+    listed = "\n".join(f"    {name}: {text}" for name, text in texts.items())
+    return make_dataclass(
+        "EncodingOptions",
+        [("encoding", names if default else names | None, default), *own],
+        bases=(EncodingOptions,),
+        namespace={"__doc__": f"How logits are stored.\n\nAttributes:\n{listed}"},
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+
+
+OfTeachers = _options_of(
+    Encoding.kinds.values(),
+    "float16",
+    "how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.",
+)
+OfStores = _options_of(
+    (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
+    None,
+    "how logits are stored; as it is when absent.",
+)
