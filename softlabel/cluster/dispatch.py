@@ -10,11 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
+from softlabel.cluster.client_internals import cancel, gather, worker_states
 from softlabel.errors import ClusterLostError, DataError, StoreError, UsageError, one_line
 from softlabel.generation.progress import Progress
 from softlabel.generation.worker import Outcome, Request, label_alone, label_one
@@ -118,7 +118,7 @@ class Drive:
             left = [future for flight in self._flying.values() for future in flight.copies]
             if left and self.client.status == "running":
                 with contextlib.suppress(Exception):
-                    self.client.sync(self.client._cancel, left, callback_timeout=5)
+                    cancel(self.client, left, timeout=5)
         assert self.done + len(self.failed) == len(numbers)
         return self.failed
 
@@ -241,7 +241,7 @@ class Drive:
         if not futures:
             return []
         try:
-            return list(self.client.sync(self.client._gather, futures, callback_timeout=ANSWER_SECONDS))
+            return gather(self.client, futures, timeout=ANSWER_SECONDS)
         except Exception as error:
             log.debug("gather: %s", error)
         if not self._ask(force=True):
@@ -318,9 +318,7 @@ class Drive:
             return self._seen >= self._asked
         self._asked = now
         try:
-            workers: dict[str, str] = self.client.sync(
-                self.client._run_on_scheduler, _census, callback_timeout=ANSWER_SECONDS
-            )
+            workers = worker_states(self.client, timeout=ANSWER_SECONDS)
         except Exception as error:
             if now - self._seen > LOST_SECONDS or self.client.status == "closed":
                 raise self._lost(error) from error
@@ -361,11 +359,6 @@ class Drive:
             usual = statistics.median(self._rates.values())
             note += f", {usual:,.0f} rows/s each, slowest {self._rates[slowest]:,.0f}"
         self.progress.count(rows, note)
-
-
-def _census(dask_scheduler: Any) -> dict[str, str]:
-    """Address and status of every worker; runs in the scheduler."""
-    return {address: worker.status.name for address, worker in dask_scheduler.workers.items()}
 
 
 def _on_worker(number: int, keys: str, *, work: Work, request: Request, limit: float) -> Outcome:

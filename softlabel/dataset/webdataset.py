@@ -24,6 +24,7 @@ from softlabel.dataset.hard_labels import checked_classes, checked_labels, numbe
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.storage import Files
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES
+from softlabel.dataset.tarfile_internals import forget_members
 from softlabel.dataset.webdataset_labels import LABEL_BYTES, LabelMember, find_labels
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample
@@ -268,7 +269,7 @@ def _members(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> 
     try:
         with tarfile.TarFile(fileobj=file, mode="r", errorlevel=2) as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                forget_members(archive)
                 yield member
             end = archive.offset
         file.seek(end)

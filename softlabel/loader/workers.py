@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import SoftLabelError
 from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.dataloader_internals import end_workers, worker_processes
 from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.epochs import Plan
 
@@ -57,8 +58,7 @@ class BatchMaker:
 
     def death(self, error: Exception) -> str | None:
         """What to say of a worker that has died, which shows as this error; None: no worker has died."""
-        iterator = getattr(self._batches, "_iterator", None)
-        workers = getattr(iterator, "_workers", ())
+        workers = worker_processes(self._batches)
         try:
             if isinstance(error, OSError | EOFError):
                 # The connection breaks an instant before the process is known to be dead.
@@ -72,10 +72,7 @@ class BatchMaker:
 
     def close(self) -> None:
         """End the worker processes; the next iteration starts others."""
-        iterator = getattr(self._batches, "_iterator", None)
-        if iterator is not None:
-            self._batches._iterator = None
-            iterator._shutdown_workers()
+        end_workers(self._batches)
 
 
 class _Guarded(Dataset[Batch]):
