@@ -39,7 +39,7 @@ class Container(ABC):
     def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]: ...
 
     @abstractmethod
-    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]: ...
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]: ...
 
     @abstractmethod
     def whole(self, array: str, subject: str) -> NDArray[Any]: ...
@@ -80,7 +80,7 @@ class Npy(Container):
         found = self.whole(array, subject)
         return found.shape, str(found.dtype)
 
-    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]:
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]:
         found = self.whole(array, subject)
         return [found[row] for row in rows_B.tolist()]
 
@@ -142,7 +142,7 @@ class H5(Container):
         if not isinstance(found, h5py.Dataset):
             raise DataError(
                 f"{subject}: there is no dataset {array!r}; the file has {', '.join(self.arrays(subject)) or 'none'}; "
-                "name it with images=, labels= or keys="
+                "name it with inputs=, images=, labels= or keys="
             )
         return found
 
@@ -165,9 +165,9 @@ class H5(Container):
         chunks = self._dataset(array, self.path).chunks
         return int(chunks[0]) if chunks else 1
 
-    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[np.uint8]]:
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]:
         found = self._dataset(array, subject)
-        images: list[NDArray[np.uint8]] = []
+        images: list[NDArray[Any]] = []
         try:
             for first, last in runs(rows_B):
                 images += list(found[first:last])
@@ -196,6 +196,6 @@ def _one_of(names: Sequence[str], wanted: str, subject: str) -> str:
     if wanted not in names:
         raise DataError(
             f"{subject}: there is no array {wanted!r}; the archive has {', '.join(names) or 'none'}; name it with "
-            "images=, labels= or keys="
+            "inputs=, images=, labels= or keys="
         )
     return wanted

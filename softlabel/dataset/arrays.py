@@ -8,6 +8,7 @@ else the second one does. Their content hash is that of the pixels.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,9 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_classes, checked_labels, choose_label, read_classes, usual_labels
 from softlabel.dataset.source import BLOCK, ListedSource, span
 from softlabel.errors import DataError, SpecError
-from softlabel.inputs.base import IGNORE, RawImage, Sample
+from softlabel.inputs.base import IGNORE, InputKind, Raw, Sample
+from softlabel.inputs.image_decode import IMAGES
+from softlabel.inputs.tensor import BANDS, TENSORS
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"}) | H5_SUFFIXES
 _CHANNELS = (1, 3, 4)
@@ -35,19 +38,31 @@ class ArraySource(ListedSource):
         self.name = name
         self._path = path
         images, labels, keys = (options.pop(word, None) for word in ("images", "labels", "keys"))
+        inputs, layout = options.pop("inputs", None), options.pop("layout", None)
+        if inputs is not None:
+            if images is not None:
+                raise SpecError(f"{name}: images= are pixels of 8 bits, inputs= any numbers; give one of them")
+            images = inputs
+        elif layout is not None:
+            raise SpecError(f"{name}: layout= says where inputs= has its channels; name the array with 'inputs=NAME'")
         suffix = os.path.splitext(path)[1].lower()
         if suffix in H5_SUFFIXES:
             container: Container = H5(path)
         elif suffix == ".npz":
             container = Npz(path)
         else:
-            if images is not None:
+            if images is not None and inputs is None:
                 raise SpecError(f"{name}: a .npy file is one array, so images= has nothing to choose; leave it out")
             container = Npy(path)
         self._container = container
         self._images = container.images(images, name)
         shape, dtype = container.shape_of(self._images, name)
-        self._shape, self._channels_first = _checked_shape(shape, dtype, f"{name}: {self._images}")
+        self._layout = layout
+        if inputs is None:
+            self._shape, self._channels_first = _checked_shape(shape, dtype, f"{name}: {self._images}")
+        else:
+            self._shape, self._channels_first = shape, False
+            self.inputs = _kind_of(shape, dtype, layout, f"{name}: {self._images}")
         ignored = ignore_labels or labels == "none"
         names = container.arrays(name)
         others: tuple[str, ...] = ()
@@ -122,13 +137,17 @@ class ArraySource(ListedSource):
         return [
             Sample(
                 key=self.key_at(row),
-                image=self._image(image),
+                raw=self._image(image),
                 label=IGNORE if self._labels_N is None else int(self._labels_N[row]),
             )
             for row, image in zip(rows_B.tolist(), images, strict=True)
         ]
 
-    def _image(self, image: NDArray[np.uint8]) -> RawImage:
+    def _image(self, image: NDArray[Any]) -> Raw:
+        if self._layout == "channels-last":
+            image = np.moveaxis(image, -1, 0)
+        if self.inputs is not IMAGES:
+            return np.array(image)
         # A tensor is what `decode_image` takes with its channels first. Copied: a memory map may not be written to.
         return torch.from_numpy(np.array(image)) if self._channels_first else image
 
@@ -136,6 +155,19 @@ class ArraySource(ListedSource):
         """As in `Source`: whole chunks of an HDF5 dataset."""
         chunk = self._container.chunk(self._images)
         return self.even_blocks(max(chunk, BLOCK // chunk * chunk))
+
+
+def _kind_of(shape: tuple[int, ...], dtype: str, layout: str | None, where: str) -> InputKind:
+    """What the rows of an array are: images of several bands where a layout is given, else numbers of any shape."""
+    if not shape or np.dtype(dtype).kind not in "fiub":
+        raise DataError(f"{where}: expected an array of numbers with a row for each sample, found {dtype} {shape}")
+    if layout is None:
+        return TENSORS
+    if layout not in ("channels-first", "channels-last") or len(shape) != 4:
+        raise SpecError(
+            f"{where}: layout: expected channels-first or channels-last, of four axes, found {layout!r} and {shape}"
+        )
+    return BANDS
 
 
 def _findings(labels: str | None, names: Sequence[str], others: Sequence[str], ignored: bool) -> Findings:

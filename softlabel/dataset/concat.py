@@ -27,6 +27,12 @@ class SeveralSources(Source):
         self.name = " + ".join(source.name for source in sources)
         # Each sample says how it is decoded; a store records what is unusual in one of its sources.
         self.decoding = next((one.decoding for one in sources if one.decoding != AS_USUAL), AS_USUAL)
+        self.inputs = sources[0].inputs
+        if other := next((one for one in sources if one.inputs is not self.inputs), None):
+            raise MismatchError(
+                f"{other.name}: has samples of kind {other.inputs.name}, {sources[0].name} of kind {self.inputs.name}; "
+                "data that is trained on together has samples of one kind"
+            )
         self.has_labels = any(source.has_labels for source in sources)
         named = [source for source in sources if source.class_names is not None]
         for source in named[1:]:

@@ -17,7 +17,8 @@ from PIL import Image
 from softlabel.common.keys import Keys
 from softlabel.dataset.source import Source
 from softlabel.errors import MismatchError, SpecError
-from softlabel.inputs.base import Decoding, RawImage, Sample
+from softlabel.inputs.base import Decoding, Raw, Sample
+from softlabel.inputs.image_decode import IMAGES
 
 log = logging.getLogger("softlabel")
 
@@ -29,7 +30,7 @@ class DecodedSource(Source):
     """Another source whose samples say how they are decoded."""
 
     def __init__(self, base: Source, decoding: Decoding) -> None:
-        self.base, self.decoding = base, decoding
+        self.base, self.decoding, self.inputs = base, decoding, base.inputs
         self.kind, self.name, self.findings = base.kind, base.name, base.findings
         self.class_names, self.has_labels = base.class_names, base.has_labels
         self.doubtful_keys, self.against_equal_keys = base.doubtful_keys, base.against_equal_keys
@@ -84,6 +85,8 @@ def settle_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -
     Raises:
         MismatchError: the source is decoded in another way than the images of that store were.
     """
+    if source.inputs is not IMAGES:
+        return source
     if recorded:
         then = Decoding.of(recorded.get("decoding", {}))
         if source.decoding.upright != then.upright or source.decoding.bits not in (None, then.bits or 16):
@@ -100,12 +103,12 @@ def settle_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -
 
 
 def _glance(source: Source) -> bool:
-    return any(_is_wide(sample.image) for sample in source.read(_spread(source, _GLANCES)))
+    return any(_is_wide(sample.raw) for sample in source.read(_spread(source, _GLANCES)))
 
 
 def _find_bits(source: Source) -> int:
     picked = _spread(source, _LOOKED_AT)
-    values = [_largest(sample.image) for sample in source.read(picked)]
+    values = [_largest(sample.raw) for sample in source.read(picked)]
     largest = max(values, default=0)
     bits = next((bits for bits in _BITS if largest < 1 << bits), 16)
     few = sum(0 < value < 1 << 8 for value in values) if bits > 8 else 0
@@ -128,7 +131,7 @@ def _spread(source: Source, count: int) -> list[int]:
     return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist() if len(source) else []
 
 
-def _is_wide(image: RawImage) -> bool:
+def _is_wide(image: Raw) -> bool:
     """Whether an image is grey in more than 8 bits; only its header is read."""
     if isinstance(image, Image.Image):
         return image.mode.startswith("I")
@@ -141,7 +144,7 @@ def _is_wide(image: RawImage) -> bool:
         return False
 
 
-def _largest(image: RawImage) -> int:
+def _largest(image: Raw) -> int:
     if not _is_wide(image):
         return 0
     try:

@@ -74,7 +74,7 @@ class FolderSource(ListedSource):
         for index in map(int, indices):
             key = self.key_at(index)
             label = IGNORE if self._labels is None else int(self._labels[index])
-            samples.append(Sample(key=key, image=self._bytes(key), label=label))
+            samples.append(Sample(key=key, raw=self._bytes(key), label=label))
         return samples
 
     def _bytes(self, key: str) -> bytes | BadImageError:

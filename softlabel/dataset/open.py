@@ -6,6 +6,8 @@
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
+    FILE.h5?inputs=NAME[&layout=channels-first|channels-last&...]      numbers of any type and shape, with a layout
+                                        images of 1 to 64 bands; FILE.npz likewise, FILE.npy with inputs=x
     FILE.txt, .csv, .tsv or .jsonl[?root=FOLDER&image=COLUMN&label=COLUMN|none&classes=FILE]
                                         a list of image files, PATH[,LABEL] a line, or columns with a heading
     FOLDER[?labels=folders|none&classes=FILE]

@@ -27,7 +27,7 @@ from softlabel.dataset.hard_labels import checked_labels, class_number, number_c
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
-from softlabel.inputs.base import IGNORE, RawImage, Sample
+from softlabel.inputs.base import IGNORE, Raw, Sample
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
@@ -118,8 +118,8 @@ class ParquetSource(Source):
             keys = self._strings(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
             labels = self._label_column(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
             for place, image, key, label in zip(places.tolist(), images, keys, labels, strict=True):
-                raw: RawImage = _NO_BYTES if image is None else image
-                samples[place] = Sample(key=key, image=raw, label=label)
+                raw: Raw = _NO_BYTES if image is None else image
+                samples[place] = Sample(key=key, raw=raw, label=label)
         return [sample for sample in samples if sample is not None]
 
     def count_labelled(self) -> int | None:

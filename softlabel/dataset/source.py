@@ -16,7 +16,8 @@ from softlabel.common.keys import Keys
 from softlabel.dataset.duplicates import Repeated
 from softlabel.dataset.findings import Findings
 from softlabel.errors import DataError
-from softlabel.inputs.base import AS_USUAL, IGNORE, Decoding, Sample
+from softlabel.inputs.base import AS_USUAL, IGNORE, Decoding, InputKind, Sample
+from softlabel.inputs.image_decode import IMAGES
 
 BLOCK = 4096
 
@@ -36,6 +37,7 @@ class Source(ABC):
         has_labels: at least one sample has a label.
         findings: where the labels come from, and what was left out.
         decoding: how its images are decoded.
+        inputs: what its samples are.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Source(ABC):
     has_labels: bool = False
     findings: Findings = Findings()
     decoding: Decoding = AS_USUAL
+    inputs: InputKind = IMAGES
     # Whether two keys may be equal, as far as is known before `fingerprint` has looked.
     doubtful_keys: bool = False
     # What a user can do about two samples of one key.

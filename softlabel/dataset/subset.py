@@ -22,7 +22,7 @@ class PartSource(Source):
         self.ignore_labels = ignore_labels
         self.kind, self.name = base.kind, base.name
         self.class_names = None if ignore_labels else base.class_names
-        self.findings, self.decoding = base.findings, base.decoding
+        self.findings, self.decoding, self.inputs = base.findings, base.decoding, base.inputs
         self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class ReorderedSource(Source):
     def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
         self.base, self.order_N = base, order_N
         self.kind, self.name = base.kind, base.name
-        self.decoding = base.decoding
+        self.decoding, self.inputs = base.decoding, base.inputs
         self.class_names, self.has_labels, self.findings = base.class_names, base.has_labels, base.findings
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class LockedSource(Source):
     def __init__(self, source: Source) -> None:
         self._source, self._reading = source, threading.Lock()
         self.kind, self.name = source.kind, source.name
-        self.decoding = source.decoding
+        self.decoding, self.inputs = source.decoding, source.inputs
         self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
 
     def __len__(self) -> int:

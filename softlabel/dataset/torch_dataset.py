@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from softlabel.common.spec import literal
@@ -22,7 +23,9 @@ from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
-from softlabel.inputs.base import IGNORE, Sample
+from softlabel.inputs.base import IGNORE, InputKind, Sample
+from softlabel.inputs.image_decode import IMAGES
+from softlabel.inputs.tensor import TENSORS
 
 _TRIED = 100  # items, until one can be read
 _IMAGE_NAMES = ("image", "img", "pixel_values")
@@ -68,15 +71,18 @@ class DatasetSource(ListedSource):
             self.doubtful_keys = True
         self._labels = None if ignore_labels else self._checked_list()
         first: Any = None
+        if kind == "dataset" or (self._labels is None and not ignore_labels):
+            # One that cannot be read says nothing of the others.
+            candidates = (self._items([index])[0] for index in range(min(self._length, _TRIED)))
+            first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
+        if kind == "dataset" and first is not None:
+            self.inputs = _kind_of(_split(first, self.name)[0])
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
             self.has_labels = bool((self._labels != IGNORE).any())
         else:
-            # One whose image cannot be read says nothing of the others.
-            candidates = (self._items([index])[0] for index in range(min(self._length, _TRIED)))
-            first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
-            self.has_labels = _split(first, self.name)[1] is not _NO_LABEL
+            self.has_labels = first is not None and _split(first, self.name)[1] is not _NO_LABEL
         self.class_names = _class_names(dataset) if self.has_labels else None
         self.findings = self._find(ignore_labels, first)
 
@@ -140,7 +146,7 @@ class DatasetSource(ListedSource):
             key = self.key_at(index)
             if isinstance(item, BadImageError):
                 # The label may be known although the image is not.
-                samples.append(Sample(key=key, image=item, label=self._known_label(index)))
+                samples.append(Sample(key=key, raw=item, label=self._known_label(index)))
                 continue
             image, raw = _split(item, self.name)
             image = stored_bytes(image)
@@ -152,7 +158,7 @@ class DatasetSource(ListedSource):
                     f"{self.name}: the label of sample {key!r} is {label}, but the dataset's list of labels says "
                     f"{self._labels[index]}; bring them into agreement"
                 )
-            samples.append(Sample(key=key, image=image, label=label))
+            samples.append(Sample(key=key, raw=image, label=label))
         return samples
 
     def _known_label(self, index: int) -> int:
@@ -228,16 +234,36 @@ _NO_LABEL = _NoLabel()
 
 def _split(item: Any, name: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        holding = next((k for k in _IMAGE_NAMES if k in item), None)
-        if holding is None:
-            raise DataError(f"{name}: expected items with 'image', found {', '.join(map(str, item))}")
         chosen, _ = _label_name(tuple(item), name)
-        return item[holding], _NO_LABEL if chosen is None else item[chosen]
+        label = _NO_LABEL if chosen is None else item[chosen]
+        holding = next((k for k in _IMAGE_NAMES if k in item), None)
+        if holding is not None:
+            return item[holding], label
+        inputs = {key: value for key, value in item.items() if key != chosen}
+        if not inputs or not all(map(_is_numbers, inputs.values())):
+            raise DataError(
+                f"{name}: expected items with 'image', or with arrays by the names of a network's inputs, found "
+                f"{', '.join(map(str, item))}"
+            )
+        return inputs, label
     if isinstance(item, tuple | list):
         if not item:
             raise DataError(f"{name}: expected an image and perhaps a label, found an empty {type(item).__name__}")
         return item[0], item[1] if len(item) > 1 else _NO_LABEL
     return item, _NO_LABEL
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray | Tensor | int | float | np.number)
+
+
+def _kind_of(value: Any) -> InputKind:
+    """Whether items are images, or any other numbers: pixels are bytes (H, W) or (H, W, C)."""
+    if isinstance(value, Mapping):
+        return TENSORS
+    if isinstance(value, np.ndarray | Tensor):
+        return IMAGES if str(value.dtype).removeprefix("torch.") == "uint8" and value.ndim in (2, 3) else TENSORS
+    return IMAGES
 
 
 @lru_cache(maxsize=16)  # items of one dataset have the same names

@@ -133,7 +133,7 @@ class TarSource(ListedSource):
         numbers_B = np.searchsorted(self._starts_F, rows_B, side="right") - 1
         images = self._files.read(numbers_B, self._offsets_N[rows_B], self._bytes_N[rows_B])
         return [
-            Sample(key=self.key_at(row), image=image, label=label)
+            Sample(key=self.key_at(row), raw=image, label=label)
             for row, image, label in zip(rows_B.tolist(), images, self._labels_N[rows_B].tolist(), strict=True)
         ]
 

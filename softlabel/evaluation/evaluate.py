@@ -21,7 +21,7 @@ from softlabel.dataset import Source, open_source, report_source, require_sample
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.inputs.base import Inputs, InputTransform
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.transforms import default_transform
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.models import build_model, refuse_precision, refuse_random
 from softlabel.models.precision import Precision, computing, ieee_float32
@@ -68,17 +68,18 @@ def evaluate(
         DataError, StoreError: data or store cannot be read.
     """
     target = resolve_device(device)
+    source = open_source(data, key_fn=key_fn)
+    require_samples(source)
     if isinstance(model, nn.Module):
         module = model
-        preprocessing = preprocessing or Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        if preprocessing is None:
+            preprocessing = default_transform(source.inputs)
     else:
         spec = _spec(model)
         refuse_random(parse_spec(spec))
         module = build_model(spec)
         refuse_precision(parse_spec(spec), module, precision)
-        preprocessing = preprocessing or student_preprocessing(spec, module)
-    source = open_source(data, key_fn=key_fn)
-    require_samples(source)
+        preprocessing = preprocessing or student_preprocessing(spec, module, source.inputs.name)
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
 

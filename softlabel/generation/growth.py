@@ -237,7 +237,7 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
                 picked = np.unique(np.linspace(0, record.rows - 1, _ROWS).astype(np.int64))
                 stored = sample_rows(store, start + picked, names)
                 samples = source.read([kept[place] for place in picked.tolist()])
-                hashes = hashes_of([sample.image for sample in samples])
+                hashes = hashes_of([sample.raw for sample in samples], source.inputs.content_hash)
                 changed_B = changed_content(hashes, stored.content)
                 unknown = unknown or why_not_comparable(hashes, stored.content)
                 for sample, key, label, changed in zip(

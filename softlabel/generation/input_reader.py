@@ -78,10 +78,10 @@ class InputReader:
             DataError: images of different sizes for a teacher that takes them as they are.
         """
         samples = self.source.read(indices)
-        decoded = decode_samples(samples, name=self.source.name)
+        decoded = decode_samples(samples, self.source.inputs, name=self.source.name)
         reasons = dict(decoded.failed)  # place among the samples -> why it has no row
-        there = list(decoded.images)
-        made = self._views(list(decoded.images.values()), [samples[place].key for place in there], view)
+        there = list(decoded.items)
+        made = self._views(list(decoded.items.values()), [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
         inputs, misshapen = collate_samples(
@@ -114,7 +114,7 @@ class InputReader:
     def _decoded(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
         """Keys and images of samples that others are mixed with; None where one cannot be decoded."""
         samples = self.source.read(indices)
-        images = decode_samples(samples, name=self.source.name).images
+        images = decode_samples(samples, self.source.inputs, name=self.source.name).items
         return [sample.key for sample in samples], [images.get(place) for place in range(len(samples))]
 
     def read(self, span: Span) -> DecodedBatch:

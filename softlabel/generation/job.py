@@ -25,7 +25,7 @@ from softlabel.labels.combine import normalized_weights
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.store.encodings import Encoding, fitted
-from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
+from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
 from softlabel.views import Views, libraries
 
 _TRIAL_BATCH = 256  # where stacking is tried before the batch size is found
@@ -78,15 +78,24 @@ def load_job(
     recorded = recorded or {}
     source = _open_data(data, config, key_fn, look=trusted is None)
     views = config.view_policy
+    _check_views(source, views)
     source = settle_decoding(source, recorded)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     device, tuning = resolve_device(config.device), config.tuning
 
     def load(where: torch.device) -> list[Teacher]:
         torch.manual_seed(config.seed)
-        return [load_teacher(spec, device=where, precision=config.precision) for spec in teachers]
+        return [
+            load_teacher(spec, device=where, precision=config.precision, kind=source.inputs.name) for spec in teachers
+        ]
 
     loaded, in_turn = load_members(load, device, tuning, len(teachers))
+    for teacher in loaded:
+        if (takes := teacher.preprocessing.kind) != source.inputs.name:
+            raise MismatchError(
+                f"teacher {teacher.spec.text}: takes samples of kind {takes}, and those of {source.name} are of kind "
+                f"{source.inputs.name}; give a teacher of these"
+            )
     classes = {teacher.num_classes for teacher in loaded}
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
@@ -106,6 +115,7 @@ def load_job(
             has_labels=source.has_labels,
             earlier=earlier,
         ),
+        input=source.inputs.name,
         views=views,
         shard_rows=config.shard_rows,
     )
@@ -137,6 +147,15 @@ def load_job(
         tuning=tuning,
     )
     return Job(config=config, run=run, recorded=now, labeller=labeller, workers=decoders(config.workers, device))
+
+
+def _check_views(source: Source, views: ViewPolicy) -> None:
+    """Raises UsageError for steps of a view policy that these samples do not take."""
+    allowed = source.inputs.view_steps
+    steps = [str(step.get("op")) for step in views.policy.get("steps", [])]
+    if allowed is not None and (odd := [step for step in steps if step not in allowed]):
+        takes = f"takes {', '.join(sorted(allowed))}" if allowed else "takes none"
+        raise UsageError(f"augment: {odd[0]!r} is of 8-bit RGB images; {source.name}, of another kind, {takes}")
 
 
 def _open_data(

@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,8 +18,11 @@ from softlabel.errors import BadImageError
 IGNORE = -100
 
 
-# Encoded bytes, or pixels from a dataset that decodes by itself, or why the file could not be read.
-RawImage: TypeAlias = bytes | Image.Image | NDArray[np.uint8] | Tensor | BadImageError
+# A sample as a source has it: encoded bytes, pixels or numbers of a dataset that decodes by itself, arrays by the names
+# of a network's inputs, or why it could not be read.
+Raw: TypeAlias = bytes | Image.Image | NDArray[Any] | Tensor | Mapping[str, Any] | BadImageError
+# A decoded sample, without a batch axis.
+Item: TypeAlias = Tensor | dict[str, Tensor]
 # Decoded, uint8: (B, 3, H, W), or B of (3, H, W) of any sizes.
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -57,10 +59,10 @@ AS_USUAL = Decoding()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample as the source has it; `decode_image` makes pixels of `image`, as `decoding` says."""
+    """One sample as the source has it; its source's `InputKind` decodes `raw`."""
 
     key: str
-    image: RawImage
+    raw: Raw
     label: int = IGNORE
     decoding: Decoding = AS_USUAL
 
@@ -150,6 +152,33 @@ def _pad(tensor: Tensor, batch_size: int) -> Tensor:
     return whole
 
 
+class InputKind(ABC):
+    """What the samples of a source are, before any network sees them.
+
+    Attributes:
+        name: as a manifest records it.
+        unit: of bars and summaries.
+        view_steps: which steps of a view policy it takes; None: all.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    view_steps: ClassVar[frozenset[str] | None] = None
+
+    @abstractmethod
+    def decode(self, sample: Sample) -> tuple[Item, int]:
+        """The decoded sample and its content hash.
+
+        Raises:
+            BadImageError: this sample is damaged; the text is the reason alone.
+            DataError: samples of this form cannot be meant.
+        """
+
+    @abstractmethod
+    def content_hash(self, raw: Raw) -> int | None:
+        """64 bits of what the source gave, not 0; None where there is nothing to hash."""
+
+
 class InputTransform(ABC):
     """How one network takes a sample: brought to its shape on the host, one by one, and finished on the device."""
 
@@ -173,7 +202,7 @@ class InputTransform(ABC):
         """Whether samples of every size come out with the same one."""
 
     @abstractmethod
-    def fit(self, item: Tensor, *, fixed: bool = False) -> Tensor:
+    def fit(self, item: Item, *, fixed: bool = False) -> Item:
         """A decoded sample in this network's shape; the same tensor where it has it already.
 
         Args:
@@ -182,10 +211,11 @@ class InputTransform(ABC):
 
         Raises:
             BadImageError: it cannot be brought to that shape.
+            DataError: it is nothing that this network takes.
         """
 
     @abstractmethod
-    def collate(self, items: Sequence[Tensor]) -> Inputs:
+    def collate(self, items: Sequence[Item]) -> Inputs:
         """Samples of one shape as a batch."""
 
     @abstractmethod

@@ -9,16 +9,14 @@ Legend: B batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
-from softlabel.inputs.base import Images, Inputs, InputTransform, Sample
-from softlabel.inputs.content import content_hash
-from softlabel.inputs.image_decode import decode_hashed
+from softlabel.inputs.base import InputKind, Inputs, InputTransform, Item, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -26,47 +24,49 @@ class DecodedSamples:
     """B samples, decoded.
 
     Attributes:
-        images: place among the samples -> uint8 (3, H, W), of any sizes; in their order, without those that failed.
+        items: place among the samples -> what the kind decodes to, such as uint8 (3, H, W); in their order, without
+            those that failed.
         content: uint64 (B,), the content hash of every sample; 0 where there is none.
         failed: place -> why it cannot be decoded.
     """
 
-    images: dict[int, Tensor]
+    items: dict[int, Any]
     content: NDArray[np.uint64]
     failed: dict[int, str]
 
 
-def decode_samples(samples: Sequence[Sample], *, name: str) -> DecodedSamples:
-    """Decode samples, each as it says that it is decoded, and hash what the source gave.
+def decode_samples(samples: Sequence[Sample], kind: InputKind, *, name: str) -> DecodedSamples:
+    """Decode samples and hash what the source gave.
 
     Args:
         samples: B of them.
+        kind: the source's.
         name: of the source.
 
     Raises:
-        DataError: a sample is no image at all; it is named.
+        DataError: a sample is nothing of this kind; it is named.
     """
-    images: dict[int, Tensor] = {}
+    items: dict[int, Any] = {}
     failed: dict[int, str] = {}
     content = np.zeros(len(samples), dtype=np.uint64)
     for place, sample in enumerate(samples):
         try:
-            images[place], content[place] = decode_hashed(sample.image, sample.decoding)
+            items[place], content[place] = kind.decode(sample)
         except BadImageError as error:
-            content[place], failed[place] = content_hash(sample.image) or 0, str(error)
+            content[place], failed[place] = kind.content_hash(sample.raw) or 0, str(error)
         except DataError as error:
             raise DataError(f"{name}: sample {sample.key!r}: {error}") from error
-    return DecodedSamples(images=images, content=content, failed=failed)
+    return DecodedSamples(items=items, content=content, failed=failed)
 
 
 def collate_samples(
-    items: Images,
+    items: "Tensor | Sequence[Item]",
     keys: Sequence[str],
     transforms: Sequence[InputTransform],
     *,
     network: str,
     fixed: bool = False,
-    shape: Sequence[int] | None = None,
+    shape: tuple[int, ...] | None = None,
 ) -> tuple[tuple[Inputs, ...], dict[int, str]]:
     """Bring decoded samples to one shape, once for each transform, and collate them.
 
@@ -85,11 +85,11 @@ def collate_samples(
     Raises:
         DataError: samples come out with different shapes.
     """
-    if isinstance(items, Tensor) and (shape is None or items.shape[1:] == torch.Size(shape)):
+    if isinstance(items, Tensor) and (shape is None or items.shape[1:] == shape):
         first = items[0]
         if all(transform.fit(first, fixed=fixed) is first for transform in transforms):
             return (Inputs.single(items),) * len(transforms), {}
-    batches: list[list[Tensor]] = [[] for _ in transforms]
+    batches: list[list[Item]] = [[] for _ in transforms]
     failed: dict[int, str] = {}
     for place, item in enumerate(items):
         try:
@@ -98,15 +98,22 @@ def collate_samples(
             failed[place] = str(error)
             continue
         for transform, batch, one in zip(transforms, batches, fitted, strict=True):
-            expected = tuple(shape or (batch[0] if batch else one).shape)
-            if one.shape != expected:
+            expected = shape or shape_of(batch[0] if batch else one)
+            if shape_of(one) != expected:
                 raise DataError(
                     f"sample {keys[place]!r}: expected {transform.describe(expected)} like those before it, found "
-                    f"{transform.describe(one.shape)}; {transform.remedy.format(network=network)}"
+                    f"{transform.describe(shape_of(one))}; {transform.remedy.format(network=network)}"
                 )
             batch.append(one)
     pairs = zip(transforms, batches, strict=True)
     return tuple(transform.collate(batch) for transform, batch in pairs if batch), failed
+
+
+def shape_of(item: Item) -> tuple[Any, ...]:
+    """Of a decoded sample; of several arrays, each behind its name."""
+    if isinstance(item, Tensor):
+        return item.shape
+    return tuple((name, *tensor.shape) for name, tensor in item.items())
 
 
 def refuse_failed(failed: dict[int, str], keys: Sequence[str], *, name: str) -> None:
@@ -121,4 +128,4 @@ def refuse_failed(failed: dict[int, str], keys: Sequence[str], *, name: str) -> 
         DataError: `failed` is not empty.
     """
     for place, reason in failed.items():
-        raise DataError(f"{name}: image {keys[place]!r}: {reason}; repair it or take it out")
+        raise DataError(f"{name}: sample {keys[place]!r}: {reason}; repair it or take it out")

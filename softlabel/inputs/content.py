@@ -9,6 +9,7 @@ about each other. One hash of a file in 65,536 carries the mark by chance, and t
 Legend: B samples, H and W height and width, C channels.
 """
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -19,14 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from softlabel.inputs.base import RawImage
+from softlabel.inputs.base import Raw
 
 _MARK = 0x7870
 _MARKED = 0xFFFF
 _PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # whose array says everything; other modes are named in the hash
 
 
-def content_hash(image: RawImage) -> int | None:
+def content_hash(image: Raw) -> int | None:
     """The hash of an image as a source gives it, not 0; None where there is none, because it could not be read.
 
     An image of one channel counts as (H, W), a tensor (C, H, W) as (H, W, C), a palette as its colours: the same pixels
@@ -37,7 +38,7 @@ def content_hash(image: RawImage) -> int | None:
     if isinstance(image, Tensor):
         return _of_tensor(image.detach().cpu())
     if isinstance(image, np.ndarray):
-        return _of_array(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
+        return hash_array(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     if isinstance(image, Image.Image):
         try:
             return _of_pil(image)
@@ -75,9 +76,9 @@ def why_not_comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) 
     return f"it was labelled from {labelled}, and these are {given}"
 
 
-def hashes_of(images: list[RawImage]) -> NDArray[np.uint64]:
-    """uint64 (B,), 0 for none."""
-    return np.array([content_hash(image) or 0 for image in images], dtype=np.uint64)
+def hashes_of(raws: Iterable[Raw], hash_one: Callable[[Raw], int | None] = content_hash) -> NDArray[np.uint64]:
+    """uint64 (B,), 0 for none; `hash_one` is the kind's."""
+    return np.array([hash_one(raw) or 0 for raw in raws], dtype=np.uint64)
 
 
 @lru_cache(maxsize=4096)
@@ -91,7 +92,8 @@ def _of_pixels(hashes_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
     return marked
 
 
-def _of_array(array: NDArray[Any], mode: str = "") -> int:
+def hash_array(array: NDArray[Any], mode: str = "") -> int:
+    """Of type, shape and values, in the byte order that files have."""
     plain = np.ascontiguousarray(array)
     plain = plain.astype(plain.dtype.newbyteorder("<"), copy=False)
     return hash_values(plain.reshape(-1).view(np.uint8), plain.dtype.str, array.shape, mode)
@@ -99,10 +101,10 @@ def _of_array(array: NDArray[Any], mode: str = "") -> int:
 
 def _of_tensor(tensor: Tensor) -> int:
     if tensor.dtype == torch.bfloat16:
-        return _of_array(tensor.view(torch.int16).numpy(), "bfloat16")
+        return hash_array(tensor.view(torch.int16).numpy(), "bfloat16")
     if tensor.dim() == 3:
         tensor = tensor[0] if tensor.shape[0] == 1 else tensor.permute(1, 2, 0)
-    return _of_array(tensor.numpy())
+    return hash_array(tensor.numpy())
 
 
 def _of_pil(image: Image.Image) -> int:
@@ -111,4 +113,4 @@ def _of_pil(image: Image.Image) -> int:
     if image.mode in ("P", "PA", "La"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     mode = image.mode.partition(";")[0] + ";16" if image.mode.startswith("I;16") else image.mode
-    return _of_array(np.asarray(image), "" if mode in _PLAIN_MODES else mode)
+    return hash_array(np.asarray(image), "" if mode in _PLAIN_MODES else mode)

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import re
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
-from softlabel.inputs.base import AS_USUAL, Decoding, RawImage
+from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Raw, Sample
 from softlabel.inputs.content import content_hash, hash_values
 
 # Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
@@ -37,7 +38,7 @@ _UPRIGHT = {
 }
 
 
-def decode_image(image: RawImage, decoding: Decoding = AS_USUAL) -> Tensor:
+def decode_image(image: Raw, decoding: Decoding = AS_USUAL) -> Tensor:
     """The pixels of an image: uint8 (3, H, W), RGB; of encoded bytes turned upright as their EXIF data says.
 
     Takes encoded bytes, a PIL image, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H, W).
@@ -76,7 +77,7 @@ def decode_image(image: RawImage, decoding: Decoding = AS_USUAL) -> Tensor:
         raise BadImageError(reason) from error
 
 
-def decode_hashed(image: RawImage, decoding: Decoding = AS_USUAL) -> tuple[Tensor, int]:
+def decode_hashed(image: Raw, decoding: Decoding = AS_USUAL) -> tuple[Tensor, int]:
     """`decode_image` and `content_hash` in one go, which saves a second look at pixels that need no conversion.
 
     Raises: as `decode_image`.
@@ -90,7 +91,25 @@ def decode_hashed(image: RawImage, decoding: Decoding = AS_USUAL) -> tuple[Tenso
     return pixels_CHW, content_hash(image) or 0
 
 
-def _is_plain(image: RawImage) -> bool:
+class ImageKind(InputKind):
+    """Images of 8 bits, as RGB: encoded, or as pixels."""
+
+    name: ClassVar[str] = "image"
+    unit: ClassVar[str] = "img"
+
+    def decode(self, sample: Sample) -> tuple[Tensor, int]:
+        """See `decode_hashed`."""
+        return decode_hashed(sample.raw, sample.decoding)
+
+    def content_hash(self, raw: Raw) -> int | None:
+        """See `content.content_hash`."""
+        return content_hash(raw)
+
+
+IMAGES = ImageKind()
+
+
+def _is_plain(image: Raw) -> bool:
     """Whether decoding gives the pixels as the dataset gave them."""
     if isinstance(image, Image.Image):
         return image.mode == "RGB"

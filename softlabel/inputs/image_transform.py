@@ -3,7 +3,6 @@
 Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,8 +13,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from softlabel.errors import BadImageError, SpecError
-from softlabel.inputs.base import Inputs, InputTransform
+from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.inputs.base import Inputs, InputTransform, Item
+from softlabel.inputs.tensor import check_mean_std
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,7 +29,7 @@ class Preprocessing(InputTransform):
     """How an image of any size becomes a network's input.
 
     Attributes:
-        mean, std: of the three channels, for values in [0, 1].
+        mean, std: of the channels, three of RGB or one for each of several bands, for values in [0, 1].
         resize: length of the shorter side after resizing; None leaves the size.
         crop: side of the square cut from the middle; None leaves the size.
         interpolation: nearest, nearest-exact, bilinear or bicubic (the last two with antialiasing).
@@ -49,10 +49,7 @@ class Preprocessing(InputTransform):
     floor_crop: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3:
-            raise SpecError(f"mean and std: expected three numbers each, found {self.mean} and {self.std}")
-        if not all(map(math.isfinite, self.mean)) or not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise SpecError(f"mean and std: expected finite numbers, std above 0, found {self.mean} and {self.std}")
+        check_mean_std(self.mean, self.std)
         if self.interpolation not in INTERPOLATIONS:
             raise SpecError(f"interpolation: expected {', '.join(INTERPOLATIONS)}; found {self.interpolation!r}")
         for name, size in (("resize", self.resize), ("crop", self.crop)):
@@ -133,12 +130,18 @@ class Preprocessing(InputTransform):
         cut_CHW: Tensor = transforms.center_crop(image_CHW, [self.crop, self.crop])
         return cut_CHW
 
-    def fit(self, item: Tensor, *, fixed: bool = False) -> Tensor:
+    def fit(self, item: Item, *, fixed: bool = False) -> Tensor:
         """A view in this network's size: uint8 (3, H, W) to uint8.
 
         Where views of all images have one size (`fixed`), the crop was chosen with the view, and cutting the middle
         once more would show less than was chosen: the whole view is resized to S x S, S being this network's crop.
         """
+        if not isinstance(item, Tensor) or item.shape[0] != len(self.mean):
+            found = f"one of shape {tuple(item.shape)}" if isinstance(item, Tensor) else "several arrays"
+            raise DataError(
+                f"expected an image of {len(self.mean)} channels, as mean= and std= have numbers, found {found}; give "
+                "mean= and std= with a number for each channel"
+            )
         if not fixed or self.crop is None:
             return self.geometry(item)
         size = [self.crop, self.crop]
@@ -163,9 +166,9 @@ class Preprocessing(InputTransform):
         resized_CHW: Tensor = transforms.resize(image_CHW, size, interpolation=mode, antialias=True)
         return resized_CHW
 
-    def collate(self, items: Sequence[Tensor]) -> Inputs:
+    def collate(self, items: Sequence[Item]) -> Inputs:
         """uint8 (B, 3, H, W), channels last."""
-        return Inputs.single(stack_images(items))
+        return Inputs.single(stack_images(items))  # type: ignore[arg-type]
 
     def finish(self, inputs: Inputs) -> Inputs:
         """See `normalize`."""
@@ -176,7 +179,7 @@ class Preprocessing(InputTransform):
         if self.crop is None:
             return None
         generator = torch.Generator().manual_seed(0)
-        shape = (rows, 3, self.crop, self.crop)
+        shape = (rows, len(self.mean), self.crop, self.crop)
         images_BCHW = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         images_BCHW[:2] = 0
         images_BCHW[1:2, :, : self.crop // 2] = 255
@@ -197,8 +200,11 @@ class Preprocessing(InputTransform):
         return f"{shape[-1]} x {shape[-2]} pixels"
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
-        """``(x / 255 - mean) / std``: uint8 (B, 3, H, W) to float32 of the same shape, device and memory layout."""
+        """``(x / 255 - mean) / std``: uint8 (B, C, H, W) to float32 of the same shape, device and memory layout; floats
+        are not divided by 255."""
         mean_C11, std_C11 = _constants(self.mean, self.std, images_BCHW.device)
+        if images_BCHW.dtype != torch.uint8:
+            return (images_BCHW - mean_C11).div_(std_C11)
         return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
 
 

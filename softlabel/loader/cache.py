@@ -51,10 +51,12 @@ class SampleCache:
         return SampleCache, (len(self._known), self.layout)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one sample with a single input."""
-        ((shape, _),) = self.layout.values()
-        return shape
+    def shape(self) -> tuple[Any, ...]:
+        """Of one sample, as `inputs.batch.shape_of` gives it."""
+        shapes = {name: shape for name, (shape, _) in self.layout.items()}
+        return (
+            next(iter(shapes.values())) if len(shapes) == 1 else tuple((name, *shape) for name, shape in shapes.items())
+        )
 
     def unknown(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places in `positions` of the samples that no process has decoded yet."""

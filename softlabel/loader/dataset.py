@@ -22,7 +22,7 @@ from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageErr
 from softlabel.inputs.base import Images, Inputs, InputTransform
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
-from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.transforms import default_transform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache, layout_of
@@ -215,7 +215,8 @@ class JoinedDataset(Dataset[Batch]):
         if not len(joined):
             return
         picked = joined[np.unique(np.linspace(0, len(joined) - 1, _COMPARED).astype(np.int64))]
-        hashes = hashes_of([sample.image for sample in self.source.read(self.samples[picked].tolist())])
+        raws = [sample.raw for sample in self.source.read(self.samples[picked].tolist())]
+        hashes = hashes_of(raws, self.source.inputs.content_hash)
         self._check_content(picked, BatchKeys(self._keys, picked), hashes)
         stored = store.content[self.rows[picked]]
         without = int((store.content[self.rows[joined]] == 0).sum())
@@ -286,7 +287,7 @@ class JoinedDataset(Dataset[Batch]):
         batches, failed = collate_samples(
             self._decoded(positions, keys),
             keys,
-            [self._preprocessing or Preprocessing()],
+            [self._preprocessing or default_transform(self.source.inputs)],
             network="student",
             shape=None if self._cache is None else self._cache.shape,
         )
@@ -302,11 +303,11 @@ class JoinedDataset(Dataset[Batch]):
                     f"{self.source.name}: sample {self.samples[position]} was {key!r} and is now {sample.key!r}; the "
                     "data changed while it was in use, start again"
                 )
-        decoded = decode_samples(samples, name=self.source.name)
+        decoded = decode_samples(samples, self.source.inputs, name=self.source.name)
         # Another image first: that it is damaged too matters less.
         self._check_content(positions, keys, decoded.content)
         refuse_failed(decoded.failed, keys, name=self.source.name)
-        return list(decoded.images.values())
+        return list(decoded.items.values())
 
     def _check_content(self, positions: Int64s, keys: Sequence[str], hashes: NDArray[np.uint64]) -> None:
         rows = self.rows[positions]

@@ -64,7 +64,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
             found += int((rows_B >= 0).sum())
             there = np.flatnonzero(rows_B >= 0)
             stored = store.content[rows_B[there]]
-            now = hashes_of([samples[place].image for place in there.tolist()])
+            now = hashes_of([samples[place].raw for place in there.tolist()], source.inputs.content_hash)
             unknown = unknown or why_not_comparable(now, stored)
             compared += int(comparable(now, stored).sum())
             others = there[changed_content(now, stored)].tolist()

@@ -9,7 +9,10 @@ from torch import nn
 
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
+from softlabel.inputs.base import InputTransform
 from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.transforms import transform_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.factories import accepts, builder, call, classes_of
 from softlabel.models.fitting import Fitted, fill, shown
@@ -142,16 +145,21 @@ def refuse_random(spec: Spec) -> None:
         )
 
 
-def own_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
-    """The preprocessing that belongs to a network, before the options of its SPEC change it.
+def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preprocessing.kind) -> InputTransform:
+    """The preprocessing that belongs to a network for samples of a kind, before the options of its SPEC change it.
 
     Raises:
         SpecError: it cannot be told, or not be expressed.
     """
+    if spec.kind == "run":
+        return transform_of(read_run(spec.name).preprocessing)
+    if kind == TensorTransform.kind and spec.kind != "python":
+        raise SpecError(
+            f"{spec.text}: takes images, and the samples are arrays of numbers; give a network that takes these, as "
+            "python:MODULE:FACTORY"
+        )
     if spec.kind == "zoo":
         return Preprocessing(resize=32, crop=32)
-    if spec.kind == "run":
-        return Preprocessing.from_dict(read_run(spec.name).preprocessing)
     if spec.kind == "timm":
         return timm_preprocessing(spec, model)
     if spec.kind == "hf":
@@ -162,7 +170,9 @@ def own_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
         return program.preprocessing
     if spec.kind == "python":
         found = getattr(model, "preprocessing", None)
-        if isinstance(found, Preprocessing):
+        if isinstance(found, InputTransform):
             return found
-        return Preprocessing.from_dict(found) if isinstance(found, Mapping) else Preprocessing()
+        if isinstance(found, Mapping):
+            return transform_of(found)
+        return TensorTransform() if kind == TensorTransform.kind else Preprocessing()
     return torchvision_preprocessing(spec, model)

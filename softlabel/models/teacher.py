@@ -4,6 +4,7 @@ Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError, one_line
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.transforms import transform_of
 from softlabel.models import (
     Program,
     build_network,
@@ -24,6 +27,7 @@ from softlabel.models import (
     refuse_random,
     weights_sha256,
 )
+from softlabel.models.options import PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
 
@@ -93,8 +97,16 @@ def load_teacher(
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
     num_classes: int | None = None,
+    kind: str = Preprocessing.kind,
 ) -> Teacher:
-    """Build a teacher from its SPEC, in evaluation mode, and try it on one grey image where its input size is known.
+    """Build a teacher from its SPEC, in evaluation mode, and try it where its input's shape is known.
+
+    Args:
+        spec_text: the SPEC.
+        device: that it computes on.
+        precision: of its forward pass.
+        num_classes: how many it has; absent: found out.
+        kind: of the samples that it will label: image or tensor.
 
     Raises:
         SpecError: a SPEC that cannot be understood, a file that is not there, or a teacher without weights.
@@ -110,7 +122,7 @@ def load_teacher(
         parameter.requires_grad_(False)
     refuse_other_heads(spec, model)
     refuse_precision(spec, model, precision)
-    preprocessing = _preprocessing(spec, model)
+    preprocessing = student_preprocessing(spec, model, kind)
     sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -135,7 +147,7 @@ def load_teacher(
     return teacher
 
 
-def _count_classes(spec: str, model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> int:
+def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, device: torch.device) -> int:
     """How many classes the network has: what it gives for one sample, or else its last linear layer."""
     if (example := preprocessing.example(1)) is not None:
         with torch.inference_mode(), ieee_float32():
@@ -173,51 +185,61 @@ def _refuse_probabilities(spec: str, logits_BC: Tensor) -> None:
 # ---- preprocessing of a SPEC ----
 
 
-def student_preprocessing(spec: Spec | str, model: nn.Module | None = None) -> Preprocessing:
+def student_preprocessing(
+    spec: Spec | str, model: nn.Module | None = None, kind: str = Preprocessing.kind
+) -> InputTransform:
     """The preprocessing that a SPEC stands for: its options over its kind's defaults.
 
     zoo: resize and crop to 32. torchvision: what `weights=` asks for, or else 256, 224. run: what it was trained
     with. timm, hf: what their own evaluation does. A .pt2 or .onnx file: what its metadata say, or else the size that
-    it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has one (a
-    `Preprocessing` or its dict), or else no change of size.
-    Mean and std are ImageNet's where nothing else says otherwise. `resize` or `crop` given alone sets both.
+    it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has one (an
+    `InputTransform` or its dict), or else images of their own size, and arrays as they are.
+    Mean and std of images are ImageNet's where nothing else says otherwise. `resize` or `crop` given alone sets both.
+
+    Args:
+        spec: the SPEC.
+        model: the network.
+        kind: of the samples: image or tensor.
 
     Raises:
         SpecError: options that make no sense.
     """
-    return _preprocessing(parse_spec(spec) if isinstance(spec, str) else spec, model)
-
-
-def _preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
-    fields = own_preprocessing(spec, model).to_dict()
-    sizes = {"resize", "crop"} & set(spec.options)
-    for name, text in spec.options.items():
-        if name in ("mean", "std"):
-            fields[name] = _three_numbers(spec, name, text)
-        elif name in ("resize", "crop"):
-            value = literal(text)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise SpecError(f"{spec.text}: {name}: expected a whole number of pixels or none, found {text!r}")
-            fields |= {name: value} if len(sizes) == 2 else {"resize": value, "crop": value}
-        elif name == "interpolation":
-            fields[name] = text
-        elif name == "squash":
-            if not isinstance(literal(text), bool):
-                raise SpecError(f"{spec.text}: squash: expected true or false, found {text!r}")
-            fields[name] = literal(text)
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    own = own_preprocessing(spec, model, kind)
+    fields = own.to_dict()
+    given = {name: text for name, text in spec.options.items() if name in PREPROCESSING_OPTIONS}
+    if isinstance(own, TensorTransform) and (odd := set(given) - {"mean", "std"}):
+        raise SpecError(f"{spec.text}: {min(odd)}= is of images, and the samples are arrays of numbers; leave it out")
+    # A single number stands for every channel: of a tensor by itself, of an image written out.
+    alone = 1 if isinstance(own, TensorTransform) else int(spec.options.get("in_chans", 3))
+    for name, text in given.items():
+        fields |= _parse_option(spec, name, text, both={"resize", "crop"} <= set(given), alone=alone)
     try:
-        return Preprocessing.from_dict(fields)
+        return transform_of(fields)
     except SpecError as error:
         raise SpecError(f"{spec.text}: {error}") from error
 
 
-def _three_numbers(spec: Spec, name: str, text: str) -> list[float]:
+def _parse_option(spec: Spec, name: str, text: str, *, both: bool, alone: int) -> dict[str, Any]:
+    """The fields that an option of preprocessing sets."""
+    if name in ("mean", "std"):
+        return {name: _parse_numbers(spec, name, text, alone=alone)}
+    value = text if name == "interpolation" else literal(text)
+    if name in ("resize", "crop"):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise SpecError(f"{spec.text}: {name}: expected a whole number of pixels or none, found {text!r}")
+        return {name: value} if both else {"resize": value, "crop": value}
+    if name == "squash" and not isinstance(value, bool):
+        raise SpecError(f"{spec.text}: squash: expected true or false, found {text!r}")
+    return {name: value}
+
+
+def _parse_numbers(spec: Spec, name: str, text: str, *, alone: int) -> list[float]:
+    """One number for each channel; a number `alone` stands for so many channels."""
     try:
         numbers = [float(x) for x in text.strip("[]()").split(",")]
     except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        numbers *= 3
-    if len(numbers) != 3:
-        raise SpecError(f"{spec.text}: {name}: expected three numbers like 0.485,0.456,0.406; found {text!r}")
-    return numbers
+        raise SpecError(
+            f"{spec.text}: {name}: expected a number for each channel like 0.485,0.456,0.406; found {text!r}"
+        ) from None
+    return numbers * alone if len(numbers) == 1 else numbers

@@ -9,6 +9,7 @@ _WORDS = {
     "combine.rule": "combine rule",
     "combine.weights": "combine weights",
     "encoding.name": "encoding",
+    "input": "kind of samples",
     "views.count": "number of views",
     "views.seed": "view seed",
     "num_classes": "number of classes",

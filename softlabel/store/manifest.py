@@ -132,6 +132,7 @@ class Run(_Remembering):
     members: tuple[Member, ...]
     dataset: DatasetInfo
     views: ViewPolicy = field(default_factory=ViewPolicy)
+    input: str = field(default="image", metadata=OMIT)
     shard_rows: int
     class_names: tuple[str, ...] | None = None
 

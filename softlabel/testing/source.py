@@ -170,15 +170,15 @@ class _Samples(Dataset[tuple[str, int, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[str, int, Tensor]:
         (sample,) = self.source.read([index])
-        return sample.key, sample.label, decode_image(sample.image)
+        return sample.key, sample.label, decode_image(sample.raw)
 
 
 def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample]) -> None:
     """Compare what a source has read: keys, labels, pixels and content hashes."""
     assert [(sample.key, sample.label) for sample in samples] == [(one.key, one.label) for one in expected]
     for sample, one in zip(samples, expected, strict=True):
-        np.testing.assert_array_equal(decode_image(sample.image).permute(1, 2, 0).numpy(), one.pixels)
-        assert content_hash(sample.image) == one.hash_content(), f"{one.key}: the image's bytes or pixels differ"
+        np.testing.assert_array_equal(decode_image(sample.raw).permute(1, 2, 0).numpy(), one.pixels)
+        assert content_hash(sample.raw) == one.hash_content(), f"{one.key}: the image's bytes or pixels differ"
 
 
 def hash_keys(keys: Iterable[str]) -> str:
@@ -190,7 +190,7 @@ def hash_keys(keys: Iterable[str]) -> str:
 def sum_pixels(source: Source) -> list[tuple[str, int]]:
     """The keys of all samples and the sums of their pixels, in another process."""
     samples = source.read(range(len(source)))
-    return [(sample.key, int(decode_image(sample.image).sum())) for sample in samples]
+    return [(sample.key, int(decode_image(sample.raw).sum())) for sample in samples]
 
 
 @cache

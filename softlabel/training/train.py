@@ -91,7 +91,7 @@ def _train(
         )
     num_classes = _num_classes(source, store)
     configs = students_of(config)
-    models = [_build(student, num_classes) for student in configs]
+    models = [_build(student, num_classes, source.inputs.name) for student in configs]
     _check_geometry(configs, [preprocessing for _, preprocessing in models])
     shared = _identity(config, source, store, precision, num_classes)
     views = ranks.first(lambda: _choose_views(config, configs, store))
@@ -156,12 +156,12 @@ def _train(
     return results
 
 
-def _build(config: StudentConfig, num_classes: int) -> tuple[nn.Module, InputTransform]:
+def _build(config: StudentConfig, num_classes: int, kind: str) -> tuple[nn.Module, InputTransform]:
     torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on the others
     model = build_model(config.student, num_classes=num_classes)
     if isinstance(model, Program):
         raise SpecError(f"student {config.student}: a file that is run as it is cannot be trained; name a network")
-    return model, student_preprocessing(config.student, model)
+    return model, student_preprocessing(config.student, model, kind)
 
 
 def _check_geometry(configs: list[StudentConfig], found: list[InputTransform]) -> None:

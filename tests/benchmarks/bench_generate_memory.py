@@ -61,7 +61,7 @@ class Synthetic(softlabel.Source):
         return np.arange(start, stop, dtype=np.int64) % CLASSES
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
-        return [Sample(key=f"{n:010d}", image=self._pixel, label=n % CLASSES) for n in np.asarray(indices).tolist()]
+        return [Sample(key=f"{n:010d}", raw=self._pixel, label=n % CLASSES) for n in np.asarray(indices).tolist()]
 
 
 def one(rows: int) -> None:

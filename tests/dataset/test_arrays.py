@@ -34,9 +34,7 @@ def test_shapes(stored: np.ndarray, expected: np.ndarray, tmp_path: Path) -> Non
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["images"] = stored
     for name in ("a.npy", "a.h5"):
-        images = [
-            decode_image(one.image).permute(1, 2, 0).numpy() for one in open_source(tmp_path / name).read(range(6))
-        ]
+        images = [decode_image(one.raw).permute(1, 2, 0).numpy() for one in open_source(tmp_path / name).read(range(6))]
         np.testing.assert_array_equal(images, expected)
 
 
@@ -114,12 +112,12 @@ def test_lists(tmp_path: Path) -> None:
     source = open_source(write('path,label\n"2,x.jpg",7\n\n"0,x.jpg",\r\n"gone.jpg",-1\n'))
     assert (source.keys(), source.labels().tolist()) == (["2,x.jpg", "0,x.jpg", "gone.jpg"], [7, IGNORE, IGNORE])
     found = source.read([1, 0, 2])
-    assert [one.image for one in found[:2]] == [make_jpeg(0), make_jpeg(2)]
-    assert isinstance(found[2].image, BadImageError)
+    assert [one.raw for one in found[:2]] == [make_jpeg(0), make_jpeg(2)]
+    assert isinstance(found[2].raw, BadImageError)
     assert not open_source(f"{write('1.jpg,2')}?labels=none").has_labels
     assert not open_source(write("1.jpg\n2.jpg")).has_labels
     absolute = tmp_path / "3,x.jpg"
-    assert open_source(write(f'"{absolute}"')).read([0])[0].image == make_jpeg(3)
+    assert open_source(write(f'"{absolute}"')).read([0])[0].raw == make_jpeg(3)
     for text, reason in {
         "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the path, found '2,x.jpg'; put a path",
         "a.jpg,cat": "line 1: expected a class number",

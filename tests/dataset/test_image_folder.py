@@ -49,7 +49,7 @@ def test_class_folders_are_those_of_torchvision(classes: Path) -> None:
     by_name = {name: reference.classes[label] for name, (_, label) in zip(names, wanted, strict=True)}
     for sample in source.read(range(len(source))):
         assert source.class_names[sample.label] == by_name[sample.key]
-        assert sample.image == (classes / sample.key).read_bytes()
+        assert sample.raw == (classes / sample.key).read_bytes()
     assert source.labels(1, 4).tolist() == [1, 1, 1]
     assert source.kind == "folder"
 
@@ -264,7 +264,7 @@ def test_images_of_all_sizes_meet_in_one_batch(tmp_path: Path) -> None:
         paint(tmp_path / f"{i}.png", 20 * i, size)
     source = open_source(tmp_path)
     preprocessing = Preprocessing(resize=64, crop=56)
-    shaped = [preprocessing.geometry(decode_image(sample.image)) for sample in source.read(range(len(sizes)))]
+    shaped = [preprocessing.geometry(decode_image(sample.raw)) for sample in source.read(range(len(sizes)))]
     batch_BCHW = torch.stack(shaped)
     assert batch_BCHW.shape == (6, 3, 56, 56)
     assert batch_BCHW[:, 0].float().std(dim=(1, 2)).max() == 0

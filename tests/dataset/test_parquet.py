@@ -60,10 +60,10 @@ def test_real_cifar_equals_raw_pyarrow(shared_data: Path) -> None:
     order = np.random.default_rng(0).permutation(len(raw))[:700]
     for sample, index in zip(source.read(order), order, strict=True):
         row = raw[index]
-        assert (sample.key, sample.image, sample.label) == (row["image"]["path"], row["image"]["bytes"], row["label"])
+        assert (sample.key, sample.raw, sample.label) == (row["image"]["path"], row["image"]["bytes"], row["label"])
         # The class is part of the path: no label has moved to another image.
         assert source.class_names[sample.label] in sample.key
-    assert decode_image(source.read([0])[0].image).shape == (3, 32, 32)
+    assert decode_image(source.read([0])[0].raw).shape == (3, 32, 32)
 
 
 def test_every_range_across_row_groups(small: str) -> None:
@@ -76,7 +76,7 @@ def test_every_range_across_row_groups(small: str) -> None:
             assert source.labels(start, stop).tolist() == [row["label"] for row in rows]
             assert source.labels(start, stop).dtype == np.int64
     indices = [22, 0, 4, 5, 5, 19, 1]
-    assert [(s.key, s.image, s.label) for s in source.read(indices)] == [
+    assert [(s.key, s.raw, s.label) for s in source.read(indices)] == [
         (expected[i]["image"]["path"], payload(i), i % 3) for i in indices
     ]
     assert source.read([]) == []
@@ -126,7 +126,7 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path: Path) -> None
         pq.write_table(table.slice(start, length), tmp_path / "data" / f"train-{part:05d}.parquet", row_group_size=4)
     source = open_source(tmp_path)
     assert source.keys() == [row["path"] for row in table["image"].to_pylist()]
-    assert [sample.image for sample in source.read(range(N))] == [payload(i) for i in range(N)]
+    assert [sample.raw for sample in source.read(range(N))] == [payload(i) for i in range(N)]
     assert len(open_source(f"{tmp_path}?files=data/train-00000*")) == 9
     with pytest.raises(SpecError, match="no Parquet or tar file matches"):
         open_source(f"{tmp_path}?files=test-*")
@@ -187,7 +187,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     assert source.class_names == ("a", "b", "c", "d", "e")
     assert source.keys(0, 2) == ["1000", "1001"]
     assert source.labels(3, 6).tolist() == [3, 4, 0]
-    assert source.read([7])[0].image == payload(7)
+    assert source.read([7])[0].raw == payload(7)
     assert open_source(f"{path}?label=coarse_label").keys(8, 11) == ["8", "9", "10"]
     assert open_source(f"{path}?label=fine_label&image=img&key=index").keys(0, 1) == ["0"]
 
@@ -286,7 +286,7 @@ def test_a_row_without_bytes_is_a_bad_image(tmp_path: Path) -> None:
     image = pa.array([{"bytes": None if i == 2 else payload(i), "path": f"{i}"} for i in range(N)], type=kind)
     source = open_source(write(tmp_path / "hole.parquet", columns(image=image)))
     with pytest.raises(DataError, match="no image bytes"):
-        decode_image(source.read([2])[0].image)
+        decode_image(source.read([2])[0].raw)
 
 
 def test_labels_beyond_the_class_names(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_cache_smaller_than_the_file_changes_nothing(small: str, monkeypatch: 
     monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
     source = open_source(small)
     order = np.random.default_rng(3).permutation(N)
-    assert [sample.image for sample in source.read(order)] == [payload(i) for i in order]
+    assert [sample.raw for sample in source.read(order)] == [payload(i) for i in order]
 
 
 def test_a_range_does_not_load_the_whole_file(shared_data: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_range_does_not_load_the_whole_file(shared_data: Path) -> None:
 
 
 def _read_in_child(source: Source, queue: "multiprocessing.Queue[list[object]]") -> None:
-    queue.put([sample.image for sample in source.read([22, 0, 11])])
+    queue.put([sample.raw for sample in source.read([22, 0, 11])])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -353,7 +353,7 @@ def test_a_source_in_use_goes_to_another_process(small: str, method: str) -> Non
     child.start()
     assert queue.get() == [payload(22), payload(0), payload(11)]
     child.join()
-    assert source.read([5])[0].image == payload(5)
+    assert source.read([5])[0].raw == payload(5)
 
 
 def test_a_pickled_source_carries_no_images(shared_data: Path) -> None:

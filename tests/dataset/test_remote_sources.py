@@ -88,13 +88,13 @@ def test_a_tar_is_read_by_ranges(counted: str, monkeypatch: pytest.MonkeyPatch) 
     assert requests <= 25
     assert size <= 1.1 * len(data)
     (one,) = source.read([17])
-    assert (one.image, taken()) == (images["0017.jpg"], (1, 200_000))
+    assert (one.raw, taken()) == (images["0017.jpg"], (1, 200_000))
     found = source.read([30, 3, 31, 3])
-    assert [sample.image for sample in found] == [images[f"{i:04d}.jpg"] for i in (30, 3, 31, 3)]
+    assert [sample.raw for sample in found] == [images[f"{i:04d}.jpg"] for i in (30, 3, 31, 3)]
     assert taken()[0] == 2
     # In order: few requests, each byte about once, and never more than a window ahead.
     for start in range(0, 40, 2):
-        assert [sample.image for sample in source.read([start, start + 1])] == list(images.values())[start : start + 2]
+        assert [sample.raw for sample in source.read([start, start + 1])] == list(images.values())[start : start + 2]
         assert all(stop - start <= 1 << 20 for _, start, stop in Counted.asked)
     requests, size = taken()
     assert requests <= 12
@@ -115,7 +115,7 @@ def test_small_images_come_many_at_a_time(counted: str) -> None:
     source = open_source(put(f"{counted}/a.tar", tar_of(images)))
     assert taken()[0] <= 5
     for start in range(0, 500, 10):
-        assert [s.image for s in source.read(range(start, start + 10))] == list(images.values())[start : start + 10]
+        assert [s.raw for s in source.read(range(start, start + 10))] == list(images.values())[start : start + 10]
     assert taken()[0] <= 5
 
 
@@ -126,7 +126,7 @@ def test_a_row_group_is_one_request_a_column(counted: str, tmp_path: Path) -> No
     taken()
     group = pq.read_metadata(path).row_group(3)
     (sample,) = source.read([160])
-    assert sample.image == make_jpeg(160)
+    assert sample.raw == make_jpeg(160)
     requests, size = taken()
     assert requests <= 2
     assert size <= group.total_byte_size + (64 << 10)
@@ -143,7 +143,7 @@ def test_many_footers_at_once(counted: str, tmp_path: Path) -> None:
         put(f"{counted}/{number:02d}.parquet", path.read_bytes())
     source = open_source(f"{counted}?rows=0:60")
     assert source.keys() == [f"{number}/{i}" for number in range(20) for i in range(3)]
-    assert [sample.image for sample in source.read([4, 59])] == [make_jpeg(1_000_001), make_jpeg(19_000_002)]
+    assert [sample.raw for sample in source.read([4, 59])] == [make_jpeg(1_000_001), make_jpeg(19_000_002)]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_digits_are_those_of_scikit_learn() -> None:
     assert source.keys(1795) == ["1795", "1796"]
     for index in (0, 17, 1796):
         sample = source.read([index])[0]
-        decoded_CHW = decode_image(sample.image)
+        decoded_CHW = decode_image(sample.raw)
         assert decoded_CHW.shape == (3, 8, 8)
         for channel_HW in decoded_CHW:
             assert np.abs(channel_HW.numpy() - reference.images[index] * 255 / 16).max() <= 0.5
@@ -86,7 +86,7 @@ def test_every_shape_of_item(item: Any, label: int) -> None:
     source = open_source(Items(item))
     sample = source.read([0])[0]
     assert (sample.key, sample.label) == ("0", label)
-    assert np.array_equal(decode_image(sample.image).permute(1, 2, 0).numpy(), PIXELS)
+    assert np.array_equal(decode_image(sample.raw).permute(1, 2, 0).numpy(), PIXELS)
     assert source.labels().tolist() == [label]
     assert (source.kind, source.name) == ("dataset", "Items")
 
@@ -162,7 +162,7 @@ def test_subsets_and_tensor_datasets() -> None:
     data = TensorDataset(images, torch.arange(6))
     source = open_source(Subset(data, [5, 1, 3]))
     assert source.labels().tolist() == [5, 1, 3]
-    assert torch.equal(decode_image(source.read([1])[0].image), images[1])
+    assert torch.equal(decode_image(source.read([1])[0].raw), images[1])
 
 
 def test_an_unreadable_image_is_the_only_bad_one(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_an_unreadable_image_is_the_only_bad_one(tmp_path: Path) -> None:
     bad, good = source.read([0, 1])
     assert (bad.label, good.label) == (0, 1)
     with pytest.raises(BadImageError, match="cannot identify"):
-        decode_image(bad.image)
-    assert decode_image(good.image).shape == (3, 2, 2)
+        decode_image(bad.raw)
+    assert decode_image(good.raw).shape == (3, 2, 2)
 
 
 def test_an_error_of_the_dataset_itself_names_the_sample_and_the_line() -> None:
@@ -199,10 +199,10 @@ def test_a_missing_image_is_the_only_bad_one(absent: Any, tmp_path: Path, caplog
     else:
         source = open_source(Items((PIXELS, 0), absent))
     good, bad = source.read([0, 1])
-    assert decode_image(good.image).shape == (3, 2, 2)
+    assert decode_image(good.raw).shape == (3, 2, 2)
     assert (bad.key, bad.label) == ("1", IGNORE if absent is None else 1)
     with pytest.raises(BadImageError, match="returns None"):
-        decode_image(bad.image)
+        decode_image(bad.raw)
     torch.save(build_model("zoo:resnet8", num_classes=2).state_dict(), tmp_path / "w.pt")
     teachers = [f"zoo:resnet8@{tmp_path / 'w.pt'}?num_classes=2&resize=8"]
     with pytest.raises(DataError, match=r"'?1'?.*returns None"):
@@ -257,7 +257,7 @@ def test_torchvision_by_name_equals_the_class(tmp_path: Path) -> None:
     assert (source.kind, len(source)) == ("torchvision", 7)
     for sample, (image, label) in zip(source.read(range(7)), reference, strict=True):
         assert sample.label == int(label)
-        assert np.array_equal(decode_image(sample.image).permute(1, 2, 0).numpy(), np.asarray(image))
+        assert np.array_equal(decode_image(sample.raw).permute(1, 2, 0).numpy(), np.asarray(image))
 
 
 def test_nothing_is_downloaded_unasked(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_torchvision_folders_are_read_as_files(tmp_path: Path) -> None:
     source = open_source(f"torchvision:ImageFolder?root={tmp_path}")
     assert source.keys() == ["x/1.png", "y/1.png"]
     assert source.class_names == ("x", "y")
-    assert source.read([1])[0].image == (tmp_path / "y" / "1.png").read_bytes()
+    assert source.read([1])[0].raw == (tmp_path / "y" / "1.png").read_bytes()
     assert not open_source(f"torchvision:ImageFolder?root={tmp_path}", ignore_labels=True).has_labels
 
 

@@ -54,10 +54,10 @@ def test_what_the_webdataset_package_writes_and_reads(tmp_path: Path) -> None:
     source = open_source(shards)
     assert source.keys() == [one["__key__"] for one in theirs]
     for sample, one in zip(source.read(range(21)), theirs, strict=True):
-        assert sample.image == one.get("jpg", one.get("jpeg"))
+        assert sample.raw == one.get("jpg", one.get("jpeg"))
         assert sample.label == int(one["cls"])
     picked = open_source(f"{shards}?image=seg.png&label=none")
-    assert [sample.image for sample in picked.read([3, 20])] == [b"not an image"] * 2
+    assert [sample.raw for sample in picked.read([3, 20])] == [b"not an image"] * 2
     assert not picked.has_labels
 
 
@@ -69,7 +69,7 @@ def test_long_and_foreign_names_in_every_tar_format(tmp_path: Path, format: int)
     source = open_source(path)
     assert source.keys() == [name.removeprefix("./").rpartition(".")[0] for name, _ in members]
     with tarfile.open(path) as raw:
-        assert [one.image for one in source.read(range(9))] == [raw.extractfile(one).read() for one in raw]  # type: ignore[union-attr]
+        assert [one.raw for one in source.read(range(9))] == [raw.extractfile(one).read() for one in raw]  # type: ignore[union-attr]
 
 
 def test_labels_from_cls_from_json_and_none_at_all(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_members_that_are_no_samples(tmp_path: Path, caplog: pytest.LogCaptureFi
         open_source(write(tmp_path / "b.tar", [("frame.0001.jpg", b"1"), ("frame.0002.jpg", b"2"), ("x.txt", b"")]))
     with pytest.raises(DataError, match=r"a has several images: jpg, png; choose with '\?image=EXTENSION'"):
         open_source(write(tmp_path / "c.tar", [("a.jpg", b"1"), ("a.png", b"2")]))
-    assert open_source(f"{tmp_path / 'c.tar'}?image=.PNG").read([0])[0].image == b"2"
+    assert open_source(f"{tmp_path / 'c.tar'}?image=.PNG").read([0])[0].raw == b"2"
     with pytest.raises(DataError, match=r"a.jpg is there twice"):
         open_source(write(tmp_path / "d.tar", [("a.jpg", b"1"), ("a.JPG", b"2")]))
 
@@ -279,7 +279,7 @@ def test_many_files_in_few_descriptors(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for sample, number in zip(source.read([*range(150), 0, 149]), [*range(150), 0, 149], strict=True):
-        assert sample.image == make_jpeg(number)
+        assert sample.raw == make_jpeg(number)
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 128
 
 
@@ -291,8 +291,8 @@ def test_pixels_of_a_jpeg_equal_those_from_a_folder(tmp_path: Path) -> None:
     for left, right in zip(
         open_source(tmp_path / "a.tar").read(range(4)), open_source(tmp_path / "f").read(range(4)), strict=True
     ):
-        assert isinstance(left.image, bytes)
-        assert decode_image(left.image).equal(decode_image(right.image))
+        assert isinstance(left.raw, bytes)
+        assert decode_image(left.raw).equal(decode_image(right.raw))
 
 
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:

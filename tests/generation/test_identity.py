@@ -138,7 +138,7 @@ def test_a_shuffled_hugging_face_dataset_and_a_part_of_it(tmp_path: Path, teache
     # A transform of the user's is what the images are then: read with it, and not behind it.
     seen = data.with_transform(lambda rows: {"image": [one.rotate(180) for one in rows["image"]]})
     (sample,) = softlabel.open_source(seen).read([0])
-    assert np.array_equal(np.asarray(sample.image), PIXELS[0, ::-1, ::-1])
+    assert np.array_equal(np.asarray(sample.raw), PIXELS[0, ::-1, ::-1])
 
 
 def test_the_command_line_on_an_array_and_its_reverse(

@@ -302,7 +302,7 @@ def test_factories_of_torchscript_programs(tmp_path: Path, monkeypatch: pytest.M
     module.frozen = lambda: torch.jit.freeze(torch.jit.script(network))
     monkeypatch.setitem(sys.modules, "programs_of_a_test", module)
     data = write_dataset(tmp_path / "data.parquet", 4)
-    images = [decode_image(sample.image) for sample in open_source(data).read(range(4))]
+    images = [decode_image(sample.raw) for sample in open_source(data).read(range(4))]
     for name in ("script", "trace", "frozen"):
         spec = f"python:programs_of_a_test:{name}?resize=16&crop=16&mean=0&std=1"
         softlabel.generate(
@@ -585,7 +585,7 @@ def test_generate_and_verify_with_a_teacher_of_each_kind(
     (member,) = opened.manifest.run.members
     assert (member.sha256, member.preprocessing) == (teacher.sha256, teacher.preprocessing.to_dict())
     assert str(tmp_path) not in member.spec
-    images = [decode_image(sample.image) for sample in open_source(data).read(range(10))]
+    images = [decode_image(sample.raw) for sample in open_source(data).read(range(10))]
     expected = labels(teacher, images) / 2
     expected -= expected.amax(dim=1, keepdim=True)
     found = torch.from_numpy(np.asarray(opened.take(np.arange(10)).scaled_logits, dtype=np.float32))

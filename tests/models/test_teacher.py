@@ -164,7 +164,7 @@ def test_real_teachers_equal_an_independent_forward(shared_data: Path, file: str
     expected_NC = reference_resnet.logits(reference_resnet.read_weights(path), pixels_NCHW)
     teacher = load_teacher(f"zoo:{file.partition('-')[0]}@{path}")
     samples = open_source(shared_data / "cifar10-jpeg" / "test.parquet").read(range(count))
-    images = [teacher.preprocessing.geometry(decode_image(sample.image)) for sample in samples]
+    images = [teacher.preprocessing.geometry(decode_image(sample.raw)) for sample in samples]
     logits_NC = teacher.logits(Inputs.single(stack_images(images)))
     assert (teacher.num_classes, logits_NC.dtype) == (10, torch.float32)
     assert torch.allclose(logits_NC, expected_NC, rtol=1e-4, atol=2e-4)

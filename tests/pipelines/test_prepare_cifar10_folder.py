@@ -25,7 +25,7 @@ def test_class_folders_hold_the_same_bytes_and_labels(shared_data: Path, tmp_pat
     assert (first.returncode, first.stderr) == (0, "")
     assert "120 images written, 0 were there" in first.stdout
     folder = open_source(out)
-    found = {(folder.class_names[sample.label], sample.image) for sample in folder.read(range(len(folder)))}
+    found = {(folder.class_names[sample.label], sample.raw) for sample in folder.read(range(len(folder)))}
     names = open_source(tmp_path / "some.parquet").class_names
     assert found == {(names[row["label"]], row["image"]["bytes"]) for row in table.to_pylist()}
     assert folder.class_names == names

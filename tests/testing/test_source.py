@@ -46,7 +46,7 @@ class ZipSource(Source):
         with zipfile.ZipFile(self.path) as archive:
             labels = self.labels()
             return [
-                Sample(key=self.names[index], image=archive.read(self.names[index]), label=int(labels[index]))
+                Sample(key=self.names[index], raw=archive.read(self.names[index]), label=int(labels[index]))
                 for index in indices
             ]
 
@@ -98,7 +98,7 @@ class FloatLabels(ZipSource):
 
 class ShiftedLabels(ZipSource):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
-        return [Sample(key=one.key, image=one.image, label=1 - one.label) for one in super().read(indices)]
+        return [Sample(key=one.key, raw=one.raw, label=1 - one.label) for one in super().read(indices)]
 
 
 class ReencodedImages(ZipSource):
@@ -106,8 +106,8 @@ class ReencodedImages(ZipSource):
         samples = []
         for one in super().read(indices):
             buffer = io.BytesIO()
-            Image.open(io.BytesIO(one.image)).save(buffer, "BMP")  # type: ignore[arg-type]
-            samples.append(Sample(key=one.key, image=buffer.getvalue(), label=one.label))
+            Image.open(io.BytesIO(one.raw)).save(buffer, "BMP")  # type: ignore[arg-type]
+            samples.append(Sample(key=one.key, raw=buffer.getvalue(), label=one.label))
         return samples
 
 

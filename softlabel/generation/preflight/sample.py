@@ -6,7 +6,7 @@ Legend: B batch, C classes, M members, R rows of the sample.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,21 +159,18 @@ def refuse_equal(trial: Trial, name: str) -> None:
         DataError: the decoded images are.
         TeacherError: the rows are, and the images are not.
     """
-    images_BCHW = [
-        sample for batch in trial.batches if batch.keys for sample in next(iter(batch.inputs[0].tensors.values()))
-    ]
-    picked = np.unique(np.linspace(0, max(0, len(images_BCHW) - 1), _COMPARED).astype(np.int64))
+    full = [batch.inputs[0].tensors for batch in trial.batches if batch.keys]
+    count = sum(len(next(iter(tensors.values()))) for tensors in full)
+    picked = np.unique(np.linspace(0, max(0, count - 1), _COMPARED).astype(np.int64))
     if len(picked) < _FEW:
         return
-    if len({images_BCHW[place].shape for place in picked}) == 1:
-        flat_RP = np.stack([images_BCHW[place].numpy().reshape(-1) for place in picked]).astype(np.int16)
-        equal = _count_equal(flat_RP, _SAME_PIXELS)
-        if equal >= _NEARLY_ALL * len(picked):
-            raise DataError(
-                f"{name}: expected images that differ, found {equal} of a sample of {len(picked)} that are (nearly) "
-                f"the same once decoded (values {flat_RP.min()} to {flat_RP.max()} of 255); look at how they are kept "
-                "(few bits of 16: '?bits=12'), or say --no-preflight if that is how they are"
-            )
+    # The input that differs most speaks for a sample with several.
+    equal = min(_count_equal_inputs([tensors[input] for tensors in full], picked) for input in full[0])
+    if equal >= _NEARLY_ALL * len(picked):
+        raise DataError(
+            f"{name}: expected samples that differ, found {equal} of {len(picked)} that are (nearly) the same once "
+            "decoded; look at how they are kept (few bits of 16: '?bits=12'), or give --no-preflight if they are right"
+        )
     logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
     shifted = np.nan_to_num(logits - logits.max(axis=-1, keepdims=True), neginf=-1e4)
     equal = _count_equal(shifted.reshape(len(shifted), -1), _SAME_LOGITS)
@@ -183,6 +180,18 @@ def refuse_equal(trial: Trial, name: str) -> None:
             "the same although the images are not; check the teacher's checkpoint and its preprocessing (mean, std) or "
             "say --no-preflight if that is how it answers"
         )
+
+
+def _count_equal_inputs(batches: Sequence[Tensor], picked: NDArray[np.int64]) -> int:
+    """How many of these samples have nearly the same numbers as the others; 0 where their shapes differ."""
+    samples = [sample for batch in batches for sample in batch]
+    if len({samples[place].shape for place in picked}) > 1:
+        return 0
+    is_bytes = batches[0].dtype == torch.uint8
+    flat_RN = np.stack([samples[place].numpy().reshape(-1) for place in picked])
+    if not flat_RN.shape[1]:
+        return 0
+    return _count_equal(flat_RN.astype(np.int16 if is_bytes else np.float64), _SAME_PIXELS if is_bytes else 0.0)
 
 
 def _count_equal(rows_RN: NDArray[Any], within: float) -> int:

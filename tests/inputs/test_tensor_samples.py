@@ -1,0 +1,210 @@
+"""Samples that are arrays of numbers, from generate to a trained student: against a plain forward pass of torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import softlabel
+from softlabel.errors import MismatchError, SpecError, UsageError
+from softlabel.models import build_model
+from tests.support.commands import run_softlabel
+
+ROWS, CLASSES = 48, 5
+SPECTRA = np.random.default_rng(0).standard_normal((ROWS, 2, 20, 9)).astype(np.float32)
+TABLE = np.random.default_rng(1).standard_normal((ROWS, 6)).astype(np.float64)
+TILES = np.random.default_rng(2).random((ROWS, 13, 8, 8)).astype(np.float32)
+LABELS = np.random.default_rng(3).integers(0, CLASSES, ROWS)
+MODULE = "tests.inputs.test_tensor_samples"
+
+
+def build_audio(num_classes: int = CLASSES) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, num_classes)
+    )
+
+
+def build_mlp(num_classes: int = CLASSES) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, num_classes))
+
+
+def build_bands(num_classes: int = CLASSES) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(13, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+    )
+
+
+class Two(nn.Module):
+    """A network with two inputs by name."""
+
+    def __init__(self, num_classes: int = CLASSES) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, num_classes), nn.Embedding(7, num_classes)
+
+    def forward(self, table: Tensor, word: Tensor) -> Tensor:
+        return self.left(table) + self.right(word)
+
+
+class Named(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"table": torch.tensor(TABLE[index]), "word": index % 7, "label": int(LABELS[index])}
+
+
+def write_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
+    torch.manual_seed(7)
+    model = build().eval()
+    save_file(model.state_dict(), path)
+    return model
+
+
+def stored_logits(store: Path) -> np.ndarray[Any, Any]:
+    """In the order of the data, up to a constant a row."""
+    with softlabel.open_store(store) as opened:
+        rows = opened.take(opened.lookup([str(row) for row in range(ROWS)]))
+        return np.asarray(rows.scaled_logits)
+
+
+def assert_labels(store: Path, model: nn.Module, *inputs: Tensor, temperature: float = 4.0) -> None:
+    with torch.inference_mode():
+        expected = (model(*inputs) / temperature).numpy()
+    expected -= expected.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(stored_logits(store), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5", "npy"])
+def test_arrays_of_floats_are_labelled_as_a_plain_forward_pass_does(suffix: str, tmp_path: Path) -> None:
+    model = write_weights(build_audio, tmp_path / "cnn.safetensors")
+    if suffix == "npz":
+        np.savez(tmp_path / "data.npz", x=SPECTRA, y=LABELS)
+    elif suffix == "npy":
+        np.save(tmp_path / "data.npy", SPECTRA)
+    else:
+        with h5py.File(tmp_path / "data.h5", "w") as file:
+            file["x"], file["y"] = SPECTRA, LABELS
+    words = "?inputs=x" if suffix == "npy" else "?inputs=x&labels=y"
+    teacher = f"python:{MODULE}:build_audio@{tmp_path / 'cnn.safetensors'}"
+    done = run_softlabel(
+        "generate", "--data", f"{tmp_path}/data.{suffix}{words}", "--teacher", teacher, "--out", tmp_path / "labels",
+        "--encoding", "float32", "--device", "cpu", "--batch-size", 20,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_labels(tmp_path / "labels", model, torch.from_numpy(SPECTRA))
+    assert softlabel.open_store(tmp_path / "labels").run.input == "tensor"
+
+
+def test_a_student_trains_on_arrays_and_is_a_teacher_afterwards(tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "mlp.safetensors")
+    np.savez(tmp_path / "table.npz", x=TABLE, y=LABELS)
+    data = f"{tmp_path}/table.npz?inputs=x&labels=y"
+    spec = f"python:{MODULE}:build_mlp"
+    softlabel.generate(data, teachers=[f"{spec}@{tmp_path}/mlp.safetensors"], out=tmp_path / "labels", device="cpu")
+    done = run_softlabel(
+        "train", "--data", data, "--labels", tmp_path / "labels", "--student", f"{spec}?mean=0&std=2", "--epochs", 40,
+        "--batch-size", 16, "--lr", 0.05, "--hard-weight", 0, "--soft-weight", 1, "--augment", "none",
+        "--out", tmp_path / "run", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = softlabel.evaluate(tmp_path / "run", data, tmp_path / "labels", device="cpu")
+    assert found.teacher_kl is not None
+    assert found.teacher_kl < 1e-3
+    softlabel.generate(
+        data,
+        teachers=[f"run:{tmp_path}/run"],
+        out=tmp_path / "again",
+        device="cpu",
+        encoding="float32",
+        temperature=1.0,
+    )
+
+    assert_labels(
+        tmp_path / "again",
+        build_model(f"run:{tmp_path}/run").eval(),
+        torch.from_numpy(TABLE).float() / 2,
+        temperature=1.0,
+    )
+
+
+def test_a_network_with_several_inputs_gets_them_by_name(tmp_path: Path) -> None:
+    model = write_weights(Two, tmp_path / "two.safetensors")
+    teacher = f"python:{MODULE}:Two@{tmp_path}/two.safetensors"
+    softlabel.generate(
+        Named(), teachers=[teacher], out=tmp_path / "labels", device="cpu", encoding="float32", batch_size=9
+    )
+    assert_labels(tmp_path / "labels", model, torch.from_numpy(TABLE).float(), torch.arange(ROWS) % 7)
+    loader = softlabel.SoftLabelLoader(Named(), tmp_path / "labels", batch_size=16, shuffle=False)
+    for _ in range(2):  # the second epoch comes out of the cache
+        (first, *_) = loader
+        assert first.inputs["table"].dtype == torch.float32
+        assert torch.equal(first.inputs["word"], torch.arange(16) % 7)
+
+
+def test_images_of_many_bands(tmp_path: Path) -> None:
+    model = write_weights(build_bands, tmp_path / "s2.safetensors")
+    np.savez(tmp_path / "tiles.npz", bands=np.moveaxis(TILES, 1, -1))
+    mean, std = np.linspace(0.1, 0.5, 13), np.linspace(0.5, 1, 13)
+    numbers = f"mean={','.join(map(str, mean))}&std={','.join(map(str, std))}"
+    teacher = f"python:{MODULE}:build_bands@{tmp_path}/s2.safetensors?resize=8&crop=6&{numbers}"
+    data = f"{tmp_path}/tiles.npz?inputs=bands&layout=channels-last"
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "labels", device="cpu", encoding="float32")
+    cropped = (torch.from_numpy(TILES)[:, :, 1:7, 1:7] - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(
+        -1, 1, 1
+    )
+    assert_labels(tmp_path / "labels", model, cropped.float())
+    with pytest.raises(UsageError, match="'TrivialAugmentWide' is of 8-bit RGB images"):
+        softlabel.generate(data, teachers=[teacher], out=tmp_path / "views", device="cpu", augment="trivial", views=2)
+
+
+def test_a_number_that_is_not_finite_is_a_bad_sample(tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "mlp.safetensors")
+    table = TABLE.copy()
+    table[5, 2], table[9, 0] = np.nan, np.inf
+    np.savez(tmp_path / "table.npz", x=table)
+    teacher = f"python:{MODULE}:build_mlp@{tmp_path}/mlp.safetensors"
+    summary = softlabel.generate(
+        f"{tmp_path}/table.npz?inputs=x", teachers=[teacher], out=tmp_path / "labels", device="cpu"
+    )
+    assert summary.total_bad == 2
+    assert softlabel.open_store(tmp_path / "labels").bad == {
+        "5": "NaN at position 2",
+        "9": "an infinite number at position 0",
+    }
+
+
+def test_a_changed_number_is_refused_by_its_key(tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "mlp.safetensors")
+    np.savez(tmp_path / "table.npz", x=TABLE)
+    data = f"{tmp_path}/table.npz?inputs=x"
+    teacher = f"python:{MODULE}:build_mlp@{tmp_path}/mlp.safetensors"
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "labels", device="cpu")
+    table = TABLE.copy()
+    table[3, 0] += 1e-9
+    np.savez(tmp_path / "table.npz", x=table)
+    with pytest.raises(MismatchError, match="'3' is not the one that was labelled"):
+        list(softlabel.SoftLabelLoader(data, tmp_path / "labels", batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("zoo:cnn2@{images}?num_classes=5", "takes images, and the samples are arrays of numbers"),
+        ("python:{module}:build_mlp@{weights}?crop=3", "crop= is of images, and the samples are arrays"),
+        ("python:{module}:build_mlp@{weights}?mean=1,2&std=1,1", "expected 2 channels, as mean= has numbers"),
+    ],
+)
+def test_what_is_of_images_is_refused_for_arrays(teacher: str, message: str, tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "w.safetensors")
+    np.savez(tmp_path / "table.npz", x=TABLE)
+    write_weights(lambda: build_model("zoo:cnn2", num_classes=5), tmp_path / "i.safetensors")
+    spec = teacher.format(weights=tmp_path / "w.safetensors", images=tmp_path / "i.safetensors", module=MODULE)
+    with pytest.raises((SpecError, softlabel.SoftLabelError), match=message):
+        softlabel.generate(f"{tmp_path}/table.npz?inputs=x", teachers=[spec], out=tmp_path / "labels", device="cpu")
