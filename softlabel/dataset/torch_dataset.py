@@ -76,7 +76,7 @@ class DatasetSource(ListedSource):
             candidates = (self._items([index])[0] for index in range(min(self._length, _TRIED)))
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
-            self.inputs = _kind_of(_split(first, self.name)[0])
+            self.inputs = _kind_of(stored_bytes(_split(first, self.name)[0]))
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
@@ -240,7 +240,7 @@ def _split(item: Any, name: str) -> tuple[Any, Any]:
         if holding is not None:
             return item[holding], label
         inputs = {key: value for key, value in item.items() if key != chosen}
-        if not inputs or not all(map(_is_numbers, inputs.values())):
+        if not inputs or not all(_is_numbers(value) and not _is_pixels(value) for value in inputs.values()):
             raise DataError(
                 f"{name}: expected items with 'image', or with arrays by the names of a network's inputs, found "
                 f"{', '.join(map(str, item))}"
@@ -262,8 +262,12 @@ def _kind_of(value: Any) -> InputKind:
     if isinstance(value, Mapping):
         return TENSORS
     if isinstance(value, np.ndarray | Tensor):
-        return IMAGES if str(value.dtype).removeprefix("torch.") == "uint8" and value.ndim in (2, 3) else TENSORS
+        return IMAGES if _is_pixels(value) else TENSORS
     return IMAGES
+
+
+def _is_pixels(value: Any) -> bool:
+    return str(getattr(value, "dtype", "")).removeprefix("torch.") == "uint8" and value.ndim in (2, 3)
 
 
 @lru_cache(maxsize=16)  # items of one dataset have the same names

@@ -369,7 +369,7 @@ DATA = [
         name="images that are all black once decoded",
         make=wide_images(8, "?bits=16"),
         code=1,
-        says=(r"d\?bits=16: expected images that differ, found 8 of a sample of 8 .* \(values 0 to 0 of 255\)",),
+        says=(r"d\?bits=16: expected samples that differ, found 8 of 8 ",),
     ),
     Case(
         name="a student whose images are decoded otherwise",

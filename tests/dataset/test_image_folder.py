@@ -185,9 +185,9 @@ def test_unreadable_files_are_bad_images_with_their_labels(classes: Path) -> Non
     gone, empty = source.read([1, 4])
     assert (gone.key, gone.label) == ("ant/10.png", 1)
     with pytest.raises(BadImageError, match="No such file"):
-        decode_image(gone.image)
+        decode_image(gone.raw)
     with pytest.raises(BadImageError, match="empty"):
-        decode_image(empty.image)
+        decode_image(empty.raw)
 
 
 def test_a_vanished_disk_is_not_a_thousand_bad_images(classes: Path) -> None:

@@ -360,7 +360,7 @@ def test_an_image_that_cannot_be_read_is_named(digits: Path, tmp_path: Path, wor
     images, labels = make_digit_jpegs()
     broken = [*images[:9], images[9][:100]]
     source = write_parquet(tmp_path / "a.parquet", broken, keys=keys_of(10), labels=labels[:10], class_names=DIGITS)
-    with pytest.raises(DataError, match=r"image 'digits/0009.jpg': "):
+    with pytest.raises(DataError, match=r"sample 'digits/0009.jpg': "):
         list(SoftLabelLoader(source, batch_size=4, workers=workers))
 
 

@@ -135,8 +135,8 @@ def test_preprocessing_of_a_spec(spec: str, expected: Preprocessing) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("mean=1,2", "three numbers"),
-        ("std=a,b,c", "three numbers"),
+        ("mean=1,2", "as many numbers of each"),
+        ("std=a,b,c", "a number for each channel"),
         ("std=0,1,1", "std above 0"),
         ("mean=nan,0,0", "finite"),
         ("resize=big", "whole number"),
