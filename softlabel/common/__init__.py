@@ -1,1 +1,1 @@
-"""What several packages share and none of them owns: specs, keys, hashes, devices, files."""
+"""Code that several packages share: specs, keys, hashes, devices, files."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic replacement of files."""
 
 import contextlib
 import os
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file by one that is on disk in whole before it gets its name.
+    """Replace a file: write a temporary one, sync it to disk, rename it.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written to; what was there stays.
+        OSError: the disk is full or the folder is not writable; the old file stays.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:

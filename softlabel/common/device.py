@@ -1,4 +1,4 @@
-"""Where and with how much of the machine to compute: one meaning of `--device`, `--workers` and `--threads`."""
+"""Device, threads and worker processes: one meaning of `--device`, `--workers` and `--threads`."""
 
 import os
 from dataclasses import dataclass
@@ -11,19 +11,22 @@ from softlabel.errors import UsageError
 Choice = Literal["auto", "yes", "no"]
 CHOICES: tuple[Choice, ...] = ("auto", "yes", "no")
 
-# A lane holds a batch's activations, so their number is bounded where cores are not.
+# Each lane holds the activations of one batch: memory bounds their number.
 MOST_LANES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """How a run uses the machine. None of it is part of a store's identity: labels agree to rounding whatever it is.
+    """How a run uses the machine. Not part of a store's identity: labels agree up to rounding.
 
     Attributes:
-        threads: that compute on a CPU; None: as many as torch takes.
-        compile: whether the teachers go through `torch.compile`.
-        stack: whether members of one architecture run as one stacked network; auto: where a timed trial says so.
-        members_in_turn: whether members are moved to the device one after the other; auto: where they do not fit.
+        threads: threads that compute on a CPU; None: torch's default.
+        compile: compile the teachers with `torch.compile`.
+        stack: run members of one architecture as one stacked network; auto: if a timed trial is faster.
+        members_in_turn: move members to the device one after another; auto: if they do not fit together.
+
+    Raises:
+        UsageError: a value is out of range, or two options exclude each other.
     """
 
     threads: int | None = None
@@ -38,26 +41,28 @@ class Tuning:
             if value not in CHOICES:
                 raise UsageError(f"{name}: expected {' or '.join(CHOICES)}, found {value!r}")
         if self.compile and self.stack == "yes":
-            raise UsageError("stack: members that are compiled run in turn; leave out --compile or --stack yes")
+            raise UsageError("stack: compiled members run in turn; leave out --compile or --stack yes")
         if self.members_in_turn == "yes" and self.stack == "yes":
-            raise UsageError("stack: members that are moved in turns cannot be stacked; leave out one of the two")
+            raise UsageError("stack: members that run in turn cannot be stacked; leave out one of the two options")
 
     def lanes(self, device: torch.device) -> tuple[int, int]:
-        """(lanes, threads of each). A lane takes a batch through everything; on a CPU several run side by side, each
-        with few threads, which wait less for one another than the threads of one do. A GPU has one lane."""
+        """Return (lanes, threads per lane). A lane carries a batch through all steps; a GPU has one lane.
+
+        On a CPU several lanes with few threads each run in parallel: they synchronise less than one lane with many.
+        """
         if device.type != "cpu":
             return 1, 1
         threads = self.threads or torch.get_num_threads()
-        # A compiled network is compiled anew for every lane: one is enough for it.
+        # Each lane would compile its own copy of the network.
         lanes = 1 if self.compile else min(threads, MOST_LANES)
         return lanes, threads // lanes
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
+    """Return the torch device of a name; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
-        UsageError: a device that is not there, or not a device.
+        UsageError: the name is not a device, or this machine does not have it.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,19 +73,21 @@ def resolve_device(device: str) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, found {device!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device: {device} is not there ({torch.cuda.device_count()} CUDA devices); use --device cpu")
+        raise UsageError(
+            f"device: {device} not found, this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return found
 
 
 def decoders(workers: int | None, device: torch.device) -> int:
-    """How many processes decode, where nobody says: a CPU's lanes do it themselves, beside a GPU cores are free."""
+    """Return the number of decoding processes; by default 0 on a CPU, whose lanes decode, and up to 8 beside a GPU."""
     if workers is not None:
         return workers
     return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this says that an allocation failed, on a device or in main memory."""
+    """Whether an error reports a failed allocation, on a device or in main memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,9 +1,8 @@
-"""What a file is by its first bytes, where it is taken for something else."""
+"""File types recognised by their first bytes, for error messages about a file of the wrong type."""
 
 from pathlib import Path
 
-# The first bytes of files that are taken for others, and what they are.
-_PACKED = (
+_WRAPPED = (
     (
         b"version https://git-lfs.github.com/spec/",
         "a pointer of git-lfs instead of the file itself; fetch it with 'git lfs pull'",
@@ -17,21 +16,21 @@ _PACKED = (
 )
 
 _NO_CHECKPOINTS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?), not one of PyTorch"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?), not a PyTorch file"),
     (b"\x93NUMPY", "a numpy array"),
-    (b"GGUF", "a GGUF file, which is not one of PyTorch"),
+    (b"GGUF", "a GGUF file, not a PyTorch file"),
 )
 
 
 def describe_content(path: Path) -> str | None:
-    """What a file is by its first bytes, with what to do about it; None: nothing that is known here.
+    """Return the type of a file by its first bytes, with a remedy; None if unknown.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         start = file.read(512)
-    found = describe_beginning(start) or _known(start, _NO_CHECKPOINTS)
+    found = describe_beginning(start) or _match_start(start, _NO_CHECKPOINTS)
     if found is not None:
         return found
     # safetensors: the length of a JSON header as 8 bytes, then the header.
@@ -42,13 +41,13 @@ def describe_content(path: Path) -> str | None:
 
 
 def describe_beginning(start: bytes) -> str | None:
-    """What a file of any kind is instead of itself, by its first 512 bytes, with what to do about it; None: unknown."""
+    """Return what the first 512 bytes show instead of the expected file, with a remedy; None if unknown."""
     if not start:
         return "an empty file (an interrupted download?)"
     if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "a web page; download the file itself"
-    return _known(start, _PACKED)
+    return _match_start(start, _WRAPPED)
 
 
-def _known(start: bytes, beginnings: tuple[tuple[bytes, str], ...]) -> str | None:
+def _match_start(start: bytes, beginnings: tuple[tuple[bytes, str], ...]) -> str | None:
     return next((what for beginning, what in beginnings if start.startswith(beginning)), None)

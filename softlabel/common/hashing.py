@@ -1,7 +1,4 @@
-"""64-bit hashes of (key, view), many at a time; and the keys of a table as 64-bit words.
-
-N keys.
-"""
+"""Vectorised 64-bit hashes of (key, view), and keys as 64-bit words. N keys."""
 
 import secrets
 from typing import Any
@@ -12,31 +9,27 @@ import numpy.typing as npt
 from softlabel.common.keys import Keys
 
 U64 = npt.NDArray[np.uint64]
-
 I64 = npt.NDArray[np.int64]
 
 CHUNK = 1 << 12  # rows hashed at once: the working set stays in the processor's cache
 _K1 = np.uint64(0x9E3779B97F4A7C15)
-
 _K2 = np.uint64(0xD6E8FEB86659FD93)
-
 _SHIFT = np.uint64(32)
-
-
 MASKS = np.array([(1 << (8 * size)) - 1 for size in range(1, 9)], np.uint64)  # of a word with 1 to 8 bytes left
 
 
 def word_view(padded: npt.NDArray[np.uint8]) -> U64:
-    """words[i] is the little-endian word at byte i, of data with 8 bytes of padding."""
+    """Return overlapping words uint64: words[i] is the little-endian word at byte i of data with 8 bytes of padding."""
     return np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
 
 
 def words_of(keys: Keys) -> U64:
+    """Return the `word_view` of the key bytes; it copies them unless the keys have words already."""
     return word_view(np.concatenate([keys.data, np.zeros(8, np.uint8)])) if keys.words is None else keys.words
 
 
 def with_words(keys: Keys) -> Keys:
-    """The same keys, padded once for many lookups."""
+    """Return the same keys with their words, padded once for many lookups."""
     if keys.words is not None:
         return keys
     words = words_of(keys)
@@ -45,20 +38,20 @@ def with_words(keys: Keys) -> Keys:
 
 
 def _mix(state: U64, spare: U64) -> None:
-    """In place: memory that is taken anew costs more than the arithmetic."""
+    """Mix in place: allocating memory costs more than the arithmetic."""
     np.multiply(state, _K2, out=state)
     np.right_shift(state, _SHIFT, out=spare)
     np.bitwise_xor(state, spare, out=state)
 
 
 class Hasher:
-    """Hashes of (key, view); seeded, so that nobody can prepare keys that collide."""
+    """Hashes of (key, view), randomly seeded so that keys cannot be crafted to collide."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = np.uint64(secrets.randbits(64) if seed is None else seed)
 
     def __call__(self, keys: Keys, views: npt.NDArray[Any] | int) -> U64:
-        """uint64 (N,)."""
+        """Return uint64 (N,), the hash of each key with its view (int (N,) or one for all)."""
         words = words_of(keys)
         out = np.empty(len(keys), np.uint64)
         views_N = np.broadcast_to(np.asarray(views, np.int64).astype(np.uint64), (len(keys),))
@@ -74,7 +67,7 @@ class Hasher:
         _mix(state_N, spare_N)
         longest = int(length_N.max(initial=0))
         whole = int(length_N.min(initial=longest)) // 8  # words that every key has
-        if longest == length_N.min(initial=longest):  # then the words of all keys lie at equal distances
+        if longest == length_N.min(initial=longest):  # equal lengths: the words of all keys lie at equal distances
             for step in range(-(-longest // 8)):
                 word_N = words[position_N[0] + 8 * step :: longest][: len(state_N)]
                 if step == whole:

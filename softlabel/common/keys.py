@@ -1,7 +1,4 @@
-"""Keys of rows as two flat arrays, so that a million of them cost no Python objects.
-
-N keys: `offsets_N1` int64 (N + 1,), `data` uint8, the UTF-8 of key i is data[offsets_N1[i]:offsets_N1[i + 1]].
-"""
+"""Keys of rows as two flat arrays, without a Python object for each."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -14,21 +11,30 @@ import pyarrow as pa
 
 from softlabel.errors import DataError, StoreCorruptError
 
-KEY_LIMIT = 65_535  # bytes of UTF-8; longer ones are somebody's mistake, and hashing goes word by word
+KEY_LIMIT = 65_535  # bytes of UTF-8; hashing takes a step per 8 bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Keys:
+    """N keys: `offsets_N1` int64 (N + 1,), `data` uint8; key i is the UTF-8 in data[offsets_N1[i]:offsets_N1[i + 1]].
+
+    `words[i]` is the word at byte i (see `hashing.word_view`); None until a lookup needs it.
+    """
+
     offsets_N1: npt.NDArray[np.int64]  # noqa: N815
     data: npt.NDArray[np.uint8]
-    words: npt.NDArray[np.uint64] | None = None  # words[i]: the 8 bytes from byte i on, where the data has room for it
+    words: npt.NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets_N1) - 1
 
     @staticmethod
     def of(keys: "Keys | Sequence[str] | npt.NDArray[Any] | pa.Array") -> "Keys":
-        """From strings. Raises DataError for what is not Unicode text, empty or longer than 65,535 bytes."""
+        """Convert strings.
+
+        Raises:
+            DataError: a key is null, not Unicode text, or longer than 65,535 bytes.
+        """
         if isinstance(keys, Keys):
             return keys
         try:
@@ -46,7 +52,11 @@ class Keys:
 
     @staticmethod
     def read(array: Any) -> "Keys":
-        """A text array of a file, not yet checked. Raises ValueError for nulls."""
+        """Convert an Arrow string array read from a file, unchecked.
+
+        Raises:
+            ValueError: a key is null.
+        """
         if array.null_count:
             raise ValueError("a key is null")
         if len(array) == 0 or array.type != pa.string():
@@ -58,7 +68,7 @@ class Keys:
 
     @staticmethod
     def _of_arrow(array: Any) -> "Keys":
-        """A large_string array without nulls; shares its memory."""
+        """Convert a large_string array without nulls, sharing its memory."""
         offsets_buffer, data_buffer = array.buffers()[1:3]
         if len(array) == 0 or offsets_buffer is None:
             return Keys(np.zeros(1, np.int64), np.zeros(0, np.uint8))
@@ -86,7 +96,7 @@ class Keys:
         return Keys._rebased(self.offsets_N1[start : stop + 1], self.data)
 
     def arrow(self) -> Any:
-        """As a pyarrow large_string array sharing the memory."""
+        """Return a pyarrow large_string array that shares the memory."""
         buffers = [None, pa.py_buffer(np.ascontiguousarray(self.offsets_N1)), pa.py_buffer(self.data)]
         return pa.Array.from_buffers(pa.large_string(), len(self), buffers)
 
@@ -98,7 +108,11 @@ class Keys:
         return Keys(offsets, self.data[positions])
 
     def to_list(self) -> list[str]:
-        """Raises StoreCorruptError when the bytes, read from a damaged store, are no text."""
+        """Return the keys as strings.
+
+        Raises:
+            StoreCorruptError: the bytes, read from a damaged store, are not UTF-8.
+        """
         data, offsets = self.data.tobytes(), self.offsets_N1.tolist()
         try:
             return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
@@ -109,7 +123,11 @@ class Keys:
         return self.data[self.offsets_N1[row] : self.offsets_N1[row + 1]].tobytes().decode()
 
     def check(self) -> Self:
-        """Itself. Raises ValueError when offsets do not tile the data or the data is not UTF-8 (a broken file)."""
+        """Return self after checking it.
+
+        Raises:
+            ValueError: the offsets do not tile the data, or the data is not UTF-8 (a damaged file).
+        """
         if len(self.offsets_N1) < 1 or self.offsets_N1[0] != 0 or self.offsets_N1[-1] != len(self.data):
             raise ValueError("key offsets do not span the key bytes")
         lengths_N = np.diff(self.offsets_N1)
@@ -123,7 +141,7 @@ class Keys:
 
 
 class PickedKeys:
-    """Some rows of a key table, copied out only when somebody wants them (a pickle holds them, not the table)."""
+    """Some rows of a key table, copied on first use; a pickle holds these rows, not the table."""
 
     __slots__ = ("_keys", "_rows")
 

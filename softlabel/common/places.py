@@ -1,4 +1,4 @@
-"""Names of data, teachers and stores that mean the same in every process, whatever its working directory."""
+"""Names of data, teachers and stores with absolute paths: valid in every process, whatever its working directory."""
 
 import os
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from softlabel.common.spec import PROGRAMS, Spec, join_options, parse_spec, quot
 
 
 def absolute_source(text: str) -> str:
-    """A SOURCE whose local paths are absolute: workers have working directories of their own."""
+    """Return a SOURCE with its local paths made absolute."""
     plain = os.path.expanduser(text)
     if os.path.exists(plain):
-        # A folder may be called as the data that comes with scikit-learn is, which SOURCE means.
+        # A SOURCE "digits" means scikit-learn's data even if a folder of this name exists.
         return text if text == "digits" else os.path.abspath(plain)
     head, options = split_options(text, subject=text)
     if head != "digits" and not head.startswith("torchvision:") and "://" not in head:
@@ -19,7 +19,7 @@ def absolute_source(text: str) -> str:
 
 
 def absolute_spec(text: str) -> str:
-    """A SPEC whose local paths are absolute."""
+    """Return a SPEC with its local paths made absolute."""
     spec = parse_spec(text)
     name = spec.name
     if spec.kind in ("run", "hf", *PROGRAMS.values()) and os.path.exists(name):
@@ -36,6 +36,6 @@ def _absolute(options: Mapping[str, str]) -> dict[str, str]:
 
 
 def absolute_root(out: str | os.PathLike[str]) -> str:
-    """A store's folder as every worker reaches it; URLs stay."""
+    """Return a store's folder as an absolute path; a URL is returned as it is."""
     text = os.path.expanduser(out)
     return text if "://" in text else os.path.abspath(text)

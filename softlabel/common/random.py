@@ -1,4 +1,4 @@
-"""Random numbers from identity: hashes of integers that look independent of them, the same in every process."""
+"""Deterministic random numbers: hashes of integers, the same in every process."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,19 +6,18 @@ from numpy.typing import NDArray
 UInt64s = NDArray[np.uint64]
 
 _GOLDEN = 0x9E3779B97F4A7C15
-
 _U64 = (1 << 64) - 1
 
 
 def mix64(values: UInt64s) -> UInt64s:
-    """Hash uint64 numbers, each to one that looks independent of it (the finaliser of SplitMix64; a bijection)."""
+    """Hash uint64 numbers of any shape with the finaliser of SplitMix64, a bijection."""
     mixed = values.copy()
     mix64_in_place(mixed, np.empty_like(mixed))
     return mixed
 
 
 def mix64_in_place(values: UInt64s, spare: UInt64s) -> None:
-    """`mix64` in place, with `spare` as scratch memory: an order is a hundred passes over short arrays."""
+    """Apply `mix64` in place, with `spare` as scratch memory of the same shape."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         np.bitwise_xor(values, np.right_shift(values, np.uint64(shift), out=spare), out=values)
         np.multiply(values, np.uint64(factor), out=values)
@@ -26,10 +25,10 @@ def mix64_in_place(values: UInt64s, spare: UInt64s) -> None:
 
 
 def stream_key(*parts: int) -> np.uint64:
-    """One uint64 key out of integers (a seed, an epoch, the number of a round), each of which changes it."""
+    """Hash integers (for example a seed, an epoch, a round) into one uint64 key."""
     key = 0
     for part in parts:
-        # The arithmetic of mix64 on one Python integer: a batch needs a dozen of them, and numpy's scalars are slow.
+        # mix64 on a Python integer: numpy scalars are slow, and a batch needs a dozen keys.
         key = ((key ^ (part & _U64)) + _GOLDEN) & _U64
         key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _U64
         key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _U64

@@ -1,14 +1,12 @@
-"""The little language in which data, teachers and students are named: ``NAME?option=value&option=value``.
+"""The syntax that names data, teachers and students: ``NAME?option=value&option=value``.
 
     SPEC    kind:name[@checkpoint][?options]       zoo:resnet20@weights/resnet20.th?mean=0.5,0.5,0.5
             file.onnx[?options], file.pt2[?options]
     SOURCE  path[?options] or name[?options]       train.parquet?label=fine_label
 
-An option's value is a JSON literal (`true`, `32`, `[1, 2]`, `null`), or else a string. A `&` inside a value is
-written `%26`; other `%xx` mean what they mean in a URL.
-
-Before the options a `?` that belongs to a path is written `%3F`, and a `%3F` that belongs to it `%253F`; nothing else
-is changed there. A path that begins with `~` starts at the home folder.
+An option's value is a JSON literal (`true`, `32`, `[1, 2]`, `null`), or else a string, percent-encoded as in a URL
+(`&` is `%26`). In a path, `?` is written `%3F` and `%3F` is written `%253F`; nothing else is encoded. A leading `~` is
+the home folder.
 """
 
 import json
@@ -22,16 +20,16 @@ from urllib.parse import unquote
 from softlabel.errors import SpecError
 
 KINDS = ("torchvision", "zoo", "timm", "hf", "python", "run")
-# A file that is a whole network, program and weights: its suffix says what it is.
+# Suffix -> kind of files that hold a whole network, program and weights.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
-# Options that say where a network comes from, not what it is.
+# Options about where weights come from; they do not change the network.
 _PLACES = ("download", "trust", "weights_key")
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """A model by name: where its builder is, which weights it starts from, and what else its builder is told."""
+    """A parsed SPEC: kind and name of the network, path of its checkpoint, and further options."""
 
     kind: str
     name: str
@@ -40,14 +38,14 @@ class Spec:
 
     @property
     def text(self) -> str:
-        """The SPEC as one would write it: ``parse_spec(spec.text) == spec``."""
+        """The SPEC as text: ``parse_spec(spec.text) == spec``."""
         kind = "" if self.kind in PROGRAMS.values() else f"{self.kind}:"
         checkpoint = f"@{quote_path(self.checkpoint)}" if self.checkpoint else ""
         return f"{kind}{quote_path(self.name)}{checkpoint}{join_options(self.options)}"
 
     @property
     def identity(self) -> str:
-        """The SPEC without the place where its weights lie, which is no part of what a store is: their hash is."""
+        """The SPEC without the location of its weights: a store is identified by their hash."""
         local = self.kind in ("run", *PROGRAMS.values()) or (self.kind == "hf" and os.path.isdir(self.name))
         name = os.path.basename(os.path.normpath(self.name)) if local else self.name
         options = {key: value for key, value in self.options.items() if key not in _PLACES}
@@ -55,10 +53,10 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """Read a SPEC.
+    """Parse a SPEC.
 
     Raises:
-        SpecError: no kind, a kind that there is not, no name, or options that are not ``name=value``.
+        SpecError: the kind is missing or unknown, the name is missing, or an option is not ``name=value``.
     """
     kind, colon, rest = text.partition(":")
     if not colon or kind not in KINDS:
@@ -67,11 +65,11 @@ def parse_spec(text: str) -> Spec:
             return Spec(kind=program, name=head, options=options)
         raise SpecError(
             f"{text!r}: expected KIND:NAME[@CHECKPOINT][?OPTIONS] with a KIND of {', '.join(KINDS)}, "
-            f"or a file that ends in {' or '.join(PROGRAMS)}; for instance zoo:resnet20@weights.th"
+            f"or a file that ends in {' or '.join(PROGRAMS)}; for example zoo:resnet20@weights.th"
         )
     head, options = split_options(rest, subject=text)
     if kind in ("run", "hf"):
-        # The folder may well have an @ in its name, and it brings its own weights.
+        # The folder holds the weights, and its name may contain an @.
         name, at, checkpoint = head, "", ""
     else:
         name, at, checkpoint = head.partition("@")
@@ -88,7 +86,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def quote_path(path: str) -> str:
-    """A path as it is written in a SPEC or SOURCE; `split_options` gives it back."""
+    """Escape a path for a SPEC or SOURCE; `split_options` reverses it."""
     return re.sub(r"%((?:25)*3[Ff])", r"%25\1", path).replace("?", "%3F")
 
 
@@ -97,10 +95,14 @@ def _unquote_path(text: str) -> str:
 
 
 def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
-    """Cut ``head?a=1&b=2`` into its head and its options, `~` expanded; `subject` is what an error is about.
+    """Split ``head?a=1&b=2`` into its head and its options, with `~` expanded.
+
+    Args:
+        text: the text to split.
+        subject: what an error message begins with.
 
     Raises:
-        SpecError: an option without ``=``, or one given twice.
+        SpecError: an option has no ``=``, or occurs twice.
     """
     head, _, tail = text.partition("?")
     options: dict[str, str] = {}
@@ -117,17 +119,15 @@ def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
 
 
 def join_options(options: Mapping[str, str]) -> str:
-    """Options as they stand behind a name, with the question mark; nothing for none. The inverse of `split_options`."""
+    """Return options as text with the leading question mark, empty for none; the inverse of `split_options`."""
     pairs = (f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in options.items())
     return f"?{'&'.join(pairs)}" if options else ""
 
 
 def literal(value: str) -> Any:
-    """The Python value of an option: a JSON literal, a word of YAML for true, false or nothing in any case, or else the
-    string itself."""
+    """Parse an option's value: a YAML word for true, false or null in any case, a JSON literal, or else a string."""
     word = value.lower()
-    # bool("False") and bool("no") are True: a word must not turn on what it turns off.
-    if word in _WORDS:
+    if word in _WORDS:  # bool("False") and bool("no") are True
         return _WORDS[word]
     try:
         return json.loads(value)

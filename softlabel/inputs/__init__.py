@@ -1,1 +1,1 @@
-"""What an input is: how an image is decoded, identified by its content, and brought to a network's size."""
+"""Inputs of networks: decoding images, hashing their content, and resizing them."""

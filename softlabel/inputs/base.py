@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabel.errors import BadImageError
 
-IGNORE = -100
+IGNORE = -100  # label of an unlabelled sample
 
 
 # A sample as a source has it: encoded bytes, pixels or numbers of a dataset that decodes by itself, arrays by the names
@@ -29,11 +29,11 @@ Images: TypeAlias = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
-    """What is done with an image of which that has to be known.
+    """Choices in decoding that change the pixels.
 
     Attributes:
-        upright: encoded images are turned as their EXIF data says.
-        bits: how many bits grey images of 16 bits use; None: nobody has looked, all of them.
+        upright: apply the EXIF orientation of encoded images.
+        bits: bits used by 16-bit grey images; None: not determined.
     """
 
     upright: bool = True
@@ -41,16 +41,16 @@ class Decoding:
 
     @classmethod
     def of(cls, recorded: Mapping[str, Any]) -> Self:
-        """As `to_dict` gave it."""
+        """Restore from `to_dict`."""
         return cls(upright=recorded.get("exif", "upright") == "upright", bits=recorded.get("bits"))
 
     def to_dict(self) -> dict[str, Any]:
-        """For a manifest; what is usual is left out."""
+        """Return a mapping for a manifest, without default values."""
         exif = {} if self.upright else {"exif": "ignore"}
         return exif if self.bits is None else {**exif, "bits": self.bits}
 
     def options(self) -> str:
-        """As a user writes them behind a SOURCE."""
+        """Return the options of a SOURCE that select this decoding."""
         return f"'?exif={'upright' if self.upright else 'ignore'}{'' if self.bits is None else f'&bits={self.bits}'}'"
 
 

@@ -1,10 +1,10 @@
-"""What tells whether an image is the one that was labelled: 64 bits of what the source gave, stored with its row.
+"""Content hashes: 64 bits of an image as the source returned it, stored with its row to detect changed images.
 
     encoded bytes                    their XXH3-64
-    PIL image, array or tensor       XXH3-64 of type, shape and values, and in its lower 16 bits a mark
+    PIL image, array or tensor       XXH3-64 of type, shape and values, with a mark in its lower 16 bits
 
-The mark keeps the two apart: a photo that is read as a file here and as pixels there has two hashes that say nothing
-about each other. One hash of a file in 65,536 carries the mark by chance, and then counts as one of pixels.
+The mark separates the two kinds: the hashes of one photo as a file and as pixels cannot be compared. One hash of a file
+in 65,536 carries the mark by chance and counts as a hash of pixels.
 
 Legend: B samples, H and W height and width, C channels.
 """
@@ -24,38 +24,38 @@ from softlabel.inputs.base import Raw
 
 _MARK = 0x7870
 _MARKED = 0xFFFF
-_PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # whose array says everything; other modes are named in the hash
+_PLAIN_MODES = ("L", "RGB", "RGBA", "I;16")  # defined by their array alone; the hash of other modes includes the name
 
 
 def content_hash(image: Raw) -> int | None:
     """The hash of an image as a source gives it, not 0; None where there is none, because it could not be read.
 
-    An image of one channel counts as (H, W), a tensor (C, H, W) as (H, W, C), a palette as its colours: the same pixels
-    have the same hash in whatever a dataset hands them out.
+    Equal pixels have equal hashes in every container: one channel counts as (H, W), a tensor (C, H, W) as (H, W, C), a
+    palette as its colours.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return xxhash.xxh3_64_intdigest(image)
     if isinstance(image, Tensor):
-        return _of_tensor(image.detach().cpu())
+        return _hash_tensor(image.detach().cpu())
     if isinstance(image, np.ndarray):
         return hash_array(image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     if isinstance(image, Image.Image):
         try:
-            return _of_pil(image)
-        except Exception:  # a file that PIL opened and cannot decode: `decode_image` says why
+            return _hash_pil(image)
+        except Exception:  # PIL cannot decode the file; `decode_image` reports the reason
             return None
     return None
 
 
 def hash_values(values: Any, dtype: str, shape: tuple[int, ...], mode: str = "") -> int:
-    """XXH3-64 of `values` (a contiguous buffer), seeded with that of what they mean, and marked."""
+    """Return the marked XXH3-64 of `values` (a contiguous buffer), seeded with the hash of dtype, shape and mode."""
     return xxhash.xxh3_64_intdigest(values, _seed(dtype, shape, mode)) & ~_MARKED | _MARK
 
 
 def comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """bool (B,): where two hashes, 0 for none, can say whether the images are the same."""
+    """Return bool (B,), whether two hashes (0 for none) are of the same kind and can be compared."""
     both_B = (now_B != 0) & (stored_B != 0)
-    found: NDArray[np.bool_] = both_B & ((now_B == stored_B) | (_of_pixels(now_B) == _of_pixels(stored_B)))
+    found: NDArray[np.bool_] = both_B & ((now_B == stored_B) | (_is_of_pixels(now_B) == _is_of_pixels(stored_B)))
     return found
 
 
@@ -66,14 +66,14 @@ def changed_content(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> 
 
 
 def why_not_comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> str | None:
-    """Why the first of these samples that cannot be compared cannot be; None where all can be, or cannot be read."""
+    """Return why the first incomparable pair of hashes (B,) is so; None if all readable images can be compared."""
     places = np.flatnonzero((now_B != 0) & ~comparable(now_B, stored_B))
     if not len(places):
         return None
     if not stored_B[places[0]]:
-        return "it was labelled before images of this kind got a content hash"
-    labelled, given = ("pixels", "files") if _of_pixels(stored_B[places[:1]])[0] else ("files", "pixels")
-    return f"it was labelled from {labelled}, and these are {given}"
+        return "it was labelled without a content hash"
+    labelled, given = ("pixels", "files") if _is_of_pixels(stored_B[places[:1]])[0] else ("files", "pixels")
+    return f"it was labelled from {labelled}, these are {given}"
 
 
 def hashes_of(raws: Iterable[Raw], hash_one: Callable[[Raw], int | None] = content_hash) -> NDArray[np.uint64]:
@@ -87,7 +87,7 @@ def _seed(dtype: str, shape: tuple[int, ...], mode: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _of_pixels(hashes_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def _is_of_pixels(hashes_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
     marked: NDArray[np.bool_] = (hashes_B & np.uint64(_MARKED)) == _MARK
     return marked
 
@@ -99,7 +99,7 @@ def hash_array(array: NDArray[Any], mode: str = "") -> int:
     return hash_values(plain.reshape(-1).view(np.uint8), plain.dtype.str, array.shape, mode)
 
 
-def _of_tensor(tensor: Tensor) -> int:
+def _hash_tensor(tensor: Tensor) -> int:
     if tensor.dtype == torch.bfloat16:
         return hash_array(tensor.view(torch.int16).numpy(), "bfloat16")
     if tensor.dim() == 3:
@@ -107,8 +107,8 @@ def _of_tensor(tensor: Tensor) -> int:
     return hash_array(tensor.numpy())
 
 
-def _of_pil(image: Image.Image) -> int:
-    if image.mode == "RGB":  # a copy less than through numpy
+def _hash_pil(image: Image.Image) -> int:
+    if image.mode == "RGB":  # saves a copy
         return hash_values(image.tobytes(), "|u1", (image.height, image.width, 3))
     if image.mode in ("P", "PA", "La"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")

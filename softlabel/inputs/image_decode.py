@@ -1,10 +1,10 @@
-"""From whatever a source holds to pixels: uint8 RGB, upright.
+"""Decode images to upright uint8 RGB pixels.
 
 Legend: B batch, C channels (3), H and W height and width.
 
-PIL is the one decoder, for the teacher's images and for the student's, so that both see the same pixels. Where an image
-has to become RGB this is what PIL's `convert("RGB")` does and torchvision's `ImageFolder` as well: transparency is
-dropped, colour profiles are not applied, of an animation the first frame counts.
+PIL decodes for teacher and student, so that both get the same pixels. Conversion to RGB is PIL's `convert("RGB")`, as
+in torchvision's `ImageFolder`: transparency is dropped, colour profiles are ignored, an animation gives its first
+frame.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from softlabel.errors import BadImageError, DataError
 from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Raw, Sample
 from softlabel.inputs.content import content_hash, hash_values
 
-# Pixel formats that have no program behind them: PIL would run Ghostscript on a PostScript file.
+# Formats that PIL decodes by itself: for PostScript it would run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -41,18 +41,22 @@ _UPRIGHT = {
 def decode_image(image: Raw, decoding: Decoding = AS_USUAL) -> Tensor:
     """The pixels of an image: uint8 (3, H, W), RGB; of encoded bytes turned upright as their EXIF data says.
 
-    Takes encoded bytes, a PIL image, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H, W).
-    Grey, palette, CMYK and alpha become RGB; of 16 bits the upper 8 that are used. The result lies in memory
-    as (H, W, 3).
+    Args:
+        image: encoded bytes, a PIL image, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H,
+            W). Grey, palette, CMYK and alpha become RGB; 16-bit pixels keep the upper 8 of the bits in use.
+        decoding: the EXIF orientation applies to encoded bytes only.
+
+    Returns:
+        uint8 (3, H, W), in memory as (H, W, 3).
 
     Raises:
-        BadImageError: it is no image, or a damaged one, or one too large to be meant; the text is the reason alone.
-        DataError: pixels of a kind that cannot be meant, such as floats: the source is wrong, not this image.
+        BadImageError: not an image, damaged, or too large; the text is the reason alone.
+        DataError: pixels of an unsupported type, such as floats: the source is wrong, not this image.
     """
     if isinstance(image, Tensor):
-        return _from_tensor(image)
+        return _convert_tensor(image)
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        return _convert_array(image)
     if isinstance(image, BadImageError):
         raise BadImageError(str(image)) from image
     if not isinstance(image, bytes | bytearray | memoryview | Image.Image):
@@ -62,16 +66,16 @@ def decode_image(image: Raw, decoding: Decoding = AS_USUAL) -> Tensor:
         )
     try:
         if isinstance(image, Image.Image):
-            # A dataset's pixels are as it means them: the tag often outlives the turning that it asked for.
-            return _from_pil(image, dataclasses.replace(decoding, upright=False))
+            # A dataset may have applied the orientation and kept the tag.
+            return _decode_pil(image, dataclasses.replace(decoding, upright=False))
         if not len(image):
             raise BadImageError("empty, 0 bytes")
-        return _from_pil(Image.open(io.BytesIO(image), formats=_formats()), decoding)
+        return _decode_pil(Image.open(io.BytesIO(image), formats=_list_formats()), decoding)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         head = bytes(image[:12]) if not isinstance(image, Image.Image) else b""
-        raise BadImageError(f"not an image, of an unknown format, or damaged; it begins with {head!r}") from error
+        raise BadImageError(f"not an image, an unknown format, or damaged; it begins with {head!r}") from error
     except Exception as error:  # plugins raise SyntaxError, struct.error, IndexError, ... on damaged files
         reason = re.sub(r" at 0x[0-9a-f]+", "", f"{error}" or type(error).__name__)
         raise BadImageError(reason) from error
@@ -80,10 +84,11 @@ def decode_image(image: Raw, decoding: Decoding = AS_USUAL) -> Tensor:
 def decode_hashed(image: Raw, decoding: Decoding = AS_USUAL) -> tuple[Tensor, int]:
     """`decode_image` and `content_hash` in one go, which saves a second look at pixels that need no conversion.
 
-    Raises: as `decode_image`.
+    Raises:
+        BadImageError, DataError: as `decode_image`.
     """
     pixels_CHW = decode_image(image, decoding)
-    if isinstance(image, bytes):  # by far the most frequent
+    if isinstance(image, bytes):  # the most frequent case
         return pixels_CHW, xxhash.xxh3_64_intdigest(image)
     if _is_plain(image):
         values_HWC = pixels_CHW.numpy().transpose(1, 2, 0)
@@ -118,33 +123,33 @@ def _is_plain(image: Raw) -> bool:
     return isinstance(image, Tensor) and image.dim() == 3 and image.shape[0] == 3
 
 
-# A pixel from here on needs more than 12 bits: no camera or scanner fills 13 to 15.
+# A pixel from here on needs more than 12 bits: no camera or scanner uses 13 to 15.
 _CLEARLY_16_BITS = 1 << 12
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those that this build of PIL has: it stumbles over the name of one that it has not."""
+def _list_formats() -> tuple[str, ...]:
+    """Return the formats of this build of PIL, which fails on the names of others."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _from_pil(image: Image.Image, decoding: Decoding) -> Tensor:
+def _decode_pil(image: Image.Image, decoding: Decoding) -> Tensor:
     image.load()
-    image = _to_rgb(_upright(image) if decoding.upright else image, decoding.bits)
-    # A bytearray, because torch warns of read-only memory and would let one write into it. numpy makes the shape in one
-    # step: for small images every torch operation counts.
+    image = _to_rgb(_turn_upright(image) if decoding.upright else image, decoding.bits)
+    # A bytearray, because torch would write into read-only memory. numpy sets the shape in one step, which is faster
+    # than torch operations for small images.
     width, height = image.size
     pixels = np.ndarray((3, height, width), np.uint8, bytearray(image.tobytes()), 0, (1, 3 * width, 3))
     return torch.from_numpy(pixels)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> Image.Image:
     if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
-        return image  # asking a JPEG for EXIF data that it has not takes a tenth of its decoding
+        return image  # getexif() takes a tenth of the decoding time even if there is no EXIF data
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged EXIF data around good pixels: as they lie is the best guess, and everybody's
+    except Exception:  # damaged EXIF data: keep the pixels as stored, as other decoders do
         return image
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
@@ -155,7 +160,7 @@ def _to_rgb(image: Image.Image, bits: int | None) -> Image.Image:
     if mode == "RGB":
         return image
     if mode == "I" or mode.startswith("I;16"):
-        # PIL would clip at 255; of 16-bit colour it keeps the upper byte too.
+        # PIL clips 16-bit grey at 255; of 16-bit colour it keeps the upper byte, as here.
         grey_HW = np.asarray(image).astype(np.int64)
         if grey_HW.min() < 0 or grey_HW.max() > 0xFFFF:
             raise BadImageError(
@@ -163,45 +168,45 @@ def _to_rgb(image: Image.Image, bits: int | None) -> Image.Image:
             )
         if bits is None and grey_HW.max() < _CLEARLY_16_BITS:
             raise BadImageError(
-                f"16-bit pixels of at most {grey_HW.max()}: how many bits they use was not decided, as none "
-                "of the images of this data that were looked at has 16; '?bits=N' says it"
+                f"16-bit pixels of at most {grey_HW.max()}: the number of bits in use is unknown, as no image that "
+                "was sampled has 16-bit pixels; set it with '?bits=N'"
             )
         bits = 16 if bits is None else bits
         if grey_HW.max() >> bits:
             raise BadImageError(
-                f"a pixel of {grey_HW.max()}, and the 16-bit images of this data were taken to use {bits} bits; "
-                "'?bits=16' takes all"
+                f"a pixel of {grey_HW.max()}, expected at most {bits} bits as in the other 16-bit images of this data; "
+                "'?bits=16' accepts all"
             )
         return Image.fromarray((grey_HW >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if mode == "F":
         raise BadImageError("floating-point pixels have no agreed range; convert it to 8 bits")
     if mode in ("P", "PA", "La"):
-        # PIL warns of, or refuses, the direct way for these; the colours are the same.
+        # PIL warns about or refuses the direct conversion; the colours are the same.
         image = image.convert("LA" if mode == "La" else "RGBA")
     return image.convert("RGB")
 
 
-def _from_array(image: NDArray[np.uint8]) -> Tensor:
+def _convert_array(image: NDArray[np.uint8]) -> Tensor:
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
         raise DataError(
             f"expected an image array of shape (H, W) or (H, W, 1, 3 or 4), found {image.shape}; "
             "an image with its channels first can be given as a tensor"
         )
     grid = torch.from_numpy(np.array(image if image.ndim == 3 else image[:, :, None]))
-    return _three_channels(grid.permute(2, 0, 1), str(image.dtype))
+    return _make_rgb(grid.permute(2, 0, 1), str(image.dtype))
 
 
-def _from_tensor(image: Tensor) -> Tensor:
+def _convert_tensor(image: Tensor) -> Tensor:
     if image.dim() not in (2, 3) or (image.dim() == 3 and image.shape[0] not in (1, 3, 4)):
         raise DataError(
             f"expected an image tensor of shape (H, W) or (1, 3 or 4, H, W), found {tuple(image.shape)}; "
             "an image with its channels last can be given as an array"
         )
     grid = image.detach().cpu()
-    return _three_channels(grid if grid.dim() == 3 else grid[None], str(image.dtype))
+    return _make_rgb(grid if grid.dim() == 3 else grid[None], str(image.dtype))
 
 
-def _three_channels(image_CHW: Tensor, dtype: str) -> Tensor:
+def _make_rgb(image_CHW: Tensor, dtype: str) -> Tensor:
     if image_CHW.dtype != torch.uint8:
         raise DataError(
             f"expected uint8 pixels from 0 to 255, found {dtype}; let the dataset return the image before ToTensor and "
@@ -210,5 +215,5 @@ def _three_channels(image_CHW: Tensor, dtype: str) -> Tensor:
     if not image_CHW.numel():
         raise BadImageError(f"no pixels, shape {tuple(image_CHW.shape)}")
     three_CHW = image_CHW.expand(3, -1, -1) if image_CHW.shape[0] == 1 else image_CHW[:3]
-    # Always a copy: the dataset may hold on to its pixels.
+    # Always a copy: the dataset may keep its pixels.
     return three_CHW.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""How an image of any size becomes a network's input.
+"""Resize, crop and normalise images for a network.
 
 Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
 """
@@ -20,21 +20,24 @@ from softlabel.inputs.tensor import check_mean_std
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-# Where PIL itself begins to speak of a decompression bomb: a 20000 x 2 image resized to 224 would take 1.5 GB.
+# PIL's limit for a decompression bomb: a 20000 x 2 image resized to 224 would take 1.5 GB.
 _MOST_PIXELS = 2**30 // 4 // 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing(InputTransform):
-    """How an image of any size becomes a network's input.
+    """Geometry and normalisation of a network's input.
 
     Attributes:
         mean, std: of the channels, three of RGB or one for each of several bands, for values in [0, 1].
         resize: length of the shorter side after resizing; None leaves the size.
         crop: side of the square cut from the middle; None leaves the size.
         interpolation: nearest, nearest-exact, bilinear or bicubic (the last two with antialiasing).
-        squash: both sides become `resize`, whatever the image's proportions were.
-        floor_crop: half a pixel beside the crop is rounded down, as transformers does, and not to even, as torchvision.
+        squash: resize both sides to `resize`, ignoring the proportions.
+        floor_crop: round the crop's corner down, as transformers does, instead of to even, as torchvision does.
+
+    Raises:
+        SpecError: a value is out of range, or two of them exclude each other.
     """
 
     kind: ClassVar[str] = "image"
@@ -61,7 +64,7 @@ class Preprocessing(InputTransform):
             raise SpecError("squash: expected a resize= to squash to, found none")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON keeps it; `from_dict` is the inverse."""
+        """Return a JSON object; `from_dict` is the inverse."""
         found = {
             "mean": list(self.mean),
             "std": list(self.std),
@@ -69,12 +72,16 @@ class Preprocessing(InputTransform):
             "crop": self.crop,
             "interpolation": self.interpolation,
         }
-        # Left out where they say nothing: members that were recorded before there were such fields stay what they are.
+        # Defaults are left out: the identity of members recorded before these fields existed must not change.
         return found | {name: True for name in ("squash", "floor_crop") if getattr(self, name)}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "Preprocessing":
-        """Raises SpecError where a field is missing or of another kind."""
+        """Restore from `to_dict`.
+
+        Raises:
+            SpecError: a field is missing or has the wrong type.
+        """
         try:
             return cls(
                 mean=tuple(float(x) for x in found["mean"]),
@@ -92,7 +99,7 @@ class Preprocessing(InputTransform):
 
     @property
     def in_words(self) -> str:
-        """As options of a SPEC would say it."""
+        """The fields as options of a SPEC."""
         numbers = {name: ",".join(f"{x:.4g}" for x in getattr(self, name)) for name in ("mean", "std")}
         geometry = {name: getattr(self, name) for name in ("resize", "crop", "interpolation")}
         fields = numbers | geometry | ({"squash": "true"} if self.squash else {})
@@ -100,23 +107,27 @@ class Preprocessing(InputTransform):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What `geometry` depends on: members that are equal in it may share one tensor."""
+        """The fields that `geometry` depends on: members that agree in them can share a tensor."""
         return self.resize, self.crop, self.interpolation, self.squash, self.floor_crop
 
     @property
     def fixes_size(self) -> bool:
-        """True where images of every size come out with the same one."""
+        """Whether images of all sizes get one size."""
         return self.crop is not None
 
     def geometry(self, image_CHW: Tensor) -> Tensor:
-        """Resize the shorter side (or, to squash, both), antialiased; then cut the middle: uint8 (3, H, W) to uint8.
+        """Resize the shorter side (both with `squash`) with antialiasing, then crop the centre.
 
-        An image that has the size already is returned as it is.
+        Args:
+            image_CHW: uint8 (3, H, W).
+
+        Returns:
+            uint8 (3, H', W'); the image itself if it has the size already.
 
         Raises:
-            BadImageError: an image too small for the crop, or so thin that resizing it would fill the memory.
+            BadImageError: the image is too small for the crop, or so thin that resizing it would exhaust memory.
         """
-        image_CHW = self._resized(image_CHW)
+        image_CHW = self._resize(image_CHW)
         height, width = image_CHW.shape[-2:]
         if self.crop is None or (height, width) == (self.crop, self.crop):
             return image_CHW
@@ -133,8 +144,8 @@ class Preprocessing(InputTransform):
     def fit(self, item: Item, *, fixed: bool = False) -> Tensor:
         """A view in this network's size: uint8 (3, H, W) to uint8.
 
-        Where views of all images have one size (`fixed`), the crop was chosen with the view, and cutting the middle
-        once more would show less than was chosen: the whole view is resized to S x S, S being this network's crop.
+        Views of one size (`fixed`) were cropped already: a second crop would remove part of the view, so the whole view
+        is resized to S x S, where S is this network's `crop`.
         """
         if not isinstance(item, Tensor) or item.shape[0] != len(self.mean):
             found = f"one of shape {tuple(item.shape)}" if isinstance(item, Tensor) else "several arrays"
@@ -151,7 +162,7 @@ class Preprocessing(InputTransform):
         resized_CHW: Tensor = transforms.resize(item, size, interpolation=mode, antialias=True)
         return resized_CHW
 
-    def _resized(self, image_CHW: Tensor) -> Tensor:
+    def _resize(self, image_CHW: Tensor) -> Tensor:
         height, width = image_CHW.shape[-2:]
         short, long = min(height, width), max(height, width)
         if self.resize is None or (short == self.resize and (long == self.resize or not self.squash)):
@@ -202,7 +213,7 @@ class Preprocessing(InputTransform):
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """``(x / 255 - mean) / std``: uint8 (B, C, H, W) to float32 of the same shape, device and memory layout; floats
         are not divided by 255."""
-        mean_C11, std_C11 = _constants(self.mean, self.std, images_BCHW.device)
+        mean_C11, std_C11 = _make_constants(self.mean, self.std, images_BCHW.device)
         if images_BCHW.dtype != torch.uint8:
             return (images_BCHW - mean_C11).div_(std_C11)
         return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
@@ -214,8 +225,8 @@ def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std on the device: copying them there for every batch would make the host wait for it."""
+def _make_constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and std on the device, cached: a copy per batch would synchronise host and device."""
     with torch.inference_mode(False):
         return (
             torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None],

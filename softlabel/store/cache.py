@@ -70,15 +70,15 @@ class Cache:
                 length = path.stat().st_size
                 if not isinstance(entry, dict) or entry.get("bytes") != length or (size is not None and size != length):
                     return None
-                if check and name not in self._trusted and not self._whole(name, path, entry.get("xxh3")):
+                if check and name not in self._trusted and not self._is_intact(name, path, entry.get("xxh3")):
                     return None
-                arrays[name] = _map(path, length)
+                arrays[name] = _map_file(path, length)
             except (OSError, ValueError):
                 return None
             self._trusted.add(name)
         return arrays
 
-    def _whole(self, name: str, path: Path, xxh3: object) -> bool:
+    def _is_intact(self, name: str, path: Path, xxh3: object) -> bool:
         """Whether the file's bytes are those that were written: hashed, unless they were since it last changed."""
         status = os.stat(path)  # before the bytes are read: what changes meanwhile is not vouched for
         stamp = [xxh3, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -130,7 +130,7 @@ class Cache:
             os.close(handle)
 
 
-def _map(path: Path, length: int) -> Array:
+def _map_file(path: Path, length: int) -> Array:
     if not length:
         return np.zeros(0, np.uint8)
     array = np.memmap(path, np.uint8, "r")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-_WORDS = {
+_FIELD_NAMES = {
     "dataset.rows": "dataset size",
     "dataset.fingerprint": "dataset keys (fingerprint)",
     "combine.rule": "combine rule",
@@ -20,7 +20,7 @@ _WORDS = {
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:
     """What a run has otherwise than a store, both as JSON; `path` is where in them the two stand."""
     if path == "views.policy" and store != run:
-        yield f"view policy: the store has {_policy(store)}, this run {_policy(run)}"
+        yield f"view policy: the store has {_format_policy(store)}, this run {_format_policy(run)}"
     elif isinstance(store, dict) and isinstance(run, dict):
         for name in sorted(store.keys() | run.keys()):
             yield from differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
@@ -31,15 +31,15 @@ def differences(path: str, store: Any, run: Any) -> Iterable[str]:
         if path == "members":
             store, run = ([member["spec"] for member in side] for side in (store, run))
             path = "teachers"
-        yield f"{_WORDS.get(path, path)}: the store has {_short(store)}, this run {_short(run)}"
+        yield f"{_FIELD_NAMES.get(path, path)}: the store has {_shorten(store)}, this run {_shorten(run)}"
 
 
-def _policy(policy: Any) -> str:
+def _format_policy(policy: Any) -> str:
     """Its steps where it has some."""
-    return _short(policy.get("steps") or policy.get("name"))
+    return _shorten(policy.get("steps") or policy.get("name"))
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if value is None:
         return "none"
     text = value if isinstance(value, str) else str(value)

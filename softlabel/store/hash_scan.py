@@ -38,7 +38,7 @@ def hash_and_scan(
             return digest.hexdigest(), not any(rows for _, rows in extents)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     data: Any = np.frombuffer(mapped, np.uint8)
-    for start, stop in _pieces(extents, row_bytes, size):
+    for start, stop in _iter_pieces(extents, row_bytes, size):
         if start < position or stop > size:
             clean = False
             continue
@@ -57,7 +57,7 @@ def hash_and_scan(
     return digest.hexdigest(), clean
 
 
-def _pieces(extents: Iterable[tuple[int, int]], row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
+def _iter_pieces(extents: Iterable[tuple[int, int]], row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of rows that fit the cache; what lies between them, and at the end, ends in an empty piece."""
     step, done = max(1, _BLOCK // row_bytes), 0
     for offset, rows in [*extents, (size, 0)]:

@@ -113,7 +113,7 @@ class ShardPlan:
     part: int = 0
 
 
-class _Remembering:
+class _FingerprintCache:
     """A place for what a frozen dataclass has worked out about itself; no field, so that copies start without it."""
 
     __slots__ = ("_prints",)
@@ -121,7 +121,7 @@ class _Remembering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run(_Remembering):
+class Run(_FingerprintCache):
     """The identity of a store. Equal fingerprints: interchangeable shards."""
 
     format: Format
@@ -154,7 +154,7 @@ class Run(_Remembering):
             dataclasses.replace(one, views=None if one.views == now else one.views) for one in self.dataset.earlier
         )
         object.__setattr__(self, "dataset", dataclasses.replace(self.dataset, earlier=tuple(named)))
-        sizes = list(self._sizes())
+        sizes = list(self._iter_sizes())
         for (rows, views), (next_rows, next_views) in itertools.pairwise(sizes):
             if not (0 < views <= next_views and rows <= next_rows and (views == next_views) != (rows == next_rows)):
                 raise ValueError(f"dataset extents must grow by samples or by views, found {sizes} (samples, views)")
@@ -197,10 +197,10 @@ class Run(_Remembering):
         if not hasattr(self, "_prints"):
             object.__setattr__(self, "_prints", {})
         if part not in self._prints:  # worked out once: every shard that is opened is compared with it
-            self._prints[part] = _fingerprint(dumps(to_json(self._at(part))))
+            self._prints[part] = _fingerprint(dumps(to_json(self._as_of(part))))
         return self._prints[part]
 
-    def _at(self, part: int) -> "Run":
+    def _as_of(self, part: int) -> "Run":
         then = self.extents[part]
         assert then.views is not None
         dataset = dataclasses.replace(
@@ -218,18 +218,18 @@ class Run(_Remembering):
     def grew_from(self, other: "Run") -> bool:
         """Whether this is `other`, grown: its shards are then the first ones of this run."""
         part = len(other.dataset.earlier)
-        return part < len(self.dataset.earlier) and self._at(part) == other
+        return part < len(self.dataset.earlier) and self._as_of(part) == other
 
-    def _sizes(self) -> Iterable[tuple[int, int]]:
+    def _iter_sizes(self) -> Iterable[tuple[int, int]]:
         """(samples, views) of each extent."""
         for extent in self.dataset.earlier:
             yield extent.rows, extent.views or self.views.count
         yield self.dataset.rows, self.views.count
 
-    def _parts(self) -> Iterable[tuple[range, range, int]]:
+    def _iter_growths(self) -> Iterable[tuple[range, range, int]]:
         """(samples, views, shards per view) of each growth, which is one of samples or one of views."""
         rows = views = 0
-        for next_rows, next_views in self._sizes():
+        for next_rows, next_views in self._iter_sizes():
             grew = views and next_views > views
             samples = range(next_rows) if grew else range(rows, next_rows)
             yield samples, range(views if grew else 0, next_views), -(-len(samples) // self.shard_rows)
@@ -237,12 +237,12 @@ class Run(_Remembering):
 
     @property
     def shard_count(self) -> int:
-        return sum(per_view * len(views) for _, views, per_view in self._parts())
+        return sum(per_view * len(views) for _, views, per_view in self._iter_growths())
 
     def shard(self, number: int) -> ShardPlan:
         """The plan of one shard. Raises ValueError beyond the last one."""
         first = 0
-        for part, (samples, views, per_view) in enumerate(self._parts()):
+        for part, (samples, views, per_view) in enumerate(self._iter_growths()):
             if 0 <= number - first < per_view * len(views):
                 view, position = divmod(number - first, per_view)
                 begin = samples.start + position * self.shard_rows

@@ -15,8 +15,8 @@ from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to
 
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')
-_CURE = "copy it again from where it came from, or write the store again"
-_SEGMENT_CURE = "run 'softlabel repair' on the store, which finds its shards again"
+_REMEDY = "copy it again from where it came from, or write the store again"
+_SEGMENT_REMEDY = "run 'softlabel repair' on the store, which finds its shards again"
 
 
 def encode_root(manifest: Manifest) -> bytes:
@@ -29,11 +29,11 @@ def decode_root(raw: bytes, where: str) -> Manifest:
     """Raises StoreCorruptError (damaged or hostile) or StoreError (another format or version)."""
     found = _TAIL.search(raw[-64:])
     if found is None:
-        raise StoreCorruptError(f"{where}: expected a checksum in its last line, found none; {_CURE}")
+        raise StoreCorruptError(f"{where}: expected a checksum in its last line, found none; {_REMEDY}")
     position = len(raw) - len(raw[-64:]) + found.start(1)
     expected = xxhash.xxh3_128_hexdigest(raw[:position] + _ZEROS + raw[position + 32 :])
     if found[1].decode() != expected:
-        raise StoreCorruptError(f"{where}: checksum says {found[1].decode()}, its bytes give {expected}; {_CURE}")
+        raise StoreCorruptError(f"{where}: checksum says {found[1].decode()}, its bytes give {expected}; {_REMEDY}")
     try:
         value = loads(raw)
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
@@ -47,7 +47,7 @@ def decode_root(raw: bytes, where: str) -> Manifest:
         del value["checksum"]
         return from_json(Manifest, value)
     except SchemaError as error:
-        raise StoreCorruptError(f"{where}: {error}; {_CURE}") from None
+        raise StoreCorruptError(f"{where}: {error}; {_REMEDY}") from None
 
 
 def encode_segment(segment: Segment) -> bytes:
@@ -59,12 +59,15 @@ def decode_segment(raw: bytes, ref: SegmentRef, where: str) -> Segment:
     found = xxhash.xxh3_128_hexdigest(raw)
     if len(raw) != ref.bytes or found != ref.xxh3:
         raise StoreCorruptError(
-            f"{where}: expected {ref.bytes} bytes with xxh3 {ref.xxh3}, found {len(raw)} with {found}; {_SEGMENT_CURE}"
+            f"{where}: expected {ref.bytes} bytes with xxh3 {ref.xxh3}, found {len(raw)} with {found}; "
+            f"{_SEGMENT_REMEDY}"
         )
     try:
         segment = from_json(Segment, loads(raw))
     except SchemaError as error:
-        raise StoreCorruptError(f"{where}: {error}; {_SEGMENT_CURE}") from None
+        raise StoreCorruptError(f"{where}: {error}; {_SEGMENT_REMEDY}") from None
     if len(segment.shards) != ref.shards:
-        raise StoreCorruptError(f"{where}: expected {ref.shards} shards, found {len(segment.shards)}; {_SEGMENT_CURE}")
+        raise StoreCorruptError(
+            f"{where}: expected {ref.shards} shards, found {len(segment.shards)}; {_SEGMENT_REMEDY}"
+        )
     return segment

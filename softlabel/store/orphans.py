@@ -16,7 +16,7 @@ def find_orphans(folder: Folder, run: Run, recorded: Collection[int]) -> list[Sh
         named = SHARD_FILE.fullmatch(name)
         if not named or size < 0 or int(named[1]) in recorded or int(named[1]) in found:
             continue
-        identity = _identity(folder, run, name, named[2])
+        identity = _read_identity(folder, run, name, named[2])
         number = int(named[1])
         if identity is None or identity.number != number or number >= run.shard_count:
             continue
@@ -33,7 +33,7 @@ def holds(folder: Folder, name: str, data: bytes) -> bool:
         return False
 
 
-def _identity(folder: Folder, run: Run, name: str, xxh3: str) -> ShardIdentity | None:
+def _read_identity(folder: Folder, run: Run, name: str, xxh3: str) -> ShardIdentity | None:
     """What an orphan says it is, None when it is damaged or of another format."""
     if shard_file(0, xxh3, run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
         return None

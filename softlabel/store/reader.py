@@ -47,7 +47,7 @@ class Store:
         self._memory, self._check_cache = memory, check_cache
         self._starts = np.concatenate([[0], np.cumsum([record.rows for record in records], dtype=np.int64)])
         self._index: KeyIndex | None = None
-        self._small: _Small | None = None
+        self._small: _SmallColumns | None = None
         self._views: npt.NDArray[np.int32] | None = None
         self._parts: dict[str, Parts] = {}
         self._extra: Mapping[str, Array] | None = None
@@ -141,30 +141,30 @@ class Store:
         content = "".join([self.manifest.store_id, *(record.xxh3 for record in self._records)])
         return Cache(xxhash.xxh3_128_hexdigest(content.encode()))
 
-    def _load_small(self) -> "_Small":
+    def _load_small(self) -> "_SmallColumns":
         if self._small is None:
             # All that is not payload is keys, labels, content and a little structure.
             size = sum(record.bytes for record in self._records) - self._payload_bytes
             parts: dict[str, list[Any]] = {"key": [], "key_offsets": [], "label": [], "content": []}
             if size <= self._memory:
-                self._each_small(lambda name, data: parts[name].append(data))
+                self._append_small(lambda name, data: parts[name].append(data))
                 empty = {"key": np.uint8, "key_offsets": np.int64, "label": np.int64, "content": np.uint64}
                 found = {name: np.concatenate([np.zeros(0, empty[name]), *parts[name]]) for name in parts}
             else:
                 sizes = {"key": None, **dict.fromkeys(("label", "content"), 8 * len(self))}
                 found = self._cache.get(
-                    {**sizes, "key_offsets": 8 * (len(self) + 1)}, self._each_small, check=self._check_cache
+                    {**sizes, "key_offsets": 8 * (len(self) + 1)}, self._append_small, check=self._check_cache
                 )
             key_data = found["key"]
             keys = Keys(found["key_offsets"].view("<i8"), key_data[: len(key_data) - 8], word_view(key_data))
-            self._small = _Small(keys, found["label"].view("<i8"), found["content"].view("<u8"))
+            self._small = _SmallColumns(keys, found["label"].view("<i8"), found["content"].view("<u8"))
         return self._small
 
-    def _each_small(self, append: Append) -> None:
+    def _append_small(self, append: Append) -> None:
         """Keys (with 8 bytes of padding), their offsets, labels and content of all shards, end to end."""
         base = 0
         append("key_offsets", np.zeros(1, np.int64))
-        for _, _, part in self._blocks(["key", "label", "content"], 0, len(self)):
+        for _, _, part in self._read_blocks(["key", "label", "content"], 0, len(self)):
             keys = asked(part.keys, "key")
             try:
                 keys.check()
@@ -177,13 +177,13 @@ class Store:
             base += int(keys.offsets_N1[-1])
         append("key", np.zeros(8, np.uint8))
 
-    def _columns_of(self, names: Sequence[str]) -> dict[str, Parts]:
+    def _get_columns(self, names: Sequence[str]) -> dict[str, Parts]:
         if missing := [name for name in names if name not in self._parts]:
-            for name, parts in self._load(missing).items():
+            for name, parts in self._load_columns(missing).items():
                 self._parts[name] = Parts(parts)
         return {name: self._parts[name] for name in names}
 
-    def _load(self, names: Sequence[str]) -> dict[str, list[Array]]:
+    def _load_columns(self, names: Sequence[str]) -> dict[str, list[Array]]:
         """The encoding's columns as arrays to gather from: in memory, mapped in place, or mapped from the cache."""
         widths = {column.name: column for column in self.run.columns if column.name in names}
         if self.run.format == "hdf5" and self._folder.is_local and self._records:
@@ -195,13 +195,13 @@ class Store:
             return mapped
         if self._payload_bytes <= self._memory:
             whole = {name: np.empty((len(self), column.width), column.numpy) for name, column in widths.items()}
-            for rows, _, part in self._blocks(names, 0, len(self)):
+            for rows, _, part in self._read_blocks(names, 0, len(self)):
                 for name, array in part.columns.items():
                     whole[name][rows.start : rows.stop] = array
             return {name: [array] for name, array in whole.items()}
 
         def build(append: Append) -> None:
-            for _, _, part in self._blocks(names, 0, len(self)):
+            for _, _, part in self._read_blocks(names, 0, len(self)):
                 for name, array in part.columns.items():
                     append(name, array)
 
@@ -218,13 +218,13 @@ class Store:
             if base >= stop:
                 return
             if self._records[number].rows:
-                shard = self._open(self._records[number])
+                shard = self._open_shard(self._records[number])
                 try:
                     yield base, shard
                 finally:
                     shard.close()
 
-    def _blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
+    def _read_blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
         """(rows, view, columns) block by block."""
         for base, shard in self.open_shards(start, stop):
             for first, last in shard.blocks(names):
@@ -232,7 +232,7 @@ class Store:
                 if first < last:
                     yield range(base + first, base + last), shard.identity.view, shard.read(names, first, last)
 
-    def _open(self, record: ShardRecord) -> OpenShard:
+    def _open_shard(self, record: ShardRecord) -> OpenShard:
         path = self._folder.where(record.file)
         try:
             with self._folder.local(record.file) as local:
@@ -295,8 +295,8 @@ class Store:
             UsageError: rows that are no such numbers (a mask, floats), or a column that the store has not.
         """
         rows_B = row_numbers(rows, len(self), where=self.url)
-        names = self._names(columns)
-        payload = self._columns_of([column.name for column in self.run.columns if column.name in names])
+        names = self._check_columns(columns)
+        payload = self._get_columns([column.name for column in self.run.columns if column.name in names])
         return StoredRows(
             run=self.run,
             views=self.views[rows_B],
@@ -307,7 +307,7 @@ class Store:
             extra=self.extra,
         )
 
-    def _names(self, columns: Sequence[str] | None) -> list[str]:
+    def _check_columns(self, columns: Sequence[str] | None) -> list[str]:
         known = [*ROW_NAMES, *(column.name for column in self.run.columns)]
         if columns is not None and (odd := set(columns) - set(known)):
             raise UsageError(f"{self.url}: no column {sorted(odd)[0]!r}; it has {', '.join(known)}")
@@ -322,14 +322,14 @@ class Store:
             columns: as for `take`; what is left out is not read.
             start, stop: rows, by default all.
         """
-        names = self._names(columns)
+        names = self._check_columns(columns)
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise UsageError(f"{self.url}: rows {start} to {stop} are not within its {len(self)} rows")
-        return self._stream([name for name in names if name != "view"], start, stop)
+        return self._iter_batches([name for name in names if name != "view"], start, stop)
 
-    def _stream(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
-        for rows, view, part in self._blocks(names, start, stop):
+    def _iter_batches(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
+        for rows, view, part in self._read_blocks(names, start, stop):
             yield StoredRows(
                 run=self.run,
                 views=np.full(len(rows), view, np.int32),
@@ -343,7 +343,7 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
-class _Small:
+class _SmallColumns:
     keys: Keys
     labels: npt.NDArray[np.int64]
     content: npt.NDArray[np.uint64]

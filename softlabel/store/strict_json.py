@@ -57,7 +57,7 @@ def to_json(value: Any) -> Any:
 
 def from_json(kind: type[T], value: Any) -> T:
     """`value` (parsed JSON) as a `kind`. Raises SchemaError."""
-    decoded: T = _decoder(cast(Any, kind))(value)
+    decoded: T = _make_decoder(cast(Any, kind))(value)
     return decoded
 
 
@@ -89,70 +89,70 @@ def loads(raw: bytes) -> Any:
         raise SchemaError(f"not JSON: {error}") from None
 
 
-def _found(value: Any) -> str:
+def _describe_found(value: Any) -> str:
     text = repr(value)
     return f"found {type(value).__name__} {text[:60]}{'...' if len(text) > 60 else ''}"
 
 
-def _text(value: Any) -> str:
+def _decode_text(value: Any) -> str:
     if type(value) is not str:
-        raise SchemaError(f"expected text, {_found(value)}")
+        raise SchemaError(f"expected text, {_describe_found(value)}")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise SchemaError(f"expected Unicode text, {_found(value)}") from None
+            raise SchemaError(f"expected Unicode text, {_describe_found(value)}") from None
     return value
 
 
-def _integer(value: Any) -> int:
+def _decode_integer(value: Any) -> int:
     if type(value) is not int or not -INT_LIMIT <= value < INT_LIMIT:
-        raise SchemaError(f"expected a 64-bit integer, {_found(value)}")
+        raise SchemaError(f"expected a 64-bit integer, {_describe_found(value)}")
     return value
 
 
-def _number(value: Any) -> float:
+def _decode_number(value: Any) -> float:
     if type(value) is int and abs(value) < INT_LIMIT:
         return float(value)
     if type(value) is not float or not math.isfinite(value):
-        raise SchemaError(f"expected a finite number, {_found(value)}")
+        raise SchemaError(f"expected a finite number, {_describe_found(value)}")
     return value
 
 
-def _boolean(value: Any) -> bool:
+def _decode_boolean(value: Any) -> bool:
     if type(value) is not bool:
-        raise SchemaError(f"expected true or false, {_found(value)}")
+        raise SchemaError(f"expected true or false, {_describe_found(value)}")
     return value
 
 
 def _object(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
-        raise SchemaError(f"expected an object, {_found(value)}")
+        raise SchemaError(f"expected an object, {_describe_found(value)}")
     return value
 
 
 _SCALARS: dict[Any, Callable[[Any], Any]] = {
-    str: _text,
-    int: _integer,
-    float: _number,
-    bool: _boolean,
+    str: _decode_text,
+    int: _decode_integer,
+    float: _decode_number,
+    bool: _decode_boolean,
     Any: lambda value: value,
 }
 
 
 @functools.cache
-def _decoder(kind: Any) -> Callable[[Any], Any]:
+def _make_decoder(kind: Any) -> Callable[[Any], Any]:
     if kind in _SCALARS:
         return _SCALARS[kind]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        return _sequence(_decoder(arguments[0]))
+        return _make_sequence(_make_decoder(arguments[0]))
     if origin in (Union, types.UnionType):
         assert len(arguments) == 2, kind
-        other = _decoder(next(choice for choice in arguments if choice is not type(None)))
+        other = _make_decoder(next(choice for choice in arguments if choice is not type(None)))
         return lambda value: None if value is None else other(value)
     if origin is Literal:
-        return _choice(arguments)
+        return _make_choice(arguments)
     if origin is not None and issubclass(origin, Mapping):
         return _object
     if isinstance(kind, type) and issubclass(kind, Tagged):
@@ -161,19 +161,19 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
     return _record(cast(Any, kind))
 
 
-def _choice(choices: tuple[Any, ...]) -> Callable[[Any], Any]:
+def _make_choice(choices: tuple[Any, ...]) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
         if type(value) is not str or value not in choices:
-            raise SchemaError(f"expected one of {', '.join(choices)}, {_found(value)}")
+            raise SchemaError(f"expected one of {', '.join(choices)}, {_describe_found(value)}")
         return value
 
     return decode
 
 
-def _sequence(item: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+def _make_sequence(item: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     def decode(value: Any) -> tuple[Any, ...]:
         if type(value) is not list:
-            raise SchemaError(f"expected a list, {_found(value)}")
+            raise SchemaError(f"expected a list, {_describe_found(value)}")
         position = -1
         out = []
         try:
@@ -193,7 +193,7 @@ def _tagged(kind: type[Tagged]) -> Callable[[Any], Any]:
         if "name" not in fields:
             raise SchemaError("missing field", "name")
         try:
-            name = _choice(tuple(kind.kinds))(fields.pop("name"))
+            name = _make_choice(tuple(kind.kinds))(fields.pop("name"))
         except SchemaError as error:
             raise error.inside("name") from None
         return _record(kind.kinds[name])(fields)
@@ -205,7 +205,7 @@ def _tagged(kind: type[Tagged]) -> Callable[[Any], Any]:
 def _record(kind: Any) -> Callable[[Any], Any]:
     hints = get_type_hints(kind)
     fields = dataclasses.fields(kind)
-    decoders = {field.name: _decoder(hints[field.name]) for field in fields}
+    decoders = {field.name: _make_decoder(hints[field.name]) for field in fields}
     required = {
         field.name
         for field in fields
@@ -214,7 +214,7 @@ def _record(kind: Any) -> Callable[[Any], Any]:
 
     def decode(value: Any) -> Any:
         if type(value) is not dict:
-            raise SchemaError(f"expected an object, {_found(value)}")
+            raise SchemaError(f"expected an object, {_describe_found(value)}")
         step = ""
         decoded = {}
         try:

@@ -29,22 +29,22 @@ def ensure_whole(
     Raises StoreCorruptError, naming the first damaged files.
     """
     # Taken before the files are read: what changes meanwhile is not vouched for.
-    stamps = _stamps(folder, manifest, records) if once else {}
-    note = _note(folder)
-    if stamps and _remembered(note) == stamps:
+    stamps = _collect_stamps(folder, manifest, records) if once else {}
+    note = _note_path(folder)
+    if stamps and _read_note(note) == stamps:
         return
     if problems := verify_store(str(folder), allow_incomplete=allow_incomplete).problems:
         raise StoreCorruptError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" * (len(problems) > 3)))
     if stamps:
-        _remember(note, stamps)
+        _write_note(note, stamps)
 
 
-def _note(folder: Folder) -> Path:
+def _note_path(folder: Folder) -> Path:
     place = xxhash.xxh3_128_hexdigest(os.path.realpath(folder.root).encode(errors="surrogateescape"))
     return cache_folder() / "verified" / f"{place}.json"
 
 
-def _stamps(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) -> Stamps:
+def _collect_stamps(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) -> Stamps:
     """Name -> device, inode, bytes, times of change; nothing where files have no such times (a store behind a URL)."""
     if not folder.is_local:
         return {}
@@ -60,14 +60,14 @@ def _stamps(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) 
     return found
 
 
-def _remembered(note: Path) -> object:
+def _read_note(note: Path) -> object:
     try:
         return json.loads(note.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _remember(note: Path, stamps: Stamps) -> None:
+def _write_note(note: Path, stamps: Stamps) -> None:
     """Where the cache cannot be written, the next one verifies again: no harm."""
     temporary = note.with_name(f"{TEMPORARY}{note.stem}-{os.getpid()}")
     with contextlib.suppress(OSError):

@@ -86,7 +86,7 @@ def verify_store(
             done += record.bytes
             if progress is not None:
                 progress(done, total)
-    if not problems and _alike(list(hashes.values())):
+    if not problems and _has_duplicates(list(hashes.values())):
         problems += _check_keys(folder, manifest, records)
     return VerifyReport(
         rows=manifest.totals.rows,
@@ -136,7 +136,7 @@ def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashe
     except StoreCorruptError as error:
         broken = error  # told only if its hash is right: what is wrong with a damaged file is that it is damaged
     try:
-        found, seen = _scan(path, run, shard)
+        found, seen = _hash_file(path, run, shard)
         if found != record.xxh3:
             return f"xxh3 expected {record.xxh3}, found {found}"
         if broken is not None:
@@ -148,7 +148,7 @@ def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashe
             shard.close()
 
 
-def _scan(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
+def _hash_file(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
     """The hash of a shard's bytes, and whether its logits were seen to be in order on the way.
 
     False says nothing: they are then read the ordinary way, which tells what is wrong.
@@ -205,7 +205,7 @@ def _check_content(
     return ""
 
 
-def _alike(hashes: list[U64]) -> bool:
+def _has_duplicates(hashes: list[U64]) -> bool:
     """Whether any two (key, view) may be equal."""
     rising = np.sort(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     return bool((rising[1:] == rising[:-1]).any())

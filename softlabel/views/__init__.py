@@ -1,9 +1,8 @@
-"""What a view of an image is: drawn from (seed, key, view) alone, then made by one implementation for both stages.
+"""Augmented views: one implementation for teacher and student, deterministic in (seed, key, view).
 
-A view is two steps. *Drawing* turns (seed, key, view) into explicit parameters (where the crop lies, whether it is
-mirrored, with whom it is mixed), so that a sample's view does not depend on the batch, the worker or the order in which
-it is met. *Making* takes the parameters and the pixels, uint8, in RGB, before any normalisation: teachers and students
-that normalise differently see the same pixels.
+*Drawing* turns (seed, key, view) into explicit parameters (crop box, mirroring, mixing partner), independent of batch,
+worker and order. *Making* applies them to uint8 RGB pixels before normalisation: teachers and students that normalise
+differently get the same pixels.
 """
 
 from softlabel.views.apply import Made, Views, digests, stacked

@@ -1,9 +1,9 @@
-"""Steps that choose a box of the image: drawn or read from a store, then cut out.
+"""Steps that crop: boxes are drawn, or read from a store, then cut out.
 
 Legend: B batch, H and W pixels, S side of a view.
 
-A box is (top, left, height, width) in pixels of the upright source image, int32. It may reach over the edge, where
-pixels are black. Pixels are cut, resized where the step says to which size, and only then mirrored.
+A box is (top, left, height, width) in pixels of the upright source image, int32; pixels beyond the edge are black. The
+order is cut, resize if the step has a size, mirror.
 """
 
 import math
@@ -21,7 +21,7 @@ from softlabel.inputs.base import Images
 from softlabel.views.crop_flip import CropFlip, Crops
 from softlabel.views.random import U64, uniforms
 
-_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -35,7 +35,11 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropFlipStep:
-    """The usual CIFAR augmentation: the view has the image's size."""
+    """The usual CIFAR augmentation: pad, crop to the image's size, mirror.
+
+    Raises:
+        UsageError: the padding is out of range.
+    """
 
     padding: int = 4
     flip: bool = True
@@ -49,20 +53,21 @@ class CropFlipStep:
         return False
 
     def draw(self, sizes_B2: NDArray[np.int64], words_B: U64) -> Boxes:
-        """sizes_B2: height and width of each image."""
+        """Draw boxes from sizes (height, width) int64 (B, 2) and random words uint64 (B,)."""
         crops = CropFlip(padding=self.padding, flip=self.flip).crops_of(words_B)
         corner_B2 = np.stack([crops.top.numpy(), crops.left.numpy()], axis=1) - self.padding
         boxes_B4 = np.concatenate([corner_B2, sizes_B2], axis=1).astype(np.int32)
         return Boxes(boxes=boxes_B4, flips=crops.flip.numpy().astype(np.uint8))
 
     def fits(self, sizes_B2: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
-        """Whether each box is one that could have been drawn for an image of this size, bool (B,)."""
+        """Return bool (B,), whether each box could have been drawn for an image of this size."""
         at_B4 = boxes.boxes
         inside_B = (np.abs(at_B4[:, :2]) <= self.padding).all(axis=1)
         same_B: NDArray[np.bool_] = inside_B & (at_B4[:, 2:] == sizes_B2).all(axis=1)
         return same_B
 
     def cut(self, images: Images, boxes: Boxes) -> Images:
+        """Cut the boxes out of B images."""
         policy = CropFlip(padding=self.padding, flip=self.flip)
         at_B4 = torch.from_numpy(boxes.boxes.astype(np.int64)) + self.padding
         flip_B = torch.from_numpy(boxes.flips.astype(bool))
@@ -78,7 +83,10 @@ class CropFlipStep:
 class InceptionStep:
     """A random part of the image, resized to S x S with antialiasing (Szegedy et al. 2014), as in torchvision.
 
-    PIL resizes: it gives the same pixels on every processor, which a student on another machine depends on.
+    PIL resizes, because its pixels are the same on every processor.
+
+    Raises:
+        UsageError: a parameter is out of range.
     """
 
     size: int = 224
@@ -102,7 +110,7 @@ class InceptionStep:
         return True
 
     def draw(self, sizes_B2: NDArray[np.int64], words_B: U64) -> Boxes:
-        """The first of ten draws that lies in the image, or else the largest central crop of an allowed ratio."""
+        """Draw as in `CropFlipStep`: the first of ten draws inside the image, else the largest allowed central crop."""
         numbers = uniforms(words_B, 0, 4 * _ATTEMPTS + 1)
         flips_B = ((numbers[:, -1] < 0.5) & self.flip).astype(np.uint8)
         area_BA, ratio_BA, top_BA, left_BA = numbers[:, :-1].reshape(-1, 4, _ATTEMPTS).transpose(1, 0, 2)
@@ -127,11 +135,13 @@ class InceptionStep:
         return np.concatenate([(height_B1 - h_B1) // 2, (width_B1 - w_B1) // 2, h_B1, w_B1], axis=1)
 
     def fits(self, sizes_B2: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
+        """Return bool (B,), whether each box lies inside an image of this size."""
         at_B4 = boxes.boxes.astype(np.int64)
         inside_B2 = (at_B4[:, :2] >= 0) & (at_B4[:, 2:] > 0) & (at_B4[:, :2] + at_B4[:, 2:] <= sizes_B2)
         return np.logical_and(inside_B2[:, 0], inside_B2[:, 1])
 
     def cut(self, images: Images, boxes: Boxes) -> Images:
+        """Cut the boxes out of B images and resize them: uint8 (B, 3, S, S)."""
         resampling = _RESAMPLING[self.interpolation]
         out = np.empty((len(images), self.size, self.size, 3), np.uint8)
         for place, (top, left, height, width) in enumerate(boxes.boxes.tolist()):

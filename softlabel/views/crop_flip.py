@@ -1,4 +1,4 @@
-"""Pad, crop back, mirror: on whole batches of uint8 pixels, because small images are many.
+"""Pad, crop and mirror whole batches of uint8 pixels, for small images.
 
 Legend: B batch, C colours (3), H and W pixels.
 """
@@ -15,7 +15,7 @@ from softlabel.views.random import U64, draw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crops:
-    """Where each sample's view lies in its padded image. Compared and stored by value.
+    """Position of each view in its padded image.
 
     Attributes:
         top, left: int64 (B,), pixels from the corner of the padded image.
@@ -29,11 +29,14 @@ class Crops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropFlip:
-    """Pad with black, crop back to the image's size somewhere, mirror half of the time: the usual CIFAR augmentation.
+    """Pad with black, crop to the image's size at random, mirror half of the images: the usual CIFAR augmentation.
 
     Attributes:
-        padding: pixels on each side; 0 leaves only the mirroring.
-        flip: whether to mirror; not for digits and letters.
+        padding: pixels on each side; 0 only mirrors.
+        flip: whether to mirror; wrong for digits and letters.
+
+    Raises:
+        ValueError: the padding is negative.
     """
 
     padding: int = 4
@@ -44,13 +47,13 @@ class CropFlip:
             raise ValueError(f"padding: expected at least 0 pixels, found {self.padding}")
 
     def crops(self, keys: Sequence[str], *, seed: int, view: int) -> Crops:
-        """The parameters of one view of these samples."""
+        """Draw the parameters of one view of B samples."""
         return self.crops_of(draw(keys, seed=seed, view=view))
 
     def crops_of(self, words_B: U64) -> Crops:
-        """The parameters that 64 random bits of each sample give."""
+        """Return the parameters for random words uint64 (B,)."""
         places = np.uint64(2 * self.padding + 1)
-        # Disjoint bits for each parameter; 24 of them scaled to a few places are uniform to one in a million.
+        # 24 separate bits per parameter: uniform to one in a million.
         top_B = ((words_B & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)
         left_B = (((words_B >> np.uint64(24)) & np.uint64(0xFFFFFF)) * places) >> np.uint64(24)
         flip_B = (words_B >> np.uint64(63)).astype(bool) & self.flip
@@ -71,16 +74,16 @@ class CropFlip:
         """
         height, width = images_BCHW.shape[-2:]
         side, flip_B = self.padding, crops.flip.numpy()
-        # In numpy: these are small copies, over which torch would set all of its threads in motion.
+        # numpy, because torch would start all its threads for these small copies.
         padded_BCHW = np.zeros((*images_BCHW.shape[:2], height + 2 * side, width + 2 * side), dtype=np.uint8)
         padded_BCHW[:, :, side : side + height, side : side + width] = images_BCHW.numpy()
         # The mirror image of a crop is the crop at the mirrored place of the mirror image.
         padded_BCHW[flip_B] = padded_BCHW[flip_B, :, :, ::-1]
         left_B = np.where(flip_B, 2 * side - crops.left.numpy(), crops.left.numpy())
-        # All crops of all images, as a view without a copy; out of them one of each image is gathered.
+        # All crops of all images as a view without a copy; one of each image is gathered.
         windows = np.lib.stride_tricks.sliding_window_view(padded_BCHW, (height, width), axis=(2, 3))
         return torch.from_numpy(windows[np.arange(len(flip_B)), :, crops.top.numpy(), left_B])
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
-        """One view of a batch: `crops` and `apply` in one go."""
+        """Draw and apply one view of a batch, uint8 (B, C, H, W)."""
         return self.apply(images_BCHW, self.crops(keys, seed=seed, view=view))

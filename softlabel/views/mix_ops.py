@@ -1,9 +1,9 @@
-"""Steps that take in another sample: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), on uint8 pixels.
+"""Steps that mix two samples: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019), on uint8 pixels.
 
 Legend: B batch, H and W pixels.
 
-The teacher sees the mixed image, so its label needs no mixing. The partner is written down by the XXH3-128 of its key,
-with its share and (cutmix) the box that is pasted; the mixing itself is arithmetic of integers.
+The teacher labels the mixed image, so its label needs no mixing. A row stores the XXH3-128 of the partner's key, the
+weight and, for cutmix, the pasted box. The arithmetic is in integers.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from softlabel.views.random import U64, bits, uniforms
 
 CANDIDATES = 8  # partners that are tried before a sample is mixed with itself
 _ONE = 1 << 16  # a weight is a multiple of 1 / 65536
-_FIRST = 2000  # of the numbers in a sample's stream, apart from those that other steps draw
+_FIRST = 2000  # first index in a sample's random stream; other steps use lower ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,10 @@ class MixStep:
 
     Attributes:
         kind: ``mixup`` blends the two; ``cutmix`` pastes a box of the partner into the sample.
-        alpha: of Beta(alpha, alpha), from which the sample's share is drawn.
+        alpha: of Beta(alpha, alpha), the distribution of the sample's own weight.
+
+    Raises:
+        UsageError: alpha is out of range.
     """
 
     kind: Literal["mixup", "cutmix"]
@@ -42,20 +45,22 @@ class MixStep:
             raise UsageError(f"{self.kind}: expected an alpha above 0, found {self.alpha}")
 
     def candidates(self, words_B: U64, pool: int) -> NDArray[np.int64]:
-        """Positions 0 to `pool` - 1 of possible partners, in the order in which they are tried: int64 (B, 8)."""
+        """Return positions below `pool` of possible partners, in the order in which to try them: int64 (B, 8)."""
         # The upper 32 bits, scaled: uniform to one in 2^32 / pool.
         upper_BK = bits(words_B, _FIRST, CANDIDATES) >> np.uint64(32)
         return ((upper_BK * np.uint64(pool)) >> np.uint64(32)).astype(np.int64)
 
     def weights(self, words_B: U64) -> NDArray[np.float32]:
-        """The sample's own share, a multiple of 1 / 65536: float32 (B,)."""
+        """Return each sample's own weight, a multiple of 1 / 65536: float32 (B,)."""
         seeds_B = bits(words_B, _FIRST + CANDIDATES, 1)[:, 0].tolist()
         drawn = [np.random.Generator(np.random.Philox(key=seed)).beta(self.alpha, self.alpha) for seed in seeds_B]
         return (np.rint(np.array(drawn, np.float64) * _ONE) / _ONE).astype(np.float32)
 
     def pastes(self, sizes_B2: NDArray[np.int64], weights_B: NDArray[np.float32], words_B: U64) -> NDArray[np.int32]:
-        """Boxes (top, left, height, width) of the view that the partner's pixels take, of area 1 - weight before they
-        are cut off at the edge; int32 (B, 4)."""
+        """Return the boxes (top, left, height, width) that the partner's pixels fill, int32 (B, 4).
+
+        Their share of the area is 1 - weight before they are clipped at the edge.
+        """
         cut_B1 = np.sqrt(1 - weights_B.astype(np.float64))[:, None]
         half_B2 = np.floor(sizes_B2 * cut_B1) // 2
         centre_B2 = np.floor(uniforms(words_B, _FIRST + CANDIDATES + 1, 2) * sizes_B2)
@@ -65,28 +70,28 @@ class MixStep:
 
 
 def blend(view_CHW: Tensor, partner_CHW: Tensor, weight: float) -> Tensor:
-    """Mixup of two views; the partner is resized to the sample's size where it has another."""
+    """Mixup of two views, uint8 (3, H, W); the partner is resized to the sample's size."""
     own = round(weight * _ONE)
     mine = view_CHW.numpy().astype(np.uint32)
-    other = _alike(partner_CHW, view_CHW).numpy().astype(np.uint32)
+    other = _match_size(partner_CHW, view_CHW).numpy().astype(np.uint32)
     return torch.from_numpy(((mine * own + other * (_ONE - own) + _ONE // 2) >> 16).astype(np.uint8))
 
 
 def paste(view_CHW: Tensor, partner_CHW: Tensor, box: Sequence[int]) -> Tensor:
-    """CutMix of two views: a box of the one replaced by the same box of the other."""
+    """CutMix of two views, uint8 (3, H, W): replace a box by the same box of the partner, resized to the same size."""
     top, left, height, width = box
     mixed_CHW = view_CHW.clone(memory_format=torch.contiguous_format)
     part = np.s_[:, top : top + height, left : left + width]
-    mixed_CHW[part] = _alike(partner_CHW, view_CHW)[part]
+    mixed_CHW[part] = _match_size(partner_CHW, view_CHW)[part]
     return mixed_CHW
 
 
 def share(paste_4: Sequence[int], size: tuple[int, int]) -> float:
-    """The share of its own pixels that a view keeps, as a float32."""
+    """Return the share of its own pixels that a view keeps, rounded to float32."""
     return float(np.float32(1 - paste_4[2] * paste_4[3] / (size[0] * size[1])))
 
 
-def _alike(partner_CHW: Tensor, view_CHW: Tensor) -> Tensor:
+def _match_size(partner_CHW: Tensor, view_CHW: Tensor) -> Tensor:
     if partner_CHW.shape == view_CHW.shape:
         return partner_CHW
     height, width = view_CHW.shape[-2:]
@@ -96,6 +101,6 @@ def _alike(partner_CHW: Tensor, view_CHW: Tensor) -> Tensor:
 
 
 def identity(key: str) -> tuple[int, int]:
-    """How a row names a partner: the XXH3-128 of its key as two uint64, the lower half first."""
+    """Return the XXH3-128 of a partner's key as stored in a row: two uint64, the lower half first."""
     whole = xxhash.xxh3_128_intdigest(key.encode("utf-8", "surrogatepass"))
     return whole & (2**64 - 1), whole >> 64

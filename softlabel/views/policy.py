@@ -1,8 +1,7 @@
-"""View policies: what a user may ask for, and the form in which a store keeps it.
+"""View policies: parsed from a user's text, and as a store keeps them.
 
-A policy is a list of steps: first one that chooses a box (`crop-flip`, `inception`), if any, then transforms of
-torchvision by name, last one that takes in another sample (`mixup`, `cutmix`), if any. `center` has no steps: the view
-is the image as it is.
+A policy is a list of steps: at most one crop (`crop-flip`, `inception`), then torchvision transforms by name, then at
+most one mixing step (`mixup`, `cutmix`). `center` has no steps: the view is the unchanged image.
 """
 
 import math
@@ -29,12 +28,12 @@ _ALPHA = {"mixup": 0.2, "cutmix": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """A policy, ready to be used.
+    """A policy ready for use.
 
     Attributes:
-        crop: the step that chooses a box; None: the whole image.
-        transforms: of torchvision, in order.
-        mix: the step that takes in another sample; None: none does.
+        crop: the cropping step; None: the whole image.
+        transforms: torchvision transforms, in order.
+        mix: the mixing step, or None.
         fixed: whether views of images of all sizes have one size.
     """
 
@@ -45,10 +44,10 @@ class Policy:
 
     @classmethod
     def of(cls, policy: Mapping[str, Any]) -> "Policy | None":
-        """The policy of a store (`Run.views.policy`); None for views that are the image as it is.
+        """Build the policy of a store (`Run.views.policy`); None if views are the unchanged images.
 
         Raises:
-            UsageError: it names something that is not there.
+            UsageError: a step is unknown or in the wrong place.
         """
         crop: CropStep | None = None
         mix: MixStep | None = None
@@ -57,14 +56,14 @@ class Policy:
         for step in policy.get("steps", ()):
             op, rest = step["op"], {name: value for name, value in step.items() if name != "op"}
             if mix is not None:
-                raise UsageError(f"augment: {mix.kind} must be the last step, found {op} behind it")
-            if op in _CROPS:
+                raise UsageError(f"augment: expected {mix.kind} as the last step, found {op} after it")
+            if op in _MAKE_CROP:
                 if crop is not None or transforms:
-                    raise UsageError(f"augment: {op} must be the first step, and the only one that chooses a box")
-                crop = _CROPS[op](rest)
+                    raise UsageError(f"augment: expected {op} as the first step and the only one that crops")
+                crop = _MAKE_CROP[op](rest)
                 fixed = crop.fixed
             elif op in _ALPHA:
-                mix = _mix(op, rest)
+                mix = _make_mix(op, rest)
             else:
                 arguments = rest.get("arguments", {})
                 if not isinstance(arguments, Mapping):
@@ -77,47 +76,47 @@ class Policy:
 
 
 def parse_policy(text: str) -> dict[str, Any]:
-    """What `--augment` says, in the form in which a store keeps it.
+    """Parse the text of `--augment` into the form that a store keeps.
 
     Args:
-        text: a preset, with options if any (``inception?size=160``), several joined by ``+`` (``crop-flip+mixup``), or
-            a YAML file with a list of presets and names of transforms in torchvision.transforms.v2.
+        text: a preset with options (``inception?size=160``), several joined by ``+`` (``crop-flip+mixup``), or a YAML
+            file with a list of presets and names of transforms in torchvision.transforms.v2.
 
     Raises:
-        UsageError: it names something that is not there, or in an order that cannot be.
+        UsageError: a step is unknown or in the wrong place.
     """
     if text.endswith(_FILES):
-        entries = _read(text)
+        entries = _read_file(text)
     else:
-        entries = [_preset(part) for part in text.split("+")]
-    steps = [_step(*named(entry)) for entry in entries]
+        entries = [_parse_preset(part) for part in text.split("+")]
+    steps = [_complete_step(*named(entry)) for entry in entries]
     if [step["op"] for step in steps] == [CENTER]:
         return {"name": CENTER}
     if any(step["op"] == CENTER for step in steps) or not steps:
-        raise UsageError(f"augment: expected center alone or steps, found {text!r}; center is the image as it is")
+        raise UsageError(f"augment: expected center alone or steps, found {text!r}; center is the unchanged image")
     found: dict[str, Any] = {"name": "+".join(step["op"] for step in steps), "steps": steps}
-    Policy.of(found)  # refuses what cannot be
+    Policy.of(found)  # checks the order of steps
     return found
 
 
 def view_policy(augment: str, *, count: int, seed: int) -> ViewPolicy:
-    """`count` views of every sample, as `augment` says (see `parse_policy`).
+    """Return the policy of `count` views of every sample (see `parse_policy` for `augment`).
 
     Raises:
-        UsageError: beside what `parse_policy` raises, several views that would all be the same.
+        UsageError: as `parse_policy`, or all views would be the same.
     """
     if not 1 <= count < 1 << 31:
         raise UsageError(f"views: expected at least 1, found {count}")
     policy = parse_policy(augment)
     if count > 1 and "steps" not in policy:
         raise UsageError(
-            f"views: center is the image as it is, {count} views of it would be one label {count} times; say what a "
-            "view is, for instance with --augment crop-flip"
+            f"views: center is the unchanged image, {count} views of it would be the same label {count} times; choose "
+            "an augmentation, for example --augment crop-flip"
         )
     return ViewPolicy(count=count, policy=policy, seed=seed)
 
 
-def _read(path: str) -> list[Any]:
+def _read_file(path: str) -> list[Any]:
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -126,42 +125,45 @@ def _read(path: str) -> list[Any]:
         raise UsageError(f"augment: {path} is not YAML: {one_line(error)}") from None
     if not isinstance(found, list):
         raise UsageError(
-            f"augment: {path}: expected a list of steps, found {type(found).__name__}; for instance '- inception: "
+            f"augment: {path}: expected a list of steps, found {type(found).__name__}; for example '- inception: "
             "{size: 160}' and '- TrivialAugmentWide' on a line each"
         )
     return found
 
 
-def _preset(text: str) -> dict[str, dict[str, Any]]:
+def _parse_preset(text: str) -> dict[str, dict[str, Any]]:
     name, options = split_options(text, subject=text)
     return {name: {option: literal(value) for option, value in options.items()}}
 
 
-def _step(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One step with everything said that it depends on: defaults may change, stores do not."""
+def _complete_step(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a step with all its parameters explicit: defaults may change later, stores must not."""
     if name == CENTER and not arguments:
         return {"op": CENTER}
-    if name in _CROPS:
-        return {"op": name, **_plain(asdict(_CROPS[name](arguments)))}
+    if name in _MAKE_CROP:
+        return {"op": name, **_to_json(asdict(_MAKE_CROP[name](arguments)))}
     if name in _ALPHA:
-        return {"op": name, "alpha": _mix(name, {"alpha": _ALPHA[name], **arguments}).alpha}
+        return {"op": name, "alpha": _make_mix(name, {"alpha": _ALPHA[name], **arguments}).alpha}
     if name == "randaugment":
         arguments = {"num_ops": 2, "magnitude": 9, **arguments}
     name = _ALIASES.get(name, name)
     transform_of(name, arguments)
-    return {"op": name, **({"arguments": _plain(arguments)} if arguments else {})}
+    return {"op": name, **({"arguments": _to_json(arguments)} if arguments else {})}
 
 
-def _crop_flip(arguments: Mapping[str, Any]) -> CropStep:
-    return CropFlipStep(**_checked(CropFlipStep, "crop-flip", arguments))
+def _make_crop_flip(arguments: Mapping[str, Any]) -> CropStep:
+    return CropFlipStep(**_check_options(CropFlipStep, "crop-flip", arguments))
 
 
-def _inception(arguments: Mapping[str, Any]) -> CropStep:
-    pairs = {name: _pair(name, arguments[name]) for name in ("scale", "ratio") if name in arguments}
-    return InceptionStep(**_checked(InceptionStep, "inception", {**arguments, **pairs}))
+def _make_inception(arguments: Mapping[str, Any]) -> CropStep:
+    pairs = {name: _parse_pair(name, arguments[name]) for name in ("scale", "ratio") if name in arguments}
+    return InceptionStep(**_check_options(InceptionStep, "inception", {**arguments, **pairs}))
 
 
-_CROPS: dict[str, Callable[[Mapping[str, Any]], CropStep]] = {"crop-flip": _crop_flip, "inception": _inception}
+_MAKE_CROP: dict[str, Callable[[Mapping[str, Any]], CropStep]] = {
+    "crop-flip": _make_crop_flip,
+    "inception": _make_inception,
+}
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "padding": int,
     "size": int,
@@ -171,11 +173,11 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _mix(name: str, arguments: Mapping[str, Any]) -> MixStep:
-    return MixStep(kind=name, **_checked(MixStep, name, arguments))  # type: ignore[arg-type]
+def _make_mix(name: str, arguments: Mapping[str, Any]) -> MixStep:
+    return MixStep(kind=name, **_check_options(MixStep, name, arguments))  # type: ignore[arg-type]
 
 
-def _checked(kind: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _check_options(kind: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     known = [one for one in kind.__dataclass_fields__ if one != "kind"]
     for argument, value in arguments.items():
         if argument not in known:
@@ -186,19 +188,19 @@ def _checked(kind: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     return dict(arguments)
 
 
-def _pair(name: str, value: Any) -> tuple[float, float]:
+def _parse_pair(name: str, value: Any) -> tuple[float, float]:
     numbers = [one for one in value if isinstance(one, int | float)] if isinstance(value, list | tuple) else []
     if len(numbers) != 2 or len(value) != 2 or not all(map(math.isfinite, numbers)):
         raise UsageError(f"augment: expected two numbers for {name}, such as [0.08, 1.0], found {value!r}")
     return float(numbers[0]), float(numbers[1])
 
 
-def _plain(value: Any) -> Any:
-    """As JSON keeps it."""
+def _to_json(value: Any) -> Any:
+    """Return the value in JSON types."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _to_json(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_to_json(one) for one in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise UsageError(f"augment: expected numbers, texts and lists as arguments, found {value!r}")

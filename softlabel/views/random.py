@@ -1,4 +1,4 @@
-"""Random numbers from identity: what a view draws follows from (seed, key, view), never from order.
+"""Random numbers of views: a pure function of (seed, key, view), independent of order.
 
 Legend: B samples, K numbers for each.
 """
@@ -17,18 +17,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def draw(keys: Sequence[str], *, seed: int, view: int) -> U64:
-    """64 random bits for each sample, a pure function of (seed, key, view): uint64 (B,)."""
+    """Return 64 random bits for each of B keys: uint64 (B,)."""
     stream = xxhash.xxh3_64_intdigest(b"softlabel view %d %d" % (seed, view))
     words = (xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogatepass"), seed=stream) for key in keys)
     return np.fromiter(words, dtype=np.uint64, count=len(keys))
 
 
 def bits(words_B: U64, first: int, count: int) -> U64:
-    """More bits out of each word: numbers `first` to `first + count` of its stream, uint64 (B, K)."""
+    """Return numbers `first` to `first + count` of the random stream that each word seeds: uint64 (B, K)."""
     places_K = np.array([(place + 1) * _GOLDEN & (2**64 - 1) for place in range(first, first + count)], np.uint64)
     return mix64(words_B[:, None] + places_K)
 
 
 def uniforms(words_B: U64, first: int, count: int) -> NDArray[np.float64]:
-    """The same as numbers in [0, 1), float64 (B, K)."""
+    """Return the same numbers scaled to [0, 1): float64 (B, K)."""
     return (bits(words_B, first, count) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)

@@ -1,4 +1,4 @@
-"""Lists of torchvision transforms, by name: made without executing anything, and drawn from a sample's own bits.
+"""torchvision transforms by name, built without executing user code and seeded per sample.
 
 Legend: H and W pixels.
 """
@@ -14,8 +14,7 @@ from torchvision.transforms import v2
 
 from softlabel.errors import UsageError
 
-# What there is in torchvision.transforms.v2 and cannot stand here: what takes functions, batches or boxes, gives no
-# uint8 image, or belongs behind the view.
+# Transforms of torchvision.transforms.v2 that a view cannot use, and why.
 _REFUSED = {
     "Transform": "is not a transform of its own",
     "Lambda": "takes a function",
@@ -31,15 +30,15 @@ _REFUSED = {
     "TenCrop": "gives several images",
     "UniformTemporalSubsample": "is for videos",
 }
-# Those after which every image has one size, whatever it had before.
+# Transforms that give images of all sizes one size.
 _FIXES_SIZE = ("RandomResizedCrop", "RandomCrop", "CenterCrop")
 
 
 def transform_of(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
-    """The transform of this name with these arguments.
+    """Build the transform of a name in torchvision.transforms.v2.
 
     Raises:
-        UsageError: there is none of this name, or it does not take these.
+        UsageError: the name is unknown or refused, or the arguments are wrong.
     """
     kind = getattr(v2, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
@@ -48,12 +47,12 @@ def transform_of(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
             f"transform in torchvision.transforms.v2, found {name!r}"
         )
     if name in _REFUSED:
-        raise UsageError(f"augment: {name} {_REFUSED[name]}, and cannot be part of a view")
+        raise UsageError(f"augment: {name} {_REFUSED[name]} and cannot be part of a view")
     known = set(inspect.signature(kind).parameters)
     if odd := set(arguments) - known:
         raise UsageError(f"augment: {name} has no argument {sorted(odd)[0]!r}; it has {', '.join(sorted(known))}")
     try:
-        made: v2.Transform = kind(**{one: _value(name, one, value) for one, value in arguments.items()})
+        made: v2.Transform = kind(**{one: _parse_value(name, one, value) for one, value in arguments.items()})
     except UsageError:
         raise
     except Exception as error:  # torchvision's own checks: TypeError, ValueError, KeyError, ...
@@ -62,7 +61,11 @@ def transform_of(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
 
 
 def named(entry: Any) -> tuple[str, dict[str, Any]]:
-    """A step of a list as (name, arguments): ``Name`` or ``{Name: {argument: value}}``. Raises UsageError."""
+    """Parse a step, ``Name`` or ``{Name: {argument: value}}``, into (name, arguments).
+
+    Raises:
+        UsageError: the step has another form.
+    """
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, Mapping) and len(entry) == 1:
@@ -72,7 +75,7 @@ def named(entry: Any) -> tuple[str, dict[str, Any]]:
     raise UsageError(f"augment: expected 'Name' or 'Name: {{argument: value}}' for a step, found {entry!r}")
 
 
-def _value(name: str, argument: str, value: Any) -> Any:
+def _parse_value(name: str, argument: str, value: Any) -> Any:
     if argument == "interpolation" and isinstance(value, str):
         return v2.InterpolationMode(value)
     if argument == "policy" and isinstance(value, str):
@@ -85,24 +88,28 @@ def _value(name: str, argument: str, value: Any) -> Any:
 
 
 def fixes_size(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether all images have one size after this transform."""
+    """Whether a transform gives all images one size."""
     if name == "Resize":
         return isinstance(arguments.get("size"), list | tuple) and len(arguments["size"]) == 2
     return name in _FIXES_SIZE
 
 
 def run(transforms: Sequence[v2.Transform], image_CHW: Tensor, seed: int) -> Tensor:
-    """The image after these transforms, with all that they draw following from `seed`.
+    """Apply transforms, with all their random numbers derived from `seed`.
 
     Args:
+        transforms: in order.
         image_CHW: uint8 (3, H, W).
         seed: 0 to 2^63 - 1.
 
+    Returns:
+        uint8 (3, H', W').
+
     Raises:
-        ValueError: what came out is no uint8 RGB image, or a transform refused the image.
+        ValueError: a transform failed, or its result is not a uint8 RGB image.
     """
-    with _Drawn(seed):
-        # One memory layout: kernels may round differently for another.
+    with _SeededMode(seed):
+        # Kernels may round differently for another memory layout.
         seen = image_CHW.contiguous()
         for transform in transforms:
             try:
@@ -115,11 +122,10 @@ def run(transforms: Sequence[v2.Transform], image_CHW: Tensor, seed: int) -> Ten
     return seen
 
 
-class _Drawn(TorchFunctionMode):
-    """All random numbers that torch gives out within, from a generator of its own.
+class _SeededMode(TorchFunctionMode):
+    """Draws all of torch's random numbers in the block from its own generator.
 
-    torch's global generator is left alone: another thread may be drawing from it, and both would get other numbers
-    from run to run.
+    Another thread may draw from torch's global generator, which would make the numbers depend on timing.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What pixels depend on beside the image: the libraries that decode and transform it."""
+"""Versions of the libraries that decode and transform images: pixels depend on them."""
 
 import PIL
 import torch
@@ -7,7 +7,7 @@ from PIL import features
 
 
 def libraries() -> dict[str, str]:
-    """Name -> version of everything that may change what comes out of an image."""
+    """Return name -> version of every library that may change pixels."""
     found = {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -20,13 +20,13 @@ def libraries() -> dict[str, str]:
 
 
 def changed(recorded: object) -> str:
-    """Which of them are others here than where they were recorded, in words."""
+    """Return in words which versions differ from the recorded ones."""
     then = recorded if isinstance(recorded, dict) else {}
     now = libraries()
     names = [name for name in now if name != "cpu"] + ["cpu"]
     others = [
-        f"{name} is {now.get(name, 'absent')} here and was {then[name]} there"
+        f"{name} is {now.get(name, 'absent')} now, {then[name]} when the store was written"
         for name in dict.fromkeys([*names, *(name for name in then if name.startswith("libjpeg"))])
         if name in then and then[name] != now.get(name, "absent")
     ]
-    return ", ".join(others) if others else "no library that was recorded has another version here"
+    return ", ".join(others) if others else "all recorded libraries have the same versions here"

@@ -358,7 +358,7 @@ DATA = [
         name="a 16-bit image where none was looked for",
         make=few_wide_images,
         code=1,
-        says=(r"16-bit pixels of at most 200: how many bits they use was not decided.*bits=N",),
+        says=(r"16-bit pixels of at most 200: the number of bits in use is unknown.*bits=N",),
     ),
     Case(
         name="16-bit images of which one uses 8 bits",

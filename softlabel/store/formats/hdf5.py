@@ -32,7 +32,7 @@ _PAGE = 4096
 _ALIGN = 64  # bytes; arrays mapped in place are then aligned for any dtype
 
 
-def _layout(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
+def _list_datasets(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> shape and dtype of every dataset."""
     rows = identity.rows
     return {
@@ -53,7 +53,7 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
         "content": rows.content,
         **rows.columns,
     }
-    structure, offsets = _structure(identity, _layout(identity, len(rows.keys.data)))
+    structure, offsets = _build_structure(identity, _list_datasets(identity, len(rows.keys.data)))
     with open(path, "xb", buffering=0) as file:
         file.truncate(structure.size)
         pieces: list[tuple[int, Any]] = [
@@ -86,7 +86,7 @@ class _Sparse(io.RawIOBase):
         self.size = self._position if size is None else size
         return self.size
 
-    def _pieces(self, count: int) -> Iterator[tuple[bytearray, int, int]]:
+    def _iter_pages(self, count: int) -> Iterator[tuple[bytearray, int, int]]:
         """The next `count` bytes as (page, first, last) while the position advances."""
         end = self._position + count
         while self._position < end:
@@ -97,7 +97,7 @@ class _Sparse(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         raw, done = bytes(data), 0
-        for page, first, last in self._pieces(len(raw)):
+        for page, first, last in self._iter_pages(len(raw)):
             page[first:last] = raw[done : done + last - first]
             done += last - first
         self.size = max(self.size, self._position)
@@ -105,13 +105,13 @@ class _Sparse(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view, done = memoryview(buffer).cast("B"), 0
-        for page, first, last in self._pieces(len(view)):
+        for page, first, last in self._iter_pages(len(view)):
             view[done : done + last - first] = page[first:last]
             done += last - first
         return len(view)
 
 
-def _structure(
+def _build_structure(
     identity: ShardIdentity, layout: dict[str, tuple[tuple[int, ...], str]]
 ) -> tuple[_Sparse, dict[str, int]]:
     """The file without its numbers, and name -> byte offset where they go. No times in it: equal rows, equal bytes."""
@@ -163,7 +163,7 @@ class Hdf5Shard:
         if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > min(size, IDENTITY_LIMIT):
             raise StoreCorruptError(f"{self.path}: its identity is not a text of at most {IDENTITY_LIMIT} bytes")
         self.identity = identity = ShardIdentity.decode(bytes(file.attrs[IDENTITY_NAME]), self.path)
-        names = _layout(identity, 0)
+        names = _list_datasets(identity, 0)
         if root.get_num_objs() != len(names) or not all(name.encode() in root for name in names):
             raise StoreCorruptError(f"{self.path}: expected the datasets {sorted(names)}, found {sorted(file)[:20]}")
         data: dict[str, Any] = {}
@@ -175,7 +175,7 @@ class Hdf5Shard:
             data[name] = dataset
         key_bytes = data["key"].shape[0] if data["key"].rank == 1 else 0
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
-        for name, (shape, text) in _layout(identity, key_bytes).items():
+        for name, (shape, text) in _list_datasets(identity, key_bytes).items():
             dataset, dtype = data[name], np.dtype(text)
             plist = dataset.get_create_plist()
             if dataset.shape != shape or dataset.dtype != dtype:
@@ -194,7 +194,7 @@ class Hdf5Shard:
         step = max(1, rows) if in_one_go(self.identity, len(self._map), names) else group_rows(self.identity.columns)
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
-    def _window(self, name: str, start: int, stop: int) -> Array:
+    def _map_rows(self, name: str, start: int, stop: int) -> Array:
         """Elements or rows as a view on the mapped file."""
         offset, shape, dtype = self._places[name]
         width = int(np.prod(shape[1:]))
@@ -204,9 +204,9 @@ class Hdf5Shard:
         flat = np.frombuffer(self._map, dtype, count, offset + start * width * dtype.itemsize)
         return flat.reshape(stop - start, *shape[1:])
 
-    def _read(self, name: str, start: int, stop: int) -> Array:
+    def _copy_rows(self, name: str, start: int, stop: int) -> Array:
         """A copy, aligned wherever the file has it."""
-        return self._window(name, start, stop).copy()
+        return self._map_rows(name, start, stop).copy()
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         # What was read before is let go of: little of a shard counts as our memory.
@@ -214,25 +214,25 @@ class Hdf5Shard:
             self._map.madvise(mmap.MADV_DONTNEED)
         with _reading(self.path):
             return ShardRows(
-                keys=self._keys(start, stop) if "key" in names else None,
-                views=self._read("view", start, stop) if "view" in names else None,
-                labels=self._read("label", start, stop) if "label" in names else None,
-                content=self._read("content", start, stop) if "content" in names else None,
+                keys=self._read_keys(start, stop) if "key" in names else None,
+                views=self._copy_rows("view", start, stop) if "view" in names else None,
+                labels=self._copy_rows("label", start, stop) if "label" in names else None,
+                content=self._copy_rows("content", start, stop) if "content" in names else None,
                 columns={
-                    column.name: self._window(column.name, start, stop)
+                    column.name: self._map_rows(column.name, start, stop)
                     for column in self.identity.columns
                     if column.name in names
                 },
             )
 
-    def _keys(self, start: int, stop: int) -> Keys:
-        offsets = self._read("key_offsets", start, stop + 1)
+    def _read_keys(self, start: int, stop: int) -> Keys:
+        offsets = self._copy_rows("key_offsets", start, stop + 1)
         first, last = int(offsets[0]), int(offsets[-1])
         if not 0 <= first <= last <= self._places["key"][1][0] or (start == 0 and first):
             raise ValueError("key offsets do not lie inside the key bytes")
         if (np.diff(offsets) < 0).any():
             raise ValueError("key offsets fall")
-        return Keys(offsets - first, self._read("key", first, last))
+        return Keys(offsets - first, self._copy_rows("key", first, last))
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
         offset, shape, _ = self._places[name]

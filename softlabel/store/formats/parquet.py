@@ -55,14 +55,14 @@ _HEADERS = 64  # different ones in a column; `write` makes a few
 _ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
 
 
-def _schema(columns: tuple[Column, ...]) -> Any:
+def _make_schema(columns: tuple[Column, ...]) -> Any:
     payload = [pa.field(column.name, pa.binary(column.row_bytes), nullable=False) for column in columns]
     return pa.schema([*_ROW_FIELDS, *payload])
 
 
 def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
     """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
-    schema = _schema(identity.columns)
+    schema = _make_schema(identity.columns)
     step = group_rows(identity.columns)
     with pa.OSFile(str(path), "wb") as sink:
         writer = pq.ParquetWriter(
@@ -75,12 +75,14 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
             data_page_size=1 << 18,  # written from the processor's cache; reading does not care
         )
         for start in range(0, len(rows.labels), step):
-            writer.write_batch(_batch(schema, rows, start, min(start + step, len(rows.labels))), row_group_size=step)
+            writer.write_batch(
+                _make_batch(schema, rows, start, min(start + step, len(rows.labels))), row_group_size=step
+            )
         writer.add_key_value_metadata({IDENTITY_NAME: identity.encode().decode()})
         writer.close()
 
 
-def _batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
+def _make_batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
     count = stop - start
     labels, content = rows.labels[start:stop], rows.content[start:stop]
     arrays = [
@@ -126,9 +128,11 @@ class ParquetShard:
             )
         if identity.rows * sum(column.row_bytes for column in identity.columns) > size:
             raise StoreCorruptError(f"{self.path}: {identity.rows} rows do not fit into its {size} bytes")
-        schema, expected = self._file.schema_arrow, _schema(identity.columns)
+        schema, expected = self._file.schema_arrow, _make_schema(identity.columns)
         if not schema.equals(expected):
-            raise StoreCorruptError(f"{self.path}: expected the columns {_words(expected)}, found {_words(schema)}")
+            raise StoreCorruptError(
+                f"{self.path}: expected the columns {_format_schema(expected)}, found {_format_schema(schema)}"
+            )
         self._starts = [0]
         for group in range(metadata.num_row_groups):
             group_metadata = metadata.row_group(group)
@@ -152,8 +156,8 @@ class ParquetShard:
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         with _reading(self.path):
-            row = self._row([name for name in ROW_NAMES if name in names], start, stop)
-            columns = {name: self._column(name, start, stop) for name in self._columns if name in names}
+            row = self._read_row([name for name in ROW_NAMES if name in names], start, stop)
+            columns = {name: self._read_column(name, start, stop) for name in self._columns if name in names}
         self._since += sum(array.nbytes for array in columns.values())
         if self._since > _MAPPED:  # little of a shard counts as our memory, whatever its size
             self._since = 0
@@ -167,29 +171,31 @@ class ParquetShard:
             columns=columns,
         )
 
-    def _row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+    def _read_row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
         """What a row has besides its encoding. Decoding a little of it takes as long as all: it is kept."""
         if not in_one_go(self.identity, len(self._map), names):
-            return self._decode(names, start, stop)
+            return self._decode_row(names, start, stop)
         if missing := [name for name in names if name not in self._kept]:
-            self._kept.update(self._decode(missing, 0, self.identity.rows))
+            self._kept.update(self._decode_row(missing, 0, self.identity.rows))
         return {
             name: self._kept[name].slice(start, stop) if name == "key" else self._kept[name][start:stop]
             for name in names
         }
 
-    def _decode(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
-        chunks = self._chunks(names, start, stop) if names else {}
+    def _decode_row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
+        chunks = self._read_chunks(names, start, stop) if names else {}
         found: dict[str, Any] = {}
         for name, kind, absent in (("view", "<i4", 0), ("label", "<i8", IGNORE), ("content", "<u8", 0)):
             if name in chunks:
-                found[name] = np.concatenate([np.zeros(0, kind), *(_filled(chunk, absent) for chunk in chunks[name])])
+                found[name] = np.concatenate(
+                    [np.zeros(0, kind), *(_fill_nulls(chunk, absent) for chunk in chunks[name])]
+                )
                 found[name].flags.writeable = False  # it may be kept
         if "key" in chunks:
             found["key"] = Keys.join(Keys.read(chunk) for chunk in chunks["key"])
         return found
 
-    def _chunks(self, names: list[str], start: int, stop: int) -> dict[str, list[Any]]:
+    def _read_chunks(self, names: list[str], start: int, stop: int) -> dict[str, list[Any]]:
         """Arrow's arrays of some rows."""
         first = bisect.bisect_right(self._starts, start) - 1
         last = bisect.bisect_left(self._starts, stop)
@@ -200,7 +206,7 @@ class ParquetShard:
         table = table.slice(start - base, stop - start)
         return {name: table.column(name).chunks for name in names}
 
-    def _column(self, name: str, start: int, stop: int) -> Array:
+    def _read_column(self, name: str, start: int, stop: int) -> Array:
         """Rows of a column of the encoding, straight from the pages where they are as `write` makes them."""
         column = self._columns[name]
         if name not in self._pages:
@@ -208,7 +214,7 @@ class ParquetShard:
             firsts = None if extents is None else [0, *itertools.accumulate(rows for _, rows in extents)]
             self._pages[name] = None if extents is None or firsts is None else (extents, firsts)
         if (pages := self._pages[name]) is None:
-            parts = [_view(chunk, column) for chunk in self._chunks([name], start, stop)[name]]
+            parts = [_view_chunk(chunk, column) for chunk in self._read_chunks([name], start, stop)[name]]
             return np.concatenate([np.zeros((0, column.width), column.numpy), *parts])
         extents, firsts = pages
         size = column.row_bytes
@@ -242,7 +248,7 @@ class ParquetShard:
                     header = _PAGE.match(self._map, max(position, 0), min(end, len(self._map)))
                     if header is None or len(known) > _HEADERS:
                         return None
-                    size, stored, values = (_integer(part) for part in header.groups())
+                    size, stored, values = (_decode_varint(part) for part in header.groups())
                     if size != stored or size != values * column.row_bytes:
                         return None
                     begin = header.group()
@@ -263,20 +269,20 @@ class ParquetShard:
         self._file.close()
 
 
-def _integer(raw: bytes) -> int:
+def _decode_varint(raw: bytes) -> int:
     """A Thrift integer: 7 bits a byte, the sign in the lowest."""
     value = sum((byte & 127) << (7 * place) for place, byte in enumerate(raw))
     return (value >> 1) ^ -(value & 1)
 
 
-def _filled(chunk: Any, absent: int) -> Array:
+def _fill_nulls(chunk: Any, absent: int) -> Array:
     if chunk.null_count == len(chunk) > 0:
         return np.full(len(chunk), absent, chunk.type.to_pandas_dtype())
     filled: Array = (chunk.fill_null(absent) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
     return filled
 
 
-def _view(chunk: Any, column: Column) -> Array:
+def _view_chunk(chunk: Any, column: Column) -> Array:
     """The chunk's own memory as (B, W), read-only."""
     if chunk.null_count:
         raise StoreCorruptError(f"column {column.name!r} holds nulls")
@@ -285,7 +291,7 @@ def _view(chunk: Any, column: Column) -> Array:
     return flat.reshape(len(chunk), column.width)
 
 
-def _words(schema: Any) -> str:
+def _format_schema(schema: Any) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
 
 

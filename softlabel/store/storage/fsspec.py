@@ -33,25 +33,25 @@ class RemoteLease:
     def __init__(self, folder: "RemoteFolder") -> None:
         self._folder = folder
         self._token = uuid.uuid4().hex
-        if not folder.create_object(LOCK_NAME, self._text()):
-            found = self._read()
+        if not folder.create_object(LOCK_NAME, self._encode_holder()):
+            found = self._read_holder()
             if found is not None and time.time() - found.get("at", 0) < STALE_SECONDS:
                 raise StoreLockedError(
                     f"{folder}: {found.get('holder', 'another run')} is writing to this store; wait until it ends "
                     f"(a run that was killed frees it after {STALE_SECONDS:.0f} s), or choose another folder"
                 )
-            folder.write(LOCK_NAME, self._text())
+            folder.write(LOCK_NAME, self._encode_holder())
             time.sleep(0.5)  # two that take over a stale lease at once: the later one has it
             self.check()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="softlabel-lease", daemon=True)
         self._thread.start()
 
-    def _text(self) -> bytes:
+    def _encode_holder(self) -> bytes:
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         return json.dumps({"holder": holder, "token": self._token, "at": time.time()}).encode()
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read_holder(self) -> dict[str, Any] | None:
         try:
             found = json.loads(self._folder.read(LOCK_NAME, 10_000))
         except (FileNotFoundError, ValueError, StoreError):
@@ -60,7 +60,7 @@ class RemoteLease:
 
     def check(self) -> None:
         """Raises StoreLockedError when somebody else took the lease (this process slept too long)."""
-        found = self._read()
+        found = self._read_holder()
         if found is None or found.get("token") != self._token:
             raise StoreLockedError(f"{self._folder}: another run took the lease; nothing more is written by this one")
 
@@ -68,7 +68,7 @@ class RemoteLease:
         while not self._ended.wait(RENEW_SECONDS):
             with contextlib.suppress(Exception):  # the next commit checks, and says what is wrong
                 self.check()
-                self._folder.write(LOCK_NAME, self._text())
+                self._folder.write(LOCK_NAME, self._encode_holder())
 
     def release(self) -> None:
         """Idempotent."""
@@ -101,7 +101,7 @@ class RemoteFolder(Folder):
     def where(self, name: str) -> str:
         return f"{self.url}/{name}"
 
-    def _object(self, name: str) -> str:
+    def _object_path(self, name: str) -> str:
         return f"{self._base}/{name.removeprefix('./')}"
 
     def check_root(self) -> None:
@@ -111,7 +111,7 @@ class RemoteFolder(Folder):
         pass  # objects need no folders
 
     def lease(self) -> RemoteLease:
-        with _failing(self.url, writing=True):
+        with _translate_errors(self.url, writing=True):
             self._lease = RemoteLease(self)
         return self._lease
 
@@ -119,22 +119,22 @@ class RemoteFolder(Folder):
         size = self.size(name)
         if size > limit:
             raise StoreCorruptError(f"{self.where(name)}: expected at most {limit} bytes, found {size}")
-        with _failing(self.where(name)):
-            raw: bytes = self._fs.cat_file(self._object(name))
+        with _translate_errors(self.where(name)):
+            raw: bytes = self._fs.cat_file(self._object_path(name))
         return raw
 
     def size(self, name: str) -> int:
-        with _failing(self.where(name)):
+        with _translate_errors(self.where(name)):
             self._fs.invalidate_cache()
-            info = self._fs.info(self._object(name))
+            info = self._fs.info(self._object_path(name))
         if info["type"] != "file":
             raise FileNotFoundError(self.where(name))
         return int(info["size"])
 
     def sizes(self, subfolder: str) -> dict[str, int]:
-        folder = self._object(subfolder).removesuffix("/.")
+        folder = self._object_path(subfolder).removesuffix("/.")
         try:
-            with _failing(self.where(subfolder)):
+            with _translate_errors(self.where(subfolder)):
                 self._fs.invalidate_cache()
                 found = self._fs.ls(folder, detail=True)
         except FileNotFoundError:
@@ -150,7 +150,7 @@ class RemoteFolder(Folder):
         return Path(tempfile.gettempdir()) / f"{TEMPORARY}softlabel-{os.getpid()}-{uuid.uuid4().hex}"
 
     def publish(self, temporary: Path, name: str, xxh3: str) -> None:
-        with _failing(self.where(name), writing=True):
+        with _translate_errors(self.where(name), writing=True):
             size = temporary.stat().st_size
             try:
                 there = self.size(name) == size
@@ -160,7 +160,7 @@ class RemoteFolder(Folder):
                 with self.local(name) as path:
                     there = path.read_bytes() == temporary.read_bytes()
             if not there:
-                self._fs.put_file(str(temporary), self._object(name))
+                self._fs.put_file(str(temporary), self._object_path(name))
         temporary.unlink(missing_ok=True)
 
     def publish_bytes(self, name: str, data: bytes, xxh3: str) -> None:
@@ -172,14 +172,14 @@ class RemoteFolder(Folder):
         self.write(name, data)
 
     def write(self, name: str, data: bytes) -> None:
-        with _failing(self.where(name), writing=True):
-            self._fs.pipe_file(self._object(name), data)
+        with _translate_errors(self.where(name), writing=True):
+            self._fs.pipe_file(self._object_path(name), data)
 
     def create_object(self, name: str, data: bytes) -> bool:
         """Put an object if there is none of this name; whether it was put."""
-        with _failing(self.where(name), writing=True):
+        with _translate_errors(self.where(name), writing=True):
             try:
-                self._fs.pipe_file(self._object(name), data, mode="create")
+                self._fs.pipe_file(self._object_path(name), data, mode="create")
             except FileExistsError:
                 return False
             except OSError as error:
@@ -189,8 +189,8 @@ class RemoteFolder(Folder):
         return True
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _failing(self.where(name), writing=True):
-            self._fs.rm_file(self._object(name))
+        with contextlib.suppress(FileNotFoundError), _translate_errors(self.where(name), writing=True):
+            self._fs.rm_file(self._object_path(name))
 
     def make(self, subfolder: str) -> None:
         pass
@@ -200,8 +200,8 @@ class RemoteFolder(Folder):
         """A copy on the local disk while the block lasts (what was opened meanwhile stays readable)."""
         path = self.temporary("")
         try:
-            with _failing(self.where(name)):
-                self._fs.get_file(self._object(name), str(path))
+            with _translate_errors(self.where(name)):
+                self._fs.get_file(self._object_path(name), str(path))
             yield path
         except StoreCorruptError as error:  # it names the copy
             raise StoreCorruptError(str(error).replace(str(path), self.where(name))) from None
@@ -210,7 +210,7 @@ class RemoteFolder(Folder):
 
 
 @contextlib.contextmanager
-def _failing(where: str, *, writing: bool = False) -> Iterator[None]:
+def _translate_errors(where: str, *, writing: bool = False) -> Iterator[None]:
     """What a file system's library raises, as StoreError or FileNotFoundError."""
     what = "written" if writing else "read"
     after = "; what was put stays" if writing else "; nothing says that it is damaged"

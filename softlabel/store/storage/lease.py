@@ -37,7 +37,7 @@ class FileLease:
                 raise StoreError(
                     f"{root}: this file system cannot lock files ({error}); write to another one"
                 ) from None
-            if self._current():
+            if self._is_current():
                 break
             os.close(self._handle)  # the holder before us removed the file between our open and our lock
         with contextlib.suppress(OSError):  # a courtesy to whoever finds it locked; a full disk must not keep it locked
@@ -46,7 +46,7 @@ class FileLease:
             os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
         _held.add(self)
 
-    def _current(self) -> bool:
+    def _is_current(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self._handle), os.lstat(self.path))
         except FileNotFoundError:

@@ -59,7 +59,7 @@ class LocalFolder(Folder):
         with reading(path):
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
             with open(handle, "rb") as file:
-                size = self._regular(path, os.fstat(handle))
+                size = self._check_regular(path, os.fstat(handle))
                 if size > limit:
                     raise StoreCorruptError(
                         f"{path}: expected at most {limit} bytes, found {size}; not a softlabel store"
@@ -68,14 +68,14 @@ class LocalFolder(Folder):
 
     def size(self, name: str) -> int:
         with reading(self.path(name)):
-            return self._regular(self.path(name), os.lstat(self.path(name)))
+            return self._check_regular(self.path(name), os.lstat(self.path(name)))
 
-    def _regular(self, path: Path, status: os.stat_result) -> int:
-        if not stat.S_ISREG(status.st_mode) or path.is_symlink() or self._linked(path):
+    def _check_regular(self, path: Path, status: os.stat_result) -> int:
+        if not stat.S_ISREG(status.st_mode) or path.is_symlink() or self._is_linked(path):
             raise StoreCorruptError(f"{path}: expected a plain file inside the store, found a link, folder or device")
         return status.st_size
 
-    def _linked(self, path: Path) -> bool:
+    def _is_linked(self, path: Path) -> bool:
         return path.parent != self.root and path.parent.is_symlink()
 
     def sizes(self, subfolder: str) -> dict[str, int]:
@@ -113,15 +113,15 @@ class LocalFolder(Folder):
         sync(final.parent)
 
     def publish_bytes(self, name: str, data: bytes, xxh3: str) -> None:
-        temporary = self._write(name, data)
+        temporary = self._write_temporary(name, data)
         self.publish(temporary, name, xxh3)
 
     def replace(self, name: str, data: bytes) -> None:
-        temporary = self._write(name, data)
+        temporary = self._write_temporary(name, data)
         os.replace(temporary, self.path(name))
         sync(self.path(name).parent)
 
-    def _write(self, name: str, data: bytes) -> Path:
+    def _write_temporary(self, name: str, data: bytes) -> Path:
         temporary = self.temporary(os.path.dirname(name))
         try:
             with open(temporary, "xb", buffering=0) as file:
