@@ -373,7 +373,10 @@ class SoftLabelLoader:
         Raises:
             DataError: a worker has died.
         """
-        reason = self._batches.death(error)
+        try:
+            reason = self._batches.death(error)
+        except RuntimeError as death:  # of torch's signal handler, which may raise anywhere after a connection broke
+            reason = self._batches.death(death)
         if reason is not None:
             # Until it is forgotten, the dead worker is reported again whenever any child process ends.
             with contextlib.suppress(RuntimeError):

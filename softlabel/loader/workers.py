@@ -57,15 +57,16 @@ class BatchMaker:
             yield made.pin_memory() if self.pin_memory and isinstance(made, Batch) else made
 
     def death(self, error: Exception) -> str | None:
-        """What to say of a worker that has died, which shows as this error; None: no worker has died."""
+        """What to say of a worker that has died, which shows as this error; None: no worker has died.
+
+        Raises:
+            RuntimeError: of torch's signal handler, that a worker has died, meanwhile.
+        """
         workers = worker_processes(self._batches)
-        try:
-            if isinstance(error, OSError | EOFError):
-                # The connection breaks an instant before the process is known to be dead.
-                for worker in workers:
-                    worker.join(timeout=0.5)
-        except RuntimeError as death:  # of torch's signal handler
-            error = death
+        if isinstance(error, OSError | EOFError):
+            # The connection breaks an instant before the process is known to be dead.
+            for worker in workers:
+                worker.join(timeout=0.5)
         if "DataLoader worker" in str(error) or any(worker.exitcode not in (None, 0) for worker in workers):
             return (str(error) or type(error).__name__).splitlines()[0]
         return None
