@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file are the images, their keys and their labels.
+"""Which columns of a Parquet file are the samples, their keys and their labels.
 
 Legend: N rows.
 """
@@ -11,20 +11,23 @@ from typing import Any
 import pyarrow as pa
 
 from softlabel.dataset.hard_labels import choose_label, usual_labels
-from softlabel.errors import DataError
+from softlabel.dataset.table import check_input_columns
+from softlabel.errors import DataError, SpecError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Where in the schema the image, its key and its label are; None for a key that is the row number, or no label.
+    """Where in the schema the sample, its key and its label are; None for a key that is the row number, or no label.
 
     Attributes:
+        inputs: the column of encoded images, or, with `numbers`, those of the numbers that a sample consists of.
         other_labels: columns that sound like labels too.
         no_labels: columns that sound like labels, and hold more than one class a row.
         candidates: columns of numbers or texts, where there is no label.
     """
 
-    image: str
+    inputs: tuple[str, ...]
+    numbers: bool
     key: str | None
     label: str | None
     class_names: tuple[str, ...] | None
@@ -35,7 +38,50 @@ class Columns:
 
 def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns:
     features = _features(schema)
-    image = asked.get("image") or _image_column(schema, features, name)
+    if numbers := "inputs" in asked:
+        inputs, key = _input_columns(schema, asked, name), None
+    else:
+        inputs, key = _image_and_key(schema, features, asked.get("image"), name)
+    if "key" in asked:
+        key = None if asked["key"] == "index" else asked["key"]
+    if key is not None and not _is_key(kind := plain(_field(schema, key, name).type)):
+        raise DataError(
+            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
+            "number the rows with '?key=index'"
+        )
+    label, others = _label_column(schema, features, asked.get("label"), name)
+    if numbers and label in inputs:
+        raise SpecError(f"{name}: column {label!r} is an input and the label; choose another with '?label=COLUMN|none'")
+    taken = {*inputs, inputs[0].partition(".")[0], key, *others}
+    candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
+    return Columns(
+        inputs=inputs,
+        numbers=numbers,
+        key=key,
+        label=label,
+        class_names=_names(features, label),
+        other_labels=tuple(other for other in others if _is_label(schema.field(other).type)),
+        no_labels=tuple(other for other in others if not _is_label(schema.field(other).type)),
+        candidates=tuple(candidates) if label is None else (),
+    )
+
+
+def _input_columns(schema: pa.Schema, asked: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """Columns of numbers, in the order in which a sample has them."""
+    if "image" in asked:
+        raise SpecError(f"{name}: image= names encoded images, inputs= columns of numbers; give one of them")
+    columns = tuple(asked["inputs"].split(","))
+    if again := next((column for column in columns if columns.count(column) > 1), None):
+        raise SpecError(f"{name}: inputs=: column {again!r} is given twice")
+    check_input_columns(columns, [_field(schema, column, name).type for column in columns], name)
+    return columns
+
+
+def _image_and_key(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
+) -> tuple[tuple[str], str | None]:
+    """The column of encoded images, and that of their paths where there is one."""
+    image = asked or _image_column(schema, features, name)
     field = _field(schema, image, name)
     if pa.types.is_struct(field.type):
         inner = {field.type.field(i).name for i in range(field.type.num_fields)}
@@ -50,27 +96,9 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(
             f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
-            "name theirs with '?image='"
+            "name theirs with '?image=', or columns of numbers with '?inputs='"
         )
-    if "key" in asked:
-        key = None if asked["key"] == "index" else asked["key"]
-    if key is not None and not _is_key(kind := plain(_field(schema, key, name).type)):
-        raise DataError(
-            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
-            "number the rows with '?key=index'"
-        )
-    label, others = _label_column(schema, features, asked.get("label"), name)
-    taken = {image, key, *others}
-    candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
-    return Columns(
-        image=image_path,
-        key=key,
-        label=label,
-        class_names=_names(features, label),
-        other_labels=tuple(other for other in others if _is_label(schema.field(other).type)),
-        no_labels=tuple(other for other in others if not _is_label(schema.field(other).type)),
-        candidates=tuple(candidates) if label is None else (),
-    )
+    return (image_path,), key
 
 
 def _is_key(kind: pa.DataType) -> bool:
@@ -104,7 +132,7 @@ def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], nam
         return found[0]
     raise DataError(
         f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; "
-        "name it with '?image=COLUMN'"
+        "name it with '?image=COLUMN', or columns of numbers with '?inputs=COLUMN,COLUMN'"
     )
 
 

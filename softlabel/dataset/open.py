@@ -2,6 +2,8 @@
 
     FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         Hugging Face image layout
+    FILE.parquet?inputs=COLUMN[,COLUMN...][&label=COLUMN|none&key=COLUMN]
+                                        a table: the numbers of these columns side by side, or one column of lists
     FILE.tar[?image=EXT&label=FIELD|.EXT|none&key=shard|index&classes=FILE]
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
@@ -44,6 +46,7 @@ from softlabel.dataset.torch_dataset import DatasetSource, open_digits, open_tor
 from softlabel.dataset.webdataset import TarSource
 from softlabel.errors import SpecError
 from softlabel.inputs.base import AS_USUAL, Decoding
+from softlabel.inputs.image_decode import IMAGES
 
 
 def open_source(
@@ -109,9 +112,9 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
 def _decoded(source: Source, decoding: Decoding) -> Source:
     if decoding == AS_USUAL:
         return source
-    if source.kind in ("array", "digits"):
+    if source.kind in ("array", "digits") or source.inputs is not IMAGES:
         raise SpecError(
-            f"{source.name}: exif= and bits= are of encoded images, and these are pixels of 8 bits; leave them out"
+            f"{source.name}: exif= and bits= are of encoded images, and these are numbers as they are; leave them out"
         )
     if isinstance(source, DatasetSource) and not decoding.upright:
         raise SpecError(f"{source.name}: exif= is of encoded images, and this dataset decodes by itself; leave it out")

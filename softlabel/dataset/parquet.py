@@ -1,4 +1,5 @@
-"""Parquet files in the layout that Hugging Face `datasets` writes: a struct of bytes and path, and a label.
+"""Parquet files in the layout that Hugging Face `datasets` writes: a struct of bytes and path, and a label; or tables
+whose columns are the numbers of a sample.
 
 Legend: N samples.
 
@@ -26,8 +27,11 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_labels, class_number, number_classes, read_classes
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles
+from softlabel.dataset.table import read_rows
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Raw, Sample
+from softlabel.inputs.image_decode import IMAGES
+from softlabel.inputs.tensor import TENSORS
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
@@ -47,12 +51,13 @@ class ParquetSource(Source):
             with ThreadPoolExecutor(16) as pool:  # each footer waits for the network
                 self._open.update(enumerate(pool.map(self._opened, range(len(files)))))
         schemas = [self._file(number).schema_arrow for number in range(len(files))]
-        asked: dict[str, str] = {k: options.pop(k) for k in ("image", "key", "label") if k in options}
+        asked: dict[str, str] = {k: options.pop(k) for k in ("image", "inputs", "key", "label") if k in options}
         classes = options.pop("classes", None)
         ignored = ignore_labels or asked.get("label") == "none"
         if ignored:
             asked["label"] = "none"
         self._columns = find_columns(schemas[0], asked, name)
+        self.inputs = TENSORS if self._columns.numbers else IMAGES
         if classes is not None and not ignored:
             self._columns = self._with_names(read_classes(classes, subject=name))
         self._numbers = number_classes(self._columns.class_names)
@@ -114,11 +119,10 @@ class ParquetSource(Source):
         for group in np.unique(groups_B).tolist():
             places = np.flatnonzero(groups_B == group)
             local = rows_B[places] - self._starts_G[group]
-            images = self._column(self._columns.image, group).take(pa.array(local)).to_pylist()
+            raws = self._raws(group, local)
             keys = self._strings(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
             labels = self._label_column(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
-            for place, image, key, label in zip(places.tolist(), images, keys, labels, strict=True):
-                raw: Raw = _NO_BYTES if image is None else image
+            for place, raw, key, label in zip(places.tolist(), raws, keys, labels, strict=True):
                 samples[place] = Sample(key=key, raw=raw, label=label)
         return [sample for sample in samples if sample is not None]
 
@@ -143,6 +147,13 @@ class ParquetSource(Source):
             if begin < stop and end > start:
                 pieces.append((group, max(start, begin) - begin, min(stop, end) - begin))
         return pieces
+
+    def _raws(self, group: int, rows_R: NDArray[np.int64]) -> list[Raw]:
+        """What the columns of some rows of a group hold as samples."""
+        taken = [self._column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
+        if self._columns.numbers:
+            return read_rows(self._columns.inputs, taken)
+        return [_NO_BYTES if image is None else image for image in taken[0].to_pylist()]
 
     def _strings(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:
         assert self._columns.key is not None
