@@ -94,7 +94,7 @@ class Totals:
         self.sums = dict.fromkeys(self.NAMES, 0.0)
         self.bins_3K = torch.zeros(3, BINS, dtype=torch.float64)
         self.temperature: float | None = None
-        self.unknown = 0.0  # images whose soft labels do not tell a most probable class
+        self.unknown = 0.0  # images whose soft labels do not determine a most probable class
 
     def add(self, logits_BC: Tensor, batch: Batch) -> None:
         counts_B = torch.ones_like(batch.labels, dtype=torch.bool) if batch.weight is None else batch.weight > 0
@@ -158,7 +158,7 @@ class Totals:
 
         note = None
         if unknown:
-            note = "the store holds classes drawn from the teacher, which do not tell its most probable one"
+            note = "the store holds classes drawn from the teacher, which do not determine its most probable one"
         elif sums["known"] and not sums["comparable"]:
             note = "the store holds the teacher's largest classes alone: no KL divergence over all of them"
         return Evaluation(

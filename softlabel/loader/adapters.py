@@ -26,7 +26,7 @@ from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.labels.combine import Combination
-from softlabel.loader.target import as_target
+from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
@@ -92,7 +92,7 @@ class LabelJoin:
     def of_rows(self, rows_B: NDArray[np.int64]) -> Target:
         """The target of these rows of the store."""
         stored = self.store.take(rows_B, self._names)
-        return as_target(self.store.run, stored.columns, extra=self.store.extra, combination=self._combination)
+        return make_target(self.store.run, stored.columns, extra=self.store.extra, combination=self._combination)
 
     def __call__(self, batch: Any) -> Any:
         """A batch with its target: a dict gets one more entry, a tuple or list one more place at its end.
@@ -130,7 +130,7 @@ class LabelJoin:
         device = next((value.device for value in taken.values() if isinstance(value, Tensor)), torch.device("cpu"))
         dtypes = {column.name: column.numpy for column in self.store.run.columns}
         columns = {name: torch.as_tensor(value).cpu().numpy().astype(dtypes[name]) for name, value in taken.items()}
-        return as_target(self.store.run, columns, extra=self.store.extra, combination=self._combination).to(device)
+        return make_target(self.store.run, columns, extra=self.store.extra, combination=self._combination).to(device)
 
     def _rows(self, batch: Any) -> NDArray[np.int64]:
         keys = _texts(self._part(batch, self.key, "key"))

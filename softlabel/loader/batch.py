@@ -18,7 +18,7 @@ from softlabel.loss.targets import Target
 
 
 class BatchKeys(Sequence[str]):
-    """The keys of a batch, a sequence like a tuple of strings, which are made when somebody asks for one.
+    """The keys of a batch, a sequence like a tuple of strings, which are made when one is asked for.
 
     Few training loops do, and making them takes as long as gathering the images. Equal to a tuple of the same strings.
     """
@@ -110,7 +110,7 @@ class Batch:
     __iter__ = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same batch on another device; `samples` and `rows` are for people and stay where they are."""
+        """The same batch on another device; `samples` and `rows` are for the reader and stay where they are."""
         return replace(
             self,
             inputs=Inputs.of(self.inputs).map(lambda one: one.to(device, non_blocking=non_blocking)).plain,

@@ -27,7 +27,7 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache, layout_of
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
-from softlabel.loader.target import as_target
+from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
@@ -52,7 +52,7 @@ class JoinedDataset(Dataset[Batch]):
         store: where soft labels come from; None: hard labels only.
         preprocessing: brings every image to one size (its geometry; normalisation is left to the training loop).
             None: the images are of one size already.
-        augment: drawn anew for every view (epoch); None: none.
+        augment: drawn again for every view (epoch); None: none.
         seed: of the augmentation.
         missing: what happens to a sample whose key is not in the store. ``error`` names such keys, ``skip`` leaves the
             samples out, ``hard-only`` keeps them with their hard label alone. Samples that the store lists as
@@ -328,7 +328,7 @@ class JoinedDataset(Dataset[Batch]):
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
         stored = store.take(rows_B, self._label_names)
-        return as_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
+        return make_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
 
 
 def _all_keys(source: Source) -> Keys:

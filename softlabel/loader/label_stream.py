@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from softlabel.errors import MismatchError
 from softlabel.labels.combine import Combination
 from softlabel.loader.order import BlockOrder
-from softlabel.loader.target import as_target
+from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
 from softlabel.store.reader import Store
 
@@ -37,7 +37,7 @@ class LabelStream:
         order: of the epoch's samples; whose windows are read.
         rows_of: (epoch, samples) -> int64 rows of the store, -1 where there is none. Neighbouring samples have
             neighbouring rows, or much is read for nothing: see `check_same_order`.
-        combination: see `as_target`.
+        combination: see `make_target`.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class LabelStream:
         try:
             parts = [self._loading[number].result() for number in needed if number <= last]
         except BaseException:
-            self._loading.clear()  # whoever mends the store and goes on must not meet the old error
+            self._loading.clear()  # after the store is repaired, the old error must not come again
             raise
-        return as_target(
+        return make_target(
             self._store.run, _gather(parts, rows_B), extra=self._store.extra, combination=self._combination
         )
 

@@ -63,7 +63,7 @@ class SoftLabelLoader:
         tail: what becomes of the samples that do not fill the last batch; ``keep`` gives a smaller batch (one rank
             only), ``drop`` leaves them out of this epoch (unless there is no other batch), ``pad`` fills the batch with
             rows of weight 0.
-        augment: drawn anew in every epoch; None: none. The soft labels are those of the un-augmented image. A store
+        augment: drawn again in every epoch; None: none. The soft labels are those of the un-augmented image. A store
             whose rows are views takes none: its images are the views that the teacher saw.
         preprocessing: whose geometry brings images to one size; None: they are of one size.
         missing: ``error``, ``skip`` or ``hard-only``, for samples that the store has no row for.
@@ -238,7 +238,7 @@ class SoftLabelLoader:
         self.set_epoch(epoch + 1)
 
     def _begin(self) -> object:
-        """Let a new iteration take the place of the one before; returns what tells it from others."""
+        """Let a new iteration take the place of the one before; returns its identity."""
         if self._place.begun:
             self._enter(self._place.epoch + 1, 0)
         self._plan.epoch, self._plan.start = self._place.epoch, self._place.sample
@@ -382,7 +382,8 @@ class SoftLabelLoader:
             with contextlib.suppress(RuntimeError):
                 self.close()
             raise DataError(
-                f"{self.source.name}: a loader process died ({reason}); is there memory for so many workers?"
+                f"{self.source.name}: a loader process died ({reason}); it may have run out of memory: use fewer "
+                "workers"
             ) from error
 
     def close(self) -> None:

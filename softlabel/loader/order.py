@@ -3,7 +3,7 @@
 Legend: N samples, K blocks of them. A position is a place in the epoch's sequence, a sample an index into the dataset.
 
 The map position -> sample is a keyed bijection of 0..N-1: a Feistel network over Z_a x Z_b, a * b the smallest such
-rectangle that holds N, with cycle walking (whoever lands outside 0..N-1 walks on until inside; fewer than one in
+rectangle that holds N, with cycle walking (what lands outside 0..N-1 walks on until inside; fewer than one in
 sqrt(N) does). There is no table of N numbers: a batch costs its own size, at any point of any epoch.
 """
 
@@ -63,8 +63,7 @@ class EpochOrder:
             epoch: from 0.
             positions: int64, any shape, each in 0..N-1.
         """
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
-            raise IndexError(f"position: expected 0 to {self.size - 1}, found {positions.min()} to {positions.max()}")
+        check_positions(positions, self.size)
         if not self.shuffle:
             return positions.astype(np.int64)
         rows = math.isqrt(self.size - 1) + 1  # a: ceil of the square root
@@ -76,6 +75,12 @@ class EpochOrder:
             places[outside] = _feistel(places[outside], rows, columns, round_keys)
             outside = outside[places[outside] >= self.size]
         return places.astype(np.int64).reshape(positions.shape)
+
+
+def check_positions(positions: Int64s, size: int) -> None:
+    """Raises IndexError where a position is not among 0 to size - 1."""
+    if positions.size and (positions.min() < 0 or positions.max() >= size):
+        raise IndexError(f"position: expected 0 to {size - 1}, found {positions.min()} to {positions.max()}")
 
 
 def _feistel(places: UInt64s, rows: int, columns: int, round_keys: list[np.uint64]) -> UInt64s:
@@ -145,8 +150,7 @@ class BlockOrder:
             epoch: from 0.
             positions: int64, any shape, each in 0..N-1.
         """
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
-            raise IndexError(f"position: expected 0 to {self.size - 1}, found {positions.min()} to {positions.max()}")
+        check_positions(positions, self.size)
         layout, windows = self._layout(epoch), self.windows(epoch)
         places = positions.astype(np.int64).ravel()
         if self.shuffle:

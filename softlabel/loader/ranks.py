@@ -2,7 +2,7 @@
 
 Legend: N samples of an epoch, B rows of a global batch, W ranks, S rows of a share.
 
-A global batch is a range of positions of the epoch, whoever works on it: it starts at a multiple of B after the place
+A global batch is a range of positions of the epoch, the same on all ranks: it starts at a multiple of B after the place
 where the epoch was entered. Rank r of W takes the rows r * B // W to (r + 1) * B // W of it, next to each other. All
 shares of a batch have ceil(B / W) rows; one that has fewer of its own is filled up with copies of them, of weight 0.
 """
@@ -80,7 +80,7 @@ class RankShare:
     def left(self, sample: int) -> int:
         """Batches from this position of the epoch to its end."""
         left = self.samples - sample
-        # A tail that is all there is stays: nobody wants an epoch without a step.
+        # A tail that is all there is stays: an epoch has at least one step.
         drops = self.tail == "drop" and self.samples >= self.batch_size
         return left // self.batch_size if drops else -(-left // self.batch_size)
 

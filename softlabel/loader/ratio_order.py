@@ -18,7 +18,7 @@ from softlabel.common.random import stream_key
 from softlabel.dataset import Source
 from softlabel.dataset.concat import SeveralSources
 from softlabel.errors import DataError, UsageError
-from softlabel.loader.order import EpochOrder
+from softlabel.loader.order import EpochOrder, check_positions
 
 Int64s = NDArray[np.int64]
 _OF_A_GROUP = 3  # part of a key that keeps the orders of groups independent
@@ -67,8 +67,7 @@ class RatioOrder:
             epoch: from 0.
             positions: int64, any shape, each in 0..size-1.
         """
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
-            raise IndexError(f"position: expected 0 to {self.size - 1}, found {positions.min()} to {positions.max()}")
+        check_positions(positions, self.size)
         cycle, place = np.divmod(positions.astype(np.int64).ravel(), len(self._group_W))
         group = self._group_W[place]
         turn = (epoch * self.cycles + cycle) * self._parts[group] + self._turn_W[place]

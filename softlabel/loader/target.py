@@ -21,7 +21,7 @@ from softlabel.store.manifest import Run
 Tensors = Mapping[str, Any]
 
 
-def as_target(
+def make_target(
     run: Run, columns: Columns, *, extra: Columns | None = None, combination: Combination | None = None
 ) -> Target:
     """The target that columns of a store hold.

@@ -23,7 +23,7 @@ _TWICE = (
 
 
 class _Once(torch.autograd.Function):
-    """The gradient as it is; a clear error if somebody differentiates it."""
+    """The gradient as it is; a clear error if it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class FusedLoss(torch.autograd.Function):
     """total, soft, hard = FusedLoss.apply(logits, compute, scale, *tensors that compute looks at).
 
     The gradient is computed with the loss and given away by the first backward; a second one (`retain_graph`) computes
-    it anew, so that at no time there is more than one buffer, and no buffer that autograd owns is ever written to.
+    it again, so that at no time there is more than one buffer, and no buffer that autograd owns is ever written to.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         grad_NC, ctx.grad_NC = ctx.grad_NC, None
-        # What was saved also tells, by its version, whether a second backward would see other numbers.
+        # What was saved also shows, by its version, whether a second backward would see other numbers.
         with torch.no_grad():
             if grad_NC is None:
                 grad_NC = ctx.compute(ctx.saved_tensors[0].detach(), True)[3]

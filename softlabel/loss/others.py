@@ -1,4 +1,4 @@
-"""The other losses that people distil with, on the same targets, weights and reductions as `distillation_loss`.
+"""The other losses of distillation, on the same targets, weights and reductions as `distillation_loss`.
 
 N rows, C classes, R rows of a chunk. z student logits, t teacher logits, q = softmax(z / T), p = softmax(t / T).
 

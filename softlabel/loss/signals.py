@@ -14,7 +14,7 @@ __all__ = ["teacher_log_probs", "top_class", "top_class_and_entropy"]
 
 
 def top_class(target: Target) -> Tensor | None:
-    """int64 (N,), the teacher's most probable class; None for drawn classes, which do not tell it."""
+    """int64 (N,), the teacher's most probable class; None for drawn classes, which do not determine it."""
     if isinstance(target, SampledTarget):
         return None
     if isinstance(target, TopKTarget):

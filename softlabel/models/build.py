@@ -149,7 +149,7 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
     """The preprocessing that belongs to a network for samples of a kind, before the options of its SPEC change it.
 
     Raises:
-        SpecError: it cannot be told, or not be expressed.
+        SpecError: it is not known, or cannot be expressed.
     """
     if spec.kind == "run":
         return transform_of(read_run(spec.name).preprocessing)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softlabel.common.file_type import describe_content
-from softlabel.errors import SpecError, TeacherError
+from softlabel.errors import SpecError, TeacherError, one_line
 
 log = logging.getLogger("softlabel")
 
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, weights_key: str | None = None) -> Checkpoint:
-    """Read the weights of a safetensors file or a `torch.save` file. The content tells which it is, not the name.
+    """Read the weights of a safetensors file or a `torch.save` file. The content decides which it is, not the name.
 
     Of several sets the exponential moving average (EMA) is taken, as timm does, or else the one under the usual name.
 
@@ -110,7 +110,7 @@ def _is_torch(path: Path) -> bool:
 
 def _refused(path: Path, error: Exception) -> str:
     """torch's own message advises to switch the protection off: keep its reason and give a safe remedy."""
-    text = " ".join(str(error).split())
+    text = one_line(error, limit=None)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return (
             f"{path}: refused, because it holds more than tensors ({found[1].rstrip('.')}) and reading it could "

@@ -114,11 +114,11 @@ def fill(spec: Spec, model: nn.Module, weights: Mapping[str, Tensor], *, prefix:
         for k, v in expected.items()
         if k in found and found[k].shape != v.shape
     ]
-    if told := [
+    if differences := [
         f"{len(names)} {what} ({shown(names)})" for names, what in (*problems, (shapes, "of another shape")) if names
     ]:
         raise SpecError(
-            f"{spec.text}: the checkpoint's tensors do not fit the network: {'; '.join(told)}. "
+            f"{spec.text}: the checkpoint's tensors do not fit the network: {'; '.join(differences)}. "
             f"Is it the same architecture and class count?{_elsewhere(expected, weights) if prefix is None else ''}"
         )
     assert fitted is not None

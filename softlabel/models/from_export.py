@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabel.common.file_type import describe_content
 from softlabel.common.spec import Spec, literal
-from softlabel.errors import SpecError, TeacherError
+from softlabel.errors import SpecError, TeacherError, one_line
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
 
@@ -40,7 +40,7 @@ class ExportedProgram(Program):
         try:
             self._program = torch.export.load(path, extra_files=extra)
         except Exception as error:  # whatever a damaged file provokes
-            reason = describe_content(path) or " ".join(str(error).split())[:200]
+            reason = describe_content(path) or one_line(error, limit=200)
             raise TeacherError(f"{path}: cannot be loaded as a program of torch.export: {reason}") from error
         self.spec, self.sha256 = spec, file_sha256(path)
         self.described = _json(path, extra[METADATA])

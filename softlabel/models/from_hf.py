@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softlabel.common.file_type import describe_content
 from softlabel.common.spec import Spec, literal
-from softlabel.errors import SpecError
+from softlabel.errors import SpecError, one_line
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.options import refuse_others, says_everything
 
@@ -230,7 +230,7 @@ def _remedy(spec: Spec) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+    return one_line(error).rstrip(".")
 
 
 def _transformers(spec: Spec) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softlabel.common.file_type import describe_content
 from softlabel.common.spec import Spec
-from softlabel.errors import SpecError, TeacherError
+from softlabel.errors import SpecError, TeacherError, one_line
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
 
@@ -74,8 +74,7 @@ class OnnxProgram(Program):
         try:
             self._session = self._runtime.InferenceSession(str(self._path), options, providers=wanted)
         except Exception as error:  # onnxruntime raises its own kinds
-            reason = " ".join(str(error).split())[:200]
-            raise TeacherError(f"{self._path}: onnxruntime cannot load it: {reason}") from error
+            raise TeacherError(f"{self._path}: onnxruntime cannot load it: {one_line(error, limit=200)}") from error
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise TeacherError(f"{self._path}: onnxruntime cannot use {device} (see its log); use --device cpu")
 

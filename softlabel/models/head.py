@@ -65,19 +65,21 @@ class Head:
         return save({"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()})
 
     def logits(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(logits float32 (B, C), hidden float32 (B, D)) of a batch: the forward pass with an ear at its head.
+        """(logits float32 (B, C), hidden float32 (B, D)) of a batch.
+
+        The forward pass, capturing the input of the last linear layer.
 
         Raises:
             UsageError: the layer ran more than once, or not on (B, D).
         """
-        with self._listening() as heard:
+        with self._capture_hidden() as captured:
             logits_BC = self.teacher.logits(inputs)
-        if len(heard) != 1 or heard[0].shape != (len(logits_BC), self.width):
+        if len(captured) != 1 or captured[0].shape != (len(logits_BC), self.width):
             self.refuse()
-        return logits_BC, heard[0].float()
+        return logits_BC, captured[0].float()
 
     def explains(self, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
-        """Whether W h + b is what the teacher answered: bool (1,), on the device, so that nobody waits for it here."""
+        """Whether W h + b is what the teacher answered: bool (1,), on the device, so that the host need not wait."""
         with torch.inference_mode():
             found_BC = F.linear(hidden_BD, self.weight, self.bias) * self.calibration
             off = (found_BC - logits_BC).abs().amax()
@@ -91,14 +93,14 @@ class Head:
         )
 
     @contextmanager
-    def _listening(self) -> Iterator[list[Tensor]]:
-        heard: list[Tensor] = []
+    def _capture_hidden(self) -> Iterator[list[Tensor]]:
+        captured: list[Tensor] = []
 
-        def hear(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            heard.append(inputs[0])
+        def capture(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            captured.append(inputs[0])
 
-        handle = self.layer.register_forward_pre_hook(hear)
+        handle = self.layer.register_forward_pre_hook(capture)
         try:
-            yield heard
+            yield captured
         finally:
             handle.remove()

@@ -18,12 +18,12 @@ from softlabel.inputs.image_transform import Preprocessing
 
 
 class Program(nn.Module):
-    """A file that is run as it is. It has no parameters to train, to stack or to compile, and no layer to listen to.
+    """A file that is run as it is. It has no parameters to train, to stack or to compile, and no last layer to capture.
 
     Attributes:
         sha256: of the file, and of the files that it refers to.
         batch: the smallest and the largest batch that it takes; None: any.
-        described: the preprocessing that the file itself tells, in the words of `Preprocessing.to_dict`.
+        described: the preprocessing that the file itself states, in the words of `Preprocessing.to_dict`.
         side: of the square image that it takes; None: any, or not said.
     """
 
@@ -64,7 +64,7 @@ class Program(nn.Module):
         """What the file says of it, or else its size alone beside the mean and std of the SPEC.
 
         Raises:
-            SpecError: neither file nor SPEC tell mean and std.
+            SpecError: neither file nor SPEC state mean and std.
         """
         if self.described is not None:
             try:

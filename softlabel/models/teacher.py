@@ -55,7 +55,7 @@ class Teacher:
             float32 (B, C) on the teacher's device. Not checked for NaN: the engine does that, which knows the keys.
 
         Raises:
-            TeacherError: the network gives something else, or somebody has set it to training mode.
+            TeacherError: the network gives something else, or it was set to training mode.
         """
         # A frozen TorchScript program has no mode any more.
         if any(getattr(module, "training", False) for module in self.model.modules()):
@@ -68,7 +68,7 @@ class Teacher:
             with computing(self.precision, self.device):
                 try:
                     output = finished.call(self.model)
-                except Exception as error:  # somebody's network: what it raises is a fact about this teacher
+                except Exception as error:  # user code: what it raises is a fact about this teacher
                     if out_of_memory(error):  # or about the batch: a smaller one may fit
                         raise
                     raise self._failed(inputs, error) from error
@@ -164,7 +164,7 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, d
         return declared
     linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise TeacherError(f"{spec}: cannot tell its class count; give num_classes= in the SPEC, or crop=")
+        raise TeacherError(f"{spec}: its class count is not known; give num_classes= in the SPEC, or crop=")
     return linear[-1]
 
 

@@ -77,12 +77,12 @@ class Pass:
             logging_redirect_tqdm(),
             Trackers(self.config, self._active if self.ranks.is_first else [], steps) as trackers,
             Interrupts() as interrupts,
-            ParallelStudents(self._at_once()) as crew,
+            ParallelStudents(self._at_once()) as workers,
         ):
             self._write_metrics()
             while self._active:
                 epoch, step = min(student.place for student in self._active)
-                self._epoch(epoch, step, crew, bar, interrupts)
+                self._epoch(epoch, step, workers, bar, interrupts)
                 self._finish_epoch(epoch, trackers)
                 if self._active and self.ranks.sum([interrupts.pending])[0]:
                     interrupts.end()
@@ -96,16 +96,18 @@ class Pass:
 
     # ---- an epoch ----
 
-    def _epoch(self, epoch: int, step: int, crew: ParallelStudents, bar: "tqdm[Any]", interrupts: Interrupts) -> None:
+    def _epoch(
+        self, epoch: int, step: int, workers: ParallelStudents, bar: "tqdm[Any]", interrupts: Interrupts
+    ) -> None:
         steps = len(self.loader)
         self.loader.set_epoch(epoch, step)
         last = time.perf_counter()
         for batch in self.loader:
             work, stop, due = self._work(batch, epoch, step, interrupts)
-            crew.advance([student for student in self._active if student.epoch == epoch], work)
+            workers.advance([student for student in self._active if student.epoch == epoch], work)
             step += 1
             if stop or due or step == steps:
-                crew.drain()
+                workers.drain()
             now = time.perf_counter()
             for student in self._active:
                 student.seconds += now - last if student.epoch == epoch else 0.0
@@ -124,7 +126,7 @@ class Pass:
                 self._give_up()
                 self._save(self._active)
                 self._saved = time.perf_counter()
-        crew.drain()
+        workers.drain()
 
     def _work(self, batch: Batch, epoch: int, step: int, interrupts: Interrupts) -> tuple[Step, bool, bool]:
         """The step for all students; whether to stop after it, and whether to save: what any process says, all do."""
@@ -141,7 +143,7 @@ class Pass:
             [student.preprocessing for student in self._active],
             epoch=epoch,
             step=step,
-            listen=any(student.config.soft_weight > 0 for student in self._active),
+            with_teacher=any(student.config.soft_weight > 0 for student in self._active),
         )
         return work, bool(stop), bool(save)
 

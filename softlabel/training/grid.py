@@ -20,7 +20,7 @@ class StudentConfig:
     """One student of a run, every value resolved.
 
     Attributes:
-        name: what tells it from the others of its run, for people and for its folder.
+        name: what distinguishes it from the others of its run, in logs and as its folder.
         out: its run folder.
         student: its SPEC.
         temperature: of the soft term; None: that of the store.

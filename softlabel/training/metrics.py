@@ -50,7 +50,7 @@ class EpochMetrics:
     target_entropy: float | None = None
 
     def line(self, epochs: int) -> str:
-        """For people."""
+        """One line of the log."""
         parts = [f"epoch {self.epoch:>{len(str(epochs))}}/{epochs}", f"loss {self.loss:.4f}"]
         parts += [f"soft {self.soft_loss:.4f}"] if self.soft_loss is not None else []
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
@@ -64,19 +64,19 @@ class Sums:
     """Running totals of an epoch, on the device, so that a step waits for nothing."""
 
     NAMES = ("samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
-    TOLD = ("told", "told_labelled", "told_correct", "entropy")  # what `Work.told` holds
+    TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `Step.teacher_sums` holds
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
-        count = len(self.NAMES) + len(self.TOLD)
+        count = len(self.NAMES) + len(self.TEACHER)
         self.values = torch.tensor(values or [0.0] * count, dtype=torch.float64, device=device)
 
-    def add(self, *values: float | Tensor, told: Tensor | None = None) -> None:
+    def add(self, *values: float | Tensor, teacher_sums: Tensor | None = None) -> None:
         """One batch: its counts, and its sums over them, in the order of NAMES; and what the teacher said."""
         device = self.values.device
         new = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
         self.values[: len(self.NAMES)] += new
-        if told is not None:
-            self.values[len(self.NAMES) :] += told
+        if teacher_sums is not None:
+            self.values[len(self.NAMES) :] += teacher_sums
 
     @property
     def samples(self) -> float:
@@ -84,7 +84,7 @@ class Sums:
 
     def means(self, *, soft: bool) -> dict[str, float | None]:
         """The means of `EpochMetrics`; without a soft term none of the soft loss."""
-        total = dict(zip((*self.NAMES, *self.TOLD), self.values.tolist(), strict=True))
+        total = dict(zip((*self.NAMES, *self.TEACHER), self.values.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float | None:
             return total[name] / total[count] if total[count] else None
@@ -94,9 +94,9 @@ class Sums:
             "soft_loss": mean("soft", "soft_samples") if soft else None,
             "hard_loss": mean("hard", "labelled"),
             "train_accuracy": mean("correct", "labelled"),
-            "teacher_accuracy": mean("told_correct", "told_labelled"),
-            "teacher_agreement": mean("agreed", "told"),
-            "target_entropy": mean("entropy", "told"),
+            "teacher_accuracy": mean("teacher_correct", "with_top_labelled"),
+            "teacher_agreement": mean("agreed", "with_top"),
+            "target_entropy": mean("entropy", "with_top"),
         }
 
 

@@ -34,8 +34,8 @@ class Step:
         parts: slices of the batch that go forward and backward one after the other, with what counts in each.
         whole: rows of the batch over all processes, by which means are taken.
         top: int64 (B,), the teacher's most probable class, -1 where there is none; None: unknown for all.
-        told: sums over the rows with soft labels, float64 (4,): rows with `top`, such rows with a hard label, those
-            where the two agree, and the entropy of the target in nats.
+        teacher_sums: sums over the rows with soft labels, float64 (4,): rows with `top`, such rows with a hard
+            label, those where the two agree, and the entropy of the target in nats.
     """
 
     epoch: int
@@ -45,7 +45,7 @@ class Step:
     parts: tuple[tuple[slice, Counts], ...]
     whole: Counts
     top: Tensor | None
-    told: Tensor | None
+    teacher_sums: Tensor | None
 
 
 def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
@@ -98,7 +98,7 @@ def prepare(
     *,
     epoch: int,
     step: int,
-    listen: bool,
+    with_teacher: bool,
 ) -> Step:
     """Do once what all students need.
 
@@ -106,19 +106,28 @@ def prepare(
         batch: on the device, without filler.
         parts, whole: see `Step`.
         transforms: those of the students.
-        listen: whether to ask what the teacher says.
+        with_teacher: whether to look at the teacher's classes too.
     """
     inputs: dict[Hashable, Inputs] = {}
     for transform in transforms:
         if transform.norm not in inputs:
             inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs)).contiguous()
-    top_B = told = None
-    if listen and batch.target is not None:
-        top_B, told = _listen(batch)
-    return Step(epoch=epoch, step=step, batch=batch, inputs=inputs, parts=parts, whole=whole, top=top_B, told=told)
+    top_B = teacher_sums = None
+    if with_teacher and batch.target is not None:
+        top_B, teacher_sums = _sum_teacher(batch)
+    return Step(
+        epoch=epoch,
+        step=step,
+        batch=batch,
+        inputs=inputs,
+        parts=parts,
+        whole=whole,
+        top=top_B,
+        teacher_sums=teacher_sums,
+    )
 
 
-def _listen(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+def _sum_teacher(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
     assert batch.target is not None
     found = top_class_and_entropy(batch.target)
     if found is None:

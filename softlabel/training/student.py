@@ -187,7 +187,7 @@ class Student:
                 losses.hard * here.hard,
                 (best_B == batch.labels).sum(),
                 0 if top_B is None else (best_B == top_B).sum(),
-                told=work.told if part.start == 0 else None,
+                teacher_sums=work.teacher_sums if part.start == 0 else None,
             )
 
     def _checked(self, logits_BC: Any) -> Tensor:
@@ -244,7 +244,7 @@ class Student:
     # ---- files ----
 
     def save(self) -> None:
-        """Write where the student is: everything that a step depends on, and what people will want to see of it."""
+        """Write where the student is: everything that a step depends on, and what is shown of it."""
         random = self.ranks.gather(self._random)
         sums = self.ranks.sum_tensor(self._sums.values).tolist()
         if not self.ranks.is_first:

@@ -1,4 +1,4 @@
-"""What a run says to people: before it begins, and when it is over."""
+"""What a run prints: before it begins, and when it is over."""
 
 import csv
 import io
@@ -88,7 +88,7 @@ class TrainResult:
         return all(student.already_done for student in self.students)
 
     def table(self) -> str:
-        """The students side by side, for people."""
+        """The students side by side, as text."""
         rows = [_row(student) for student in self.students]
         columns = [name for name in rows[0] if any(row[name] for row in rows)]
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}

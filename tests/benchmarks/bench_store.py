@@ -258,7 +258,7 @@ def bench_open(folder: Path) -> None:
 
 def bench_topk(folder: Path) -> None:
     """1,000,000 rows of top-k 32 (136 MB) into the loss's tensors: uint16 ids, float16 values, float32 tails."""
-    from softlabel.loader.target import as_target
+    from softlabel.loader.target import make_target
     from softlabel.store.encodings import TopK
 
     count, kept, root = 1_000_000, 32, folder / "topk"
@@ -297,7 +297,7 @@ def bench_topk(folder: Path) -> None:
     def ours() -> int:
         seen = 0
         for part in open_store(root).stream(names):
-            seen += len(as_target(run, part.columns))
+            seen += len(make_target(run, part.columns))
         return seen
 
     seconds = interleaved({"raw": raw, "ours": ours}, REPEATS)

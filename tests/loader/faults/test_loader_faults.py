@@ -67,7 +67,9 @@ def test_a_worker_that_is_killed_is_named_and_the_run_resumes(store: Path, strea
                 victim = next(pid for pid in children() if pid not in before)
                 os.kill(victim, signal.SIGKILL)
 
-    with pytest.raises(DataError, match=r"Images: a loader process died .*is there memory for so many workers\?"):
+    with pytest.raises(
+        DataError, match=r"Images: a loader process died .*may have run out of memory: use fewer workers"
+    ):
         train()
     assert len(seen) < ROWS
     assert set(children()) <= before  # no process is left
