@@ -153,10 +153,10 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
     """
     if spec.kind == "run":
         return transform_of(read_run(spec.name).preprocessing)
-    if kind == TensorTransform.kind and spec.kind != "python":
+    if kind == TensorTransform.kind and spec.kind not in ("python", "pt2", "onnx"):
         raise SpecError(
             f"{spec.text}: takes images, and the samples are arrays of numbers; give a network that takes these, as "
-            "python:MODULE:FACTORY"
+            "python:MODULE:FACTORY, or a .onnx or .pt2 file"
         )
     if spec.kind == "zoo":
         return Preprocessing(resize=32, crop=32)
@@ -167,7 +167,7 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
     if spec.kind in ("pt2", "onnx"):
         program = model if isinstance(model, Program) else build_model(spec)
         assert isinstance(program, Program)
-        return program.preprocessing
+        return program.prepare_for(kind)
     if spec.kind == "python":
         found = getattr(model, "preprocessing", None)
         if isinstance(found, InputTransform):

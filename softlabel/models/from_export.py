@@ -2,11 +2,10 @@
 
 Reading one can execute what is in it: torch unpickles parts of the archive, evaluates its symbolic expressions and
 compiles its graph to Python. So the SPEC has to say that the file is trusted.
-
-Legend: B batch, H height, W width.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ METADATA = "preprocessing.json"
 
 
 class ExportedProgram(Program):
-    """A program of `torch.export`, of one image tensor."""
+    """A program of `torch.export`; its inputs have the names of its arguments."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -52,12 +51,14 @@ class ExportedProgram(Program):
         names = self._program.graph_signature.user_inputs
         given = [node for node in self._program.graph.nodes if node.op == "placeholder" and node.name in names]
         inputs = [node.meta["val"] for node in given]
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4:
-            raise TeacherError(f"{path}: expected a program of one tensor (batch, 3, height, width), found {inputs}")
-        self._dtype = inputs[0].dtype
-        batch, _, height, width = inputs[0].shape
-        self.batch = self._limits(batch)
-        self.side = height if isinstance(height, int) and height == width else None
+        if not inputs or not all(isinstance(one, Tensor) and one.dim() for one in inputs):
+            raise TeacherError(f"{path}: expected a program of tensors with a batch axis, found {inputs}")
+        self._dtypes = {node.name: one.dtype for node, one in zip(given, inputs, strict=True)}
+        self.shapes = {
+            node.name: tuple(size if isinstance(size, int) else None for size in one.shape[1:])
+            for node, one in zip(given, inputs, strict=True)
+        }
+        self.batch = self._limits(inputs[0].shape[0])
         self.place(torch.device("cpu"))
 
     def _limits(self, batch: Any) -> tuple[int, int | None]:
@@ -75,10 +76,11 @@ class ExportedProgram(Program):
         # Its devices are written into the graph. A tuple hides it from nn.Module, whose eval() it refuses.
         self._module = (move_to_device_pass(self._program, device).module(),)
 
-    def run(self, images_BCHW: Tensor) -> Any:
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
         tree = self._program.call_spec.in_spec
         assert tree is not None
-        args, kwargs = torch.utils._pytree.tree_unflatten([images_BCHW.to(self._dtype)], tree)
+        leaves = [tensors[name].to(dtype) for name, dtype in self._dtypes.items()]
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, tree)
         return self._module[0](*args, **kwargs)
 
 

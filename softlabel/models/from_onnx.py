@@ -1,10 +1,10 @@
-"""``file.onnx``: networks that onnxruntime runs.
+"""``file.onnx``: networks, and forests and other models of scikit-learn, that onnxruntime runs.
 
-Legend: B batch, H height, W width.
+Legend: B batch, C classes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,21 +13,41 @@ import torch
 from torch import Tensor
 
 from softlabel.common.file_type import describe_content
-from softlabel.common.spec import Spec
+from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError, TeacherError, one_line
 from softlabel.models.options import refuse_others
 from softlabel.models.program import Program, file_sha256
 
 METADATA = "preprocessing"
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+# What a probability of 0 counts as: the smallest normal float32. Every other one is far above it, so softmax gives back
+# the probabilities, and at a temperature of 4 a class without votes still has only 3e-10.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 class OnnxProgram(Program):
-    """An ONNX network of one image tensor: its output `logits`, or else its first."""
+    """An ONNX file: its output `logits`, or `?output=NAME`, or else its first.
+
+    With `?probabilities=true` that output is probabilities, and their logarithm the logits.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        refuse_others(spec)
+        refuse_others(spec, ("output", "probabilities"))
+        probabilities = literal(spec.options.get("probabilities", "false"))
+        if not isinstance(probabilities, bool):
+            raise SpecError(f"{spec.text}: probabilities: expected true or false, found {probabilities!r}")
+        self._probabilities = probabilities
         onnx, self._runtime = _packages(spec)
         self.spec, self._path = spec, Path(spec.name)
         if not self._path.is_file():
@@ -43,20 +63,17 @@ class OnnxProgram(Program):
             raise TeacherError(f"{self._path}: was exported in training mode; export it for inference")
         self.place(torch.device("cpu"))
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        shape = list(inputs[0].shape) if len(inputs) == 1 else []
-        self._channels_last = len(shape) == 4 and shape[1] != 3 and shape[3] == 3
-        if len(shape) != 4 or inputs[0].type not in _DTYPES or (shape[1] != 3 and not self._channels_last):
+        if not inputs or any(one.type not in _DTYPES or not one.shape for one in inputs):
             listed = ", ".join(f"{i.name}: {i.type} {i.shape}" for i in inputs)
-            raise TeacherError(
-                f"{self._path}: expected one input of floats, (batch, 3, height, width) or (batch, height, width, 3), "
-                f"found {listed}"
-            )
-        self._input, self._dtype = inputs[0].name, _DTYPES[inputs[0].type]
-        names = [output.name for output in outputs]
-        self._output = "logits" if "logits" in names else names[0]
-        height, width = shape[1:3] if self._channels_last else shape[2:]
-        self.side = height if isinstance(height, int) and height == width else None
-        self.batch = (shape[0], shape[0]) if isinstance(shape[0], int) and shape[0] > 0 else (1, None)
+            raise TeacherError(f"{self._path}: expected inputs of numbers with a batch axis, found {listed or 'none'}")
+        self._dtypes = {one.name: _DTYPES[one.type] for one in inputs}
+        self.shapes = {
+            one.name: tuple(size if isinstance(size, int) and size > 0 else None for size in one.shape[1:])
+            for one in inputs
+        }
+        self._output = self._choose_output(outputs)
+        first = inputs[0].shape[0]
+        self.batch = (first, first) if isinstance(first, int) and first > 0 else (1, None)
         self.described = self._metadata()
 
     def place(self, device: torch.device) -> None:
@@ -78,12 +95,42 @@ class OnnxProgram(Program):
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise TeacherError(f"{self._path}: onnxruntime cannot use {device} (see its log); use --device cpu")
 
-    def run(self, images_BCHW: Tensor) -> Tensor:
-        if self._channels_last:
-            images_BCHW = images_BCHW.permute(0, 2, 3, 1)
-        array = np.ascontiguousarray(images_BCHW.cpu().numpy(), dtype=self._dtype)
-        (found,) = self._session.run([self._output], {self._input: array})
-        return torch.from_numpy(found).to(images_BCHW.device)
+    def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        device = next(iter(tensors.values())).device
+        arrays = {name: _convert(tensors[name], name, dtype) for name, dtype in self._dtypes.items()}
+        (found,) = self._session.run([self._output], arrays)
+        if isinstance(found, list):  # of a ZipMap: a dict of probabilities for each sample
+            found = _rows_of_maps(found, self._output)
+        output = torch.from_numpy(found).to(device)
+        return self._logarithm(output) if self._probabilities else output
+
+    def _choose_output(self, outputs: Any) -> str:
+        names = [output.name for output in outputs]
+        asked = self.spec.options.get("output")
+        if asked is not None and asked not in names:
+            raise SpecError(f"{self.spec.text}: output: expected one of {', '.join(names)}, found {asked!r}")
+        chosen: str = asked or ("logits" if "logits" in names else names[0])
+        kind = next(output.type for output in outputs if output.name == chosen)
+        # A classifier of scikit-learn gives its decisions first.
+        if kind not in ("tensor(float)", "tensor(float16)", "tensor(double)", "seq(map(int64,tensor(float)))"):
+            listed = ", ".join(f"{output.name}: {output.type}" for output in outputs)
+            raise SpecError(
+                f"{self.spec.text}: output {chosen}: expected floats, found {kind}; choose another of {listed} with "
+                "output=NAME, and add probabilities=true where it is probabilities"
+            )
+        return chosen
+
+    def _logarithm(self, probabilities_BC: Tensor) -> Tensor:
+        """Logits whose softmax the probabilities are."""
+        total_B = probabilities_BC.sum(dim=-1)
+        # Forests give 1 - p for the other class, which rounds to a little below 0.
+        if not bool((probabilities_BC > -1e-5).all()) or not bool(((total_B - 1).abs() < 1e-3).all()):
+            raise TeacherError(
+                f"output {self._output}: expected probabilities that sum to 1, found a row from "
+                f"{float(probabilities_BC.min()):.4g} to {float(probabilities_BC.max()):.4g}; leave probabilities= out "
+                "where they are logits"
+            )
+        return probabilities_BC.float().clamp(min=_LEAST).log()
 
     def _metadata(self) -> Any:
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
@@ -91,6 +138,26 @@ class OnnxProgram(Program):
             return json.loads(text) if text else None
         except ValueError as error:
             raise SpecError(f"{self._path}: expected JSON in its metadata {METADATA!r}, found {text!r}") from error
+
+
+def _convert(tensor: Tensor, name: str, dtype: Any) -> np.ndarray[Any, Any]:
+    """In the type of the input; whole numbers alone become integers."""
+    given = tensor.cpu().numpy()
+    array = np.ascontiguousarray(given, dtype=dtype)
+    if array.dtype.kind in "iub" and not np.array_equal(array, given):
+        raise TeacherError(f"input {name}: expected whole numbers, as it is of {array.dtype}, found others")
+    return array
+
+
+def _rows_of_maps(rows: list[dict[int, float]], name: str) -> np.ndarray[Any, Any]:
+    """Probabilities by class number as an array float32 (B, C)."""
+    classes = sorted(rows[0]) if rows else []
+    if classes != list(range(len(classes))):
+        raise TeacherError(
+            f"output {name}: expected classes numbered from 0, found {', '.join(map(str, classes[:5]))}; train it on "
+            "such labels"
+        )
+    return np.array([[row[number] for number in classes] for row in rows], dtype=np.float32)
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """Networks that can be run but not opened: files that hold their own graph.
 
-Legend: B batch, C classes, H height, W width.
+Legend: B batch, C classes or channels, H height, W width.
 """
 
 import hashlib
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
+from softlabel.inputs.base import InputTransform
 from softlabel.inputs.image_transform import Preprocessing
+from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.transforms import transform_of
 
 
 class Program(nn.Module):
@@ -23,34 +26,50 @@ class Program(nn.Module):
     Attributes:
         sha256: of the file, and of the files that it refers to.
         batch: the smallest and the largest batch that it takes; None: any.
-        described: the preprocessing that the file itself states, in the words of `Preprocessing.to_dict`.
-        side: of the square image that it takes; None: any, or not said.
+        described: the preprocessing that the file itself states, in the words of `InputTransform.to_dict`.
+        shapes: of its inputs by name, without the batch; None for sizes that vary.
+        channels_last: its images are (B, H, W, C); see `prepare_for`.
     """
 
     spec: Spec
     sha256: str
     batch: tuple[int, int | None]
     described: Mapping[str, Any] | None
-    side: int | None
+    shapes: Mapping[str, tuple[int | None, ...]]
+    channels_last: bool = False
 
     @abstractmethod
-    def run(self, images_BCHW: Tensor) -> Any:
-        """What the file answers to float32 (B, 3, H, W), with B within `batch`."""
+    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+        """What the file answers to its inputs by name, with B within `batch`."""
 
     @abstractmethod
     def place(self, device: torch.device) -> None:
         """Move it. Raises SpecError where it cannot run there."""
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Logits (B, C) of a batch of any size, in pieces that the file takes; the last piece is padded."""
+    def forward(self, *single: Tensor, **named: Tensor) -> Tensor:
+        """Logits (B, C) of a batch of any size, in pieces that the file takes; the last piece is padded.
+
+        Args:
+            single: the input of a file that has one.
+            named: inputs by the file's names for them.
+
+        Raises:
+            TeacherError: it has other inputs, or does not give logits.
+        """
+        tensors = dict(zip(self.shapes, single, strict=False)) if len(self.shapes) == 1 and single else named
+        if set(tensors) != set(self.shapes):
+            found = f"inputs {', '.join(named)}" if named else "one array"
+            raise TeacherError(f"expected inputs {self.inputs_in_words}, found {found}")
+        if self.channels_last:
+            tensors = {name: tensor.permute(0, 2, 3, 1) for name, tensor in tensors.items()}
+        count = len(next(iter(tensors.values())))
         smallest, largest = self.batch
         parts = []
-        for part_BCHW in torch.split(images_BCHW.contiguous(), largest or len(images_BCHW)):
-            kept = len(part_BCHW)
-            if kept < smallest:
-                zeros = part_BCHW.new_zeros(smallest - kept, *part_BCHW.shape[1:])
-                part_BCHW = torch.cat([part_BCHW, zeros])
-            parts.append(logits_of(self.spec.text, self.run(part_BCHW))[:kept])
+        for start in range(0, count, largest or count):
+            part = {name: tensor[start : start + (largest or count)] for name, tensor in tensors.items()}
+            kept = min(count - start, largest or count)
+            part = {name: _pad(tensor, smallest).contiguous() for name, tensor in part.items()}
+            parts.append(logits_of(self.spec.text, self.run(part))[:kept])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def to(self, *args: Any, **kwargs: Any) -> "Program":
@@ -60,23 +79,66 @@ class Program(nn.Module):
         return self
 
     @property
-    def preprocessing(self) -> Preprocessing:
-        """What the file says of it, or else its size alone beside the mean and std of the SPEC.
+    def inputs_in_words(self) -> str:
+        """Their names and shapes."""
+        shown = {name: ", ".join(["batch", *(str(size or "any") for size in s)]) for name, s in self.shapes.items()}
+        return ", ".join(f"{name} ({sizes})" for name, sizes in shown.items())
+
+    def example(self) -> Mapping[str, Tensor] | None:
+        """A batch of one sample of zeros; None where a size of it is not known."""
+        if any(size is None for shape in self.shapes.values() for size in shape):
+            return None
+        return {name: torch.zeros(1, *shape) for name, shape in self.shapes.items()}  # type: ignore[arg-type]
+
+    def prepare_for(self, kind: str) -> InputTransform:
+        """Set it up for samples of a kind.
+
+        Returns:
+            What brings samples to its inputs: as the file says, or else, of images, its size alone beside the mean and
+            std of the SPEC, and arrays as they are.
 
         Raises:
-            SpecError: neither file nor SPEC state mean and std.
+            SpecError: neither file nor SPEC state mean and std of images.
+            TeacherError: its inputs are no images, and the samples are.
         """
+        if kind == TensorTransform.kind:
+            return TensorTransform() if self.described is None else self._described(kind)
+        shape = next(iter(self.shapes.values()))
+        if len(self.shapes) != 1 or len(shape) != 3 or not (3 in (shape[0], shape[2]) or _is_channels(shape[0])):
+            raise TeacherError(
+                f"{self.spec.name}: expected one input of images, (batch, 3, height, width) or (batch, height, width, "
+                f"3), found {self.inputs_in_words}"
+            )
+        self.channels_last = shape[0] != 3 and shape[2] == 3
         if self.described is not None:
-            try:
-                return Preprocessing.from_dict(self.described)
-            except SpecError as error:
-                raise SpecError(f"{self.spec.text}: {error} in its metadata") from error
+            return self._described(kind)
         if not {"mean", "std"} <= set(self.spec.options):
             raise SpecError(
                 f"{self.spec.text}: does not say how its images are prepared; give mean= and std= (and resize=, "
                 "crop=), for values in [0, 1]: ?mean=0,0,0&std=1,1,1 for a network that normalises them itself"
             )
-        return Preprocessing(resize=self.side, crop=self.side)
+        height, width = shape[:2] if self.channels_last else shape[1:]
+        side = height if height == width else None
+        return Preprocessing(resize=side, crop=side)
+
+    def _described(self, kind: str) -> InputTransform:
+        assert self.described is not None
+        try:
+            found = transform_of(self.described)
+        except SpecError as error:
+            raise SpecError(f"{self.spec.text}: {error} in its metadata") from error
+        if found.kind != kind:
+            raise SpecError(f"{self.spec.text}: takes samples of kind {found.kind} by its metadata, found {kind}")
+        return found
+
+
+def _is_channels(size: int | None) -> bool:
+    return size is not None and 1 <= size <= 64
+
+
+def _pad(tensor: Tensor, rows: int) -> Tensor:
+    missing = rows - len(tensor)
+    return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
 
 def refuse_precision(spec: Spec, model: nn.Module, precision: str) -> None:

@@ -79,7 +79,8 @@ class Teacher:
                     f"{self.spec.text}: expected logits of shape {expected} (batch, classes), "
                     f"found {tuple(logits_BC.shape)}"
                 )
-            if not self.preprocessing.fixes_size:  # no sample could be tried while it was loaded
+            # No sample could be tried while it was loaded. A few logits may sum to 1 by chance, those of 4 rows do not.
+            if not self.preprocessing.fixes_size and len(inputs) >= 4:
                 _refuse_probabilities(self.spec.text, logits_BC)
             return logits_BC.float()
 
@@ -160,6 +161,9 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, d
                     f"{preprocessing.remedy.format(network='teacher')}"
                 ) from error
         return logits_of(spec, output).shape[1]
+    if isinstance(model, Program) and (zeros := model.example()) is not None:  # whose shape the file says
+        with torch.inference_mode():
+            return logits_of(spec, Inputs.of(zeros).call(model)).shape[1]
     if isinstance(declared := getattr(model, "num_classes", None), int):
         return declared
     linear = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
@@ -178,7 +182,7 @@ def _refuse_probabilities(spec: str, logits_BC: Tensor) -> None:
         total = "1" if float(logits_BC[0].sum()) < 10 else "100"
         raise TeacherError(
             f"{spec}: expected logits, found probabilities (not negative, every row sums to {total}); return "
-            "what goes into the softmax, or its logarithm"
+            "what goes into the softmax, or its logarithm; of an .onnx file, '?probabilities=true' takes that"
         )
 
 
