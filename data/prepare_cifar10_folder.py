@@ -35,7 +35,7 @@ def prepare(source: Source, out: Path) -> tuple[int, int]:
     paths: set[Path] = set()
     for start in range(0, len(source), BATCH):
         for sample in source.read(range(start, min(start + BATCH, len(source)))):
-            if sample.label < 0 or not isinstance(sample.image, bytes):
+            if sample.label < 0 or not isinstance(sample.raw, bytes):
                 raise DataError(f"{source.name}: {sample.key!r}: expected a label and encoded bytes, found none")
             path = out / names[sample.label] / sample.key.rpartition("/")[2]
             if path in paths:
@@ -44,10 +44,10 @@ def prepare(source: Source, out: Path) -> tuple[int, int]:
             if not path.exists():
                 # The name appears with the whole content or not at all: a rerun trusts what it finds.
                 partial = path.with_name(f".{path.name}.part")
-                partial.write_bytes(sample.image)
+                partial.write_bytes(sample.raw)
                 os.replace(partial, path)
                 written += 1
-            elif path.read_bytes() == sample.image:
+            elif path.read_bytes() == sample.raw:
                 present += 1
             else:
                 raise DataError(f"{path}: is there with other content; remove it, or choose another folder")

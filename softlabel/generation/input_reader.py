@@ -142,10 +142,9 @@ class InputReader:
             pin_memory=False,
             worker_init_fn=begin_worker,
         )
-        before = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
-        _handle_children(before)
-        with _worker_deaths_reported():
+        with _own_child_signals(), _worker_deaths_reported():
+            batches = iter(loader)
+            _ignore_children()
             for batch in batches:
                 if isinstance(batch, SoftLabelError):
                     raise batch
@@ -165,12 +164,33 @@ class _Spans(Dataset[DecodedBatch | SoftLabelError]):
             return error.with_traceback(None)
 
 
-def _handle_children(before: Any) -> None:
-    """Take back the handler of SIGCHLD that a DataLoader sets: it raises wherever the program just is, while a lease is
-    given back, say. Who waits for a batch is told of a death all the same, within seconds."""
+@contextmanager
+def _own_child_signals() -> Iterator[None]:
+    """Put back the handler of SIGCHLD that was there before, unless a worker died: torch's would still raise for it."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        _handle_children(before)
+        raise
+    else:
+        _handle_children(before)
+
+
+def _ignore_children() -> None:
+    """Take away the handler of SIGCHLD that a DataLoader sets, this one or one of the caller's: it raises wherever the
+    program is, such as in the release of a lease. Waiting for a batch reports a death within seconds anyway."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if str(getattr(handler, "__module__", "")).startswith("torch."):
+        _handle_children(signal.SIG_DFL)
+
+
+def _handle_children(handler: Any) -> None:
     # Only the main thread can set handlers, PyTorch's loader too.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
