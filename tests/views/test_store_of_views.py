@@ -573,7 +573,7 @@ def test_several_views_of_the_image_as_it_is_make_no_sense(data: Path, teacher: 
     done = run_softlabel(
         "generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "s", "--views", 4, code=2
     )
-    assert "one label 4 times" in done.stderr
+    assert "the same label 4 times" in done.stderr
     assert not (tmp_path / "s").exists()
 
 
