@@ -1,8 +1,7 @@
-"""Arrays that were decoded once per machine, in files that every process maps.
+"""Arrays decoded once per machine, in files that every process maps.
 
-An entry is two files in the cache's folder: NAME.bin, the array's bytes, and NAME.json, its length and XXH3-128. The
-second is written last; NAME.whole notes in which state the first was last found to have that hash. Builders take turns
-by a lock, so that two processes do not decode the same store twice.
+An entry is two files: NAME.bin, the array's bytes, and NAME.json, their length and XXH3-128, written last. NAME.whole
+records the file status at which NAME.bin last had that hash. A lock keeps two processes from decoding a store twice.
 """
 
 import contextlib
@@ -28,14 +27,14 @@ class Append(Protocol):
 
 
 def cache_folder() -> Path:
-    """$SOFTLABEL_CACHE, or softlabel/ in the user's cache folder."""
+    """Return $SOFTLABEL_CACHE, or softlabel/ in the user's cache folder."""
     if chosen := os.environ.get(VARIABLE):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softlabel"
 
 
 class Cache:
-    """The entries of one store, by the store's content: another store, or the same one grown, has other entries."""
+    """The entries of one store, addressed by its content: a store that grew has other entries."""
 
     def __init__(self, content: str) -> None:
         self.folder = cache_folder() / content
@@ -44,17 +43,25 @@ class Cache:
     def get(
         self, sizes: Mapping[str, int | None], build: Callable[[Append], None], *, check: bool = True
     ) -> dict[str, Array]:
-        """Map the entries `sizes` (name -> bytes, None when only the build tells); build them all if one is not whole.
+        """Map entries; build all of them if one is absent or damaged.
 
-        build: called with `append(name, data)`, adds every entry's bytes in order. check: hash the files first.
-        Returns read-only uint8 arrays. Raises StoreError when the cache cannot be written.
+        Args:
+            sizes: name -> bytes, or None if known only after the build.
+            build: called with `append(name, data)`; appends the bytes of every entry in order.
+            check: hash the files first.
+
+        Returns:
+            Name -> read-only uint8 array.
+
+        Raises:
+            StoreError: the cache cannot be written.
         """
         found = self._open(sizes, check)
         if found is None:
             with writing(f"cache {self.folder} (set {VARIABLE} to another folder, or allow more memory)"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with self._lock():
-                    found = self._open(sizes, check)  # another process may have built it while we waited
+                    found = self._open(sizes, check)  # another process may have built it meanwhile
                     if found is None:
                         self._build(list(sizes), build)
                         found = self._open(sizes, False)
@@ -79,8 +86,8 @@ class Cache:
         return arrays
 
     def _is_intact(self, name: str, path: Path, xxh3: object) -> bool:
-        """Whether the file's bytes are those that were written: hashed, unless they were since it last changed."""
-        status = os.stat(path)  # before the bytes are read: what changes meanwhile is not vouched for
+        """Whether the file has its recorded hash; it is hashed only if it changed since the last check."""
+        status = os.stat(path)  # before reading, so that a change meanwhile is detected next time
         stamp = [xxh3, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         note = self.folder / f"{name}.whole"
         with contextlib.suppress(OSError, ValueError):
@@ -88,7 +95,7 @@ class Cache:
                 return True
         if file_xxh3(path) != xxh3:
             return False
-        with contextlib.suppress(OSError):  # where it cannot be noted it is hashed again: no harm
+        with contextlib.suppress(OSError):  # without the note the file is hashed again
             temporary = self.folder / f"{TEMPORARY}{name}-whole-{os.getpid()}"
             temporary.write_text(json.dumps(stamp))
             os.replace(temporary, note)
@@ -123,7 +130,7 @@ class Cache:
     def _lock(self) -> Iterator[None]:
         handle = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with contextlib.suppress(OSError):  # no locks on this file system: two builders do the work twice, no harm
+            with contextlib.suppress(OSError):  # without locks two processes may build the same entry
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Two runs compared in words, for whoever asked for one and found the other."""
+"""Differences between two runs, in words."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +18,7 @@ _FIELD_NAMES = {
 
 
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:
-    """What a run has otherwise than a store, both as JSON; `path` is where in them the two stand."""
+    """Yield the differences between a store's run and this run, both as JSON values at `path`."""
     if path == "views.policy" and store != run:
         yield f"view policy: the store has {_format_policy(store)}, this run {_format_policy(run)}"
     elif isinstance(store, dict) and isinstance(run, dict):
@@ -35,7 +35,6 @@ def differences(path: str, store: Any, run: Any) -> Iterable[str]:
 
 
 def _format_policy(policy: Any) -> str:
-    """Its steps where it has some."""
     return _shorten(policy.get("steps") or policy.get("name"))
 
 

@@ -1,7 +1,4 @@
-"""Random access to rows that lie in several arrays: the shards of a store, end to end.
-
-N rows in all, B rows asked for, W elements in one row.
-"""
+"""Random access to rows in several arrays, the shards of a store. N rows in all, B rows requested, W elements a row."""
 
 import contextlib
 import ctypes
@@ -17,31 +14,31 @@ from softlabel.store.columns import Array
 
 
 class Parts:
-    """Arrays (n, W) of one dtype that together hold N rows; `take` gathers (B, W) in one sweep over all of them.
+    """Arrays (n, W) of one dtype that together hold N rows; `take` gathers (B, W) from all of them at once.
 
-    numpy can gather from one array only, and a gather from each of many small ones is several times slower. So the rows
-    are addressed by their distance in memory from the first array, as items of an array that spans all of them.
+    numpy gathers from one array only, and a gather from each of many small ones is several times slower. So one array
+    spans all parts, and rows are addressed by their offset in it.
 
-    Why this is safe. The span begins at the lowest address of a part and ends behind the highest byte of one. It also
-    covers memory between the parts that is not theirs. Row r of part p lies at offsets[p] + (r - starts[p]) * row_bytes
-    and ends row_bytes later: inside p, because `take` refuses rows outside 0 to N - 1, `searchsorted` gives the p with
-    starts[p] <= r < starts[p + 1], and a part is contiguous. So only bytes of parts are read, `take` copies them, and
-    the parts are kept alive as long as the span. Nothing is ever written through it.
+    Why this is safe: the span starts at the lowest address of a part and ends after the highest byte of one. It covers
+    memory between the parts that does not belong to them. Row r of part p lies at offsets[p] + (r - starts[p]) *
+    row_bytes and ends row_bytes later: inside p, because `take` refuses rows outside 0 to N - 1, `searchsorted` gives
+    the p with starts[p] <= r < starts[p + 1], and a part is contiguous. So only bytes of parts are read, `take` copies
+    them, and the parts live as long as the span. Nothing is written through it.
 
     Args:
-        parts: at least one; rows are numbered through all of them.
-        spanning: False gathers from each part by itself, as is done where no array can span them.
+        parts: at least one; rows are numbered across all of them.
+        spanning: False gathers from each part separately, as if no array could span them.
     """
 
     def __init__(self, parts: Sequence[Array], *, spanning: bool = True) -> None:
-        # Kept alive here: what is addressed below lies in them.
+        # Referenced here, because the span does not keep them alive.
         self._parts = [np.ascontiguousarray(part) for part in parts if len(part)] or [np.ascontiguousarray(parts[0])]
         self._starts = np.array(list(itertools.accumulate((len(part) for part in self._parts), initial=0)), np.int64)
         first = self._parts[0]
         self._row_bytes = first.dtype.itemsize * int(np.prod(first.shape[1:]))
         self._span: npt.NDArray[Any] | None = None
         if spanning and len(self._parts) > 1:
-            with contextlib.suppress(OverflowError, ValueError):  # parts further apart than an array can be long
+            with contextlib.suppress(OverflowError, ValueError):  # the parts are too far apart for one array
                 self._span = self._span_parts()
 
     def _span_parts(self) -> npt.NDArray[Any]:
@@ -54,7 +51,7 @@ class Parts:
         return np.ndarray((end - base - self._row_bytes + 1,), row, memory, strides=(1,))
 
     def take(self, rows_B: npt.NDArray[np.int64]) -> Array:
-        """(B, W), a copy. `rows_B` int64 must lie in 0 to N - 1."""
+        """Gather rows int64 (B,), 0 to N - 1, into a new array (B, W)."""
         first = self._parts[0]
         if len(self._parts) == 1:
             return first[rows_B]
@@ -73,20 +70,20 @@ class Parts:
 
 
 def row_numbers(rows: Any, count: int, *, where: str) -> npt.NDArray[np.int64]:
-    """Rows as somebody gave them, int64 (B,).
+    """Return a caller's row numbers as int64 (B,).
 
     Raises:
-        UsageError: they are not integers in one dimension, or one is not among 0 to count - 1.
+        UsageError: they are not integers in one dimension, or one is not in 0 to count - 1.
     """
     try:
         found = np.asarray(rows)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"{where}: rows: expected integers (B,), found {type(rows).__name__}: {error}") from None
     if found.ndim > 1 or (found.size and found.dtype.kind not in "iu"):
-        remedy = "; numpy.flatnonzero makes row numbers of a mask" if found.dtype.kind == "b" else ""
+        remedy = "; numpy.flatnonzero turns a mask into row numbers" if found.dtype.kind == "b" else ""
         raise UsageError(
-            f"{where}: rows: expected integers (B,), found {found.dtype} of shape {found.shape}; give what lookup "
-            f"returns{remedy}"
+            f"{where}: rows: expected integers (B,), found {found.dtype} of shape {found.shape}; pass the result of "
+            f"lookup{remedy}"
         )
     if found.size and (found.min() < 0 or found.max() >= count):
         wrong = found.min() if found.min() < 0 else found.max()

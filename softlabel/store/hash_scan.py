@@ -1,6 +1,4 @@
-"""One pass over a shard file that hashes every byte and looks at its logits while they are in the processor's cache:
-checking a store then costs little more than reading it.
-"""
+"""Hash a shard file and check its logits in one pass, while they are in the processor's cache."""
 
 import mmap
 import os
@@ -13,8 +11,8 @@ import xxhash
 
 from softlabel.store.columns import Array, Column
 
-_BLOCK = 1 << 20  # bytes; still in the cache when they are looked at, and few enough calls for several threads
-_MAPPED = 32 << 20  # pages are let go of after so many bytes, so that a large file does not count as our memory
+_BLOCK = 1 << 20  # bytes: fits the cache, and keeps the number of calls low for several threads
+_MAPPED = 32 << 20  # bytes after which pages are released, to bound resident memory
 
 
 def hash_and_scan(
@@ -24,11 +22,17 @@ def hash_and_scan(
     members: int,
     is_clean: Callable[[Array], bool],
 ) -> tuple[str, bool]:
-    """(xxh3-128 of the file, whether all rows in the extents are as they must be).
+    """Hash a file and check one of its columns.
 
-    extents: (offset, rows) in rising order, where the file holds whole rows of the column back to back; a row holds
-    those of `members` teachers, of which `is_clean` takes one each. What lies outside of the file or out of order is
-    not as it must be.
+    Args:
+        path: the file.
+        extents: (offset, rows) in rising order, where the file holds contiguous rows of the column.
+        column: the column.
+        members: teachers per row.
+        is_clean: whether rows of one teacher each are valid.
+
+    Returns:
+        (xxh3-128 of the file, whether all rows are valid and all extents lie in the file in order).
     """
     row_bytes, width = column.row_bytes, column.width // members
     digest, clean, position, forgotten = xxhash.xxh3_128(), True, 0, 0
@@ -58,7 +62,7 @@ def hash_and_scan(
 
 
 def _iter_pieces(extents: Iterable[tuple[int, int]], row_bytes: int, size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of rows that fit the cache; what lies between them, and at the end, ends in an empty piece."""
+    """Yield (start, stop) of rows that fit the cache, and empty pieces at the ends of the gaps between them."""
     step, done = max(1, _BLOCK // row_bytes), 0
     for offset, rows in [*extents, (size, 0)]:
         yield from ((end, end) for end in range(done + _MAPPED, offset, _MAPPED))

@@ -1,8 +1,7 @@
-"""From keys to rows, a million at a time and never to a wrong one.
+"""Vectorised, exact lookup of rows by key. N rows of the store, Q requested keys.
 
-N rows of the store, Q keys asked for. The index is the sorted 64-bit hashes of (key, view) and the row of each:
-12 bytes a row (16 from 2**31 rows on). A hash only proposes and the key's bytes decide, so that a collision cannot
-return the row of another key.
+The index is the sorted 64-bit hashes of (key, view) with their rows: 12 bytes per row (16 from 2**31 rows on). The
+bytes of the key are compared after the hash, so a collision cannot return the row of another key.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from softlabel.errors import StoreCorruptError
 
 
 def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.bool_]:
-    """Whether one[rows[i]] and other[picks[i]] are the same bytes, for every i."""
+    """Return bool (Q,), whether one[rows[i]] and other[picks[i]] have the same bytes."""
     starts, other_starts = one.offsets_N1[rows], other.offsets_N1[picks]
     lengths = one.offsets_N1[rows + 1] - starts
     same = np.asarray(lengths == other.offsets_N1[picks + 1] - other_starts)
@@ -35,7 +34,7 @@ def equal_keys(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.
 
 
 def equal_runs(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.bool_]:
-    """The same for rising rows and picks, of which most are neighbours: those are compared as blocks of memory."""
+    """Like `equal_keys` for rising rows and picks, mostly consecutive: these are compared as blocks of memory."""
     same = np.empty(len(rows), np.bool_)
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
@@ -50,9 +49,16 @@ def equal_runs(one: Keys, rows: I64, other: Keys, picks: I64) -> npt.NDArray[np.
 
 
 def rows_in_order(asked: Keys, keys: Keys, rows_N: I64, bad: Sequence[int]) -> I64:
-    """int64 (Q,) rows of the keys that stand where they stood when they were labelled, -1 for the others.
+    """Look up keys by their position in the dataset.
 
-    rows_N: one view's rows of the key table, in the order of the dataset. bad: its samples that have none.
+    Args:
+        asked: Q keys.
+        keys: the store's key table.
+        rows_N: int64, one view's rows of the key table, in the order of the dataset.
+        bad: positions of samples without a row.
+
+    Returns:
+        int64 (Q,): the row of each key that has the same position as when it was labelled, else -1.
     """
     found_Q = np.full(len(asked), -1, np.int64)
     is_bad = np.isin(np.arange(len(rows_N) + len(bad)), bad)
@@ -69,7 +75,11 @@ def _equal_tables(one: Keys, other: Keys) -> bool:
 
 
 class KeyIndex:
-    """Rows by (key, view). Raises StoreCorruptError when the store holds one (key, view) twice."""
+    """Rows by (key, view).
+
+    Raises:
+        StoreCorruptError: the store holds a (key, view) twice.
+    """
 
     def __init__(self, keys: Keys, views_N: npt.NDArray[np.int32], *, where: str, hasher: Hasher | None = None) -> None:
         self._keys = keys = with_words(keys)
@@ -93,7 +103,7 @@ class KeyIndex:
         return self._hashes_N.nbytes + self._rows_N.nbytes
 
     def __call__(self, asked: Keys, view: int, views_N: npt.NDArray[np.int32]) -> I64:
-        """int64 (Q,) rows, -1 where the store has no such row."""
+        """Return the rows of Q keys in a view, int64 (Q,), -1 for a key without a row."""
         asked = with_words(asked)
         found_Q = np.full(len(asked), -1, np.int64)
         if not len(self._keys) or not len(asked):
@@ -101,7 +111,7 @@ class KeyIndex:
         hashes_Q = self._hasher(asked, view)
         open_Q = np.argsort(hashes_Q)  # rising order: the search walks the index once
         place_Q = np.searchsorted(self._hashes_N, hashes_Q[open_Q])
-        while True:  # once, but for collisions: then the next row with the same hash is tried
+        while True:  # a further round only after a collision, with the next row of the same hash
             inside = place_Q < len(self._hashes_N)
             open_Q, place_Q = open_Q[inside], place_Q[inside]
             match = self._hashes_N[place_Q] == hashes_Q[open_Q]

@@ -1,7 +1,7 @@
-"""The manifest's dataclasses: what a store is (Run), what it holds (ShardRecord), and the root that names both.
+"""Dataclasses of the manifest: a store's identity (Run), its shards (ShardRecord), and the root that lists both.
 
-A Run is the identity of a store: two runs with equal fingerprints write interchangeable shards. What does not change
-the labels (device, batch size, versions) is `recorded` beside it. The plan of shards is a pure function of the Run.
+Runs with equal fingerprints write interchangeable shards. Settings that do not change labels (device, batch size,
+versions) are in `recorded`. The plan of shards is a pure function of the Run.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.view_columns import view_columns
 
 FORMAT_NAME = "softlabel-store"
-FORMAT_VERSIONS = (1, 2)  # 2: rows say what their view is; every other store stays readable to a reader of 1
+FORMAT_VERSIONS = (1, 2)  # 2: rows have view columns; stores without them are written as version 1
 ROOT_NAME = "manifest.json"
 ROOT_LIMIT = 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SEGMENT_LIMIT = 32 << 20
@@ -38,9 +38,9 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A teacher: its SPEC as given, the SHA-256 of its weights, how it sees an image and in which precision.
+    """A teacher: SPEC, SHA-256 of the weights, preprocessing and precision.
 
-    Its logits were divided by `calibration`, a temperature of its own, before anything else was done with them.
+    Its logits are first divided by `calibration`, its own temperature.
     """
 
     spec: str
@@ -58,19 +58,19 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combine:
-    """How members became one row: `logits` or `probs` averages with `weights`, or `keep` (all of them stored)."""
+    """How members form a row: `logits` or `probs` average them with `weights`, `keep` stores all of them."""
 
     rule: str = "logits"
     weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        # 1 and 1.0 are equal and have different texts, and the text is what a run's fingerprint hashes.
+        # 1 and 1.0 have different texts, and the fingerprint hashes the text.
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """What a store was complete as before it grew: samples, and `views` of each where the store has more now."""
+    """The size of a complete store before it grew; `views` only if it had fewer than now."""
 
     rows: int
     fingerprint: str
@@ -79,7 +79,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
-    """What was labelled. `fingerprint` hashes the ordered keys; `earlier` lists the extents it grew from."""
+    """The labelled dataset. `fingerprint` hashes the ordered keys; `earlier` lists the extents before it grew."""
 
     kind: str
     rows: int
@@ -95,7 +95,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewPolicy:
-    """How many views each sample has and which augmentation draws them from (seed, key, view)."""
+    """Number of views per sample, and the augmentation that draws them from (seed, key, view)."""
 
     count: int = 1
     policy: Json = field(default_factory=dict)
@@ -114,7 +114,7 @@ class ShardPlan:
 
 
 class _FingerprintCache:
-    """A place for what a frozen dataclass has worked out about itself; no field, so that copies start without it."""
+    """A slot for the cached fingerprints of a frozen dataclass; not a field, so that copies start without it."""
 
     __slots__ = ("_prints",)
     _prints: dict[int, str]
@@ -122,7 +122,11 @@ class _FingerprintCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(_FingerprintCache):
-    """The identity of a store. Equal fingerprints: interchangeable shards."""
+    """The identity of a store: runs with equal fingerprints write interchangeable shards.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
 
     format: Format
     num_classes: int
@@ -148,7 +152,7 @@ class Run(_FingerprintCache):
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
         if not self.encoding.knows(self.temperature):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
-        # An extent names its views only where they are fewer than now, so that equal histories have equal texts.
+        # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
         now = self.views.count
         named = (
             dataclasses.replace(one, views=None if one.views == now else one.views) for one in self.dataset.earlier
@@ -163,41 +167,41 @@ class Run(_FingerprintCache):
 
     @property
     def kept(self) -> bool:
-        """Whether a row holds every member, (M, C) numbers, rather than their mix, (C,)."""
+        """Whether a row holds every member, (M, C), instead of their combination, (C,)."""
         return self.combine.rule == "keep"
 
     @property
     def members_stored(self) -> int:
-        """M of a row: all members when they are kept, else the one that they were combined to."""
+        """M of a row: the number of members if they are kept, else 1."""
         return len(self.members) if self.kept else 1
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """All columns of a row: what the teachers say, then what the view is."""
+        """All columns of a row: the encoding's, then the view's."""
         return (*self.label_columns, *self.view_columns)
 
     @property
     def label_columns(self) -> tuple[Column, ...]:
-        """The encoding's."""
+        """The encoding's columns."""
         return self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
 
     @property
     def view_columns(self) -> tuple[Column, ...]:
-        """What a row says of its view; none where a view is the image as it is."""
+        """The view's columns; none if a view is the unchanged image."""
         return view_columns(self.views.policy)
 
     @property
     def format_version(self) -> int:
-        """Of the stores of this run."""
+        """Format version of the stores of this run."""
         return 2 if self.view_columns else 1
 
     def fingerprint(self, part: int | None = None) -> str:
-        """xxh3-128 of the canonical JSON; of the run as it was at growth `part` when given."""
+        """Return the xxh3-128 of the canonical JSON, of the run as it was at growth `part` if given."""
         part = len(self.dataset.earlier) if part is None else part
         if not hasattr(self, "_prints"):
             object.__setattr__(self, "_prints", {})
-        if part not in self._prints:  # worked out once: every shard that is opened is compared with it
-            self._prints[part] = _fingerprint(dumps(to_json(self._as_of(part))))
+        if part not in self._prints:  # cached: every shard that is opened is compared with it
+            self._prints[part] = xxhash.xxh3_128_hexdigest(dumps(to_json(self._as_of(part))))
         return self._prints[part]
 
     def _as_of(self, part: int) -> "Run":
@@ -210,24 +214,24 @@ class Run(_FingerprintCache):
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """All that the store was complete as, and last what it is; each with its number of views."""
+        """The extents before each growth and the current one, each with its number of views."""
         now = Extent(rows=self.dataset.rows, fingerprint=self.dataset.fingerprint)
         count = self.views.count
         return tuple(dataclasses.replace(one, views=one.views or count) for one in (*self.dataset.earlier, now))
 
     def grew_from(self, other: "Run") -> bool:
-        """Whether this is `other`, grown: its shards are then the first ones of this run."""
+        """Whether this run is `other`, grown: the shards of `other` are then its first ones."""
         part = len(other.dataset.earlier)
         return part < len(self.dataset.earlier) and self._as_of(part) == other
 
     def _iter_sizes(self) -> Iterable[tuple[int, int]]:
-        """(samples, views) of each extent."""
+        """Yield (samples, views) of each extent."""
         for extent in self.dataset.earlier:
             yield extent.rows, extent.views or self.views.count
         yield self.dataset.rows, self.views.count
 
     def _iter_growths(self) -> Iterable[tuple[range, range, int]]:
-        """(samples, views, shards per view) of each growth, which is one of samples or one of views."""
+        """Yield (new samples, new views, shards per view) of each growth, in samples or in views."""
         rows = views = 0
         for next_rows, next_views in self._iter_sizes():
             grew = views and next_views > views
@@ -240,7 +244,11 @@ class Run(_FingerprintCache):
         return sum(per_view * len(views) for _, views, per_view in self._iter_growths())
 
     def shard(self, number: int) -> ShardPlan:
-        """The plan of one shard. Raises ValueError beyond the last one."""
+        """Return the plan of one shard.
+
+        Raises:
+            ValueError: the plan has fewer shards.
+        """
         first = 0
         for part, (samples, views, per_view) in enumerate(self._iter_growths()):
             if 0 <= number - first < per_view * len(views):
@@ -252,17 +260,17 @@ class Run(_FingerprintCache):
         raise ValueError(f"shard {number}: the plan has {self.shard_count} shards")
 
     def plan(self) -> list[ShardPlan]:
-        """Every shard, views outermost: a pure function of the dataset's rows, the views and `shard_rows`."""
+        """Return the plan of every shard, views outermost."""
         return [self.shard(number) for number in range(self.shard_count)]
 
     def differences(self, other: "Run") -> list[str]:
-        """What `other` (this run) has otherwise than `self` (the store), in words; empty when interchangeable."""
+        """Return in words where `other` (this run) differs from `self` (the store); empty if interchangeable."""
         return list(differences("", to_json(self), to_json(other)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadRow:
-    """A sample that could not be labelled: its position in the dataset, its key and why."""
+    """A sample that could not be labelled: its position in the dataset, its key and the reason."""
 
     index: int
     key: str
@@ -271,7 +279,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the rows it was measured on."""
+    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the measured rows."""
 
     mean_t1: float
     worst_t1: float
@@ -280,7 +288,7 @@ class Fidelity:
 
     @staticmethod
     def total(parts: Iterable[tuple[int, "Fidelity | None"]]) -> "Fidelity | None":
-        """Of several shards, each given with its rows; None when none was measured."""
+        """Combine the fidelity of several shards, given as (rows, fidelity); None if none was measured."""
         known = [(rows, part) for rows, part in parts if part is not None and rows]
         if not known:
             return None
@@ -295,7 +303,11 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A published shard as the manifest lists it. `file` is shards/{number}-{xxh3}.{suffix}, checked on reading."""
+    """A published shard in the manifest; `file` is shards/{number}-{xxh3}.{suffix}.
+
+    Raises:
+        ValueError: a field is out of range, or `file` does not match.
+    """
 
     number: int
     file: str
@@ -321,7 +333,7 @@ def shard_file(number: int, xxh3: str, format: Format) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRef:
-    """A segment as the root lists it."""
+    """A segment in the root."""
 
     file: str
     shards: int
@@ -338,7 +350,7 @@ class SegmentRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtraRef:
-    """A file that is written once per store, beside the shards: a safetensors file (a teacher's head)."""
+    """A safetensors file written once per store (a teacher's head)."""
 
     file: str
     bytes: int
@@ -370,7 +382,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """The root, manifest.json. `complete` only once every shard of the plan is recorded."""
+    """The root, manifest.json. `complete` is true once every planned shard is recorded."""
 
     format: Literal["softlabel-store"] = "softlabel-store"
     format_version: int = 1
@@ -389,10 +401,6 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """An immutable list of records, named by its content."""
+    """An immutable list of records, in a file named by the hash of its content."""
 
     shards: tuple[ShardRecord, ...]
-
-
-def _fingerprint(raw: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(raw)

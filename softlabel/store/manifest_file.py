@@ -1,7 +1,7 @@
-"""The bytes of manifest.json and of segments: encoding, checking, decoding. Nothing here touches a file.
+"""Encode, check and decode the bytes of manifest.json and of segments.
 
-The root ends in a checksum of itself: xxh3-128 over the file's own bytes with the 32 digits of the checksum replaced
-by zeros. Segments need none, the root names their hash. So one flipped bit anywhere is noticed.
+The root ends in a checksum: xxh3-128 over its bytes with the 32 digits of the checksum replaced by zeros. The root
+lists the hashes of segments. One flipped bit anywhere is detected.
 """
 
 import json
@@ -15,8 +15,8 @@ from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to
 
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')
-_REMEDY = "copy it again from where it came from, or write the store again"
-_SEGMENT_REMEDY = "run 'softlabel repair' on the store, which finds its shards again"
+_REMEDY = "restore the file from a copy, or generate the store again"
+_SEGMENT_REMEDY = "run 'softlabel repair' on the store, which rebuilds it from the shards"
 
 
 def encode_root(manifest: Manifest) -> bytes:
@@ -26,14 +26,19 @@ def encode_root(manifest: Manifest) -> bytes:
 
 
 def decode_root(raw: bytes, where: str) -> Manifest:
-    """Raises StoreCorruptError (damaged or hostile) or StoreError (another format or version)."""
+    """Decode the root, named `where` in errors.
+
+    Raises:
+        StoreCorruptError: it is damaged or invalid.
+        StoreError: it has another format version.
+    """
     found = _TAIL.search(raw[-64:])
     if found is None:
-        raise StoreCorruptError(f"{where}: expected a checksum in its last line, found none; {_REMEDY}")
+        raise StoreCorruptError(f"{where}: expected a checksum in the last line, found none; {_REMEDY}")
     position = len(raw) - len(raw[-64:]) + found.start(1)
     expected = xxhash.xxh3_128_hexdigest(raw[:position] + _ZEROS + raw[position + 32 :])
     if found[1].decode() != expected:
-        raise StoreCorruptError(f"{where}: checksum says {found[1].decode()}, its bytes give {expected}; {_REMEDY}")
+        raise StoreCorruptError(f"{where}: checksum expected {found[1].decode()}, found {expected}; {_REMEDY}")
     try:
         value = loads(raw)
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
@@ -41,8 +46,8 @@ def decode_root(raw: bytes, where: str) -> Manifest:
         if (version := value.get("format_version")) not in FORMAT_VERSIONS:
             listed = " and ".join(map(str, FORMAT_VERSIONS))
             raise StoreError(
-                f"{where}: format version {str(version)[:20]}, this softlabel reads {listed}; "
-                "read it with the softlabel that wrote it, or upgrade"
+                f"{where}: format version: expected {listed}, found {str(version)[:20]}; "
+                "use the softlabel that wrote it, or upgrade"
             )
         del value["checksum"]
         return from_json(Manifest, value)
@@ -55,7 +60,11 @@ def encode_segment(segment: Segment) -> bytes:
 
 
 def decode_segment(raw: bytes, ref: SegmentRef, where: str) -> Segment:
-    """Raises StoreCorruptError unless `raw` is what `ref` promises."""
+    """Decode a segment, named `where` in errors.
+
+    Raises:
+        StoreCorruptError: `raw` does not match `ref`, or is invalid.
+    """
     found = xxhash.xxh3_128_hexdigest(raw)
     if len(raw) != ref.bytes or found != ref.xxh3:
         raise StoreCorruptError(

@@ -1,6 +1,6 @@
-"""What a store lists: the root and every record, read, checked, and compared with the sizes on disk."""
+"""Read and check the manifest: the root, all records, and the sizes of the listed files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import safetensors
@@ -25,21 +25,28 @@ from softlabel.store.storage.base import Folder
 
 
 def load_root(folder: Folder) -> Manifest:
-    """The root alone: what the store is, without the records of its shards.
+    """Read the root, without the records of shards.
 
-    Raises StoreNotFoundError, StoreCorruptError, or StoreError for another format version.
+    Raises:
+        StoreNotFoundError: there is no store.
+        StoreCorruptError: the root is damaged.
+        StoreError: it has another format version.
     """
     try:
         raw = folder.read(ROOT_NAME, ROOT_LIMIT)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreNotFoundError(
-            f"{folder}: no store here (no {ROOT_NAME}); check the path, or write one with 'softlabel generate'"
+            f"{folder}: no store here (no {ROOT_NAME}); check the path, or create one with 'softlabel generate'"
         ) from None
     return decode_root(raw, folder.where(ROOT_NAME))
 
 
 def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
-    """The root and all records, by number. Reads once more when a committer replaced the open segment meanwhile."""
+    """Read the root and all records, sorted by number; retries if a committer replaces the open segment meanwhile.
+
+    Raises:
+        StoreNotFoundError, StoreCorruptError, StoreError: as `load_root`, or a segment is damaged or missing.
+    """
     for attempt in (1, 2, 3):
         manifest = load_root(folder)
         try:
@@ -48,7 +55,7 @@ def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
         except FileNotFoundError as error:
             if attempt == 3 or manifest.complete:
                 raise StoreCorruptError(
-                    f"{error.filename}: is listed in {ROOT_NAME} and missing; run 'softlabel repair {folder}'"
+                    f"{error.filename}: listed in {ROOT_NAME}, but missing; run 'softlabel repair {folder}'"
                 ) from None
     _check_records(folder, manifest, records)
     return manifest, sorted(records, key=lambda record: record.number)
@@ -62,17 +69,21 @@ def _check_records(folder: Folder, manifest: Manifest, records: list[ShardRecord
     suffix = "parquet" if run.format == "parquet" else "h5"
     for record in records:
         if record.number >= planned or not record.file.endswith(suffix):
-            raise StoreCorruptError(f"{where}: {record.file} is not one of its {planned} planned {run.format} shards")
+            raise StoreCorruptError(f"{where}: {record.file} is not one of the {planned} planned {run.format} shards")
     if manifest.complete and len(records) != planned:
-        raise StoreCorruptError(f"{where}: says complete, but lists {len(records)} of {planned} shards")
+        raise StoreCorruptError(f"{where}: marked complete, but lists {len(records)} of {planned} shards")
     if (len(records), sum(record.rows for record in records)) != (manifest.totals.shards, manifest.totals.rows):
-        raise StoreCorruptError(f"{where}: its totals are not those of its segments")
+        raise StoreCorruptError(f"{where}: its totals differ from those of its segments")
 
 
-def check_sizes(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) -> None:
-    """Every listed file is a plain file of its length. Raises StoreCorruptError."""
-    sizes = {**folder.sizes("shards"), **(folder.sizes("extra") if manifest.extra else {})}
-    listed: list[ShardRecord | ExtraRef] = [*records, *manifest.extra]
+def check_sizes(folder: Folder, records: Iterable[ShardRecord], extra: Sequence[ExtraRef] = ()) -> None:
+    """Check that every listed file is a plain file of its recorded size.
+
+    Raises:
+        StoreCorruptError: one is not.
+    """
+    sizes = {**folder.sizes("shards"), **(folder.sizes("extra") if extra else {})}
+    listed: list[ShardRecord | ExtraRef] = [*records, *extra]
     for record in listed:
         if (found := sizes.get(record.file)) != record.bytes:
             what = "no file" if found is None else "a link, folder or device" if found < 0 else f"{found} bytes"
@@ -83,19 +94,28 @@ def check_sizes(folder: Folder, manifest: Manifest, records: Sequence[ShardRecor
 
 
 def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
-    """Raises StoreCorruptError; FileNotFoundError when it is gone (a newer root may not need it)."""
+    """Read the records of a segment.
+
+    Raises:
+        StoreCorruptError: the segment is damaged.
+        FileNotFoundError: it was removed (a newer root may not list it).
+    """
     raw = folder.read(ref.file, SEGMENT_LIMIT)
     return list(decode_segment(raw, ref, folder.where(ref.file)).shards)
 
 
 def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
-    """The arrays of the store's safetensors file, checked against its hash and the run. Raises StoreCorruptError."""
+    """Read the arrays of the store's safetensors file and check them against its hash and the run.
+
+    Raises:
+        StoreCorruptError: the file is missing, damaged, or does not match the run.
+    """
     run = manifest.run
     name = run.encoding.extra
     ref = next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
     if ref is None:
         raise StoreCorruptError(
-            f"{folder.where(ROOT_NAME)}: encoding {run.encoding.name!r} needs extra/{name}, lists none"
+            f"{folder.where(ROOT_NAME)}: encoding {run.encoding.name!r}: expected extra/{name}, found none"
         )
     where = folder.where(ref.file)
     try:
@@ -107,7 +127,7 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     try:
         arrays = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
-        raise StoreCorruptError(f"{where}: not readable as safetensors: {error}") from None
+        raise StoreCorruptError(f"{where}: invalid safetensors file: {error}") from None
     for one, shape in run.encoding.extra_shapes(run.num_classes).items():
         array = arrays.get(one)
         if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
@@ -118,9 +138,18 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
 def load_for_writing(
     folder: Folder, manifest: Manifest, *, repair: bool = False
 ) -> tuple[dict[int, ShardRecord], list[ShardRecord], bool]:
-    """All records by number, those of the last segment while it is open, and whether every segment could be read.
+    """Read all records for a committer.
 
-    repair: leave out what a damaged segment recorded, which raises otherwise.
+    Args:
+        folder: the store's folder.
+        manifest: its root.
+        repair: leave out the records of damaged segments, instead of raising.
+
+    Returns:
+        (all records by number, records of the last segment if it is open, whether every segment could be read).
+
+    Raises:
+        StoreCorruptError, FileNotFoundError: a segment is damaged or missing.
     """
     records: dict[int, ShardRecord] = {}
     tail: list[ShardRecord] = []

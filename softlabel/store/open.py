@@ -1,4 +1,4 @@
-"""Opening a store: the manifest is checked before anything is read, and as many of the bytes as the caller asks for."""
+"""Open a store: check its manifest, and its bytes as far as the caller requests."""
 
 import os
 from typing import Literal, get_args
@@ -23,12 +23,12 @@ def open_store(
     """Open a finished store.
 
     Args:
-        path: its folder.
-        verify: ``full`` hashes and checks every byte, ``once`` does so unless this machine has since a file last
-            changed, ``sizes`` checks that every file is there with its length, ``none`` nothing.
-        allow_incomplete: also open what a run has written so far, for inspection.
-        memory: bytes that `take` may hold. A Parquet store that is larger decoded is decoded once into a cache on the
-            local disk ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
+        path: its folder or URL.
+        verify: ``full`` hashes and checks every byte, ``once`` does so only if a file changed since this machine last
+            did, ``sizes`` checks that every file exists with its size, ``none`` checks nothing.
+        allow_incomplete: also open an unfinished store, for inspection.
+        memory: bytes that `take` may hold. A larger Parquet store is decoded once into a cache on the local disk
+            ($SOFTLABEL_CACHE) and mapped; HDF5 is mapped in place.
 
     Raises:
         StoreNotFoundError: nothing is there.
@@ -42,11 +42,11 @@ def open_store(
     manifest, records = load_manifest(folder)
     if not manifest.complete and not allow_incomplete:
         raise StoreIncompleteError(
-            f"{folder}: its run has finished {manifest.totals.shards} of {manifest.run.shard_count} shards; "
+            f"{folder}: incomplete, {manifest.totals.shards} of {manifest.run.shard_count} shards are finished; "
             f"run the same 'softlabel {made[0] if (made := origins_of(manifest)) else 'generate'}' again to finish it"
         )
     if verify != "none":
-        check_sizes(folder, manifest, records)
+        check_sizes(folder, records, manifest.extra)
     if verify in ("once", "full"):
         ensure_whole(folder, manifest, records, once=verify == "once", allow_incomplete=allow_incomplete)
     return Store(folder, manifest, records, memory=memory, check_cache=verify != "none")

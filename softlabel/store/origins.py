@@ -1,4 +1,4 @@
-"""Where the rows of a store came from, as its manifest records it, and so what brings lost ones back."""
+"""The stores that a store was made from, as its manifest records them, and how to restore lost rows."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from softlabel.store.storage.open import open_folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """A store that another one was made from: where it lay, and the fingerprint that its run had."""
+    """A source of a derived store: its path and the fingerprint of its run at that time."""
 
     path: str
     run: str
 
 
 def origins_of(manifest: Manifest) -> tuple[str, tuple[Origin, ...]] | None:
-    """The command that made a store and the stores that it read; None for one that teachers labelled."""
+    """Return the command that made a store and the stores that it read; None for a store labelled by teachers."""
     made = manifest.recorded.get("derived")
     if not isinstance(made, Mapping):
         return None
@@ -31,9 +31,12 @@ def origins_of(manifest: Manifest) -> tuple[str, tuple[Origin, ...]] | None:
 
 
 def samples_then(run: Run, fingerprint: str, *, fewer_members: bool = False) -> int | None:
-    """How many samples a store of `run` had when its run had this fingerprint; None: it is not that store.
+    """Return how many samples a store had when its run had a fingerprint; None if it never had it.
 
-    Growth adds rows and changes none. fewer_members: it may have been extended since, too.
+    Args:
+        run: the store's run now; growth adds rows and changes none.
+        fingerprint: the earlier fingerprint.
+        fewer_members: allow members that were added since.
     """
     counts = range(len(run.members), 0, -1) if fewer_members and run.kept else [len(run.members)]
     for count in counts:
@@ -48,9 +51,11 @@ def samples_then(run: Run, fingerprint: str, *, fewer_members: bool = False) -> 
 
 
 def missing_origin(manifest: Manifest, places: Sequence[str] | None = None) -> str | None:
-    """Why the rows of a store that was made from others cannot be made again; None where they can be.
+    """Return why a derived store cannot be made again; None if it can.
 
-    places: where its sources lie now; None: where they lay.
+    Args:
+        manifest: of the derived store.
+        places: current paths of its sources; None: the recorded ones.
     """
     found = origins_of(manifest)
     assert found is not None
@@ -62,7 +67,7 @@ def missing_origin(manifest: Manifest, places: Sequence[str] | None = None) -> s
         try:
             there = load_root(open_folder(place))
         except StoreNotFoundError:
-            return f"{place} is not there"
+            return f"{place} does not exist"
         except StoreError as error:
             return f"{place} cannot be read ({error})"
         if samples_then(there.run, source.run, fewer_members=command == "combine") is None:
@@ -72,8 +77,8 @@ def missing_origin(manifest: Manifest, places: Sequence[str] | None = None) -> s
     return None
 
 
-def cure(folder: Folder, manifest: Manifest) -> str:
-    """What brings lost shards of a store back, in words."""
+def describe_remedy(folder: Folder, manifest: Manifest) -> str:
+    """Return in words how to restore lost shards of a store."""
     if (found := origins_of(manifest)) is None:
         return f"run 'softlabel repair {folder}' to relabel it"
     command, sources = found
@@ -81,6 +86,6 @@ def cure(folder: Folder, manifest: Manifest) -> str:
     if (why := missing_origin(manifest)) is None:
         return f"run 'softlabel repair {folder}' to make it again from {listed}"
     return (
-        f"was made by 'softlabel {command}' from {listed}, and {why}: run 'softlabel repair {folder} --source STORE' "
-        "with the place where that lies now, or else generate the labels again into another folder"
+        f"made by 'softlabel {command}' from {listed}, but {why}: run 'softlabel repair {folder} --source STORE' "
+        "with the current path of that store, or generate the labels again into another folder"
     )

@@ -1,4 +1,4 @@
-"""Shards that lie in a store's folder and that no segment records: what a killed run, or a lost segment, left there."""
+"""Shards in a store's folder that no segment records, left by a killed run or a lost segment."""
 
 from collections.abc import Collection
 
@@ -10,7 +10,7 @@ from softlabel.store.storage.base import Folder, file_xxh3
 
 
 def find_orphans(folder: Folder, run: Run, recorded: Collection[int]) -> list[ShardRecord]:
-    """Records of the shards beside the recorded ones that are wholly what this run plans, by number, one of each."""
+    """Return records, sorted by number, of the unrecorded shards that are intact and match the plan of this run."""
     found: dict[int, ShardRecord] = {}
     for name, size in sorted(folder.sizes("shards").items()):
         named = SHARD_FILE.fullmatch(name)
@@ -25,7 +25,7 @@ def find_orphans(folder: Folder, run: Run, recorded: Collection[int]) -> list[Sh
     return [found[number] for number in sorted(found)]
 
 
-def holds(folder: Folder, name: str, data: bytes) -> bool:
+def has_content(folder: Folder, name: str, data: bytes) -> bool:
     """Whether a small file of a store has these bytes."""
     try:
         return folder.read(name, len(data)) == data
@@ -34,7 +34,7 @@ def holds(folder: Folder, name: str, data: bytes) -> bool:
 
 
 def _read_identity(folder: Folder, run: Run, name: str, xxh3: str) -> ShardIdentity | None:
-    """What an orphan says it is, None when it is damaged or of another format."""
+    """Read the identity of an orphan; None if it is damaged or of another format."""
     if shard_file(0, xxh3, run.format).rsplit(".")[-1] != name.rsplit(".")[-1]:
         return None
     with folder.local(name) as path:

@@ -1,6 +1,6 @@
-"""Reading a store: what the manifest lists, joined by key, taken or streamed in whole batches.
+"""Read a store: look up rows by key, take them in any order, or stream them in batches.
 
-N rows of the store in the order of its shards (view by view, each in dataset order), B rows of a batch.
+N rows of the store in the order of its shards (views in turn, each in dataset order), B rows of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +25,14 @@ from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.manifest_read import load_manifest, read_extra
 from softlabel.store.storage.base import Folder
 from softlabel.store.storage.open import open_folder
-from softlabel.store.stored_rows import StoredRows, asked, asked_keys
+from softlabel.store.stored_rows import StoredRows, parse_keys, require_read
 
 I64 = npt.NDArray[np.int64]
 MEMORY = 512 << 20
 
 
 class Store:
-    """An open store. Picklable: a copy in another process opens its own files, lazily. Make it with `open_store`."""
+    """An open store; create it with `open_store`. Picklable: a copy in another process opens its own files lazily."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """Its folder (of a remote store a name only: see `url`)."""
+        """The store's folder (for a remote store only a name, see `url`)."""
         return self._folder.root
 
     @property
     def url(self) -> str:
-        """What `open_store` opens again."""
+        """Folder or URL, as `open_store` takes it."""
         return str(self._folder)
 
     @property
@@ -73,7 +73,7 @@ class Store:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Key -> reason of every sample that could not be labelled, in dataset order, whatever the number of views."""
+        """Key -> reason of every sample that could not be labelled, in dataset order."""
         by_index = {row.index: row for record in self._records for row in record.bad}
         return {by_index[index].key: by_index[index].reason for index in sorted(by_index)}
 
@@ -93,11 +93,9 @@ class Store:
         return _reopen, (self.url, self.manifest.store_id, self.manifest.complete, self._memory)
 
     def close(self) -> None:
-        """Let go of memory and mapped files; a later call reads them again."""
+        """Release memory and mapped files; a later call reads them again."""
         self._index = self._small = self._views = None
         self._parts.clear()
-
-    # Whole-store arrays of the small columns.
 
     @property
     def keys(self) -> Keys:
@@ -106,7 +104,7 @@ class Store:
 
     @property
     def views(self) -> npt.NDArray[np.int32]:
-        """int32 (N,)."""
+        """The view of all rows, int32 (N,)."""
         if self._views is None:
             per_shard = [self.run.shard(record.number).view for record in self._records]
             self._views = np.repeat(np.array(per_shard, np.int32), np.diff(self._starts))
@@ -114,19 +112,20 @@ class Store:
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        """int64 (N,), -100 where unlabelled. Possibly read-only."""
+        """The hard labels of all rows, int64 (N,), -100 for none. May be read-only."""
         return self._load_small().labels
 
     @property
     def content(self) -> npt.NDArray[np.uint64]:
-        """uint64 (N,), the content hash of the images (see FORMAT.md), 0 where there is none. Possibly read-only."""
+        """The content hashes of all rows (see FORMAT.md), uint64 (N,), 0 for none. May be read-only."""
         return self._load_small().content
 
     @property
     def extra(self) -> Mapping[str, Array] | None:
-        """The arrays that all rows share (encoding `head`: weight (C, D) and bias (C,)); None where there are none.
+        """The arrays that all rows share (encoding `head`: weight (C, D) and bias (C,)), or None.
 
-        Raises StoreCorruptError when the file is not what the manifest promises.
+        Raises:
+            StoreCorruptError: the file does not match the manifest.
         """
         if self._extra is None and self.run.encoding.extra:
             self._extra = read_extra(self._folder, self.manifest)
@@ -143,7 +142,7 @@ class Store:
 
     def _load_small(self) -> "_SmallColumns":
         if self._small is None:
-            # All that is not payload is keys, labels, content and a little structure.
+            # Everything but the payload is keys, labels, content and a little structure.
             size = sum(record.bytes for record in self._records) - self._payload_bytes
             parts: dict[str, list[Any]] = {"key": [], "key_offsets": [], "label": [], "content": []}
             if size <= self._memory:
@@ -161,11 +160,11 @@ class Store:
         return self._small
 
     def _append_small(self, append: Append) -> None:
-        """Keys (with 8 bytes of padding), their offsets, labels and content of all shards, end to end."""
+        """Append keys (with 8 bytes of padding), their offsets, labels and content of all shards."""
         base = 0
         append("key_offsets", np.zeros(1, np.int64))
         for _, _, part in self._read_blocks(["key", "label", "content"], 0, len(self)):
-            keys = asked(part.keys, "key")
+            keys = require_read(part.keys, "key")
             try:
                 keys.check()
             except ValueError as error:
@@ -184,7 +183,7 @@ class Store:
         return {name: self._parts[name] for name in names}
 
     def _load_columns(self, names: Sequence[str]) -> dict[str, list[Array]]:
-        """The encoding's columns as arrays to gather from: in memory, mapped in place, or mapped from the cache."""
+        """Return columns of the encoding as arrays: in memory, mapped in place, or mapped from the cache."""
         widths = {column.name: column for column in self.run.columns if column.name in names}
         if self.run.format == "hdf5" and self._folder.is_local and self._records:
             mapped = {name: [np.empty((0, column.width), column.numpy)] for name, column in widths.items()}
@@ -210,7 +209,11 @@ class Store:
         return {name: [found[name].view(column.numpy).reshape(-1, column.width)] for name, column in widths.items()}
 
     def open_shards(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, OpenShard]]:
-        """(first row, open shard) of the shards that hold rows `start` to `stop`."""
+        """Yield (first row, open shard) of the shards that hold rows `start` to `stop`.
+
+        Raises:
+            StoreCorruptError: a shard is missing or not the planned one.
+        """
         stop = len(self) if stop is None else stop
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         for number in range(max(0, first), len(self._records)):
@@ -225,7 +228,7 @@ class Store:
                     shard.close()
 
     def _read_blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
-        """(rows, view, columns) block by block."""
+        """Yield (rows, view, columns) of each block."""
         for base, shard in self.open_shards(start, stop):
             for first, last in shard.blocks(names):
                 first, last = max(first, start - base), min(last, stop - base)
@@ -238,16 +241,14 @@ class Store:
             with self._folder.local(record.file) as local:
                 shard = open_shard(local, self.run.format)
         except FileNotFoundError:
-            raise StoreCorruptError(f"{path}: is missing; run 'softlabel repair {self.url}' to relabel it") from None
+            raise StoreCorruptError(f"{path}: missing; run 'softlabel repair {self.url}' to relabel it") from None
         plan = self.run.shard(record.number)
         if not shard.identity.belongs(self.run, plan) or shard.identity.rows != record.rows:
             shard.close()
             raise StoreCorruptError(
-                f"{path}: holds a shard of another run or range; run 'softlabel repair {self.url}' to relabel it"
+                f"{path}: a shard of another run or range; run 'softlabel repair {self.url}' to relabel it"
             )
         return shard
-
-    # What students ask.
 
     def lookup(
         self,
@@ -256,18 +257,28 @@ class Store:
         *,
         missing: Literal["error", "mask"] = "error",
     ) -> I64:
-        """The row of each key in `view`, int64. Vectorised. A whole number stands for its decimal digits.
+        """Look up the row of each key in a view.
 
-        A key without a row raises MissingKeyError naming the first ones, or is -1 with missing="mask".
+        Args:
+            keys: Q keys; an integer stands for its decimal digits.
+            view: the view's number.
+            missing: ``error`` raises for a key without a row, ``mask`` returns -1 for it.
+
+        Returns:
+            int64 (Q,).
+
+        Raises:
+            MissingKeyError: keys without a row; names the first ones.
+            UsageError: `view` or `missing` is out of range.
         """
         if missing not in ("error", "mask"):
             raise UsageError(f"missing: expected 'error' or 'mask', found {missing!r}")
         if isinstance(view, bool) or not isinstance(view, int | np.integer) or not 0 <= view < self.run.views.count:
-            raise UsageError(f"view {view!r}: {self.url} has the views 0 to {self.run.views.count - 1}")
-        wanted = asked_keys(keys, str(self.url))
+            raise UsageError(f"view: expected 0 to {self.run.views.count - 1} of {self.url}, found {view!r}")
+        wanted = parse_keys(keys, str(self.url))
         rows_Q = np.full(len(wanted), -1, np.int64)
         if self._index is None and 2 * len(wanted) >= self.run.dataset.rows:
-            # The data that was labelled is what most often asks, whole: then no index is needed.
+            # Most often the whole labelled dataset is looked up, in its order: no index is needed.
             bad = [row.index for record in self._records for row in record.bad]
             rows_Q = rows_in_order(wanted, self.keys, np.flatnonzero(self.views == view), bad)
         if (left := np.flatnonzero(rows_Q < 0)).size:
@@ -280,19 +291,19 @@ class Store:
             why = f" ({reason})" if reason else ""
             raise MissingKeyError(
                 f"{self.url}: {absent.size} of {len(wanted)} keys have no row, the first: {names}{why}; "
-                "label these samples too, or ask for them to be skipped"
+                "label these samples too, or skip them"
             )
         return rows_Q
 
     def take(self, rows: Sequence[int] | I64, columns: Sequence[str] | None = None) -> StoredRows:
-        """These rows, in this order (repeats allowed).
+        """Read rows in the given order; repeats are allowed.
 
         Args:
             rows: integers (B,), 0 to len() - 1.
-            columns: names among "key", "label", "content" and the encoding's; all of them by default.
+            columns: names from "key", "label", "content" and the encoding's columns; by default all.
 
         Raises:
-            UsageError: rows that are no such numbers (a mask, floats), or a column that the store has not.
+            UsageError: a row is not such a number (a mask, floats), or a column does not exist.
         """
         rows_B = row_numbers(rows, len(self), where=self.url)
         names = self._check_columns(columns)
@@ -316,11 +327,14 @@ class Store:
     def stream(
         self, columns: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None
     ) -> Iterator[StoredRows]:
-        """Batches of consecutive rows in order, a few MiB each: sequential I/O, memory bounded by one batch.
+        """Yield batches of consecutive rows, a few MiB each: sequential I/O, memory bounded by one batch.
 
         Args:
-            columns: as for `take`; what is left out is not read.
-            start, stop: rows, by default all.
+            columns: as in `take`; other columns are not read.
+            start, stop: first row and row after the last; by default all rows.
+
+        Raises:
+            UsageError: the range or a column does not exist.
         """
         names = self._check_columns(columns)
         stop = len(self) if stop is None else stop
@@ -339,7 +353,7 @@ class Store:
                 columns=part.columns,
                 extra=self.extra,
             )
-            del part  # so that its memory serves the next batch
+            del part  # frees its memory for the next batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,5 +367,5 @@ def _reopen(url: str, store_id: str, complete: bool, memory: int) -> Store:
     folder = open_folder(url)
     manifest, records = load_manifest(folder)
     if manifest.store_id != store_id or (complete and not manifest.complete):
-        raise StoreError(f"{url}: was replaced by another store meanwhile; open it again")
+        raise StoreError(f"{url}: replaced by another store meanwhile; open it again")
     return Store(folder, manifest, records, memory=memory, check_cache=False)

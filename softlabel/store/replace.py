@@ -1,4 +1,4 @@
-"""One finished store takes the place of another, in one step: the old root or the new one, never a mixture."""
+"""Replace a store by another one atomically."""
 
 import os
 import shutil
@@ -12,16 +12,20 @@ from softlabel.store.storage.local import LocalFolder
 
 
 def replace_store(root: str | os.PathLike[str], by: str | os.PathLike[str]) -> None:
-    """Make the store at `root` what the finished store at `by` is, on the same file system; `by` is gone then.
+    """Replace the store at `root` by the finished store at `by`, on the same file system; `by` is removed.
 
-    Its files are linked under their content-hashed names beside those that `root` has, then the root manifest is
-    replaced, then what the new one does not list is removed. A kill in between leaves the old store or the new one, and
-    the same call finishes.
+    The files of `by` are linked beside those of `root`, then the root manifest is replaced, then unlisted files are
+    removed. A kill at any point leaves the old or the new store, and the same call finishes.
+
+    Raises:
+        StoreIncompleteError: `by` is not finished.
+        StoreError: a file is missing, or the disk cannot be written.
+        StoreLockedError: another process writes to `root`.
     """
     old, new = LocalFolder(root), LocalFolder(by)
     manifest, records = load_manifest(new)
     if not manifest.complete:
-        raise StoreIncompleteError(f"{new}: is not complete and cannot take the place of {old}")
+        raise StoreIncompleteError(f"{new}: incomplete, cannot replace {old}")
     names = [record.file for record in records]
     names += [ref.file for ref in manifest.segments] + [ref.file for ref in manifest.extra]
     with writing(old):
@@ -36,9 +40,9 @@ def replace_store(root: str | os.PathLike[str], by: str | os.PathLike[str]) -> N
                 except FileExistsError:
                     os.replace(new.path(name), final)
                 except FileNotFoundError as error:
-                    # A call that was killed may have moved it; names are hashes of their content.
+                    # A killed call may have moved it; names contain the hash of the content.
                     if not final.is_file():
-                        raise StoreError(f"{new.path(name)}: is missing") from error
+                        raise StoreError(f"{new.path(name)}: missing") from error
             for folder in ("shards", "segments", "extra"):
                 if old.path(folder).is_dir():
                     sync(old.path(folder))

@@ -1,10 +1,4 @@
-"""A few rows of a store, out of the shards that hold them and nothing else.
-
-`Store.take` is for those who ask again and again: it decodes or maps the whole store first. Audits ask once, of stores
-that may have terabytes.
-
-B rows asked for.
-"""
+"""Read a few rows of a large store once, opening only their shards; `Store.take` loads or maps whole columns."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,11 +12,15 @@ from softlabel.store.stored_rows import StoredRows
 
 
 def sample_rows(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Collection[str]) -> StoredRows:
-    """These rows, in this order, as `Store.take` gives them; each shard among them is opened once.
+    """Read rows like `Store.take`; each of their shards is opened once.
 
     Args:
+        store: an open store.
         rows: int64 (B,), at least one, rising.
-        columns: names among "key", "label", "content" and the encoding's.
+        columns: names from "key", "label", "content" and the encoding's columns.
+
+    Raises:
+        StoreCorruptError: a shard is missing or damaged.
     """
     rows_B = np.asarray(rows, np.int64)
     assert len(rows_B)
@@ -39,7 +37,7 @@ def sample_rows(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], colum
     keys = [one.keys for one in found if one.keys is not None]
     labels = [one.labels for one in found if one.labels is not None]
     content = [one.content for one in found if one.content is not None]
-    # A damaged head keeps nobody from reading keys.
+    # Keys can be read even if the head is damaged.
     decodes = not {column.name for column in store.run.label_columns}.isdisjoint(columns)
     return StoredRows(
         run=store.run,

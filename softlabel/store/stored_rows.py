@@ -1,7 +1,4 @@
-"""Rows as a store gives them out.
-
-B rows, W elements of a column in one row, C classes, M members.
-"""
+"""Rows read from a store. B rows, W elements of a column in one row, C classes, M members."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +17,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StoredRows:
-    """Rows as they were stored: views int32 (B,), labels int64 (B,) with -100 for none, content uint64 (B,) with 0 for
-    none, columns of the encoding (B, W). Arrays may be read-only. What was not asked for raises UsageError."""
+    """Rows of a store: views int32 (B,), labels int64 (B,), -100 for none, content uint64 (B,), 0 for none, columns of
+    the encoding (B, W). Arrays may be read-only.
+
+    Raises:
+        UsageError: an attribute was not read.
+    """
 
     run: Run
     views: npt.NDArray[np.int32]
@@ -36,23 +37,23 @@ class StoredRows:
 
     @property
     def keys(self) -> list[str]:
-        return asked(self.key_data, "key").get().to_list()
+        return require_read(self.key_data, "key").get().to_list()
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
-        return asked(self.label_data, "label")
+        return require_read(self.label_data, "label")
 
     @property
     def content(self) -> npt.NDArray[np.uint64]:
-        return asked(self.content_data, "content")
+        return require_read(self.content_data, "content")
 
     @property
     def scaled_logits(self) -> Array:
-        """float32, logits / temperature up to a constant per row: (B, C), or (B, M, C) when members are kept."""
+        """Logits / temperature up to a constant per row: float32 (B, C), or (B, M, C) if members are kept."""
         run = self.run
         names = [column.name for column in run.label_columns]
         if missing := [name for name in names if name not in self.columns]:
-            raise UsageError(f"column {missing[0]!r} was not read; ask for it too")
+            raise UsageError(f"column {missing[0]!r} was not read; add it to `columns`")
         return run.encoding.decode(
             {name: self.columns[name] for name in names},
             num_classes=run.num_classes,
@@ -63,20 +64,26 @@ class StoredRows:
         )
 
 
-def asked(value: T | None, name: str) -> T:
-    """The value of a column. Raises UsageError when it was not read."""
+def require_read(value: T | None, name: str) -> T:
+    """Return the value of a column.
+
+    Raises:
+        UsageError: it was not read.
+    """
     if value is None:
-        raise UsageError(f"column {name!r} was not read; ask for it too")
+        raise UsageError(f"column {name!r} was not read; add it to `columns`")
     return value
 
 
-def asked_keys(keys: Any, where: str) -> Keys:
-    """Keys as a caller asks for them: texts, or whole numbers, which stand for their decimal digits.
+def parse_keys(keys: Any, where: str) -> Keys:
+    """Convert a caller's keys: strings, or integers, which stand for their decimal digits.
 
-    Raises UsageError for a single text, which would be taken apart into its characters.
+    Raises:
+        UsageError: `keys` is a single string.
+        DataError: a key is neither.
     """
     if isinstance(keys, str | bytes):
-        raise UsageError(f"keys of {where}: expected a list of keys, found the text {keys!r}; write [{keys!r}]")
+        raise UsageError(f"keys of {where}: expected a list of keys, found the string {keys!r}; pass [{keys!r}]")
     try:
         return Keys.of(keys)
     except DataError:

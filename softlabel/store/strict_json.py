@@ -1,8 +1,7 @@
-"""Frozen dataclasses <-> JSON, strictly: what a manifest from somebody else says is checked before it is believed.
+"""Frozen dataclasses <-> JSON with strict checks: manifests may come from untrusted sources.
 
-A decoder is built once per type (a store of 10,000 shards decodes 10,000 records on opening). Supported: str, int,
-float, bool, None-unions, tuple[X, ...], Mapping[str, Any], Literal, nested dataclasses and the kinds of a `Tagged`.
-Absent fields need a default; unknown ones are refused, so that a misspelt or newer field is not silently dropped.
+Supported: str, int, float, bool, None-unions, tuple[X, ...], Mapping[str, Any], Literal, nested dataclasses and the
+kinds of a `Tagged`. An absent field needs a default, an unknown one is an error. A decoder is built once per type.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_o
 
 T = TypeVar("T")
 INT_LIMIT = 2**63
-OMIT = {"omit": True}  # metadata of a field that is left out of the JSON while it has its default
+OMIT = {"omit": True}  # metadata of a field that is left out of the JSON if it has its default
 
 
 class Tagged:
@@ -27,7 +26,7 @@ class Tagged:
 
 
 class SchemaError(ValueError):
-    """A JSON value of the wrong shape; the message is `path: what was expected, what was found`."""
+    """A JSON value of the wrong form; the message is `path: expected X, found Y`."""
 
     def __init__(self, problem: str, path: str = "") -> None:
         super().__init__(f"{path}: {problem}" if path else problem)
@@ -39,7 +38,7 @@ class SchemaError(ValueError):
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass, tuple, mapping or scalar as plain JSON values."""
+    """Convert a dataclass, tuple, mapping or scalar to plain JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
         tag = {"name": value.name} if isinstance(value, Tagged) else {}
@@ -56,19 +55,27 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """`value` (parsed JSON) as a `kind`. Raises SchemaError."""
+    """Convert parsed JSON to a `kind`.
+
+    Raises:
+        SchemaError: the value does not fit.
+    """
     decoded: T = _make_decoder(cast(Any, kind))(value)
     return decoded
 
 
 def dumps(value: Any) -> bytes:
-    """Canonical bytes: sorted names, no spaces, UTF-8. Equal values have equal bytes."""
+    """Return canonical JSON as UTF-8 (sorted names, no spaces): equal values have equal bytes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
 
 def loads(raw: bytes) -> Any:
-    """Parse JSON; SchemaError on anything odd (NaN, doubled names, endless nesting, digits without end)."""
+    """Parse JSON.
+
+    Raises:
+        SchemaError: it is not JSON, or has NaN, duplicate names, too deep nesting or too many digits.
+    """
 
     def no_constant(name: str) -> Any:
         raise SchemaError(f"{name} is not JSON")

@@ -1,7 +1,7 @@
-"""Verifying a store once for each machine: what was found whole is remembered by its files' sizes and times of change.
+"""Verify a store once per machine: an intact store is recorded by its files' sizes and change times.
 
-A student that starts for the tenth time on labels of 200 GB does not read them all again first. A file that was written
-to, replaced or copied since has another time of change, which no program can set, and is looked at again.
+Later runs skip the check. A file that was written, replaced or copied has another change time, which programs cannot
+set, and is checked again.
 """
 
 import contextlib
@@ -24,17 +24,19 @@ Stamps = dict[str, list[int]]
 def ensure_whole(
     folder: Folder, manifest: Manifest, records: Sequence[ShardRecord], *, once: bool, allow_incomplete: bool
 ) -> None:
-    """Check every byte, or, with `once`, see that it was done and that no file has changed since.
+    """Check every byte of a store; with `once`, only if a file changed since the last check.
 
-    Raises StoreCorruptError, naming the first damaged files.
+    Raises:
+        StoreCorruptError: names the first damaged files.
     """
-    # Taken before the files are read: what changes meanwhile is not vouched for.
+    # Before the files are read, so that a change meanwhile is detected next time.
     stamps = _collect_stamps(folder, manifest, records) if once else {}
     note = _note_path(folder)
     if stamps and _read_note(note) == stamps:
         return
     if problems := verify_store(str(folder), allow_incomplete=allow_incomplete).problems:
-        raise StoreCorruptError("; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" * (len(problems) > 3)))
+        more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+        raise StoreCorruptError("; ".join([*problems[:3], *more]))
     if stamps:
         _write_note(note, stamps)
 
@@ -45,7 +47,7 @@ def _note_path(folder: Folder) -> Path:
 
 
 def _collect_stamps(folder: Folder, manifest: Manifest, records: Sequence[ShardRecord]) -> Stamps:
-    """Name -> device, inode, bytes, times of change; nothing where files have no such times (a store behind a URL)."""
+    """Return name -> device, inode, bytes and times; empty for a store behind a URL, whose files have no such times."""
     if not folder.is_local:
         return {}
     listed = [ROOT_NAME, *(ref.file for ref in manifest.segments), *(ref.file for ref in manifest.extra)]
@@ -68,7 +70,7 @@ def _read_note(note: Path) -> object:
 
 
 def _write_note(note: Path, stamps: Stamps) -> None:
-    """Where the cache cannot be written, the next one verifies again: no harm."""
+    """Write the note; if the cache is not writable, the next run verifies again."""
     temporary = note.with_name(f"{TEMPORARY}{note.stem}-{os.getpid()}")
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)

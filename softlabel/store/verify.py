@@ -1,4 +1,4 @@
-"""Checking every byte of a store against what its manifest and its shards promise."""
+"""Check every byte of a store against its manifest and shard identities."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ from softlabel.store.formats.registry import open_shard
 from softlabel.store.hash_scan import hash_and_scan
 from softlabel.store.manifest import Manifest, Run, ShardRecord
 from softlabel.store.manifest_read import load_manifest, read_extra
-from softlabel.store.origins import cure
+from softlabel.store.origins import describe_remedy
 from softlabel.store.reader import Store
 from softlabel.store.storage.base import Folder, file_xxh3, reading
 from softlabel.store.storage.open import open_folder
@@ -26,8 +26,14 @@ from softlabel.store.view_columns import view_problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """`problems` is empty when the store is whole; each names its file. `damaged`: shard numbers to relabel; `extra`:
-    whether a file that all shards share is among the problems."""
+    """Result of a verification.
+
+    Attributes:
+        rows, shards, bytes: checked.
+        problems: one text per problem, naming its file; empty if the store is intact.
+        damaged: numbers of the shards to relabel.
+        extra: whether a file that all shards share is damaged.
+    """
 
     rows: int
     shards: int
@@ -50,9 +56,18 @@ def verify_store(
 ) -> VerifyReport:
     """Check the whole store: hashes, footers, row counts, keys, ranges, finite values, manifest.
 
-    threads: of this process, the processor's cores by default. progress: called with (bytes done, bytes in all).
-    Raises StoreNotFoundError, StoreIncompleteError, and StoreError for what cannot be reached or is of another format
-    version; damage is reported, not raised.
+    Args:
+        path: the store's folder or URL.
+        threads: of this process; by default the number of cores.
+        progress: called with (bytes done, total bytes).
+        allow_incomplete: also check an unfinished store.
+
+    Returns:
+        The report; damage is reported, not raised.
+
+    Raises:
+        StoreNotFoundError, StoreIncompleteError: there is no store, or it is not finished.
+        StoreError: the store cannot be read, or has another format version.
     """
     folder = open_folder(path)
     try:
@@ -61,13 +76,13 @@ def verify_store(
         return VerifyReport(rows=0, shards=0, bytes=0, problems=(str(error),))
     if not manifest.complete and not allow_incomplete:
         raise StoreIncompleteError(
-            f"{folder}: its run has finished {len(records)} of {manifest.run.shard_count} shards; finish it first"
+            f"{folder}: incomplete, {len(records)} of {manifest.run.shard_count} shards are finished; finish it first"
         )
     hasher, hashes = Hasher(), {}
 
     @functools.cache
     def remedy() -> str:
-        return cure(folder, manifest)
+        return describe_remedy(folder, manifest)
 
     def check(record: ShardRecord) -> list[str]:
         found, hashes[record.number] = _check_shard(folder, manifest.run, record, hasher, remedy)
@@ -98,19 +113,19 @@ def verify_store(
     )
 
 
-def _check_extra(folder: Folder, manifest: Manifest, cure: Callable[[], str]) -> list[str]:
+def _check_extra(folder: Folder, manifest: Manifest, remedy: Callable[[], str]) -> list[str]:
     try:
         if manifest.run.encoding.extra:
             read_extra(folder, manifest)
     except StoreCorruptError as error:
-        return [f"{error}; {cure()}"]
+        return [f"{error}; {remedy()}"]
     return []
 
 
 def _check_shard(
-    folder: Folder, run: Run, record: ShardRecord, hasher: Hasher, cure: Callable[[], str]
+    folder: Folder, run: Run, record: ShardRecord, hasher: Hasher, remedy: Callable[[], str]
 ) -> tuple[list[str], U64]:
-    """What is wrong with one shard, and the hashes of its (key, view)."""
+    """Return the problems of one shard, and the hashes of its (key, view)."""
     path = folder.where(record.file)
     hashes: list[U64] = [np.zeros(0, np.uint64)]
     try:
@@ -120,21 +135,21 @@ def _check_shard(
             with reading(path), folder.local(record.file) as local:
                 text = _check_file(local, run, record, hasher, hashes)
     except FileNotFoundError:
-        text = "is missing"
-    except OSError as error:  # the disk says so: what can be reached and cannot be read is damaged
+        text = "missing"
+    except OSError as error:  # a file that exists and cannot be read is damaged
         text = f"cannot be read: {error}"
     except StoreCorruptError as error:
-        return [f"{error}; {cure()}"], hashes[0]
-    return [f"{path}: {text}; {cure()}"] if text else [], np.concatenate(hashes)
+        return [f"{error}; {remedy()}"], hashes[0]
+    return [f"{path}: {text}; {remedy()}"] if text else [], np.concatenate(hashes)
 
 
 def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64]) -> str:
-    """The first problem of a shard file, or nothing; appends the hashes of its keys."""
+    """Return the first problem of a shard file, or ""; appends the hashes of its keys."""
     shard, broken = None, None
     try:
         shard = open_shard(path, run.format)
     except StoreCorruptError as error:
-        broken = error  # told only if its hash is right: what is wrong with a damaged file is that it is damaged
+        broken = error  # reported only if the hash matches, because a wrong hash explains it
     try:
         found, seen = _hash_file(path, run, shard)
         if found != record.xxh3:
@@ -149,9 +164,9 @@ def _check_file(path: Path, run: Run, record: ShardRecord, hasher: Hasher, hashe
 
 
 def _hash_file(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool]:
-    """The hash of a shard's bytes, and whether its logits were seen to be in order on the way.
+    """Return the hash of a shard's bytes, and whether its logits were found valid in the same pass.
 
-    False says nothing: they are then read the ordinary way, which tells what is wrong.
+    If False, the logits are checked in the ordinary way, which finds the problem if there is one.
     """
     column = run.encoding.scanned
     if shard is not None and column is not None and shard.identity.columns == run.columns:
@@ -164,16 +179,16 @@ def _hash_file(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool
 def _check_content(
     shard: OpenShard, run: Run, record: ShardRecord, hasher: Hasher, hashes: list[U64], seen: bool
 ) -> str:
-    """The first problem of a shard whose bytes are those that were recorded, or nothing; appends its keys' hashes.
+    """Return the first problem of a shard whose hash matches, or ""; appends the hashes of its keys.
 
-    seen: the encoding's columns are known to be in order.
+    With `seen`, the encoding's columns are known to be valid.
     """
     plan, identity = run.shard(record.number), shard.identity
     if not identity.belongs(run, plan):
-        return "holds a shard of another run or range"
-    said = (identity.rows, identity.bad, identity.first_key, identity.last_key, identity.fidelity)
-    if said != (record.rows, record.bad, record.first_key, record.last_key, record.fidelity):
-        return "its identity is not what the manifest records"
+        return "a shard of another run or range"
+    identified = (identity.rows, identity.bad, identity.first_key, identity.last_key, identity.fidelity)
+    if identified != (record.rows, record.bad, record.first_key, record.last_key, record.fidelity):
+        return "its identity differs from the manifest's record"
     if any(not plan.start <= row.index < plan.stop for row in record.bad):
         return "a bad row lies outside its range"
     edges: list[str] = []
@@ -191,9 +206,9 @@ def _check_content(
         hashes.append(hasher(keys, plan.view))
         edges += [keys[0], keys[len(keys) - 1]]
         if not (part.views == plan.view).all():
-            return f"holds rows of another view than {plan.view}"
+            return f"expected rows of view {plan.view}, found another"
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
-            return "holds a negative label"
+            return "a label is negative"
         found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
         if not (seen or found):
             kept = {name: part.columns[name] for name in labels}
@@ -201,18 +216,18 @@ def _check_content(
         if found:
             return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
-        return "its keys are not in the range that the manifest records"
+        return "its first or last key differs from the manifest's record"
     return ""
 
 
 def _has_duplicates(hashes: list[U64]) -> bool:
-    """Whether any two (key, view) may be equal."""
+    """Whether two hashes of (key, view) are equal."""
     rising = np.sort(np.concatenate([np.zeros(0, np.uint64), *hashes]))
     return bool((rising[1:] == rising[:-1]).any())
 
 
 def _check_keys(folder: Folder, manifest: Manifest, records: list[ShardRecord]) -> list[str]:
-    """No (key, view) twice."""
+    """Return a problem if a (key, view) occurs twice."""
     store = Store(folder, manifest, records)
     try:
         if len(store):

@@ -1,9 +1,9 @@
-"""What a row says of its view: the columns that follow from a view policy, and what may not be in them.
+"""Columns that describe the view of a row, derived from the view policy, and their checks.
 
 B rows, W elements of a column in one row.
 
-A policy is `{"name": ..., "steps": [{"op": ...}, ...]}`; without steps a view is the image as it is, and its row says
-nothing. What the steps mean is in FORMAT.md; this file only knows which of them leave something to be written down.
+A policy is `{"name": ..., "steps": [{"op": ...}, ...]}`; without steps a view is the unchanged image and has no
+columns. FORMAT.md defines the steps.
 """
 
 from collections.abc import Mapping
@@ -13,21 +13,19 @@ import numpy as np
 
 from softlabel.store.columns import Column, Columns
 
-CROPS = ("crop-flip", "inception")  # steps that choose a box, and whether to mirror it
-MIXES = ("mixup", "cutmix")  # steps that take in another sample
-BOX, FLIP, PARTNER, WEIGHT, PASTE, DIGEST = (
-    "view_box",
-    "view_flip",
-    "view_partner",
-    "view_weight",
-    "view_paste",
-    "view_xxh3",
-)
-PARTNER_BOX, PARTNER_FLIP = "view_partner_box", "view_partner_flip"
+CROPS = ("crop-flip", "inception")  # steps that choose a box and whether to mirror
+MIXES = ("mixup", "cutmix")  # steps that mix in another sample
+BOX, FLIP, DIGEST = "view_box", "view_flip", "view_xxh3"
+PARTNER, PARTNER_BOX, PARTNER_FLIP = "view_partner", "view_partner_box", "view_partner_flip"
+WEIGHT, PASTE = "view_weight", "view_paste"
 
 
 def view_columns(policy: Mapping[str, Any]) -> tuple[Column, ...]:
-    """The columns of the views of a policy. ValueError when it is not one."""
+    """Return the view columns of a policy.
+
+    Raises:
+        ValueError: the policy is malformed.
+    """
     steps = policy.get("steps", [])
     if not isinstance(steps, list | tuple) or not all(
         isinstance(step, Mapping) and isinstance(step.get("op"), str) for step in steps
@@ -50,7 +48,7 @@ def view_columns(policy: Mapping[str, Any]) -> tuple[Column, ...]:
 
 
 def view_problem(columns: Columns) -> str | None:
-    """What is wrong with stored view columns, None when nothing."""
+    """Return the first problem of stored view columns (B, W), or None."""
     for name, array in columns.items():
         if name in (BOX, PARTNER_BOX):
             wrong_B = (array[:, 2:] < 1).any(axis=1)

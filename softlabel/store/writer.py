@@ -1,8 +1,8 @@
-"""Writing a store: shards from any process, the manifest from one committer that holds the lease.
+"""Write a store: shards from any process, the manifest from one committer that holds the lease.
 
 Order on disk: shard (temporary, synced, linked to its content-hashed name, folder synced), then the segment that
-records it, then the root. Killing the process between any two steps leaves a store that the next run resumes: a shard
-that no segment records yet is adopted. So records may wait a moment and reach the disk together.
+records it, then the root. A process killed at any point leaves a store that the next run resumes: it adopts intact
+shards that no segment records, so the committer may write records in groups.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import xxhash
 
-from softlabel.errors import MismatchError, StoreCorruptError, StoreError
+from softlabel.errors import MismatchError, StoreError
 from softlabel.store.formats.base import Rows, ShardIdentity, check_rows
 from softlabel.store.formats.registry import format_module
 from softlabel.store.manifest import (
@@ -45,13 +45,13 @@ from softlabel.store.manifest import (
     shard_file,
 )
 from softlabel.store.manifest_file import decode_root, encode_root, encode_segment
-from softlabel.store.manifest_read import load_for_writing
-from softlabel.store.orphans import find_orphans, holds
+from softlabel.store.manifest_read import check_sizes, load_for_writing
+from softlabel.store.orphans import find_orphans, has_content
 from softlabel.store.storage.base import SUBFOLDERS, TEMPORARY, Folder, Lease, file_xxh3, sync, writing
 from softlabel.store.storage.lease import NoLease
 from softlabel.store.storage.open import open_folder, take_lease
 
-COMMIT_SECONDS = 1.0  # records that come faster than this reach the disk together
+COMMIT_SECONDS = 1.0  # records that arrive faster are written together
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -64,10 +64,23 @@ def write_shard(
     *,
     fidelity: Fidelity | None = None,
 ) -> ShardRecord:
-    """Write and publish one shard; the record is for the committer. Usable from any process, idempotent.
+    """Write and publish one shard, from any process; idempotent.
 
-    rows: the good rows of the plan's range in dataset order, `bad` the others. Raises ValueError when rows and plan
-    disagree, DataError for keys that are no text, StoreError when the disk does not take it (nothing is left then).
+    Args:
+        root: the store's folder or URL.
+        run: the store's run.
+        plan: the shard's plan.
+        rows: the good rows of the plan's range, in dataset order.
+        bad: the other rows of the range.
+        fidelity: of these rows, if measured.
+
+    Returns:
+        The record, for `Committer.commit`.
+
+    Raises:
+        ValueError: rows and plan disagree.
+        DataError: a key is not Unicode text.
+        StoreError: the disk cannot be written; no file is left.
     """
     checked = check_rows(rows, run, plan, bad)
     bad = tuple(dataclasses.replace(row, reason=row.reason[:REASON_LENGTH]) for row in bad)
@@ -104,9 +117,9 @@ def write_shard(
 
 
 class Committer:
-    """The one writer of a store's manifest. Make it with `Committer.open`, use it as a context manager.
+    """The only writer of a store's manifest; create it with `Committer.open`, use it as a context manager.
 
-    Leaving the `with` block releases the lease: what was committed stays, `finish` completes.
+    Leaving the `with` block keeps what was committed and releases the lease; only `finish` completes the store.
     """
 
     def __init__(self, folder: Folder, lease: Lease, manifest: Manifest, records: dict[int, ShardRecord]) -> None:
@@ -114,11 +127,11 @@ class Committer:
         self._manifest = manifest
         self._records = records
         self.run = manifest.run
-        self.resumed = len(records)  # shards that were there before this run
+        self.resumed = len(records)  # shards that existed before this run
         self._tail: list[ShardRecord] = []
         self._pending: dict[int, ShardRecord] = {}
-        self._published = float("-inf")  # when records last reached the disk, monotonic seconds
-        self._torn = False  # a publication did not end: memory may be behind the disk
+        self._published = float("-inf")  # monotonic time when records were last written
+        self._torn = False  # a write failed midway: memory may be behind the disk
         self._process = os.getpid()
 
     @classmethod
@@ -131,15 +144,21 @@ class Committer:
         grow: bool = False,
         relabel: Collection[int] | None = None,
     ) -> Self:
-        """Create the store or resume it, and take its lease.
+        """Create or resume a store, and take its lease. A finished store may be on a read-only disk.
 
-        grow: a complete store that the run has grown from, by samples or views, becomes an unfinished store of the run;
-        its shards stay. relabel: shards to forget, which are then missing; what damaged segments recorded is found
-        again in the shards. None: nothing is repaired.
+        Args:
+            root: the store's folder or URL.
+            run: the identity of the store.
+            recorded: settings to record that do not change labels.
+            grow: if the run grew from a complete store, by samples or views, continue that store.
+            relabel: numbers of shards to drop; records of damaged segments are rebuilt from the shards. None: repair
+                nothing.
 
-        Raises MismatchError (its message lists what differs), StoreLockedError, StoreCorruptError when recorded
-        shards are gone or cut (repair relabels them), StoreError when the disk does not take it. A finished store of
-        the run on a disk that is read-only is taken as it is.
+        Raises:
+            MismatchError: the store has another run; lists the differences.
+            StoreLockedError: another committer has the lease.
+            StoreCorruptError: recorded shards are missing or truncated.
+            StoreError: the disk cannot be written.
         """
         folder = open_folder(root)
         folder.check_root()
@@ -183,14 +202,14 @@ class Committer:
         if differences := manifest.run.differences(run):
             raise MismatchError(
                 f"{folder}: holds a store of another run; {'; '.join(differences)}; "
-                "give the same settings to resume it, or another folder"
+                "use the same settings to resume it, or another folder"
             )
         records, tail, whole = load_for_writing(folder, manifest, repair=relabel is not None)
         self = cls(folder, lease, manifest, records)
         self._tail = tail
         if relabel or not whole:
             self._forget(relabel or frozenset())
-        self._check_sizes()
+        check_sizes(folder, self._records.values())
         self._collect_temporaries()
         if not self._manifest.complete:
             self._refuse_without_lease()
@@ -213,15 +232,22 @@ class Committer:
         return self._manifest.complete
 
     def missing(self) -> list[ShardPlan]:
-        """The plan minus what is committed."""
+        """Return the planned shards that are not committed."""
         there = self._records.keys() | self._pending.keys()
         return [self.run.shard(number) for number in range(self.run.shard_count) if number not in there]
 
     def commit(self, *records: ShardRecord) -> int:
-        """Record published shards. The first record of a shard wins; returns how many were new.
+        """Record published shards; the first record of a shard wins.
 
-        Shards are durable already. Their records are when this returns, or, where the last ones reached the disk less
-        than a second ago, with a later `commit`, `finish` or `close`; a run that is killed before, adopts the shards.
+        Records are written at once, or, within a second of the last write, with a later `commit`, `finish` or `close`.
+        If the process is killed before, the next run adopts the shards.
+
+        Returns:
+            How many records were new.
+
+        Raises:
+            ValueError: a record does not have the planned number of rows.
+            StoreError: the disk cannot be written.
         """
         new: dict[int, ShardRecord] = {}
         for record in records:
@@ -241,18 +267,18 @@ class Committer:
         return len(new)
 
     def publish(self) -> None:
-        """Let the root on disk say what this run is and records, before the first commit: for workers who read it."""
+        """Write the root before the first commit, for workers that read it."""
         with writing(self._folder):
             self._publish_root(self._manifest)
 
     def add_extra(self, name: str, data: bytes) -> None:
-        """Publish a safetensors file that the whole store shares (`name` in lower case); idempotent."""
+        """Publish a safetensors file that all shards share (`name` in lower case); idempotent."""
         assert _EXTRA_NAME.fullmatch(name)
         xxh3 = xxhash.xxh3_128_hexdigest(data)
         ref = ExtraRef(file=f"extra/{name}-{xxh3}.safetensors", bytes=len(data), xxh3=xxh3)
         others = tuple(one for one in self._manifest.extra if not one.file.startswith(f"extra/{name}-"))
         listed = (*others, ref) == self._manifest.extra
-        if listed and holds(self._folder, ref.file, data):
+        if listed and has_content(self._folder, ref.file, data):
             return
         with writing(self._folder):
             self._folder.make("extra")
@@ -264,11 +290,17 @@ class Committer:
         return any(ref.file.startswith(f"extra/{name}-") for ref in self._manifest.extra)
 
     def finish(self, recorded: Json | None = None) -> Manifest:
-        """Declare the store complete and collect what no manifest lists. StoreError while shards are missing."""
+        """Mark the store complete and remove unlisted files.
+
+        Raises:
+            StoreError: shards or shared files are missing.
+        """
         if missing := self.missing():
             raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
         if (extra := self.run.encoding.extra) is not None and not self._has_extra(extra):
-            raise StoreError(f"{self._folder}: extra/{extra} is missing, encoding {self.run.encoding.name} needs it")
+            raise StoreError(
+                f"{self._folder}: extra/{extra}, which encoding {self.run.encoding.name} needs, is missing"
+            )
         with writing(self._folder):
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}
@@ -278,8 +310,7 @@ class Committer:
         return self._manifest
 
     def close(self) -> None:
-        """Publish the records that wait, if the disk takes them (else the next run adopts their shards), and release
-        the lease."""
+        """Write pending records if possible (else the next run adopts their shards), and release the lease."""
         try:
             if self._pending and not self._torn and self._process == os.getpid():
                 with contextlib.suppress(StoreError), writing(self._folder):
@@ -295,10 +326,11 @@ class Committer:
     ) -> None:
         self.close()
 
-    # How the manifest grows: sealed segments stay, the open tail is written anew under a new name.
-
     def _append(self, records: list[ShardRecord], **changes: Any) -> None:
-        """Publish segments and root with these records and `changes`; memory follows only once the disk has them."""
+        """Publish segments and root with these records and `changes`; update memory once the disk has them.
+
+        Sealed segments stay; the open one is rewritten under a new name.
+        """
         self._refuse_without_lease()
         self._torn = True
         segments = list(self._manifest.segments)
@@ -340,7 +372,7 @@ class Committer:
         self._refuse_without_lease()
         raw = encode_root(manifest)
         if len(raw) > ROOT_LIMIT:
-            raise StoreError(f"{self._folder}: its manifest would have {len(raw)} bytes, at most {ROOT_LIMIT} are read")
+            raise StoreError(f"{self._folder}: manifest: expected at most {ROOT_LIMIT} bytes, found {len(raw)}")
         self._folder.replace(ROOT_NAME, raw)
         self._manifest = manifest
 
@@ -351,7 +383,7 @@ class Committer:
                 self._folder.remove(name)
 
     def _forget(self, numbers: Collection[int]) -> None:
-        """Take shards out of the manifest; their files, damaged as they are, go once the new root is published."""
+        """Drop shards from the manifest; remove their damaged files after the new root is published."""
         forgotten = [self._records.pop(number) for number in sorted(numbers) if number in self._records]
         kept = [self._records[number] for number in sorted(self._records)]
         self._records, self._tail = {}, []
@@ -363,18 +395,6 @@ class Committer:
         for record in forgotten:
             self._folder.remove(record.file)
 
-    # What a killed run left.
-
-    def _check_sizes(self) -> None:
-        sizes = self._folder.sizes("shards")
-        for record in self._records.values():
-            if sizes.get(record.file) != record.bytes:
-                found = sizes.get(record.file)
-                raise StoreCorruptError(
-                    f"{self._folder.where(record.file)}: expected {record.bytes} bytes, found "
-                    f"{'no file' if found is None else found}; run 'softlabel repair {self._folder}' to relabel it"
-                )
-
     def _collect_temporaries(self) -> None:
         if isinstance(self._lease, NoLease):
             return
@@ -383,12 +403,12 @@ class Committer:
                 self._folder.remove(name)
 
     def _adopt(self) -> None:
-        """Record shards that a killed run published but did not commit, if they are wholly what this run plans."""
+        """Record intact shards that a killed run published but did not commit."""
         if adopted := find_orphans(self._folder, self.run, self._records):
             self._append(adopted)
 
     def _collect_orphans(self) -> None:
-        """Remove files of ours that no manifest lists; what is not named like ours is not touched."""
+        """Remove unlisted files whose names match the store's patterns; other files are not touched."""
         listed = {record.file for record in self._records.values()}
         listed |= {ref.file for ref in self._manifest.segments} | {ref.file for ref in self._manifest.extra}
         patterns = {"shards": SHARD_FILE, "segments": SEGMENT_FILE, "extra": EXTRA_FILE}

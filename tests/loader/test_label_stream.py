@@ -161,7 +161,7 @@ def test_a_shard_that_vanishes_in_the_middle_of_an_epoch_is_named_and_the_run_re
                     path = folder / "store" / record.file
                     moved.append((path, path.rename(tmp_path / path.name)))
 
-    with pytest.raises(StoreCorruptError, match=r"shards/0\d+-.*: is missing; run 'softlabel repair"):
+    with pytest.raises(StoreCorruptError, match=r"shards/0\d+-.*: missing; run 'softlabel repair"):
         train()
     assert seen == expected[: len(seen)]
     assert 36 <= len(seen) < ROWS - 1

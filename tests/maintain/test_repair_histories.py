@@ -201,9 +201,9 @@ def test_what_cannot_be_made_again_is_named_by_verify(
     shutil.move("m", "elsewhere")
     lose(sorted(Path("s/shards").iterdir())[1])
     assert main(["verify", "s"]) == 3
-    assert "from m, and m is not there: run 'softlabel repair s --source STORE'" in capsys.readouterr().out
+    assert "from m, but m does not exist: run 'softlabel repair s --source STORE'" in capsys.readouterr().out
     assert main(["repair", "s"]) == 2
-    assert "m is not there; give --source" in capsys.readouterr().err
+    assert "m does not exist; give --source" in capsys.readouterr().err
     assert main(["repair", "s", "--source", "a"]) == 2
     assert "a is another store now" in capsys.readouterr().err
     assert main(["repair", "s", "--data", "digits"]) == 2

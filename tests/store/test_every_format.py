@@ -324,7 +324,7 @@ def test_another_version_is_refused(tmp_path: Path, format: str) -> None:
             message = "; ".join(call(tmp_path / "s").problems)  # type: ignore[union-attr]
         except StoreError as error:
             message = str(error)
-        assert "format version 3, this softlabel reads 1 and 2" in message
+        assert "format version: expected 1 and 2, found 3" in message
 
 
 def test_another_run_is_refused_by_name(tmp_path: Path, format: str) -> None:

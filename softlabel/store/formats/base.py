@@ -1,44 +1,44 @@
-"""One shard: its rows in memory, the identity it carries inside, and the contract that both file formats keep.
+"""One shard: its rows in memory, its identity, and the interface of the file formats.
 
-B rows of a shard, W elements of a column in one row.
-
-parquet.py and hdf5.py each have `write(path, identity, rows)` and `open_shard(path)`; this file knows no format.
+B rows of a shard, W elements of a column in one row. parquet.py and hdf5.py each have `write(path, identity, rows)` and
+`open_shard(path)`.
 """
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from softlabel.common.keys import Keys
-from softlabel.errors import StoreCorruptError
+from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Run, ShardPlan, ShardRecord
+from softlabel.store.storage.base import reading
 from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
 
 _VERSIONS = " or ".join(map(str, FORMAT_VERSIONS))
 
-IGNORE = -100  # label of a row without one
-
+IGNORE = -100  # label of an unlabelled row
 IDENTITY_NAME = "softlabel"  # Parquet key-value metadata and HDF5 attribute
-
 IDENTITY_LIMIT = 32 << 20
-
 GROUP_ROWS = 1 << 16
-
-SMALL_BYTES = 32 << 20  # keys, labels and the like of a shard that are read at once
-
+SMALL_BYTES = 32 << 20  # keys, labels and other small columns of a shard up to this size are read at once
 GROUP_BYTES = 8 << 20  # 4096 rows of 1000 float16; a few row groups fit in memory whatever the class count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Rows on their way into a shard, in dataset order.
+    """Rows to write into a shard, in dataset order.
 
-    keys: B strings or Keys; labels int64 (B,), -100 where there is none (None: nowhere); content uint64 (B,), the
-    content hash of the image, 0 where there is none (None: nowhere); columns: the run's, (B, W) each.
+    Attributes:
+        keys: B strings, or Keys.
+        labels: int64 (B,), -100 for none; None: no row has one.
+        content: content hashes uint64 (B,), 0 for none; None: no row has one.
+        columns: the run's columns, (B, W) each.
     """
 
     keys: Keys | Sequence[str] | npt.NDArray[Any]
@@ -49,7 +49,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CheckedRows:
-    """Rows that fit their run and plan, as the little-endian contiguous arrays that a file format writes."""
+    """Rows that match their run and plan, as little-endian contiguous arrays."""
 
     keys: Keys
     views: npt.NDArray[np.int32]
@@ -60,7 +60,7 @@ class CheckedRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardIdentity:
-    """What a shard says about itself: enough to adopt it into a manifest, and never into the wrong one."""
+    """The identity stored in a shard, sufficient to adopt it into the right manifest."""
 
     format: Literal["softlabel-shard"] = "softlabel-shard"
     format_version: int = 1
@@ -80,7 +80,7 @@ class ShardIdentity:
         return dumps(to_json(self))
 
     def record(self, file: str, size: int, xxh3: str) -> ShardRecord:
-        """What a manifest says about this shard, in a file of `size` bytes."""
+        """Return the manifest's record of this shard, in a file of `size` bytes."""
         return ShardRecord(
             number=self.number,
             file=file,
@@ -95,7 +95,11 @@ class ShardIdentity:
 
     @staticmethod
     def decode(raw: bytes, where: object) -> "ShardIdentity":
-        """Raises StoreCorruptError."""
+        """Decode an identity, named `where` in errors.
+
+        Raises:
+            StoreCorruptError: it is invalid.
+        """
         try:
             found = from_json(ShardIdentity, loads(raw))
             if found.format_version not in FORMAT_VERSIONS:
@@ -112,7 +116,7 @@ class ShardIdentity:
         return found
 
     def belongs(self, run: Run, plan: ShardPlan) -> bool:
-        """Whether this shard is the one that `run` plans there."""
+        """Whether this shard is the one that `run` planned."""
         place = (self.number, self.view, self.start, self.stop)
         return (
             place == (plan.number, plan.view, plan.start, plan.stop)
@@ -126,7 +130,7 @@ class ShardIdentity:
 class ShardRows:
     """Rows as read: Keys, views int32 (B,), labels int64 (B,), content uint64 (B,), columns (B, W) each.
 
-    What was not asked for is None or not among the columns. Arrays may be read-only and share a buffer.
+    Columns that were not requested are None or absent. Arrays may be read-only and share a buffer.
     """
 
     keys: Keys | None = None
@@ -137,53 +141,56 @@ class ShardRows:
 
 
 class OpenShard(Protocol):
-    """A shard file open for reading; `identity` and the schema were checked on opening, the bytes were not."""
+    """A shard file open for reading; opening checks its identity and schema, not its bytes."""
 
     identity: ShardIdentity
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
-        """The row ranges of these columns that are best read in one go: all rows where only small columns are asked
-        for, and they fit SMALL_BYTES."""
+        """Return the row ranges to read at once: all rows if only small columns of at most SMALL_BYTES are read."""
         ...
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        """Some rows of the columns `names` ("key", "view", "label", "content" and the encoding's)."""
+        """Read rows of the columns `names` ("key", "view", "label", "content" and the encoding's)."""
         ...
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
-        """Where the file holds whole rows of a column back to back, as (offset, rows) that together are all rows in
-        order; None when that is not plain to see."""
+        """Return (offset, rows) of the contiguous pieces of a column, in order, for all rows; None if unknown."""
         ...
 
     def mapped(self, name: str) -> Array | None:
-        """A column of the encoding as a read-only memory map of the file itself, (B, W); None when it cannot be."""
+        """Return a column of the encoding (B, W) as a read-only map of the file; None if not possible."""
         ...
 
     def close(self) -> None: ...
 
 
 def group_rows(columns: Sequence[Column]) -> int:
-    """Rows of a Parquet row group (and of a read): the power of two that fills 8 MiB, at most 65,536."""
+    """Return the rows of a Parquet row group and of a read: the power of two that fills 8 MiB, at most 65,536."""
     fitting = max(1, GROUP_BYTES // sum(column.row_bytes for column in columns))
     return min(GROUP_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def in_one_go(identity: ShardIdentity, size: int, names: Collection[str]) -> bool:
-    """Whether all rows of these columns, in a file of `size` bytes, are a small read."""
+    """Whether the columns `names` of a file of `size` bytes are small enough to read at once."""
     payload = sum(column.row_bytes for column in identity.columns)
     return size - identity.rows * payload <= SMALL_BYTES and not any(one.name in names for one in identity.columns)
 
 
 def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:
-    """Our caller's rows as little-endian arrays of the run's columns. ValueError for wrong shapes or dtypes."""
+    """Convert rows to little-endian arrays.
+
+    Raises:
+        ValueError: a number of rows, shape or dtype is wrong.
+        DataError: a key is not Unicode text.
+    """
     keys = Keys.of(rows.keys)
     count = len(keys)
     if count + len(bad) != plan.stop - plan.start:
         raise ValueError(
-            f"shard {plan.number}: {count} rows and {len(bad)} bad ones, planned are {plan.stop - plan.start}"
+            f"shard {plan.number}: expected {plan.stop - plan.start} rows, found {count} and {len(bad)} bad ones"
         )
     if {column.name for column in run.columns} != set(rows.columns):
-        raise ValueError(f"columns {sorted(rows.columns)}, the run has {[column.name for column in run.columns]}")
+        raise ValueError(f"columns: expected {[one.name for one in run.columns]}, found {sorted(rows.columns)}")
     columns = {}
     for column in run.columns:
         array = rows.columns[column.name]
@@ -196,6 +203,20 @@ def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> 
     labels = np.full(count, IGNORE, "<i8") if rows.labels is None else np.ascontiguousarray(rows.labels, "<i8")
     content = np.zeros(count, "<u8") if rows.content is None else np.ascontiguousarray(rows.content, "<u8")
     if labels.shape != (count,) or content.shape != (count,):
-        raise ValueError(f"labels {labels.shape} and content {content.shape}, expected ({count},)")
+        raise ValueError(f"labels and content: expected ({count},), found {labels.shape} and {content.shape}")
     views = np.full(count, plan.view, "<i4")
     return CheckedRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
+
+
+@contextlib.contextmanager
+def reading_shard(path: Path, format: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of a format's library about a damaged file into StoreCorruptError."""
+    damaged: tuple[type[Exception], ...] = (OSError, ValueError, MemoryError, OverflowError, KeyError, *errors)
+    try:
+        with reading(path):
+            yield
+    except (StoreError, FileNotFoundError):
+        raise
+    except damaged as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreCorruptError(f"{path}: not readable as {format}: {text[:200]}") from None

@@ -1,10 +1,9 @@
-"""Shards as HDF5: contiguous datasets, so that rows can be read straight into an array or mapped in place.
+"""Shards as HDF5 with contiguous datasets, which can be mapped in place. B rows, W elements of a column in one row.
 
-B rows, W elements of a column in one row. The HDF5 library writes the structure only; the numbers are written by us at
-the offsets that it allotted: as fast as the disk, and a full disk is an ordinary error instead of a library's.
+The HDF5 library writes only the structure; we write the numbers at the offsets that it allocated. This is as fast as
+the disk, and a full disk is an ordinary OSError.
 """
 
-import contextlib
 import io
 import mmap
 from collections.abc import Collection, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from softlabel.common.keys import Keys
-from softlabel.errors import StoreCorruptError, StoreError
+from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import Array
 from softlabel.store.formats.base import (
     IDENTITY_LIMIT,
@@ -24,8 +23,8 @@ from softlabel.store.formats.base import (
     ShardRows,
     group_rows,
     in_one_go,
+    reading_shard,
 )
-from softlabel.store.storage.base import reading
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
 _PAGE = 4096
@@ -33,7 +32,7 @@ _ALIGN = 64  # bytes; arrays mapped in place are then aligned for any dtype
 
 
 def _list_datasets(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> shape and dtype of every dataset."""
+    """Return name -> shape and dtype of every dataset."""
     rows = identity.rows
     return {
         "key": ((key_bytes,), "|u1"),
@@ -44,7 +43,11 @@ def _list_datasets(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[t
 
 
 def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
-    """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
+    """Write a shard; the caller syncs and publishes it.
+
+    Raises:
+        OSError: the disk cannot be written.
+    """
     arrays: dict[str, Array] = {
         "key": rows.keys.data,
         "key_offsets": rows.keys.offsets_N1,
@@ -68,7 +71,7 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
 
 
 class _Sparse(io.RawIOBase):
-    """A file in memory that keeps the pages that were written and not the holes: structure without the numbers."""
+    """A sparse file in memory: holds the pages that were written, the structure without the numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class _Sparse(io.RawIOBase):
         return self.size
 
     def _iter_pages(self, count: int) -> Iterator[tuple[bytearray, int, int]]:
-        """The next `count` bytes as (page, first, last) while the position advances."""
+        """Yield the next `count` bytes as (page, first, last) and advance the position."""
         end = self._position + count
         while self._position < end:
             number, first = divmod(self._position, _PAGE)
@@ -114,7 +117,7 @@ class _Sparse(io.RawIOBase):
 def _build_structure(
     identity: ShardIdentity, layout: dict[str, tuple[tuple[int, ...], str]]
 ) -> tuple[_Sparse, dict[str, int]]:
-    """The file without its numbers, and name -> byte offset where they go. No times in it: equal rows, equal bytes."""
+    """Return the file without its numbers, and name -> their byte offset. Without times: equal rows, equal bytes."""
     import h5py
 
     sparse, offsets = _Sparse(), {}
@@ -137,14 +140,18 @@ def _build_structure(
 class Hdf5Shard:
     """A shard open for reading. Not picklable, not shared over a fork.
 
-    The HDF5 library tells where the numbers lie, and is done with then: they are read from the mapped file.
+    The HDF5 library only locates the numbers; they are read from the mapped file.
+
+    Raises:
+        StoreCorruptError: the file is damaged or not a shard.
+        FileNotFoundError: there is no file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise FileNotFoundError(path)
-        with _reading(path):
+        with reading_shard(path, "HDF5", RuntimeError, TypeError):
             import h5py
 
             with open(path, "rb") as mapped:
@@ -167,7 +174,7 @@ class Hdf5Shard:
         if root.get_num_objs() != len(names) or not all(name.encode() in root for name in names):
             raise StoreCorruptError(f"{self.path}: expected the datasets {sorted(names)}, found {sorted(file)[:20]}")
         data: dict[str, Any] = {}
-        for name in names:  # an external or soft link, or storage outside the file, would read somebody else's bytes
+        for name in names:  # links and external storage could read other files
             link = root.links.get_info(name.encode())
             dataset = h5py.h5o.open(root, name.encode()) if link.type == h5py.h5l.TYPE_HARD else None
             if not isinstance(dataset, h5py.h5d.DatasetID):
@@ -195,7 +202,7 @@ class Hdf5Shard:
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def _map_rows(self, name: str, start: int, stop: int) -> Array:
-        """Elements or rows as a view on the mapped file."""
+        """Return elements or rows as a view on the mapped file."""
         offset, shape, dtype = self._places[name]
         width = int(np.prod(shape[1:]))
         count = (stop - start) * width
@@ -205,14 +212,14 @@ class Hdf5Shard:
         return flat.reshape(stop - start, *shape[1:])
 
     def _copy_rows(self, name: str, start: int, stop: int) -> Array:
-        """A copy, aligned wherever the file has it."""
+        """Return an aligned copy of elements or rows."""
         return self._map_rows(name, start, stop).copy()
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        # What was read before is let go of: little of a shard counts as our memory.
+        # Release pages that were read before, to bound resident memory.
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
-        with _reading(self.path):
+        with reading_shard(self.path, "HDF5", RuntimeError, TypeError):
             return ShardRows(
                 keys=self._read_keys(start, stop) if "key" in names else None,
                 views=self._copy_rows("view", start, stop) if "view" in names else None,
@@ -243,21 +250,8 @@ class Hdf5Shard:
         return np.memmap(self.path, dtype, "r", offset, shape) if shape[0] else np.empty(shape, dtype)
 
     def close(self) -> None:
-        """Arrays that were read keep the mapping; it goes with the last of them."""
+        """Drop the mapping; arrays that were read keep it alive."""
         del self._map
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with reading(path):
-            yield
-    except (StoreError, FileNotFoundError):
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError, OverflowError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreCorruptError(f"{path}: not readable as HDF5: {text[:200]}") from None
-
-
-def open_shard(path: Path) -> Hdf5Shard:
-    return Hdf5Shard(path)
+open_shard = Hdf5Shard

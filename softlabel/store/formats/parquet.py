@@ -1,15 +1,13 @@
-"""Shards as Parquet: one fixed_size_binary column per tensor, stored plain, read without a copy.
+"""Shards as Parquet: one plain fixed_size_binary column per tensor. B rows, W elements of a column in one row.
 
-B rows, W elements of a column in one row. Nothing is compressed: logits do not shrink enough to pay for it, and a file
-that cannot be compressed cannot be a decompression bomb.
+Nothing is compressed: logits compress too little to be worth it, and there can be no decompression bomb.
 """
 
 import bisect
-import contextlib
 import itertools
 import mmap
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabel.common.keys import Keys
-from softlabel.errors import StoreCorruptError, StoreError
+from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import ROW_NAMES, Array, Column
 from softlabel.store.formats.base import (
     IDENTITY_LIMIT,
@@ -29,8 +27,8 @@ from softlabel.store.formats.base import (
     ShardRows,
     group_rows,
     in_one_go,
+    reading_shard,
 )
-from softlabel.store.storage.base import reading
 
 _MAPPED = 64 << 20
 _ROW_FIELDS = (
@@ -40,7 +38,7 @@ _ROW_FIELDS = (
     pa.field("content", pa.uint64()),
 )
 _VARINT = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
-# A page header (Thrift compact): a data page, its size, its stored size, the number of values; PLAIN, no levels.
+# The header of a plain data page without levels (Thrift compact): size, stored size, number of values.
 _PAGE = re.compile(
     rb"\x15\x00\x15"
     + _VARINT
@@ -51,7 +49,7 @@ _PAGE = re.compile(
     + rb"\x15\x00\x15\x06\x15\x06(?:\x1c\x00)?\x00\x00",
     re.DOTALL,
 )
-_HEADERS = 64  # different ones in a column; `write` makes a few
+_HEADERS = 64  # maximal number of different headers in a column; `write` makes a few
 _ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
 
 
@@ -61,7 +59,11 @@ def _make_schema(columns: tuple[Column, ...]) -> Any:
 
 
 def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
-    """Write a whole shard; the caller syncs and publishes. OSError when the disk does not take it."""
+    """Write a shard; the caller syncs and publishes it.
+
+    Raises:
+        OSError: the disk cannot be written.
+    """
     schema = _make_schema(identity.columns)
     step = group_rows(identity.columns)
     with pa.OSFile(str(path), "wb") as sink:
@@ -72,7 +74,7 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
             use_dictionary=["view", "label"],
             write_statistics=False,
             store_schema=False,
-            data_page_size=1 << 18,  # written from the processor's cache; reading does not care
+            data_page_size=1 << 18,  # fits the processor's cache
         )
         for start in range(0, len(rows.labels), step):
             writer.write_batch(
@@ -99,14 +101,19 @@ def _make_batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
 
 
 class ParquetShard:
-    """A shard open for reading, memory-mapped. Not picklable, not shared over a fork."""
+    """A shard open for reading, memory-mapped. Not picklable, not shared over a fork.
+
+    Raises:
+        StoreCorruptError: the file is damaged or not a shard.
+        FileNotFoundError: there is no file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._since = 0  # bytes read since pages were let go of
+        self._since = 0  # bytes read since pages were last released
         self._kept: dict[str, Any] = {}
         self._pages: dict[str, tuple[list[tuple[int, int]], list[int]] | None] = {}
-        with _reading(path):
+        with reading_shard(path, "Parquet", pa.ArrowException, IndexError):
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bytes = np.frombuffer(self._map, np.uint8)
@@ -155,11 +162,11 @@ class ParquetShard:
         return list(itertools.pairwise(self._starts))
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        with _reading(self.path):
+        with reading_shard(self.path, "Parquet", pa.ArrowException, IndexError):
             row = self._read_row([name for name in ROW_NAMES if name in names], start, stop)
             columns = {name: self._read_column(name, start, stop) for name in self._columns if name in names}
         self._since += sum(array.nbytes for array in columns.values())
-        if self._since > _MAPPED:  # little of a shard counts as our memory, whatever its size
+        if self._since > _MAPPED:  # release pages, to bound resident memory
             self._since = 0
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
@@ -172,7 +179,7 @@ class ParquetShard:
         )
 
     def _read_row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
-        """What a row has besides its encoding. Decoding a little of it takes as long as all: it is kept."""
+        """Read a row's small columns; they are cached, because decoding a few rows takes as long as all."""
         if not in_one_go(self.identity, len(self._map), names):
             return self._decode_row(names, start, stop)
         if missing := [name for name in names if name not in self._kept]:
@@ -190,13 +197,13 @@ class ParquetShard:
                 found[name] = np.concatenate(
                     [np.zeros(0, kind), *(_fill_nulls(chunk, absent) for chunk in chunks[name])]
                 )
-                found[name].flags.writeable = False  # it may be kept
+                found[name].flags.writeable = False  # it may be cached
         if "key" in chunks:
             found["key"] = Keys.join(Keys.read(chunk) for chunk in chunks["key"])
         return found
 
     def _read_chunks(self, names: list[str], start: int, stop: int) -> dict[str, list[Any]]:
-        """Arrow's arrays of some rows."""
+        """Read rows as Arrow arrays."""
         first = bisect.bisect_right(self._starts, start) - 1
         last = bisect.bisect_left(self._starts, stop)
         base, end = self._starts[first], self._starts[last]
@@ -207,7 +214,7 @@ class ParquetShard:
         return {name: table.column(name).chunks for name in names}
 
     def _read_column(self, name: str, start: int, stop: int) -> Array:
-        """Rows of a column of the encoding, straight from the pages where they are as `write` makes them."""
+        """Read rows of a column of the encoding, directly from pages in the layout of `write`."""
         column = self._columns[name]
         if name not in self._pages:
             extents = self.extents(name)
@@ -220,7 +227,7 @@ class ParquetShard:
         size = column.row_bytes
         if start == stop:
             return np.empty((0, column.width), column.numpy)
-        # Arrow's memory pool: it gives out again what the batch before was read into, without asking the system.
+        # Arrow's memory pool reuses the memory of the previous batch.
         raw = np.frombuffer(pa.allocate_buffer((stop - start) * size), np.uint8)
         page = bisect.bisect_right(firsts, start) - 1
         while start < stop:
@@ -232,10 +239,10 @@ class ParquetShard:
         return raw.view(column.numpy).reshape(-1, column.width)
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
-        """Page by page; None unless every page is the plain, whole one that `write` makes."""
+        """Return (offset, rows) of each page; None unless every page has the layout of `write`."""
         metadata, column = self._file.metadata, self._columns[name]
         found: list[tuple[int, int]] = []
-        known: dict[bytes, tuple[int, int]] = {}  # headers that were read: those of most pages are alike
+        known: dict[bytes, tuple[int, int]] = {}  # parsed headers: most pages have the same one
         for group in range(metadata.num_row_groups):
             chunk = metadata.row_group(group).column(self._names.index(name))
             if chunk.path_in_schema != name or chunk.has_dictionary_page:
@@ -270,7 +277,7 @@ class ParquetShard:
 
 
 def _decode_varint(raw: bytes) -> int:
-    """A Thrift integer: 7 bits a byte, the sign in the lowest."""
+    """Decode a Thrift integer: 7 bits a byte, zigzag."""
     value = sum((byte & 127) << (7 * place) for place, byte in enumerate(raw))
     return (value >> 1) ^ -(value & 1)
 
@@ -283,7 +290,7 @@ def _fill_nulls(chunk: Any, absent: int) -> Array:
 
 
 def _view_chunk(chunk: Any, column: Column) -> Array:
-    """The chunk's own memory as (B, W), read-only."""
+    """Return a chunk's memory as a read-only array (B, W)."""
     if chunk.null_count:
         raise StoreCorruptError(f"column {column.name!r} holds nulls")
     count = len(chunk) * column.width
@@ -295,17 +302,4 @@ def _format_schema(schema: Any) -> str:
     return ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with reading(path):
-            yield
-    except (StoreError, FileNotFoundError):
-        raise
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError, KeyError, IndexError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreCorruptError(f"{path}: not readable as Parquet: {text[:200]}") from None
-
-
-def open_shard(path: Path) -> ParquetShard:
-    return ParquetShard(path)
+open_shard = ParquetShard

@@ -1,1 +1,1 @@
-"""Where the files of a store lie: on a local disk, or behind a URL."""
+"""Storage of a store's files: on a local disk, or behind a URL."""

@@ -1,7 +1,7 @@
-"""Where the files of a store lie: what a local folder and an object store both promise.
+"""The interface of a store's storage, local or remote.
 
-Everything a store writes goes through here, so that the order "file, its folder, then what names it" is in one
-place. Names are relative to the store's root, with forward slashes, and come from the manifest's checked patterns.
+Names are relative to the store's root, with forward slashes, and match the manifest's patterns. Files are made durable
+before their folder, and both before the file that lists them.
 """
 
 import contextlib
@@ -19,11 +19,8 @@ import xxhash
 from softlabel.errors import StoreError
 
 TEMPORARY = ".tmp-"
-
 SUBFOLDERS = ("shards", "segments", "extra")
-
 _BLOCK = 32 << 20
-
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -33,41 +30,41 @@ _FULL = {
 
 @contextlib.contextmanager
 def writing(where: object) -> Iterator[None]:
-    """Turn what the operating system (or a library on top) says about a failed write into one clear StoreError."""
+    """Turn an OSError of a failed write into a StoreError with a remedy."""
     try:
         yield
     except OSError as error:
         code = error.errno
-        if code is None:  # pyarrow and h5py put the number into the text only
+        if code is None:  # pyarrow and h5py have the number only in the text
             code = next((number for number in _FULL if f"rrno {number}" in str(error)), None)
             code = code or (errno.ENOSPC if "No space left" in str(error) else None)
         reason = _FULL.get(code or 0) or error.strerror or str(error)
         if code in _FULL:
-            cure = "what was finished is kept: make room and run the same command again"
+            remedy = "finished shards are kept: free some space and rerun the command"
         elif isinstance(error, FileNotFoundError):
-            cure = "make the folder or bucket first, or choose another"
+            remedy = "create the folder or bucket first, or choose another"
         elif isinstance(error, PermissionError) or code == errno.EROFS:
-            cure = "what was finished is kept: get the right to write there, or choose another folder"
+            remedy = "finished shards are kept: get write permission, or choose another folder"
         else:
-            cure = "what was finished is kept: run the same command again once it can"
-        raise StoreError(f"{where}: cannot write: {reason}; {cure}") from error
+            remedy = "finished shards are kept: fix this and rerun the command"
+        raise StoreError(f"{where}: cannot write: {reason}; {remedy}") from error
 
 
 @contextlib.contextmanager
 def reading(where: object) -> Iterator[None]:
-    """Tell what cannot be reached (a StoreError) from what is damaged or not there, which passes."""
+    """Turn an OSError of an unreachable file into a StoreError; errors of absent or damaged files pass."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        if error.errno in (None, errno.EIO):  # of a library that read a broken file, or of a broken disk
+        if error.errno in (None, errno.EIO):  # from a library that reads a damaged file, or from a damaged disk
             raise
-        raise StoreError(f"{where}: cannot be read: {error.strerror}; nothing says that it is damaged") from error
+        raise StoreError(f"{where}: cannot be read: {error.strerror}; it need not be damaged") from error
 
 
 def file_xxh3(path: Path) -> str:
-    """xxh3-128 of a file's bytes as 32 hexadecimal digits."""
+    """Return the xxh3-128 of a file's bytes as 32 hexadecimal digits."""
     with open(path, "rb", buffering=0) as file:
         if not (size := os.fstat(file.fileno()).st_size):
             return xxhash.xxh3_128_hexdigest(b"")
@@ -76,18 +73,18 @@ def file_xxh3(path: Path) -> str:
             for start in range(0, size, _BLOCK):
                 with view[start : start + _BLOCK] as block:
                     digest.update(block)
-                if hasattr(mmap, "MADV_DONTNEED"):  # so that a large file does not count as our memory
+                if hasattr(mmap, "MADV_DONTNEED"):  # bounds resident memory
                     mapped.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK, size - start))
     return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or folder."""
+    """Sync a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders of some network file systems
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # raised for folders of some network file systems
             raise
     finally:
         os.close(handle)
@@ -104,8 +101,8 @@ class Folder(ABC):
     """A store's files, local or remote.
 
     Attributes:
-        root: the folder; of a remote store a name only.
-        is_local: its files can be opened and mapped in place.
+        root: the folder; for a remote store only a name.
+        is_local: whether files can be opened and mapped in place.
     """
 
     root: Path
@@ -113,60 +110,72 @@ class Folder(ABC):
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """The name as a message shows it."""
+        """Return a name as shown in messages."""
 
     @abstractmethod
     def check_root(self) -> None:
-        """Raises StoreError where no store can be."""
+        """Check that a store can be here.
+
+        Raises:
+            StoreError: it cannot.
+        """
 
     @abstractmethod
     def lease(self) -> Lease:
-        """Take the lease for writing. Raises StoreLockedError."""
+        """Take the lease for writing.
+
+        Raises:
+            StoreLockedError: another process has it.
+        """
 
     @abstractmethod
     def create(self) -> None:
-        """Make the folders of a new store."""
+        """Create the folders of a new store."""
 
     @abstractmethod
     def make(self, subfolder: str) -> None:
-        """Make a subfolder that not every store has."""
+        """Create an optional subfolder."""
 
     @abstractmethod
     def read(self, name: str, limit: int) -> bytes:
-        """A whole small file. FileNotFoundError when absent, StoreCorruptError when it is a link, odd or too large."""
+        """Read a small file.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            StoreCorruptError: it is not a plain file, or larger than `limit` bytes.
+        """
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of a plain file. FileNotFoundError when absent, StoreCorruptError for a link or device."""
+        """Return the bytes of a plain file; raises as `read`."""
 
     @abstractmethod
     def sizes(self, subfolder: str) -> dict[str, int]:
-        """Name -> bytes of everything in a subfolder, in one sweep; -1 for what is not a plain file."""
+        """Return name -> bytes of everything in a subfolder, -1 for what is not a plain file."""
 
     @abstractmethod
     def local(self, name: str) -> AbstractContextManager[Path]:
-        """The file on a local disk while the block lasts; what was opened meanwhile stays readable."""
+        """Provide the file on a local disk during the block; files opened in it stay readable."""
 
     @abstractmethod
     def temporary(self, subfolder: str) -> Path:
-        """A fresh name on a local disk; `publish` it, or the committer collects it."""
+        """Return a new name on a local disk; the committer removes files that are not published."""
 
     @abstractmethod
     def publish(self, temporary: Path, name: str, xxh3: str) -> None:
-        """Make a synced temporary file durable under `name`, which contains its hash, without clobbering.
+        """Make a synced temporary file durable under `name`, which contains its hash.
 
-        A file that is there already with these bytes stays; one with other bytes is damaged (its name says what it
-        should be) and is replaced.
+        An existing file with the same bytes stays; one with other bytes is damaged and is replaced.
         """
 
     @abstractmethod
     def publish_bytes(self, name: str, data: bytes, xxh3: str) -> None:
-        """The same for bytes in memory."""
+        """Like `publish`, for bytes in memory."""
 
     @abstractmethod
     def replace(self, name: str, data: bytes) -> None:
-        """Atomically put `data` where `name` was: readers see the old file or the new one."""
+        """Replace a file atomically: readers see the old or the new one."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""

@@ -1,8 +1,8 @@
-"""Files of a store on an object store, through fsspec: `s3://bucket/labels`, `gs://...`, `memory://...`.
+"""Storage on an object store, through fsspec: `s3://bucket/labels`, `gs://...`, `memory://...`.
 
-Objects appear whole or not at all, so a shard is put under its content-hashed name (equal names, equal bytes), then the
-segment, then manifest.json: the manifest is the commit point here too. The lease is an object that is created only if
-absent and renewed while its holder lives; one that was not renewed for a while belongs to a dead run and may be taken.
+Objects are written atomically: first the shard under its content-hashed name, then the segment, then manifest.json,
+which is the commit point. The lease is an object that is created only if absent and renewed while its holder lives; one
+that was not renewed for STALE_SECONDS belongs to a dead run and can be taken.
 """
 
 import contextlib
@@ -28,7 +28,11 @@ STALE_SECONDS = 90.0
 
 
 class RemoteLease:
-    """The lease object of one store, renewed by a thread. Raises StoreLockedError when another run holds it."""
+    """The lease object of one store, renewed by a thread.
+
+    Raises:
+        StoreLockedError: another run holds it.
+    """
 
     def __init__(self, folder: "RemoteFolder") -> None:
         self._folder = folder
@@ -41,7 +45,7 @@ class RemoteLease:
                     f"(a run that was killed frees it after {STALE_SECONDS:.0f} s), or choose another folder"
                 )
             folder.write(LOCK_NAME, self._encode_holder())
-            time.sleep(0.5)  # two that take over a stale lease at once: the later one has it
+            time.sleep(0.5)  # if two runs take a stale lease at once, the later one has it
             self.check()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="softlabel-lease", daemon=True)
@@ -59,14 +63,18 @@ class RemoteLease:
         return found if isinstance(found, dict) and isinstance(found.get("at"), int | float) else None
 
     def check(self) -> None:
-        """Raises StoreLockedError when somebody else took the lease (this process slept too long)."""
+        """Check that the lease is still held.
+
+        Raises:
+            StoreLockedError: another run took it, because this process was suspended too long.
+        """
         found = self._read_holder()
         if found is None or found.get("token") != self._token:
-            raise StoreLockedError(f"{self._folder}: another run took the lease; nothing more is written by this one")
+            raise StoreLockedError(f"{self._folder}: another run took the lease; this run stops writing")
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # the next commit checks, and says what is wrong
+            with contextlib.suppress(Exception):  # the next commit reports the error
                 self.check()
                 self._folder.write(LOCK_NAME, self._encode_holder())
 
@@ -81,7 +89,11 @@ class RemoteLease:
 
 
 class RemoteFolder(Folder):
-    """A store's folder behind a URL; the same operations as a local one."""
+    """A store's folder behind a URL.
+
+    Raises:
+        StoreError: the URL cannot be opened.
+    """
 
     is_local = False
 
@@ -146,7 +158,6 @@ class RemoteFolder(Folder):
         }
 
     def temporary(self, subfolder: str) -> Path:
-        """On the local disk: an object is whole from the moment it exists."""
         return Path(tempfile.gettempdir()) / f"{TEMPORARY}softlabel-{os.getpid()}-{uuid.uuid4().hex}"
 
     def publish(self, temporary: Path, name: str, xxh3: str) -> None:
@@ -176,7 +187,7 @@ class RemoteFolder(Folder):
             self._fs.pipe_file(self._object_path(name), data)
 
     def create_object(self, name: str, data: bytes) -> bool:
-        """Put an object if there is none of this name; whether it was put."""
+        """Write an object if its name is free; return whether it was written."""
         with _translate_errors(self.where(name), writing=True):
             try:
                 self._fs.pipe_file(self._object_path(name), data, mode="create")
@@ -197,13 +208,12 @@ class RemoteFolder(Folder):
 
     @contextlib.contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """A copy on the local disk while the block lasts (what was opened meanwhile stays readable)."""
         path = self.temporary("")
         try:
             with _translate_errors(self.where(name)):
                 self._fs.get_file(self._object_path(name), str(path))
             yield path
-        except StoreCorruptError as error:  # it names the copy
+        except StoreCorruptError as error:  # replace the name of the copy
             raise StoreCorruptError(str(error).replace(str(path), self.where(name))) from None
         finally:
             path.unlink(missing_ok=True)
@@ -211,9 +221,9 @@ class RemoteFolder(Folder):
 
 @contextlib.contextmanager
 def _translate_errors(where: str, *, writing: bool = False) -> Iterator[None]:
-    """What a file system's library raises, as StoreError or FileNotFoundError."""
+    """Turn errors of a file system's library into StoreError; FileNotFoundError and FileExistsError pass."""
     what = "written" if writing else "read"
-    after = "; what was put stays" if writing else "; nothing says that it is damaged"
+    after = "; finished files are kept" if writing else "; it need not be damaged"
     try:
         yield
     except (StoreError, FileNotFoundError, FileExistsError):
@@ -223,5 +233,5 @@ def _translate_errors(where: str, *, writing: bool = False) -> Iterator[None]:
     except Exception as error:
         raise StoreError(
             f"{where}: cannot be {what}: {type(error).__name__}: {str(error)[:300]}{after}: check endpoint, network "
-            "and credentials, and run the same command again"
+            "and credentials, and rerun the command"
         ) from error

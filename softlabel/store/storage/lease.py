@@ -1,7 +1,7 @@
-"""The lease on a store: one committer at a time, released by the operating system when its process dies.
+"""The lease on a local store: flock on `.lock`, released by the operating system when the process dies.
 
-flock on `.lock` in the store's folder. A forked child (a data loader's worker) inherits the descriptor and would keep
-the lease alive after its parent was killed, so children close it at once.
+A forked child (a data loader's worker) inherits the descriptor and would keep the lease after its parent is killed, so
+children close it at once.
 """
 
 import contextlib
@@ -19,8 +19,14 @@ _held: "weakref.WeakSet[FileLease]" = weakref.WeakSet()
 
 
 class FileLease:
+    """The held lease of a store.
+
+    Raises:
+        StoreLockedError: another committer has it; names the holder.
+        StoreError: the file system has no locks.
+    """
+
     def __init__(self, root: Path) -> None:
-        """Take the lease. Raises StoreLockedError, naming the holder, when another committer has it."""
         self.path = root / LOCK_NAME
         while True:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -39,8 +45,8 @@ class FileLease:
                 ) from None
             if self._is_current():
                 break
-            os.close(self._handle)  # the holder before us removed the file between our open and our lock
-        with contextlib.suppress(OSError):  # a courtesy to whoever finds it locked; a full disk must not keep it locked
+            os.close(self._handle)  # the previous holder removed the file between open and lock
+        with contextlib.suppress(OSError):  # names the holder for others; a full disk must not fail here
             os.ftruncate(self._handle, 0)
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
@@ -53,7 +59,7 @@ class FileLease:
             return False
 
     def release(self) -> None:
-        """Idempotent. The lock file goes while the lock is held, so nobody can lock a removed file unnoticed."""
+        """Idempotent. Removes the lock file while it is locked, so that a lock on a removed file is detected."""
         if self._handle >= 0:
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -66,13 +72,13 @@ class FileLease:
 
 
 class NoLease:
-    """What stands for the lease where nothing can be written: a finished store is good there, and nothing else is."""
+    """A placeholder where the disk is read-only, which is enough for a finished store."""
 
     def __init__(self, refused: OSError) -> None:
         self.refused = refused
 
     def release(self) -> None:
-        """There is nothing to release."""
+        """Do nothing."""
 
 
 def _close_in_child() -> None:

@@ -1,4 +1,4 @@
-"""Files of a store on a local disk: written durably, published without clobbering, read without following links."""
+"""Storage on a local disk: durable writes, atomic publication, links are not followed."""
 
 import contextlib
 import errno
@@ -34,7 +34,7 @@ class LocalFolder(Folder):
         with reading(self):
             taken = self.root.exists() and not self.root.is_dir()
         if taken:
-            raise StoreError(f"{self}: is a file; a store is a folder, choose another path")
+            raise StoreError(f"{self}: expected a folder, found a file; choose another path")
 
     def lease(self) -> FileLease:
         return FileLease(self.root)
@@ -51,7 +51,7 @@ class LocalFolder(Folder):
             folder = self.root / name if name else self.root
             folder.mkdir(parents=not name, exist_ok=True)
             if name and folder.is_symlink():
-                raise StoreError(f"{folder}: is a link; the folders of a store must lie inside it")
+                raise StoreError(f"{folder}: expected a folder inside the store, found a link")
         sync(self.root)
 
     def read(self, name: str, limit: int) -> bytes:
@@ -81,7 +81,7 @@ class LocalFolder(Folder):
     def sizes(self, subfolder: str) -> dict[str, int]:
         folder = self.path(subfolder)
         if folder.is_symlink():
-            raise StoreCorruptError(f"{folder}: is a link; the folders of a store must lie inside it")
+            raise StoreCorruptError(f"{folder}: expected a folder inside the store, found a link")
         try:
             with reading(folder), os.scandir(folder) as entries:
                 return {
@@ -108,7 +108,7 @@ class LocalFolder(Folder):
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
-            os.replace(temporary, final)  # no hard links here; equal names mean equal bytes
+            os.replace(temporary, final)  # a file system without hard links; equal names mean equal bytes
         temporary.unlink(missing_ok=True)
         sync(final.parent)
 

@@ -1,4 +1,4 @@
-"""The folder of a store, local or behind a URL, and its lease."""
+"""Open the folder of a store, local or behind a URL, and take its lease."""
 
 import errno
 import os
@@ -10,7 +10,11 @@ from softlabel.store.storage.local import LocalFolder
 
 
 def open_folder(root: str | os.PathLike[str]) -> Folder:
-    """The folder at a path, or behind a URL such as s3://bucket/labels."""
+    """Return the folder at a path, or behind a URL such as s3://bucket/labels.
+
+    Raises:
+        StoreError: the URL cannot be opened.
+    """
     text = os.path.expanduser(root)
     if "://" not in text:
         return LocalFolder(text)
@@ -20,7 +24,11 @@ def open_folder(root: str | os.PathLike[str]) -> Folder:
 
 
 def take_lease(folder: Folder) -> Lease:
-    """The lease of a store's folder. Raises StoreLockedError when another committer has it."""
+    """Take the lease of a store's folder; `NoLease` if the disk is read-only.
+
+    Raises:
+        StoreLockedError: another committer has it.
+    """
     try:
         return folder.lease()
     except OSError as error:

@@ -440,4 +440,4 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == 2 * 4
     for line in lines:
-        assert "cannot be read: Permission denied; nothing says that it is damaged" in line
+        assert "cannot be read: Permission denied; it need not be damaged" in line
