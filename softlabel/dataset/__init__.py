@@ -1,6 +1,6 @@
 """Sources of samples with stable string keys."""
 
-from softlabel.dataset.decoding import settle_decoding
+from softlabel.dataset.decoding import detect_decoding
 from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.open import open_source
 from softlabel.dataset.report import report_source
@@ -11,10 +11,10 @@ from softlabel.dataset.torch_dataset import listed_labels
 __all__ = [
     "ReorderedSource",
     "Source",
+    "detect_decoding",
     "listed_labels",
     "open_source",
     "report_source",
     "require_samples",
-    "settle_decoding",
     "stored_bytes",
 ]

@@ -1,5 +1,4 @@
-"""Files that hold arrays by name: HDF5, `.npy`, `.npz`. Rows are read where they lie; only a packed member of an
-`.npz` is unpacked as a whole.
+"""Files of named arrays: HDF5, `.npy`, `.npz`. Rows are read in place; only compressed members of `.npz` are loaded.
 
 Legend: B rows.
 """
@@ -22,35 +21,38 @@ _H5_CACHE_BYTES = 64 << 20
 
 
 class Container(ABC):
-    """A file, or several, with arrays in it that have names."""
+    """One or several files of named arrays; `subject` begins error messages."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     @abstractmethod
     def images(self, asked: str | None, subject: str) -> str:
-        """The name of the images' array."""
+        """Return the name of the images' array, `asked` if given."""
 
     def arrays(self, subject: str) -> tuple[str, ...]:
-        """The names of all arrays, where they have some."""
+        """Return the names of all arrays; empty for `.npy`."""
         return ()
 
     @abstractmethod
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]: ...
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+        """Return the shape and dtype of an array."""
 
     @abstractmethod
-    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]: ...
+    def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]:
+        """Read rows int64 (B,) of an array."""
 
     @abstractmethod
-    def whole(self, array: str, subject: str) -> NDArray[Any]: ...
+    def whole(self, array: str, subject: str) -> NDArray[Any]:
+        """Read an array."""
 
     def chunk(self, array: str) -> int:
-        """Rows that are stored, and unpacked, together."""
+        """Return the number of rows in a storage chunk."""
         return 1
 
 
 class Npy(Container):
-    """`.npy` files, memory-mapped; the labels and keys are files of their own."""
+    """Memory-mapped `.npy` files; labels and keys are separate files."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -86,7 +88,7 @@ class Npy(Container):
 
 
 class Npz(Npy):
-    """An archive of `.npy` files. One that is stored as it is (numpy.savez) is memory-mapped, a packed one unpacked."""
+    """An archive of `.npy` files: uncompressed members (numpy.savez) are memory-mapped, compressed ones loaded."""
 
     def _names(self, subject: str) -> tuple[str, ...]:
         try:
@@ -96,13 +98,13 @@ class Npz(Npy):
             raise DataError(f"{subject}: expected an .npz archive, found: {error}; use numpy.savez") from error
 
     def images(self, asked: str | None, subject: str) -> str:
-        return _one_of(self._names(subject), asked or "images", subject)
+        return _require_name(self._names(subject), asked or "images", subject)
 
     def arrays(self, subject: str) -> tuple[str, ...]:
         return self._names(subject)
 
     def _map(self, array: str, subject: str) -> NDArray[Any]:
-        member = f"{_one_of(self._names(subject), array, subject)}.npy"
+        member = f"{_require_name(self._names(subject), array, subject)}.npy"
         try:
             with zipfile.ZipFile(self.path) as archive:
                 info = archive.getinfo(member)
@@ -112,14 +114,14 @@ class Npz(Npy):
                         return unpacked
                     version = np.lib.format.read_magic(file)
                     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    if version not in read:  # its field names are beyond Latin-1: no array of numbers
+                    if version not in read:  # field names beyond Latin-1: not an array of numbers
                         raise ValueError("it is a structured array")
                     shape, fortran, dtype = read[version](file)
                     header = file.tell()
             if dtype.hasobject:
                 raise ValueError("it holds Python objects")
             with open(self.path, "rb") as raw:
-                # The local header's own lengths count: those in the directory may differ.
+                # The lengths in the local header may differ from those in the directory.
                 raw.seek(info.header_offset + 26)
                 lengths = np.frombuffer(raw.read(4), dtype="<u2")
             begin = info.header_offset + 30 + int(lengths.sum()) + header
@@ -129,7 +131,7 @@ class Npz(Npy):
 
 
 class H5(Container):
-    """An HDF5 file; each process opens it for itself, because the library's state must not be inherited by a fork."""
+    """An HDF5 file, opened in each process: the library's state does not survive a fork."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -141,7 +143,7 @@ class H5(Container):
         found = self._file.get().get(array)
         if not isinstance(found, h5py.Dataset):
             raise DataError(
-                f"{subject}: there is no dataset {array!r}; the file has {', '.join(self.arrays(subject)) or 'none'}; "
+                f"{subject}: no dataset {array!r}; the file has {', '.join(self.arrays(subject)) or 'none'}; "
                 "name it with inputs=, images=, labels= or keys="
             )
         return found
@@ -192,10 +194,10 @@ def _open_h5(path: str) -> Any:
         raise DataError(f"{path}: expected an HDF5 file, found: {error}; fetch it again") from error
 
 
-def _one_of(names: Sequence[str], wanted: str, subject: str) -> str:
+def _require_name(names: Sequence[str], wanted: str, subject: str) -> str:
     if wanted not in names:
         raise DataError(
-            f"{subject}: there is no array {wanted!r}; the archive has {', '.join(names) or 'none'}; name it with "
+            f"{subject}: no array {wanted!r}; the archive has {', '.join(names) or 'none'}; name it with "
             "inputs=, images=, labels= or keys="
         )
     return wanted

@@ -2,8 +2,8 @@
 
 Legend: N samples, H and W height and width, C channels (1, 3 or 4).
 
-The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The last axis holds the channels if it is 1, 3 or 4 long,
-else the second one does. Their content hash is that of the pixels.
+The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The channels are the last axis if its length is 1, 3 or
+4, else the second one. The content hash is that of the pixels.
 """
 
 import os
@@ -29,10 +29,15 @@ _CHANNELS = (1, 3, 4)
 
 
 class ArraySource(ListedSource):
-    """Rows of one array. Keys are the row numbers, or the strings of another array."""
+    """Rows of one array. Keys are the row numbers, or the strings of another array.
+
+    Raises:
+        SpecError: an option is unknown or contradicts another one.
+        DataError: an array is missing or has the wrong shape or type.
+    """
 
     kind = "array"
-    against_equal_keys = "mend the keys, or leave keys= out to number the samples"
+    repeated_keys_remedy = "fix the keys, or leave keys= out to number the samples"
 
     def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name = name
@@ -59,21 +64,21 @@ class ArraySource(ListedSource):
         shape, dtype = container.shape_of(self._images, name)
         self._layout = layout
         if inputs is None:
-            self._shape, self._channels_first = _checked_shape(shape, dtype, f"{name}: {self._images}")
+            self._shape, self._channels_first = _check_shape(shape, dtype, f"{name}: {self._images}")
         else:
             self._shape, self._channels_first = shape, False
-            self.inputs = _kind_of(shape, dtype, layout, f"{name}: {self._images}")
+            self.inputs = _find_kind(shape, dtype, layout, f"{name}: {self._images}")
         ignored = ignore_labels or labels == "none"
         names = container.arrays(name)
         others: tuple[str, ...] = ()
         if ignored:
             labels = None
         elif labels is None:
-            # One that is no row of numbers, such as boxes, is no label whatever it is called.
+            # An array with more than one number per row, such as boxes, does not hold labels.
             flat = [one for one in usual_labels(names) if one != self._images and self._is_flat(one)]
             labels, others = choose_label(flat, subject=name, remedy="choose with '?labels=NAME' or '?labels=none'")
         self._labels_N = self._read_labels(labels)
-        self.findings = _findings(labels, names, others, ignored)
+        self.findings = _describe_labels(labels, names, others, ignored)
         self.has_labels = self._labels_N is not None and bool((self._labels_N != IGNORE).any())
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:
@@ -82,7 +87,7 @@ class ArraySource(ListedSource):
                 checked_classes(self._labels_N, self.class_names, subject=name)
         if keys is not None:
             self._keys = self._read_keys(keys)
-            self.doubtful_keys = True
+            self.maybe_repeated_keys = True
 
     def _is_flat(self, array: str) -> bool:
         shape, dtype = self._container.shape_of(array, self.name)
@@ -110,7 +115,7 @@ class ArraySource(ListedSource):
                 f"{found.shape}; leave keys= out to number the samples"
             )
         try:
-            # Strings come out of HDF5 as UTF-8 bytes.
+            # HDF5 returns strings as UTF-8 bytes.
             texts = [one.decode() if isinstance(one, bytes) else str(one) for one in found.tolist()]
             return pa.array(texts, type=pa.large_string())
         except UnicodeError as error:
@@ -131,34 +136,34 @@ class ArraySource(ListedSource):
         if (found := self._container.shape_of(self._images, self.name)[0]) != self._shape:
             raise DataError(
                 f"{self.name}: expected images of shape {self._shape}, found {found}; the file was replaced while in "
-                "use, start again"
+                "use, rerun the command"
             )
         images = self._container.rows(self._images, rows_B, self.name)
         return [
             Sample(
                 key=self.key_at(row),
-                raw=self._image(image),
+                raw=self._convert_row(image),
                 label=IGNORE if self._labels_N is None else int(self._labels_N[row]),
             )
             for row, image in zip(rows_B.tolist(), images, strict=True)
         ]
 
-    def _image(self, image: NDArray[Any]) -> Raw:
+    def _convert_row(self, image: NDArray[Any]) -> Raw:
         if self._layout == "channels-last":
             image = np.moveaxis(image, -1, 0)
         if self.inputs is not IMAGES:
             return np.array(image)
-        # A tensor is what `decode_image` takes with its channels first. Copied: a memory map may not be written to.
+        # `decode_image` takes channels first only as a tensor. Copied, because a memory map is read-only.
         return torch.from_numpy(np.array(image)) if self._channels_first else image
 
     def blocks(self) -> list[tuple[int, int]]:
-        """As in `Source`: whole chunks of an HDF5 dataset."""
+        """Return whole chunks of an HDF5 dataset (see `Source`)."""
         chunk = self._container.chunk(self._images)
         return self.even_blocks(max(chunk, BLOCK // chunk * chunk))
 
 
-def _kind_of(shape: tuple[int, ...], dtype: str, layout: str | None, where: str) -> InputKind:
-    """What the rows of an array are: images of several bands where a layout is given, else numbers of any shape."""
+def _find_kind(shape: tuple[int, ...], dtype: str, layout: str | None, where: str) -> InputKind:
+    """Return the kind of the rows: images of several bands if a layout is given, else numbers of any shape."""
     if not shape or np.dtype(dtype).kind not in "fiub":
         raise DataError(f"{where}: expected an array of numbers with a row for each sample, found {dtype} {shape}")
     if layout is None:
@@ -170,18 +175,18 @@ def _kind_of(shape: tuple[int, ...], dtype: str, layout: str | None, where: str)
     return BANDS
 
 
-def _findings(labels: str | None, names: Sequence[str], others: Sequence[str], ignored: bool) -> Findings:
+def _describe_labels(labels: str | None, names: Sequence[str], others: Sequence[str], ignored: bool) -> Findings:
     left_out = tuple(f"array {one!r} may hold labels too; '?labels={one}' takes it" for one in others)
     if ignored:
-        return Findings(without_labels="labels are ignored, as asked")
+        return Findings(without_labels="labels are ignored, as requested")
     if labels is not None:
         return Findings(labels_from=labels, without_labels=f"{labels} holds none", left_out=left_out)
     listed = f"no array is called labels, '?labels=NAME' takes one of {', '.join(names)}" if len(names) > 1 else None
     return Findings(without_labels=listed or "'?labels=FILE.npy' gives some")
 
 
-def _checked_shape(shape: tuple[int, ...], dtype: str, where: str) -> tuple[tuple[int, ...], bool]:
-    """The shape, and whether the channels come before height and width."""
+def _check_shape(shape: tuple[int, ...], dtype: str, where: str) -> tuple[tuple[int, ...], bool]:
+    """Return the shape, and whether the channels come before height and width."""
     if dtype != "uint8":
         why = (
             "floats have no agreed range, and normalisation belongs to each teacher"

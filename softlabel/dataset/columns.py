@@ -37,19 +37,29 @@ class Columns:
 
 
 def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns:
-    features = _features(schema)
+    """Find the columns of a schema.
+
+    Args:
+        schema: the file's schema.
+        asked: the user's ``image``, ``key`` and ``label``.
+        name: the source, for errors.
+
+    Raises:
+        DataError: a column is missing, ambiguous or has the wrong type.
+    """
+    features = _read_features(schema)
     if numbers := "inputs" in asked:
         inputs, key = _input_columns(schema, asked, name), None
     else:
         inputs, key = _image_and_key(schema, features, asked.get("image"), name)
     if "key" in asked:
         key = None if asked["key"] == "index" else asked["key"]
-    if key is not None and not _is_key(kind := plain(_field(schema, key, name).type)):
+    if key is not None and not _is_key(kind := plain(_find_field(schema, key, name).type)):
         raise DataError(
             f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
             "number the rows with '?key=index'"
         )
-    label, others = _label_column(schema, features, asked.get("label"), name)
+    label, others = _find_label_column(schema, features, asked.get("label"), name)
     if numbers and label in inputs:
         raise SpecError(f"{name}: column {label!r} is an input and the label; choose another with '?label=COLUMN|none'")
     taken = {*inputs, inputs[0].partition(".")[0], key, *others}
@@ -59,7 +69,7 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
         numbers=numbers,
         key=key,
         label=label,
-        class_names=_names(features, label),
+        class_names=_class_names(features, label),
         other_labels=tuple(other for other in others if _is_label(schema.field(other).type)),
         no_labels=tuple(other for other in others if not _is_label(schema.field(other).type)),
         candidates=tuple(candidates) if label is None else (),
@@ -73,7 +83,7 @@ def _input_columns(schema: pa.Schema, asked: Mapping[str, str], name: str) -> tu
     columns = tuple(asked["inputs"].split(","))
     if again := next((column for column in columns if columns.count(column) > 1), None):
         raise SpecError(f"{name}: inputs=: column {again!r} is given twice")
-    check_input_columns(columns, [_field(schema, column, name).type for column in columns], name)
+    check_input_columns(columns, [_find_field(schema, column, name).type for column in columns], name)
     return columns
 
 
@@ -81,8 +91,8 @@ def _image_and_key(
     schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
 ) -> tuple[tuple[str], str | None]:
     """The column of encoded images, and that of their paths where there is one."""
-    image = asked or _image_column(schema, features, name)
-    field = _field(schema, image, name)
+    image = asked or _find_image_column(schema, features, name)
+    field = _find_field(schema, image, name)
     if pa.types.is_struct(field.type):
         inner = {field.type.field(i).name for i in range(field.type.num_fields)}
         if "bytes" not in inner:
@@ -92,7 +102,7 @@ def _image_and_key(
         image_path, key = f"{image}.bytes", f"{image}.path" if "path" in inner else None
     else:
         image_path, key = image, None
-    kind = _field(schema, image_path, name).type
+    kind = _find_field(schema, image_path, name).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(
             f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
@@ -105,8 +115,8 @@ def _is_key(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind))
 
 
-def _features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
-    """What Hugging Face `datasets` notes about the columns; nothing where somebody else wrote the file."""
+def _read_features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
+    """Return the column descriptions of Hugging Face `datasets`; empty for other files."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {k: v for k, v in noted.items() if isinstance(v, Mapping) and k in schema.names}
@@ -114,7 +124,7 @@ def _features(schema: pa.Schema) -> dict[str, Mapping[str, Any]]:
         return {}
 
 
-def _field(schema: pa.Schema, path: str, name: str) -> pa.Field:
+def _find_field(schema: pa.Schema, path: str, name: str) -> pa.Field:
     first, _, rest = path.partition(".")
     if path in schema.names:
         return schema.field(path)
@@ -122,10 +132,10 @@ def _field(schema: pa.Schema, path: str, name: str) -> pa.Field:
         struct = schema.field(first).type
         if struct.get_field_index(rest) >= 0:
             return struct.field(rest)
-    raise DataError(f"{name}: there is no column {path!r}; the file has {', '.join(schema.names)}")
+    raise DataError(f"{name}: no column {path!r}; the file has {', '.join(schema.names)}")
 
 
-def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
+def _find_image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
     noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
     found = noted or [column for column in ("image", "img") if column in schema.names]
     if len(found) == 1 or (found and not noted):
@@ -136,16 +146,16 @@ def _image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], nam
     )
 
 
-def _label_column(
+def _find_label_column(
     schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: str | None, name: str
 ) -> tuple[str | None, tuple[str, ...]]:
-    """The column of the labels, and others that sound like it."""
+    """Return the label column, and other columns whose names suggest labels."""
     if asked == "none":
         return None, ()
     others: tuple[str, ...] = ()
     if asked is None:
         noted = [column for column, feature in features.items() if feature.get("_type") == "ClassLabel"]
-        # Boxes and the like are no class of an image, whatever they are called.
+        # Columns such as boxes do not hold the class of an image.
         usable = [field.name for field in schema if _is_label(field.type)]
         remedy = "choose with '?label=COLUMN' or '?label=none'"
         asked, others = noted[0] if len(noted) == 1 else None, ()
@@ -157,7 +167,7 @@ def _label_column(
         others = tuple(dict.fromkeys(column for column in (*others, *noted, *also) if column != asked))
         if asked is None:
             return None, others
-    kind = plain(_field(schema, asked, name).type)
+    kind = plain(_find_field(schema, asked, name).type)
     if not _is_label(kind):
         raise DataError(
             f"{name}: column {asked!r}: expected class numbers, found {kind}; name another with '?label=COLUMN', or "
@@ -167,7 +177,7 @@ def _label_column(
 
 
 def plain(kind: pa.DataType) -> pa.DataType:
-    """The type of the values of a dictionary-encoded column, or the type itself."""
+    """Return the type of a column's values, without dictionary encoding."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -183,6 +193,6 @@ def _is_label(kind: pa.DataType) -> bool:
     )
 
 
-def _names(features: dict[str, Mapping[str, Any]], label: str | None) -> tuple[str, ...] | None:
+def _class_names(features: dict[str, Mapping[str, Any]], label: str | None) -> tuple[str, ...] | None:
     names = features.get(label, {}).get("names") if label else None
     return tuple(map(str, names)) if isinstance(names, list) and names else None

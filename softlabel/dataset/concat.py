@@ -1,4 +1,4 @@
-"""Several sources as one, one after the other: labelled and unlabelled data that a student learns from together."""
+"""Concatenation of sources, for example of labelled and unlabelled data."""
 
 from collections.abc import Sequence
 
@@ -12,35 +12,35 @@ from softlabel.inputs.base import AS_USUAL, IGNORE, Sample
 
 
 class SeveralSources(Source):
-    """The samples of several sources, those of the first one first.
+    """The samples of several sources, in turn.
 
-    A key may be in more than one of them: a labelled image may be among the unlabelled ones too. Sources without class
-    names follow those that have them.
+    Several sources may have the same key: a labelled image may also be among the unlabelled ones. Sources without class
+    names use those of the others.
 
     Raises:
-        MismatchError: two sources name other classes.
+        MismatchError: two sources have other classes or another kind of samples.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
         self.kind = self.sources[0].kind if len({source.kind for source in sources}) == 1 else "several"
         self.name = " + ".join(source.name for source in sources)
-        # Each sample says how it is decoded; a store records what is unusual in one of its sources.
+        # Each sample has its decoding; a store records the first unusual one.
         self.decoding = next((one.decoding for one in sources if one.decoding != AS_USUAL), AS_USUAL)
         self.inputs = sources[0].inputs
         if other := next((one for one in sources if one.inputs is not self.inputs), None):
             raise MismatchError(
-                f"{other.name}: has samples of kind {other.inputs.name}, {sources[0].name} of kind {self.inputs.name}; "
-                "data that is trained on together has samples of one kind"
+                f"{other.name}: expected samples of kind {self.inputs.name} as in {sources[0].name}, found "
+                f"{other.inputs.name}; train on data of one kind"
             )
         self.has_labels = any(source.has_labels for source in sources)
         named = [source for source in sources if source.class_names is not None]
         for source in named[1:]:
             if source.class_names != named[0].class_names:
                 raise MismatchError(
-                    f"classes: {source.name} names {list(source.class_names or ())[:5]}..., and {named[0].name} "
-                    f"{list(named[0].class_names or ())[:5]}...; data that is trained on together has the same classes "
-                    "in the same order"
+                    f"{source.name}: classes: expected {list(named[0].class_names or ())[:5]}... as {named[0].name}, "
+                    f"found {list(source.class_names or ())[:5]}...; train on data with the same classes in the same "
+                    "order"
                 )
         self.class_names = named[0].class_names if named else None
         # int64 (sources + 1,): source i is the samples edges[i] to edges[i + 1].
@@ -53,13 +53,13 @@ class SeveralSources(Source):
         return tuple(part for source in self.sources for part in source.parts())
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        return [key for source, first, last in self._parts(start, stop) for key in source.keys(first, last)]
+        return [key for source, first, last in self._split_range(start, stop) for key in source.keys(first, last)]
 
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
-        return Keys.join([source.key_table(first, last) for source, first, last in self._parts(start, stop)])
+        return Keys.join([source.key_table(first, last) for source, first, last in self._split_range(start, stop)])
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        parts = [source.labels(first, last) for source, first, last in self._parts(start, stop)]
+        parts = [source.labels(first, last) for source, first, last in self._split_range(start, stop)]
         return np.concatenate(parts) if parts else np.full(0, IGNORE, dtype=np.int64)
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -81,8 +81,8 @@ class SeveralSources(Source):
             self._fingerprint = check_keys(self, unique=False)
         return self._fingerprint
 
-    def _parts(self, start: int, stop: int | None) -> list[tuple[Source, int, int]]:
-        """Which samples of which source a range is."""
+    def _split_range(self, start: int, stop: int | None) -> list[tuple[Source, int, int]]:
+        """Return (source, first, last) of the samples in a range."""
         start, stop = span(start, stop, len(self))
         parts = []
         for source, edge in zip(self.sources, self.edges.tolist(), strict=False):

@@ -1,7 +1,7 @@
-"""How the images of a source are decoded, where that is not the usual way: asked for, recorded, or found in the images.
+"""Decoding options of a source: requested, recorded in a store, or detected.
 
-A 16-bit grey image does not say how many of its bits a camera or scanner has filled. One image cannot tell (a dark one
-looks like few bits), so the whole source is decided at once, over images from all parts of it.
+A 16-bit grey image does not record how many of its bits are in use, and a dark image uses few. So the number of bits is
+detected for the whole source at once, from images of all its parts.
 """
 
 import dataclasses
@@ -22,18 +22,18 @@ from softlabel.inputs.image_decode import IMAGES
 
 log = logging.getLogger("softlabel")
 
-_GLANCES, _LOOKED_AT = 4, 64  # images whose mode is read at all; whose pixels are, once one of those has 16 bits
+_SAMPLED, _MEASURED = 4, 64  # images whose mode is read; whose pixels are, if one of those has 16 bits
 _BITS = (8, 12, 16)
 
 
 class DecodedSource(Source):
-    """Another source whose samples say how they are decoded."""
+    """Another source with its own decoding."""
 
     def __init__(self, base: Source, decoding: Decoding) -> None:
-        self.base, self.decoding, self.inputs = base, decoding, base.inputs
-        self.kind, self.name, self.findings = base.kind, base.name, base.findings
-        self.class_names, self.has_labels = base.class_names, base.has_labels
-        self.doubtful_keys, self.against_equal_keys = base.doubtful_keys, base.against_equal_keys
+        self.base = base
+        self.copy_attributes(base)
+        self.decoding = decoding
+        self.maybe_repeated_keys, self.repeated_keys_remedy = base.maybe_repeated_keys, base.repeated_keys_remedy
 
     def __len__(self) -> int:
         return len(self.base)
@@ -61,29 +61,31 @@ class DecodedSource(Source):
 
 
 def read_decoding(options: dict[str, str], *, subject: str) -> Decoding:
-    """Take ``exif=upright|ignore`` and ``bits=N`` out of the options of a SOURCE.
+    """Remove ``exif=upright|ignore`` and ``bits=N`` from the options of a SOURCE and parse them.
 
     Raises:
-        SpecError: another word, or a number of bits that is not 8 to 16.
+        SpecError: `exif` is another word, or `bits` is not 8 to 16.
     """
     exif, bits = options.pop("exif", "upright"), options.pop("bits", None)
     if exif not in ("upright", "ignore"):
-        raise SpecError(
-            f"{subject}: exif: expected upright (turn images as their EXIF data says) or ignore, found {exif!r}"
-        )
+        raise SpecError(f"{subject}: exif: expected upright (apply the EXIF orientation) or ignore, found {exif!r}")
     if bits is not None and bits not in map(str, range(8, 17)):
-        raise SpecError(f"{subject}: bits: expected how many bits 16-bit images use, 8 to 16, found {bits!r}")
+        raise SpecError(f"{subject}: bits: expected the bits used by 16-bit images, 8 to 16, found {bits!r}")
     return Decoding(upright=exif == "upright", bits=None if bits is None else int(bits))
 
 
-def settle_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -> Source:
-    """The source, with the bits of its 16-bit images decided: as asked for, as a store recorded, or by what they hold.
+def detect_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -> Source:
+    """Determine the bits of a source's 16-bit images: as requested, as a store recorded, or from its images.
 
     Args:
-        recorded: `manifest.recorded` of the store that its images belong to; absent or empty where there is none.
+        source: the source.
+        recorded: `manifest.recorded` of the store of its labels, if there is one.
+
+    Returns:
+        The source with its decoding set.
 
     Raises:
-        MismatchError: the source is decoded in another way than the images of that store were.
+        MismatchError: the requested decoding differs from that of the store.
     """
     if source.inputs is not IMAGES:
         return source
@@ -91,48 +93,48 @@ def settle_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -
         then = Decoding.of(recorded.get("decoding", {}))
         if source.decoding.upright != then.upright or source.decoding.bits not in (None, then.bits or 16):
             raise MismatchError(
-                f"{source.name}: its images are decoded with {source.decoding.options()}, those that were "
-                f"labelled with {then.options()}; give the data with the same options"
+                f"{source.name}: expected decoding {then.options()} as when the store was labelled, found "
+                f"{source.decoding.options()}; use the same options"
             )
-        if then.bits is None and _glance(source):  # labelled before bits were decided: all 16 were taken
+        if then.bits is None and _has_wide(source):  # a store without recorded bits used all 16
             then = dataclasses.replace(then, bits=16)
         return source if then == source.decoding else DecodedSource(source, then)
-    if source.decoding.bits is not None or not _glance(source):
+    if source.decoding.bits is not None or not _has_wide(source):
         return source
     return DecodedSource(source, dataclasses.replace(source.decoding, bits=_find_bits(source)))
 
 
-def _glance(source: Source) -> bool:
-    return any(_is_wide(sample.raw) for sample in source.read(_spread(source, _GLANCES)))
+def _has_wide(source: Source) -> bool:
+    return any(_is_wide(sample.raw) for sample in source.read(_spread_indices(source, _SAMPLED)))
 
 
 def _find_bits(source: Source) -> int:
-    picked = _spread(source, _LOOKED_AT)
-    values = [_largest(sample.raw) for sample in source.read(picked)]
+    picked = _spread_indices(source, _MEASURED)
+    values = [_find_largest(sample.raw) for sample in source.read(picked)]
     largest = max(values, default=0)
     bits = next((bits for bits in _BITS if largest < 1 << bits), 16)
     few = sum(0 < value < 1 << 8 for value in values) if bits > 8 else 0
     log.warning(
-        "warning: %s: has 16-bit images, whose largest value is %d (%d of %d looked at): taken to use %d bits%s; %s",
+        "warning: %s: 16-bit images with a largest value of %d (%d of %d sampled): assumed to use %d bits%s; %s",
         source.name,
         largest,
         len(picked),
         len(source),
         bits,
-        f", of which {few} of those looked at use 8 at most and become nearly black" if few else "",
-        "let the dataset return 8 bits to have it otherwise"
+        f"; {few} of the samples use at most 8 and become nearly black" if few else "",
+        "to change this, let the dataset return 8 bits"
         if source.kind == "dataset"
-        else "'?bits=N' says otherwise",
+        else "to change this, use '?bits=N'",
     )
     return bits
 
 
-def _spread(source: Source, count: int) -> list[int]:
+def _spread_indices(source: Source, count: int) -> list[int]:
     return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist() if len(source) else []
 
 
 def _is_wide(image: Raw) -> bool:
-    """Whether an image is grey in more than 8 bits; only its header is read."""
+    """Whether an image is grey with more than 8 bits; reads only its header."""
     if isinstance(image, Image.Image):
         return image.mode.startswith("I")
     if not isinstance(image, bytes | bytearray | memoryview):
@@ -140,15 +142,15 @@ def _is_wide(image: Raw) -> bool:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             return opened.mode.startswith("I")
-    except Exception:  # no image, or a damaged one: decoding says so, with its key
+    except Exception:  # decoding reports damaged images with their keys
         return False
 
 
-def _largest(image: Raw) -> int:
+def _find_largest(image: Raw) -> int:
     if not _is_wide(image):
         return 0
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))  # type: ignore[arg-type]
         return int(np.asarray(opened).max())
-    except Exception:  # damaged: decoding says so, with its key
+    except Exception:  # decoding reports damaged images with their keys
         return 0

@@ -1,7 +1,4 @@
-"""Finding equal numbers among many in bounded memory: those that could be equal lie in one temporary file.
-
-Legend: N numbers.
-"""
+"""Find equal numbers among many in bounded memory, by distributing them over temporary files. N numbers."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +9,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-_TOGETHER = 1 << 20  # numbers of one file, that are sorted together
-_FILES = 256  # open at once
-_IN_MEMORY = 8 << 20  # bytes of all files together, up to which none is written
+_TOGETHER = 1 << 20  # numbers per file
+_FILES = 256  # maximal number of open files
+_IN_MEMORY = 8 << 20  # bytes of all files that stay in memory
 
 
 class Repeated:
-    """Takes hashes, gives those that came more than once. Use it as a context manager."""
+    """Finds repeated hashes. Use it as a context manager."""
 
     def __init__(self, expected: int) -> None:
         files = min(max(1, -(-expected // _TOGETHER)), _FILES)
@@ -28,6 +25,8 @@ class Repeated:
         self._files = [self._stack.enter_context(file) for file in spooled]
 
     def add(self, hashes_N: NDArray[np.uint64]) -> None:
+        """Add hashes uint64 (N,)."""
+        """Add hashes uint64 (N,)."""
         file_N = hashes_N % np.uint64(len(self._files))
         order_N = np.argsort(file_N, kind="stable")
         bounds = np.searchsorted(file_N[order_N], np.arange(len(self._files) + 1, dtype=np.uint64))
@@ -35,7 +34,7 @@ class Repeated:
             file.write(hashes_N[order_N[first:last]].tobytes())
 
     def found(self) -> Iterator[NDArray[np.uint64]]:
-        """Hashes that came more than once, some at a time."""
+        """Yield arrays of the hashes that were added more than once."""
         for file in self._files:
             file.seek(0)
             sorted_N = np.sort(np.frombuffer(file.read(), dtype=np.uint64))

@@ -1,7 +1,4 @@
-"""Lists of image files: a `.txt`, `.csv`, `.tsv` or `.jsonl` with an image a line, and perhaps its label.
-
-Legend: N samples.
-"""
+"""Lists of image files: a `.txt`, `.csv`, `.tsv` or `.jsonl` with an image per line, and optionally its label."""
 
 import os
 from pathlib import Path
@@ -16,18 +13,23 @@ from softlabel.inputs.base import IGNORE
 
 
 def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> FolderSource:
-    """The files that a list names, relative to its own folder or to ``?root=``.
+    """Open the files of a list, relative to its folder or to ``?root=``.
 
-    The key is the path as it is written, without `./` before it. Path and label are separated by a comma, tab,
-    semicolon or space; a path with a comma in it stands in double quotes, as CSV has it. A first line that names
-    columns (``path,label``, ``file_name``, ...) is a heading, and there may be more columns, in any order;
-    ``?image=COLUMN`` and ``?label=COLUMN`` choose. Empty lines and lines that begin with `#` do not count; an empty
-    label is none. ``?labels=none`` leaves all unlabelled, ``?classes=FILE`` names the classes, and then a label may be
-    such a name.
+    The key is the path as written, without a leading `./`. A comma, tab, semicolon or space separates path and label; a
+    path that contains a comma is quoted as in CSV. A first line with column names (``path,label``, ``file_name``, ...)
+    is a heading; further columns are allowed, in any order, and ``?image=COLUMN`` and ``?label=COLUMN`` select. Empty
+    lines and lines that begin with `#` are ignored; an empty label means unlabelled. ``?labels=none`` ignores all
+    labels. With ``?classes=FILE``, which names the classes, a label may be a name.
+
+    Args:
+        path: the list.
+        options: of the SOURCE; the ones used are removed.
+        name: the source, for errors.
+        ignore_labels: leave all samples unlabelled.
 
     Raises:
-        SpecError: an option that cannot be understood, or a root that is no folder.
-        DataError: a line that is none, or a path that is there twice.
+        SpecError: an option is wrong, or the root is not a folder.
+        DataError: a line cannot be parsed, or a path occurs with two labels.
     """
     wanted, label = options.pop("labels", None), options.pop("label", None)
     if wanted not in (None, "none"):
@@ -54,6 +56,5 @@ def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: b
         checked_classes(labels_N, class_names, subject=name)
     names = class_names if labels_N is not None else None
     source = FolderSource(Path(root), found.paths, labels_N, names, name=name, kind="list", findings=found.findings)
-    # Files of a folder have names of their own; lines of a list may repeat one.
-    source.doubtful_keys = True
+    source.maybe_repeated_keys = True
     return source

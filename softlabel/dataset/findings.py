@@ -1,4 +1,4 @@
-"""What was found when a source was opened: the first lines of every run, before a teacher or student sees an image."""
+"""Findings about a source, reported in the first lines of every run."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from softlabel.dataset.suffixes import suffix_of
 
-_CLASSES_SHOWN = 5  # of many: the first ones, and the last
+_CLASSES_SHOWN = 5  # first classes shown of many, with the last one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """Where the labels of a source come from, and what of it is no sample or no label.
+    """Where the labels of a source come from, and which data was left out.
 
     Attributes:
-        labels_from: "column 'label'", "the class folders"; None where it has no labels.
-        without_labels: why it has none, and the option that would give some.
-        left_out: what a user may miss, each with the option that would take it.
-        notes: what is only worth a word, such as files of other kinds beside the images.
+        labels_from: for example "column 'label'", "the class folders"; None if there are no labels.
+        without_labels: why there are no labels, and the option that adds some.
+        left_out: warnings about ignored data, each with the option that includes it.
+        notes: notes of minor importance, for example about other files beside the images.
     """
 
     labels_from: str | None = None
@@ -27,7 +27,7 @@ class Findings:
 
 
 def list_classes(names: Sequence[str]) -> str:
-    """``3 classes: 0 ant, 1 bee, 2 cat``, with those in the middle of many left out."""
+    """Return ``3 classes: 0 ant, 1 bee, 2 cat``, shortened if there are many."""
     numbered = [f"{number} {name}" for number, name in enumerate(names)]
     if len(numbered) > 2 * _CLASSES_SHOWN:
         numbered = [*numbered[:_CLASSES_SHOWN], "...", numbered[-1]]
@@ -35,11 +35,11 @@ def list_classes(names: Sequence[str]) -> str:
 
 
 def count_suffixes(names: Iterable[str]) -> str:
-    """``3 .txt, 1 .csv, 1 without a suffix``, the most frequent ones first."""
+    """Return ``3 .txt, 1 .csv, 1 without a suffix``, the most frequent ones first."""
     counts = Counter(suffix_of(name) for name in names)
     return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counts.most_common())
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few of several names."""
+    """Return the first few names as text."""
     return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")

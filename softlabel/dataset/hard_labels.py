@@ -1,7 +1,4 @@
-"""Labels and class names that stand beside the images, for the sources that do not carry both in one file.
-
-Legend: N samples.
-"""
+"""Hard labels and class names: which columns hold them, how they are parsed and checked. N samples."""
 
 import math
 import re
@@ -15,10 +12,10 @@ from softlabel.inputs.base import IGNORE
 
 
 def read_classes(path: str, *, subject: str) -> tuple[str, ...]:
-    """The names of the classes out of ``classes=FILE``: one a line, label i is on line i, counted from 0.
+    """Read class names from ``classes=FILE``: one per line; line i, counted from 0, is label i.
 
     Raises:
-        SpecError: the file cannot be read, or a line is empty or there twice.
+        SpecError: the file cannot be read, or a line is empty or repeated.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -28,32 +25,39 @@ def read_classes(path: str, *, subject: str) -> tuple[str, ...]:
     wrong = next((number for number, name in enumerate(names) if not name or name in names[:number]), None)
     if wrong is not None or not names:
         raise SpecError(
-            f"{subject}: classes={path}: expected a class name of its own on every line, found "
+            f"{subject}: classes={path}: expected a different class name on every line, found "
             f"{repr(names[wrong]) if wrong is not None else 'none'} on line {(wrong or 0) + 1}"
         )
     return tuple(names)
 
 
 def checked_classes(labels_N: NDArray[np.int64], class_names: tuple[str, ...] | None, *, subject: str) -> None:
-    """Raises DataError where a label has no name."""
+    """Check that every label int64 (N,) has a name.
+
+    Raises:
+        DataError: a label has none.
+    """
     largest = int(labels_N.max(initial=IGNORE))
     if class_names is not None and largest >= len(class_names):
         raise DataError(
-            f"{subject}: expected labels below {len(class_names)}, the number of class names, found {largest}; mend "
+            f"{subject}: expected labels below {len(class_names)}, the number of class names, found {largest}; fix "
             "classes=, or the labels"
         )
 
 
 def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = None) -> NDArray[np.int64]:
-    """-1, as Hugging Face and STL-10 write it, is no label; another negative number is a mistake.
+    """Replace -1, which Hugging Face and STL-10 use for unlabelled samples, by -100.
 
     Args:
-        labels_N: int64.
-        name: of the source.
-        where: what to call the sample, if there is one alone; its place in `labels_N` without.
+        labels_N: int64 (N,).
+        name: the source, for errors.
+        where: the sample, for errors; by default its index in `labels_N`.
+
+    Returns:
+        int64 (N,).
 
     Raises:
-        DataError: such a number.
+        DataError: another negative number.
     """
     labels_N = np.where(labels_N == -1, IGNORE, labels_N)
     wrong = np.flatnonzero((labels_N < 0) & (labels_N != IGNORE))
@@ -65,29 +69,30 @@ def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = N
     return labels_N
 
 
-# ---- what holds the labels, and which number a label is ----
-
-# The most usual one first; capitals do not count.
+# In order of preference, case-insensitive.
 LABEL_NAMES = (
     *("label", "labels", "fine_label", "fine_labels", "target", "targets", "class", "class_id", "class_idx"),
     *("class_index", "class_label", "label_id", "label_idx", "category", "category_id", "cls", "y"),
     *("coarse_label", "coarse_labels"),
 )
-# Which of several is meant where nobody says so: CIFAR-100's classes are the fine ones.
+# Preferred among several: CIFAR-100's classes are the fine ones.
 _FIRST = (("label",), ("labels",), ("fine_label", "fine_labels"))
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 MOST_CLASSES = 1 << 31
 
 
 def choose_label(names: Iterable[str], *, subject: str, remedy: str) -> tuple[str | None, tuple[str, ...]]:
-    """Which of these names holds the labels, and which others may; None where none of them sounds like it.
+    """Choose the name that holds the labels.
 
     Args:
         names: of columns, arrays or fields.
-        subject: what has several of them, and `remedy`, how one is chosen: for the error.
+        subject, remedy: for the error.
+
+    Returns:
+        (the chosen name, or None if no name suggests labels; other names that suggest labels).
 
     Raises:
-        DataError: several sound like it, and none is the usual one.
+        DataError: several names suggest labels, and none is preferred.
     """
     found = usual_labels(names)
     if not found:
@@ -100,35 +105,33 @@ def choose_label(names: Iterable[str], *, subject: str, remedy: str) -> tuple[st
 
 
 def usual_labels(names: Iterable[str]) -> list[str]:
-    """Those of these names that sound like labels, the most usual first."""
-    return sorted((name for name in names if name.lower() in LABEL_NAMES), key=_rank)
+    """Return the names that suggest labels, in order of preference."""
+    return sorted((name for name in names if name.lower() in LABEL_NAMES), key=_rank_name)
 
 
-def _rank(name: str) -> tuple[int, bool]:
+def _rank_name(name: str) -> tuple[int, bool]:
     return LABEL_NAMES.index(name.lower()), not name.islower()
 
 
 def number_classes(names: Sequence[str] | None) -> dict[str, int] | None:
-    """The label of each class name."""
+    """Return the label of each class name."""
     return None if names is None else {name: number for number, name in enumerate(names)}
 
 
 def class_number(value: object, numbers: Mapping[str, int] | None = None) -> int:
-    """The label that a value means: a whole number, however it is written (3, 3.0, "3"), or a name of a class.
-
-    Nothing (None, NaN, an empty text) is no label, -100.
+    """Parse a label: an integer in any form (3, 3.0, "3") or a class name; -100 for None, NaN or empty text.
 
     Args:
-        value: out of a file.
-        numbers: the label of each class name, where they are known.
+        value: from a file.
+        numbers: label of each class name, if known.
 
     Raises:
-        ValueError: it is none, or could be a number and the name of another class; the text says what is expected.
+        ValueError: it is not a label, or is both a number and the name of another class.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
-        return _number_of_text(value.strip(), numbers)
+        return _parse_text(value.strip(), numbers)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return IGNORE
     if isinstance(value, int | float) and abs(value) < MOST_CLASSES and value == int(value):
@@ -136,7 +139,7 @@ def class_number(value: object, numbers: Mapping[str, int] | None = None) -> int
     raise ValueError(f"expected a class number, found {str(value)[:40]!r}")
 
 
-def _number_of_text(text: str, numbers: Mapping[str, int] | None) -> int:
+def _parse_text(text: str, numbers: Mapping[str, int] | None) -> int:
     if not text:
         return IGNORE
     named = None if numbers is None else numbers.get(text)
@@ -144,14 +147,13 @@ def _number_of_text(text: str, numbers: Mapping[str, int] | None) -> int:
         if named is not None:
             return named
         if numbers is not None:
-            raise ValueError(f"expected a class number or a name out of classes=, found {text[:40]!r}")
+            raise ValueError(f"expected a class number or a name from classes=, found {text[:40]!r}")
         raise ValueError(
-            f"expected a class number, found {text[:40]!r}; names of classes need '?classes=FILE', which gives their "
-            "order, one a line"
+            f"expected a class number, found {text[:40]!r}; class names need '?classes=FILE' with one name per line"
         )
     found = int(text.partition(".")[0])
     if abs(found) >= MOST_CLASSES:
         raise ValueError(f"expected a class number, found {text[:40]!r}")
     if named is not None and named != found:
-        raise ValueError(f"expected a class number or name, found {text!r}, which is the name of class {named} too")
+        raise ValueError(f"expected a class number or name, found {text!r}, which is also the name of class {named}")
     return found

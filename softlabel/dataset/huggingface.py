@@ -1,4 +1,4 @@
-"""Hugging Face datasets as they are stored: encoded images, which have a content hash that a file of them has too."""
+"""Encoded images of Hugging Face datasets, whose content hashes equal those of files."""
 
 import sys
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from softlabel.errors import BadImageError
 
 
 def undecoded(dataset: Any) -> Any:
-    """A Hugging Face `Dataset`, or a torch `Subset` of one, whose images come as bytes; anything else as it is.
+    """Make a Hugging Face `Dataset`, or a torch `Subset` of one, return images as bytes; return others unchanged.
 
-    Images stay decoded where decoding does more than that: a transform of the user's, a mode that they are brought to.
+    Images stay decoded if the dataset applies a transform or converts their mode.
     """
     if type(dataset) is Subset:
         inner = undecoded(dataset.dataset)
         return dataset if inner is dataset.dataset else Subset(inner, dataset.indices)
-    library = sys.modules.get("datasets")  # whoever hands one over has imported it
+    library = sys.modules.get("datasets")  # imported if the dataset is one of its
     if library is None or not isinstance(dataset, library.Dataset) or dataset.format["type"] == "custom":
         return dataset
     images = [
@@ -35,7 +35,7 @@ def undecoded(dataset: Any) -> Any:
 
 
 def stored_bytes(image: Any) -> Any:
-    """The bytes of an image that was not decoded, out of the row itself or the file that it names; or what it is."""
+    """Return the bytes of an encoded image, from its row or the file that the row names; else the value itself."""
     if not isinstance(image, Mapping) or set(image) != {"bytes", "path"}:
         return image
     if image["bytes"] is not None or image["path"] is None:

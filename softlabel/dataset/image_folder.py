@@ -1,4 +1,4 @@
-"""Folders of image files, labelled by their sub-folders or not at all."""
+"""Folders of image files, labelled by their sub-folders or unlabelled."""
 
 import errno
 import os
@@ -20,20 +20,24 @@ from softlabel.dataset.suffixes import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, LIST_SU
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample
 
-# What archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP) put among the folders.
+# Folders made by archives (macOS), file systems (ext4, NTFS) and network drives (Synology, QNAP).
 SYSTEM_FOLDERS = frozenset(
     {"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle", "@Recycle"}
 ) | {"__pycache__"}
 _LISTS_LOOKED_INTO = 20
-# The machine's or the share's trouble, not the image's: to skip the image would skip all that follow.
+# Errors of the machine or the share: skipping the image would skip all following ones.
 _NOT_THE_IMAGES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
 
 class FolderSource(ListedSource):
-    """Files below a root; the key is the path relative to it, with forward slashes. One Arrow array holds the paths."""
+    """Files below a root; the key is the relative path with forward slashes.
+
+    Raises:
+        DataError: a file name is not valid Unicode.
+    """
 
     kind = "folder"
-    against_equal_keys = "name each file once"
+    repeated_keys_remedy = "name each file once"
 
     def __init__(
         self,
@@ -97,35 +101,40 @@ def open_folder(
     skipped: Sequence[str] = (),
     ignore_labels: bool = False,
 ) -> FolderSource:
-    """A source out of the image files that `walk` has found below `root`.
+    """Make a source of image files.
 
-    They are **class folders** if at least two direct sub-folders of the root hold images and most images lie directly
-    in one: the label is the place of the path's first folder among the sub-folders with images, sorted by name, as
-    torchvision's; an image beside these folders has none. Else they are unlabelled. ``?labels=folders`` takes the
-    first folder of the path as the class at any depth; ``?labels=none`` leaves them unlabelled; ``?classes=FILE``
-    names the class folders, one a line, in the order of their numbers, with or without images.
+    Sub-folders are **class folders** if at least two direct ones hold images and most images lie directly in one. The
+    label is then the index of the path's first folder among the sub-folders with images, sorted by name, as in
+    torchvision; images outside of them are unlabelled. ``?labels=folders`` uses the first folder of the path as the
+    class at any depth; ``?labels=none`` ignores folders; ``?classes=FILE`` names the class folders in label order, one
+    per line, with or without images.
 
     Args:
-        others: files that are no images, and `skipped`, hidden and system files and folders: to be reported.
-        ignore_labels: leave them unlabelled.
+        root: the folder.
+        paths: image files found by `walk`.
+        name: the source, for errors.
+        options: of the SOURCE; the ones used are removed.
+        others: other files, to report.
+        skipped: hidden and system files and folders, to report.
+        ignore_labels: leave all samples unlabelled.
 
     Raises:
-        SpecError: an option that cannot be understood.
-        DataError: ``labels=folders`` and an image that lies in none; a folder that `classes` does not name.
+        SpecError: an option is wrong.
+        DataError: with ``labels=folders`` an image outside of folders; a folder that `classes` does not name.
     """
     wanted, classes = options.pop("labels", "auto"), options.pop("classes", None)
     if wanted not in ("auto", "folders", "none"):
         raise SpecError(f"{name}: labels: expected folders or none, found {wanted!r}")
     if wanted == "none" and classes is not None:
-        raise SpecError(f"{name}: classes= names the class folders, and labels=none says that there are none; choose")
+        raise SpecError(f"{name}: classes= names the class folders, labels=none ignores them; give one of them")
     named = None if classes is None or ignore_labels else read_classes(classes, subject=name)
     paths = sorted(paths)
-    left_out, notes = _tell_others(others, skipped)
+    left_out, notes = _report_others(others, skipped)
     if not ignore_labels and wanted != "none":
         left_out += _offer_lists(root, others)
     if ignore_labels:
         wanted = "none"
-    without = "labels are ignored, as asked" if wanted == "none" else "its images lie in no sub-folders"
+    without = "labels are ignored, as requested" if wanted == "none" else "its images lie in no sub-folders"
     loose = [path for path in paths if "/" not in path]
     if wanted == "folders" and loose and not ignore_labels:
         raise DataError(f"{name}: labels=folders, but {loose[0]!r} lies in no sub-folder; move it into one")
@@ -133,18 +142,18 @@ def open_folder(
     if wanted == "auto":
         wanted = "folders" if named or _are_classes(paths, len(loose), len(deep)) else "none"
         if wanted == "none" and len(loose) < len(paths):
-            without = "its sub-folders are not taken for classes"
+            without = "its sub-folders are not used as classes"
             left_out.append(
-                "its sub-folders are not taken for classes (most images lie elsewhere than directly in one of two or "
-                "more); '?labels=folders' takes the first folder of a path as the class, '?labels=none' says that it "
-                "is not"
+                "its sub-folders are not used as classes (most images do not lie directly in one of two or more); "
+                "'?labels=folders' uses the first folder of a path as the class, '?labels=none' confirms that there "
+                "are none"
             )
         for some_of, what, remedy in (
-            (loose, f"in no class folder and {_get(loose)} no hard label", "move such into one, or away"),
+            (loose, f"in no class folder and {_conjugate_get(loose)} no hard label", "move them into one, or away"),
             (
                 deep,
-                f"deeper than in a class folder and {_get(deep)} the label of the first folder of the path",
-                "'?labels=none' takes no folder for a class",
+                f"deeper than in a class folder and {_conjugate_get(deep)} the label of the first folder of the path",
+                "'?labels=none' ignores folders",
             ),
         ):
             if wanted == "folders" and some_of:
@@ -155,10 +164,10 @@ def open_folder(
         return FolderSource(root, paths, name=name, findings=findings)
     holding = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if named is None:
-        if empty := sorted(set(_sub_folders(root)) - set(holding)):
+        if empty := sorted(set(_list_folders(root)) - set(holding)):
             left_out.append(
-                f"sub-folders without an image are no classes: {some(empty)}; '?classes=FILE' names the class folders, "
-                "one a line, with or without images"
+                f"sub-folders without images are not classes: {some(empty)}; '?classes=FILE' names the class folders, "
+                "one per line, with or without images"
             )
     elif odd := sorted(set(holding) - set(named)):
         raise DataError(
@@ -173,21 +182,21 @@ def open_folder(
 
 
 def _are_classes(paths: Sequence[str], loose: int, deep: int) -> bool:
-    """Whether at least two folders hold images of their own, and most images lie in such a folder."""
+    """Whether at least two folders directly hold images, and most images lie in such a folder."""
     direct = {path.partition("/")[0] for path in paths if path.count("/") == 1}
     return len(direct) > 1 and 2 * (len(paths) - loose - deep) > len(paths)
 
 
-def _get(some_of: Sequence[str]) -> str:
+def _conjugate_get(some_of: Sequence[str]) -> str:
     return "gets" if len(some_of) == 1 else "get"
 
 
-def _sub_folders(root: Path) -> list[str]:
+def _list_folders(root: Path) -> list[str]:
     return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_technical(entry.name)]
 
 
-def _tell_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What to say of files that are no images: those that a user may take for some, and all others."""
+def _report_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return warnings about files that may be images, and notes about other files."""
     left_out, notes = [], []
     images = [name for name in others if suffix_of(name) in FOREIGN_SUFFIXES]
     bare = [name for name in others if not suffix_of(name)]
@@ -200,7 +209,7 @@ def _tell_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[st
     if bare:
         left_out.append(
             f"{len(bare):,} file{'s' if len(bare) > 1 else ''} without a suffix left out, the first: {bare[0]!r}; if "
-            "they are images, name them in a list: '--data LIST.txt', a path a line"
+            "they are images, name them in a list: '--data LIST.txt', one path per line"
         )
     if rest:
         notes.append(f"other files, not read: {count_suffixes(rest)}")
@@ -210,7 +219,7 @@ def _tell_others(others: Sequence[str], skipped: Sequence[str]) -> tuple[list[st
 
 
 def _offer_lists(root: Path, others: Sequence[str]) -> list[str]:
-    """What to say of lists with labels beside the images, such as the `metadata.csv` of Hugging Face's imagefolder."""
+    """Return warnings about lists with labels beside the images, such as the `metadata.csv` of Hugging Face."""
     offers = []
     lists = sorted(
         (name for name in others if suffix_of(name) in LIST_SUFFIXES), key=lambda name: (name.count("/"), name)
@@ -222,18 +231,18 @@ def _offer_lists(root: Path, others: Sequence[str]) -> list[str]:
         taken = quote_path(str(root / name))
         if not columns or usual_labels(columns):
             offers.append(
-                f"{name!r} lists images with labels, which are not read here; --data {shlex.quote(taken)} takes them"
+                f"{name!r} lists images with labels, which are not read; --data {shlex.quote(taken)} uses them"
             )
         else:
             offers.append(
-                f"{name!r} lists images with columns {', '.join(columns)}, which are not read here; if one of them is "
-                f"the label, --data {shlex.quote(f'{taken}?label=COLUMN')} takes it"
+                f"{name!r} lists images with columns {', '.join(columns)}, which are not read; if one of them is the "
+                f"label, --data {shlex.quote(f'{taken}?label=COLUMN')} uses it"
             )
     return offers
 
 
 def is_technical(name: str) -> bool:
-    """Whether a file or folder is the system's: hidden, or one that an archive or a file system leaves behind."""
+    """Whether a file or folder is hidden, or made by an archive or a file system."""
     return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
@@ -244,10 +253,17 @@ def walk(
     above: frozenset[tuple[int, int]] = frozenset(),
     skipped: list[str] | None = None,
 ) -> Iterator[str]:
-    """Paths of all files below a root, relative to it, with forward slashes; nothing that `is_technical`.
+    """Yield the paths of all files below a root, relative to it, with forward slashes, except those `is_technical`.
 
-    Links to folders are followed, unless they lead back to a folder on the way. `skipped` takes the technical folders,
-    and images among the hidden files.
+    Links to folders are followed, except to a folder that contains them.
+
+    Args:
+        root: the folder.
+        below, above: for the recursion.
+        skipped: receives technical folders and hidden images.
+
+    Raises:
+        DataError: a folder cannot be read.
     """
     folder = root / below
     try:
@@ -267,7 +283,7 @@ def walk(
                 continue
             raise DataError(f"{root / path}: cannot be read: {error.strerror}; remove it") from error
         if is_technical(entry.name) and (is_folder or entry.name.startswith(".")):
-            # "._x.jpg" is what a Mac leaves beside x.jpg.
+            # macOS writes "._x.jpg" beside x.jpg.
             of_images = suffix_of(entry.name) in IMAGE_SUFFIXES and not entry.name.startswith("._")
             if skipped is not None and (is_folder or of_images):
                 skipped.append(f"{path}/" if is_folder else path)

@@ -1,4 +1,4 @@
-"""SOURCE: the words in which a user names a dataset.
+"""SOURCE: the syntax that names a dataset.
 
     FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         Hugging Face image layout
@@ -21,9 +21,9 @@
     torchvision:NAME?root=...&train=true    any class of torchvision.datasets, with its arguments
     digits                              scikit-learn's handwritten digits, 8x8 grey
 
-`rows=START:STOP` takes a part of any of them. `exif=ignore` leaves encoded images as they lie, `bits=N` says how many
-bits 16-bit images use. Paths in options start at the working folder, those in a list at its own folder. A `?` that
-belongs to a path or URL is written `%3F`; an existing path may be given as it is. `~` is expanded.
+`rows=START:STOP` selects a part of any source. `exif=ignore` ignores the EXIF orientation, `bits=N` is the number of
+bits that 16-bit images use. Paths in options are relative to the working folder, those in a list to its folder. A `?`
+in a path or URL is written `%3F`, unless the path exists as written. `~` is expanded.
 """
 
 import os
@@ -56,25 +56,23 @@ def open_source(
     ignore_labels: bool = False,
     check_keys: bool = True,
 ) -> Source:
-    """Open a dataset by the words of SOURCE, or wrap a map-style `torch.utils.data.Dataset`.
+    """Open a SOURCE, or wrap a map-style `torch.utils.data.Dataset`.
 
     Args:
-        source: SOURCE, a path, a `Source` (given back as it is) or anything with `__len__` and `__getitem__` whose
-            items are an image, (image, label) or a dict with `image` and `label`. A list of the first three is one
-            source after the other.
-        key_fn: for such a dataset alone: the key of the sample at an index. Without it the key is the index.
+        source: a SOURCE, a path, a `Source` (returned as it is) or an object with `__len__` and `__getitem__` whose
+            items are an image, (image, label) or a dict with `image` and `label`. A list of the first three is
+            concatenated.
+        key_fn: index -> key, only for such an object; by default the key is the index.
         ignore_labels: treat every sample as unlabelled.
-        check_keys: read all keys, where two may be equal, and refuse them; without it, somebody else has done so.
+        check_keys: read all keys if they may repeat, and raise if they do; False if they were checked before.
 
     Raises:
-        SpecError: SOURCE cannot be understood, or there is nothing there.
-        DataError: what is there cannot be used, such as two samples with one key.
+        SpecError: the SOURCE is malformed or does not exist.
+        DataError: the data cannot be used, for example because two samples have the same key.
     """
     if isinstance(source, str | os.PathLike):
         if key_fn is not None:
-            raise SpecError(
-                f"{source}: a key_fn goes with a Dataset object alone; a file's keys are named with '?key='"
-            )
+            raise SpecError(f"{source}: key_fn is only for a Dataset object; choose a file's keys with '?key='")
         return _open_named(os.fspath(source), ignore_labels, check_keys)
     if isinstance(source, list) and source and all(isinstance(one, str | os.PathLike | Source) for one in source):
         return SeveralSources(
@@ -82,13 +80,13 @@ def open_source(
         )
     if isinstance(source, Source):
         if key_fn is not None:
-            raise SpecError(f"{source.name}: a key_fn goes with a Dataset object alone; this source has its keys")
+            raise SpecError(f"{source.name}: key_fn is only for a Dataset object; this source has keys")
         return PartSource(source, ignore_labels=True) if ignore_labels else source
-    return _checked(DatasetSource(source, key_fn=key_fn, ignore_labels=ignore_labels), check_keys)
+    return _check_keys(DatasetSource(source, key_fn=key_fn, ignore_labels=ignore_labels), check_keys)
 
 
-def _checked(source: Source, check_keys: bool) -> Source:
-    if check_keys and source.doubtful_keys:
+def _check_keys(source: Source, check_keys: bool) -> Source:
+    if check_keys and source.maybe_repeated_keys:
         source.fingerprint()
     return source
 
@@ -102,14 +100,14 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     elif name.startswith("torchvision:"):
         source, options = open_torchvision(text, name.removeprefix("torchvision:"), options, ignore_labels), {}
     else:
-        source = _open_files(text, _plain(name), options, ignore_labels)
+        source = _open_files(text, name.removeprefix("file://"), options, ignore_labels)
     if options:
         raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
-    source = _checked(_decoded(source, decoding), check_keys)
-    return source if rows is None else _part(source, rows)
+    source = _check_keys(_set_decoding(source, decoding), check_keys)
+    return source if rows is None else _take_rows(source, rows)
 
 
-def _decoded(source: Source, decoding: Decoding) -> Source:
+def _set_decoding(source: Source, decoding: Decoding) -> Source:
     if decoding == AS_USUAL:
         return source
     if source.kind in ("array", "digits") or source.inputs is not IMAGES:
@@ -117,13 +115,8 @@ def _decoded(source: Source, decoding: Decoding) -> Source:
             f"{source.name}: exif= and bits= are of encoded images, and these are numbers as they are; leave them out"
         )
     if isinstance(source, DatasetSource) and not decoding.upright:
-        raise SpecError(f"{source.name}: exif= is of encoded images, and this dataset decodes by itself; leave it out")
+        raise SpecError(f"{source.name}: exif= is for encoded images, this dataset decodes by itself; leave it out")
     return DecodedSource(source, decoding)
-
-
-def _plain(name: str) -> str:
-    """A `file://` URL as the path that it is."""
-    return name.removeprefix("file://")
 
 
 def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
@@ -144,7 +137,7 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
     )
 
 
-def _part(source: Source, rows: str) -> Source:
+def _take_rows(source: Source, rows: str) -> Source:
     start, colon, stop = rows.partition(":")
     try:
         first, last = int(start or 0), int(stop) if stop else None

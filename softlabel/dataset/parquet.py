@@ -3,8 +3,8 @@ whose columns are the numbers of a sample.
 
 Legend: N samples.
 
-Columns are read by row group, when they are needed, and kept decompressed up to `CACHE_BYTES` a process: a file that
-fits is read once whatever the order; of a larger one the row groups used last stay: reading in order stays cheap.
+Columns are read by row group on demand and cached decompressed, up to `CACHE_BYTES` per process, least recently used
+first out: a file that fits is read once in any order, a larger one once if read in order.
 """
 
 import threading
@@ -38,19 +38,24 @@ _NO_BYTES = BadImageError("the row has no image bytes")
 
 
 class ParquetSource(Source):
-    """One or several files of one schema, one after the other. The key is the image's `path` where there is one."""
+    """One or several files of one schema, in turn. The key is the image's `path` if there is one.
+
+    Raises:
+        SpecError: an option is wrong.
+        DataError: a file, column, key or label cannot be used.
+    """
 
     kind = "parquet"
     _labelled = 0
-    against_equal_keys = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
+    repeated_keys_remedy = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name, self._files = name, files
-        self._forget()
+        self._reset()
         if not files.is_local:
-            with ThreadPoolExecutor(16) as pool:  # each footer waits for the network
-                self._open.update(enumerate(pool.map(self._opened, range(len(files)))))
-        schemas = [self._file(number).schema_arrow for number in range(len(files))]
+            with ThreadPoolExecutor(16) as pool:  # hides the latency of reading footers
+                self._open.update(enumerate(pool.map(self._open_file, range(len(files)))))
+        schemas = [self._get_file(number).schema_arrow for number in range(len(files))]
         asked: dict[str, str] = {k: options.pop(k) for k in ("image", "inputs", "key", "label") if k in options}
         classes = options.pop("classes", None)
         ignored = ignore_labels or asked.get("label") == "none"
@@ -59,24 +64,24 @@ class ParquetSource(Source):
         self._columns = find_columns(schemas[0], asked, name)
         self.inputs = TENSORS if self._columns.numbers else IMAGES
         if classes is not None and not ignored:
-            self._columns = self._with_names(read_classes(classes, subject=name))
+            self._columns = self._set_class_names(read_classes(classes, subject=name))
         self._numbers = number_classes(self._columns.class_names)
         for file, schema in zip(files.names, schemas, strict=True):
             if not schema.equals(schemas[0]):
                 raise DataError(
                     f"{name}: expected the columns of {files.names[0]} in all files, found others in {file}"
                 )
-        footers = [self._file(number).metadata for number in range(len(files))]
+        footers = [self._get_file(number).metadata for number in range(len(files))]
         self._rows = tuple(footer.num_rows for footer in footers)
         groups = [(n, g, f.row_group(g).num_rows) for n, f in enumerate(footers) for g in range(f.num_row_groups)]
         self._groups = tuple((number, group) for number, group, _ in groups)
-        # starts_G[g] is the first row of group g; one more at the end for the length.
+        # starts_G[g] is the first row of group g; the last entry is the length.
         self._starts_G = np.concatenate([[0], np.cumsum([rows for *_, rows in groups])]).astype(np.int64)
         if self._columns.key is not None:
             self._columns = self._without_null_keys("key" in asked)
         self._check_labels(ignored)
         if self._columns.key is not None:
-            self.doubtful_keys = True
+            self.maybe_repeated_keys = True
 
     def __len__(self) -> int:
         return int(self._starts_G[-1])
@@ -86,8 +91,8 @@ class ParquetSource(Source):
         if self._columns.key is None:
             return [str(row) for row in range(start, stop)]
         keys: list[str] = []
-        for group, first, last in self._pieces(start, stop):
-            keys += self._strings(group, slice(first, last))
+        for group, first, last in self._split_rows(start, stop):
+            keys += self._read_keys(group, slice(first, last))
         return keys
 
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
@@ -95,8 +100,8 @@ class ParquetSource(Source):
         if self._columns.key is None:
             return Keys.of(pa.array(np.arange(start, stop)))
         columns = [
-            self._column(self._columns.key, group).slice(first, last - first)
-            for group, first, last in self._pieces(start, stop)
+            self._read_column(self._columns.key, group).slice(first, last - first)
+            for group, first, last in self._split_rows(start, stop)
         ]
         # A key column of integers counts as their decimal digits.
         return Keys.join([Keys.of(chunk) for column in columns for chunk in column.chunks] or [Keys.of([])])
@@ -106,8 +111,8 @@ class ParquetSource(Source):
         labels_N = np.full(stop - start, IGNORE, dtype=np.int64)
         if self._columns.label is not None:
             at = 0
-            for group, first, last in self._pieces(start, stop):
-                labels_N[at : at + last - first] = self._label_column(group)[first:last]
+            for group, first, last in self._split_rows(start, stop):
+                labels_N[at : at + last - first] = self._read_labels(group)[first:last]
                 at += last - first
         return labels_N
 
@@ -120,8 +125,8 @@ class ParquetSource(Source):
             places = np.flatnonzero(groups_B == group)
             local = rows_B[places] - self._starts_G[group]
             raws = self._raws(group, local)
-            keys = self._strings(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
-            labels = self._label_column(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
+            keys = self._read_keys(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
+            labels = self._read_labels(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
             for place, raw, key, label in zip(places.tolist(), raws, keys, labels, strict=True):
                 samples[place] = Sample(key=key, raw=raw, label=label)
         return [sample for sample in samples if sample is not None]
@@ -130,15 +135,13 @@ class ParquetSource(Source):
         return self._labelled
 
     def blocks(self) -> list[tuple[int, int]]:
-        """As in `Source`: the row groups."""
+        """Return the row groups (see `Source`)."""
         starts = self._starts_G.tolist()
         return [(first, last) for first, last in pairwise(starts) if first < last]
 
-    # ---- one row group at a time ----
-
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(group, first, last): which rows of which groups make up rows start to stop."""
-        # "right" steps over empty groups; stop itself is outside.
+    def _split_rows(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Return (group, first, last) for rows `start` to `stop`."""
+        # "right" skips empty groups.
         first_group = int(np.searchsorted(self._starts_G, start, side="right")) - 1
         last_group = int(np.searchsorted(self._starts_G, stop, side="left"))
         pieces = []
@@ -150,14 +153,14 @@ class ParquetSource(Source):
 
     def _raws(self, group: int, rows_R: NDArray[np.int64]) -> list[Raw]:
         """What the columns of some rows of a group hold as samples."""
-        taken = [self._column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
+        taken = [self._read_column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
         if self._columns.numbers:
             return read_rows(self._columns.inputs, taken)
         return [_NO_BYTES if image is None else image for image in taken[0].to_pylist()]
 
-    def _strings(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:
+    def _read_keys(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:
         assert self._columns.key is not None
-        column = self._column(self._columns.key, group)
+        column = self._read_column(self._columns.key, group)
         if isinstance(rows, slice):
             column = column.slice(rows.start, rows.stop - rows.start)
         else:
@@ -165,15 +168,15 @@ class ParquetSource(Source):
         # A key column of integers counts as their decimal digits.
         return [value if isinstance(value, str) else str(value) for value in column.to_pylist()]
 
-    def _label_column(self, group: int) -> NDArray[np.int64]:
+    def _read_labels(self, group: int) -> NDArray[np.int64]:
         assert self._columns.label is not None
-        column = self._column(self._columns.label, group)
-        # pyarrow imports pandas, where there is one, for the sake of a number to fill in.
+        column = self._read_column(self._columns.label, group)
+        # fill_null imports pandas if it is installed, which is slow.
         labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
         return checked_labels(labels, self.name)
 
-    def _column(self, path: str, group: int) -> pa.ChunkedArray:
-        """A column of a row group, decompressed; `path` goes into a struct after a dot."""
+    def _read_column(self, path: str, group: int) -> pa.ChunkedArray:
+        """Return a decompressed column of a row group; `path` may be struct.field."""
         with self._lock:
             entry = (path, group)
             if entry in self._cache:
@@ -181,7 +184,7 @@ class ParquetSource(Source):
                 return self._cache[entry]
             number, group_in_file = self._groups[group]
             try:
-                table = self._file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
+                table = self._get_file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(
                     f"{self._files.where(number)}: row group {group_in_file} cannot be read: {one_line(error)}; "
@@ -193,21 +196,21 @@ class ParquetSource(Source):
             if pa.types.is_dictionary(column.type):
                 column = column.cast(column.type.value_type)
             if path == self._columns.label:
-                column = self._class_numbers(column)
+                column = self._convert_labels(column)
             self._cache[entry] = column
             self._cached += column.nbytes
             while self._cached > CACHE_BYTES and len(self._cache) > 1:
                 self._cached -= self._cache.popitem(last=False)[1].nbytes
             return column
 
-    def _class_numbers(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
-        """A column of labels as int64, whatever type they were written in; null for none."""
+    def _convert_labels(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Convert a label column of any type to int64, null for none."""
         if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
             try:
                 return column.cast(pa.int64())
-            except pa.ArrowInvalid as error:  # beyond 63 bits
+            except pa.ArrowInvalid as error:  # more than 63 bits
                 raise DataError(f"{self.name}: column {self._columns.label!r}: {one_line(error)}") from None
-        # Each value once: there are few classes.
+        # Parse each distinct value once.
         encoded = column.combine_chunks().dictionary_encode()
         try:
             numbers = [class_number(value, self._numbers) for value in encoded.dictionary.to_pylist()]
@@ -219,34 +222,32 @@ class ParquetSource(Source):
         taken = pa.array(numbers, type=pa.int64()).take(encoded.indices)
         return pa.chunked_array([taken])
 
-    # ---- files ----
-
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[int, pq.ParquetFile] = {}
         self._cache: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
         self._cached = 0
 
-    def _file(self, number: int) -> pq.ParquetFile:
+    def _get_file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
-            opened = self._opened(number)
+            opened = self._open_file(number)
             if hasattr(self, "_rows") and opened.metadata.num_rows != self._rows[number]:
                 raise DataError(
                     f"{self._files.where(number)}: expected {self._rows[number]} rows, found "
-                    f"{opened.metadata.num_rows}; it was replaced while in use, start again"
+                    f"{opened.metadata.num_rows}; the file was replaced while in use, rerun the command"
                 )
             self._open[number] = opened
         return self._open[number]
 
-    def _opened(self, number: int) -> pq.ParquetFile:
+    def _open_file(self, number: int) -> pq.ParquetFile:
         files = self._files
         try:
             if isinstance(files, LocalFiles):
                 return pq.ParquetFile(files.path(number))
-            # Whole column chunks in few requests, not one for each page.
+            # Reads whole column chunks in few requests instead of one per page.
             return pq.ParquetFile(files.open(number), pre_buffer=True)
         except (pa.ArrowException, OSError) as error:
-            found = files.describe(number) or f"one that cannot be read: {one_line(error)}"
+            found = files.describe(number) or f"an unreadable one: {one_line(error)}"
             raise DataError(f"{files.where(number)}: expected a Parquet file, found {found}") from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -254,15 +255,13 @@ class ParquetSource(Source):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
-
-    # ---- checks at opening ----
+        self._reset()
 
     def _without_null_keys(self, asked: bool) -> Columns:
-        """Row numbers in the place of a `path` that is null throughout; one that is null here and there is an error."""
+        """Use row numbers if the key column is entirely null; raise DataError if it is partly null."""
         columns = self._columns
         assert columns.key is not None
-        nulls = [self._nulls(columns.key, group) for group in range(len(self._groups))]
+        nulls = [self._count_nulls(columns.key, group) for group in range(len(self._groups))]
         if not sum(nulls):
             return columns
         if sum(nulls) == len(self) and not asked:
@@ -272,23 +271,23 @@ class ParquetSource(Source):
             f"without '{columns.key}'; name another column with '?key=COLUMN', or number the rows with '?key=index'"
         )
 
-    def _nulls(self, path: str, group: int) -> int:
-        """How many rows of a group are null there: as the file's footer has it, or else as the column itself has."""
+    def _count_nulls(self, path: str, group: int) -> int:
+        """Count the nulls of a column in a group, from the footer if it has statistics."""
         number, group_in_file = self._groups[group]
-        footer = self._file(number).metadata.row_group(group_in_file)
+        footer = self._get_file(number).metadata.row_group(group_in_file)
         for position in range(footer.num_columns):
             chunk = footer.column(position)
             if chunk.path_in_schema == path and chunk.is_stats_set and chunk.statistics.has_null_count:
                 return int(chunk.statistics.null_count)
-        return int(self._column(path, group).null_count)
+        return int(self._read_column(path, group).null_count)
 
-    def _with_names(self, names: tuple[str, ...]) -> Columns:
+    def _set_class_names(self, names: tuple[str, ...]) -> Columns:
         columns = self._columns
         if columns.label is None:
-            raise SpecError(f"{self.name}: classes= names the labels, but no column holds any; add '?label=COLUMN'")
+            raise SpecError(f"{self.name}: classes= names labels, but no column has labels; add '?label=COLUMN'")
         if columns.class_names not in (None, names):
             raise SpecError(
-                f"{self.name}: classes= gives other names than the file has for column {columns.label!r}; leave it out"
+                f"{self.name}: classes= differs from the file's class names for column {columns.label!r}; leave it out"
             )
         return replace(columns, class_names=names)
 
@@ -300,13 +299,13 @@ class ParquetSource(Source):
         )
         if columns.label is None:
             listed = "" if not columns.candidates else f", '?label=COLUMN' takes one of {', '.join(columns.candidates)}"
-            unfit = ", ".join(f"column {name!r} holds more than a class each" for name in columns.no_labels)
-            why = "labels are ignored, as asked" if ignored else f"{unfit or 'no column is called label'}{listed}"
+            unfit = ", ".join(f"column {name!r} holds more than one class per row" for name in columns.no_labels)
+            why = "labels are ignored, as requested" if ignored else f"{unfit or 'no column is called label'}{listed}"
             self.findings = Findings(without_labels=why, left_out=others)
             return
         largest = IGNORE
         for group in range(len(self._groups)):
-            labels_N = self._label_column(group)
+            labels_N = self._read_labels(group)
             largest = max(largest, int(labels_N.max(initial=IGNORE)))
             self._labelled += int(np.count_nonzero(labels_N != IGNORE))
         self.has_labels = largest >= 0
@@ -318,5 +317,5 @@ class ParquetSource(Source):
         if self.class_names is not None and largest >= len(self.class_names):
             raise DataError(
                 f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, "
-                f"found {largest}; correct the file, or name another column with '?label=COLUMN'"
+                f"found {largest}; fix the file, or name another column with '?label=COLUMN'"
             )

@@ -1,4 +1,4 @@
-"""What a source holds, in the first lines of every run."""
+"""Report a source in the first lines of every run."""
 
 import logging
 
@@ -9,7 +9,7 @@ log = logging.getLogger("softlabel")
 
 
 def describe_source(source: Source) -> str:
-    """How many samples, how many of them with a hard label, from where, and the classes with their numbers."""
+    """Return the number of samples and of hard labels, the origin of the labels, and the classes."""
     count = len(source)
     text = f"{source.name}: {count:,} sample{'' if count == 1 else 's'}, "
     labelled = source.count_labelled()
@@ -17,14 +17,14 @@ def describe_source(source: Source) -> str:
     if labelled == 0:
         text += "none with a hard label"
         return text + (f" ({found.without_labels})" if found.without_labels else "")
-    text += "hard labels come with each" if labelled is None else f"{labelled:,} with a hard label"
+    text += "hard labels come with the samples" if labelled is None else f"{labelled:,} with a hard label"
     if found.labels_from:
         text += f", from {found.labels_from}"
     return text + (f"; {list_classes(source.class_names)}" if source.class_names else "")
 
 
 def report_source(source: Source) -> None:
-    """Log the lines of `describe_source`, and a warning for all that was left out."""
+    """Log `describe_source`, notes, and a warning for all data that was left out."""
     for part in source.parts():
         log.info("%s", describe_source(part))
         for note in part.findings.notes:

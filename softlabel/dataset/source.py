@@ -1,6 +1,6 @@
-"""What every source of samples promises: an order, a unique string key for each sample, whole batches at a time.
+"""The interface of sources: ordered samples with unique string keys, read in batches.
 
-Legend: N samples. Labels are int64, `IGNORE` where there is none.
+Legend: N samples. Labels are int64, `IGNORE` for none.
 """
 
 from abc import ABC, abstractmethod
@@ -25,19 +25,21 @@ _CHUNK = 65536
 
 
 class Source(ABC):
-    """An ordered collection of samples. It can be pickled, and opens its files again in the process that reads.
+    """An ordered collection of samples. Picklable; opens its files in the process that reads.
 
-    The order is a promise: sample i is the same in every process and every run as long as the data is. What cannot
-    promise one, a stream or the page of a web server, is refused when it is opened.
+    The order is fixed: sample i is the same in every process and run. Data without an order, such as a stream, is
+    refused.
 
     Attributes:
         kind: parquet, tar, array, list, folder, torchvision, digits or dataset.
-        name: what the user wrote.
-        class_names: where the source knows them; label i is class_names[i].
-        has_labels: at least one sample has a label.
+        name: as the user wrote it.
+        class_names: if known; label i is class_names[i].
+        has_labels: whether a sample has a label.
         findings: where the labels come from, and what was left out.
-        decoding: how its images are decoded.
-        inputs: what its samples are.
+        decoding: how images are decoded.
+        inputs: kind of the samples.
+        maybe_repeated_keys: whether two keys may be equal, before `fingerprint` checks them.
+        repeated_keys_remedy: what a user can do about equal keys.
     """
 
     kind: str
@@ -47,21 +49,25 @@ class Source(ABC):
     findings: Findings = Findings()
     decoding: Decoding = AS_USUAL
     inputs: InputKind = IMAGES
-    # Whether two keys may be equal, as far as is known before `fingerprint` has looked.
-    doubtful_keys: bool = False
-    # What a user can do about two samples of one key.
-    against_equal_keys: str = "give a key_fn that tells them apart"
+    maybe_repeated_keys: bool = False
+    repeated_keys_remedy: str = "give a key_fn that distinguishes them"
     _fingerprint: str | None = None
+
+    def copy_attributes(self, base: "Source") -> None:
+        """Take over the attributes of a source that this one wraps."""
+        self.kind, self.name, self.findings = base.kind, base.name, base.findings
+        self.decoding, self.inputs = base.decoding, base.inputs
+        self.class_names, self.has_labels = base.class_names, base.has_labels
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """The keys of samples start to stop, in order; no two in the source are equal."""
+        """Return the keys of samples `start` to `stop`, which are unique in the source."""
 
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
-        """The same keys as two flat arrays: a million of them in milliseconds, where the source can give them so.
+        """Return the same keys as two flat arrays, which is fast if the source has them in this form.
 
         Raises:
             DataError: a key is not Unicode text, or longer than a store takes.
@@ -70,61 +76,65 @@ class Source(ABC):
 
     @abstractmethod
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """The labels of samples start to stop, -100 for none."""
+        """Return the labels of samples `start` to `stop`, int64, -100 for none."""
 
     def count_labelled(self) -> int | None:
-        """How many samples have a label; None where only reading every sample would show it."""
+        """Count labelled samples; None if this needs to read every sample."""
         return int(np.count_nonzero(self.labels() != IGNORE)) if self.has_labels else 0
 
     def parts(self) -> "tuple[Source, ...]":
-        """The sources that this one consists of, itself if it is one alone."""
+        """Return the sources that this one concatenates, else itself."""
         return (self,)
 
     @abstractmethod
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
-        """The samples of these indices, in their order.
+        """Read samples by index, in the given order.
+
+        An unreadable image does not raise: the sample holds the BadImageError that `decode_image` raises.
 
         Raises:
-            DataError: the source cannot be read. An image that cannot be is not an error here: its `image` is what
-                `decode_image` raises.
+            DataError: the source cannot be read.
         """
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Ranges (start, stop) that follow each other from the first sample to the last, none of them empty.
+        """Return consecutive non-empty ranges (start, stop) that cover all samples.
 
-        The samples of one are best read in one go, one after the other: a row group of a Parquet file, a tar file or
-        64 MiB of one, whole chunks of an HDF5 dataset. Who reads block by block, in any order of the blocks, touches
-        each byte once. Where the medium has no such parts they are `BLOCK` samples long.
+        A block is best read in sequence: a row group of a Parquet file, a tar file or 64 MiB of one, whole chunks of an
+        HDF5 dataset, else `BLOCK` samples. Reading block by block, in any order of blocks, reads each byte once.
         """
         return self.even_blocks(BLOCK)
 
     def even_blocks(self, samples: int) -> list[tuple[int, int]]:
-        """Blocks of so many samples, the last one shorter."""
+        """Return blocks of a number of samples; the last one may be shorter."""
         return [(start, min(start + samples, len(self))) for start in range(0, len(self), samples)]
 
     def fingerprint(self) -> str:
-        """Hex xxh3-128 of the keys in order, each as its length in UTF-8 (uint32, little-endian) and its bytes."""
+        """Return the hex xxh3-128 of all keys, each as its UTF-8 length (uint32, little-endian) and its bytes.
+
+        Raises:
+            DataError: two keys are equal, or a key is not valid Unicode.
+        """
         if self._fingerprint is None:
             self._fingerprint = check_keys(self)
         return self._fingerprint
 
     def digest(self, start: int, stop: int) -> str:
-        """The same of the keys of samples start to stop alone."""
+        """Return the same hash for samples `start` to `stop`, without checking."""
         digest = xxhash.xxh3_128()
-        for _, keys in _tables(self, start, stop):
-            digest.update(_with_lengths(keys).data)
+        for _, keys in _iter_tables(self, start, stop):
+            digest.update(_prefix_lengths(keys).data)
         return digest.hexdigest()
 
 
 def span(start: int, stop: int | None, length: int) -> tuple[int, int]:
-    """`start` and `stop` of a source of this length, `stop` filled in and cut off."""
+    """Return `start` and `stop` limited to a length; `stop` defaults to it."""
     stop = length if stop is None else min(stop, length)
     assert start >= 0, start
     return min(start, stop), stop
 
 
 def runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Indices as ranges of neighbours that follow each other."""
+    """Split indices int64 (N,) into ranges of consecutive ones."""
     if not len(indices):
         return []
     cuts = np.flatnonzero(np.diff(indices) != 1) + 1
@@ -132,16 +142,16 @@ def runs(indices: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def check_keys(source: Source, *, unique: bool = True) -> str:
-    """Read all keys once: their fingerprint, and an error where two are equal.
+    """Return the fingerprint of all keys, and check with `unique` that they differ.
 
     Raises:
-        DataError: two samples have one key, or a key is not valid Unicode.
+        DataError: two keys are equal, or a key is not valid Unicode.
     """
     digest, hasher = xxhash.xxh3_128(), Hasher()
-    # 64-bit hashes find the candidates; the keys themselves decide.
+    # 64-bit hashes give candidates, whose keys are compared.
     with Repeated(len(source) if unique else 0) as repeated:
-        for _, keys in _tables(source, 0, len(source)):
-            digest.update(_with_lengths(keys).data)
+        for _, keys in _iter_tables(source, 0, len(source)):
+            digest.update(_prefix_lengths(keys).data)
             if unique:
                 repeated.add(hasher(keys, 0))
         for hashes in repeated.found():
@@ -149,8 +159,8 @@ def check_keys(source: Source, *, unique: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _tables(source: Source, start: int, stop: int) -> Iterator[tuple[int, Keys]]:
-    """The keys of samples start to stop, and the number of the first of each table."""
+def _iter_tables(source: Source, start: int, stop: int) -> Iterator[tuple[int, Keys]]:
+    """Yield (first sample, keys) for tables of samples `start` to `stop`."""
     for first in range(start, stop, _CHUNK):
         last = min(first + _CHUNK, stop)
         try:
@@ -159,8 +169,8 @@ def _tables(source: Source, start: int, stop: int) -> Iterator[tuple[int, Keys]]
             raise DataError(f"{source.name}: samples {first} to {last - 1}: {error}") from error
 
 
-def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
-    """Every key behind its length in bytes, as uint32, little-endian."""
+def _prefix_lengths(keys: Keys) -> NDArray[np.uint8]:
+    """Return every key preceded by its length in bytes as uint32, little-endian."""
     lengths_N = np.diff(keys.offsets_N1)
     places_N = keys.offsets_N1[:-1] + 4 * np.arange(len(keys))
     mixed = np.empty(4 * len(keys) + len(keys.data), dtype=np.uint8)
@@ -173,10 +183,10 @@ def _with_lengths(keys: Keys) -> NDArray[np.uint8]:
 
 
 def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) -> None:
-    """Raises DataError if two of the keys with these hashes are equal."""
+    """Raise DataError if two of the keys with these hashes are equal."""
     first: dict[str, int] = {}
     twice: dict[str, tuple[int, int]] = {}
-    for start, keys in _tables(source, 0, len(source)):
+    for start, keys in _iter_tables(source, 0, len(source)):
         for place in np.flatnonzero(np.isin(hasher(keys, 0), hashes)).tolist():
             key = keys[place]
             if key in first:
@@ -187,13 +197,13 @@ def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) ->
     if twice:
         listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in list(twice.items())[:2])
         raise DataError(
-            f"{source.name}: expected a key of its own for every sample, found more than once: {listed}; "
-            f"{source.against_equal_keys}"
+            f"{source.name}: expected a unique key for every sample, found repeated: {listed}; "
+            f"{source.repeated_keys_remedy}"
         )
 
 
 class ListedSource(Source):
-    """Keys are `_keys`, an Arrow array of large_string, or the decimal row numbers where it is None."""
+    """A source whose keys are `_keys`, an Arrow array of large_string, or decimal row numbers if it is None."""
 
     _keys: pa.Array | None = None
 
@@ -211,5 +221,5 @@ class ListedSource(Source):
         return Keys.of(self._keys.slice(start, stop - start))
 
     def key_at(self, row: int) -> str:
-        """The key of one sample."""
+        """Return the key of one sample."""
         return str(row) if self._keys is None else str(self._keys[row])

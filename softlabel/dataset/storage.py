@@ -1,9 +1,6 @@
-"""The files of one source in their promised order, of which ranges are read: in a local folder here, behind a URL in
-`remote`.
+"""Ranges of the files of a source, in a local folder; `storage_fsspec` reads from URLs.
 
 Legend: B ranges, each a file number, an offset and a size in bytes.
-
-Handles belong to the process that opened them: a pickled or forked source opens its files again.
 """
 
 import os
@@ -19,7 +16,7 @@ from numpy.typing import NDArray
 from softlabel.common.file_type import describe_beginning
 from softlabel.errors import DataError
 
-# Far below the 1024 that a process may usually open; the loader's other files need some as well.
+# Far below the usual limit of 1024 per process.
 _OPEN_FILES = 128
 
 Int64s = NDArray[np.int64]
@@ -31,8 +28,8 @@ class Files(ABC):
 
     Attributes:
         root: a folder, or a URL.
-        names: of the files, in the order in which their samples follow each other.
-        is_local: they are files of this machine.
+        names: of the files, in the order of their samples.
+        is_local: whether they are on this machine.
     """
 
     is_local: bool
@@ -44,19 +41,27 @@ class Files(ABC):
         return len(self.names)
 
     def where(self, number: int) -> str:
-        """What to call a file in a message."""
+        """Return a file's name for messages."""
         return f"{self.root.rstrip('/')}/{self.names[number]}" if self.root else self.names[number]
 
     @abstractmethod
     def size(self, number: int) -> int:
-        """Bytes of a file. Raises DataError when it is not there."""
+        """Return the bytes of a file.
+
+        Raises:
+            DataError: it does not exist.
+        """
 
     @abstractmethod
     def open(self, number: int) -> BinaryIO:
-        """A file from its beginning, seekable. Raises DataError when it cannot be opened."""
+        """Open a file, seekable.
+
+        Raises:
+            DataError: it cannot be opened.
+        """
 
     def describe(self, number: int) -> str | None:
-        """What a file that cannot be understood is instead, by its first bytes; None: nothing that is known here."""
+        """Return the type of a file that cannot be parsed, by its first bytes; None if unknown."""
         try:
             with self.open(number) as file:
                 start = file.read(512)
@@ -66,7 +71,11 @@ class Files(ABC):
 
     @abstractmethod
     def read(self, numbers_B: Int64s, offsets_B: Int64s, sizes_B: Int64s) -> list[bytes]:
-        """The bytes of these ranges, in their order. Raises DataError when a file is shorter, or cannot be read."""
+        """Read ranges, in their order.
+
+        Raises:
+            DataError: a file is shorter or cannot be read.
+        """
 
 
 class LocalFiles(Files):
@@ -106,33 +115,34 @@ class LocalFiles(Files):
 
 
 def complete(data: bytes, size: int, offset: int, where: str) -> bytes:
-    """`data`, unless it is not as long as asked for. Raises DataError."""
+    """Return `data` after checking its length.
+
+    Raises:
+        DataError: it is shorter than requested.
+    """
     if len(data) != size:
         raise DataError(
-            f"{where}: expected {size} bytes at offset {offset}, found {len(data)}; it was cut off, or replaced while "
-            "in use: fetch it again and start again"
+            f"{where}: expected {size} bytes at offset {offset}, found {len(data)}; the file is truncated, or was "
+            "replaced while in use: fetch it again and rerun the command"
         )
     return data
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """The folder and the name that a URL consists of; of a chain (``zip://a/x.tar::s3://b/y.zip``) in its first path.
-
-    The folder is a URL too: ``zip://a::s3://b/y.zip``.
-    """
-    before, path, after = _chain(url)
+    """Split a URL into its folder's URL and a name; a chain (``zip://a/x.tar::s3://b/y.zip``) at its first path."""
+    before, path, after = _split_chain(url)
     folder, _, name = path.rpartition("/")
     return before + (f"{folder}/" if folder.endswith(":/") else folder) + after, name
 
 
 def join_url(folder: str, name: str) -> str:
-    """A name below the folder of `split_url`."""
-    before, path, after = _chain(folder)
+    """Join what `split_url` splits."""
+    before, path, after = _split_chain(folder)
     return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{name}{after}"
 
 
-def _chain(url: str) -> tuple[str, str, str]:
-    """What is before the first path of a chain of fsspec (``simplecache::``), that path, and what is behind it."""
+def _split_chain(url: str) -> tuple[str, str, str]:
+    """Split a chain of fsspec into what precedes its first path (``simplecache::``), that path, and the rest."""
     parts = url.split("::")
     place = next((number for number, part in enumerate(parts) if "://" in part), 0)
     before, after = parts[:place], parts[place + 1 :]
@@ -140,7 +150,7 @@ def _chain(url: str) -> tuple[str, str, str]:
 
 
 class PerProcess(Generic[T]):
-    """Something that a process must make for itself: what a fork inherited is not used, nothing is pickled."""
+    """A resource that each process creates for itself, also after a fork or unpickling."""
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -156,7 +166,7 @@ class PerProcess(Generic[T]):
 
 
 class _Handles:
-    """Descriptors by path; those used last stay open. The lock keeps one that is being read from being closed."""
+    """Open descriptors by path, least recently used first out. The lock protects descriptors in use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -172,7 +182,7 @@ class _Handles:
             else:
                 self._open.move_to_end(path)
             data = os.pread(descriptor, size, offset)
-            while 0 < len(data) < size:  # one call returns 2 GiB at most
+            while 0 < len(data) < size:  # one call returns at most 2 GiB
                 more = os.pread(descriptor, size - len(data), offset + len(data))
                 if not more:
                     break

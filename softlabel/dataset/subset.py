@@ -1,4 +1,4 @@
-"""Parts of a source, and a source in another order, which lets a dataset grow behind the samples labelled before."""
+"""Sources that wrap another one: a part of it, another order (for a dataset that grows), or a lock for threads."""
 
 import threading
 from collections.abc import Sequence
@@ -14,15 +14,14 @@ from softlabel.inputs.base import IGNORE, Sample
 
 
 class PartSource(Source):
-    """Samples start to stop of another source, with or without its labels."""
+    """Samples `start` to `stop` of another source, with or without its labels."""
 
     def __init__(self, base: Source, start: int = 0, stop: int | None = None, *, ignore_labels: bool = False) -> None:
         self.base = base
         self.start, self.stop = span(start, stop, len(base))
         self.ignore_labels = ignore_labels
-        self.kind, self.name = base.kind, base.name
+        self.copy_attributes(base)
         self.class_names = None if ignore_labels else base.class_names
-        self.findings, self.decoding, self.inputs = base.findings, base.decoding, base.inputs
         self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
 
     def __len__(self) -> int:
@@ -57,20 +56,18 @@ class PartSource(Source):
 
 
 class ReorderedSource(Source):
-    """The samples of another source in the order of `order_N`, int64 indices into it, each at most once."""
+    """The samples of another source in the order of `order_N`, unique indices int64 (N,)."""
 
     def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
         self.base, self.order_N = base, order_N
-        self.kind, self.name = base.kind, base.name
-        self.decoding, self.inputs = base.decoding, base.inputs
-        self.class_names, self.has_labels, self.findings = base.class_names, base.has_labels, base.findings
+        self.copy_attributes(base)
 
     def __len__(self) -> int:
         return len(self.order_N)
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         start, stop = span(start, stop, len(self))
-        # By runs of neighbours, which most of a grown dataset is: a source reads those at once.
+        # In runs of consecutive samples, which a source reads at once.
         found: list[str] = []
         for first, last in runs(self.order_N[start:stop]):
             found += self.base.keys(first, last)
@@ -88,13 +85,11 @@ class ReorderedSource(Source):
 
 
 class LockedSource(Source):
-    """The same source for several threads, of which one at a time reads."""
+    """A source that several threads share: one at a time reads."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._reading = source, threading.Lock()
-        self.kind, self.name = source.kind, source.name
-        self.decoding, self.inputs = source.decoding, source.inputs
-        self.class_names, self.has_labels, self.findings = source.class_names, source.has_labels, source.findings
+        self.copy_attributes(source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -113,7 +108,12 @@ class LockedSource(Source):
 
 
 def require_samples(source: Source) -> None:
-    """Raises SpecError where ``rows=`` leaves no sample, DataError where there is none at all."""
+    """Check that a source is not empty.
+
+    Raises:
+        SpecError: ``rows=`` selects no sample.
+        DataError: the data has no sample.
+    """
     if len(source):
         return
     whole = source
@@ -121,7 +121,7 @@ def require_samples(source: Source) -> None:
         whole = whole.base
     if len(whole):
         raise SpecError(
-            f"{source.name}: expected at least one sample, found none: rows= takes none of its {len(whole):,}; give "
+            f"{source.name}: expected at least one sample, found none: rows= selects none of {len(whole):,}; give "
             "START:STOP with START < STOP"
         )
-    raise DataError(f"{source.name}: expected at least one sample, found none; give data that has some")
+    raise DataError(f"{source.name}: expected at least one sample, found none; check the data")

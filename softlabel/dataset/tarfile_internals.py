@@ -1,8 +1,8 @@
-"""What is used of tarfile's internals (Python 3.11 to 3.13): an archive keeps a record of every member."""
+"""Internals of tarfile that we use (Python 3.11 to 3.13): an archive keeps a record of every member."""
 
 import tarfile
 
 
 def forget_members(archive: tarfile.TarFile) -> None:
-    """Drop the members that were read: of a million, their records are 1 GB. `TarFile.next` goes on behind the last."""
+    """Drop the records of members that were read (1 GB for a million); `TarFile.next` continues after the last."""
     archive.members.clear()  # type: ignore[attr-defined]

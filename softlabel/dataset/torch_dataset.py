@@ -27,15 +27,18 @@ from softlabel.inputs.base import IGNORE, InputKind, Sample
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
 
-_TRIED = 100  # items, until one can be read
+_TRIED = 100  # items tried until one can be read
 _IMAGE_NAMES = ("image", "img", "pixel_values")
 
 
 class DatasetSource(ListedSource):
     """Any object with `__len__` and `__getitem__`.
 
-    Labels come from the items. Where the dataset also lists them (`targets` or `labels`, as torchvision's do) the list
-    saves a pass over all images, and each item that is read is held against it.
+    Labels come from the items. If the dataset also lists them (`targets` or `labels`, as in torchvision), the list
+    saves a pass over all images, and each item that is read is checked against it.
+
+    Raises:
+        DataError: the object is not a map-style dataset, or its keys or labels are wrong.
     """
 
     kind = "dataset"
@@ -50,7 +53,7 @@ class DatasetSource(ListedSource):
         kind: str = "dataset",
     ) -> None:
         self.kind, self.name = kind, name or type(dataset).__name__
-        if isinstance(dataset, Mapping):  # Hugging Face's DatasetDict is one
+        if isinstance(dataset, Mapping):  # for example Hugging Face's DatasetDict
             parts = ", ".join(map(repr, list(dataset)[:5]))
             raise DataError(
                 f"{self.name}: expected one dataset, found several by name: {parts or 'none'}; give one of them"
@@ -60,43 +63,43 @@ class DatasetSource(ListedSource):
         if streams or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise DataError(
                 f"{self.name}: expected a map-style dataset with __len__ and __getitem__, found "
-                f"{'a stream, which promises no order and has no sample number i' if streams else 'one without'}; "
-                "write its samples out first, as tar shards or files"
+                f"{'a stream, which has no order and no random access' if streams else 'one without'}; "
+                "write its samples to tar shards or files first"
             )
         self.dataset = undecoded(dataset)
         self._length = len(dataset)
         self._ignore_labels = ignore_labels
         if key_fn is not None:
-            self._keys = self._keys_of(key_fn)
-            self.doubtful_keys = True
-        self._labels = None if ignore_labels else self._checked_list()
+            self._keys = self._make_keys(key_fn)
+            self.maybe_repeated_keys = True
+        self._labels = None if ignore_labels else self._check_listed_labels()
         first: Any = None
         if kind == "dataset" or (self._labels is None and not ignore_labels):
-            # One that cannot be read says nothing of the others.
-            candidates = (self._items([index])[0] for index in range(min(self._length, _TRIED)))
+            # Skip unreadable items.
+            candidates = (self._read_items([index])[0] for index in range(min(self._length, _TRIED)))
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
-            self.inputs = _kind_of(stored_bytes(_split(first, self.name)[0]))
+            self.inputs = _find_kind(stored_bytes(_split_item(first, self.name)[0]))
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
             self.has_labels = bool((self._labels != IGNORE).any())
         else:
-            self.has_labels = first is not None and _split(first, self.name)[1] is not _NO_LABEL
-        self.class_names = _class_names(dataset) if self.has_labels else None
-        self.findings = self._find(ignore_labels, first)
+            self.has_labels = first is not None and _split_item(first, self.name)[1] is not _NO_LABEL
+        self.class_names = _read_class_names(dataset) if self.has_labels else None
+        self.findings = self._make_findings(ignore_labels, first)
 
-    def _find(self, ignore_labels: bool, first: Any) -> Findings:
+    def _make_findings(self, ignore_labels: bool, first: Any) -> Findings:
         if not self.has_labels:
-            why = "its items are images alone"
+            why = "its items are only images"
             if isinstance(first, Mapping):
                 why = f"its items have no 'label', they have {', '.join(map(str, first))}"
-            return Findings(without_labels="labels are ignored, as asked" if ignore_labels else why)
+            return Findings(without_labels="labels are ignored, as requested" if ignore_labels else why)
         if self._labels is not None:
             return Findings(labels_from="the dataset's list of labels")
         if not isinstance(first, Mapping):
             return Findings(labels_from="its items")
-        chosen, others = _label_name(tuple(first), self.name)
+        chosen, others = _choose_label(tuple(first), self.name)
         left_out = tuple(
             f"{other!r} of an item may be a label too; the dataset may return it alone" for other in others
         )
@@ -105,13 +108,13 @@ class DatasetSource(ListedSource):
     def count_labelled(self) -> int | None:
         return None if self.has_labels and self._labels is None else super().count_labelled()
 
-    def _keys_of(self, key_fn: Callable[[int], str | int]) -> pa.Array:
-        keys = [_key(key_fn(index)) for index in range(self._length)]
+    def _make_keys(self, key_fn: Callable[[int], str | int]) -> pa.Array:
+        keys = [_normalise_key(key_fn(index)) for index in range(self._length)]
         wrong = next((index for index, key in enumerate(keys) if not isinstance(key, str)), None)
         if wrong is not None:
             raise DataError(
-                f"{self.name}: key_fn({wrong}): expected a string or a whole number, found "
-                f"{type(keys[wrong]).__name__}; give what names the sample, such as its path"
+                f"{self.name}: key_fn({wrong}): expected a string or an integer, found "
+                f"{type(keys[wrong]).__name__}; return a name of the sample, for example its path"
             )
         try:
             return pa.array(keys, type=pa.large_string())
@@ -120,7 +123,7 @@ class DatasetSource(ListedSource):
                 f"{self.name}: key_fn: expected valid Unicode, found {error.object!r}; give keys that are text"
             ) from error
 
-    def _checked_list(self) -> NDArray[np.int64] | None:
+    def _check_listed_labels(self) -> NDArray[np.int64] | None:
         found = listed_labels(self.dataset)
         return None if found is None else checked_labels(found, self.name)
 
@@ -128,7 +131,7 @@ class DatasetSource(ListedSource):
         return self._length
 
     def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """As in `Source`; a dataset that does not list its labels is read through for them, once."""
+        """Return labels (see `Source`); reads all items once if the dataset does not list its labels."""
         start, stop = span(start, stop, self._length)
         if not self.has_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
@@ -142,21 +145,21 @@ class DatasetSource(ListedSource):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         numbers = [int(index) for index in indices]
         samples = []
-        for index, item in zip(numbers, self._items(numbers), strict=True):
+        for index, item in zip(numbers, self._read_items(numbers), strict=True):
             key = self.key_at(index)
             if isinstance(item, BadImageError):
-                # The label may be known although the image is not.
+                # The list may have the label of an unreadable image.
                 samples.append(Sample(key=key, raw=item, label=self._known_label(index)))
                 continue
-            image, raw = _split(item, self.name)
+            image, raw = _split_item(item, self.name)
             image = stored_bytes(image)
             if image is None:
                 image = BadImageError("the dataset returns None as its image")
-            label = IGNORE if self._ignore_labels else _label(raw, self.name, key)
+            label = IGNORE if self._ignore_labels else _parse_label(raw, self.name, key)
             if self._labels is not None and label != self._labels[index]:
                 raise DataError(
-                    f"{self.name}: the label of sample {key!r} is {label}, but the dataset's list of labels says "
-                    f"{self._labels[index]}; bring them into agreement"
+                    f"{self.name}: sample {key!r}: expected label {self._labels[index]} as in the dataset's list of "
+                    f"labels, found {label}; make them agree"
                 )
             samples.append(Sample(key=key, raw=image, label=label))
         return samples
@@ -164,33 +167,33 @@ class DatasetSource(ListedSource):
     def _known_label(self, index: int) -> int:
         return IGNORE if self._labels is None else int(self._labels[index])
 
-    def _items(self, numbers: list[int]) -> list[Any]:
-        """Whole batches where the dataset can; an unreadable file spoils its own sample alone."""
+    def _read_items(self, numbers: list[int]) -> list[Any]:
+        """Read items as a batch if the dataset supports it; an unreadable file fails only its own sample."""
         if hasattr(self.dataset, "__getitems__"):
             try:
                 return list(self.dataset.__getitems__(numbers))
-            except Exception as error:  # one by one shows which
+            except Exception as error:  # read one by one to find the sample
                 if isinstance(error, SoftLabelError | MemoryError):
                     raise
         items: list[Any] = []
         for number in numbers:
             try:
                 item = self.dataset[number]
-            except OSError as error:  # what PIL raises on a damaged image as well
+            except OSError as error:  # PIL raises it for damaged images too
                 item = BadImageError(f"the dataset cannot read it: {error}")
             except (SoftLabelError, MemoryError):
                 raise
             except Exception as error:
                 raise DataError(
                     f"{self.name}: sample {number}: the dataset raised {one_line(error, with_type=True)}"
-                    f"{_place(error)}; correct the dataset, or take the sample out"
+                    f"{_locate(error)}; fix the dataset, or remove the sample"
                 ) from error
             items.append(BadImageError("the dataset returns None for it") if item is None else item)
         return items
 
 
 def listed_labels(dataset: Any) -> NDArray[np.int64] | None:
-    """The list of labels that a dataset has, int64 (N,), where it is surely that of its items; through `Subset`s."""
+    """Return the labels that a dataset lists, int64 (N,), also of `Subset`s; None if they may differ from its items."""
     if type(dataset) is Subset:
         whole = listed_labels(dataset.dataset)
         return None if whole is None else whole[np.asarray(dataset.indices, dtype=np.int64)]
@@ -209,14 +212,14 @@ def listed_labels(dataset: Any) -> NDArray[np.int64] | None:
     return None
 
 
-def _place(error: Exception) -> str:
-    """Where an error was raised: whoever reads one line of it has no traceback."""
+def _locate(error: Exception) -> str:
+    """Return where an error was raised, for a message without traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
 
 
-def _key(key: object) -> object:
-    """A whole number as its decimal digits, as those of a Parquet column are; anything else as it is."""
+def _normalise_key(key: object) -> object:
+    """Convert an integer to its decimal digits; return other values unchanged."""
     if isinstance(key, bool | np.bool_ | str):
         return key
     try:
@@ -226,15 +229,15 @@ def _key(key: object) -> object:
 
 
 class _NoLabel:
-    """The second half of an item that has none: None itself may be a label that is not known."""
+    """Marks an item without a label: None itself is an unknown label."""
 
 
 _NO_LABEL = _NoLabel()
 
 
-def _split(item: Any, name: str) -> tuple[Any, Any]:
+def _split_item(item: Any, name: str) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
-        chosen, _ = _label_name(tuple(item), name)
+        chosen, _ = _choose_label(tuple(item), name)
         label = _NO_LABEL if chosen is None else item[chosen]
         holding = next((k for k in _IMAGE_NAMES if k in item), None)
         if holding is not None:
@@ -242,13 +245,13 @@ def _split(item: Any, name: str) -> tuple[Any, Any]:
         inputs = {key: value for key, value in item.items() if key != chosen}
         if not inputs or not all(_is_numbers(value) and not _is_pixels(value) for value in inputs.values()):
             raise DataError(
-                f"{name}: expected items with 'image', or with arrays by the names of a network's inputs, found "
+                f"{name}: expected items with 'image', or with arrays named like a network's inputs, found "
                 f"{', '.join(map(str, item))}"
             )
         return inputs, label
     if isinstance(item, tuple | list):
         if not item:
-            raise DataError(f"{name}: expected an image and perhaps a label, found an empty {type(item).__name__}")
+            raise DataError(f"{name}: expected (image,) or (image, label), found an empty {type(item).__name__}")
         return item[0], item[1] if len(item) > 1 else _NO_LABEL
     return item, _NO_LABEL
 
@@ -257,8 +260,8 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, np.ndarray | Tensor | int | float | np.number)
 
 
-def _kind_of(value: Any) -> InputKind:
-    """Whether items are images, or any other numbers: pixels are bytes (H, W) or (H, W, C)."""
+def _find_kind(value: Any) -> InputKind:
+    """Return whether items are images, uint8 (H, W) or (H, W, C), or other numbers."""
     if isinstance(value, Mapping):
         return TENSORS
     if isinstance(value, np.ndarray | Tensor):
@@ -271,13 +274,13 @@ def _is_pixels(value: Any) -> bool:
 
 
 @lru_cache(maxsize=16)  # items of one dataset have the same names
-def _label_name(names: tuple[Any, ...], subject: str) -> tuple[str | None, tuple[str, ...]]:
-    """Which name of an item that is a mapping holds its label, and which others sound like it."""
-    remedy = "return (image, label) instead, or take the others away"
+def _choose_label(names: tuple[Any, ...], subject: str) -> tuple[str | None, tuple[str, ...]]:
+    """Return the name in a mapping that holds the label, and others that suggest labels."""
+    remedy = "return (image, label) instead, or remove the others"
     return choose_label((name for name in names if isinstance(name, str)), subject=subject, remedy=remedy)
 
 
-def _label(raw: Any, name: str, key: str) -> int:
+def _parse_label(raw: Any, name: str, key: str) -> int:
     if raw is _NO_LABEL or raw is None:
         return IGNORE
     try:
@@ -288,11 +291,11 @@ def _label(raw: Any, name: str, key: str) -> int:
         pass
     raise DataError(
         f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part "
-        "of the item, or ask to ignore labels"
+        "of the item, or ignore labels"
     )
 
 
-def _class_names(dataset: Any) -> tuple[str, ...] | None:
+def _read_class_names(dataset: Any) -> tuple[str, ...] | None:
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, list | tuple) or not classes:
         return None
@@ -302,13 +305,13 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
 
 
 def open_torchvision(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
-    """``torchvision:NAME?argument=value``: nothing is downloaded unless ``download=true`` is among them.
+    """Open ``torchvision:NAME?argument=value``; downloads only with ``download=true``.
 
-    A dataset of files (`ImageFolder`, `ImageNet`, `Imagenette`) is read as files: its keys are paths, not numbers.
+    The keys of a dataset of files (`ImageFolder`, `ImageNet`, `Imagenette`) are paths.
 
     Raises:
-        SpecError: no such class, or arguments that it refuses.
-        DataError: the data is not there.
+        SpecError: the class is unknown, or refuses its arguments.
+        DataError: the data is missing.
     """
     from torchvision import datasets
 
@@ -321,7 +324,7 @@ def open_torchvision(text: str, name: str, options: dict[str, str], ignore_label
     try:
         dataset = cls(**arguments)
     except TypeError as error:
-        raise SpecError(f"{text}: {error}; arguments go behind '?', such as '?root=FOLDER&train=true'") from error
+        raise SpecError(f"{text}: {error}; give arguments after '?', as in '?root=FOLDER&train=true'") from error
     except ValueError as error:
         raise SpecError(f"{text}: {error}") from error
     except (RuntimeError, OSError) as error:
@@ -332,16 +335,16 @@ def open_torchvision(text: str, name: str, options: dict[str, str], ignore_label
         paths = [Path(path).relative_to(root).as_posix() for path, _ in dataset.samples]
         labels_N = np.array(dataset.targets, dtype=np.int64)
         if ignore_labels:
-            ignored = Findings(without_labels="labels are ignored, as asked")
+            ignored = Findings(without_labels="labels are ignored, as requested")
             return FolderSource(root, paths, name=text, kind="torchvision", findings=ignored)
         findings = Findings(labels_from="the dataset's class folders")
-        names = _class_names(dataset)
+        names = _read_class_names(dataset)
         return FolderSource(root, paths, labels_N, names, name=text, kind="torchvision", findings=findings)
     return DatasetSource(dataset, name=text, kind="torchvision", ignore_labels=ignore_labels)
 
 
 def open_digits(text: str, ignore_labels: bool) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8, their 17 levels of grey spread over 0 to 255.
+    """Open scikit-learn's 1,797 handwritten digits, 8x8, with their 17 levels of grey scaled to 0 to 255.
 
     Raises:
         DataError: scikit-learn is not installed.

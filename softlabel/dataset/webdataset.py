@@ -1,9 +1,9 @@
-"""Tar shards as WebDataset writes them: the files of a sample follow each other and share a name up to its first dot.
+"""Tar shards in the layout of WebDataset: the files of a sample are adjacent and share the name up to its first dot.
 
 Legend: N samples.
 
-One pass over the headers notes where each image lies; afterwards images are read by offset, in any order. The index
-takes 24 bytes and the key for each sample, in numpy and Arrow arrays.
+One pass over the headers builds an index of 24 bytes and the key per sample; images are then read by offset, in any
+order.
 """
 
 import logging
@@ -31,22 +31,22 @@ from softlabel.inputs.base import IGNORE, Sample
 
 log = logging.getLogger("softlabel")
 
-_NAMES_LOOKED_AT = 10_000  # for folders that may be classes
+_NAMES_LOOKED_AT = 10_000  # to find folders that may be classes
 
-# WebDataset's own rule: everything up to the first dot of the last part, and what follows that dot.
+# WebDataset's rule: split at the first dot of the last part of the path.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _BLOCK = 512
-# tar fills up to 20 blocks; a second archive behind the first one begins within.
+# tar pads to 20 blocks; a concatenated archive begins within this range.
 _AFTER_END = 64 << 10
-# What a reader may hold at a time.
+# Bytes that a reader may hold.
 BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
-    """Which members of a sample are its image and its label; None: any image."""
+    """The members of a sample that are its image (None: any image) and its label."""
 
     image: str | None
     label: LabelMember
@@ -65,8 +65,8 @@ class _Shard:
     """The index of one tar file.
 
     Attributes:
-        others: how many members there are of each extension that is neither image nor label.
-        examples: the first of each of them, cut off at `LABEL_BYTES`; none where labels were found.
+        others: extension -> number of members that are neither image nor label.
+        examples: extension -> the first of them, truncated to `LABEL_BYTES`; empty if labels were found.
     """
 
     keys: pa.Array
@@ -79,10 +79,15 @@ class _Shard:
 
 
 class TarSource(ListedSource):
-    """One or several plain tar files, one after the other. The key is the path inside, up to the name's first dot."""
+    """One or several plain tar files, in turn. The key is the path inside, up to the first dot of the name.
+
+    Raises:
+        SpecError: an option is wrong.
+        DataError: a file is damaged, or a sample, key or label cannot be used.
+    """
 
     kind = "tar"
-    against_equal_keys = (
+    repeated_keys_remedy = (
         "put the tar file's name before its keys with '?key=shard', or number the samples with '?key=index'; samples "
         "must differ before the first dot of their names, and their files must follow each other"
     )
@@ -92,17 +97,17 @@ class TarSource(ListedSource):
         asked, classes = options.get("label"), options.pop("classes", None)
         names = None if classes is None or ignore_labels else read_classes(classes, subject=name)
         wanted, key = _take_wanted(options, name, ignore_labels, names)
-        shards = _scan_all(files, wanted, by_shard=key == "shard")
+        shards = _scan_files(files, wanted, by_shard=key == "shard")
         self._sizes_F = np.array([files.size(number) for number in range(len(files))], dtype=np.int64)
         counts = [len(shard.offsets) for shard in shards]
-        # starts_F[f] is the first sample of file f; one more at the end for the length.
+        # starts_F[f] is the first sample of file f; the last entry is the length.
         self._starts_F = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._offsets_N = np.concatenate([shard.offsets for shard in shards])
         self._bytes_N = np.concatenate([shard.sizes for shard in shards])
         self._labels_N = checked_labels(np.concatenate([shard.labels for shard in shards]), name)
         if key != "index":
             self._keys = pa.concat_arrays([shard.keys for shard in shards])
-        _tell_without_image([shard.without_image for shard in shards if shard.without_image], len(self), wanted, name)
+        _report_without_image([shard.without_image for shard in shards if shard.without_image], len(self), wanted, name)
         self.has_labels = bool((self._labels_N != IGNORE).any())
         examples = [example for shard in shards for example in shard.examples.items()]
         others = sum((shard.others for shard in shards), Counter[str]())
@@ -111,14 +116,13 @@ class TarSource(ListedSource):
         if asked is not None and wanted.label.extension is not None and len(self) and not self.has_labels:
             offers = "".join(f"; {offer}" for offer in self.findings.left_out)
             raise DataError(
-                f"{name}: label={asked}: {self.findings.without_labels}; a .cls member is the label without any option"
-                f"{offers}"
+                f"{name}: label={asked}: {self.findings.without_labels}; by default a .cls member is the label{offers}"
             )
         if names is not None:
             self.class_names = names
             checked_classes(self._labels_N, self.class_names, subject=name)
         if self._keys is not None:
-            self.doubtful_keys = True
+            self.maybe_repeated_keys = True
 
     def __len__(self) -> int:
         return int(self._starts_F[-1])
@@ -166,32 +170,29 @@ def _take_wanted(
     return wanted, key
 
 
-# ---- one pass over the headers ----
-
-
-def _scan_all(files: Files, wanted: _Wanted, *, by_shard: bool) -> list[_Shard]:
-    scan = partial(_scan, files, wanted, by_shard=by_shard)
+def _scan_files(files: Files, wanted: _Wanted, *, by_shard: bool) -> list[_Shard]:
+    scan = partial(_scan_file, files, wanted, by_shard=by_shard)
     if files.is_local:
         return [scan(number) for number in range(len(files))]
-    # Behind a URL each header waits for the network, so several files are on the way at once.
+    # Several files at once hide the latency of each header.
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(scan, range(len(files))))
 
 
-def _scan(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Shard:
+def _scan_file(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Shard:
     where = files.where(number)
     prefix = f"{files.names[number].rpartition('.')[0]}/" if by_shard else ""
     keys: list[pa.Array] = []
     chunk: list[str] = []
     offsets, sizes, labels, has_label = _Numbers(), _Numbers(), _Numbers(), _Numbers()
     lost, example = 0, ""
-    late = _Late(where)
+    late = _LateLabels(where)
     others: Counter[str] = Counter()
     first: dict[str, tuple[int, int]] = {}
     with files.open(number) as file:
-        for group in _groups(file, where, partial(files.describe, number)):
-            image = _image_of(group, wanted, where)
-            label = _label_of(file, group, wanted.label, where)
+        for group in _iter_groups(file, where, partial(files.describe, number)):
+            image = _find_image(group, wanted, where)
+            label = _find_label(file, group, wanted.label, where)
             rest = [one for one, place in group.members.items() if place != image and one != wanted.label.extension]
             others.update(rest)
             for extension in rest:
@@ -207,13 +208,13 @@ def _scan(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Sha
             labels.add(IGNORE if label is None else label)
             has_label.add(label is not None)
             if len(chunk) == _Numbers.CHUNK:
-                keys.append(_strings(chunk, where))
+                keys.append(_make_keys(chunk, where))
                 chunk = []
-        keys.append(_strings(chunk, where))
+        keys.append(_make_keys(chunk, where))
         all_keys, labels_N = pa.concat_arrays(keys), labels.array()
         lost -= late.join(all_keys, labels_N, has_label.array().astype(np.bool_))
         unknown = wanted.label.extension is not None and not (labels_N != IGNORE).any()
-        examples = {extension: _head(file, place) for extension, place in first.items()} if unknown else {}
+        examples = {extension: _read_head(file, place) for extension, place in first.items()} if unknown else {}
     return _Shard(
         keys=all_keys,
         offsets=offsets.array(),
@@ -225,21 +226,21 @@ def _scan(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) -> _Sha
     )
 
 
-def _head(file: BinaryIO, place: tuple[int, int]) -> bytes:
+def _read_head(file: BinaryIO, place: tuple[int, int]) -> bytes:
     file.seek(place[0])
     return file.read(min(place[1], LABEL_BYTES))
 
 
-def _groups(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[_Group]:
-    """Members that follow each other and share a key, in the order of the file."""
+def _iter_groups(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[_Group]:
+    """Yield adjacent members that share a key, in the order of the file."""
     group: _Group | None = None
-    for member in _members(file, where, describe):
+    for member in _iter_members(file, where, describe):
         found = None if _META.match(member.name) else _NAME.fullmatch(member.name)
         if not member.isreg():
             if found is not None and found[2].lower() in _IMAGES and (member.islnk() or member.issym()):
                 raise DataError(
-                    f"{where}: {member.name} is a link to {member.linkname}, which has no bytes of its own here; write "
-                    "it with 'tar --dereference --hard-dereference'"
+                    f"{where}: {member.name}: expected a file, found a link to {member.linkname}; write the archive "
+                    "with 'tar --dereference --hard-dereference'"
                 )
             continue
         if found is None:
@@ -247,14 +248,14 @@ def _groups(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> I
         # "tar cf x.tar ." writes "./a.jpg": the same file as "a.jpg".
         key, extension = found[1].removeprefix("./"), found[2].lower()
         if member.issparse():
-            raise DataError(f"{where}: {member.name} is stored as a sparse file; write it without 'tar --sparse'")
+            raise DataError(f"{where}: {member.name} is a sparse file; write the archive without 'tar --sparse'")
         if group is None or group.key != key:
             if group is not None:
                 yield group
             group = _Group(key)
         if extension in group.members:
             raise DataError(
-                f"{where}: {key}.{extension} is there twice; WebDataset cuts names at the first dot, so the names of "
+                f"{where}: {key}.{extension} occurs twice; WebDataset splits names at the first dot, so the names of "
                 "samples must differ before it"
             )
         group.members[extension] = (member.offset_data, member.size)
@@ -262,10 +263,10 @@ def _groups(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> I
         yield group
 
 
-def _members(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[tarfile.TarInfo]:
-    """All members, and an error unless the archive ends as one does: tarfile takes a damaged header for its end."""
-    damaged = f"{where}: expected a tar file, found one that is damaged or cut off"
-    cure = "fetch or write it again"
+def _iter_members(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> Iterator[tarfile.TarInfo]:
+    """Yield all members and check the end of the archive: tarfile treats a damaged header as the end."""
+    damaged = f"{where}: expected a tar file, found a damaged or truncated one"
+    remedy = "fetch or write it again"
     try:
         with tarfile.TarFile(fileobj=file, mode="r", errorlevel=2) as archive:
             while (member := archive.next()) is not None:
@@ -277,19 +278,16 @@ def _members(file: BinaryIO, where: str, describe: Callable[[], str | None]) -> 
     except (tarfile.TarError, ValueError, OverflowError) as error:
         if (what := describe()) is not None:
             raise DataError(f"{where}: expected a tar file, found {what}") from None
-        raise DataError(f"{damaged}: {error}; {cure}") from error
+        raise DataError(f"{damaged}: {error}; {remedy}") from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {error.strerror}") from error
     if len(rest) < _BLOCK or rest[:_BLOCK].strip(b"\0"):
-        raise DataError(f"{damaged} at byte {end}: no end-of-archive mark; {cure}")
+        raise DataError(f"{damaged} at byte {end}: no end-of-archive mark; {remedy}")
     if rest.strip(b"\0"):
-        raise DataError(
-            f"{where}: another archive follows behind the end of the first one, at byte {end}; put each into a file of "
-            "its own"
-        )
+        raise DataError(f"{where}: another archive follows at byte {end}; write each archive to a separate file")
 
 
-def _image_of(group: _Group, wanted: _Wanted, where: str) -> tuple[int, int] | None:
+def _find_image(group: _Group, wanted: _Wanted, where: str) -> tuple[int, int] | None:
     if wanted.image is not None:
         return group.members.get(wanted.image)
     images = [extension for extension in group.members if extension in _IMAGES]
@@ -298,8 +296,8 @@ def _image_of(group: _Group, wanted: _Wanted, where: str) -> tuple[int, int] | N
     return group.members[images[0]] if images else None
 
 
-def _label_of(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) -> int | None:
-    """The label in the members of a sample, -100 for one that says none; None where there is no such member."""
+def _find_label(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) -> int | None:
+    """Return the label in the members of a sample, -100 for unlabelled; None without a label member."""
     place = group.members.get(wanted.extension) if wanted.extension is not None else None
     if place is None:
         return None
@@ -307,8 +305,8 @@ def _label_of(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) ->
     return wanted.parse(file.read(min(place[1], LABEL_BYTES)), f"{where}: {group.key}.{wanted.extension}")
 
 
-class _Late:
-    """Labels that lie apart from their images, as `tar cf x.tar *.jpg *.cls` writes them, until both are known."""
+class _LateLabels:
+    """Labels that are not adjacent to their images, as `tar cf x.tar *.jpg *.cls` writes them."""
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -319,11 +317,11 @@ class _Late:
             raise DataError(f"{self._where}: {key} has two labels, {self._labels[key]} and {label}; keep one")
 
     def join(self, keys: pa.Array, labels_N: NDArray[np.int64], has_label_N: NDArray[np.bool_]) -> int:
-        """Give each sample its label, in place; how many were given."""
+        """Set the labels of their samples in place; return how many."""
         if not self._labels:
             return 0
         joined = 0
-        for place, key in enumerate(keys):  # one at a time: a list of all would take far more memory
+        for place, key in enumerate(keys):  # a list of all keys would need far more memory
             label = self._labels.get(str(key))
             if label is None:
                 continue
@@ -334,20 +332,20 @@ class _Late:
         return joined
 
 
-def _tell_without_image(lost: list[tuple[str, int]], found: int, wanted: _Wanted, name: str) -> None:
-    """Other files may lie beside the images; but not instead of them."""
+def _report_without_image(lost: list[tuple[str, int]], found: int, wanted: _Wanted, name: str) -> None:
+    """Warn about samples without an image; raise DataError if no sample has one."""
     if not lost:
         return
     number, example = sum(count for _, count in lost), lost[0][0]
     if not found:
         raise DataError(
             f"{name}: none of the {number} samples has {f'a .{wanted.image} member' if wanted.image else 'an image'}, "
-            f"the first: {example}; name it with '?image=EXTENSION' (WebDataset cuts names at the first dot)"
+            f"the first: {example}; name it with '?image=EXTENSION' (WebDataset splits names at the first dot)"
         )
     log.warning("%s: %d samples without an image are left out, the first: %s", name, number, example)
 
 
-def _strings(keys: list[str], where: str) -> pa.Array:
+def _make_keys(keys: list[str], where: str) -> pa.Array:
     try:
         return pa.array(keys, type=pa.large_string())
     except UnicodeEncodeError as error:
@@ -355,7 +353,7 @@ def _strings(keys: list[str], where: str) -> pa.Array:
 
 
 class _Numbers:
-    """A growing int64 array, 8 bytes a number once a chunk is full."""
+    """A growing int64 array, with 8 bytes per number of a full chunk."""
 
     CHUNK = 1 << 16
 

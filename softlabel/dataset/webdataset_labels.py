@@ -1,4 +1,4 @@
-"""Which member of a sample in a tar shard is its label, and what else might be."""
+"""The member of a tar sample that is its label, and members that may be."""
 
 import json
 import os
@@ -15,12 +15,12 @@ _CLASS = "cls"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelMember:
-    """Where the label of a sample is.
+    """Location of the label in a sample.
 
     Attributes:
-        extension: of the member that holds it; None: labels are not wanted.
+        extension: of the member; None: ignore labels.
         field: of that member, which is JSON; None: the member is the label.
-        numbers: the label of each class name, where `classes=` gave names.
+        numbers: label of each class name of `classes=`.
     """
 
     extension: str | None = _CLASS
@@ -29,7 +29,7 @@ class LabelMember:
 
     @classmethod
     def asked(cls, label: str | None, numbers: Mapping[str, int] | None, *, ignored: bool) -> "LabelMember":
-        """What ``label=`` means: ``none``, ``.EXTENSION`` or a FIELD of `.json`; `.cls` without it."""
+        """Parse ``label=``: ``none``, ``.EXTENSION`` or a FIELD of `.json`; by default `.cls`."""
         if ignored or label == "none":
             return cls(extension=None)
         if label is None:
@@ -42,10 +42,10 @@ class LabelMember:
         return f".{self.extension} members" if self.field is None else f"field {self.field!r} of .json members"
 
     def parse(self, raw: bytes, member: str) -> int:
-        """The label in the bytes of a member, -100 for none; `member` is what an error is about.
+        """Parse the bytes of a member, named `member` in errors; -100 for none.
 
         Raises:
-            DataError: there is something else.
+            DataError: it is not a label.
         """
         found: object = raw
         if self.extension == "json":
@@ -75,35 +75,37 @@ def find_labels(
     others: Mapping[str, int],
     names: Sequence[str],
 ) -> Findings:
-    """What to say of the labels.
+    """Describe where the labels come from, or what may hold them.
 
     Args:
-        examples: extension and bytes of members that are neither image nor label, the first of each kind.
-        others: how many of each kind there are.
+        label: the label member.
+        has_labels: whether a sample has a label.
+        examples: extension and bytes of the first member of each kind that is neither image nor label.
+        others: extension -> number of such members.
         names: of the first samples, with their folders.
     """
     if label.extension is None:
-        return Findings(without_labels="labels are ignored, as asked")
+        return Findings(without_labels="labels are ignored, as requested")
     if has_labels:
         return Findings(labels_from=str(label))
     offers = []
     for extension, raw in dict(examples).items():
         many = f"{others.get(extension, 1):,} .{extension} members"
         if extension == "json":
-            if fields := _fields(raw):
+            if fields := _list_fields(raw):
                 usual = next(iter(usual_labels(fields)), "FIELD")
-                offers.append(f"'?label={usual}' takes a field of the {many}, which have {', '.join(fields)}")
+                offers.append(f"'?label={usual}' uses a field of the {many}, which have {', '.join(fields)}")
         elif _is_number(raw):
-            offers.append(f"'?label=.{extension}' takes the {many}, of which the first holds {raw.strip().decode()!r}")
+            offers.append(f"'?label=.{extension}' uses the {many}; the first holds {raw.strip().decode()!r}")
     folders = sorted({folder for name in names if (folder := os.path.basename(os.path.dirname(name)))})
     if len(folders) > 1:
-        offers.append(f"folders such as {some(folders)} may be classes; unpacked into a folder of images they count")
+        offers.append(f"folders such as {some(folders)} may be classes; unpack the archive to use them")
     why = f"no sample has a label in {label}" if label.field else f"no sample has {label}"
     return Findings(without_labels=why, left_out=tuple(f"labels may have been left out: {offer}" for offer in offers))
 
 
-def _fields(raw: bytes) -> list[str]:
-    """The fields of a JSON member that hold one number or text each."""
+def _list_fields(raw: bytes) -> list[str]:
+    """Return the fields of a JSON member that hold a number or a string."""
     try:
         found = json.loads(raw)
     except ValueError:

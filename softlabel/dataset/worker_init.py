@@ -1,14 +1,13 @@
-"""What a process that reads samples for another one does when it begins."""
+"""Initialisation of worker processes that read samples."""
 
 import sys
 from types import TracebackType
 
 
 def begin_worker(number: int) -> None:
-    """The ``worker_init_fn`` of a `DataLoader`: be silent about a reader that went away.
+    """The ``worker_init_fn`` of a `DataLoader`: suppress tracebacks about a lost connection to the main process.
 
-    A reader that ends (Ctrl-C, SIGTERM, an error) while a batch is handed over breaks the connection; the thread that
-    hands it over would print a traceback below the reader's own last line. Why it ended is the reader's to say.
+    If the main process ends (Ctrl-C, SIGTERM, an error) during the transfer of a batch, it reports the reason itself.
     """
     report = sys.excepthook
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.common.device import decoders, resolve_device
-from softlabel.dataset import Source, open_source, report_source, require_samples, settle_decoding
+from softlabel.dataset import Source, detect_decoding, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.batch_size import find_batch_size
 from softlabel.generation.config import GenerateConfig
@@ -79,7 +79,7 @@ def load_job(
     source = _open_data(data, config, key_fn, look=trusted is None)
     views = config.view_policy
     _check_views(source, views)
-    source = settle_decoding(source, recorded)
+    source = detect_decoding(source, recorded)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     device, tuning = resolve_device(config.device), config.tuning
 

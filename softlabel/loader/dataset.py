@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.common.keys import Keys
-from softlabel.dataset import Source, require_samples, settle_decoding
+from softlabel.dataset import Source, detect_decoding, require_samples
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.inputs.base import Images, Inputs, InputTransform
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
@@ -86,7 +86,7 @@ class JoinedDataset(Dataset[Batch]):
         targets: bool = True,
         views: ViewChoice = _ALL_VIEWS,
     ) -> None:
-        source = settle_decoding(source, None if store is None else store.manifest.recorded)
+        source = detect_decoding(source, None if store is None else store.manifest.recorded)
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]

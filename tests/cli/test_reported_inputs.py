@@ -248,12 +248,12 @@ LISTS = [
             (
                 "the label first",
                 "1,a.png\n",
-                "a class number behind the path, found '1,a.png'; .* path before its label",
+                "a class number after the path, found '1,a.png'; .* path before its label",
             ),
             (
                 "a number before each path",
                 "1 a.png\n2 b.png\n",
-                "found '1 a.png', of which 'a.png' is a file; take '1'",
+                "found '1 a.png', of which 'a.png' is a file; remove '1'",
             ),
             ("a heading without paths", "x,y,label\n", r"a column of paths, found x, y, label; .*\?image=COLUMN"),
         )
@@ -318,7 +318,7 @@ DATA = [
         name="a pattern of archives",
         make=zipped("zip://a.parquet::*.zip"),
         code=2,
-        says=("expected a pattern in the first path of a chain alone",),
+        says=("expected a pattern only in the first path of a chain",),
     ),
     *(
         Case(
@@ -329,7 +329,7 @@ DATA = [
         )
         for data, code, says in (
             ("digits?rows=0:0", 2, "expected at least one sample, found none: rows= takes none of its 1,797;"),
-            ("list.txt", 1, "expected at least one sample, found none; give"),
+            ("list.txt", 1, "expected at least one sample, found none; check"),
         )
         for command in (
             ("generate", "--teacher", "zoo:resnet8@w.pt", "--out", "labels"),
@@ -349,7 +349,7 @@ DATA = [
         Case(
             name=f"16-bit images that use {bits} bits",
             make=wide_images(bits),
-            says=(rf"16-bit images, whose largest value is \d+ \(12 of 12 looked at\): taken to use {bits} bits",),
+            says=(rf"16-bit images with a largest value of \d+ \(12 of 12 sampled\): assumed to use {bits} bits",),
             check=labelled_as({key: as_rgb(grey_HW) for key, grey_HW in WIDE.items()}, {"bits": bits}),
         )
         for bits in (8, 12, 16)
@@ -363,7 +363,7 @@ DATA = [
     Case(
         name="16-bit images of which one uses 8 bits",
         make=unequally_wide_images,
-        says=("taken to use 16 bits, of which 1 of those looked at use 8 at most and become nearly black",),
+        says=("assumed to use 16 bits; 1 of the samples use at most 8 and become nearly black",),
     ),
     Case(
         name="images that are all black once decoded",
@@ -375,7 +375,7 @@ DATA = [
         name="a student whose images are decoded otherwise",
         make=wide_images(12, store=True),
         code=2,
-        says=(r"decoded with '\?exif=upright&bits=8', those that were labelled with '\?exif=upright&bits=12'",),
+        says=(r"decoding '\?exif=upright&bits=12' as when the store was labelled, found '\?exif=upright&bits=8'",),
     ),
     Case(
         name="EXIF data that shall not count",
@@ -386,7 +386,7 @@ DATA = [
         name="EXIF data of pixels",
         make=lambda folder: label_all(folder, "digits?exif=ignore"),
         code=2,
-        says=("exif= and bits= are of encoded images",),
+        says=("exif= and bits= are for encoded images",),
     ),
     Case(
         name="technical folders among class folders",
@@ -394,7 +394,7 @@ DATA = [
         says=(
             "d: 2 samples, 2 with a hard label, from the class folders; 2 classes: 0 ant, 1 bee",
             "hidden and system files, never read: '__MACOSX/', 'lost\\+found/'",
-            "sub-folders without an image are no classes: 'Trash'; '\\?classes=FILE'",
+            "sub-folders without images are not classes: 'Trash'; '\\?classes=FILE'",
         ),
         check=stored({"ant/1.png": 0, "bee/2.png": 1}),
     ),
@@ -412,7 +412,7 @@ DATA = [
     Case(
         name="a Parquet column of several labels each",
         make=several_labels_each,
-        says=(r"none with a hard label \(column 'label' holds more than a class each\)",),
+        says=(r"none with a hard label \(column 'label' holds more than one class per row\)",),
         never=("no column is called label", r"\?label=label"),
     ),
     Case(
@@ -811,7 +811,7 @@ def test_what_is_finished_needs_nothing_written(
     for other in ([*generate, "--grow", "--data", "grown.parquet"], [*given, "--out", "made/new"]):
         assert main(other) == 1
         error = capsys.readouterr().err
-        assert "Read-only file system; what was finished is kept: get the right to write there" in error
+        assert "Read-only file system; finished shards are kept: get write permission" in error
 
 
 def test_the_folder_of_an_export_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

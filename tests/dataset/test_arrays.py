@@ -119,13 +119,13 @@ def test_lists(tmp_path: Path) -> None:
     absolute = tmp_path / "3,x.jpg"
     assert open_source(write(f'"{absolute}"')).read([0])[0].raw == make_jpeg(3)
     for text, reason in {
-        "a.jpg,1\n2,x.jpg": r"line 2: expected a class number behind the path, found '2,x.jpg'; put a path",
+        "a.jpg,1\n2,x.jpg": r"line 2: expected a class number after the path, found '2,x.jpg'; put a path",
         "a.jpg,cat": "line 1: expected a class number",
         "a.jpg,1,2": "line 1: expected PATH or PATH,LABEL, found 'a.jpg,1,2'",
         ",1": "line 1: expected PATH",
         '"a.jpg': "expected a list of paths in UTF-8, found",
         "a.jpg,-5": "expected a label of at least 0",
-        "a.jpg\nb.jpg\na.jpg": r"found more than once: 'a.jpg' \(samples 0 and 2\); name each file once",
+        "a.jpg\nb.jpg\na.jpg": r"found repeated: 'a.jpg' \(samples 0 and 2\); name each file once",
     }.items():
         with pytest.raises(DataError, match=reason):
             open_source(write(text))
@@ -164,5 +164,5 @@ class Stream(IterableDataset[torch.Tensor]):
 
 
 def test_a_stream_promises_no_order() -> None:
-    with pytest.raises(DataError, match=r"a stream, which promises no order .* as tar shards or files"):
+    with pytest.raises(DataError, match=r"a stream, which has no order .* to tar shards or files"):
         open_source(Stream())

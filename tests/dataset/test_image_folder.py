@@ -77,8 +77,8 @@ def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.Log
         f"{classes}: 5 samples, 5 with a hard label, from the class folders; 3 classes: 0 Bee, 1 ant, 2 zebra",
         f"{classes}: other files, not read: 1 .txt",
         f"{classes}: hidden and system files, never read: '.cache/', '@eaDir/', '__MACOSX/', ...",
-        f"{classes}: sub-folders without an image are no classes: 'cat'; '?classes=FILE' names the class folders, one "
-        "a line, with or without images",
+        f"{classes}: sub-folders without images are not classes: 'cat'; '?classes=FILE' names the class folders, one "
+        "per line, with or without images",
     ]
     names = classes.parent / f"{classes.name}.txt"
     names.write_text("zebra\ncat\nant\nBee\n")
@@ -87,7 +87,7 @@ def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.Log
     names.write_text("zebra\nant\n")
     with pytest.raises(DataError, match="a line for each of the 3 folders with images, found none for 'Bee'"):
         open_source(f"{classes}?classes={names}")
-    with pytest.raises(SpecError, match="classes= names the class folders, and labels=none"):
+    with pytest.raises(SpecError, match="classes= names the class folders, labels=none"):
         open_source(f"{classes}?classes={names}&labels=none")
 
 
@@ -135,7 +135,7 @@ def test_other_layouts_are_not_taken_for_classes(
     assert source.keys() == sorted(paths)
     assert not source.has_labels
     report_source(source)
-    assert "its sub-folders are not taken for classes" in caplog.text
+    assert "its sub-folders are not used as classes" in caplog.text
 
 
 def test_labels_option_overrides_the_rule(tmp_path: Path, classes: Path) -> None:
@@ -232,7 +232,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     paint(tmp_path / "a.png", 3)
     with pytest.raises(SpecError, match="unknown option colour"):
         open_source(f"{tmp_path}?colour=red")
-    with pytest.raises(SpecError, match="key_fn goes with a Dataset"):
+    with pytest.raises(SpecError, match="key_fn is only for a Dataset"):
         open_source(tmp_path, key_fn=str)
 
 

@@ -220,7 +220,7 @@ def test_labels_under_unknown_names_are_refused(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("cat\npug\n")
     source = open_source(f"{path}?label=breed&classes={tmp_path / 'names.txt'}")
     assert (source.labels().tolist(), source.class_names) == ([1, 0, 1], ("cat", "pug"))
-    with pytest.raises(SpecError, match=r"classes= names the labels, but no column holds any; add '\?label=COLUMN'"):
+    with pytest.raises(SpecError, match=r"classes= names labels, but no column has labels; add '\?label=COLUMN'"):
         open_source(f"{path}?classes={tmp_path / 'names.txt'}")
     two = {"image": data["image"], "target": pa.array([0, 1, 2]), "class": pa.array([2, 1, 0])}
     with pytest.raises(DataError, match="more than one label column: target, class; choose with"):
@@ -228,7 +228,7 @@ def test_labels_under_unknown_names_are_refused(tmp_path: Path) -> None:
     boxes = {"image": data["image"], "target": pa.array([[0], [1], [2]])}
     source = open_source(write(tmp_path / "c.parquet", boxes))
     assert not source.has_labels
-    assert source.findings.without_labels == "column 'target' holds more than a class each"
+    assert source.findings.without_labels == "column 'target' holds more than one class per row"
     assert source.findings.left_out == ()
 
 
@@ -248,7 +248,7 @@ def test_keys_in_a_dictionary_encoded_column(tmp_path: Path) -> None:
         ("key=nope", "no column 'nope'"),
         ("key=image.bytes", "expected strings or integers"),
         ("label=nope", "no column 'nope'"),
-        ("label=word", "column 'word': expected a class number, found 'x'; names of classes need '.classes=FILE'"),
+        ("label=word", "column 'word': expected a class number, found 'x'; class names need '.classes=FILE'"),
         ("label=image", "expected class numbers, found struct"),
         ("colour=red", "unknown option colour"),
         ("label", "expected name=value"),

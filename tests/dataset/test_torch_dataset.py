@@ -126,7 +126,7 @@ def test_keys_by_function() -> None:
     for whole in (int, np.int64, torch.tensor):
         assert open_source(data, key_fn=lambda index, whole=whole: whole(index + 7)).keys() == ["7", "8", "9", "10"]
     for odd in (bool, float, Path):
-        with pytest.raises(DataError, match=r"key_fn\(0\): expected a string or a whole number, found "):
+        with pytest.raises(DataError, match=r"key_fn\(0\): expected a string or an integer, found "):
             open_source(data, key_fn=lambda index, odd=odd: odd(str(index)))
 
 
@@ -228,7 +228,7 @@ def test_a_list_of_labels_that_disagrees_with_the_items_is_refused() -> None:
     data = Items((PIXELS, 1), (PIXELS, 2))
     data.targets = [1, 1]
     source = open_source(data)
-    with pytest.raises(DataError, match="label of sample '1' is 2, but the dataset's list of labels says 1"):
+    with pytest.raises(DataError, match="sample '1': expected label 1 as in the dataset's list of labels, found 2"):
         source.read([0, 1])
 
 

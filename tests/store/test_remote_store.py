@@ -89,7 +89,7 @@ def test_a_missing_bucket_is_named(
         assert main(["generate", *given, "--out", "s3://nobody-made-this/labels"]) == 1
     output = capsys.readouterr().err
     assert "s3://nobody-made-this/labels: cannot write: " in output
-    assert "make the folder or bucket first" in output
+    assert "create the folder or bucket first" in output
     assert "make room" not in output
 
 

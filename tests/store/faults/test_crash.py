@@ -65,7 +65,7 @@ def test_full_disk(small_disk: Path, format: str) -> None:
     for free in (0, 1 << 12, 1 << 14, 1 << 15, 1 << 16, 1 << 17, 150_000, 1 << 18, 1 << 19):
         room = os.statvfs(small_disk)
         filler.write_bytes(bytes(max(0, room.f_bavail * room.f_bsize - free)))
-        with pytest.raises(StoreError, match="the disk is full; what was finished is kept"):
+        with pytest.raises(StoreError, match="the disk is full; finished shards are kept"):
             write_store(root, run, samples)
         filler.unlink()
         if (root / "manifest.json").exists():
@@ -101,7 +101,7 @@ def test_a_file_size_limit(tmp_path: Path, format: str) -> None:
         text=True,
         check=True,
     )
-    assert "cannot write: a file is too large; what was finished is kept" in done.stdout
+    assert "cannot write: a file is too large; finished shards are kept" in done.stdout
     assert done.stdout.count("\n") == 1
     assert not list((tmp_path / "s").rglob(".tmp-*"))
     write_store(tmp_path / "s", make_run(format, samples=400, classes=100, shard_rows=200))
