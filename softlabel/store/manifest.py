@@ -122,11 +122,7 @@ class _FingerprintCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(_FingerprintCache):
-    """The identity of a store: runs with equal fingerprints write interchangeable shards.
-
-    Raises:
-        ValueError: a field is out of range, or fields contradict each other.
-    """
+    """The identity of a store: runs with equal fingerprints write interchangeable shards."""
 
     format: Format
     num_classes: int
@@ -154,11 +150,11 @@ class Run(_FingerprintCache):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
         now = self.views.count
-        named = (
-            dataclasses.replace(one, views=None if one.views == now else one.views) for one in self.dataset.earlier
+        earlier = tuple(
+            dataclasses.replace(one, views=None) if one.views == now else one for one in self.dataset.earlier
         )
-        object.__setattr__(self, "dataset", dataclasses.replace(self.dataset, earlier=tuple(named)))
-        sizes = list(self._iter_sizes())
+        object.__setattr__(self, "dataset", dataclasses.replace(self.dataset, earlier=earlier))
+        sizes = list(self._list_sizes())
         for (rows, views), (next_rows, next_views) in itertools.pairwise(sizes):
             if not (0 < views <= next_views and rows <= next_rows and (views == next_views) != (rows == next_rows)):
                 raise ValueError(f"dataset extents must grow by samples or by views, found {sizes} (samples, views)")
@@ -224,16 +220,14 @@ class Run(_FingerprintCache):
         part = len(other.dataset.earlier)
         return part < len(self.dataset.earlier) and self._as_of(part) == other
 
-    def _iter_sizes(self) -> Iterable[tuple[int, int]]:
-        """Yield (samples, views) of each extent."""
-        for extent in self.dataset.earlier:
-            yield extent.rows, extent.views or self.views.count
-        yield self.dataset.rows, self.views.count
+    def _list_sizes(self) -> Iterable[tuple[int, int]]:
+        """Return (samples, views) of each extent."""
+        return ((extent.rows, extent.views or self.views.count) for extent in self.extents)
 
     def _iter_growths(self) -> Iterable[tuple[range, range, int]]:
         """Yield (new samples, new views, shards per view) of each growth, in samples or in views."""
         rows = views = 0
-        for next_rows, next_views in self._iter_sizes():
+        for next_rows, next_views in self._list_sizes():
             grew = views and next_views > views
             samples = range(next_rows) if grew else range(rows, next_rows)
             yield samples, range(views if grew else 0, next_views), -(-len(samples) // self.shard_rows)

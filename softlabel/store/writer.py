@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 import xxhash
@@ -68,8 +67,7 @@ def write_shard(
 
     Args:
         root: the store's folder or URL.
-        run: the store's run.
-        plan: the shard's plan.
+        run, plan: the store's run and the shard's plan.
         rows: the good rows of the plan's range, in dataset order.
         bad: the other rows of the range.
         fidelity: of these rows, if measured.
@@ -108,8 +106,7 @@ def write_shard(
                 synced = pool.submit(sync, temporary)
                 xxh3 = file_xxh3(temporary)
                 synced.result()
-            size = temporary.stat().st_size
-            file = shard_file(plan.number, xxh3, run.format)
+            size, file = temporary.stat().st_size, shard_file(plan.number, xxh3, run.format)
             folder.publish(temporary, file, xxh3)
         finally:
             temporary.unlink(missing_ok=True)
@@ -147,8 +144,7 @@ class Committer:
         """Create or resume a store, and take its lease. A finished store may be on a read-only disk.
 
         Args:
-            root: the store's folder or URL.
-            run: the identity of the store.
+            root, run: the store's folder or URL, and its identity.
             recorded: settings to record that do not change labels.
             grow: if the run grew from a complete store, by samples or views, continue that store.
             relabel: numbers of shards to drop; records of damaged segments are rebuilt from the shards. None: repair
@@ -174,24 +170,15 @@ class Committer:
 
     @classmethod
     def _open(
-        cls,
-        folder: Folder,
-        lease: Lease,
-        run: Run,
-        recorded: Json,
-        grow: bool,
-        relabel: Collection[int] | None,
+        cls, folder: Folder, lease: Lease, run: Run, recorded: Json, grow: bool, relabel: Collection[int] | None
     ) -> Self:
         where = folder.where(ROOT_NAME)
         try:
             raw = folder.read(ROOT_NAME, ROOT_LIMIT)
         except FileNotFoundError:
-            self = cls(
-                folder,
-                lease,
-                Manifest(format_version=run.format_version, store_id=uuid.uuid4().hex, run=run, recorded=recorded),
-                {},
-            )
+            version, store_id = run.format_version, uuid.uuid4().hex
+            manifest = Manifest(format_version=version, store_id=store_id, run=run, recorded=recorded)
+            self = cls(folder, lease, manifest, {})
             self._collect_temporaries()
             self._publish_root(self._manifest)
             self._adopt()
@@ -298,9 +285,7 @@ class Committer:
         if missing := self.missing():
             raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
         if (extra := self.run.encoding.extra) is not None and not self._has_extra(extra):
-            raise StoreError(
-                f"{self._folder}: extra/{extra}, which encoding {self.run.encoding.name} needs, is missing"
-            )
+            raise StoreError(f"{self._folder}: encoding {self.run.encoding.name}: extra/{extra} is missing")
         with writing(self._folder):
             if not self._manifest.complete:
                 both = {**self._manifest.recorded, **(recorded or {})}
@@ -321,9 +306,7 @@ class Committer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _append(self, records: list[ShardRecord], **changes: Any) -> None:
@@ -377,10 +360,9 @@ class Committer:
         self._manifest = manifest
 
     def _drop_old_tails(self) -> None:
-        listed = {ref.file for ref in self._manifest.segments}
-        for name in self._folder.sizes("segments"):
-            if SEGMENT_FILE.fullmatch(name) and name not in listed:
-                self._folder.remove(name)
+        names = set(self._folder.sizes("segments")) - {ref.file for ref in self._manifest.segments}
+        for name in filter(SEGMENT_FILE.fullmatch, names):
+            self._folder.remove(name)
 
     def _forget(self, numbers: Collection[int]) -> None:
         """Drop shards from the manifest; remove their damaged files after the new root is published."""
