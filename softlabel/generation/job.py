@@ -151,11 +151,11 @@ def load_job(
 
 def _check_views(source: Source, views: ViewPolicy) -> None:
     """Raises UsageError for steps of a view policy that these samples do not take."""
-    allowed = source.inputs.view_steps
+    kind = source.inputs
     steps = [str(step.get("op")) for step in views.policy.get("steps", [])]
-    if allowed is not None and (odd := [step for step in steps if step not in allowed]):
-        takes = f"takes {', '.join(sorted(allowed))}" if allowed else "takes none"
-        raise UsageError(f"augment: {odd[0]!r} is of 8-bit RGB images; {source.name}, of another kind, {takes}")
+    if odd := [step for step in steps if not kind.takes(step)]:
+        takes = ", ".join(sorted(kind.view_steps or ())) or "none"
+        raise UsageError(f"augment: {odd[0]!r} is of 8-bit RGB images; {source.name}, of another kind, takes {takes}")
 
 
 def _open_data(

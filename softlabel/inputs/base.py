@@ -165,6 +165,11 @@ class InputKind(ABC):
     unit: ClassVar[str]
     view_steps: ClassVar[frozenset[str] | None] = None
 
+    @classmethod
+    def takes(cls, step: str) -> bool:
+        """Whether views of its samples may have a step."""
+        return cls.view_steps is None or step in cls.view_steps
+
     @abstractmethod
     def decode(self, sample: Sample) -> tuple[Item, int]:
         """The decoded sample and its content hash.

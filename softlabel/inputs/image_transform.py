@@ -151,7 +151,7 @@ class Preprocessing(InputTransform):
             found = f"one of shape {tuple(item.shape)}" if isinstance(item, Tensor) else "several arrays"
             raise DataError(
                 f"expected an image of {len(self.mean)} channels, as mean= and std= have numbers, found {found}; give "
-                "mean= and std= with a number for each channel"
+                "mean= and std= with a number for each channel, of a single one in brackets: mean=[0.5]"
             )
         if not fixed or self.crop is None:
             return self.geometry(item)

@@ -65,7 +65,7 @@ class JoinedDataset(Dataset[Batch]):
             hard labels are left out where two images are mixed into one.
 
     Raises:
-        UsageError: an augmentation beside a store that has views of its own.
+        UsageError: an augmentation beside a store that has views of its own, or of samples that are no images.
         MissingKeyError: see `missing`.
         MismatchError: the source's classes are not those of the store.
         DataError: nothing is left to train on.
@@ -92,6 +92,11 @@ class JoinedDataset(Dataset[Batch]):
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
         self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
         require_samples(source)
+        if augment is not None and not source.inputs.takes("crop-flip"):
+            raise UsageError(
+                f"augment: crops and mirror images are of images, which the samples of {source.name} are not; leave "
+                "it out"
+            )
         keys = _all_keys(source)
         labels_N = source.labels()
         self.skipped_bad = self.skipped_missing = 0

@@ -186,7 +186,8 @@ class Replay:
         return made.images
 
     def _shape(self, made: Images, keys: Sequence[str]) -> Tensor:
-        geometry, fixed = self._preprocessing or Preprocessing(), self._views.policy.fixed
+        channels, fixed = made[0].shape[0], self._views.policy.fixed
+        geometry = self._preprocessing or Preprocessing(mean=(0.0,) * channels, std=(1.0,) * channels)
         batches, failed = collate_samples(made, keys, [geometry], network="student", fixed=fixed)
         refuse_failed(failed, keys, name=self._name)
         return batches[0].only

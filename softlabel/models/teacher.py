@@ -219,9 +219,16 @@ def student_preprocessing(
     for name, text in given.items():
         fields |= _parse_option(spec, name, text, both={"resize", "crop"} <= set(given), alone=alone)
     try:
-        return transform_of(fields)
+        found = transform_of(fields)
     except SpecError as error:
         raise SpecError(f"{spec.text}: {error}") from error
+    channels = spec.options.get("in_chans")
+    if isinstance(found, Preprocessing) and channels is not None and channels != str(len(found.mean)):
+        raise SpecError(
+            f"{spec.text}: expected mean= and std= of in_chans={channels} channels, found {len(found.mean)} numbers; "
+            "give one for each channel, or one for all: ?mean=0&std=1 takes values as they are"
+        )
+    return found
 
 
 def _parse_option(spec: Spec, name: str, text: str, *, both: bool, alone: int) -> dict[str, Any]:
@@ -239,11 +246,11 @@ def _parse_option(spec: Spec, name: str, text: str, *, both: bool, alone: int) -
 
 
 def _parse_numbers(spec: Spec, name: str, text: str, *, alone: int) -> list[float]:
-    """One number for each channel; a number `alone` stands for so many channels."""
+    """One number for each channel; a number `alone` stands for so many channels, one in brackets for itself."""
     try:
         numbers = [float(x) for x in text.strip("[]()").split(",")]
     except ValueError:
         raise SpecError(
             f"{spec.text}: {name}: expected a number for each channel like 0.485,0.456,0.406; found {text!r}"
         ) from None
-    return numbers * alone if len(numbers) == 1 else numbers
+    return numbers * alone if len(numbers) == 1 and not text.startswith("[") else numbers

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 
 from softlabel.common.arguments import check_values
 from softlabel.errors import UsageError
+from softlabel.inputs.base import InputKind
 from softlabel.store.reader import Store
 
 
@@ -53,9 +54,9 @@ class TrainConfig:
         warmup_epochs: over which the learning rate rises linearly; absent: 1, and none for one-cycle.
         lr_drops: epochs at which schedule step multiplies the learning rate by `lr_factor`; absent: at 1/2 and 3/4.
         lr_factor: see `lr_drops`.
-        augment: crop-flip (pad by `crop_padding`, crop, mirror; the default), crop (without mirroring) or none. The
-            soft labels are those of the un-augmented image. A store with views of its own takes none: its images are
-            the views that the teacher saw.
+        augment: crop-flip (pad by `crop_padding`, crop, mirror; the default of images), crop (without mirroring) or
+            none. The soft labels are those of the un-augmented image. A store with views of its own takes none: its
+            images are the views that the teacher saw.
         crop_padding: pixels on each side.
         view_order: of a store that has several views: cycle (epoch e: view e mod V) or random (each sample its own).
         check_views: compare the pixels of one in so many replayed views with what the teacher saw; 0 compares none.
@@ -163,11 +164,13 @@ class TrainConfig:
         value = getattr(self, name)
         return list(value) if isinstance(value, list) else [value]
 
-    def augmentation(self, store: Store | None) -> str:
-        """`augment`, resolved. What it says beside a store that has views is refused where the two meet."""
+    def augmentation(self, store: Store | None, kind: InputKind) -> str:
+        """`augment`, resolved. What it says beside a store that has views, or samples that take none, is refused where
+        they meet."""
         if self.augment is not None:
             return self.augment
-        return "none" if store is not None and store.run.view_columns else "crop-flip"
+        has_views = store is not None and bool(store.run.view_columns)
+        return "none" if has_views or not kind.takes("crop-flip") else "crop-flip"
 
     def shared_identity(self) -> dict[str, Any]:
         """The settings that all students have in common and that decide what their weights become."""

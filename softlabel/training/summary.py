@@ -158,7 +158,7 @@ def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, student
             for student in students
         }
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
-        views, chosen = loader.store.run.views, config.augmentation(loader.store)
+        views, chosen = loader.store.run.views, config.augmentation(loader.store, loader.dataset.source.inputs)
         if loader.store.run.view_columns:
             used = loader.dataset.views
             which = f"epoch e uses view e mod {used}" if config.view_order == "cycle" else "each sample its own"

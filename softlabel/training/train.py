@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from softlabel.common.device import decoders
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import DataError, MismatchError, SpecError, TrainingError, UsageError
-from softlabel.inputs.base import InputTransform
+from softlabel.inputs.base import InputKind, InputTransform
 from softlabel.labels.combine import Combination
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import Program, build_model
@@ -109,7 +109,7 @@ def _train(
                 batch_size=config.batch_size,
                 seed=config.seed,
                 tail="drop",
-                augment=_augment(config, store),
+                augment=_augment(config, store, source.inputs),
                 preprocessing=models[0][1],
                 missing=config.missing,
                 workers=workers,
@@ -246,8 +246,8 @@ def _precision(config: TrainConfig, device: torch.device) -> str:
     return config.precision
 
 
-def _augment(config: TrainConfig, store: Store | None) -> CropFlip | None:
-    chosen = config.augmentation(store)
+def _augment(config: TrainConfig, store: Store | None, kind: InputKind) -> CropFlip | None:
+    chosen = config.augmentation(store, kind)
     return None if chosen == "none" else CropFlip(padding=config.crop_padding, flip=chosen == "crop-flip")
 
 
@@ -280,7 +280,7 @@ def _identity(
     """What decides what the weights become beside the settings: a run goes on only if all of it is the same."""
     hard_labels = hashlib.sha256(source.labels().astype("<i8").tobytes()).hexdigest()
     return {
-        "augment": config.augmentation(store),
+        "augment": config.augmentation(store, source.inputs),
         "precision": precision,
         "classes": num_classes,
         "data (fingerprint of the keys)": source.fingerprint(),

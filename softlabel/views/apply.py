@@ -2,7 +2,7 @@
 
 Legend: B batch, H and W pixels.
 
-    decoded images -> box -> torchvision transforms -> mixing -> uint8 pixels and their xxh3-64
+    decoded images -> box -> torchvision transforms -> mixing -> pixels and their xxh3-64
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -250,9 +250,9 @@ def stacked(images: Sequence[Tensor]) -> Images:
 
 
 def digests(images: Images) -> U64:
-    """Return the xxh3-64 of each view's pixels as bytes (H, W, 3): uint64 (B,)."""
+    """Return the xxh3-64 of each view's pixels as bytes (H, W, C): uint64 (B,)."""
     if isinstance(images, Tensor):
-        pixels: Iterable[NDArray[np.uint8]] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        pixels: Iterable[NDArray[Any]] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
     else:
         pixels = (np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()) for image_CHW in images)
     return np.fromiter((xxhash.xxh3_64_intdigest(one.data) for one in pixels), np.uint64, len(images))

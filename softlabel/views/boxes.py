@@ -8,7 +8,7 @@ order is cut, resize if the step has a size, mirror.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,15 +141,22 @@ class InceptionStep:
         return np.logical_and(inside_B2[:, 0], inside_B2[:, 1])
 
     def cut(self, images: Images, boxes: Boxes) -> Images:
-        """Cut the boxes out of B images and resize them: uint8 (B, 3, S, S)."""
-        resampling = _RESAMPLING[self.interpolation]
-        out = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        """Cut the boxes out of B images and resize them: (B, C, S, S), uint8 or float32 as they are."""
+        channels, dtype = (images[0].shape[0], images[0].numpy().dtype) if len(images) else (3, np.dtype(np.uint8))
+        out = np.empty((len(images), self.size, self.size, channels), dtype)
         for place, (top, left, height, width) in enumerate(boxes.boxes.tolist()):
             image_HWC = images[place].permute(1, 2, 0).numpy()
-            part = np.ascontiguousarray(image_HWC[top : top + height, left : left + width])
-            resized = np.asarray(Image.fromarray(part).resize((self.size, self.size), resampling))
+            resized = self._resize(np.ascontiguousarray(image_HWC[top : top + height, left : left + width]))
             out[place] = resized[:, ::-1] if boxes.flips[place] else resized
         return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def _resize(self, part_HWC: NDArray[Any]) -> NDArray[Any]:
+        """To (S, S, C); PIL takes 8-bit RGB whole, other images channel by channel (modes L and F)."""
+        size, resampling = (self.size, self.size), _RESAMPLING[self.interpolation]
+        if part_HWC.dtype == np.uint8 and part_HWC.shape[2] == 3:
+            return np.asarray(Image.fromarray(part_HWC).resize(size, resampling))
+        channels = (np.ascontiguousarray(part_HWC[:, :, channel]) for channel in range(part_HWC.shape[2]))
+        return np.stack([np.asarray(Image.fromarray(one).resize(size, resampling)) for one in channels], axis=2)
 
 
 CropStep = CropFlipStep | InceptionStep

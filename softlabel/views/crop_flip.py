@@ -1,6 +1,6 @@
-"""Pad, crop and mirror whole batches of uint8 pixels, for small images.
+"""Pad, crop and mirror whole batches of pixels, for small images.
 
-Legend: B batch, C colours (3), H and W pixels.
+Legend: B batch, C colours or bands, H and W pixels.
 """
 
 from collections.abc import Sequence
@@ -67,16 +67,17 @@ class CropFlip:
         """Cut the crops out of a batch.
 
         Args:
-            images_BCHW: uint8, in main memory.
+            images_BCHW: uint8 or floats, in main memory.
 
         Returns:
-            uint8 of the same shape; the input is left as it was.
+            Of the same type and shape; the input is left as it was.
         """
         height, width = images_BCHW.shape[-2:]
         side, flip_B = self.padding, crops.flip.numpy()
         # numpy, because torch would start all its threads for these small copies.
-        padded_BCHW = np.zeros((*images_BCHW.shape[:2], height + 2 * side, width + 2 * side), dtype=np.uint8)
-        padded_BCHW[:, :, side : side + height, side : side + width] = images_BCHW.numpy()
+        pixels_BCHW = images_BCHW.numpy()
+        padded_BCHW = np.zeros((*pixels_BCHW.shape[:2], height + 2 * side, width + 2 * side), dtype=pixels_BCHW.dtype)
+        padded_BCHW[:, :, side : side + height, side : side + width] = pixels_BCHW
         # The mirror image of a crop is the crop at the mirrored place of the mirror image.
         padded_BCHW[flip_B] = padded_BCHW[flip_B, :, :, ::-1]
         left_B = np.where(flip_B, 2 * side - crops.left.numpy(), crops.left.numpy())
@@ -85,5 +86,5 @@ class CropFlip:
         return torch.from_numpy(windows[np.arange(len(flip_B)), :, crops.top.numpy(), left_B])
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
-        """Draw and apply one view of a batch, uint8 (B, C, H, W)."""
+        """Draw and apply one view of a batch (B, C, H, W)."""
         return self.apply(images_BCHW, self.crops(keys, seed=seed, view=view))
