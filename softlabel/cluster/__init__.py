@@ -1,1 +1,1 @@
-"""Generation past one machine, on Dask; nothing else imports it but the command line."""
+"""Generation on several machines with Dask; only the command line imports it."""

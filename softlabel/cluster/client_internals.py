@@ -1,6 +1,6 @@
-"""What is used of distributed's internals (2026.8): its public calls have no time limit.
+"""Internals of distributed that we use (2026.8): its public calls have no timeout.
 
-`Client.gather` waits without an end for a scheduler that is gone; `callback_timeout` of the coroutines ends the wait.
+`Client.gather` waits forever for a scheduler that is gone; `callback_timeout` of the coroutines ends the wait.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from distributed import Client, Future
 
 
 def gather(client: Client, futures: Sequence[Future], *, timeout: float) -> list[Any]:
-    """The results of finished futures. Raises what distributed raises where one of them, or the scheduler, is lost."""
+    """Return the results of finished futures; raises errors of distributed if one of them or the scheduler is lost."""
     return list(client.sync(client._gather, futures, callback_timeout=timeout))
 
 
 def cancel(client: Client, futures: Sequence[Future], *, timeout: float) -> None:
-    """Cancel futures, as far as the scheduler answers in time."""
+    """Cancel futures if the scheduler answers in time."""
     client.sync(client._cancel, futures, callback_timeout=timeout)
 
 
 def worker_states(client: Client, *, timeout: float) -> dict[str, str]:
-    """Address -> status ("running", "paused", ...) of every worker, as the scheduler knows them."""
+    """Return address -> status ("running", "paused", ...) of every worker known to the scheduler."""
     found: dict[str, str] = client.sync(client._run_on_scheduler, _list_states, callback_timeout=timeout)
     return found
 

@@ -1,4 +1,4 @@
-"""A client of the cluster that a run asks for: one that runs already, or one that is started for it."""
+"""Connect to a running cluster, or start one for the run."""
 
 import asyncio
 import contextlib
@@ -29,19 +29,19 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @contextlib.contextmanager
 def connected(deployment: Deployment) -> Iterator[Client]:
-    """A client of a running scheduler, or of a cluster that lives as long as the block.
+    """Provide a client of a running scheduler, or of a cluster started for the block.
 
     Raises:
-        UsageError: no scheduler answers there, or a cluster of this kind cannot be started: its package is absent, its
-            options are wrong, or it takes no jobs.
+        UsageError: the scheduler does not answer, or the cluster cannot be started: its package is missing, its options
+            are wrong, or it refuses jobs.
     """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         where: Any = deployment.scheduler
         if deployment.cluster is not None:
-            stack.enter_context(dask.config.set(_settings()))
+            stack.enter_context(dask.config.set(_make_settings()))
             where = stack.enter_context(
-                _cluster(deployment.cluster, deployment.cluster_workers, dict(deployment.cluster_options))
+                _start_cluster(deployment.cluster, deployment.cluster_workers, dict(deployment.cluster_options))
             )
         if deployment.scheduler is not None:
             _check_address(deployment.scheduler)
@@ -58,7 +58,7 @@ def connected(deployment: Deployment) -> Iterator[Client]:
 
 
 def _enter(stack: contextlib.ExitStack, context: Any) -> Any:
-    """Enter a context whose end, whatever Dask raises there, is not the end of a run that is done."""
+    """Enter a context and log errors that Dask raises when it ends: they must not fail a finished run."""
     value = context.__enter__()
 
     def leave(*error: Any) -> None:
@@ -72,64 +72,64 @@ def _enter(stack: contextlib.ExitStack, context: Any) -> Any:
 
 
 def _check_address(address: str) -> None:
-    """Raises UsageError for one that a client cannot even try: it would be left half made, and complain at the end."""
+    """Raise UsageError for an invalid address: it would leave a half-made client that logs errors at exit."""
     scheme = address.partition("://")[0] if "://" in address else "tcp"
     try:
         get_backend(scheme)
         if scheme in ("tls", "wss") and Security().get_connection_args("client")["ssl_context"] is None:
-            raise ValueError("there are none")
+            raise ValueError("no certificates")
     except Exception as error:
         raise UsageError(
-            f"--scheduler {address}: expected an address such as tcp://10.0.0.1:8786, and for tls:// Dask's settings "
-            f"of certificates ({one_line(error)})"
+            f"--scheduler {address}: expected an address such as tcp://10.0.0.1:8786, and for tls:// certificates in "
+            f"Dask's settings ({one_line(error)})"
         ) from None
 
 
 def _check_scheduler(address: str) -> None:
-    """Raises UsageError unless a scheduler answers: a client would wait for ever for the answer of something else."""
+    """Raise UsageError unless a scheduler answers: a client would wait forever for another service."""
     name = "distributed.comm.timeouts.connect"
-    seconds = parse_timedelta(dask.config.get(name)) if _set_by_user(name) else _ANSWER_SECONDS
+    seconds = parse_timedelta(dask.config.get(name)) if _is_set_by_user(name) else _ANSWER_SECONDS
 
     async def ask() -> str:
         async with rpc(address, connection_args=Security().get_connection_args("client")) as there:
             return str((await there.identity())["type"])
 
-    with ThreadPoolExecutor(1) as pool:  # this thread may have a loop that runs already, as in a notebook
+    with ThreadPoolExecutor(1) as pool:  # this thread may have a running loop, as in a notebook
         try:
             kind = pool.submit(lambda: asyncio.run(asyncio.wait_for(ask(), seconds))).result()
         except TimeoutError:
-            kind = f"nothing that answers as one within {seconds:g} s"
+            kind = f"no answer within {seconds:g} s"
         except Exception as error:
-            kind = f"none that answers ({one_line(error, with_type=True)})"
+            kind = f"no answer ({one_line(error, with_type=True)})"
     if kind != "Scheduler":
         raise UsageError(
-            f"--scheduler {address}: expected a Dask scheduler there, found {kind}; the scheduler's port is 8786 where "
-            "nothing else was asked for, 8787 is that of its dashboard; start one with 'dask scheduler'"
+            f"--scheduler {address}: expected a Dask scheduler, found {kind}; its default port is 8786, that of its "
+            "dashboard 8787; start one with 'dask scheduler'"
         )
 
 
-def _settings() -> dict[str, Any]:
-    """Dask's settings for clusters that we start, where the user has not set them."""
+def _make_settings() -> dict[str, Any]:
+    """Return Dask's settings for clusters that we start, except those that the user has set."""
     wanted: dict[str, Any] = {
-        "distributed.scheduler.allowed-failures": 0,  # the first death says enough: we retry alone
+        "distributed.scheduler.allowed-failures": 0,  # we retry shards in separate processes ourselves
         "distributed.scheduler.worker-ttl": "60s",
-        "distributed.worker.memory.target": False,  # nothing of ours lies in Dask's memory: spilling cannot help
+        "distributed.worker.memory.target": False,  # our data is not in Dask's memory: spilling cannot help
         "distributed.worker.memory.spill": False,
         "distributed.worker.memory.pause": False,
-        # Its looks at the stack, a hundred a second, would be what a worker does most beside labelling.
+        # By default it samples the stack a hundred times a second.
         "distributed.worker.profile.interval": "100ms",
     }
-    return {name: value for name, value in wanted.items() if not _set_by_user(name)}
+    return {name: value for name, value in wanted.items() if not _is_set_by_user(name)}
 
 
-def _set_by_user(name: str) -> bool:
-    """Whether an environment variable, a file or a program says otherwise than Dask itself."""
+def _is_set_by_user(name: str) -> bool:
+    """Whether the user has changed a setting from Dask's default."""
     own = dask.config.merge(*dask.config.defaults)
     return bool(dask.config.get(name, None) != dask.config.get(name, None, config=own))
 
 
 @contextlib.contextmanager
-def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) -> Iterator[Any]:
+def _start_cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) -> Iterator[Any]:
     if kind == "local":
         cores = os.cpu_count() or 1
         count = workers or cores
@@ -137,8 +137,8 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
         with dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _THREADS}):
             settings = {"n_workers": count, "threads_per_worker": 1, "processes": True, "dashboard_address": ":0"}
             settings = {**settings, "silence_logs": logging.CRITICAL, **options}
-            with _no_ctrl_c():
-                local = _made(kind, LocalCluster, settings)
+            with _ignore_ctrl_c():
+                local = _create(kind, LocalCluster, settings)
             with contextlib.ExitStack() as stack:
                 yield _enter(stack, local)
         return
@@ -158,17 +158,17 @@ def _cluster(kind: ClusterKind, workers: int | None, options: dict[str, Any]) ->
     if kind == "slurm" and workers is None:
         raise UsageError("--cluster slurm: expected --cluster-workers, the number of workers to start, not given")
     if kind == "slurm" and shutil.which("sbatch") is None:
-        raise UsageError("--cluster slurm: there is no 'sbatch' here; run this where jobs can be submitted")
+        raise UsageError("--cluster slurm: command 'sbatch' not found; run this where jobs can be submitted")
     with contextlib.ExitStack() as stack:
-        made = _enter(stack, _made(kind, getattr(module, name), options))
+        made = _enter(stack, _create(kind, getattr(module, name), options))
         if kind != "cuda" and workers is not None:
             _scale(kind, made, workers)
         yield made
 
 
 def _scale(kind: ClusterKind, made: Any, workers: int) -> None:
-    """Ask for workers. Raises UsageError where that is refused at once, by SLURM for a queue that is not there, say."""
-    for name in ("tornado.application", "asyncio"):  # a refusal would be told there too, as tracebacks
+    """Request workers; raise UsageError if SLURM refuses a job at once, for example because of an unknown queue."""
+    for name in ("tornado.application", "asyncio"):  # they would log a refusal with tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     made.scale(workers)
     if kind != "slurm":
@@ -177,15 +177,15 @@ def _scale(kind: ClusterKind, made: Any, workers: int) -> None:
     async def refused() -> None:
         await made._correct_state()
         for job in made.workers.values():
-            if job.status == Status.created:  # it was not taken; asked once more, it says why
+            if job.status == Status.created:  # it was refused; awaiting it raises the reason
                 await job
 
-    _made(kind, lambda: made.sync(refused), {})
+    _create(kind, lambda: made.sync(refused), {})
 
 
 @contextlib.contextmanager
-def _no_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C: a terminal sends it to all, and ending them is ours."""
+def _ignore_ctrl_c() -> Iterator[None]:
+    """Let processes started in the block ignore Ctrl-C, which a terminal sends to all of them; we end them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -196,19 +196,14 @@ def _no_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _made(kind: ClusterKind, make: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """A cluster of somebody else's class. What it says about its arguments, in words of its own, is for the user.
-
-    Raises:
-        UsageError: it cannot be made so.
-    """
+def _create(kind: ClusterKind, make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Create a cluster and raise UsageError with the reason if that fails."""
     try:
         return make(**options)
     except Exception as error:
-        first: BaseException = error  # "Nanny failed to start" is the end of a chain that begins with the reason
+        first: BaseException = error  # the reason is the first of a chain that ends in "Nanny failed to start"
         while (before := first.__cause__ or first.__context__) is not None:
             first = before
         raise UsageError(
-            f"--cluster {kind}: cannot be started: {one_line(first)}; its arguments come from the file of "
-            "--cluster-options"
+            f"--cluster {kind}: cannot be started: {one_line(first)}; check the arguments in --cluster-options"
         ) from error

@@ -1,4 +1,4 @@
-"""Shards through a cluster: a window of requests out, outcomes back, dead workers' shards again and alone."""
+"""Dispatch shards to a cluster: a window of requests in flight; shards of dead workers are retried alone."""
 
 import contextlib
 import dataclasses
@@ -23,46 +23,46 @@ log = logging.getLogger("softlabel")
 
 Work = Callable[[Request, int, str, float, str], Outcome]
 
-WINDOW = 1.75  # shards in flight for each worker, which labels one at a time: the next one is there when one ends
-BUNDLE_SECONDS = 0.5  # of work in flight for each worker at least, where shards are shorter
+WINDOW = 1.75  # shards in flight per worker, which labels one at a time, so that the next one is ready
+BUNDLE_SECONDS = 0.5  # minimal work in flight per worker, for short shards
 MOST_IN_BUNDLE = 100
-ALONE_TRIES = 3  # processes of its own that a shard may take with it
-TRIES = 4  # where storage fails, or a worker is lost without a shard being blamed
-BREAK_AFTER = 8  # failures before the first success, or of storage since the last one: it is not these shards
-PAUSED_SECONDS = 120.0  # in which no worker takes anything
-REFILL_SECONDS = 30.0  # between two times that lost workers are asked for anew
-LOST_SECONDS = 30.0  # without a sign of the scheduler
-ANSWER_SECONDS = 8.0  # for the scheduler to say something
-ASK_SECONDS = 5.0  # between two looks at the cluster
-FIRST_LIMIT = 3600.0  # a shard's seconds while nothing is known about their length
+ALONE_TRIES = 3  # tries of a shard in a separate process
+TRIES = 4  # tries of a shard after storage errors or lost workers
+BREAK_AFTER = 8  # failures before the first success, or of storage since the last, after which the run stops
+PAUSED_SECONDS = 120.0  # timeout while all workers are paused
+REFILL_SECONDS = 30.0  # interval of requests to replace lost workers
+LOST_SECONDS = 30.0  # timeout without an answer of the scheduler
+ANSWER_SECONDS = 8.0  # timeout of a scheduler call
+ASK_SECONDS = 5.0  # interval of cluster checks
+FIRST_LIMIT = 3600.0  # timeout of a shard before three are done
 LEAST_LIMIT = 120.0
-SLOW = 3.0  # times the median: a straggler, which an idle worker may do as well
+SLOW = 3.0  # times the median duration of a straggler, which an idle worker repeats
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A shard on its way: how often it was tried, and the futures that may bring its outcome."""
+    """A shard in flight: how often it was tried, and the futures that may return its outcome."""
 
     number: int
     tries: int = 0
     deaths: int = 0
     alone: bool = False
-    why: str = "it was lost on its way"
+    why: str = "it was lost in transit"
     since: float = 0.0
     copies: list[Future] = field(default_factory=list)
 
 
-class Drive:
-    """Brings shards through a cluster: one call of `run`.
+class Dispatcher:
+    """Labels shards on a cluster, in one call of `run`.
 
     Args:
         client: of the cluster.
-        request: what a worker must know.
-        keys: the digest of a shard's keys, which a worker compares with those that it reads.
-        commit: takes the outcomes of published shards; called in this thread alone, with those that arrived together.
-        limit: seconds after which a shard counts as hung; None: 20 times the usual, at least two minutes.
-        work, alone: what a worker runs, and what it runs for a shard whose worker died.
-        refill: asks for workers in the place of lost ones; called now and then.
+        request: for the workers.
+        keys: returns the digest of a shard's keys, which a worker compares with those that it reads.
+        commit: receives outcomes of published shards; called only in this thread.
+        limit: timeout of a shard in seconds; None: 20 times the median, at least two minutes.
+        work, alone: function that a worker runs, and the one for a shard whose worker died.
+        refill: requests workers to replace lost ones.
         progress: advanced by committed rows.
     """
 
@@ -85,66 +85,67 @@ class Drive:
         self.done = 0
         self.failed: list[Outcome] = []
         self._waiting: deque[_Flight] = deque()
-        self._flying: dict[int, _Flight] = {}
+        self._in_flight: dict[int, _Flight] = {}
         self._arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._later: list[tuple[float, _Flight]] = []
         self._seconds: deque[float] = deque(maxlen=201)
         self._rates: dict[str, float] = {}
         self._workers = 1
         self._seen = self._asked = time.monotonic()
-        self._names = 0  # of tasks that were sent
-        self._refused = 0  # failures of storage since the last success
-        self._paused: float | None = None  # since when no worker takes anything
+        self._names = 0  # number of tasks sent
+        self._refused = 0  # storage failures since the last success
+        self._paused: float | None = None  # time since which all workers are paused
         self._refilled = time.monotonic()
 
     def run(self, numbers: Sequence[int]) -> list[Outcome]:
-        """Label these shards; returns those that could not be, each with its reason.
+        """Label shards.
+
+        Returns:
+            The failed shards with their errors.
 
         Raises:
-            ClusterLostError: the scheduler is gone; what was committed stays.
+            ClusterLostError: the scheduler is gone; committed shards stay.
             UsageError: Dask has paused all workers.
-            DataError, StoreError: nothing succeeds, for the reason of the first failures; or a worker has other data
-                or teachers, or a bad image, where that stops the run.
+            DataError, StoreError: no shard succeeds; or a worker has other data or teachers, or a bad image with
+                `on_bad_image="error"`.
         """
         self._waiting.extend(_Flight(number) for number in numbers)
-        self._ask(force=True)
+        self._check_cluster(force=True)
         try:
-            while self._waiting or self._flying or self._later:
+            while self._waiting or self._in_flight or self._later:
                 self._launch()
-                self._settle(self._landed())
-                self._ask()
-                self._second_copies()
+                self._process(self._receive())
+                self._check_cluster()
+                self._copy_stragglers()
         finally:
-            left = [future for flight in self._flying.values() for future in flight.copies]
+            left = [future for flight in self._in_flight.values() for future in flight.copies]
             if left and self.client.status == "running":
                 with contextlib.suppress(Exception):
                     cancel(self.client, left, timeout=5)
         assert self.done + len(self.failed) == len(numbers)
         return self.failed
 
-    # ---- out ----
-
     def _launch(self) -> None:
         now = time.monotonic()
         for entry in [entry for entry in self._later if entry[0] <= now]:
             self._later.remove(entry)
             self._waiting.appendleft(entry[1])
-        room = self._window() - len(self._flying)
+        room = self._choose_window() - len(self._in_flight)
         going = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         for flight in going:
             flight.tries += 1
-            self._flying[flight.number] = flight
+            self._in_flight[flight.number] = flight
         for alone in (False, True):
             self._submit([flight for flight in going if flight.alone == alone])
 
-    def _window(self) -> int:
-        # Shards of a moment come and go in bundles, or talking about them would take longer than they do.
+    def _choose_window(self) -> int:
+        # Very short shards are sent in bundles to reduce overhead.
         usual = statistics.median(self._seconds) if len(self._seconds) >= 3 else BUNDLE_SECONDS
         bundle = min(MOST_IN_BUNDLE, max(1.0, BUNDLE_SECONDS / max(usual, 1e-6)))
         return max(2, round(WINDOW * self._workers * bundle))
 
     def _submit(self, flights: Sequence[_Flight]) -> None:
-        """Send flights of one kind off, in one message."""
+        """Submit flights of one kind in one message."""
         if not flights:
             return
         alone = flights[0].alone
@@ -165,11 +166,11 @@ class Drive:
                 priority=10 if alone else 0,
                 work=self.alone if alone else self.work,
                 request=self.request,
-                limit=self._limit(),
+                limit=self._choose_limit(),
             )
         except Exception as error:
             if isinstance(error, OSError) or self.client.status != "running":
-                raise self._lost(error) from error
+                raise self._make_lost_error(error) from error
             raise
         for flight, future in zip(flights, futures, strict=True):
             flight.copies.append(future)
@@ -178,64 +179,62 @@ class Drive:
     def _arrive(self, number: int, future: Future) -> None:
         self._arrived.put((number, future))
 
-    def _limit(self) -> float:
+    def _choose_limit(self) -> float:
         if self.limit is not None:
             return self.limit
         if len(self._seconds) < 3:
             return FIRST_LIMIT
         return max(LEAST_LIMIT, 20 * statistics.median(self._seconds))
 
-    def _second_copies(self) -> None:
-        """At the end, let idle workers do again what others are slow with; the first to end counts."""
-        if self._waiting or self._later or len(self._seconds) < 3 or len(self._flying) >= self._workers:
+    def _copy_stragglers(self) -> None:
+        """At the end, let idle workers repeat slow shards; the first outcome counts."""
+        if self._waiting or self._later or len(self._seconds) < 3 or len(self._in_flight) >= self._workers:
             return
         slow = SLOW * statistics.median(self._seconds) + 5
-        for flight in self._flying.values():
+        for flight in self._in_flight.values():
             if len(flight.copies) == 1 and not flight.alone and time.monotonic() - flight.since > slow:
-                log.info("shard %d is slow; another worker does it as well", flight.number)
+                log.info("shard %d is slow; another worker labels it too", flight.number)
                 self._submit([flight])
 
-    # ---- back ----
-
-    def _landed(self) -> list[tuple[int, Future]]:
-        """What arrived since, after waiting up to a second for the first."""
-        landed = []
+    def _receive(self) -> list[tuple[int, Future]]:
+        """Return futures that completed, after waiting up to a second for the first."""
+        arrived = []
         with contextlib.suppress(queue.Empty):
-            landed.append(self._arrived.get(timeout=1.0))
-            if len(self._flying) > 2 * WINDOW * self._workers:
+            arrived.append(self._arrived.get(timeout=1.0))
+            if len(self._in_flight) > 2 * WINDOW * self._workers:
                 time.sleep(BUNDLE_SECONDS / 4)  # they come in bundles
             while True:
-                landed.append(self._arrived.get_nowait())
-        return [(number, future) for number, future in landed if number in self._flying]
+                arrived.append(self._arrived.get_nowait())
+        return [(number, future) for number, future in arrived if number in self._in_flight]
 
-    def _settle(self, landed: Sequence[tuple[int, Future]]) -> None:
-        # Looked at once: Dask may find a lost result again while others are fetched.
+    def _process(self, arrived: Sequence[tuple[int, Future]]) -> None:
+        # Read each status once: it may change while others are fetched.
         good: list[tuple[int, Future]] = []
         others: list[tuple[int, Future]] = []
-        for number, future in landed:
+        for number, future in arrived:
             (good if future.status == "finished" else others).append((number, future))
         outcomes = self._gather([future for _, future in good])
         published, rows = [], 0
         for (number, future), outcome in zip(good, outcomes, strict=True):
-            if outcome is None:  # its worker died between the answer and our question
-                self._gone(number, future)
-            elif (flight := self._flying.get(number)) is not None:
+            if outcome is None:  # its worker died before the result was fetched
+                self._handle_lost(number, future)
+            elif (flight := self._in_flight.get(number)) is not None:
                 self._seconds.append(outcome.seconds)
                 if outcome.record is None:
-                    self._failed(flight, outcome)
+                    self._handle_failure(flight, outcome)
                     continue
-                del self._flying[number]
+                del self._in_flight[number]
                 published.append(outcome)
                 count = outcome.record.rows + len(outcome.record.bad)
                 rows += count
                 self._rates[outcome.worker] = count / max(outcome.seconds, 1e-9)
         for number, future in others:
-            self._gone(number, future)
+            self._handle_lost(number, future)
         if published:
             self.commit(published)
             self.done += len(published)
             self._refused = 0
-            self._show(rows)
+            self._report(rows)
 
     def _gather(self, futures: Sequence[Future]) -> list[Outcome | None]:
         if not futures:
@@ -244,12 +243,12 @@ class Drive:
             return gather(self.client, futures, timeout=ANSWER_SECONDS)
         except Exception as error:
             log.debug("gather: %s", error)
-        if not self._ask(force=True):
+        if not self._check_cluster(force=True):
             return [None] * len(futures)
-        # Some worker took its answers with it; those of the others are still there.
-        return [self._one(future) for future in futures]
+        # A worker was lost with its results; fetch those of the others.
+        return [self._fetch_one(future) for future in futures]
 
-    def _one(self, future: Future) -> Outcome | None:
+    def _fetch_one(self, future: Future) -> Outcome | None:
         try:
             outcome: Outcome = future.result(timeout=ANSWER_SECONDS)
         except Exception as error:
@@ -257,9 +256,9 @@ class Drive:
             return None
         return outcome
 
-    def _gone(self, number: int, future: Future) -> None:
-        """A future without an outcome: its worker died, or Dask lost or cancelled it, or our code raised there."""
-        flight = self._flying.get(number)
+    def _handle_lost(self, number: int, future: Future) -> None:
+        """Handle a future without an outcome: its worker died, Dask lost or cancelled it, or our code raised."""
+        flight = self._in_flight.get(number)
         if flight is None or future not in flight.copies:
             return
         flight.copies.remove(future)
@@ -268,19 +267,19 @@ class Drive:
             assert error is not None, "the future's status is error"
             flight.why = "its worker died" if isinstance(error, KilledWorker) else one_line(error, with_type=True)
             flight.deaths += 1
-            self._alone_from_now(flight, flight.why)
+            self._isolate(flight, flight.why)
         if flight.copies:
-            return  # another copy is on its way
-        del self._flying[number]
+            return  # another copy is in flight
+        del self._in_flight[number]
         if flight.deaths > ALONE_TRIES or flight.tries > TRIES + ALONE_TRIES:
-            self._failed_for_good(Outcome(number=number, error=f"{flight.why}, {flight.tries} times"))
+            self._give_up(Outcome(number=number, error=f"{flight.why}, {flight.tries} times"))
         else:
             self._waiting.appendleft(flight)
 
-    def _failed(self, flight: _Flight, outcome: Outcome) -> None:
+    def _handle_failure(self, flight: _Flight, outcome: Outcome) -> None:
         if outcome.fatal:
             raise DataError(f"{outcome.error} (worker {outcome.worker})")
-        del self._flying[flight.number]
+        del self._in_flight[flight.number]
         flight.copies.clear()
         if outcome.died and flight.deaths < ALONE_TRIES:
             flight.deaths += 1
@@ -288,31 +287,29 @@ class Drive:
         elif outcome.transient and flight.tries < TRIES:
             self._later.append((time.monotonic() + 2.0**flight.tries / 2, flight))
         elif not (outcome.transient or flight.alone):
-            self._alone_from_now(flight, outcome.error)
+            self._isolate(flight, outcome.error)
             self._waiting.appendleft(flight)
         else:
-            self._failed_for_good(outcome)
+            self._give_up(outcome)
 
-    def _alone_from_now(self, flight: _Flight, why: str) -> None:
-        """A worker's fault, a broken device say, looks like the shard's until the shard fails without that worker."""
+    def _isolate(self, flight: _Flight, why: str) -> None:
+        """Retry a shard in a separate process, to distinguish its fault from a worker's (e.g. a broken device)."""
         flight.alone = True
-        log.warning("shard %d: %s; it is tried again alone in a process of its own", flight.number, why)
+        log.warning("shard %d: %s; retrying it alone in a separate process", flight.number, why)
 
-    def _failed_for_good(self, outcome: Outcome) -> None:
+    def _give_up(self, outcome: Outcome) -> None:
         self.failed.append(outcome)
         log.warning("shard %d: %s", outcome.number, outcome.error)
         if outcome.transient:
             self._refused += 1
         enough = min(BREAK_AFTER, 2 * max(1, self._workers) + 1)
         if self._refused >= enough:
-            raise StoreError(f"no shard can be stored any more; shard {outcome.number}: {outcome.error}")
+            raise StoreError(f"no shard can be stored; shard {outcome.number}: {outcome.error}")
         if not self.done and len(self.failed) >= enough:
             raise DataError(f"no shard succeeds; shard {outcome.number}: {outcome.error}")
 
-    # ---- the cluster's health ----
-
-    def _ask(self, *, force: bool = False) -> bool:
-        """Look at the cluster now and then; whether the scheduler answered when it was last asked."""
+    def _check_cluster(self, *, force: bool = False) -> bool:
+        """Check the cluster at intervals; return whether the scheduler answered the last check."""
         now = time.monotonic()
         if not force and now - self._asked < ASK_SECONDS:
             return self._seen >= self._asked
@@ -321,21 +318,21 @@ class Drive:
             workers = worker_states(self.client, timeout=ANSWER_SECONDS)
         except Exception as error:
             if now - self._seen > LOST_SECONDS or self.client.status == "closed":
-                raise self._lost(error) from error
+                raise self._make_lost_error(error) from error
             return False
         self._seen = time.monotonic()
         if not workers and self._workers:
             log.info("waiting for workers")
         self._workers = sum(status == "running" for status in workers.values())
-        self._look_for_paused(workers)
+        self._check_paused(workers)
         if self.refill is not None and now - self._refilled > REFILL_SECONDS:
             self._refilled = now
             self.refill()
         self._rates = {worker: rate for worker, rate in self._rates.items() if worker in workers}
         return True
 
-    def _look_for_paused(self, workers: dict[str, str]) -> None:
-        """Dask gives no task to a worker above a share of its memory limit, and a teacher's memory never falls."""
+    def _check_paused(self, workers: dict[str, str]) -> None:
+        """Raise UsageError if all workers stay paused: Dask pauses a worker near its memory limit."""
         if self._workers or "paused" not in workers.values():
             self._paused = None
             return
@@ -343,16 +340,16 @@ class Drive:
         remedy = "start workers with '--memory-limit 0', or with more memory"
         if self._paused is None:
             self._paused = now
-            log.warning("Dask has paused all %d workers, whose memory is near their limit; %s", len(workers), remedy)
+            log.warning("Dask has paused all %d workers, which are near their memory limit; %s", len(workers), remedy)
         elif now - self._paused > PAUSED_SECONDS:
-            raise UsageError(f"all {len(workers)} workers are paused, their memory is near their limit; {remedy}")
+            raise UsageError(f"all {len(workers)} workers are paused near their memory limit; {remedy}")
 
-    def _lost(self, error: BaseException) -> ClusterLostError:
+    def _make_lost_error(self, error: BaseException) -> ClusterLostError:
         return ClusterLostError(
-            f"the scheduler is gone ({type(error).__name__}); what was committed is kept: run the same command again"
+            f"the scheduler is gone ({type(error).__name__}); committed shards are kept: rerun the command"
         )
 
-    def _show(self, rows: int) -> None:
+    def _report(self, rows: int) -> None:
         note = f"{self._workers} workers"
         if self._rates:
             slowest = min(self._rates, key=self._rates.__getitem__)

@@ -1,15 +1,14 @@
-"""Generation past one machine, on Dask: which worker labels which shard, and what happens when one of them dies.
+"""Generation on a Dask cluster.
 
-    plan minus manifest -> window of shards in flight -> label_one on a worker -> record -> commit (here, nowhere else)
+    plan minus manifest -> window of shards in flight -> label_one on a worker -> record -> commit (only here)
 
-Dask is trusted with placement and with telling us that a worker is gone; the store carries correctness. Requests and
-records travel, arrays and models never do. A shard may run twice or late: it is published under the hash of its bytes,
-and the first record of a shard wins.
+Dask places tasks and reports lost workers; the store guarantees correctness. Only requests and records are sent, never
+arrays or models. A shard may run twice or late: it is published under its content hash, and the first record wins.
 
-Of Dask's ways these are met here: a dead worker's shards are all blamed for its death (`KilledWorker`), so each of them
-is tried again alone in a fresh process before it is called bad; results of a lost scheduler never arrive, so its health
-is asked for beside waiting for them; resource limits switch off the scheduler's queue, so none are used; the nanny's
-MALLOC_TRIM_THRESHOLD_ freezes the C library's limits, which workers therefore set themselves (see `generation.malloc`).
+Properties of Dask that the code depends on: it blames all shards of a dead worker for its death (`KilledWorker`), so
+each is retried alone in a separate process; results of a lost scheduler never arrive, so its health is polled; resource
+limits disable the scheduler's queue, so none are set; the nanny sets MALLOC_TRIM_THRESHOLD_, which freezes the C
+library's limits, so workers set them (see `generation.malloc`).
 """
 
 import functools
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 
 from softlabel.cluster.connect import connected
 from softlabel.cluster.deployment import Deployment
-from softlabel.cluster.dispatch import Drive
+from softlabel.cluster.dispatch import Dispatcher
 from softlabel.cluster.modules import upload_modules
 from softlabel.common.places import absolute_root
 from softlabel.errors import DataError
@@ -46,7 +45,7 @@ class DaskExecutor:
         Raises:
             DataError: some shards could not be labelled; the others are committed.
             ClusterLostError: the scheduler is gone.
-            UsageError: the cluster cannot be started or reached, or takes no work.
+            UsageError: the cluster cannot be started or reached, or all workers are paused.
         """
         committer.publish()
         deployment = self.deployment
@@ -77,12 +76,12 @@ class DaskExecutor:
                 log.info("dashboard: %s", client.dashboard_link)
             upload_modules(client, request.teachers)
             refill = None
-            if deployment.cluster == "slurm":  # a job that ends by its walltime leaves nobody in its place
+            if deployment.cluster == "slurm":  # jobs that reach their walltime are not replaced
                 refill = functools.partial(client.cluster.scale, deployment.cluster_workers)
-            drive = Drive(
+            dispatcher = Dispatcher(
                 client, request, keys, commit, limit=deployment.shard_seconds, refill=refill, progress=progress
             )
-            failed = drive.run([plan.number for plan in missing])
+            failed = dispatcher.run([plan.number for plan in missing])
         if failed:
             listed = "; ".join(f"shard {one.number}: {one.error}" for one in failed[:3])
             more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""

@@ -1,4 +1,4 @@
-"""Stores out of stores, without a teacher: combine members, re-temper, merge, convert, export."""
+"""Make stores from stores without a teacher: combine members, re-temper, merge, convert, export."""
 
 from softlabel.convert.combine import combine_store
 from softlabel.convert.export import ExportSummary, export_store

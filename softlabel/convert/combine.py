@@ -1,4 +1,4 @@
-"""Members -> one combined store, and one temperature -> another.
+"""Combine the members of a store, or change its temperature.
 
 Legend: B rows, C classes, M members, K kept classes.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from softlabel.common.arguments import check_arguments
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, open_whole, rewrite
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_rows, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import combine, normalized_weights, retemperable
@@ -36,24 +36,24 @@ def combine_store(
     progress: bool | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
-    """Combine the members of a store that kept them, or change the temperature of one that did not, without a teacher.
+    """Combine the members of a store that keeps them, or change the temperature of another one, without a teacher.
 
-    The result is the store that `generate` would have written with these members, weights, rule and temperature, within
-    what the kept store's encoding costs. The same call again resumes what was interrupted.
+    The result is the store that `generate` would write with these members, weights, rule and temperature, up to the
+    loss of the kept store's encoding. The same call resumes an interrupted one.
 
     Args:
         store: folder of a finished store.
         out: folder of the new one.
-        weights: one number for each chosen member, normalised to sum 1; equal when absent.
-        members: the chosen ones, by number (from 1, as `softlabel inspect` lists them) or by SPEC; all when absent.
+        weights: one number per chosen member, normalised to sum 1; None: equal.
+        members: chosen members, by number (from 1, as in `softlabel inspect`) or SPEC; None: all.
         combine: ``logits`` averages logits (the default), ``probs`` the softmax at `temperature`.
-        temperature: of the new store; the store's own when absent.
-        progress: show a bar; absent: if standard error is a terminal.
-        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
+        temperature: of the new store; None: the same.
+        progress: show a bar; None: if standard error is a terminal.
+        options: JSON values to keep in the manifest under `recorded.options`.
 
     Raises:
-        UsageError: a request that cannot be. MismatchError: it is not exact with what this store holds, or `out` holds
-            another store.
+        UsageError: an argument is wrong.
+        MismatchError: the result would not be exact, or `out` holds another store.
         StoreError: a store cannot be read or written.
     """
     opened = open_whole(store, of="combine", out=out)
@@ -65,15 +65,15 @@ def combine_store(
         raise UsageError(f"combine: expected 'logits' or 'probs', found {combine!r}")
     chosen: list[int] | None = None
     if run.kept:
-        chosen = _chosen(str(store), run.members, members)
-        new = _mixed(str(store), run, wanted, combine or "logits", weights, chosen)
+        chosen = _choose_members(str(store), run.members, members)
+        new = _make_combined_run(str(store), run, wanted, combine or "logits", weights, chosen)
     else:
         if weights is not None or members is not None:
             raise MismatchError(
                 f"{store}: expected a store that keeps its members, found {len(run.members)} combined by rule "
                 f"{run.combine.rule!r}; only its temperature can be changed; generate with --combine keep"
             )
-        new = _retempered(str(store), run, wanted, combine)
+        new = _make_retempered_run(str(store), run, wanted, combine)
     samples = Samples([opened])
     recode, truth = combine_recode(samples, new, chosen)
     specs = opened.manifest.recorded.get("teachers")
@@ -86,44 +86,47 @@ def combine_store(
 
 
 def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = None) -> tuple[Recode, Truth]:
-    """How rows of a store become those of `new`, which combines its members or has another temperature.
+    """Return the function that converts rows of a store to those of `new`, and how their cost is known.
 
-    chosen: positions of the combined members; None: found by what they are.
+    Args:
+        samples: of the store.
+        new: combines its members or has another temperature.
+        chosen: positions of the combined members; None: found by comparison.
     """
     run = samples.stores[0].run
     wanted = new.temperature
     measured: Truth = "measured" if run.encoding.exact and samples.measured else "unknown"
     if run.kept:
-        mixed = _positions(run.members, new.members) if chosen is None else chosen
+        mixed = _find_positions(run.members, new.members) if chosen is None else chosen
 
         def average(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-            scaled_BMC = torch.from_numpy(_scaled_at(rows, wanted))
-            # They are divided by the temperature already.
+            scaled_BMC = torch.from_numpy(_rescale(rows, wanted))
+            # They are already divided by the temperature.
             mixed_BC = combine(
                 [scaled_BMC[:, m] for m in mixed], rule=new.combine.rule, temperature=1.0, weights=new.combine.weights
             )
-            return encoded(mixed_BC, rows, new, meter)
+            return encode_rows(mixed_BC, rows, new, meter)
 
         return average, measured
 
     def retemper(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
         columns = run.encoding.retemper(rows.columns, run.temperature / wanted)
         if columns is None:
-            return encoded(torch.from_numpy(_scaled_at(rows, wanted)), rows, new, meter)
+            return encode_rows(torch.from_numpy(_rescale(rows, wanted)), rows, new, meter)
         return {one.name: _narrow(columns[one.name], one.numpy) for one in run.label_columns}
 
     return retemper, measured
 
 
-def _positions(members: Sequence[Member], chosen: Sequence[Member]) -> list[int]:
-    """Where each of the chosen members stands, of equal ones each once."""
+def _find_positions(members: Sequence[Member], chosen: Sequence[Member]) -> list[int]:
+    """Return the positions of the chosen members, each once also among equal ones."""
     found: list[int] = []
     for one in chosen:
         found.append(next(place for place, member in enumerate(members) if member == one and place not in found))
     return found
 
 
-def _mixed(
+def _make_combined_run(
     store: str,
     run: Run,
     wanted: float,
@@ -134,8 +137,8 @@ def _mixed(
     shares = normalized_weights(weights, len(chosen))
     if run.encoding.drawn:
         raise MismatchError(
-            f"{store}: its members are random draws of each teacher's softmax, which cannot be combined into draws of "
-            "their average; keep the members in another encoding"
+            f"{store}: random draws of each member's softmax cannot be combined into draws of their average; keep the "
+            "members in another encoding"
         )
     _refuse_unknown(store, run, wanted)
     return dataclasses.replace(
@@ -147,30 +150,30 @@ def _mixed(
     )
 
 
-def _retempered(store: str, run: Run, wanted: float, rule: str | None) -> Run:
+def _make_retempered_run(store: str, run: Run, wanted: float, rule: str | None) -> Run:
     if rule is not None and rule != run.combine.rule and len(run.members) > 1:
         raise MismatchError(
-            f"{store}: was combined by rule {run.combine.rule!r} and keeps no members, found rule {rule!r}; "
+            f"{store}: combine: expected {run.combine.rule!r}, by which its members were combined, found {rule!r}; "
             "generate with --combine keep to choose later"
         )
     if wanted == run.temperature:
-        raise UsageError(f"{store}: keeps no members and is at temperature {wanted:g} already; nothing to do")
+        raise UsageError(f"{store}: does not keep members and has temperature {wanted:g} already; nothing to do")
     if not retemperable(run.combine.rule, len(run.members)):
         raise MismatchError(
-            f"{store}: is the mean of {len(run.members)} teachers' probabilities at temperature {run.temperature:g}, "
-            f"which cannot be changed exactly to {wanted:g}; use a store that keeps its members"
+            f"{store}: the mean of {len(run.members)} teachers' probabilities at temperature {run.temperature:g} "
+            f"cannot be changed exactly to {wanted:g}; use a store that keeps its members"
         )
     _refuse_unknown(store, run, wanted)
     if run.encoding.drawn:
         raise MismatchError(
-            f"{store}: holds random draws from the softmax at temperature {run.temperature:g}, which say nothing "
-            f"exact at {wanted:g}; generate at that temperature, or in another encoding"
+            f"{store}: random draws from the softmax at temperature {run.temperature:g} are not exact at {wanted:g}; "
+            "generate at that temperature, or in another encoding"
         )
     return dataclasses.replace(run, temperature=wanted)
 
 
-def _scaled_at(rows: StoredRows, wanted: float) -> Array:
-    """float32 scaled logits at another temperature, one that the rows know: (B, C), or (B, M, C)."""
+def _rescale(rows: StoredRows, wanted: float) -> Array:
+    """Return scaled logits at another temperature that the rows support: float32 (B, C), or (B, M, C)."""
     run = rows.run
     factor = run.temperature / wanted
     stored = {one.name: rows.columns[one.name] for one in run.label_columns}
@@ -186,7 +189,7 @@ def _scaled_at(rows: StoredRows, wanted: float) -> Array:
 
 
 def _narrow(values: Array, dtype: np.dtype[Any]) -> Array:
-    if values.dtype != dtype == np.float16:  # a finite value stays finite: -inf means a masked class
+    if values.dtype != dtype == np.float16:  # keep finite values finite: -inf marks a masked class
         values = np.where(np.isneginf(values), values, np.maximum(values, LOWEST_HALF))
     return values.astype(dtype, copy=False)
 
@@ -200,24 +203,25 @@ def _refuse_unknown(store: str, run: Run, wanted: float) -> None:
         )
 
 
-def _chosen(store: str, members: Sequence[Member], asked: Sequence[int | str] | None) -> list[int]:
+def _choose_members(store: str, members: Sequence[Member], asked: Sequence[int | str] | None) -> list[int]:
     if asked is None:
         return list(range(len(members)))
-    chosen = [_member(store, members, one) for one in asked]
+    chosen = [_find_member(store, members, one) for one in asked]
     if not chosen or len(set(chosen)) != len(chosen):
         raise UsageError(f"members: expected one or more, each once, found {list(asked)}")
     return chosen
 
 
-def _member(store: str, members: Sequence[Member], one: int | str) -> int:
-    """Position from 0 of a member given by its number from 1 or by its SPEC."""
+def _find_member(store: str, members: Sequence[Member], one: int | str) -> int:
+    """Return the position from 0 of a member given by its number from 1 or its SPEC."""
     listed = ", ".join(f"{number} {member.spec}" for number, member in enumerate(members, 1))
     if isinstance(one, int) or one.isdecimal():
         if 1 <= int(one) <= len(members):
             return int(one) - 1
-        raise UsageError(f"members: {store} has {listed}; found {one}; give one of these numbers or SPECs")
+        raise UsageError(f"members: expected one of {listed} in {store}, found {one}")
     found = [position for position, member in enumerate(members) if member.spec == one]
     if len(found) != 1:
-        which = "several of them" if found else "none of them"
-        raise UsageError(f"members: {store} has {listed}; {one!r} is {which}; give a number")
+        raise UsageError(
+            f"members: expected one of {listed} in {store}, found {one!r}, which names {len(found)}; give a number"
+        )
     return found[0]

@@ -1,4 +1,4 @@
-"""A store as files that other tools read without softlabel: Parquet of plain columns, or NumPy arrays."""
+"""Export a store to files for other tools: Parquet with plain columns, or NumPy arrays."""
 
 import time
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from softlabel.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSummary:
-    """What a call did; `files_written` is 0 where everything was there already."""
+    """Result of `export_store`; `files_written` is 0 if the export was complete already."""
 
     path: str
     total_rows: int
@@ -33,33 +33,33 @@ def export_store(
 ) -> ExportSummary:
     """Write a store for pandas, polars, DuckDB and Hugging Face datasets (``hf``), or as NumPy arrays (``npz``).
 
-    ``hf`` is a folder with `data/train-*.parquet`, one file a shard: `key` string, `view` int32, `label` int64 (null
-    when unlabelled) and `scaled_logits` list<float32> of C; where members are kept, `scaled_logits_1`,
-    `scaled_logits_2`, ... in their place. Encoding ``topk``: `index` list<int32>, `value` list<float32> and `tail`
-    list<float32> (one for each declared temperature); ``sampled``: `index` and `weight`, unused draws left out. What a
-    row says of its view follows, as the store has it (`view_box`, `view_flip`, ...). The schema's metadata has all else
-    under `softlabel` as JSON; `_softlabel-export.json`, which readers of Parquet folders pass over, has the same and
-    says whether the export is whole.
+    ``hf`` is a folder with `data/train-*.parquet`, one file per shard: `key` string, `view` int32, `label` int64 (null
+    if unlabelled) and `scaled_logits` list<float32> of C, or `scaled_logits_1`, `scaled_logits_2`, ... if members are
+    kept. Encoding ``topk``: `index` list<int32>, `value` list<float32> and `tail` list<float32> (one per declared
+    temperature); ``sampled``: `index` and `weight` without unused draws. The store's view columns follow (`view_box`,
+    `view_flip`, ...). The schema's metadata has everything else under `softlabel` as JSON; `_softlabel-export.json`,
+    which readers of Parquet folders ignore, has the same and whether the export is complete.
 
-    ``npz`` is one file with the same names as arrays of N rows (`label` -100 when unlabelled, members as a second axis)
-    and the JSON as array `softlabel`; it loads with ``allow_pickle=False``.
+    ``npz`` is one file with arrays of N rows under the same names (`label` -100 if unlabelled, members as a second
+    axis) and the JSON as array `softlabel`; it loads with ``allow_pickle=False``.
 
     Args:
         store: folder of a finished store.
-        out: a folder (``hf``), or a file whose name ends in .npz.
+        out: a folder (``hf``), or a file name that ends in .npz.
         to: ``hf`` or ``npz``.
-        progress: show a bar; absent: if standard error is a terminal.
-        options: as JSON takes it: what the caller was given, kept with what the export says of itself.
+        progress: show a bar; None: if standard error is a terminal.
+        options: JSON values to keep in the export's metadata.
 
     Raises:
-        UsageError: a request that cannot be. MismatchError: `out` holds something else.
-        StoreError: the store cannot be read, or the disk does not take the export.
+        UsageError: an argument is wrong.
+        MismatchError: `out` holds something else.
+        StoreError: the store cannot be read, or the disk cannot be written.
     """
     started = time.perf_counter()
     if to not in ("hf", "npz"):
         raise UsageError(f"export: expected --to hf or npz, found {to!r}")
     if "://" in str(out):
-        raise UsageError(f"export: expected a path on this machine, found {out}; copy the export there afterwards")
+        raise UsageError(f"export: expected a local path, found {out}; copy the export there afterwards")
     opened = open_whole(store, of="export", out=out)
     write = write_hf if to == "hf" else write_npz
     written, size = write(opened, Path(out), progress, options)

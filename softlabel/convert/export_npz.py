@@ -1,4 +1,4 @@
-"""A store as one file of NumPy arrays, written piece by piece."""
+"""Export a store as one file of NumPy arrays, written piece by piece."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from softlabel.store.storage.base import TEMPORARY, sync, writing
 
 
 def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Write an export; return (files written, bytes). For arguments and errors see `export_store`."""
     if out.suffix != ".npz":
         raise UsageError(f"export: with --to npz, expected a file name that ends in .npz, found {out.name!r}")
     about = describe(store)
@@ -35,31 +36,35 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with zipfile.ZipFile(temporary, "w") as archive:
-                _add(
+                _write_array(
                     archive,
                     "softlabel",
                     np.array(json.dumps(about if options is None else {**about, "options": dict(options)})),
                 )
-                _add(archive, "temperature", np.array(run.temperature))
+                _write_array(archive, "temperature", np.array(run.temperature))
                 if run.class_names is not None:
-                    _add(archive, "class_names", np.array(run.class_names))
+                    _write_array(archive, "class_names", np.array(run.class_names))
                 if run.encoding.declared is not None:
-                    _add(archive, "temperatures", np.array(run.encoding.declared))
+                    _write_array(archive, "temperatures", np.array(run.encoding.declared))
                 text = np.dtype(f"<U{longest}")
-                # Padded to one width, as NumPy's text is: only compressed is it small.
+                # Compressed, because NumPy pads strings to one width.
                 keys = (np.array(rows.keys, text) for rows in store.stream(["key"]))
-                _stream(archive, "key", (count,), text, keys, compress=True)
-                _stream(archive, "view", (count,), np.dtype("<i4"), (rows.views for rows in store.stream(["label"])))
-                _stream(archive, "label", (count,), np.dtype("<i8"), (rows.labels for rows in store.stream(["label"])))
+                _write_stream(archive, "key", (count,), text, keys, compress=True)
+                _write_stream(
+                    archive, "view", (count,), np.dtype("<i4"), (rows.views for rows in store.stream(["label"]))
+                )
+                _write_stream(
+                    archive, "label", (count,), np.dtype("<i8"), (rows.labels for rows in store.stream(["label"]))
+                )
                 for column in run.view_columns:
                     inner = (column.width,) if column.width > 1 else ()
-                    said = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
-                    _stream(archive, column.name, (count, *inner), column.numpy, said)
+                    parts = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
+                    _write_stream(archive, column.name, (count, *inner), column.numpy, parts)
                 payload = [column.name for column in run.label_columns]
                 for name, width in widths.items():
                     shape = (count, run.members_stored, width) if run.kept else (count, width)
                     dtype = np.dtype("<i4") if name == "index" else np.dtype("<f4")
-                    _stream(archive, name, shape, dtype, _counted(store, payload, name, bar))
+                    _write_stream(archive, name, shape, dtype, _iter_column(store, payload, name, bar))
             sync(temporary)
             os.replace(temporary, out)
             sync(out.parent)
@@ -68,19 +73,19 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
     return 1, out.stat().st_size
 
 
-def _counted(store: Store, payload: list[str], name: str, bar: "tqdm[Any]") -> Iterator[Array]:
+def _iter_column(store: Store, payload: list[str], name: str, bar: "tqdm[Any]") -> Iterator[Array]:
     needs = payload if name == "scaled_logits" else [name]
     for rows in batches(store, needs=needs):
         yield plain(rows)[name]
         bar.update(len(rows))
 
 
-def _add(archive: zipfile.ZipFile, name: str, array: Array) -> None:
+def _write_array(archive: zipfile.ZipFile, name: str, array: Array) -> None:
     with archive.open(f"{name}.npy", "w") as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _stream(
+def _write_stream(
     archive: zipfile.ZipFile,
     name: str,
     shape: tuple[int, ...],
@@ -89,7 +94,7 @@ def _stream(
     *,
     compress: bool = False,
 ) -> None:
-    """An array that never is in memory as a whole."""
+    """Write an array in parts, without holding all of it in memory."""
     entry = zipfile.ZipInfo(f"{name}.npy")
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

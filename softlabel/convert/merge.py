@@ -1,4 +1,4 @@
-"""Several stores of different samples -> one."""
+"""Merge stores of different samples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,21 @@ def merge_stores(
     progress: bool | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
-    """One store of the samples of several, in the order given; not one number of a label changes.
+    """Merge stores in the given order; labels do not change.
 
-    The merged dataset is the datasets one behind the other: its fingerprint is that of a source which lists their
-    samples in this order. Its rows are cut into shards anew. The same call again resumes what was interrupted.
+    The merged dataset is the concatenation of the datasets; its fingerprint is that of a source with their samples in
+    this order. Rows are divided into new shards. The same call resumes an interrupted one.
 
     Args:
         stores: folders of two or more finished stores with equal teachers, temperature, combination, encoding, views,
-            classes, file format and rows per shard, which have no key in common.
+            classes, file format and rows per shard, without common keys.
         out: folder of the new one.
-        progress: show a bar; absent: if standard error is a terminal.
-        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
+        progress: show a bar; None: if standard error is a terminal.
+        options: JSON values to keep in the manifest under `recorded.options`.
 
     Raises:
-        UsageError: fewer than two stores. MismatchError: stores differ or share keys, or `out` holds another store.
+        UsageError: fewer than two stores.
+        MismatchError: stores differ or share keys, or `out` holds another store.
         StoreError: a store cannot be read or written.
     """
     if len(stores) < 2:
@@ -52,7 +53,7 @@ def merge_stores(
     dataset = DatasetInfo(
         kind=kinds.pop() if len(kinds) == 1 else "merged",
         rows=samples.count,
-        fingerprint=_fingerprint(samples),
+        fingerprint=_compute_fingerprint(samples),
         has_labels=any(store.run.dataset.has_labels for store in opened),
     )
     run = dataclasses.replace(first.run, dataset=dataset)
@@ -78,15 +79,15 @@ def _refuse_difference(first: Store, other: Store) -> None:
         )
         raise MismatchError(
             f"{first.url} and {other.url}: expected labels of one run over different samples, found in the first: "
-            f"{words}; 'softlabel convert' changes format, encoding and shard rows, the rest needs generating anew"
+            f"{words}; 'softlabel convert' changes format, encoding and shard rows, other settings need new labels"
         )
     hashes = [[ref.xxh3 for ref in store.manifest.extra] for store in (first, other)]
     if hashes[0] != hashes[1]:
-        raise MismatchError(f"{first.url} and {other.url}: their heads (extra/) differ; they are of different teachers")
+        raise MismatchError(f"{first.url} and {other.url}: their heads (extra/) differ, so their teachers differ")
 
 
 def _refuse_overlap(first: Store, other: Store) -> None:
-    """Keys decide, by the store's own index; samples without a row count as well."""
+    """Raise MismatchError if two stores share a key, also of a sample without a row."""
     shared: list[str] = []
     for rows in other.stream(["key"]):
         assert rows.key_data is not None
@@ -111,8 +112,8 @@ def _refuse_overlap(first: Store, other: Store) -> None:
         )
 
 
-def _fingerprint(samples: Samples) -> str:
-    """As a source computes it: every key's length (uint32, little-endian) and bytes, in order."""
+def _compute_fingerprint(samples: Samples) -> str:
+    """Compute the fingerprint as `Source.fingerprint` does."""
     digest = xxhash.xxh3_128()
     for key in samples.keys():  # noqa: SIM118
         encoded = key.encode()

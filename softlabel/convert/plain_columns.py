@@ -1,7 +1,4 @@
-"""A store's rows in types that every tool has, and what the numbers mean.
-
-Legend: B rows of a batch, M members, W numbers of a column.
-"""
+"""Rows of a store in standard types, and their metadata. Legend: B rows, M members, W numbers of a column."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +15,7 @@ from softlabel.store.strict_json import to_json
 
 
 def describe(store: Store) -> dict[str, Any]:
-    """What the numbers mean: goes into the schema's metadata and beside the files."""
+    """Return the metadata of an export."""
     run = store.run
     return {
         "format": "softlabel-export",
@@ -35,7 +32,7 @@ def describe(store: Store) -> dict[str, Any]:
 
 
 def plain(rows: StoredRows) -> dict[str, Array]:
-    """The numbers of rows in types that every tool has: (B, M, W) int32 or float32, M 1 where members are mixed."""
+    """Return name -> int32 or float32 (B, M, W), with M = 1 if members are combined."""
     run = rows.run
     if not run.encoding.sparse:
         scaled = rows.scaled_logits.reshape(len(rows), run.members_stored, run.num_classes)
@@ -48,6 +45,7 @@ def plain(rows: StoredRows) -> dict[str, Array]:
 
 
 def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
+    """Return name -> W of the arrays of `plain`."""
     if not encoding.sparse:
         return {"scaled_logits": num_classes}
     return {column.name: column.width for column in encoding.columns(num_classes=num_classes)}
@@ -56,11 +54,13 @@ def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
 def batches(
     store: Store, start: int = 0, stop: int | None = None, *, needs: list[str] | None = None
 ) -> Iterator[StoredRows]:
+    """Yield rows `start` to `stop` in batches of bounded decoded size; `needs` are the columns."""
     limit = max(1, NUMBERS // (store.run.num_classes * store.run.members_stored))
     for rows in store.stream(needs, start=start, stop=stop):
         yield from split(rows, limit)
 
 
 def bar_of(total: int, progress: bool | None) -> "tqdm[Any]":
+    """Return a progress bar; `progress` None shows it if standard error is a terminal."""
     disable = None if progress is None else not progress
     return tqdm(total=total, unit="row", unit_scale=True, desc="export", disable=disable, leave=False)

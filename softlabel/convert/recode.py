@@ -1,4 +1,4 @@
-"""The same labels in another file format, encoding or shard size."""
+"""Convert a store to another file format, encoding or shard size."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from softlabel.common.arguments import check_arguments
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encoded, keep_columns, open_whole, rewrite
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_rows, keep_columns, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import retemperable
@@ -32,23 +32,22 @@ def convert_store(
 ) -> RewriteSummary:
     """Write the labels of a store in another file format, encoding or shard size.
 
-    Columns are copied bit for bit unless the encoding changes. A finer encoding than the store's is allowed and cannot
-    bring back what is lost: what the new store costs against the teacher is only known when it comes from a ``float32``
-    store (or is a copy), else its `fidelity` is absent and `recorded.derived` says what it came from and what the step
-    cost. The same call again resumes what was interrupted.
+    Columns are copied bit for bit unless the encoding changes. A finer encoding does not restore what was lost. The
+    cost against the teacher is only known for a copy or from a ``float32`` store; otherwise `fidelity` is absent and
+    `recorded.derived` has the sources and the cost of this step. The same call resumes an interrupted one.
 
     Args:
         store: folder of a finished store.
         out: folder of the new one.
-        format: ``parquet`` or ``hdf5``; absent: as it is.
-        encoding: an `Encoding`, or the name of one without parameters; absent: as it is.
-        shard_rows: samples a shard; absent: as it is.
-        progress: show a bar; absent: if standard error is a terminal.
-        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
+        format: ``parquet`` or ``hdf5``; None: the same.
+        encoding: an `Encoding`, or the name of one without parameters; None: the same.
+        shard_rows: samples per shard; None: the same.
+        progress: show a bar; None: if standard error is a terminal.
+        options: JSON values to keep in the manifest under `recorded.options`.
 
     Raises:
-        UsageError: nothing would change, or a parameter is out of range. MismatchError: the encoding cannot be made
-            from this one, or `out` holds another store.
+        UsageError: nothing would change, or an argument is wrong.
+        MismatchError: the encoding cannot be made from this one, or `out` holds another store.
         StoreError: a store cannot be read or written.
     """
     opened = open_whole(store, of="convert", out=out)
@@ -78,13 +77,13 @@ def convert_store(
 
 
 def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:
-    """How rows of a store become those of `new`, which has another format, encoding or shard size."""
+    """Return the function that converts rows of a store to those of `new`, and how their cost is known."""
     run = samples.stores[0].run
     if new.encoding == run.encoding:
         return keep_columns, "carried"
 
     def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        return encoded(torch.from_numpy(rows.scaled_logits), rows, new, meter)
+        return encode_rows(torch.from_numpy(rows.scaled_logits), rows, new, meter)
 
     return recode, "measured" if run.encoding.exact and samples.measured else "unknown"
 
@@ -92,23 +91,23 @@ def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:
 def _refuse_impossible(store: str, run: Run, wanted: Encoding) -> None:
     if wanted.from_hidden:
         raise MismatchError(
-            f"{store}: encoding {wanted.name!r} holds what enters the teacher's last layer, which a store of logits "
-            "has not; generate with it"
+            f"{store}: encoding {wanted.name!r} stores the input of the teacher's last layer, which a store of logits "
+            "does not have; generate with it"
         )
     if run.encoding.drawn:
         raise MismatchError(
-            f"{store}: holds random draws, which are the teacher's softmax on average only; another encoding would "
-            "state them as if they were it; generate with that encoding"
+            f"{store}: random draws equal the teacher's softmax only in expectation, so another encoding would be "
+            "wrong; generate with that encoding"
         )
     if others := [t for t in wanted.declared or () if t != run.temperature]:
         listed = ", ".join(f"{t:g}" for t in others)
         if run.encoding.sparse:
-            why = "of its tail only the sum is known"
+            why = "only the sum of its tail is known"
         elif not run.kept and not retemperable(run.combine.rule, len(run.members)):
             why = "it is a mean of probabilities, which exists at one temperature"
         else:
             return
         raise MismatchError(
-            f"{store}: {why}, so a {wanted.name} store made from it knows temperature {run.temperature:g} alone, found "
-            f"{listed}; declare {run.temperature:g} only"
+            f"{store}: {why}: temperatures: expected only {run.temperature:g}, found {listed}; declare only "
+            f"{run.temperature:g}"
         )

@@ -1,4 +1,4 @@
-"""Shards of a store that was made from others, made again from them."""
+"""Replace shards of a store from the stores that it was made from."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -25,12 +25,12 @@ def redo_store(
 
     Args:
         store: its folder.
-        lost: their numbers.
-        sources: where the stores that it was made from lie now, in their order; None: where they lay.
-        progress: show a bar; absent: if standard error is a terminal.
+        lost: numbers of the shards.
+        sources: current paths of its sources, in order; None: the recorded ones.
+        progress: show a bar; None: if standard error is a terminal.
 
     Raises:
-        MismatchError: a source is not there any more, or is not what it was; what has grown since is.
+        MismatchError: a source is missing, or has changed other than by growth.
         StoreCorruptError: a source is damaged.
         StoreError: a store cannot be read or written.
     """
@@ -42,8 +42,8 @@ def redo_store(
     if (why := missing_origin(manifest, places)) is not None:
         listed = ", ".join(origin.path for origin in origins)
         raise MismatchError(
-            f"{store}: was made by 'softlabel {command}' from {listed}, and {why}; give --source with the places where "
-            "these stores lie now, as they were, or generate the labels again into another folder"
+            f"{store}: made by 'softlabel {command}' from {listed}, but {why}; give --source with the current paths of "
+            "these stores, or generate the labels again into another folder"
         )
     opened = [open_store(place, verify="sizes") for place in places]
     counts = [

@@ -1,8 +1,8 @@
-"""How a store is made out of others: shard by shard of the new plan, each read, recoded, written, committed.
+"""Make a store from others: each shard of the new plan is read, recoded, written and committed in turn.
 
 Legend: B rows of a batch, R = B * M rows of single members, C classes, M members.
 
-Only one shard of the new store is in memory. A kill loses at most that shard, and the same command resumes.
+Only one shard is in memory; a killed run loses at most that shard, and the same command resumes.
 """
 
 import time
@@ -32,15 +32,15 @@ from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
 from softlabel.store.writer import Committer, write_shard
 
-# The columns of some rows; what encoding them costs goes to the meter.
+# Converts rows to columns of the new store, and adds their cost to the meter.
 Recode = Callable[[StoredRows, FidelityMeter], dict[str, Array]]
-# What a new store can say of KL(teacher || decoded): what its sources say, what was measured just now, or nothing.
+# KL(teacher || decoded) of the new store: that of its sources, measured now, or unknown.
 Truth = Literal["carried", "measured", "unknown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteSummary:
-    """What a call did. `step` is what recoding cost, KL(source || new) in nats, over the rows written by this call."""
+    """Result of a call; `step` is KL(source || new) in nats over the rows written by this call."""
 
     path: str
     total_rows: int
@@ -53,15 +53,18 @@ class RewriteSummary:
 
 
 def open_whole(path: str | Path, *, of: str, out: str | Path) -> Store:
-    """A finished store to work from. Raises UsageError when `out` is the same folder, beside what `open_store` does."""
-    if _place(path) == _place(out):
-        raise UsageError(
-            f"{of}: {out} is the store itself, which is never changed; choose another folder for the result"
-        )
+    """Open a finished source store.
+
+    Raises:
+        UsageError: `out` is the same folder.
+        StoreError: as `open_store`.
+    """
+    if _normalise_path(path) == _normalise_path(out):
+        raise UsageError(f"{of}: expected another folder for the result, found the store itself, {out}")
     return open_store(path, verify="sizes")  # every byte is checked before the first row is written
 
 
-def _place(path: str | Path) -> str:
+def _normalise_path(path: str | Path) -> str:
     text = str(path).removeprefix("file://")
     return text.rstrip("/") if "://" in text else str(Path(text).resolve())
 
@@ -79,23 +82,32 @@ def rewrite(
     lost: Collection[int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> RewriteSummary:
-    """Write the store `run` from `samples`, or what is missing of it.
+    """Write a store, or its missing shards.
 
-    recorded: what to record otherwise than the first source does. lost: shards of a finished store to write again,
-    which change nothing that is recorded of it; None: nothing is repaired. options: kept in the manifest.
+    Args:
+        samples: of the source stores.
+        out: folder of the new store.
+        run: its identity.
+        recode: converts rows.
+        command: for messages and the manifest.
+        truth: how the cost of the new rows is known.
+        progress: show a bar; None: if standard error is a terminal.
+        recorded: changes to what the first source records.
+        lost: shards of a finished store to write again; None: nothing is repaired.
+        options: kept in the manifest.
 
     Raises:
         MismatchError: `out` holds a store of another run or one that was made in another way.
-        StoreCorruptError: a source is damaged. Its bytes are checked first: a copy would have right checksums.
-        StoreError: the disk does not take it.
+        StoreCorruptError: a source is damaged; its bytes are checked first, as a copy would get valid checksums.
+        StoreError: the disk cannot be written.
     """
     started = time.perf_counter()
-    made = _provenance(samples.stores, command)
+    made = _describe_sources(samples.stores, command)
     notes: dict[str, Any] | None = None
     if lost is None:
         _refuse_other(out, made)
         notes = {**samples.stores[0].manifest.recorded, **(recorded or {}), "derived": made}
-        notes.pop("options", None)  # those of the first source did not make this one
+        notes.pop("options", None)  # those of the first source
         if options is not None:
             notes["options"] = dict(options)
     steps: list[tuple[int, Fidelity | None]] = []
@@ -109,7 +121,7 @@ def rewrite(
             _share_extra(samples.stores[0], run, committer)
         total = run.dataset.rows * run.views.count
         left = sum(plan.stop - plan.start for plan in missing)
-        with _bar(command, total, total - left, progress) as bar:
+        with _make_bar(command, total, total - left, progress) as bar:
             for plan in missing:
                 meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
                 rows = _gather(samples, run, plan.view, plan.start, plan.stop, recode, meter, bar)
@@ -143,12 +155,12 @@ def rewrite(
 
 
 def keep_columns(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-    """Recode nothing."""
+    """Return the columns unchanged."""
     return rows.columns
 
 
-def encoded(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMeter) -> dict[str, Array]:
-    """The columns of `run` for scaled logits (B, C), or (B, M, C) where it keeps members; measured."""
+def encode_rows(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMeter) -> dict[str, Array]:
+    """Encode scaled logits (B, C), or (B, M, C) if members are kept, as columns of `run`, and measure the cost."""
     scaled_RC = scaled_logits.reshape(-1, run.num_classes)
     scaled_RC = scaled_RC - scaled_RC.amax(dim=-1, keepdim=True)
     seeds_R = _row_seeds(run, rows) if run.encoding.drawn else None
@@ -161,7 +173,7 @@ def encoded(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMe
 
 
 def _row_seeds(run: Run, rows: StoredRows) -> Tensor:
-    """int64 (R,): the draws of a row follow from (seed, key, view, member), as when a teacher's rows are written."""
+    """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member) as in `generation.labeller`."""
     assert rows.key_data is not None
     hashes_B = np.empty(len(rows), np.int64)
     for view in np.unique(rows.views):
@@ -181,7 +193,7 @@ def _gather(
     meter: FidelityMeter,
     bar: "tqdm[Any]",
 ) -> Rows:
-    """The rows of one shard of the new store."""
+    """Collect the rows of one shard of the new store."""
     keys: list[Keys] = []
     labels, content = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     columns: dict[str, list[Array]] = {
@@ -205,13 +217,13 @@ def _gather(
 
 
 def _share_extra(store: Store, run: Run, committer: Committer) -> None:
-    """The file that an encoding keeps beside the shards."""
-    if run.encoding.extra is not None and store.extra is not None:  # reading it has checked its hash
+    """Copy the file that all shards share."""
+    if run.encoding.extra is not None and store.extra is not None:  # reading it checks its hash
         committer.add_extra(run.encoding.extra, safetensors.numpy.save(dict(store.extra)))
 
 
-def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:
-    """What `manifest.recorded.derived` says: which command, from which stores, and what they cost already."""
+def _describe_sources(stores: Sequence[Store], command: str) -> dict[str, Any]:
+    """Return the content of `manifest.recorded.derived`: the command, the source stores and their cost."""
     return {
         "command": command,
         "sources": [
@@ -230,32 +242,32 @@ def _provenance(stores: Sequence[Store], command: str) -> dict[str, Any]:
 
 
 def _refuse_other(out: str | Path, made: Mapping[str, Any]) -> None:
-    """Rows of one run that came through another encoding are not the same rows: never finish a store with them."""
+    """Raise MismatchError if `out` was begun from other sources: their rows may differ even for an equal run."""
     try:
         found = open_store(out, verify="none", allow_incomplete=True)
     except StoreNotFoundError:
         return
     there = found.manifest.recorded.get("derived")
-    if _essence(there) != _essence(made):
+    if _extract_identity(there) != _extract_identity(made):
         how = f"'softlabel {there.get('command')}' from other stores" if isinstance(there, Mapping) else "a teacher"
         raise MismatchError(
-            f"{out}: expected nothing there, or what 'softlabel {made['command']}' began from the same store; found a "
-            f"store made by {how}; choose another folder"
+            f"{out}: expected no store, or one begun by 'softlabel {made['command']}' from the same store; found one "
+            f"made by {how}; choose another folder"
         )
 
 
-def _essence(made: object) -> object:
-    """What decides whether two provenances give the same rows: commands and runs, not paths."""
+def _extract_identity(made: object) -> object:
+    """Return the parts of a provenance that determine the rows: commands and runs, not paths."""
     if not isinstance(made, Mapping):
         return None
     sources = made.get("sources")
     listed = sources if isinstance(sources, list | tuple) else ()
     return (
         made.get("command"),
-        [(one.get("run"), _essence(one.get("derived"))) for one in listed if isinstance(one, Mapping)],
+        [(one.get("run"), _extract_identity(one.get("derived"))) for one in listed if isinstance(one, Mapping)],
     )
 
 
-def _bar(command: str, total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
+def _make_bar(command: str, total: int, initial: int, progress: bool | None) -> "tqdm[Any]":
     disable = None if progress is None else not progress
     return tqdm(total=total, initial=initial, unit="row", unit_scale=True, desc=command, disable=disable, leave=False)

@@ -1,7 +1,4 @@
-"""The samples of one or several stores, end to end, addressed by view and by position in the dataset.
-
-A row's place in a store follows from the plan: a shard holds a range of samples in order, without its bad ones.
-"""
+"""The concatenated samples of stores, addressed by view and position in the dataset."""
 
 import bisect
 import dataclasses
@@ -12,12 +9,12 @@ from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 
-NUMBERS = 1 << 20  # numbers of decoded logits that are held at once, whatever a row group has
+NUMBERS = 1 << 20  # decoded logits held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Span:
-    """A shard: samples `start` to `stop`, whose good ones are the store's rows from `row` on."""
+class _ShardSpan:
+    """A shard with samples `start` to `stop`; the good ones are the store's rows from `row` on, in order."""
 
     start: int
     stop: int
@@ -25,23 +22,22 @@ class _Span:
     record: ShardRecord
 
     def row_of(self, index: int) -> int:
-        """The row of sample `index`, or of the next good one."""
+        """Return the row of sample `index`, or of the next good one."""
         bad_before = bisect.bisect_left([bad.index for bad in self.record.bad], index)
         return self.row + index - self.start - bad_before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """The first `count` samples of a store, and the position of its first one among all samples; spans of each view,
-    by start."""
+    """The first `count` samples of a store, from position `offset` among all samples; spans per view, by start."""
 
     store: Store
     offset: int
     count: int
-    spans: dict[int, list[_Span]]
+    spans: dict[int, list[_ShardSpan]]
 
-    def overlapping(self, view: int, start: int, stop: int) -> Iterator[tuple[_Span, int, int]]:
-        """Shards that hold samples `start` to `stop` of all samples, each with the rows of these samples in it."""
+    def overlapping(self, view: int, start: int, stop: int) -> Iterator[tuple[_ShardSpan, int, int]]:
+        """Yield (span, first row, last row) of the shards that hold samples `start` to `stop` of all samples."""
         spans = self.spans.get(view, [])
         start, stop = max(0, start - self.offset), min(stop - self.offset, self.count)
         first = bisect.bisect_right(spans, start, key=lambda span: span.start) - 1
@@ -53,19 +49,23 @@ class _Piece:
 
 
 class Samples:
-    """What stores hold, as if their datasets lay one behind the other."""
+    """The samples of stores, concatenated.
+
+    Args:
+        stores: open stores.
+        counts: number of first samples to use of each store; None: all.
+    """
 
     def __init__(self, stores: Sequence[Store], counts: Sequence[int] | None = None) -> None:
-        """counts: how many samples of each store, from its first one on; None: all."""
         self.stores = tuple(stores)
         self._pieces: list[_Piece] = []
         self.count = 0
         for number, store in enumerate(stores):
-            spans: dict[int, list[_Span]] = {}
+            spans: dict[int, list[_ShardSpan]] = {}
             row = 0
             for record in store.shards:
                 plan = store.run.shard(record.number)
-                span = _Span(start=plan.start, stop=plan.stop, row=row, record=record)
+                span = _ShardSpan(start=plan.start, stop=plan.stop, row=row, record=record)
                 spans.setdefault(plan.view, []).append(span)
                 row += record.rows
             for listed in spans.values():
@@ -76,11 +76,11 @@ class Samples:
 
     @property
     def measured(self) -> bool:
-        """Whether what the encoding costs is known for every row."""
+        """Whether the cost of the encoding is known for every row."""
         return all(record.fidelity is not None for store in self.stores for record in store.shards if record.rows)
 
     def read(self, view: int, start: int, stop: int, *, columns: Sequence[str] | None = None) -> Iterator[StoredRows]:
-        """The rows of samples `start` to `stop`, in order, in batches of bounded size."""
+        """Yield the rows of samples `start` to `stop`, in order, in batches of bounded size."""
         for piece in self._pieces:
             run = piece.store.run
             limit = max(1, NUMBERS // (run.num_classes * run.members_stored))
@@ -89,7 +89,7 @@ class Samples:
                     yield from split(rows, limit)
 
     def bad(self, view: int, start: int, stop: int) -> list[BadRow]:
-        """The samples `start` to `stop` that have no row, at their positions among all samples."""
+        """Return the samples among `start` to `stop` without a row, with positions among all samples."""
         return [
             dataclasses.replace(bad, index=bad.index + piece.offset)
             for piece in self._pieces
@@ -99,9 +99,9 @@ class Samples:
         ]
 
     def cost(self, view: int, start: int, stop: int) -> Fidelity | None:
-        """What the encoding costs there: the shards' means weighted by their rows in the range, and the worst of them.
+        """Return the encoding's cost for samples `start` to `stop`; None if a shard was not measured.
 
-        So the totals over all shards stay exactly those of the stores. None where one was not measured.
+        The mean weights shards by their rows in the range, so that totals equal those of the stores.
         """
         parts: list[tuple[int, Fidelity | None]] = []
         for piece in self._pieces:
@@ -111,7 +111,7 @@ class Samples:
         return None if any(cost is None for _, cost in parts) else Fidelity.total(parts)
 
     def keys(self) -> Iterator[str]:
-        """The key of every sample in order, those without a row included."""
+        """Yield the key of every sample in order, also of samples without a row."""
         for piece in self._pieces:
             for span in piece.spans.get(0, []):
                 bad = iter(span.record.bad)
@@ -130,7 +130,7 @@ class Samples:
 
 
 def split(rows: StoredRows, limit: int) -> Iterator[StoredRows]:
-    """The same rows, at most `limit` at a time: what is small when stored may be large when decoded."""
+    """Split rows into parts of at most `limit`: small stored rows may be large when decoded."""
     if len(rows) <= limit:
         yield rows
         return

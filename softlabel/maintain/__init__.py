@@ -1,1 +1,1 @@
-"""What happens to a store after it was written: repair, audits, further members, and calibration beforehand."""
+"""Maintenance of stores: repair, audits, adding members; and calibration of teachers."""

@@ -1,4 +1,4 @@
-"""Stored labels against what the teachers answer today.
+"""Compare stored labels with the teachers' logits today.
 
 Legend: B rows, C classes, M members.
 """
@@ -16,29 +16,28 @@ from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 
-# What `recompute` takes for the same answer: a top class that is lower today by this share of the logits is a rounding
-# (another device, half precision); the share of rows beyond that; and nats, beside what the encoding loses.
+# Tolerances of `recompute`: how much lower today's logit of the stored top class may be, relative to the largest logit
+# (another device, half precision); share of rows beyond that; nats, in addition to the loss of the encoding.
 _ROUNDING = 0.02
 _MOST_OTHERS = 0.01
 _ALLOWED = {"fp32": 1e-3}
 _ALLOWED_BELOW = 1e-2  # in lower precision
-_ALLOWED_DRAWN = 0.5  # of rows that are drawn at random, a few hundred of which are far from their expectation
+_ALLOWED_DRAWN = 0.5  # for random draws, whose mean over a few hundred rows is far from the expectation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recomputed:
-    """Stored rows against the teachers' answers today, in scaled logits with each row's maximum at 0.
+    """Comparison of stored rows with today's, in scaled logits with each row's maximum at 0.
 
     Attributes:
-        rows: how many were compared.
-        mean_difference: mean absolute difference, over rows and classes.
-        worst_difference: the largest one.
-        top1_disagreement: share of rows whose most probable class is another.
-        clearly_other: of those in which today's answer to the stored class is lower by more than a rounding; of rows
-            that were drawn at random none is told.
-        nats: mean KL(today || stored) at the store's temperature; of rows that were drawn at random, by how much the
-            cross entropy of today's answers under them is above today's entropy, which is 0 in expectation.
-        allowed: nats that encoding and precision may explain.
+        rows: number of rows compared.
+        mean_difference: mean absolute difference over rows and classes.
+        worst_difference: largest absolute difference.
+        top1_disagreement: share of rows whose top class differs.
+        clearly_other: share of rows whose top class differs by more than rounding; 0 for random draws.
+        nats: mean KL(today || stored) at the store's temperature; for random draws the cross entropy of today's
+            distribution under them minus its entropy, which is 0 in expectation.
+        allowed: nats that encoding and precision can explain.
     """
 
     rows: int
@@ -56,7 +55,18 @@ class Recomputed:
 
 
 def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
-    """Run the teachers again on `rows` rows drawn at random, and compare."""
+    """Run the teachers again on random rows and compare.
+
+    Args:
+        store: an open store.
+        job: its teachers and data, see `reload_job`.
+        rows: number of rows.
+        seed: of the choice of rows.
+
+    Raises:
+        UsageError: `rows` is not positive.
+        MismatchError: an image is not the one that was labelled.
+    """
     if rows < 1:
         raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
@@ -90,19 +100,19 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
         top1_disagreement=float((stored.argmax(axis=-1) != now.argmax(axis=-1)).mean()),
         clearly_other=0.0 if drawn else float((below > _ROUNDING * (1 + largest)).mean()),
         nats=float(nats.mean()),
-        allowed=_allowed(store.run, store.manifest.totals.fidelity),
+        allowed=_choose_allowed(store.run, store.manifest.totals.fidelity),
     )
 
 
 def _cross_entropy(log_shares: NDArray[np.float64], log_others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of the second distribution under the first, over the last axis; a class without a share counts for nothing."""
+    """Return the cross entropy of the second distribution under the first, over the last axis, with 0 log 0 = 0."""
     with np.errstate(invalid="ignore"):
         terms = np.where(np.isneginf(log_shares), 0.0, -np.exp(log_shares) * log_others)
     nats: NDArray[np.float64] = terms.sum(axis=-1)
     return nats
 
 
-def _allowed(run: Run, fidelity: Fidelity | None) -> float:
+def _choose_allowed(run: Run, fidelity: Fidelity | None) -> float:
     if run.encoding.drawn:
         return _ALLOWED_DRAWN
     rounding = max(_ALLOWED.get(member.precision, _ALLOWED_BELOW) for member in run.members)
@@ -110,7 +120,7 @@ def _allowed(run: Run, fidelity: Fidelity | None) -> float:
 
 
 def _log_softmax(scaled_logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Over the last axis, of rows whose maximum is 0."""
+    """Return log softmax over the last axis of rows whose maximum is 0."""
     logs: NDArray[np.float64] = scaled_logits - np.log(np.exp(scaled_logits).sum(axis=-1, keepdims=True))
     return logs
 
@@ -119,7 +129,7 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
     batch = job.labeller.reader.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
-            f"image {batch.bad[0].key!r}: was labelled, and cannot be decoded now: {batch.bad[0].reason}"
+            f"image {batch.bad[0].key!r}: was labelled, but cannot be decoded now: {batch.bad[0].reason}"
         )
     changed = np.flatnonzero(changed_content(batch.content, stored_B))
     if len(changed):

@@ -1,4 +1,4 @@
-"""Fitting a temperature to each teacher on labelled samples: what `softlabel calibrate` runs.
+"""Fit a temperature to each teacher on labelled samples.
 
 Legend: B batch, C classes, M members, N samples.
 """
@@ -43,24 +43,24 @@ def calibrate(
 ) -> Calibration:
     """Fit a temperature to each teacher by the likelihood of the labels (Guo et al. 2017).
 
-    The logits of all samples are held in memory: 4 bytes x samples x classes x teachers.
+    All logits are held in memory: 4 bytes x samples x classes x teachers.
 
     Args:
         data: labelled samples that the teachers were not trained on: a SOURCE, or a map-style dataset.
-        teachers: one SPEC for each.
-        out: JSON file for `generate(calibration=...)`; not written when absent.
-        samples: how many are drawn; all when absent.
-        batch_size: samples a forward pass.
+        teachers: SPECs.
+        out: JSON file to write for `generate(calibration=...)`; None: none.
+        samples: number of samples to draw; None: all.
+        batch_size: samples per forward pass.
         precision: of the forward pass.
-        workers: processes that decode images; absent: chosen from the machine.
-        seed: of the draw, and of what a teacher's factory draws at random.
+        workers: decoding processes; None: chosen for the machine.
+        seed: of the draw, and of random factories of teachers.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        key_fn: index -> key, for a map-style dataset; the decimal index when absent.
-        progress: show a bar; absent: if standard error is a terminal.
+        key_fn: index -> key, for a map-style dataset; None: the decimal index.
+        progress: show a bar; None: if standard error is a terminal.
 
     Raises:
-        UsageError: a request that cannot be.
-        DataError: no labels, or labels that no temperature fits.
+        UsageError: an argument is wrong.
+        DataError: there are no labels, or no temperature fits them.
         TeacherError: a teacher's output is not (B, C) finite numbers.
         StoreError: the file cannot be written.
     """
@@ -77,14 +77,14 @@ def calibrate(
         seed=seed,
         device=device,
     )
-    job = load_job(_labelled(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
-    logits_MNC, labels_N = _answers(job, progress)
+    job = load_job(_choose_labelled(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
+    logits_MNC, labels_N = _compute_logits(job, progress)
     found = Calibration(
         data=job.labeller.source.name,
         fingerprint=job.run.dataset.fingerprint,
         samples=len(labels_N),
         members=tuple(
-            _calibrated(job, number, logits_NC, labels_N) for number, logits_NC in enumerate(logits_MNC.unbind())
+            _calibrate_member(job, number, logits_NC, labels_N) for number, logits_NC in enumerate(logits_MNC.unbind())
         ),
     )
     if out is not None:
@@ -92,8 +92,8 @@ def calibrate(
     return found
 
 
-def _labelled(source: Source, samples: int | None, seed: int) -> Source:
-    """Its labelled samples, all or so many of them, in order."""
+def _choose_labelled(source: Source, samples: int | None, seed: int) -> Source:
+    """Choose labelled samples, in order."""
     chosen_N = np.flatnonzero(source.labels() != IGNORE)
     if not len(chosen_N):
         raise DataError(f"{source.name}: expected labelled samples to calibrate on, found none")
@@ -102,8 +102,8 @@ def _labelled(source: Source, samples: int | None, seed: int) -> Source:
     return source if len(chosen_N) == len(source) else ReorderedSource(source, chosen_N)
 
 
-def _answers(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
-    """float32 (M, N, C) logits, up to a constant a row, and int64 (N,) labels."""
+def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
+    """Return logits float32 (M, N, C), up to a constant per row, and labels int64 (N,)."""
     labeller, run = job.labeller, job.run
     spans = (span for number in range(run.shard_count) for span in labeller.spans(run.shard(number)))
     batches = labeller.reader.stream(spans, workers=job.workers)
@@ -120,13 +120,15 @@ def _answers(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
     return torch.cat(logits, dim=1), torch.cat(labels)
 
 
-def _calibrated(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor) -> Calibrated:
+def _calibrate_member(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor) -> Calibrated:
     member = job.run.members[number]
     try:
         temperature = fit_temperature(logits_NC, labels_N)
     except DataError as error:
         raise DataError(f"{member.spec} on {job.labeller.source.name}: {error}") from error
-    (nll_before, ece_before), (nll_after, ece_after) = (_quality(logits_NC, labels_N, at) for at in (1.0, temperature))
+    (nll_before, ece_before), (nll_after, ece_after) = (
+        _measure_quality(logits_NC, labels_N, at) for at in (1.0, temperature)
+    )
     return Calibrated(
         spec=member.spec,
         sha256=member.sha256,
@@ -140,8 +142,8 @@ def _calibrated(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor) -> C
     )
 
 
-def _quality(logits_NC: Tensor, labels_N: Tensor, temperature: float) -> tuple[float, float]:
-    """Mean of -log p(label), and the expected calibration error."""
+def _measure_quality(logits_NC: Tensor, labels_N: Tensor, temperature: float) -> tuple[float, float]:
+    """Return the mean of -log p(label), and the expected calibration error."""
     nats, confidences, correct = 0.0, [], []
     for logits_BC, labels_B in zip(torch.split(logits_NC, CHUNK), torch.split(labels_N, CHUNK), strict=True):
         log_probs_BC = F.log_softmax(logits_BC.double() / temperature, dim=1)

@@ -1,7 +1,4 @@
-"""Whether a store has a row for every sample of a source.
-
-Legend: B rows.
-"""
+"""Check that a store has a row for every sample of a source. Legend: B rows."""
 
 from dataclasses import dataclass
 
@@ -13,21 +10,20 @@ from softlabel.inputs.content import changed_content, comparable, hashes_of, why
 from softlabel.store.reader import Store
 
 CHUNK = 4096  # samples read at a time
-
-LISTED = 3  # keys that a message spells out
+LISTED = 3  # keys listed in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """A source against a store. Keys are listed up to a few, counted in full.
+    """A source compared with a store; the first `LISTED` keys and counts of all.
 
     Attributes:
-        samples: in the source.
-        missing: samples without a row, that the store does not list as bad either.
-        surplus: rows whose key the source does not have.
-        changed: samples whose images are not those that were labelled.
-        compared: samples whose images could be compared by their content hash.
-        unknown: why the first one that could not be compared was not; None where all could.
+        samples: samples in the source.
+        missing, missing_count: samples without a row that the store does not list as bad.
+        surplus_count: rows whose key is not in the source.
+        changed, changed_count: samples whose images differ from the labelled ones.
+        compared: samples whose content hashes could be compared.
+        unknown: why the first incomparable sample could not be compared; None if all could.
     """
 
     samples: int
@@ -45,7 +41,7 @@ class Coverage:
 
 
 def coverage(store: Store, data: str | Source, *, progress: bool | None = None) -> Coverage:
-    """Check that a store has a row for every sample of a source, no other ones, and for the very same images."""
+    """Check that a store has rows for exactly the samples of a source, and for the same images."""
     source = open_source(data)
     report_source(source)
     bad = store.bad

@@ -1,4 +1,4 @@
-"""A new member for a store that keeps its members: the same rows, seen by one more teacher.
+"""Add a member to a store that keeps its members.
 
 Legend: B rows, M members, W elements of a column in one row.
 """
@@ -47,25 +47,28 @@ def extend(
 ) -> GenerateSummary:
     """Add a member to a store that keeps its members; the others are not run again.
 
-    The new shards are written beside the store, in ``STORE.extending``, and take its place in one step at the end; the
-    same call resumes an interrupted one.
+    The new shards are written to ``STORE.extending``, which replaces the store atomically at the end; the same call
+    resumes an interrupted one.
 
     Args:
         store: its folder.
         teacher: SPEC of the new member.
-        data: the SOURCE or the dataset, where it is not at the recorded place any more.
-        calibration: file of `softlabel calibrate` with this teacher; needed where the other members are calibrated.
+        data: the SOURCE or the dataset, if it moved.
+        calibration: file of `softlabel calibrate` with this teacher; needed if the other members are calibrated.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: decoding processes; None: chosen for the machine.
+        progress: show a bar; None: if standard error is a terminal.
 
     Raises:
-        UsageError: the store does not keep its members, or keeps them calibrated and this one is not, or the reverse.
-        MismatchError: the data are not those that were labelled; the teacher has other classes, or is a member already.
+        UsageError: the store does not keep its members, or only one of store and teacher is calibrated.
+        MismatchError: the data differ from the labelled ones; the teacher has other classes, or is a member already.
     """
     opened = open_store(store, verify="full")
     manifest, run = opened.manifest, opened.run
     if not run.kept:
         raise UsageError(
-            f"{store}: holds the {run.combine.rule} average of its members, which cannot take another one; "
-            "generate with --combine keep to add members later"
+            f"{store}: expected a store that keeps its members, found their {run.combine.rule} average; generate with "
+            "--combine keep to add members later"
         )
     refuse_derived(manifest, store)
     if (calibration is not None) != (calibrated := any(member.calibration != 1.0 for member in run.members)):
@@ -88,9 +91,9 @@ def extend(
         raise MismatchError(f"{store}: {member.spec} with these weights is a member already")
     members = (*run.members, member)
     combine = Combine(rule="keep", weights=normalized_weights(None, len(members)))
-    # All but the members must be the store's own.
+    # Everything but the members must agree.
     if differences := run.differences(dataclasses.replace(job.run, members=run.members, combine=run.combine)):
-        raise MismatchError(f"{store}: the data are not those that were labelled; {'; '.join(differences)}")
+        raise MismatchError(f"{store}: the data differ from the labelled ones; {'; '.join(differences)}")
     extended = dataclasses.replace(run, members=members, combine=combine)
     teachers = [*manifest.recorded.get("teachers", []), teacher]
     beside = Path(f"{Path(store)}.extending")
@@ -98,8 +101,8 @@ def extend(
         opened_beside = Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers})
     except MismatchError as error:
         raise MismatchError(
-            f"{error}; an earlier 'softlabel extend' of {store} left {beside}: give its teacher to finish it, or "
-            "remove that folder"
+            f"{error}; {beside} is of an interrupted 'softlabel extend': give its teacher to finish it, or remove the "
+            "folder"
         ) from None
     with opened_beside as committer:
         if committer.resumed:
@@ -111,7 +114,7 @@ def extend(
 
 
 class _MemberExecutor(LocalExecutor):
-    """Puts a new member's columns to the right of those that the store has for the same rows."""
+    """Appends a new member's columns to those of the store for the same rows."""
 
     def __init__(self, store: Store, extended: Run) -> None:
         self._store, self._extended = store, extended
@@ -123,7 +126,7 @@ class _MemberExecutor(LocalExecutor):
         record = store.shards[shard.plan.number]
         kept = store.take(np.arange(starts[record.number], starts[record.number + 1]))
         if Keys.of(shard.rows.keys).to_list() != kept.keys or {r.key for r in record.bad} != {r.key for r in shard.bad}:
-            raise MismatchError(f"{store.path / record.file}: holds other samples than can be labelled now")
+            raise MismatchError(f"{store.path / record.file}: its samples differ from those that can be labelled now")
         seen, now = kept.content, shard.rows.content
         assert now is not None
         changed = changed_content(now, seen)
@@ -131,14 +134,14 @@ class _MemberExecutor(LocalExecutor):
         if unknown is not None and not self._warned:
             self._warned = True
             log.warning(
-                "warning: %s: its images cannot be compared with those that the other members saw (%s)",
+                "warning: %s: its images cannot be compared with those of the other members (%s)",
                 store.url,
                 unknown,
             )
         if changed.any():
             key = kept.keys[int(np.flatnonzero(changed)[0])]
             raise MismatchError(
-                f"image {key!r}: is not the one that the other members of {store.path} saw (its content differs); "
+                f"image {key!r}: its content differs from the image that the other members of {store.path} labelled; "
                 "give the data that was labelled as --data"
             )
         columns = {
@@ -146,21 +149,21 @@ class _MemberExecutor(LocalExecutor):
             for column in extended.label_columns
         }
         for column in extended.view_columns:
-            said = kept.columns[column.name]
-            if (wrong := (said != shard.rows.columns[column.name]).any(axis=1)).any():
+            stored = kept.columns[column.name]
+            if (wrong := (stored != shard.rows.columns[column.name]).any(axis=1)).any():
                 key = kept.keys[int(np.flatnonzero(wrong)[0])]
                 raise MismatchError(
-                    f"image {key!r}: its view {shard.plan.view} is not the one that the other members of {store.path} "
-                    f"saw ({column.name} differs); {changed_libraries(store.manifest.recorded.get('libraries'))}"
+                    f"image {key!r}: view {shard.plan.view} ({column.name}) differs from the one that other members "
+                    f"of {store.path} labelled; {changed_libraries(store.manifest.recorded.get('libraries'))}"
                 )
-            columns[column.name] = said
+            columns[column.name] = stored
         rows = Rows(keys=shard.rows.keys, labels=kept.labels, content=kept.content, columns=columns)
         members = len(extended.members)
-        fidelity = _mean(record.fidelity, shard.fidelity, members)
+        fidelity = _average_fidelity(record.fidelity, shard.fidelity, members)
         return dataclasses.replace(shard, rows=rows, fidelity=fidelity)
 
 
-def _mean(kept: Fidelity | None, new: Fidelity | None, members: int) -> Fidelity | None:
+def _average_fidelity(kept: Fidelity | None, new: Fidelity | None, members: int) -> Fidelity | None:
     if kept is None or new is None:
         return None
     return Fidelity.total([(members - 1, kept), (1, new)])

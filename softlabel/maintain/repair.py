@@ -1,4 +1,4 @@
-"""Making the damaged or missing shards of a store again, and nothing else."""
+"""Replace the damaged or missing shards of a store."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -22,17 +22,18 @@ from softlabel.store.storage.open import open_folder
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
 
-LISTED = 3  # keys that a message spells out
+LISTED = 3  # problems listed in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairSummary:
-    """What a call of `repair` did.
+    """Result of `repair`.
 
     Attributes:
-        problems: what it found, each naming its file.
-        shards_written: how many shards it made again; total_rows: of the whole store.
-        derived: whether they were made from other stores, and not by teachers.
+        problems: problems found, each naming its file.
+        shards_written: number of shards replaced.
+        total_rows: rows of the store.
+        derived: whether the store was made from other stores, not by teachers.
     """
 
     problems: tuple[str, ...]
@@ -52,29 +53,30 @@ def repair(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> RepairSummary:
-    """Make the shards that are missing or damaged again, and nothing else: by the teachers, or out of the stores that
-    this one was made from.
+    """Replace missing and damaged shards, by running the teachers or from the stores that this one was made from.
 
     Args:
         store: its folder.
-        data: the SOURCE, where it is not at the recorded place any more.
-        teachers: the SPECs, where the weights are not at the recorded places any more.
-        sources: of a store that was made from others, where these lie now, in their order.
+        data: the SOURCE, if it moved.
+        teachers: the SPECs, if the weights moved.
+        sources: for a store made from others, their current paths in order, if they moved.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: decoding processes; None: chosen for the machine.
+        progress: show a bar; None: if standard error is a terminal.
 
     Raises:
-        UsageError: data or teachers for a store that was made from others, or sources for one that was not.
-        MismatchError: data, teachers or sources are not the same any more.
-        StoreCorruptError: the manifest itself is damaged, so that nothing says what the store was, or what is wrong is
-            nothing that labelling again changes.
+        UsageError: data or teachers for a store made from others, or sources for another one.
+        MismatchError: data, teachers or sources have changed.
+        StoreCorruptError: the manifest is damaged, or the damage is not in a shard.
     """
     folder = open_folder(store)
     try:
         manifest = load_root(folder)
     except StoreCorruptError as error:
         raise StoreCorruptError(
-            f"{error}; the shards alone do not say what the store was: without a copy of {ROOT_NAME}, move it out of "
-            "the folder and run the same 'softlabel generate' again, which takes over the whole shards of a store that "
-            "has not grown, or label into another folder"
+            f"{error}; shards cannot be repaired without {ROOT_NAME}: restore it from a copy, or move it out of the "
+            "folder and run the same 'softlabel generate' again, which adopts intact shards unless the store has grown, or "
+            "label into another folder"
         ) from None
     derived = origins_of(manifest) is not None
     for option, given, wrong in (
@@ -91,12 +93,12 @@ def repair(
     except StoreCorruptError as error:
         problems = (str(error),)
         with Committer.open(store, manifest.run, relabel=()):
-            pass  # what damaged segments recorded is found again in the shards
+            pass  # rebuilds damaged segments from the shards
     report = verify_store(store, allow_incomplete=True)
     if not (report.ok or report.damaged or report.extra):
         raise StoreCorruptError(
-            f"{'; '.join(report.problems[:LISTED])}; no shard is damaged that could be made again: label the data "
-            "again, into another folder"
+            f"{'; '.join(report.problems[:LISTED])}; the damage is not in a shard: label the data again, into another "
+            "folder"
         )
     done: GenerateSummary | RewriteSummary
     if derived:
@@ -123,7 +125,7 @@ def _relabel(
     manifest = load_root(open_folder(store))
     config = dataclasses.replace(config_of(manifest), device=device, workers=workers)
     job = reload_job(manifest, store, config, data=data, teachers=teachers, damaged=damaged)
-    # Before the damaged shards are forgotten: a repair that is refused leaves the store as it was.
+    # Before the damaged shards are dropped: a refused repair must not change the store.
     check_same_data(store, job.labeller.reader, without=damaged)
     with Committer.open(store, job.run, relabel=damaged) as committer:
         add_head(job, committer)

@@ -22,7 +22,7 @@ from distributed import Client
 import softlabel
 from softlabel.cluster.connect import connected
 from softlabel.cluster.deployment import Deployment
-from softlabel.cluster.dispatch import Drive
+from softlabel.cluster.dispatch import Dispatcher
 from softlabel.generation.pipeline import label_shard
 from softlabel.generation.reload import config_of, reload_job
 from softlabel.generation.worker import Outcome, Request, label_one
@@ -91,7 +91,7 @@ def per_image(shared: Path, folder: Path, images: int, repeats: int) -> None:
     def spread(client: Client) -> float:
         workers = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
         before = [process.cpu_times() for process in workers]
-        assert not Drive(client, request, keys, lambda outcomes: None).run(list(numbers))
+        assert not Dispatcher(client, request, keys, lambda outcomes: None).run(list(numbers))
         after = [process.cpu_times() for process in workers]
         return sum(b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
 
@@ -151,12 +151,12 @@ def per_shard(folder: Path, shards: int) -> None:
         def commit(outcomes: Sequence[Outcome]) -> None:
             kept.update((one.number, one.record) for one in outcomes if one.record is not None)
 
-        assert not Drive(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(1000))
+        assert not Dispatcher(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(1000))
         kept.clear()
         scheduler, me = psutil.Process(dask.scheduler.pid), psutil.Process()
         memory, ours, theirs = me.memory_info().rss, time.process_time(), scheduler.cpu_times()
         started = time.perf_counter()
-        assert not Drive(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(shards))
+        assert not Dispatcher(client, request, lambda number: "0" * 32, commit, work=nothing).run(range(shards))
         seconds = time.perf_counter() - started
         now = scheduler.cpu_times()
         spent = now.user + now.system - theirs.user - theirs.system

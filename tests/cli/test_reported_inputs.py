@@ -267,7 +267,7 @@ LISTS = [
         name="metadata.csv beside images",
         make=metadata_beside_images,
         says=(
-            "'train/metadata.csv' lists images with labels, .* --data d/train/metadata.csv takes them",
+            "'train/metadata.csv' lists images with labels, .* --data d/train/metadata.csv uses them",
             r"'captions.jsonl' lists images with columns file_name, text, .*'d/captions.jsonl\?label=COLUMN' takes it",
         ),
     ),
@@ -328,7 +328,7 @@ DATA = [
             says=(re.escape(f"{data}: {says}"),),
         )
         for data, code, says in (
-            ("digits?rows=0:0", 2, "expected at least one sample, found none: rows= takes none of its 1,797;"),
+            ("digits?rows=0:0", 2, "expected at least one sample, found none: rows= selects none of 1,797;"),
             ("list.txt", 1, "expected at least one sample, found none; check"),
         )
         for command in (
@@ -847,5 +847,5 @@ def test_an_address_without_a_scheduler(
             assert main([*map(str, beside_images(weights())(tmp_path)), *given]) == 2
         server.shutdown()
     error = capsys.readouterr().err
-    assert f"--scheduler {address}: expected a Dask scheduler there, found no" in error
-    assert "8787 is that of its dashboard" in error
+    assert f"--scheduler {address}: expected a Dask scheduler, found no" in error
+    assert "dashboard 8787" in error

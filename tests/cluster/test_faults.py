@@ -266,7 +266,7 @@ def test_a_slow_shard_at_the_end_is_done_by_a_second_worker(tmp_path: Path) -> N
                 *options, "--teacher", hanging, "--out", tmp_path / "store", "--scheduler", dask.address
             )
         )
-    assert "shard 5 is slow; another worker does it as well" in done.stderr
+    assert "shard 5 is slow; another worker labels it too" in done.stderr
     assert "complete, 60 rows" in done.stdout
     run(make_generate_command(*options, "--teacher", make_teacher_spec(), "--out", tmp_path / "whole"))
     assert_same_rows(tmp_path / "store", tmp_path / "whole")

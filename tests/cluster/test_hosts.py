@@ -98,7 +98,7 @@ def test_a_network_cut_in_the_middle_of_a_shard(tmp_path: Path) -> None:
                 process.wait()
     log = (tmp_path / "slboss-3.log").read_text()
     assert "complete, 200 rows" in log
-    assert "its worker died" in log or "another worker does it as well" in log
+    assert "its worker died" in log or "another worker labels it too" in log
     whole = ["--data", data, "--shard-rows", 5, "--batch-size", 5, "--out", tmp_path / "whole"]
     subprocess.run(
         make_generate_command(*whole, "--teacher", make_teacher_spec()), env=make_cluster_environment(), check=True

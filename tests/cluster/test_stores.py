@@ -346,7 +346,7 @@ def test_names_the_remedy_for_what_is_not_there(tmp_path: Path) -> None:
     data = write_jpeg_dataset(tmp_path / "data.parquet", 8)
     options = ["--data", data, "--teacher", make_teacher_spec(), "--out", tmp_path / "store"]
     done = run(make_generate_command(*options, "--scheduler", "tcp://127.0.0.1:9"), code=2)
-    assert "expected a Dask scheduler there, found nothing that answers" in done.stderr
+    assert "expected a Dask scheduler, found nothing that answers" in done.stderr
     for address in ("nonsense://127.0.0.1:9", "tls://127.0.0.1:9"):
         done = run(make_generate_command(*options, "--scheduler", address), code=2)
         assert "expected an address such as" in done.stderr
@@ -470,5 +470,5 @@ def test_a_teacher_in_a_module_beside_the_client(tmp_path: Path) -> None:
             ),
             cwd=here,
         )
-    assert f"{here / 'own_nets.py'}: given to the workers" in done.stderr
+    assert f"{here / 'own_nets.py'}: uploaded to the workers" in done.stderr
     assert_same_rows(tmp_path / "there", tmp_path / "alone")

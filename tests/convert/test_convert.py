@@ -271,7 +271,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
         ),
         (UsageError, "nothing to do", logits, {}),
         (MismatchError, "random draws from the softmax", draws, {"temperature": 2}),
-        (MismatchError, "random draws of each teacher", drawn, {}),
+        (MismatchError, "random draws of each member", drawn, {}),
         (UsageError, "one for each of the 2 teachers, found 3", kept, {"weights": [1, 1, 1], "members": [1, 2]}),
         (UsageError, "'zoo:other' is none of them", kept, {"members": ["zoo:other"]}),
         (UsageError, "3 zoo:net3; found 4", kept, {"members": [4]}),
@@ -283,7 +283,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
             combine_store(source, out, **options)  # type: ignore[arg-type]
         assert not out.exists()
     before = read_files(kept)
-    with pytest.raises(UsageError, match="is the store itself"):
+    with pytest.raises(UsageError, match="found the store itself"):
         combine_store(kept, kept / ".." / "kept")
     assert read_files(kept) == before
 
@@ -376,7 +376,7 @@ def test_merge_refuses_shared_keys_and_other_runs_by_name(tmp_path: Path) -> Non
         merge_stores([tmp_path / "a", tmp_path / "other"], tmp_path / "out")
     with pytest.raises(UsageError, match="two stores or more"):
         merge_stores([tmp_path / "a"], tmp_path / "out")
-    with pytest.raises(UsageError, match="is the store itself"):
+    with pytest.raises(UsageError, match="found the store itself"):
         merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
     assert not (tmp_path / "out").exists()
 
@@ -439,7 +439,7 @@ def test_stores_behind_urls(tmp_path: Path) -> None:
     one, other = open_store(tmp_path / "direct"), whole(tmp_path / "back")
     rows = np.arange(len(one))
     assert one.take(rows).scaled_logits.tobytes() == other.take(rows).scaled_logits.tobytes()
-    with pytest.raises(UsageError, match="is the store itself"):
+    with pytest.raises(UsageError, match="found the store itself"):
         convert_store(there, f"{there}/", format="hdf5")
 
 
@@ -452,8 +452,8 @@ def test_convert_refuses(tmp_path: Path) -> None:
     for error, message, store, options in [
         (UsageError, "has this format, encoding and shard size already", source, {"format": "parquet"}),
         (UsageError, "its temperatures .* lack 4.0", source, {"encoding": lacking}),
-        (MismatchError, "exists at one temperature.*4 alone, found 1", source, {"encoding": three}),
-        (MismatchError, "only the sum is known", top, {"encoding": three}),
+        (MismatchError, "exists at one temperature.*expected only 4, found 1", source, {"encoding": three}),
+        (MismatchError, "only the sum of its tail is known", top, {"encoding": three}),
         (MismatchError, "random draws", draws, {"encoding": "float16"}),
         (UsageError, "found 'fp16'", source, {"encoding": "fp16"}),
         (UsageError, "'topk' needs", source, {"encoding": "topk"}),
@@ -482,9 +482,9 @@ def test_a_folder_with_other_rows_is_refused(tmp_path: Path) -> None:
     half = store_of(tmp_path / "half", kept_run(Float16()), teach(kept_run()))
     convert_store(half, tmp_path / "out", encoding="int8")
     # The same run, but these rows came through float16.
-    with pytest.raises(MismatchError, match="found a store made by 'softlabel convert' from other stores"):
+    with pytest.raises(MismatchError, match="found one made by 'softlabel convert' from other stores"):
         convert_store(exact, tmp_path / "out", encoding="int8")
-    with pytest.raises(MismatchError, match="found a store made by a teacher"):
+    with pytest.raises(MismatchError, match="found one made by a teacher"):
         convert_store(half, exact, encoding="float32")
     with pytest.raises(MismatchError, match=r"store of another run; .*encoding"):
         convert_store(half, tmp_path / "out", encoding="float32")
@@ -640,13 +640,13 @@ def test_export_refuses_what_is_there(tmp_path: Path) -> None:
     other = store_of(tmp_path / "b", run, teach(run))
     export_store(other, tmp_path / "hf", to="hf")
     for error, message, out, to in [
-        (MismatchError, "found something else there", "full", "hf"),
-        (MismatchError, "found something else there", "full/notes.txt", "hf"),
+        (MismatchError, "found something else", "full", "hf"),
+        (MismatchError, "found something else", "full/notes.txt", "hf"),
         (MismatchError, "expected an export of store .*found another", "hf", "hf"),
         (MismatchError, "found another; choose another name", "x.npz", "npz"),
         (UsageError, "ends in .npz", "plain", "npz"),
         (UsageError, "expected --to hf or npz", "plain", "csv"),
-        (UsageError, "is the store itself", "a", "hf"),
+        (UsageError, "found the store itself", "a", "hf"),
         (UsageError, "a path on this machine", "memory://x", "hf"),
     ]:
         with pytest.raises(error, match=message):

@@ -70,7 +70,7 @@ def test_labels_and_keys(tmp_path: Path) -> None:
         "labels=soft": r"found float64 of shape \(6, 10\)",
         "keys=few": "expected 6 strings or integers",
         "keys=fine": "expected 6 strings or integers",
-        "labels=nothing": "there is no dataset 'nothing'; the file has few, fine, ids, soft, x",
+        "labels=nothing": "no dataset 'nothing'; the file has few, fine, ids, soft, x",
     }.items():
         with pytest.raises(DataError, match=reason):
             open_source(f"{where}&{option}")

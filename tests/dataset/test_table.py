@@ -111,7 +111,7 @@ def test_lists_that_are_no_array_are_bad_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("inputs=age,hight", "there is no column 'hight'; the file has age, income"),
+        ("inputs=age,hight", "no column 'hight'; the file has age, income"),
         ("inputs=age,person", "column 'person': expected numbers or lists of numbers for inputs=, found string"),
         ("inputs=age,age", "column 'age' is given twice"),
         ("inputs=age,tokens", "or a single column of lists, found 2 columns, 'tokens' among them"),

@@ -236,7 +236,10 @@ def test_what_teachers_cannot_do_to_a_store_is_refused_and_leaves_it_whole(
     place.generate("--combine", "keep", out="kept")
     shutil.copytree("kept", "kept.extending")
     assert main(["extend", "kept", "--teacher", spec.replace("t0", "t1")]) == 2
-    assert "left kept.extending: give its teacher to finish it, or remove that folder" in capsys.readouterr().err
+    assert (
+        "kept.extending is of an interrupted 'softlabel extend': give its teacher to finish it, or remove the folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_lost_records_and_an_interrupted_repair(
