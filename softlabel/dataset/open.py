@@ -111,9 +111,7 @@ def _set_decoding(source: Source, decoding: Decoding) -> Source:
     if decoding == AS_USUAL:
         return source
     if source.kind in ("array", "digits") or source.inputs is not IMAGES:
-        raise SpecError(
-            f"{source.name}: exif= and bits= are of encoded images, and these are numbers as they are; leave them out"
-        )
+        raise SpecError(f"{source.name}: exif= and bits= are for encoded images, these are numbers; leave them out")
     if isinstance(source, DatasetSource) and not decoding.upright:
         raise SpecError(f"{source.name}: exif= is for encoded images, this dataset decodes by itself; leave it out")
     return DecodedSource(source, decoding)

@@ -75,7 +75,7 @@ def repair(
     except StoreCorruptError as error:
         raise StoreCorruptError(
             f"{error}; shards cannot be repaired without {ROOT_NAME}: restore it from a copy, or move it out of the "
-            "folder and run the same 'softlabel generate' again, which adopts intact shards unless the store has grown, or "
+            "folder and run the same 'softlabel generate' again, which adopts intact shards unless the store grew, or "
             "label into another folder"
         ) from None
     derived = origins_of(manifest) is not None

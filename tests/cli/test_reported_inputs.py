@@ -403,7 +403,7 @@ DATA = [
         make=misplaced_images,
         says=(
             "d: 5 samples, 4 with a hard label",
-            "'loose.png'; move such into one",
+            "'loose.png'; move them into one",
             "the label of the first folder of the path: 'bee/deep/4.png'",
             r"1 image of formats that are not read left out \(1 \.heic\)",
         ),

@@ -164,7 +164,7 @@ def test_stores_without_hashes_and_of_files_say_what_cannot_be_compared(
     write_logits(tmp_path / "files", keys, logits_NC, images=files)
     data = npy(PIXELS, tmp_path)
     for store, reason in (
-        ("old", "labelled without a content hash"),
+        ("old", "no content hash"),
         ("files", "labelled from files.*these are pixels"),
     ):
         caplog.clear()
