@@ -1,4 +1,4 @@
-"""The commands of the command line: parameters are options, docstrings are help, they return the exit code.
+"""Commands: parameters are options, docstrings are help, the result is the exit code.
 
-Each imports what it needs when it runs, so that `softlabel --help` answers at once.
+Each imports its dependencies when it runs, so that `softlabel --help` is fast.
 """

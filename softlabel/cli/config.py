@@ -1,4 +1,4 @@
-"""The resolved options of a command, as files and as a store keeps them."""
+"""Options of a command in YAML files and in the manifest of a store."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_config(path: Path, options: Mapping[str, object]) -> None:
-    """The resolved options as a file that ``--config`` takes.
+    """Write options as a YAML file for ``--config``.
 
     Raises:
         StoreError: it cannot be written.
@@ -24,19 +24,19 @@ def write_config(path: Path, options: Mapping[str, object]) -> None:
         raise StoreError(f"{path}: cannot write: {error}") from error
 
 
-def local(path: str, option: str) -> str:
-    """The path, if it is one of this machine's.
+def require_local(path: str, option: str) -> str:
+    """Return a path after checking that it is local.
 
     Raises:
         UsageError: it is empty or a URL.
     """
     if not path or "://" in path:
-        raise UsageError(f"{option}: expected a path on this machine, found {path!r}")
+        raise UsageError(f"{option}: expected a local path, found {path!r}")
     return path
 
 
 def options_of(store: object, manifest: "Manifest") -> str:
-    """The options that a store was made with, as a file that ``--config`` takes.
+    """Return the options that a store was made with, as YAML for ``--config``.
 
     Raises:
         UsageError: its manifest records none.
@@ -46,17 +46,16 @@ def options_of(store: object, manifest: "Manifest") -> str:
     found = manifest.recorded.get("options")
     if not isinstance(found, dict):
         raise UsageError(
-            f"{store}: expected the options that it was made with in its manifest, found none: another "
-            "program made it, or an earlier version"
+            f"{store}: expected options in its manifest, found none; another program or an earlier version made it"
         )
     return yaml.safe_dump(dict(found), sort_keys=False, allow_unicode=True)
 
 
 def read_options(path: str) -> dict[str, object]:
-    """A YAML file of names and values.
+    """Read a YAML file of names and values.
 
     Raises:
-        UsageError: it cannot be read, or is something else.
+        UsageError: it cannot be read, or has another form.
     """
     import yaml
 

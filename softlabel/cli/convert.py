@@ -1,4 +1,4 @@
-"""The commands that make stores and files out of stores: combine, merge, convert, export."""
+"""Commands that make stores and files from stores: combine, merge, convert, export."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,10 +20,10 @@ def combine(
     combine: Literal["logits", "probs"] | None = None,
     temperature: float | None = None,
 ) -> int:
-    """Combine the members of a store that kept them, or change its temperature, without running a teacher.
+    """Combine the members of a store that keeps them, or change its temperature, without running a teacher.
 
-    A store that keeps no members can only change its temperature, where that is exact. The same command again resumes
-    what was interrupted.
+    A store that does not keep members can only change its temperature, if that is exact. The same command resumes an
+    interrupted one.
 
     Example:
         softlabel combine labels/three labels/mixed --weights 0.5 0.3 0.2 --combine probs --temperature 2
@@ -31,15 +31,15 @@ def combine(
     Args:
         store: folder of the store.
         out: folder of the new one.
-        weights: one number a chosen member, normalised to sum 1; equal when absent.
-        members: numbers (from 1, as inspect lists them) or SPECs of those to combine; all when absent.
+        weights: one number per chosen member, normalised to sum 1; equal when absent.
+        members: numbers (from 1, as in inspect) or SPECs of the members to combine; all when absent.
         combine: mean of the logits (when absent), or of the softmax at the temperature.
         temperature: of the new store; the store's when absent.
     """
     options = dict(locals())
     from softlabel.convert import combine_store
 
-    return _tell(
+    return _print_summary(
         combine_store(
             store, out, weights=weights, members=members, combine=combine, temperature=temperature, options=options
         )
@@ -47,21 +47,21 @@ def combine(
 
 
 def merge(stores: list[str], /, *, out: str) -> int:
-    """Make one store of several with different samples and equal teachers and settings.
+    """Merge stores with different samples and equal teachers and settings.
 
-    The same command again resumes what was interrupted.
+    The same command resumes an interrupted one.
 
     Example:
         softlabel merge labels/part1 labels/part2 --out labels/all
 
     Args:
-        stores: folders of the stores, in the order that their samples shall have.
+        stores: folders of the stores, in the order of their samples.
         out: folder of the new one.
     """
     options = dict(locals())
     from softlabel.convert import merge_stores
 
-    return _tell(merge_stores(stores, out, options=options))
+    return _print_summary(merge_stores(stores, out, options=options))
 
 
 def convert(
@@ -75,7 +75,7 @@ def convert(
 ) -> int:
     """Write a store's labels in another file format, encoding or shard size.
 
-    What an encoding has lost stays lost in a finer one. The same command again resumes what was interrupted.
+    A finer encoding does not restore what was lost. The same command resumes an interrupted one.
 
     Example:
         softlabel convert labels/resnet50 labels/small --encoding topk --top-k 32
@@ -83,8 +83,8 @@ def convert(
     Args:
         store: folder of the store.
         out: folder of the new one.
-        format: file format of the shards; as it is when absent.
-        shard_rows: samples a shard; as it is when absent.
+        format: file format of the shards; the same when absent.
+        shard_rows: samples per shard; the same when absent.
     """
     from softlabel.convert import convert_store
     from softlabel.store.open import open_store
@@ -92,11 +92,11 @@ def convert(
     options = {"store": store, "out": out, "format": format, **asdict(how), "shard_rows": shard_rows}
     encoding = how.encoding_at(open_store(store, verify="sizes").run.temperature)
     done = convert_store(store, out, format=format, encoding=encoding, shard_rows=shard_rows, options=options)
-    return _tell(done)
+    return _print_summary(done)
 
 
 def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
-    """Write a store as Parquet of plain columns for any tool (hf), or as NumPy arrays (npz).
+    """Write a store as Parquet with plain columns for any tool (hf), or as NumPy arrays (npz).
 
     pandas, polars, DuckDB and Hugging Face datasets read the Parquet files.
 
@@ -119,27 +119,28 @@ def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
     return 0
 
 
-def _tell(summary: "RewriteSummary") -> int:
+def _print_summary(summary: "RewriteSummary") -> int:
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return 0
     print(f"{summary.path}: complete, {summary.total_rows:,} rows, {summary.bytes:,} bytes, in {summary.seconds:.1f} s")
     if summary.step is not None:
-        print(f"  encoding them again cost {nats(summary.step)}")
+        print(f"  cost of the new encoding: {format_nats(summary.step)}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad images have no row; 'softlabel inspect {summary.path}' lists them")
     return 0
 
 
-def nats(cost: "Fidelity") -> str:
+def format_nats(cost: "Fidelity") -> str:
+    """Return the loss of an encoding as text."""
     return (
-        f"KL in nats at T = 1: mean {cost.mean_t1:.1e}, worst {cost.worst_t1:.1e}; "
+        f"KL in format_nats at T = 1: mean {cost.mean_t1:.1e}, worst {cost.worst_t1:.1e}; "
         f"at the store's T: mean {cost.mean_t:.1e}, worst {cost.worst_t:.1e}"
     )
 
 
-def provenance(manifest: "Manifest") -> list[tuple[str, str]]:
-    """Lines for `inspect` on a store that was made out of others: from what, and what is known of its cost."""
+def describe_provenance(manifest: "Manifest") -> list[tuple[str, str]]:
+    """Return lines for `inspect` about a store made from others: its sources and cost."""
     made = manifest.recorded.get("derived")
     if not isinstance(made, Mapping):
         return []
@@ -148,22 +149,22 @@ def provenance(manifest: "Manifest") -> list[tuple[str, str]]:
         ("made by", f"softlabel {made.get('command')} from {', '.join(str(one.get('path')) for one in sources)}"),
     ]
     if manifest.totals.fidelity is None and manifest.totals.rows:
-        through = ", ".join(dict.fromkeys(_came_through(made)))
+        through = ", ".join(dict.fromkeys(_list_encodings(made)))
         lines.append(("cost", f"against the teacher unknown: the labels came through {through}"))
         step = made.get("step")
         if isinstance(step, Mapping):
             lines.append(
                 (
                     "",
-                    f"this step: KL(source || stored) in nats at T = {manifest.run.temperature:g}: mean "
+                    f"this step: KL(source || stored) in format_nats at T = {manifest.run.temperature:g}: mean "
                     f"{step.get('mean_t'):.1e}, worst {step.get('worst_t'):.1e}, on {step.get('rows'):,} rows",
                 )
             )
     return lines
 
 
-def _came_through(made: object) -> list[str]:
-    """The encodings on the way to a derived store, the first one first."""
+def _list_encodings(made: object) -> list[str]:
+    """Return the encodings of the sources of a derived store, the first one first."""
     if not isinstance(made, Mapping):
         return []
     found: list[str] = []
@@ -171,7 +172,7 @@ def _came_through(made: object) -> list[str]:
         if isinstance(one, Mapping):
             encoding = one.get("encoding")
             found += [
-                *_came_through(one.get("derived")),
+                *_list_encodings(one.get("derived")),
                 str(encoding.get("name") if isinstance(encoding, Mapping) else "?"),
             ]
     return found

@@ -1,4 +1,4 @@
-"""The options of the encodings: --encoding, and what each encoding takes besides, as its `from_options` says."""
+"""Options of the encodings: --encoding, and the parameters of each encoding's `from_options`."""
 
 import inspect
 from collections.abc import Iterable
@@ -13,21 +13,21 @@ from softlabel.store.encodings import Encoding
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingOptions:
-    """Those of every command that takes an encoding; `_options_of` adds those of the encodings."""
+    """Options of every command with an encoding; `_make_options` adds those of each encoding."""
 
     encoding: str | None
 
     def encoding_at(self, temperature: float) -> Encoding | None:
-        """The encoding that the options name, for a store of this temperature; None: none was named.
+        """Return the chosen encoding for a store of a temperature; None if none was chosen.
 
         Raises:
-            UsageError: an option of another encoding, or a number that makes no sense.
+            UsageError: an option belongs to another encoding, or is out of range.
         """
         given = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
         kind = Encoding.kinds.get(given.pop("encoding", ""))
         for option in given:
-            if kind is None or option not in _parameters_of(kind):
-                owner = next(one.name for one in Encoding.kinds.values() if option in _parameters_of(one))
+            if kind is None or option not in _list_parameters(kind):
+                owner = next(one.name for one in Encoding.kinds.values() if option in _list_parameters(one))
                 found = "none" if kind is None else repr(kind.name)
                 raise UsageError(f"--{option.replace('_', '-')} belongs to --encoding {owner}, found {found}")
         try:
@@ -36,22 +36,22 @@ class EncodingOptions:
             raise UsageError(str(error)) from None
 
 
-def _parameters_of(kind: type[Encoding]) -> dict[str, Any]:
-    """The options of an encoding, and their types."""
+def _list_parameters(kind: type[Encoding]) -> dict[str, Any]:
+    """Return option -> type of an encoding."""
     parameters = inspect.signature(kind.from_options).parameters.values()
     names = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "temperature"]
     hints = get_type_hints(kind.from_options)
     return {name: hints[name] for name in names}
 
 
-def _options_of(kinds: Iterable[type[Encoding]], default: str | None, text: str) -> type[EncodingOptions]:
+def _make_options(kinds: Iterable[type[Encoding]], default: str | None, text: str) -> type[EncodingOptions]:
     kinds = list(kinds)
     names: Any = Literal[tuple(kind.name for kind in kinds)]
     texts = {"encoding": text}
     for kind in kinds:
         found = docstring_parser.parse(inspect.getdoc(kind.from_options) or "").params
         texts |= {one.arg_name: " ".join((one.description or "").split()) for one in found}
-    own = [(name, hint | None, None) for kind in kinds for name, hint in _parameters_of(kind).items()]
+    own = [(name, hint | None, None) for kind in kinds for name, hint in _list_parameters(kind).items()]
     listed = "\n".join(f"    {name}: {text}" for name, text in texts.items())
     return make_dataclass(
         "EncodingOptions",
@@ -64,13 +64,13 @@ def _options_of(kinds: Iterable[type[Encoding]], default: str | None, text: str)
     )
 
 
-OfTeachers = _options_of(
+OfTeachers = _make_options(
     Encoding.kinds.values(),
     "float16",
-    "how logits are stored; 'softlabel plan' shows what each costs in bytes and nats.",
+    "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats.",
 )
-OfStores = _options_of(
+OfStores = _make_options(
     (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
     None,
-    "how logits are stored; as it is when absent.",
+    "how logits are stored; the same when absent.",
 )

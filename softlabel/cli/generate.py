@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import read_options
-from softlabel.cli.report import duration, size, tell, tell_preflight
+from softlabel.cli.report import duration, print_preflight, print_summary, size
 
 if TYPE_CHECKING:
     from softlabel.cli.encoding_options import EncodingOptions
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """Where shards are labelled, if not in this process.
+    """Options of a cluster that labels the shards.
 
     Attributes:
-        scheduler: address of a running Dask scheduler, such as tcp://10.0.0.1:8786, whose workers label the shards.
+        scheduler: address of a running Dask scheduler, for example tcp://10.0.0.1:8786, whose workers label the shards.
         cluster: start a Dask cluster for this run: processes on this machine, SLURM, Kubernetes, or one per GPU.
-        cluster_workers: how many workers the cluster starts; absent, one for each core (local) or GPU (cuda) of this
-            machine, or what the options say (kubernetes); slurm wants a number.
+        cluster_workers: number of workers to start; when absent, one for each core (local) or GPU (cuda) of this
+            machine, or as in the options (kubernetes); required for slurm.
         cluster_options: YAML file with further arguments of the cluster's class (queue, memory, image, ...).
-        shard_seconds: after which a shard on a cluster counts as hung; absent, from what shards take.
+        shard_seconds: timeout of a shard on a cluster; when absent, from the durations of shards.
     """
 
     scheduler: str | None = None
@@ -33,7 +33,11 @@ class ClusterOptions:
     shard_seconds: float | None = None
 
     def executor(self) -> "Executor":
-        """Raises UsageError for options that do not go together, or without Dask."""
+        """Return the executor.
+
+        Raises:
+            UsageError: options do not fit together, or Dask is not installed.
+        """
         from softlabel.errors import UsageError
 
         if self.scheduler is None and self.cluster is None:
@@ -71,7 +75,7 @@ def generate(
 ) -> int:
     """Run one or several teachers over a dataset and store their soft labels.
 
-    The same command again resumes what was interrupted.
+    The same command resumes an interrupted one.
 
     Example:
         softlabel generate --data train.parquet --teacher torchvision:resnet50@resnet50.pth --out labels/resnet50
@@ -84,7 +88,8 @@ def generate(
             python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize, crop, interpolation,
             squash, weights, pretrained, download, trust. Several make an ensemble.
         out: folder of the store.
-        no_preflight: do not try two batches first, which shows the plan, checks the disk and warns of what looks wrong.
+        no_preflight: skip labelling two batches first, which shows the plan, checks the disk and warns about suspicious
+            results.
     """
     from softlabel.generation.run import open_run
 
@@ -101,9 +106,9 @@ def generate(
         options={**options, "no_preflight": no_preflight},
     ) as run:
         if not no_preflight and (found := run.preflight()) is not None:
-            tell_preflight(out, found, cluster=not executor.in_process)
+            print_preflight(out, found, cluster=not executor.in_process)
         summary = run.label()
-    tell(summary, data)
+    print_summary(summary, data)
     return 0
 
 
@@ -115,7 +120,7 @@ def plan(
     encoding: list[str] | None = None,
     seconds: float = 5.0,
 ) -> int:
-    """Show what labelling would take, and what every encoding costs in bytes and nats, from a short timed sample.
+    """Estimate the time of labelling, and the cost of every encoding in bytes and nats, from a short timed sample.
 
     Nothing is written.
 
@@ -125,8 +130,8 @@ def plan(
     Args:
         data: a SOURCE, see 'softlabel generate --help'.
         teacher: the SPECs, see 'softlabel generate --help'.
-        encoding: show these alone; all when absent.
-        seconds: how long the sample is labelled for.
+        encoding: show only these; all when absent.
+        seconds: duration of the sample.
     """
     from softlabel.errors import UsageError
     from softlabel.generation.config import GenerateConfig
@@ -176,20 +181,20 @@ def calibrate(
 ) -> int:
     """Fit a temperature to each teacher on labelled samples, and show its calibration before and after.
 
-    The file makes members comparable before they are averaged: give it to 'softlabel generate --calibration'.
+    Give the file to 'softlabel generate --calibration' to make members comparable before they are averaged.
 
     Example:
         softlabel calibrate --data val.parquet --teacher torchvision:resnet50@resnet50.pth --out calibration.json
 
     Args:
-        data: a SOURCE with labels, that the teachers were not trained on.
+        data: a SOURCE with labels that the teachers were not trained on.
         teacher: the SPECs, see 'softlabel generate --help'.
         out: JSON file for 'softlabel generate --calibration'; nothing is written when absent.
-        samples: how many labelled samples are drawn; all when absent.
-        batch_size: samples a forward pass.
+        samples: number of labelled samples to draw; all when absent.
+        batch_size: samples per forward pass.
         precision: of the forward pass.
-        workers: processes that decode; absent, chosen from the machine.
-        seed: of the draw, and of what a teacher's factory draws at random.
+        workers: decoding processes; when absent, chosen for the machine.
+        seed: of the draw, and of random factories of teachers.
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.maintain.calibrate import calibrate as run

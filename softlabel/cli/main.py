@@ -1,9 +1,9 @@
-"""The command line: `softlabel COMMAND`. Builds the parser from the commands, runs one, turns errors into exit codes.
+"""The command line `softlabel COMMAND`: builds the parser from the commands, runs one, turns errors into exit codes.
 
 Every command takes ``--config FILE.yaml`` (flags override it) and ``--print_config``.
 
 Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 75 a cluster's scheduler was
-lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): run it again.
+lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): rerun the command.
 """
 
 import argparse
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.train,
     "evaluate": train.evaluate,
 }
-# Dataclasses that are imported when their command is: the names in its annotations, and where each is.
+# Dataclasses in annotations of commands, imported only when the command runs.
 LATE = {
     "train": {"TrainConfig": "softlabel.training.TrainConfig"},
     "generate": {
@@ -64,7 +64,7 @@ _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 
 
 class _Help(DefaultHelpFormatter):
-    """The help texts as they are written, and lines that begin with a space, which are commands, left whole."""
+    """Shows help texts unchanged, and does not wrap lines that begin with a space, which are commands."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         return action.help or ""
@@ -75,21 +75,21 @@ class _Help(DefaultHelpFormatter):
 
 
 class _Parser(ArgumentParser):
-    """A mistake is one line in the words of the command line."""
+    """Reports an error in one line, in terms of the command line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
-    lists: frozenset[str] = frozenset()  # options that take several values, as a file names them
+    lists: frozenset[str] = frozenset()  # options with several values, as named in a file
     positional: frozenset[str] = frozenset()
     hints: Mapping[str, Any] = {}
 
     def parse_string(self, content: Any, *args: Any, **settings: Any) -> Any:
-        """A list of one may be written without its brackets in a file."""
+        """Parse a file, in which a list of one may be written without brackets."""
         try:
             loaded = yaml.safe_load(content)
         except yaml.YAMLError:
-            loaded = None  # the parser says what is wrong with it
+            loaded = None  # the parser reports the error
         alone = {
             name: value
             for name, value in (loaded.items() if isinstance(loaded, dict) else ())
@@ -105,24 +105,24 @@ class _Parser(ArgumentParser):
         if found := re.fullmatch(r"the following arguments are required: (.*)", message):
             command = f"softlabel {found[1].partition('.')[0]}"
             names = [name.partition(".")[2] or name for name in found[1].split(", ")]
-            named = [name if name in self.positional or name == found[1] else _flag(name) for name in names]
+            named = [name if name in self.positional or name == found[1] else _make_flag(name) for name in names]
             message = f"expected {', '.join(named)}, not given"
         message = re.sub(r'expected "subcommand".*', "expected a COMMAND, not given", message)
         message = " ".join(message.split())
         found = re.fullmatch(r'Parser key "(\w+)"[^:]*: .*(?:Got|Given) value: (.*)', message)
         if found and is_plain(hint := parser.hints.get(found[1])):
-            message = f"{_flag(found[1])}: expected {describe(_element(hint) or hint)}, found {found[2]!r}"
-        message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_flag(key[1])}:", message)
+            message = f"{_make_flag(found[1])}: expected {describe(_get_element(hint) or hint)}, found {found[2]!r}"
+        message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_make_flag(key[1])}:", message)
         print(f"softlabel: {message}; see '{command} --help'", file=sys.stderr)
         self.exit(2)
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: it ends like Ctrl-C, and a caller is told which of them it was."""
+    """SIGTERM, handled like Ctrl-C with its own exit code."""
 
 
 class _Options:
-    """The options of a command: its parameters, and in the place of a dataclass the fields of that."""
+    """The options of a command: its parameters, with a dataclass replaced by its fields."""
 
     def __init__(self, name: str) -> None:
         command = self.command = COMMANDS[name]
@@ -135,8 +135,7 @@ class _Options:
         self.hints: dict[str, Any] = {}
         self.parameters: dict[str, inspect.Parameter] = {}
         self.help = _describe(command)
-        # The parameters that are dataclasses, and the options that each takes. Of two fields of one name the later is
-        # the option.
+        # Parameters that are dataclasses -> their options. Of two fields with one name, the later is the option.
         self.groups: dict[str, tuple[Any, list[str]]] = {}
         own = inspect.signature(command).parameters
         taken = {name for name in own if not dataclasses.is_dataclass(hints[name])}
@@ -154,14 +153,15 @@ class _Options:
                 self.help |= {name: text for name, text in _describe(kind).items() if name in fields}
             of_group = get_type_hints(group)
             self.parameters |= {field: inspect.signature(group).parameters[field] for field in fields}
-            self.hints |= {field: _text_form(of_group[field]) for field in fields}
+            self.hints |= {field: _reduce_to_text(of_group[field]) for field in fields}
 
     def lists(self) -> set[str]:
-        """The flags that take several values."""
-        return {_flag(name) for name in self.parameters if _element(self.hints[name]) is not None}
+        """Return the flags with several values."""
+        return {_make_flag(name) for name in self.parameters if _get_element(self.hints[name]) is not None}
 
     def booleans(self) -> set[str]:
-        return {_flag(name) for name in self.parameters if _choices(self.hints[name]) == ("true", "false")}
+        """Return the flags with a value of true or false."""
+        return {_make_flag(name) for name in self.parameters if _list_choices(self.hints[name]) == ("true", "false")}
 
     def parser(self) -> _Parser:
         examples = "\n".join(
@@ -172,19 +172,19 @@ class _Options:
             epilog=f"Example:\n{examples}",
         )
         parser.hints = self.hints
-        parser.lists = frozenset(name for name in self.parameters if _element(self.hints[name]) is not None)
+        parser.lists = frozenset(name for name in self.parameters if _get_element(self.hints[name]) is not None)
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
         for name, parameter in self.parameters.items():
             hint, default = self.hints[name], parameter.default
             settings: dict[str, Any] = {}
             text = self.help[name]
-            if (element := _element(hint)) is not None:
+            if (element := _get_element(hint)) is not None:
                 hint = element
                 settings["nargs"] = "+"
             if parameter.kind is not POSITIONAL:
-                if (choices := _choices(hint)) is not None:
+                if (choices := _list_choices(hint)) is not None:
                     settings["metavar"] = f"{{{','.join(choices)}}}"
-                if _flag(name) in self.booleans():
+                if _make_flag(name) in self.booleans():
                     settings |= {"nargs": "?", "const": True}
                 if default is inspect.Parameter.empty:
                     settings["required"] = True
@@ -194,15 +194,15 @@ class _Options:
                         text += f" (default: {str(default).lower() if default is True else default})"
                     listed = element is not None and default is not None and not isinstance(default, list)
                     settings["default"] = [default] if listed else default  # one value or several
-            # The text comes last: some versions of argparse try it at once, with percent signs of their own meaning.
-            argument = name if parameter.kind is POSITIONAL else _flag(name)
+            # Set afterwards, because some versions of argparse format the text at once, with its percent signs.
+            argument = name if parameter.kind is POSITIONAL else _make_flag(name)
             parser.add_argument(argument, type=hint, **settings).help = text
         return parser
 
     def run(self, values: dict[str, Any]) -> int:
-        # The parser lets a null pass for everything.
+        # The parser accepts null for every type.
         check_values(values, self.hints)
-        values = {name: _expand(value) for name, value in values.items()}
+        values = {name: _expand_home(value) for name, value in values.items()}
         for parameter, (group, fields) in self.groups.items():
             values[parameter] = group(**{field: values[field] for field in fields})
         taken = {field for _, fields in self.groups.values() for field in fields}
@@ -211,8 +211,8 @@ class _Options:
         return self.command(*positional, **values)
 
 
-def _text_form(hint: Any) -> Any:
-    """What an option takes of a value that Python also takes as an object: its text."""
+def _reduce_to_text(hint: Any) -> Any:
+    """Reduce a type hint that also allows objects to text, as options are."""
     kinds = typing.get_args(hint)
     if is_plain(hint) or str not in kinds:
         return hint
@@ -220,24 +220,24 @@ def _text_form(hint: Any) -> Any:
 
 
 def _describe(described: Any) -> dict[str, str]:
-    """The help of each parameter or field, from a docstring."""
+    """Return the help of each parameter or field, from a docstring."""
     texts = docstring_parser.parse(described.__doc__ or "").params
     return {text.arg_name: " ".join((text.description or "").split()) for text in texts}
 
 
-def _expand(value: Any) -> Any:
-    """A shell expands `~` at the start of a word alone, which neither `--out=~/runs` nor a line of a file has."""
+def _expand_home(value: Any) -> Any:
+    """Expand a leading `~`, which a shell does not do in `--out=~/runs` nor in a file."""
     if isinstance(value, list):
-        return [_expand(one) for one in value]
+        return [_expand_home(one) for one in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
-def _flag(name: str) -> str:
+def _make_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _choices(hint: Any) -> Sequence[str] | None:
-    """The words that an option takes, None: it takes others than a few."""
+def _list_choices(hint: Any) -> Sequence[str] | None:
+    """Return the choices of an option; None if it is not a choice."""
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return [str(value) for value in typing.get_args(hint)]
@@ -246,19 +246,19 @@ def _choices(hint: Any) -> Sequence[str] | None:
     return ("true", "false") if kinds[0] is bool else [str(value) for value in typing.get_args(kinds[0])] or None
 
 
-def _element(hint: Any) -> Any:
-    """The element type of an option that takes a list (``list[str]``, ``list[float] | None``), else None."""
+def _get_element(hint: Any) -> Any:
+    """Return the element type of a list option (``list[str]``, ``list[float] | None``), else None."""
     for candidate in (hint, *typing.get_args(hint)):
         if typing.get_origin(candidate) in (list, Sequence):
             return typing.get_args(candidate)[0]
     return None
 
 
-def _arrange(arguments: Sequence[str], repeatable: set[str], booleans: set[str]) -> list[str]:
-    """The arguments as the parser understands them.
+def _arrange_arguments(arguments: Sequence[str], repeatable: set[str], booleans: set[str]) -> list[str]:
+    """Rewrite arguments for the parser.
 
-    ``--teacher A --teacher B`` means ``--teacher A B``; a bare ``--flag`` means ``--flag=true``, or else it would take
-    the path behind it for its value.
+    ``--teacher A --teacher B`` becomes ``--teacher A B``; a bare ``--flag`` becomes ``--flag=true``, so that it does
+    not take the next argument as its value.
     """
     arranged: list[str] = []
     values: dict[str, list[str]] = {}
@@ -280,7 +280,7 @@ def _arrange(arguments: Sequence[str], repeatable: set[str], booleans: set[str])
     return [part for argument in arranged for part in (argument, *values.get(argument, ()))]
 
 
-def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
+def _make_parser(chosen: _Options | None, name: str) -> ArgumentParser:
     parser = _Parser(
         prog="softlabel",
         description="Offline soft labels for knowledge distillation: run the teachers once, train from disk.",
@@ -290,22 +290,22 @@ def _parser(chosen: _Options | None, name: str) -> ArgumentParser:
         parser.positional = frozenset(name for name, one in chosen.parameters.items() if one.kind is POSITIONAL)
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for other, command in COMMANDS.items():
-        # Only the chosen command's options are built: some need torch, and `softlabel --help` should not wait for it.
+        # Build only the chosen command's options: some need torch, which `softlabel --help` should not import.
         subparser = chosen.parser() if chosen is not None and other == name else ArgumentParser()
         subcommands.add_subcommand(other, subparser, help=(inspect.getdoc(command) or "").splitlines()[0])
     return parser
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `_Terminated` here, in this process and thread alone."""
+def _raising_on_sigterm() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM during the block, only in this process and thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process = os.getpid()
 
     def end(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a child that was forked
+        if os.getpid() != process:  # a forked child
             os._exit(TERMINATED)
         raise _Terminated
 
@@ -317,9 +317,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 class _BesideBars(logging.StreamHandler[Any]):
-    """Lines on standard error, above a progress bar where one is drawn.
+    """Writes lines to standard error, above a progress bar if there is one.
 
-    A console's handler by its class: what redirects those for a while, as tqdm does, would else print beside this one.
+    A StreamHandler, so that tqdm's redirection of console handlers replaces it.
     """
 
     def __init__(self) -> None:
@@ -342,18 +342,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names that the locale cannot write are printed escaped, as on standard error.
+        # Escape names that the locale cannot encode, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
     name = arguments[0] if arguments else ""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_BesideBars()])
-    logging.getLogger("softlabel").setLevel(logging.INFO)  # what other libraries tell at this level is not for the user
+    logging.getLogger("softlabel").setLevel(logging.INFO)  # but not the messages of other libraries
     try:
         chosen = _Options(name) if name in COMMANDS else None
         if chosen is not None:
-            arguments = _arrange(arguments, chosen.lists(), chosen.booleans())
-        parsed = _parser(chosen, name).parse_args(arguments)
-        assert chosen is not None, "without a known command the parser has left the program"
-        with _ended_by_sigterm():
+            arguments = _arrange_arguments(arguments, chosen.lists(), chosen.booleans())
+        parsed = _make_parser(chosen, name).parse_args(arguments)
+        assert chosen is not None, "the parser exits without a known command"
+        with _raising_on_sigterm():
             return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})
     except SoftLabelError as error:
         print(f"softlabel: {error}", file=sys.stderr)
@@ -363,15 +363,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"softlabel: expected names in the encoding of the locale, {sys.getfilesystemencoding()}, found: {error}; "
-            "start with PYTHONUTF8=1 in the environment, where names are UTF-8",
+            "set PYTHONUTF8=1 in the environment if names are UTF-8",
             file=sys.stderr,
         )
         return UsageError.exit_code
     except KeyboardInterrupt as error:
         ended, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
-        print(f"softlabel: {ended}; what is finished is kept, run the same command to resume", file=sys.stderr)
+        print(f"softlabel: {ended}; finished work is kept, rerun the command to resume", file=sys.stderr)
         return code
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): not an error, and nobody left to tell.
+        # The reader of our output has exited (`| head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

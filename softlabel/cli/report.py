@@ -1,4 +1,4 @@
-"""What the commands that run teachers say before and after."""
+"""Print the plan and the summary of commands that run teachers."""
 
 import shlex
 import sys
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from softlabel.generation.progress import Pace
     from softlabel.generation.run import GenerateSummary
 
-_SLOW = 0.3  # of the time, from which something else than the teachers is worth a word
+_SLOW = 0.3  # share of the time from which an activity other than the teachers is reported
 
 
-def tell_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> None:
-    """The plan, before the first image is labelled. cluster: workers will share what this process tried alone."""
+def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> None:
+    """Print the plan before labelling; with `cluster`, the estimate is for one process."""
     views = f" ({found.views} views each)" if found.views > 1 else ""
     print(f"{out}: {found.images:,} images{views}, {found.teachers} teacher(s), {found.classes:,} classes")
     print(
@@ -35,11 +35,11 @@ def tell_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> No
     if found.bad:
         first = found.bad[0]
         print(f"  {len(found.bad):,} images of the sample cannot be decoded; {first.key!r}: {first.reason}")
-    sys.stdout.flush()  # into a log file too, before the hours that follow
+    sys.stdout.flush()  # so that a log file has it before the run
 
 
-def tell(summary: "GenerateSummary", data: str | None = None) -> None:
-    """What a run of the teachers did, and what to do next. data: the SOURCE, where a student may train on it now."""
+def print_summary(summary: "GenerateSummary", data: str | None = None) -> None:
+    """Print the result of a run, and the next command for `data`, if given."""
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return
@@ -54,15 +54,15 @@ def tell(summary: "GenerateSummary", data: str | None = None) -> None:
         print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
-    if summary.pace is not None and (hint := _hint(summary.pace)):
+    if summary.pace is not None and (hint := _suggest_change(summary.pace)):
         print(f"  {hint}")
     if data is not None:
         named = shlex.join(["--data", data, "--labels", summary.path])
         print(f"  next: softlabel train {named} --student SPEC --out RUN")
 
 
-def _hint(pace: "Pace") -> str | None:
-    """What to change, where something but the teachers took the time."""
+def _suggest_change(pace: "Pace") -> str | None:
+    """Return a suggestion if something other than the teachers took the time."""
     if (share := pace.share("waiting")) >= _SLOW:
         return f"waiting for data {share:.0%} of the time: more --workers, or images that are smaller or already shrunk"
     if (share := pace.share("writing")) >= _SLOW:
@@ -73,12 +73,14 @@ def _hint(pace: "Pace") -> str | None:
 
 
 def duration(seconds: float) -> str:
+    """Return a duration as text."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def size(count: float) -> str:
+    """Return a number of bytes as text."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,7 +1,7 @@
 """Commands about one store: inspect, verify, repair, extend."""
 
 from softlabel.cli.config import options_of
-from softlabel.cli.report import tell
+from softlabel.cli.report import print_summary
 from softlabel.errors import UsageError
 
 DAMAGED = 3  # exit code of `verify`
@@ -9,9 +9,9 @@ BAD_SHOWN = 10
 
 
 def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
-    """Show what a store holds: its teachers, temperature, encoding and its cost, rows, bad images.
+    """Show the content of a store: teachers, temperature, encoding and its cost, rows, bad images.
 
-    Works on a store that is not finished, too.
+    Also works on an unfinished store.
 
     Example:
         softlabel inspect labels/resnet50
@@ -19,12 +19,12 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     Args:
         store: folder of the store.
         json: print the manifest as JSON.
-        options: print the options that it was made with as YAML, which --config takes.
+        options: print the options that it was made with as YAML for --config.
     """
     import dataclasses
     from json import dumps
 
-    from softlabel.cli.convert import provenance
+    from softlabel.cli.convert import describe_provenance
     from softlabel.store.open import open_store
     from softlabel.store.strict_json import to_json
 
@@ -50,16 +50,16 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         ("size", f"{totals.bytes:,} bytes in {run.format} files"),
         ("data", f"{manifest.recorded.get('data', '?')}  ({run.dataset.kind}, fingerprint {run.dataset.fingerprint})"),
         ("labels", "hard labels stored" if run.dataset.has_labels else "no hard labels"),
-        ("classes", _class_names(run.num_classes, run.class_names)),
+        ("classes", _format_classes(run.num_classes, run.class_names)),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a row"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
         *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
     ]
     if (cost := totals.fidelity) is not None:
         at = [(1.0, cost.mean_t1, cost.worst_t1), (run.temperature, cost.mean_t, cost.worst_t)]
-        told = "; ".join(f"T = {t:g}: mean {mean:.1e}, worst {worst:.1e}" for t, mean, worst in dict.fromkeys(at))
-        lines.append(("cost", f"KL(teacher || stored) in nats at {told}"))
-    lines += provenance(manifest)
+        costs = "; ".join(f"T = {t:g}: mean {mean:.1e}, worst {worst:.1e}" for t, mean, worst in dict.fromkeys(at))
+        lines.append(("cost", f"KL(teacher || stored) in nats at {costs}"))
+    lines += describe_provenance(manifest)
     weights = run.combine.weights or (1.0,) * len(run.members)
     for number, (member, weight) in enumerate(zip(run.members, weights, strict=True), 1):
         own = f", logits divided by {member.calibration:.4g}" if member.calibration != 1.0 else ""
@@ -86,17 +86,17 @@ def verify(
 ) -> int:
     """Check every byte of a store: file hashes, rows, keys, ranges, finite values, manifest.
 
-    Exit code 0 means whole, 3 damaged, or not what --data shows, or that no image of --data could be compared.
+    Exit code 0 means intact; 3 means damaged, different from --data, or that no image of --data could be compared.
 
     Example:
         softlabel verify labels/resnet50
 
     Args:
         store: folder of the store.
-        recompute: run the teachers again on this many rows and report how far the stored labels are from theirs.
+        recompute: run the teachers again on this many rows and report how much the stored labels differ.
         data: check that the store covers this SOURCE, and the content hashes of its images.
-        teacher: the SPECs for --recompute, where the weights are not at the recorded places any more.
-        threads: that check; one a core when absent.
+        teacher: the SPECs for --recompute, if the weights moved.
+        threads: number of threads; one per core when absent.
         device: auto, cpu, cuda or cuda:N.
     """
     import time
@@ -122,13 +122,13 @@ def verify(
         print(f"{store}: DAMAGED, {len(report.problems)} problem(s) found")
         return DAMAGED
     print(f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s")
-    good = data is None or _tell_coverage(store, data)
+    good = data is None or _print_coverage(store, data)
     if recompute:
-        good = _tell_recomputed(store, recompute, data, teacher, device) and good
+        good = _print_recomputed(store, recompute, data, teacher, device) and good
     return 0 if good else DAMAGED
 
 
-def _tell_coverage(store: str, data: str) -> bool:
+def _print_coverage(store: str, data: str) -> bool:
     from softlabel.maintain.coverage import coverage
     from softlabel.store.open import open_store
 
@@ -139,17 +139,17 @@ def _tell_coverage(store: str, data: str) -> bool:
     for count, keys, what in (
         (found.missing_count, found.missing, "samples have no row"),
         (found.surplus_count, (), "rows are of samples that the data do not have"),
-        (found.changed_count, found.changed, "images are not those that were labelled"),
+        (found.changed_count, found.changed, "images differ from the labelled ones"),
     ):
         if count:
-            print(f"  {count:,} {what}{': ' * bool(keys)}{', '.join(keys)}")
+            print(f"  {count:,} {what}: {', '.join(keys)}" if keys else f"  {count:,} {what}")
     if found.ok and not found.compared:
-        print(f"  nothing was compared: whether the images of {data} are those that were labelled is not known")
+        print(f"  nothing was compared: the images of {data} may differ from the labelled ones")
         return False
     return found.ok
 
 
-def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
+def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[str] | None, device: str) -> bool:
     from dataclasses import replace
 
     from softlabel.generation.reload import config_of, reload_job
@@ -165,9 +165,9 @@ def _tell_recomputed(store: str, rows: int, data: str | None, teachers: list[str
     )
     if not found.ok:
         print(
-            f"  DIFFERENT: the teachers do not give these labels again, beyond encoding and rounding "
+            f"  DIFFERENT: the teachers give other labels, beyond encoding and rounding "
             f"({found.clearly_other:.2%} of the rows have clearly another class, {found.nats:.2g} nats apart); "
-            "do their answers depend on the batch, or have libraries or images changed?"
+            "do their logits depend on the batch, or have libraries or images changed?"
         )
     return found.ok
 
@@ -182,20 +182,20 @@ def repair(
     workers: int | None = None,
     device: str = "auto",
 ) -> int:
-    """Make the shards of a store that are missing or damaged again, and nothing else.
+    """Replace the missing or damaged shards of a store.
 
-    The teachers label them; a store that was combined, merged or converted is made again from its sources. Refused if
-    teachers, data or sources are not the same any more.
+    The teachers label them; shards of a store that was combined, merged or converted are made from its sources. Refused
+    if teachers, data or sources have changed.
 
     Example:
         softlabel repair labels/resnet50
 
     Args:
         store: folder of the store.
-        data: the SOURCE, where it is not at the recorded place any more.
-        teacher: the SPECs, where the weights are not at the recorded places any more.
-        source: of a store that was made from others, where these lie now, in their order.
-        workers: processes that decode; absent, chosen from the machine.
+        data: the SOURCE, if it moved.
+        teacher: the SPECs, if the weights moved.
+        source: for a store made from others, their current paths in order, if they moved.
+        workers: decoding processes; when absent, chosen for the machine.
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.maintain.repair import repair as run
@@ -229,18 +229,18 @@ def extend(
     Args:
         store: folder of the store.
         teacher: SPEC of the new member.
-        data: the SOURCE, where it is not at the recorded place any more.
-        calibration: file of 'softlabel calibrate' with this teacher, where the other members are calibrated.
-        workers: processes that decode; absent, chosen from the machine.
+        data: the SOURCE, if it moved.
+        calibration: file of 'softlabel calibrate' with this teacher, if the other members are calibrated.
+        workers: decoding processes; when absent, chosen for the machine.
         device: auto, cpu, cuda or cuda:N.
     """
     from softlabel.maintain.extend import extend as run
 
-    tell(run(store, teacher=teacher, data=data, calibration=calibration, workers=workers, device=device))
+    print_summary(run(store, teacher=teacher, data=data, calibration=calibration, workers=workers, device=device))
     return 0
 
 
-def _class_names(count: int, names: tuple[str, ...] | None) -> str:
+def _format_classes(count: int, names: tuple[str, ...] | None) -> str:
     if names is None:
         return f"{count:,}"
     shown = ", ".join(names[:10])

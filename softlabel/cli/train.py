@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from softlabel.cli.config import local, write_config
+from softlabel.cli.config import require_local, write_config
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def train(config: "TrainConfig") -> int:
-    """Train a student from a store of soft labels, or on hard labels alone.
+    """Train a student from a store of soft labels, or only on hard labels.
 
-    The same command again resumes what was interrupted. Soft labels are joined to the images by key.
+    The same command resumes an interrupted one. Soft labels are joined to the images by key.
 
     Example:
         softlabel train --data train.parquet --labels labels/resnet50 --student zoo:resnet8 --epochs 10 --out runs/kd
     """
     from softlabel.training import train as run
 
-    local(config.out, "--out")
+    require_local(config.out, "--out")
     result = run(config)
     if int(os.environ.get("RANK", "0")) > 0:
-        return 0  # torchrun's first process speaks for all
+        return 0  # the first process prints for all
     if len(result.students) > 1:
-        return _several(result)
+        return _print_students(result)
     if result.already_done:
         print(f"{result.out}: already trained; --overwrite trains it again")
         return 0
@@ -35,12 +35,12 @@ def train(config: "TrainConfig") -> int:
     print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
     if last.eval_accuracy is not None:
         print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
-    print(f"  measure it with: softlabel evaluate {_to_measure(config, result.out)}")
+    print(f"  measure it with: softlabel evaluate {_evaluate_arguments(config, result.out)}")
     return 0
 
 
-def _to_measure(config: "TrainConfig", out: str) -> str:
-    """Arguments of `evaluate` for a run, quoted for a shell; against the teacher where there are no other data."""
+def _evaluate_arguments(config: "TrainConfig", out: str) -> str:
+    """Return arguments of `evaluate` for a run, quoted for a shell; with the labels if there is no evaluation data."""
     words = ["--data", config.eval_data or config.values("data")[0], "--model", out]
     if config.eval_data is None and config.labels is not None:
         words += ["--labels", config.labels]
@@ -49,8 +49,8 @@ def _to_measure(config: "TrainConfig", out: str) -> str:
     return shlex.join(words)
 
 
-def _several(result: "TrainResult") -> int:
-    """The table and the picture of several students; 1 if one of them was given up."""
+def _print_students(result: "TrainResult") -> int:
+    """Print the table and plot the curves of several students; return 1 if one of them failed."""
     from softlabel.evaluation.plots import plot_runs
 
     failed = [student for student in result.students if student.failure is not None]
@@ -82,23 +82,23 @@ def evaluate(
     Args:
         data: a SOURCE with hard labels.
         model: the folder of a run, or a SPEC with a checkpoint.
-        labels: a store of the same data, with which the model is compared too.
-        batch_size: images a forward pass.
+        labels: a store of the same data, to compare the model with.
+        batch_size: images per forward pass.
         precision: of the forward pass.
-        missing: samples without a row in the store.
-        workers: processes that decode.
+        missing: what to do with samples without a row in the store.
+        workers: decoding processes.
         device: auto, cpu, cuda or cuda:N.
-        out: JSON file for the figures; the settings go beside it.
+        out: JSON file for the metrics; the settings are written beside it.
     """
     options = dict(locals())
     from json import dumps
 
     if out is not None:
-        path = Path(local(out, "--out"))
+        path = Path(require_local(out, "--out"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--out {out}: its folder cannot be made: {error.strerror}") from error
+            raise UsageError(f"--out {out}: cannot create its folder: {error.strerror}") from error
 
     from softlabel.evaluation.evaluate import evaluate as run
 

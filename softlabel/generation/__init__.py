@@ -1,1 +1,1 @@
-"""Stage 1: teachers label a dataset, once."""
+"""Stage 1: run the teachers over a dataset once and store their labels."""

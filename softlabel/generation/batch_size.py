@@ -1,7 +1,4 @@
-"""Finding, by short timed trials, the batch size with which the teachers are fastest.
-
-Legend: B batch.
-"""
+"""Find the fastest batch size of the teachers by short timed trials."""
 
 import logging
 import time
@@ -18,26 +15,26 @@ from softlabel.inputs.base import Inputs
 log = logging.getLogger("softlabel")
 
 _SMALLEST, _LARGEST = 8, 4096
-_GAIN = 1.03  # doubling has to be worth that much
-_SECONDS = 0.2  # a trial is repeated for as long
-_SAMPLES = 64  # looked at for an image that can be decoded
+_GAIN = 1.03  # minimal speed-up of a doubling
+_SECONDS = 0.2  # duration of a trial
+_SAMPLES = 64  # samples tried to find one that can be decoded
 
 
 def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> int:
-    """The batch size of the most images a second, doubling from 8 until that helps no more or memory runs out.
+    """Double the batch size from 8 until this is no longer faster or memory runs out; return the fastest.
 
     Raises:
-        DataError: no image at the source's beginning can be decoded.
-        TeacherError: not even the smallest batch fits.
+        DataError: none of the first images can be decoded.
+        TeacherError: the smallest batch does not fit.
     """
-    samples = _one_of_each(reader)
+    samples = _read_one(reader)
     most = min(_LARGEST, max(_SMALLEST, len(reader.source)))
     found: dict[int, float] = {}
     size = _SMALLEST
     with using_threads(tuning.lanes(members.device)[1]):
         while size <= most:
             try:
-                found[size] = _rate(members, samples, size)
+                found[size] = _measure_rate(members, samples, size)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -58,8 +55,8 @@ def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> in
     return best
 
 
-def _one_of_each(reader: InputReader) -> tuple[Inputs, ...]:
-    """A batch of one for every transform: the source's first sample that can be decoded."""
+def _read_one(reader: InputReader) -> tuple[Inputs, ...]:
+    """Return the source's first decodable sample as a batch of one for every transform."""
     for index in range(min(_SAMPLES, len(reader.source))):
         batch = reader.batch([index])
         if batch.keys:
@@ -67,20 +64,20 @@ def _one_of_each(reader: InputReader) -> tuple[Inputs, ...]:
     raise DataError(f"{reader.source.name}: none of its first {_SAMPLES} images can be decoded")
 
 
-def _rate(members: Members, samples: Sequence[Inputs], size: int) -> float:
-    """Images/s of all members on batches that are at hand already."""
+def _measure_rate(members: Members, samples: Sequence[Inputs], size: int) -> float:
+    """Return images/s of all members on decoded batches."""
     device = members.device
     whole = [sample[torch.zeros(size, dtype=torch.int64)] for sample in samples]
     members.logits([whole])  # warms up
-    _wait(device)
+    _synchronize(device)
     started, passes = time.perf_counter(), 0
     while not passes or time.perf_counter() - started < _SECONDS:
         members.logits([whole])
         passes += 1
-        _wait(device)
+        _synchronize(device)
     return passes * size / (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a run of the teachers is asked for: one frozen object, from the command line to a cluster's workers."""
+"""Configuration of a run of the teachers, shared by the command line, Python and cluster workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,24 +19,27 @@ BadImagePolicy = Literal["skip", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelConfig:
-    """How labels are computed, wherever they are kept.
+    """How labels are computed.
 
     Attributes:
-        combine: mean of the members' logits (re-tempers exactly), of their softmax at the temperature (probs), or keep
-            every member, to be combined later.
-        weights: one number a teacher, normalised to sum 1; equal when absent.
+        combine: average the members' logits (re-tempers exactly), their softmax at the temperature (probs), or keep
+            every member, to combine them later.
+        weights: one number per teacher, normalised to sum 1; equal when absent.
         temperature: logits are divided by it before they are stored.
         calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
-        batch_size: samples a forward pass, always: the last batch is padded to it; auto finds the fastest. Halved where
-            memory runs out.
+        batch_size: samples per forward pass; the last batch is padded to it; auto finds the fastest. Halved if memory
+            runs out.
         precision: of the forward pass; bf16 and fp16 use autocast.
-        seed: of the view policy, and of what a teacher's factory draws at random.
+        seed: of the view policy, and of random factories of teachers.
         ignore_labels: store no hard labels even if the data has them.
-        views: how many views of each sample; more than a store has adds those that it lacks.
-        augment: what a view is: center (the image as it is), crop-flip, inception, trivial, randaugment, mixup or
-            cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of these
-            and of transforms in torchvision.transforms.v2.
+        views: number of views per sample; more than a store has adds the missing ones.
+        augment: the augmentation of views: center (the unchanged image), crop-flip, inception, trivial, randaugment,
+            mixup or cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of
+            these and of transforms in torchvision.transforms.v2.
         device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range.
     """
 
     combine: CombineRule = "logits"
@@ -58,7 +61,7 @@ class LabelConfig:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed: expected at least 0, found {self.seed}")
         if self.combine == "keep" and self.weights is not None:
-            raise UsageError("weights: with combine 'keep' nothing is averaged yet; give them to 'softlabel combine'")
+            raise UsageError("weights: combine 'keep' does not average; give them to 'softlabel combine'")
 
     def _check_above_zero(self, *names: str) -> None:
         for name in names:
@@ -67,13 +70,17 @@ class LabelConfig:
 
     @classmethod
     def of(cls, other: "LabelConfig", **changes: object) -> Self:
-        """The settings of another configuration that this class has, with changes."""
+        """Copy the fields that this class shares with another configuration, with changes."""
         shared = {one.name for one in fields(cls)} & {one.name for one in fields(other)}
         return cls(**{**{name: getattr(other, name) for name in shared}, **changes})
 
     @property
     def view_policy(self) -> ViewPolicy:
-        """Raises UsageError for an augmentation that does not exist."""
+        """The view policy.
+
+        Raises:
+            UsageError: the augmentation does not exist.
+        """
         if isinstance(self.augment, ViewPolicy):
             return self.augment
         return view_policy(self.augment, count=self.views, seed=self.seed)
@@ -81,20 +88,23 @@ class LabelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(LabelConfig):
-    """How a store of labels is made; see `LabelConfig` for the labels themselves.
+    """How a store of labels is written; see `LabelConfig` for the labels.
 
     Attributes:
-        encoding: how logits are stored: a name, for an encoding without parameters, or an `Encoding`; 'softlabel plan'
-            shows what each costs in bytes and nats.
+        encoding: how logits are stored: an `Encoding`, or the name of one without parameters; 'softlabel plan' shows
+            the cost of each in bytes and nats.
         format: file format of the shards.
-        shard_rows: samples a shard; what a kill can cost.
-        grow: label the samples that a store of the smaller dataset lacks; its shards stay as they are.
-        on_bad_image: skip lists an image that cannot be decoded in the manifest, error stops at it.
+        shard_rows: samples per shard, the most that a killed run loses.
+        grow: label the samples that a store of a smaller dataset lacks; its shards stay.
+        on_bad_image: for an image that cannot be decoded: skip lists it in the manifest, error stops.
         compile: compile the teachers with torch.compile.
-        stack: run teachers of one architecture as one network; auto, where a timed trial says that this is faster.
-        members_in_turn: move teachers to the device one after the other; auto, where they do not fit together.
-        workers: processes that decode images; absent, none on a CPU, up to 8 beside a GPU.
-        threads: that compute on a CPU, of each worker on a cluster; absent, as many as torch takes.
+        stack: run teachers of one architecture as one network; auto: if a timed trial is faster.
+        members_in_turn: move teachers to the device one after another; auto: if they do not fit together.
+        workers: decoding processes; when absent, none on a CPU, up to 8 beside a GPU.
+        threads: threads that compute on a CPU, of each worker on a cluster; when absent, torch's default.
+
+    Raises:
+        UsageError: as `LabelConfig`.
     """
 
     encoding: Encoding | str = "float16"
@@ -109,14 +119,18 @@ class GenerateConfig(LabelConfig):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        LabelConfig.__post_init__(self)  # super() does not know a class that slots have made anew
+        LabelConfig.__post_init__(self)  # super() fails in a dataclass with slots, which is a new class
         self._check_above_zero("shard_rows")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers: expected at least 0, found {self.workers}")
 
     @property
     def tuning(self) -> Tuning:
-        """How the machine is used. Raises UsageError."""
+        """How the machine is used.
+
+        Raises:
+            UsageError: options exclude each other.
+        """
         return Tuning(
             threads=self.threads, compile=self.compile, stack=self.stack, members_in_turn=self.members_in_turn
         )

@@ -1,4 +1,4 @@
-"""The members of an ensemble as one function of a batch: in one another's company, stacked, or in turns on the device.
+"""The members of an ensemble as one function of a batch: side by side, stacked, or in turn on the device.
 
 Legend: B batch, C classes, H height, M members, W width.
 """
@@ -28,24 +28,24 @@ log = logging.getLogger("softlabel")
 
 Group = tuple[int, ...]
 
-# How far stacked logits may lie from those of the members in turn, relative to the largest: another order of sums.
+# Tolerance of stacked logits relative to the largest: the order of sums differs.
 AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-# Stacking has to be worth it: below this share of the time that the members in turn take.
+# Stack only if it takes less than this share of the time in turn.
 _WORTH = 0.97
-# Numbers that a trial on a CPU feeds in: 32 images of CIFAR, one of ImageNet.
+# Numbers in a trial batch on a CPU: 32 images of CIFAR, one of ImageNet.
 _TRIAL_VALUES = 3 * 2**15
 _TRIALS = 2
-# Above this share of a GPU's memory the weights leave too little for a batch.
+# Maximal share of a GPU's memory for weights, to leave memory for a batch.
 _MOST_WEIGHTS = 0.7
 
 
 class Members:
-    """What a lane runs: the loaded teachers, and how they share the device.
+    """The loaded teachers, and how they share the device.
 
     Attributes:
-        transforms: the distinct ones among the members; a batch comes as inputs for each.
+        transforms: the distinct transforms of the members; a batch has inputs for each.
         groups: numbers of the members that run stacked, see `find_stacks`.
-        device: where they compute; in turns, the teachers themselves wait in main memory.
+        device: where they compute; in turn, the teachers are stored in main memory.
     """
 
     def __init__(
@@ -60,35 +60,38 @@ class Members:
         self.teachers, self.in_turn, self.groups = tuple(teachers), in_turn, tuple(groups)
         self.device = teachers[0].device if device is None else device
         transforms = [teacher.preprocessing for teacher in teachers]
-        # Members that fit samples alike share one batch; normalisation differs and happens on the device.
+        # Members with equal geometry share one batch; they normalise it on the device.
         keys = [transform.shape for transform in transforms]
         unique = list(dict.fromkeys(keys))
         self.transforms: tuple[InputTransform, ...] = tuple(transforms[keys.index(key)] for key in unique)
         self.transform_of = tuple(unique.index(key) for key in keys)
-        self._stacks = stacks or {g[0]: _Stack([self.teachers[number] for number in g]) for g in self.groups}
+        self._try_stack = stacks or {g[0]: _Stack([self.teachers[number] for number in g]) for g in self.groups}
         self._upload = Upload(self.device)
 
     def replica(self) -> "Members":
-        """The same weights in modules of their own: what a module notes down during a pass is then each lane's own.
+        """Copy the modules but share their weights, so that lanes do not share state that a module keeps in a pass.
 
         Raises:
             Exception: whatever a network that cannot be copied raises.
         """
-        teachers = [replace(teacher, model=_sharing(teacher.model)) for teacher in self.teachers]
-        stacks = {number: stack.replica() for number, stack in self._stacks.items()}
+        teachers = [replace(teacher, model=_copy_sharing_weights(teacher.model)) for teacher in self.teachers]
+        stacks = {number: stack.replica() for number, stack in self._try_stack.items()}
         return Members(teachers, groups=self.groups, in_turn=self.in_turn, device=self.device, stacks=stacks)
 
     def logits(self, batches: Sequence[Sequence[Inputs]]) -> list[list[Tensor]]:
-        """Logits of each batch and member, float32 (B, C) on the device.
+        """Compute the logits of each batch and member.
 
         Args:
-            batches: each as inputs for every distinct transform.
+            batches: each with inputs for every distinct transform.
+
+        Returns:
+            For each batch and member float32 (B, C), on the device.
         """
         if not self.in_turn:
             return [self._together(inputs) for inputs in batches]
         found: list[list[Tensor]] = [[] for _ in batches]
         for teacher, transform in zip(self.teachers, self.transform_of, strict=True):
-            with _moved(teacher, self.device) as there:
+            with _on_device(teacher, self.device) as there:
                 for inputs, answers in zip(batches, found, strict=True):
                     answers.append(there.logits(*self._upload([inputs[transform]])))
         return found
@@ -105,19 +108,19 @@ class Members:
             if len(group) == 1:
                 found[number] = teacher.logits(inputs[number])
             elif number == group[0]:
-                answers = self._stacks[number]([inputs[member] for member in group])
+                answers = self._try_stack[number]([inputs[member] for member in group])
                 found.update(zip(group, answers, strict=True))
         return [found[number] for number in range(len(self.teachers))]
 
 
 class _Stack:
-    """Members of one architecture as one network with a further axis."""
+    """Members of one architecture as one network with an additional axis."""
 
     def __init__(self, teachers: Sequence[Teacher], state: Any = None) -> None:
         self.teachers = list(teachers)
         models = [teacher.model for teacher in teachers]
         self._state: Any = stack_module_state(models) if state is None else state
-        base = copy.deepcopy(models[0]).to("meta")  # the way of the data; the weights are in the state
+        base = copy.deepcopy(models[0]).to("meta")  # the computation; the weights are in the state
         if teachers[0].device.type == "cuda":
             replace_norms(base)
         spec = teachers[0].spec.text
@@ -142,7 +145,7 @@ class _Stack:
 
 
 class _EvalNorm(nn.Module):
-    """A batch norm in evaluation mode as plain arithmetic, with the parameters and buffers of the one it replaces."""
+    """A batch norm in evaluation mode as plain arithmetic, with the same parameters and buffers."""
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
@@ -161,28 +164,27 @@ class _EvalNorm(nn.Module):
         shift_C = -self.running_mean * scale_C
         shift_C = shift_C if bias is None else shift_C + bias
         shape = (1, -1, *([1] * (inputs.dim() - 2)))
-        # In the precision of the statistics, as a batch norm does it for inputs of half precision.
+        # In the precision of the statistics, as a batch norm does for inputs of half precision.
         return (inputs * scale_C.view(shape) + shift_C.view(shape)).to(inputs.dtype)
 
 
 def replace_norms(model: nn.Module) -> None:
-    """Replace batch norms of a network in evaluation mode by plain arithmetic: on CUDA `torch.vmap` has no rule for
-    them (torch 2.11: "querying is_contiguous inside of vmap")."""
+    """Replace batch norms by plain arithmetic: `torch.vmap` does not support them on CUDA (torch 2.11)."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _EvalNorm(module))
 
 
-def _sharing(model: nn.Module) -> nn.Module:
-    if isinstance(model, Program):  # a file that is run notes nothing down
+def _copy_sharing_weights(model: nn.Module) -> nn.Module:
+    if isinstance(model, Program):  # it keeps no state
         return model
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager
-def _moved(teacher: Teacher, device: torch.device) -> Iterator[Teacher]:
+def _on_device(teacher: Teacher, device: torch.device) -> Iterator[Teacher]:
     move = teacher.model.place if isinstance(teacher.model, Program) else teacher.model.to
     move(device)
     try:
@@ -191,23 +193,25 @@ def _moved(teacher: Teacher, device: torch.device) -> Iterator[Teacher]:
         move(teacher.device)
 
 
-# ---- how they share the device ----
-
-
 def load_members(
     load: Callable[[torch.device], list[Teacher]], device: torch.device, tuning: Tuning, count: int
 ) -> tuple[list[Teacher], bool]:
-    """The teachers, and whether they take turns on the device (they lie in main memory then).
+    """Load the teachers and decide whether they run in turn.
 
     Args:
         load: loads all of them to a device.
-        count: how many there are.
+        device: where they compute.
+        tuning: may require or exclude running in turn.
+        count: number of teachers.
+
+    Returns:
+        (teachers, whether they run in turn, in which case they are in main memory).
 
     Raises:
-        UsageError: turns are asked for, and there is one teacher alone.
+        UsageError: running in turn is required, but there is only one teacher.
     """
     if tuning.members_in_turn == "yes" and count == 1:
-        raise UsageError("members_in_turn: expected several teachers to take turns, found one; leave it out")
+        raise UsageError("members_in_turn: expected several teachers, found one; leave it out")
     host = torch.device("cpu")
     if tuning.members_in_turn == "yes":
         return load(host), True
@@ -217,15 +221,15 @@ def load_members(
         if tuning.members_in_turn == "no" or count == 1:
             raise
         teachers = []
-    if not teachers or (tuning.members_in_turn == "auto" and count > 1 and _crowded(teachers, device)):
+    if not teachers or (tuning.members_in_turn == "auto" and count > 1 and _exceeds_memory(teachers, device)):
         del teachers
         torch.cuda.empty_cache()
-        log.warning("the members do not fit on %s together: they take turns on it", device)
+        log.warning("the members do not fit on %s together: they run in turn", device)
         return load(host), True
     return teachers, False
 
 
-def _crowded(teachers: Sequence[Teacher], device: torch.device) -> bool:
+def _exceeds_memory(teachers: Sequence[Teacher], device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     tensors = [tensor for t in teachers for tensor in (*t.model.parameters(), *t.model.buffers())]
@@ -235,16 +239,16 @@ def _crowded(teachers: Sequence[Teacher], device: torch.device) -> bool:
 
 
 def compile_members(teachers: Sequence[Teacher], *, head: bool) -> None:
-    """Let `torch.compile` have the networks, for the one shape that batches have.
+    """Compile the networks with `torch.compile`, for the one shape of batches.
 
     Raises:
-        UsageError: a network that is no torch module, or one whose last layer is listened to.
+        UsageError: a network is not a torch module, or encoding `head` captures its last layer.
     """
     if head:
-        raise UsageError("compile: encoding head listens to a layer that a compiled network has no more; leave it out")
+        raise UsageError("compile: encoding head captures a layer, which compiled networks do not allow; leave it out")
     for teacher in teachers:
         if isinstance(teacher.model, Program):
-            raise UsageError(f"compile: {teacher.spec.text} is a file that is run as it is; leave out --compile")
+            raise UsageError(f"compile: {teacher.spec.text} is a program file, not a torch module; leave out --compile")
         teacher.model.compile(dynamic=False)
 
 
@@ -256,37 +260,44 @@ def find_stacks(
     in_turn: bool,
     before: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Group, ...]:
-    """Which members run stacked: those of one architecture, where that is asked for, or faster by a timed trial.
+    """Find the members of one architecture that run stacked: all with `stack="yes"`, else if a timed trial is faster.
 
-    before: how they ran when the shards that are there were labelled. The others are labelled so too, where nothing
-    else is asked for: a trial could end otherwise this time.
+    Args:
+        teachers: the members.
+        tuning: may require or exclude stacking.
+        batch_size: samples per forward pass.
+        in_turn: whether members run in turn.
+        before: groups with which existing shards were labelled; with `stack="auto"` they are used again.
+
+    Returns:
+        Groups of member numbers.
 
     Raises:
-        UsageError: stacking is asked for, and there is nothing to stack.
-        TeacherError: it is asked for, and the stacked network does not answer what the members do.
+        UsageError: stacking is required, but no members can be stacked.
+        TeacherError: stacking is required, but the logits of the stacked network differ.
     """
     if tuning.stack == "no" or tuning.compile or in_turn:
         return ()
     alike: dict[object, list[int]] = {}
     for number, teacher in enumerate(teachers):
-        alike.setdefault(_architecture(teacher), []).append(number)
+        alike.setdefault(_describe_architecture(teacher), []).append(number)
     groups = tuple(tuple(numbers) for numbers in alike.values() if len(numbers) > 1)
     if tuning.stack == "yes" and not groups:
         raise UsageError("stack: expected members of one architecture and one input size, found none; leave it out")
     if tuning.stack == "auto" and before is not None:
         return tuple(group for group in groups if list(group) in [list(one) for one in before])
-    return tuple(group for group in groups if _stacks(teachers, group, tuning, batch_size))
+    return tuple(group for group in groups if _try_stack(teachers, group, tuning, batch_size))
 
 
-def _architecture(teacher: Teacher) -> object:
+def _describe_architecture(teacher: Teacher) -> object:
     example, state = teacher.preprocessing.example(1), teacher.model.state_dict()
-    if example is None or not state:  # samples of many sizes, or a network that is no module of torch: alone
+    if example is None or not state:  # variable sizes, or not a torch module: cannot be stacked
         return id(teacher)
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items())
     return type(teacher.model), repr(teacher.model), example.shapes, shapes
 
 
-def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_size: int) -> bool:
+def _try_stack(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_size: int) -> bool:
     chosen = [teachers[number] for number in group]
     named = f"members {', '.join(str(number + 1) for number in group)}"
     device, transform = chosen[0].device, chosen[0].preprocessing
@@ -303,10 +314,10 @@ def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_siz
         return [teacher.logits(trial) for teacher in chosen]
 
     with using_threads(tuning.lanes(device)[1]):
-        _, expected = _timed(in_turn, device)
+        _, expected = _time(in_turn, device)
         try:
             stack = _Stack(chosen)
-            once, found = _timed(lambda: stack(inputs), device)
+            once, found = _time(lambda: stack(inputs), device)
         except Exception as error:
             if tuning.stack == "yes" and not out_of_memory(error):
                 raise TeacherError(
@@ -318,23 +329,23 @@ def _stacks(teachers: Sequence[Teacher], group: Group, tuning: Tuning, batch_siz
         off = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
         if not off <= limit:
             if tuning.stack == "yes":
-                raise TeacherError(f"{named}: stacked they answer otherwise, by {off:.2g}; leave out --stack yes")
-            log.info("%s: run in turn (stacked they answer otherwise, by %.2g)", named, off)
+                raise TeacherError(f"{named}: stacked logits differ by {off:.2g}; leave out --stack yes")
+            log.info("%s: run in turn (stacked logits differ by %.2g)", named, off)
             return False
         if tuning.stack == "yes":
-            log.info("%s: stacked, as asked for", named)
+            log.info("%s: stacked, as requested", named)
             return True
-        apart, together = [_timed(in_turn, device)[0]], [once]
-        for _ in range(_TRIALS if once < 1.5 * apart[0] else 0):  # the first stacked pass warms up as well
-            together.append(_timed(lambda: stack(inputs), device)[0])
-            apart.append(_timed(in_turn, device)[0])
+        apart, together = [_time(in_turn, device)[0]], [once]
+        for _ in range(_TRIALS if once < 1.5 * apart[0] else 0):  # the first stacked pass includes the warm-up
+            together.append(_time(lambda: stack(inputs), device)[0])
+            apart.append(_time(in_turn, device)[0])
     ratio = statistics.median(together[1:] or together) / statistics.median(apart)
     faster = ratio < _WORTH
     log.info("%s: %s (stacked takes %.2f of the time)", named, "stacked" if faster else "run in turn", ratio)
     return faster
 
 
-def _timed(compute: Callable[[], list[Tensor]], device: torch.device) -> tuple[float, list[Tensor]]:
+def _time(compute: Callable[[], list[Tensor]], device: torch.device) -> tuple[float, list[Tensor]]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -346,7 +357,7 @@ def _timed(compute: Callable[[], list[Tensor]], device: torch.device) -> tuple[f
 
 @contextmanager
 def using_threads(threads: int) -> Iterator[None]:
-    """Compute with this many of torch's threads."""
+    """Set torch's number of threads during the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

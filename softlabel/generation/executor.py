@@ -1,4 +1,4 @@
-"""Who labels the shards of a run: this process, or others."""
+"""Executors label the shards of a run, in this process or elsewhere."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +12,7 @@ from softlabel.generation.progress import Progress
 from softlabel.store.manifest import ShardPlan
 from softlabel.store.writer import Committer, write_shard
 
-# One shard is written while the next is computed and a third waits: more would only hold memory.
+# One shard is written and one waits while the next is computed; more would only hold memory.
 WRITES_IN_FLIGHT = 2
 
 
@@ -20,13 +20,13 @@ class Executor(Protocol):
     """Labels shards and commits them.
 
     Attributes:
-        in_process: whether it labels in this process; else data and teachers must be names that others can open.
+        in_process: whether it labels in this process; if not, data and teachers must be names that others can open.
     """
 
     in_process: bool
 
     def label(self, job: Job, committer: Committer, missing: Sequence[ShardPlan], progress: Progress) -> None:
-        """Label and commit the missing shards, and account for them.
+        """Label and commit the missing shards, and report them to `progress`.
 
         Raises:
             DataError: some could not be labelled; the others are committed.
@@ -34,14 +34,14 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Labels in this process; a thread behind it writes and commits."""
+    """Labels in this process; a thread writes and commits."""
 
     in_process = True
 
     def label(self, job: Job, committer: Committer, missing: Sequence[ShardPlan], progress: Progress) -> None:
-        """See `Executor.label`. A failure to write is raised at the next shard, or at the end."""
+        """Label shards as `Executor.label`; an error in writing is raised at the next shard, or at the end."""
         shards = label_shards(missing, job.labeller, workers=job.workers, progress=progress)
-        with closing(shards), _writer(committer) as writer:
+        with closing(shards), _open_writer(committer) as writer:
             for labelled in shards:
                 shard = self.complete(labelled)
                 with progress.spend("writing"):
@@ -51,12 +51,12 @@ class LocalExecutor:
                 )
 
     def complete(self, shard: LabelledShard) -> LabelledShard:
-        """A shard as it is to be written; a subclass may add to it."""
+        """Return the shard to write; a subclass may add to it."""
         return shard
 
 
 class _Writer:
-    """Writes shards with a thread, few in flight."""
+    """Writes shards in a thread, with at most `WRITES_IN_FLIGHT` pending."""
 
     def __init__(self, committer: Committer, pool: ThreadPoolExecutor) -> None:
         self._committer, self._pool = committer, pool
@@ -78,7 +78,7 @@ class _Writer:
 
 
 @contextmanager
-def _writer(committer: Committer) -> Iterator[_Writer]:
+def _open_writer(committer: Committer) -> Iterator[_Writer]:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="softlabel-writer") as pool:
         writer = _Writer(committer, pool)
         yield writer

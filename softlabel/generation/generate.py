@@ -1,7 +1,4 @@
-"""Stage 1: the teachers label a dataset, once.
-
-plan minus manifest -> label_shards -> write_shard -> commit
-"""
+"""Stage 1: plan minus manifest -> label_shards -> write_shard -> commit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,28 +26,27 @@ def generate(
     options: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> GenerateSummary:
-    """Run teachers over a dataset and store their combined soft labels; resumes what an earlier call left unfinished.
+    """Run teachers over a dataset and store their combined soft labels; the same call resumes an interrupted one.
 
     Args:
         data: a SOURCE (see `open_source`), or a map-style dataset of (image, label) or images.
-        teachers: one SPEC for each member of the ensemble, such as ``torchvision:resnet50@weights.pth``.
+        teachers: one SPEC per member of the ensemble, for example ``torchvision:resnet50@weights.pth``.
         out: folder of the store.
-        key_fn: index -> key, for a map-style dataset; the decimal index when absent.
-        executor: who labels; absent: this process. `softlabel.cluster.DaskExecutor` labels on a Dask cluster.
-        preflight: label two batches first, check that the disk has room, and warn of what looks wrong.
-        progress: show a bar; absent: if standard error is a terminal.
-        options: as JSON takes it: what the caller was given, kept in the manifest under `recorded.options`.
-        **fields: of `GenerateConfig`: temperature, combine, encoding, batch_size, device and the others.
+        key_fn: index -> key, for a map-style dataset; None: the decimal index.
+        executor: labels the shards; None: in this process. `softlabel.cluster.DaskExecutor` uses a Dask cluster.
+        preflight: label two batches first, check the free space of the disk, and warn about suspicious results.
+        progress: show a bar; None: if standard error is a terminal.
+        options: JSON values to keep in the manifest under `recorded.options`.
+        **fields: of `GenerateConfig`: temperature, combine, encoding, batch_size, device and others.
 
     Returns:
         Counts and times of this call.
 
     Raises:
-        UsageError: a request that cannot be (SpecError, MismatchError: `out` holds another run's store).
+        UsageError: an argument is wrong (SpecError), or `out` holds another run's store (MismatchError).
         TeacherError: a member's output is not (B, C) finite numbers.
-        DataError: a source that cannot be read, or a bad image if `on_bad_image` is ``error``.
-        StoreError: the store cannot be written, or would not fit on its disk; what was committed stays and the same
-            call resumes.
+        DataError: the source cannot be read, or an image is bad and `on_bad_image` is ``error``.
+        StoreError: the store cannot be written, or does not fit on its disk; committed shards stay.
     """
     config = GenerateConfig(**fields)
     with open_run(

@@ -1,8 +1,8 @@
-"""From a source to whole batches of pixels: read, decode, make the view, shape it for every member.
+"""Read a source as batches of network inputs.
 
     source -> decode -> view -> geometry of each member -> uint8 batch
 
-What a view of a sample is depends on (seed, key, view) alone, never on the batch that it is made in.
+The view of a sample depends only on (seed, key, view), never on its batch.
 
 Legend: B batch, H height, W width.
 """
@@ -31,12 +31,12 @@ from softlabel.inputs.batch import collate_samples, decode_samples
 from softlabel.store.manifest import BadRow
 from softlabel.views import Made, Views, stacked
 
-_THREADS = min(8, os.cpu_count() or 1)  # that decode where no processes do
+_THREADS = min(8, os.cpu_count() or 1)  # decoding threads if there are no decoding processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """The samples of one batch: `view` of the samples `start` to `stop` of the source."""
+    """One batch: `view` of the samples `start` to `stop` of the source."""
 
     view: int
     start: int
@@ -60,11 +60,12 @@ class DecodedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputReader:
-    """What turns samples of a source into batches, in this process or in workers.
+    """Turns samples of a source into batches, in this process or in workers.
 
     Attributes:
-        transforms: the distinct ones among the members; a batch comes as inputs for each.
-        views: how views are made; None: a view is the image as it is.
+        source: the source.
+        transforms: the distinct transforms of the members; a batch has inputs for each.
+        views: makes the views; None: a view is the unchanged image.
     """
 
     source: Source
@@ -72,16 +73,20 @@ class InputReader:
     views: Views | None = None
 
     def batch(self, indices: Sequence[int], *, view: int = 0) -> DecodedBatch:
-        """Read, decode and shape these samples; what cannot be decoded is listed as bad.
+        """Read, decode and shape samples; those that cannot be decoded are listed as bad.
+
+        Args:
+            indices: of the samples.
+            view: number of the view.
 
         Raises:
-            DataError: images of different sizes for a teacher that takes them as they are.
+            DataError: images have different sizes, and a teacher does not resize them.
         """
         samples = self.source.read(indices)
         decoded = decode_samples(samples, self.source.inputs, name=self.source.name)
         reasons = dict(decoded.failed)  # place among the samples -> why it has no row
         there = list(decoded.items)
-        made = self._views(list(decoded.items.values()), [samples[place].key for place in there], view)
+        made = self._make_views(list(decoded.items.values()), [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
         inputs, misshapen = collate_samples(
@@ -106,13 +111,13 @@ class InputReader:
             columns={name: column[shapely] for name, column in made.columns.items()},
         )
 
-    def _views(self, images: list[Tensor], keys: list[str], view: int) -> Made:
+    def _make_views(self, images: list[Tensor], keys: list[str], view: int) -> Made:
         if self.views is None or not images:
             return Made(images=images, columns={}, failed={})
-        return self.views.make(stacked(images), keys, view=view, read=self._decoded)
+        return self.views.make(stacked(images), keys, view=view, read=self._read_partners)
 
-    def _decoded(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
-        """Keys and images of samples that others are mixed with; None where one cannot be decoded."""
+    def _read_partners(self, indices: Sequence[int]) -> tuple[list[str], list[Tensor | None]]:
+        """Return keys and images of samples to mix with; None for an image that cannot be decoded."""
         samples = self.source.read(indices)
         images = decode_samples(samples, self.source.inputs, name=self.source.name).items
         return [sample.key for sample in samples], [images.get(place) for place in range(len(samples))]
@@ -121,30 +126,30 @@ class InputReader:
         return self.batch(range(span.start, span.stop), view=span.view)
 
     def one_at_a_time(self) -> "InputReader":
-        """The same for several threads; one at a time reads, as a user's source need not be safe for threads."""
+        """Return a reader for several threads that lets one at a time read the source, which may not be thread-safe."""
         return replace(self, source=LockedSource(self.source))
 
     def stream(self, spans: Iterable[Span], *, workers: int) -> Generator[DecodedBatch, None, None]:
-        """The batches of these spans, in order, made ahead by worker processes, or by threads where there are none.
+        """Yield the batches of spans, in order, prepared by worker processes, or by threads with `workers=0`.
 
         Raises:
-            DataError: a worker process was killed; or see `batch`.
+            DataError: a worker process was killed; or as `batch`.
         """
         if not workers:
-            yield from _ahead(self.one_at_a_time().read, spans)
+            yield from _read_ahead(self.one_at_a_time().read, spans)
             return
         loader = DataLoader(
             _Spans(self),
             sampler=spans,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_return_unchanged,
             pin_memory=False,
             worker_init_fn=begin_worker,
         )
-        with _own_child_signals(), _worker_deaths_reported():
+        with _restoring_child_handler(), _reporting_dead_workers():
             batches = iter(loader)
-            _ignore_children()
+            _remove_child_handler()
             for batch in batches:
                 if isinstance(batch, SoftLabelError):
                     raise batch
@@ -152,7 +157,7 @@ class InputReader:
 
 
 class _Spans(Dataset[DecodedBatch | SoftLabelError]):
-    """Span -> its batch: what the worker processes run. The sampler yields spans, so that no list of them is held."""
+    """Maps a span to its batch in a worker process; the sampler yields spans, so that no list is kept."""
 
     def __init__(self, reader: InputReader) -> None:
         self.reader = reader
@@ -160,61 +165,61 @@ class _Spans(Dataset[DecodedBatch | SoftLabelError]):
     def __getitem__(self, span: Span) -> DecodedBatch | SoftLabelError:
         try:
             return self.reader.read(span)
-        except SoftLabelError as error:  # handed over as it is: PyTorch would put a traceback into its message
+        except SoftLabelError as error:  # returned, because PyTorch would add a traceback to its message
             return error.with_traceback(None)
 
 
 @contextmanager
-def _own_child_signals() -> Iterator[None]:
-    """Put back the handler of SIGCHLD that was there before, unless a worker died: torch's would still raise for it."""
+def _restoring_child_handler() -> Iterator[None]:
+    """Restore the handler of SIGCHLD after the block, unless a worker died: torch's handler would raise for it."""
     before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     except Exception:
         raise
     except BaseException:
-        _handle_children(before)
+        _set_child_handler(before)
         raise
     else:
-        _handle_children(before)
+        _set_child_handler(before)
 
 
-def _ignore_children() -> None:
-    """Take away the handler of SIGCHLD that a DataLoader sets, this one or one of the caller's: it raises wherever the
-    program is, such as in the release of a lease. Waiting for a batch reports a death within seconds anyway."""
+def _remove_child_handler() -> None:
+    """Remove the SIGCHLD handler of a DataLoader: it raises anywhere, for example while a lease is released.
+
+    Waiting for a batch reports a dead worker within seconds.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     if str(getattr(handler, "__module__", "")).startswith("torch."):
-        _handle_children(signal.SIG_DFL)
+        _set_child_handler(signal.SIG_DFL)
 
 
-def _handle_children(handler: Any) -> None:
-    # Only the main thread can set handlers, PyTorch's loader too.
+def _set_child_handler(handler: Any) -> None:
+    # Only the main thread can set handlers.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
-def _worker_deaths_reported() -> Iterator[None]:
-    """Turn what PyTorch raises when a worker process was killed into a DataError."""
+def _reporting_dead_workers() -> Iterator[None]:
+    """Turn PyTorch's error about a killed worker process into a DataError."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        # A batch that its worker could not hand over any more breaks off as a connection does. What a worker itself
-        # raises is told as "Caught ...".
+        # A worker that dies during a transfer breaks the connection; an error raised in a worker begins with "Caught".
         if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "worker (pid" not in str(error)):
             raise
         raise DataError(
-            f"a decoding process died ({one_line(error)}), perhaps because memory ran out; what "
-            "was committed stays: run the same command again, with fewer --workers"
+            f"a decoding process died ({one_line(error)}); it may have run out of memory: rerun the command with fewer "
+            "--workers, committed shards are kept"
         ) from error
 
 
-def _ahead(make: Callable[[Span], DecodedBatch], spans: Iterable[Span]) -> Iterator[DecodedBatch]:
-    """The batches in order, made by threads (decoding leaves the interpreter alone) while the ones before are used;
-    what they raise is raised here."""
+def _read_ahead(make: Callable[[Span], DecodedBatch], spans: Iterable[Span]) -> Iterator[DecodedBatch]:
+    """Yield batches in order, prepared ahead by threads (decoding releases the interpreter lock)."""
     before = torch.get_num_threads()
     pending: deque[Future[DecodedBatch]] = deque()
-    # One thread each: a resize in each of them must not ask for every core.
+    # One torch thread each, so that resizing does not use all cores in every thread.
     pool = ThreadPoolExecutor(_THREADS, "softlabel-decode", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for span in spans:
@@ -228,5 +233,5 @@ def _ahead(make: Callable[[Span], DecodedBatch], spans: Iterable[Span]) -> Itera
         torch.set_num_threads(before)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _return_unchanged(batch: Any) -> Any:
     return batch

@@ -1,4 +1,4 @@
-"""What a run of the teachers needs, loaded and checked: data, members, and the identity of the store they fill."""
+"""Load and check everything that a run needs: data, members, and the identity of its store."""
 
 import dataclasses
 import platform
@@ -28,19 +28,19 @@ from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
 from softlabel.views import Views, libraries
 
-_TRIAL_BATCH = 256  # where stacking is tried before the batch size is found
+_TRIAL_BATCH = 256  # batch size of the stacking trial if the batch size is not known yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Loaded and checked: what labels the shards of one run.
+    """A loaded and checked run.
 
     Attributes:
-        config: what was asked for.
+        config: the configuration.
         run: the identity of the store.
-        recorded: what its manifest keeps beside that.
-        labeller: the teachers and what they read.
-        workers: processes that decode.
+        recorded: further content of its manifest.
+        labeller: the teachers and their inputs.
+        workers: decoding processes.
     """
 
     config: GenerateConfig
@@ -61,17 +61,20 @@ def load_job(
     trusted: DatasetInfo | None = None,
     first_member: int = 0,
 ) -> Job:
-    """Load data and teachers and check that they fit together; writes nothing. See `generate` for the errors.
+    """Load data and teachers and check that they fit together; writes nothing.
 
     Args:
         data: a SOURCE or a map-style dataset.
         teachers: SPECs.
-        config: what is asked for.
+        config: the configuration.
         key_fn: index -> key, for a map-style dataset.
-        history: of a store that has grown, or is to grow.
-        recorded: what an unfinished run recorded, whose choices are kept where this one leaves them open.
-        trusted: what was found when all keys and labels of the data were read before, which is not done again.
-        first_member: the number in the store of the first teacher, where they join others.
+        history: of a store that has grown or will grow.
+        recorded: of an unfinished run, whose automatic choices are used again.
+        trusted: dataset whose keys and labels were checked before; they are not read again.
+        first_member: number in the store of the first teacher, if others precede it.
+
+    Raises:
+        UsageError, DataError, TeacherError: as `softlabel.generate`.
     """
     if not teachers:
         raise UsageError("teachers: expected at least one SPEC, found none")
@@ -93,8 +96,8 @@ def load_job(
     for teacher in loaded:
         if (takes := teacher.preprocessing.kind) != source.inputs.name:
             raise MismatchError(
-                f"teacher {teacher.spec.text}: takes samples of kind {takes}, and those of {source.name} are of kind "
-                f"{source.inputs.name}; give a teacher of these"
+                f"teacher {teacher.spec.text}: expected samples of kind {takes}, found {source.inputs.name} in "
+                f"{source.name}; give a teacher for these"
             )
     classes = {teacher.num_classes for teacher in loaded}
     if len(classes) > 1:
@@ -103,11 +106,11 @@ def load_job(
     run = Run(
         format=config.format,
         num_classes=loaded[0].num_classes,
-        class_names=_class_names(source, loaded[0].num_classes, look=trusted is None),
+        class_names=_check_classes(source, loaded[0].num_classes, look=trusted is None),
         temperature=float(config.temperature),
-        encoding=_encoding(config.encoding, loaded, config.temperature),
+        encoding=_fit_encoding(config.encoding, loaded, config.temperature),
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
-        members=_members(loaded, config.calibration),
+        members=_make_members(loaded, config.calibration),
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
@@ -138,7 +141,7 @@ def load_job(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
-    if earlier and (grown := _grown(source, run.dataset, recorded)):
+    if earlier and (grown := _record_growths(source, run.dataset, recorded)):
         now[GROWN] = grown
     labeller = Labeller(
         reader=reader,
@@ -150,12 +153,12 @@ def load_job(
 
 
 def _check_views(source: Source, views: ViewPolicy) -> None:
-    """Raises UsageError for steps of a view policy that these samples do not take."""
+    """Raise UsageError for steps of a view policy that do not apply to the samples."""
     kind = source.inputs
     steps = [str(step.get("op")) for step in views.policy.get("steps", [])]
     if odd := [step for step in steps if not kind.takes(step)]:
         takes = ", ".join(sorted(kind.view_steps or ())) or "none"
-        raise UsageError(f"augment: {odd[0]!r} is of 8-bit RGB images; {source.name}, of another kind, takes {takes}")
+        raise UsageError(f"augment: {odd[0]!r} is for 8-bit RGB images; {source.name}, of another kind, takes {takes}")
 
 
 def _open_data(
@@ -165,7 +168,7 @@ def _open_data(
     *,
     look: bool,
 ) -> Source:
-    """look: read all keys, and report what was found."""
+    """Open the data; with `look`, read all keys and report findings."""
     source = open_source(data, key_fn=key_fn, ignore_labels=config.ignore_labels, check_keys=look)
     require_samples(source)
     if look:
@@ -173,8 +176,8 @@ def _open_data(
     return source
 
 
-def _grown(source: Source, dataset: DatasetInfo, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Which samples came with each growth, those of earlier ones as they were recorded; see `new_runs`."""
+def _record_growths(source: Source, dataset: DatasetInfo, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the samples that each growth added, the recorded ones and the last; see `new_runs`."""
     found = dict(recorded.get(GROWN, {}))
     known = max((extent.rows for extent in dataset.earlier if extent.rows < dataset.rows), default=None)
     if known is not None and dataset.fingerprint not in found and (counts := new_runs(source, known)) is not None:
@@ -182,8 +185,8 @@ def _grown(source: Source, dataset: DatasetInfo, recorded: Mapping[str, Any]) ->
     return found
 
 
-def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
-    """The encoding with its parameters, of which the width of a hidden layer is the teacher's."""
+def _fit_encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
+    """Complete the encoding's parameters; the width of a hidden layer is the teacher's."""
     try:
         found = fitted(encoding, temperature=temperature, width=lambda: Head.of(members[0]).width)
     except ValueError as error:
@@ -195,27 +198,29 @@ def _encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature:
     return found
 
 
-def _class_names(source: Source, num_classes: int, *, look: bool) -> tuple[str, ...] | None:
+def _check_classes(source: Source, num_classes: int, *, look: bool) -> tuple[str, ...] | None:
     names = source.class_names
     if source.has_labels and look:
         highest = max(int(source.labels(start, start + 2**20).max()) for start in range(0, len(source), 2**20))
         if highest >= num_classes:
             raise MismatchError(
                 f"classes: the teachers have {num_classes}, {source.name} has label {highest}; "
-                "use teachers of these classes, or --ignore-labels to store the soft labels alone"
+                "use teachers of these classes, or --ignore-labels to store only soft labels"
             )
     if names is None or len(names) == num_classes:
         return names
     if source.has_labels:
         raise MismatchError(
             f"classes: the teachers have {num_classes}, {source.name} has {len(names)}; "
-            "use teachers of these classes, or --ignore-labels to store the soft labels alone"
+            "use teachers of these classes, or --ignore-labels to store only soft labels"
         )
     return None
 
 
-def _members(teachers: Sequence[Teacher], calibration: "str | Path | Sequence[float] | None") -> tuple[Member, ...]:
-    members = tuple(_member(teacher) for teacher in teachers)
+def _make_members(
+    teachers: Sequence[Teacher], calibration: "str | Path | Sequence[float] | None"
+) -> tuple[Member, ...]:
+    members = tuple(_make_member(teacher) for teacher in teachers)
     if calibration is None:
         return members
     if isinstance(calibration, str | Path):
@@ -223,7 +228,7 @@ def _members(teachers: Sequence[Teacher], calibration: "str | Path | Sequence[fl
     return tuple(dataclasses.replace(member, calibration=own) for member, own in zip(members, calibration, strict=True))
 
 
-def _member(teacher: Teacher) -> Member:
+def _make_member(teacher: Teacher) -> Member:
     return Member(
         spec=teacher.spec.identity,
         sha256=teacher.sha256,

@@ -1,12 +1,12 @@
-"""From decoded batches to the rows of a shard: ask the members, combine, encode, one shard at a time.
+"""Label shards: run the members on decoded batches, combine and encode their logits.
 
     source -> decode -> geometry of each member -> teachers -> combine -> encode -> rows of a shard
 
-The unit of work is one shard. `label_shard` is idempotent: the same shard of the same run gives the same rows wherever
-and whenever it is computed, because batches are laid from the shard's own start and are always padded to one shape.
+The unit of work is one shard. `label_shard` is idempotent: a shard of a run has the same rows wherever it is computed,
+because batches start at the shard's start and are always padded to one shape.
 
-What a `Lane` does to a batch ends with tensors on their way to main memory: nothing here waits for a device, and what
-has to be looked at (are the logits numbers?) is looked at when they have arrived, in `assemble`.
+A `Lane` starts the copies to main memory and does not wait for the device; `assemble` waits for them and checks the
+logits.
 
 Legend: B batch, C classes, H height, M members, R rows (B, or B * M where members are kept apart), W width.
 """
@@ -39,14 +39,14 @@ from softlabel.models.teacher import Teacher
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 
-# What members in turn may keep of decoded images, so that a move of weights pays for many batches.
+# Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
-_UNKNOWN_BYTES = 3 * 256**2  # of a sample whose size only decoding shows
+_UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledShard:
-    """The rows of one shard, ready to be written."""
+    """The rows of one shard, ready to write; `correct` of `labelled` rows match their hard label."""
 
     plan: ShardPlan
     rows: Rows
@@ -58,7 +58,7 @@ class LabelledShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLabels:
-    """A batch after a lane: who is in it, and what is on its way to main memory (nothing, if all images are bad)."""
+    """A labelled batch whose columns and checks are being copied to main memory; None if all images are bad."""
 
     keys: list[str]
     labels: NDArray[np.int64]
@@ -71,14 +71,14 @@ class BatchLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """What takes batches from pixels to columns, one after the other. Several lanes share weights and nothing else.
+    """Computes columns from batches of pixels, one at a time. Lanes share only weights.
 
     Attributes:
-        run: what is made of the members' logits.
+        run: how logits are combined and encoded.
         members: the teachers.
-        batch_size: samples a forward pass, always.
-        first_member: the number in the store of the first of these members, where they join others.
-        head: the last layer, where its input is what is stored.
+        batch_size: samples per forward pass.
+        first_member: number in the store of the first of these members.
+        head: the last layer, if the encoding stores its input.
     """
 
     run: Run
@@ -89,12 +89,16 @@ class Lane:
 
     @classmethod
     def of(cls, run: Run, members: Members, *, batch_size: int, first_member: int = 0) -> Self:
-        """Raises UsageError where encoding ``head`` does not go with the teacher."""
+        """Create a lane.
+
+        Raises:
+            UsageError: encoding ``head`` does not fit the teacher.
+        """
         head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.from_hidden else None
         return cls(run=run, members=members, batch_size=batch_size, first_member=first_member, head=head)
 
     def with_replicas(self) -> Self:
-        """A lane of its own for another thread: the same weights in networks of their own."""
+        """Return a lane for another thread, with copies of the networks that share their weights."""
         members = self.members.replica()
         return self.of(self.run, members, batch_size=self.batch_size, first_member=self.first_member)
 
@@ -106,46 +110,46 @@ class Lane:
             if self.head is None:
                 answers = self.logits(full)
             else:
-                captured = [self._hidden(batch) for batch in full]
+                captured = [self._compute_hidden(batch) for batch in full]
                 answers, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
         with progress.spend("encoding"), torch.inference_mode():
             encoded = iter([self._encode(plan, *each) for each in zip(full, answers, hidden, strict=True)])
-            return [next(encoded) if batch.keys else _labelled(batch, None, None) for batch in batches]
+            return [next(encoded) if batch.keys else _make_labels(batch, None, None) for batch in batches]
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
-        """Of each batch and member, float32 (len(batch.keys), C)."""
-        answers = self.members.logits([self._padded(batch) for batch in batches])
+        """Return logits of each batch and member, float32 (len(batch.keys), C)."""
+        answers = self.members.logits([self._pad(batch) for batch in batches])
         return [
             [logits_BC[: len(batch.keys)] for logits_BC in logits_MBC]
             for batch, logits_MBC in zip(batches, answers, strict=True)
         ]
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
-        """Combined scaled logits, float32, on the device: (len(batch.keys), C), or (.., M, C) where members are kept.
+        """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, on the device.
 
         Raises:
-            TeacherError: a member's logits are not numbers.
+            TeacherError: a member's logits are not finite.
         """
         (logits_MBC,) = self.logits([batch])
-        self.check_finite(_wrong(logits_MBC).cpu().numpy(), batch.keys)
+        self.check_finite(_find_wrong(logits_MBC).cpu().numpy(), batch.keys)
         return self.combine(logits_MBC)
 
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
-        """Scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
+        """Return scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
 
         Raises:
-            TeacherError: the logits are not numbers.
-            UsageError: the last linear layer does not explain them.
+            TeacherError: the logits are not finite.
+            UsageError: they are not the output of the last linear layer.
         """
         assert self.head is not None
-        logits_BC, hidden_BD = self._hidden(batch)
-        self.check_finite(_wrong([logits_BC]).cpu().numpy(), batch.keys)
+        logits_BC, hidden_BD = self._compute_hidden(batch)
+        self.check_finite(_find_wrong([logits_BC]).cpu().numpy(), batch.keys)
         if not self.head.explains(logits_BC, hidden_BD):
             self.head.refuse()
         return self.combine([logits_BC]), hidden_BD
 
     def combine(self, logits_MBC: Sequence[Tensor]) -> Tensor:
-        """Scaled logits (B, C), or (B, M, C) where members are kept, of the members' logits (B, C) each."""
+        """Combine M logits (B, C) to scaled logits (B, C), or (B, M, C) if members are kept."""
         rule, weights = self.run.combine.rule, self.run.combine.weights
         calibration = [member.calibration for member in self.run.members]
         return combine(
@@ -153,7 +157,11 @@ class Lane:
         )
 
     def check_finite(self, wrong_MB: NDArray[np.bool_], keys: Sequence[str]) -> None:
-        """Raises TeacherError for the first member with a wrong row."""
+        """Check rows bool (M, B) that are not finite.
+
+        Raises:
+            TeacherError: names the first member with such a row.
+        """
         for wrong_B, teacher in zip(wrong_MB, self.members.teachers, strict=True):
             if wrong_B.any():
                 raise TeacherError(
@@ -161,13 +169,13 @@ class Lane:
                     f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
                 )
 
-    def _hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
+    def _compute_hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
         assert self.head is not None
-        logits_BC, hidden_BD = self.head.logits(self.members.upload(self._padded(batch))[0])
+        logits_BC, hidden_BD = self.head.logits(self.members.upload(self._pad(batch))[0])
         return logits_BC[: len(batch.keys)], hidden_BD[: len(batch.keys)]
 
-    def _padded(self, batch: DecodedBatch) -> list[Inputs]:
-        # The constant shape keeps labels independent of where a shard ends, and compiled teachers compiled once.
+    def _pad(self, batch: DecodedBatch) -> list[Inputs]:
+        # A constant shape keeps labels independent of a shard's end, and compiles teachers only once.
         return [inputs.padded(self.batch_size) for inputs in batch.inputs]
 
     def _encode(
@@ -177,7 +185,7 @@ class Lane:
         scaled_logits = self.combine(logits_MBC)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
-        checks = {"wrong": _wrong(logits_MBC)}
+        checks = {"wrong": _find_wrong(logits_MBC)}
         seeds_R = self._row_seeds(plan, batch.keys, flat_RC.device) if run.encoding.drawn else None
         columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_BD)
         checks["nats"] = meter.measure(
@@ -189,10 +197,10 @@ class Lane:
             mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1)
         rows = {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}
-        return _labelled(batch, Download(rows), Download(checks))
+        return _make_labels(batch, Download(rows), Download(checks))
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
-        """int64 (R,): what is drawn for a row follows from (seed, key, view, member) and from nothing else."""
+        """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member)."""
         run = self.run
         hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
         members_M = self.first_member + np.arange(run.members_stored, dtype=np.int64)
@@ -201,12 +209,12 @@ class Lane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labeller:
-    """What a shard needs beside its plan: where its images come from, and what turns them into labels.
+    """Reads and labels the samples of shards.
 
     Attributes:
         reader: reads, decodes and shapes.
-        lane: the first lane; others are made beside it while shards are labelled.
-        on_bad_image: whether an image that cannot be decoded is listed, or stops the run.
+        lane: the first lane; others are copied from it while shards are labelled.
+        on_bad_image: whether an image that cannot be decoded is skipped, or stops the run.
         tuning: how the machine is used.
     """
 
@@ -236,16 +244,16 @@ class Labeller:
         return self.lane.batch_size
 
     def with_batch_size(self, batch_size: int) -> Self:
-        """The same with other batches; labels agree to rounding."""
+        """Return a labeller with another batch size; labels agree up to rounding."""
         return replace(self, lane=replace(self.lane, batch_size=batch_size))
 
     def spans(self, plan: ShardPlan) -> Iterator[Span]:
-        """The samples of a shard's batches, from the shard's own start."""
+        """Yield the spans of a shard's batches, from the shard's start."""
         for start in range(plan.start, plan.stop, self.batch_size):
             yield Span(view=plan.view, start=start, stop=min(start + self.batch_size, plan.stop))
 
     def batches_together(self) -> int:
-        """How many batches a lane takes at once: one, or what bounded memory holds where members take turns."""
+        """Return how many batches a lane labels at once: one, or as many as fit in memory if members run in turn."""
         if not self.members.in_turn:
             return 1
         examples = [transform.example(1) for transform in self.reader.transforms]
@@ -254,16 +262,16 @@ class Labeller:
 
 
 def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels], progress: Progress) -> LabelledShard:
-    """Put a shard together from its batches, each of which is waited for and checked.
+    """Wait for the batches of a shard, check and join them.
 
     Raises:
-        TeacherError, UsageError: see `Lane.scaled_logits` and `Lane.hidden`.
-        DataError: a bad image, where that stops the run.
+        TeacherError, UsageError: as `Lane.scaled_logits` and `Lane.hidden`.
+        DataError: an image is bad and `on_bad_image` is ``error``.
     """
     run = labeller.run
     fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
     parts: list[BatchLabels] = []
-    # Whole columns from the start: joining the parts at the end would copy every one a second time.
+    # Allocate whole columns: joining parts at the end would copy them again.
     columns: dict[str, NDArray[Any]] = {
         column.name: np.empty((plan.stop - plan.start, column.width), column.numpy) for column in run.columns
     }
@@ -275,7 +283,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
             raise DataError(f"image {first.key!r}: {first.reason}; fix it, or skip it with --on-bad-image skip")
         if part.columns is None or part.checks is None:
             continue
-        with progress.spend("forward"):  # beside a GPU, this is where the host waits for it
+        with progress.spend("forward"):  # the host waits for a GPU here
             arrived, checks = part.columns.get(), part.checks.get()
         labeller.lane.check_finite(checks["wrong"], part.keys)
         if labeller.lane.head is not None and not checks["explained"][0]:
@@ -304,7 +312,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
     )
 
 
-def _labelled(batch: DecodedBatch, columns: Download | None, checks: Download | None) -> BatchLabels:
+def _make_labels(batch: DecodedBatch, columns: Download | None, checks: Download | None) -> BatchLabels:
     return BatchLabels(
         keys=batch.keys,
         labels=batch.labels,
@@ -316,8 +324,7 @@ def _labelled(batch: DecodedBatch, columns: Download | None, checks: Download | 
     )
 
 
-def _wrong(logits_MBC: Sequence[Tensor]) -> Tensor:
-    """bool (M, B), on the device: rows that are not numbers."""
-    # -inf masks a class and is allowed; a row needs one class that is a number. The maximum tells all of it: NaN
-    # spreads into it, +inf is it, and it is -inf where every class is masked.
+def _find_wrong(logits_MBC: Sequence[Tensor]) -> Tensor:
+    """Return bool (M, B), on the device, whether a row has NaN, +inf, or only -inf."""
+    # -inf masks a class and is allowed. The maximum is NaN, +inf or -inf exactly in these cases.
     return torch.stack([~logits_BC.amax(dim=-1).isfinite() for logits_BC in logits_MBC])

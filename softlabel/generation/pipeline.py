@@ -1,8 +1,8 @@
-"""Shards through the labeller, overlapped: while one batch is decoded others are computed, copied and written.
+"""Overlap decoding, computing, copying and writing of batches.
 
-On a CPU a few lanes run side by side, each decoding and labelling whole batches with few threads. Beside a GPU there
-is one lane, which only launches: processes decode, a thread copies batches into page-locked memory, and what was
-launched is waited for two batches later.
+On a CPU a few lanes run in parallel, each decoding and labelling batches with few threads. A GPU has one lane, which
+only launches work: processes decode, a thread copies batches to page-locked memory, and results are awaited two batches
+later.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 log = logging.getLogger("softlabel")
 
-_AHEAD = 2  # batches of each lane that are done, or waiting for it
+_AHEAD = 2  # batches per lane that are done or pending
 
 
 def label_shard(plan: ShardPlan, labeller: Labeller) -> LabelledShard:
-    """Label one shard. Idempotent: depends on the plan and the labeller alone."""
+    """Label one shard. Idempotent: depends only on the plan and the labeller."""
     (shard,) = label_shards([plan], labeller)
     return shard
 
@@ -42,30 +42,32 @@ def label_shard(plan: ShardPlan, labeller: Labeller) -> LabelledShard:
 def label_shards(
     plans: Iterable[ShardPlan], labeller: Labeller, *, workers: int = 0, progress: Progress | None = None
 ) -> Generator[LabelledShard, None, None]:
-    """Label shards, in order. Where memory runs out the batch size is halved, and the shard begun again.
+    """Label shards, in order. If memory runs out, the batch size is halved and the shard restarted.
 
     Args:
-        workers: processes that decode.
-        progress: counts images and where the time goes.
+        plans: of the shards.
+        labeller: reads and labels.
+        workers: decoding processes.
+        progress: counts images and times.
 
     Raises:
-        TeacherError: one image does not fit into memory, or see `Lane.scaled_logits`.
-        DataError: a bad image, where that stops the run, or a decoding process that died.
+        TeacherError: one image does not fit into memory, or as `Lane.scaled_logits`.
+        DataError: an image is bad and `on_bad_image` is ``error``, or a decoding process died.
     """
     left, progress = deque(plans), progress or Progress()
     while left:
         try:
-            for shard in _overlapped(tuple(left), labeller, workers, progress):
+            for shard in _label_overlapped(tuple(left), labeller, workers, progress):
                 left.popleft()
                 yield shard
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            labeller = _halved(labeller, error)
+            labeller = _halve_batch(labeller, error)
 
 
-def fitting(labeller: Labeller, compute: Callable[[Labeller], T]) -> tuple[Labeller, T]:
-    """What `compute` returns, begun again with half the batch size where memory runs out; and the labeller that fits.
+def fit_batch(labeller: Labeller, compute: Callable[[Labeller], T]) -> tuple[Labeller, T]:
+    """Return the labeller whose batches fit in memory, halving them as needed, and the result of `compute` with it.
 
     Raises:
         TeacherError: one image does not fit into memory.
@@ -76,10 +78,10 @@ def fitting(labeller: Labeller, compute: Callable[[Labeller], T]) -> tuple[Label
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            labeller = _halved(labeller, error)
+            labeller = _halve_batch(labeller, error)
 
 
-def _halved(labeller: Labeller, error: Exception) -> Labeller:
+def _halve_batch(labeller: Labeller, error: Exception) -> Labeller:
     before = labeller.batch_size
     if before == 1:
         raise TeacherError(
@@ -88,17 +90,17 @@ def _halved(labeller: Labeller, error: Exception) -> Labeller:
         ) from error
     if labeller.members.device.type == "cuda":
         torch.cuda.empty_cache()
-    log.warning("out of memory with batches of %d: going on with %d", before, before // 2)
+    log.warning("out of memory with batches of %d: continuing with %d", before, before // 2)
     return labeller.with_batch_size(before // 2)
 
 
-def _overlapped(
+def _label_overlapped(
     plans: Sequence[ShardPlan], labeller: Labeller, workers: int, progress: Progress
 ) -> Iterator[LabelledShard]:
     together = labeller.batches_together()
-    work = ((plan, group) for plan in plans for group in _groups(labeller.spans(plan), together))
-    answers = _answers(work, labeller, workers, progress)
-    counted = 0  # images of a shard that is not whole yet
+    work = ((plan, group) for plan in plans for group in _iter_groups(labeller.spans(plan), together))
+    answers = _run_lanes(work, labeller, workers, progress)
+    counted = 0  # images of an unfinished shard
 
     def of_shard(rows: int) -> Iterator[BatchLabels]:
         nonlocal counted
@@ -120,19 +122,19 @@ def _overlapped(
             progress.count(-counted)
 
 
-def _groups(spans: Iterator[Span], size: int) -> Iterator[tuple[Span, ...]]:
+def _iter_groups(spans: Iterator[Span], size: int) -> Iterator[tuple[Span, ...]]:
     while group := tuple(itertools.islice(spans, size)):
         yield group
 
 
-def _answers(
+def _run_lanes(
     work: Iterator[tuple[ShardPlan, tuple[Span, ...]]], labeller: Labeller, workers: int, progress: Progress
 ) -> Generator[BatchLabels, None, None]:
-    """What the lanes make of this work, in its order, a bounded number of batches ahead of the caller."""
-    # Lanes of a CPU decode for themselves, so that its cores are never idle; else it is done ahead of the lane.
+    """Yield labelled batches in order, a bounded number ahead of the caller."""
+    # Lanes of a CPU decode their own batches, so that cores are never idle.
     inside = workers == 0 and labeller.members.device.type == "cpu"
     reader = labeller.reader.one_at_a_time()
-    lanes, threads = _lanes(labeller)
+    lanes, threads = _make_lanes(labeller)
     count = lanes.qsize()
 
     def run(plan: ShardPlan, spans: tuple[Span, ...], ready: list[Future[DecodedBatch]] | None) -> list[BatchLabels]:
@@ -155,7 +157,7 @@ def _answers(
             ready = None
             if not inside:
                 with progress.spend("waiting"):
-                    ready = [pins.submit(_pinned, next(stream), labeller) for _ in spans]
+                    ready = [pins.submit(_pin_batch, next(stream), labeller) for _ in spans]
             pending.append(pool.submit(run, plan, spans, ready))
             if len(pending) > _AHEAD * count:
                 yield from pending.popleft().result()
@@ -168,15 +170,15 @@ def _answers(
         torch.set_num_threads(before)
 
 
-def _pinned(batch: DecodedBatch, labeller: Labeller) -> DecodedBatch:
-    """The batch as the device wants it; members in turn hold many batches, too many for page-locked memory."""
+def _pin_batch(batch: DecodedBatch, labeller: Labeller) -> DecodedBatch:
+    """Copy a batch to page-locked memory for a GPU; members in turn hold too many batches for this."""
     if labeller.members.device.type == "cpu" or labeller.members.in_turn:
         return batch
     return replace(batch, inputs=pin(batch.inputs))
 
 
-def _lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":
-    """The lanes, and how many threads each has."""
+def _make_lanes(labeller: Labeller) -> "tuple[queue.SimpleQueue[Lane], int]":
+    """Return the lanes, and the threads per lane."""
     count, threads = labeller.tuning.lanes(labeller.members.device)
     lanes: queue.SimpleQueue[Lane] = queue.SimpleQueue()
     lanes.put(labeller.lane)

@@ -1,4 +1,4 @@
-"""How far a run is, what came of it, and where its time goes, so that a user knows what to change."""
+"""Progress of a run: counts, results, and where the time is spent."""
 
 import threading
 import time
@@ -17,16 +17,16 @@ ACTIVITIES: tuple[Activity, ...] = ("waiting", "forward", "encoding", "writing")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """A moment of a run. Seconds are summed over lanes, so they may exceed `seconds`.
+    """Times of a run so far. Activities are summed over lanes, so they may exceed `seconds`.
 
     Attributes:
-        images: labelled or found bad so far.
-        seconds: since the run began, on the wall's clock.
-        waiting: spent on getting decoded images: decoding them, or waiting for the processes that do.
-        forward: spent in the teachers; beside a GPU, waiting for it.
-        encoding: combining, encoding, measuring what encoding costs, and putting shards together.
-        writing: spent waiting for the writer.
-        bare_rate: images/s of the teachers alone on a batch that is at hand already; None where it was not measured.
+        images: labelled or bad so far.
+        seconds: wall time since the run began.
+        waiting: decoding images, or waiting for the decoding processes.
+        forward: running the teachers, or waiting for the GPU.
+        encoding: combining, encoding, measuring the cost, and joining batches.
+        writing: waiting for the writer.
+        bare_rate: images/s of the teachers alone on decoded batches; None if not measured.
     """
 
     images: int
@@ -43,26 +43,31 @@ class Pace:
 
     @property
     def against_bare(self) -> float | None:
-        """Throughput as a share of the bare forward pass's; None where that was not measured."""
+        """Throughput as a share of `bare_rate`; None if that was not measured."""
         return self.images_per_second / self.bare_rate if self.bare_rate else None
 
     def share(self, activity: Activity) -> float:
-        """Of the time spent on anything, the share of this, from 0 to 1."""
+        """Return the share of an activity in the time of all activities, 0 to 1."""
         spent = self.waiting + self.forward + self.encoding + self.writing
         return float(getattr(self, activity)) / spent if spent else 0.0
 
 
 class Progress:
-    """The one account of a run. Safe to use from several threads.
+    """Counts of a run, with a progress bar; thread-safe.
+
+    Args:
+        total: images of the run.
+        done: images labelled before.
+        show: show the bar; None: if standard error is a terminal.
 
     Attributes:
-        images: labelled or found bad; those of a shard that is labelled a second time count once.
-        shards, rows: that were written; correct, labelled: rows whose hard label the labels hit, rows that have one.
+        images: labelled or bad; a shard that is labelled twice counts once.
+        shards, rows: written.
+        correct, labelled: rows whose top class is the hard label, and rows with a hard label.
         first_bad: the first image without a row.
     """
 
     def __init__(self, *, total: int = 0, done: int = 0, show: bool | None = False) -> None:
-        """A bar over `total` images, `done` of them labelled before; show=None: if standard error is a terminal."""
         self.images = self.shards = self.rows = self.correct = self.labelled = 0
         self.first_bad: BadRow | None = None
         self.bare_rate: float | None = None
@@ -89,7 +94,7 @@ class Progress:
                 self._spent[activity] += time.perf_counter() - started
 
     def count(self, images: int, note: str | None = None) -> None:
-        """So many images more, or, negative, that many again; behind the bar a note, or what the time goes into."""
+        """Add images, negative to retract them; show a note beside the bar, by default the shares of time."""
         with self._lock:
             self.images += images
         if not self._bar.disable:
@@ -103,7 +108,7 @@ class Progress:
             self._bar.update(images)
 
     def add_shard(self, *, rows: int, bad: Sequence[BadRow], correct: int, labelled: int) -> None:
-        """A shard was written; its images are counted apart."""
+        """Count a written shard; `count` counts its images."""
         with self._lock:
             self.shards += 1
             self.rows += rows

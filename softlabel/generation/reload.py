@@ -1,7 +1,4 @@
-"""What labelled a store, loaded again from its manifest.
-
-A store knows its identity, not the places of its data and weights; those are recorded beside it, or given again.
-"""
+"""Load the data and teachers of a store again, from the paths that its manifest records or from new ones."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,14 +15,14 @@ from softlabel.store.manifest import Manifest
 
 
 def config_of(manifest: Manifest) -> GenerateConfig:
-    """What the run of a store was asked for, as its manifest has it."""
+    """Restore the configuration of a store's run from its manifest."""
     run, recorded = manifest.run, manifest.recorded
     return GenerateConfig(
         combine=run.combine.rule,  # type: ignore[arg-type]
         weights=None if run.kept else run.combine.weights,
         temperature=run.temperature,
         calibration=[member.calibration for member in run.members],
-        # The recorded size: labels agree across sizes within a rounding step, with the same size to the bit.
+        # With the recorded size labels agree to the bit, else up to rounding.
         batch_size=int(recorded.get("batch_size", 256)),
         precision=run.members[0].precision,  # type: ignore[arg-type]
         seed=run.views.seed,
@@ -49,27 +46,27 @@ def reload_job(
     trust_keys: bool = False,
     damaged: Collection[int] | None = None,
 ) -> Job:
-    """Load what labelled a store, from where the store says it lay or from where it lies now.
+    """Load the job that labelled a store.
 
     Args:
         manifest: of the store.
-        where: the store lies.
-        config: `config_of` the manifest, with another device, number of workers and the like.
-        data: the SOURCE, where it is not at the recorded place.
-        teachers: the SPECs, where they are not at the recorded places.
-        trust_keys: of the data compare kind and length alone; skip reading all keys.
-        damaged: numbers of shards that are to be labelled again, whose bytes are not trusted.
+        where: path of the store.
+        config: `config_of` the manifest, with changes such as the device.
+        data: the SOURCE, if it moved.
+        teachers: the SPECs, if they moved.
+        trust_keys: compare only kind and length of the data; skip reading all keys.
+        damaged: numbers of damaged shards to label again.
 
     Raises:
-        UsageError: the store was not labelled by teachers, or does not say where data or teachers lay.
-        MismatchError: data or teachers are not those that labelled it.
+        UsageError: the store was not labelled by teachers, or does not record the paths of data or teachers.
+        MismatchError: data or teachers have changed.
     """
     run = manifest.run
     refuse_derived(manifest, where)
     places = recorded_place(manifest, "teachers", where, teachers)
     if len(places) != len(run.members):
         raise MismatchError(
-            f"{where}: expected {len(run.members)} teachers, as it was labelled by, found {len(places)}"
+            f"{where}: expected {len(run.members)} teachers as when it was labelled, found {len(places)}"
         )
     job = load_job(
         recorded_place(manifest, "data", where, data),
@@ -81,28 +78,32 @@ def reload_job(
     )
     if differences := run.differences(job.run):
         raise MismatchError(
-            f"{where}: data or teachers are not those that labelled it; {'; '.join(differences)}; "
-            "give --data and --teacher as they were"
+            f"{where}: data or teachers differ from those that labelled it; {'; '.join(differences)}; "
+            "give the same --data and --teacher"
         )
     return job
 
 
 def refuse_derived(manifest: Manifest, where: object) -> None:
-    """Raises UsageError for a store that was made from others: teachers give other rows than its recoded ones."""
+    """Refuse a store that was made from others: teachers would give other rows.
+
+    Raises:
+        UsageError: it was.
+    """
     if manifest.recorded.get("derived"):
         raise UsageError(
-            f"{where}: was made from another store (see 'softlabel inspect {where}'), not by teachers; make it again "
-            "from there"
+            f"{where}: made from another store (see 'softlabel inspect {where}'), not by teachers; make it again from "
+            "that store"
         )
 
 
 def recorded_place(manifest: Manifest, name: Literal["data", "teachers"], where: object, given: Any = None) -> Any:
-    """Where data or teachers lie: as given, or else as they lay when the store was written.
+    """Return the given data or teachers, else the recorded ones.
 
     Raises:
-        UsageError: neither is known.
+        UsageError: there are none.
     """
     found = manifest.recorded.get(name) if given is None else given
     if not found:
-        raise UsageError(f"{where}: does not say where its {name} lay; give --{name.removesuffix('s')}")
+        raise UsageError(f"{where}: does not record its {name}; give --{name.removesuffix('s')}")
     return found

@@ -1,4 +1,4 @@
-"""A run that is open: data and teachers are loaded, the store's lease is held, and what is missing can be labelled."""
+"""An open run: data and teachers are loaded, the store's lease is held, and missing shards can be labelled."""
 
 import logging
 import time
@@ -26,9 +26,9 @@ log = logging.getLogger("softlabel")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSummary:
-    """What a call of `generate` did: images, shards, seconds and accuracy of this call's work; totals of the store.
+    """Result of `generate`: totals of the store; images, shards, seconds and accuracy of this call.
 
-    `pace`: where the time went; None on a cluster, whose workers do not report it.
+    `pace` is None on a cluster, whose workers do not report times.
     """
 
     path: str
@@ -47,17 +47,17 @@ class GenerateSummary:
 
 
 class GenerationRun:
-    """A store that is open for writing, and what labels its missing shards. Make one with `open_run`."""
+    """A store open for writing, with the job that labels its missing shards; create it with `open_run`."""
 
     def __init__(self, job: Job, committer: Committer, executor: Executor) -> None:
         self.job, self.committer, self.executor = job, committer, executor
         self._bare_rate: float | None = None
 
     def preflight(self) -> Preflight | None:
-        """Label two batches, check that the disk has room, and log what looks wrong; None where nothing is missing.
+        """Label two batches, check the free space, and log suspicious results; None if no shard is missing.
 
         Raises:
-            StoreError, DataError, TeacherError, UsageError: the run cannot end well; see `check_run`.
+            StoreError, DataError, TeacherError, UsageError: as `check_run`.
         """
         missing = self.committer.missing()
         if not missing:
@@ -67,7 +67,7 @@ class GenerationRun:
         return found
 
     def label(self, *, progress: bool | None = None) -> GenerateSummary:
-        """Label and commit what is missing; see `label_missing`."""
+        """Label and commit the missing shards; see `label_missing`."""
         return label_missing(
             self.job, self.committer, executor=self.executor, progress=progress, bare_rate=self._bare_rate
         )
@@ -84,11 +84,11 @@ def open_run(
     key_fn: Callable[[int], str | int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[GenerationRun]:
-    """Load data and teachers and open the store, or resume it. See `generate` for the arguments and errors."""
+    """Load data and teachers and open or resume the store; arguments and errors as in `generate`."""
     executor = executor or LocalExecutor()
     if not executor.in_process:
         if not isinstance(data, str | Path):
-            raise UsageError("data: on a cluster expected a SOURCE that every worker can open, found an object")
+            raise UsageError("data: expected a SOURCE that every cluster worker can open, found an object")
         if config.workers is not None:
             raise UsageError(
                 "workers: a cluster's workers decode with threads; give --cluster-workers for their number"
@@ -108,8 +108,8 @@ def open_run(
     with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
         if committer.manifest.recorded.get("derived") and committer.missing():
             raise MismatchError(
-                f"{out}: was made from other stores, and teachers can add nothing to it: run the command that began it "
-                "again if it is not finished, or label new samples into another folder and merge the two"
+                f"{out}: made from other stores, so teachers cannot add to it: if it is unfinished, rerun the command "
+                "that began it; else label new samples into another folder and merge the two"
             )
         add_head(job, committer)
         if committer.resumed:
@@ -118,7 +118,7 @@ def open_run(
 
 
 def add_head(job: Job, committer: Committer) -> None:
-    """Put the teacher's last layer into a store whose rows are its inputs."""
+    """Store the teacher's last layer, if the encoding stores its inputs."""
     head, name = job.labeller.lane.head, job.run.encoding.extra
     if head is not None and name is not None:
         committer.add_extra(name, head.safetensors())
@@ -132,11 +132,13 @@ def label_missing(
     progress: bool | None = None,
     bare_rate: float | None = None,
 ) -> GenerateSummary:
-    """Label and commit the shards that a store lacks, and declare it complete.
+    """Label and commit the missing shards of a store, and complete it.
 
     Args:
-        executor: who labels; absent: this process.
-        progress: show a bar; absent: if standard error is a terminal.
+        job: the loaded run.
+        committer: of the store.
+        executor: labels the shards; None: in this process.
+        progress: show a bar; None: if standard error is a terminal.
         bare_rate: images/s of the teachers alone, for the summary.
 
     Raises:
@@ -148,7 +150,7 @@ def label_missing(
     left = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
-        log.info("%s: %d of %d shards are there", out, run.shard_count - len(missing), run.shard_count)
+        log.info("%s: %d of %d shards exist", out, run.shard_count - len(missing), run.shard_count)
     started = time.perf_counter()
     with Progress(total=total, done=total - left, show=progress if missing else False) as done:
         done.bare_rate = bare_rate

@@ -1,7 +1,4 @@
-"""Between main memory and the device, without the host ever waiting for a batch: no-ops on a CPU.
-
-Legend: B batch.
-"""
+"""Asynchronous copies between main memory and the device; no-ops on a CPU."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +12,12 @@ from softlabel.inputs.base import Inputs
 
 
 def pin(batches: Sequence[Inputs]) -> tuple[Inputs, ...]:
-    """The same batches in page-locked memory, from which a device copies beside its work.
-
-    Torch keeps freed page-locked memory, and gives a block away again only when the copies out of it are done.
-    """
+    """Copy batches to page-locked memory, for asynchronous copies; torch reuses a block only after its copies."""
     return tuple(inputs.map(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory()) for inputs in batches)
 
 
 class Upload:
-    """Brings batches to a device: through page-locked memory, on a stream of its own, beside the forward pass."""
+    """Copies batches to a device through page-locked memory, on a separate stream, during the forward pass."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -31,14 +25,14 @@ class Upload:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, batches: Sequence[Inputs]) -> list[Inputs]:
-        """Batches on the device, ready for what the current stream does next."""
+        """Return batches on the device, ready for the current stream."""
         if self.device.type != "cuda":
             return list(batches)
         current = torch.cuda.current_stream(self.device)
         pinned = pin(batches)
         with torch.cuda.stream(self._stream):
             there = [inputs.map(lambda tensor: tensor.to(self.device, non_blocking=True)) for inputs in pinned]
-        # Its memory may go to another tensor of the side stream only when the current stream is done with it.
+        # The side stream must not reuse the memory before the current stream has finished with it.
         for inputs in there:
             for tensor in inputs.tensors.values():
                 tensor.record_stream(current)
@@ -47,10 +41,10 @@ class Upload:
 
 
 class Download:
-    """Tensors on their way to main memory; `get` waits for them."""
+    """Tensors being copied to main memory; `get` waits for them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._event: torch.cuda.Event | None = None
+        self._make_event: torch.cuda.Event | None = None
         self._tensors = dict(tensors)
         devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
         if not devices:
@@ -60,16 +54,16 @@ class Download:
                 pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 self._tensors[name] = pinned.copy_(tensor, non_blocking=True)
         (device,) = devices
-        self._event = _event()
-        self._event.record(torch.cuda.current_stream(device))
+        self._make_event = _make_event()
+        self._make_event.record(torch.cuda.current_stream(device))
 
     def get(self) -> dict[str, NDArray[Any]]:
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        # numpy knows nothing of inference tensors, and shares their memory.
+        if self._make_event is not None:
+            self._make_event.synchronize()
+            self._make_event = None
+        # numpy shares the memory of inference tensors.
         return {name: np.asarray(tensor.numpy()) for name, tensor in self._tensors.items()}
 
 
-def _event() -> torch.cuda.Event:
+def _make_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]

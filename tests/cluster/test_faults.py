@@ -205,7 +205,7 @@ def test_the_scheduler_lost(tmp_path: Path, how: signal.Signals) -> None:
         _, error = client.communicate(timeout=100)
         assert time.monotonic() - lost < 60
     assert client.returncode == RESUME, error
-    assert "run the same command again" in error.strip().splitlines()[-1]
+    assert "rerun the command" in error.strip().splitlines()[-1]
     assert "Traceback" not in error
     kept = len(list_shards(tmp_path / "store"))
     assert kept >= 4

@@ -253,7 +253,7 @@ def test_a_worker_that_sees_other_data(tmp_path: Path) -> None:
         dask.worker(within=namespace)
         done = run(make_generate_command(*options, "--out", tmp_path / "store", "--scheduler", dask.address), code=1)
     error = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"samples \d+ to \d+ have other keys here than where the run was begun", error)
+    assert re.search(r"keys of samples \d+ to \d+ differ from those where the run began", error)
     assert "(worker tcp://127.0.0.1:" in error
     with softlabel.open_store(tmp_path / "store", allow_incomplete=True) as store:
         assert len(store) == 0

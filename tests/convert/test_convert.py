@@ -647,7 +647,7 @@ def test_export_refuses_what_is_there(tmp_path: Path) -> None:
         (UsageError, "ends in .npz", "plain", "npz"),
         (UsageError, "expected --to hf or npz", "plain", "csv"),
         (UsageError, "found the store itself", "a", "hf"),
-        (UsageError, "a path on this machine", "memory://x", "hf"),
+        (UsageError, "a local path", "memory://x", "hf"),
     ]:
         with pytest.raises(error, match=message):
             export_store(source, out if "://" in out else tmp_path / out, to=to)  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def test_every_setting_is_an_option_of_the_command_line() -> None:
         ({"batch_size": "big"}, "batch_size: expected a whole number or auto, found 'big'"),
         ({"views": True}, "views: expected a whole number, found True"),
         ({"workers": -1}, "workers: expected at least 0"),
-        ({"combine": "keep", "weights": [0.5, 0.5]}, "weights: with combine 'keep'"),
+        ({"combine": "keep", "weights": [0.5, 0.5]}, "weights: combine 'keep'"),
     ],
 )
 def test_a_configuration_refuses_what_cannot_be(settings: dict[str, typing.Any], message: str) -> None:

@@ -149,7 +149,7 @@ def test_the_command_line_on_an_array_and_its_reverse(
     assert main(["verify", str(store), "--data", str(tmp_path / "a.npy")]) == 0
     assert f"{ROWS} of them compared by content" in capsys.readouterr().out
     assert main(["verify", str(store), "--data", str(tmp_path / "b.npy")]) == 3
-    assert f"{ROWS} images are not those that were labelled: 0, 1, 2" in capsys.readouterr().out
+    assert f"{ROWS} images differ from the labelled ones: 0, 1, 2" in capsys.readouterr().out
     arguments = ["evaluate", "--model", teacher, "--data", str(tmp_path / "b.npy"), "--labels", str(store)]
     assert main([*arguments, "--device", "cpu"]) == 2
     assert "image '0' is not the one that was labelled" in capsys.readouterr().err

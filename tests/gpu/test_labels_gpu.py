@@ -191,5 +191,5 @@ def test_out_of_memory_halves_the_batch(
             found = generate(ready, tmp_path / "narrow", device=cuda, batch_size=4096, preflight=False)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "out of memory with batches of 4096: going on with 2048" in caplog.text
+    assert "out of memory with batches of 4096: continuing with 2048" in caplog.text
     assert difference(found, expected) <= FP32

@@ -90,7 +90,7 @@ def test_a_missing_bucket_is_named(
     output = capsys.readouterr().err
     assert "s3://nobody-made-this/labels: cannot write: " in output
     assert "create the folder or bucket first" in output
-    assert "make room" not in output
+    assert "free some space" not in output
 
 
 @pytest.mark.parametrize("format", FORMATS)

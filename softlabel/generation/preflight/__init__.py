@@ -1,1 +1,1 @@
-"""Before anything is spent: label a sample, look at the answers, estimate time and bytes, refuse what must fail."""
+"""Checks before a run: label a sample, diagnose the teachers, estimate time and bytes, refuse runs that must fail."""

@@ -1,4 +1,4 @@
-"""Before hours are spent: two batches of a run from end to end, what the whole run will take, and what looks wrong."""
+"""Label two batches of a run, estimate the time and size of the whole, and report suspicious results."""
 
 import logging
 import os
@@ -17,31 +17,31 @@ from softlabel.store.manifest import BadRow, ShardPlan
 
 log = logging.getLogger("softlabel")
 
-_PADDING = 1.5  # times the images that have to pass through the teachers, from which the shards' size is worth a word
-_ROW_BYTES = 24  # a row's label, view and content hash, and where its key begins
+_PADDING = 1.5  # ratio of padded to needed forward passes from which the shard size is reported
+_ROW_BYTES = 24  # a row's label, view, content hash and key offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preflight:
-    """What is about to happen, found out on a sample.
+    """Estimates and findings from a sample.
 
     Attributes:
-        images: to be labelled; views of each are counted in.
-        views: of a sample, in the whole store.
-        shards: to be written.
-        classes, teachers: how many.
-        sampled: images that were tried.
-        bad: those of them that cannot be decoded.
+        images: to label, counting views.
+        views: per sample, in the whole store.
+        shards: to write.
+        classes, teachers: their numbers.
+        sampled: images tried.
+        bad: images among them that cannot be decoded.
         images_per_second: decoding and all teachers.
-        bare_rate: images/s of all teachers, on images that are decoded already.
-        seconds: for all images at that rate.
-        offer: what the encoding costs, in bytes and nats, on the sample.
-        store_bytes: of everything that is still to be written.
-        free_bytes: on the file system of the store; None where it does not tell.
-        accuracy: of the soft labels on the sample's labelled images; None without any.
-        labelled: how many these are.
-        diagnoses: of each teacher, where there are labels.
-        remarks: what is odd about a teacher's answers, whatever the labels.
+        bare_rate: images/s of all teachers on decoded images.
+        seconds: estimated, for all images.
+        offer: cost of the encoding on the sample.
+        store_bytes: still to write.
+        free_bytes: on the file system of the store; None if unknown.
+        accuracy: of the soft labels on the sample's labelled images; None if there are none.
+        labelled: number of these images.
+        diagnoses: of each teacher, if there are labels.
+        remarks: further findings about the teachers.
     """
 
     images: int
@@ -64,6 +64,7 @@ class Preflight:
 
     @property
     def findings(self) -> tuple[str, ...]:
+        """All findings, one line each."""
         return self.remarks + tuple(
             f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.finding}"
             for one in self.diagnoses
@@ -72,18 +73,22 @@ class Preflight:
 
 
 def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[Job, Preflight]:
-    """Try two batches, and check that what is missing of a store fits on its disk. Findings are logged as warnings.
+    """Label two batches, check that the missing shards fit on the disk, and log findings as warnings.
+
+    Args:
+        job: the loaded run.
+        out: the store's folder or URL.
+        missing: plans of the missing shards.
 
     Returns:
-        The job with a batch size that fits into memory, and what was found.
+        The job with a batch size that fits into memory, and the report.
 
     Raises:
-        StoreError: the disk does not have enough room.
-        DataError: no image of the sample can be decoded, one is another when it is read again, or (nearly) all of them
-            are the same.
-        TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, its answers change
-            from call to call or with the rest of the batch, or (nearly) all of them are the same.
-        UsageError: the encoding does not go with the teacher.
+        StoreError: the disk does not have enough free space.
+        DataError: no image of the sample can be decoded, one changes when it is read again, or nearly all are equal.
+        TeacherError: a member's output is not (B, C) finite numbers, it is not in evaluation mode, its logits change
+            from call to call or with the rest of the batch, or nearly all are equal.
+        UsageError: the encoding does not fit the teacher.
     """
     run = job.run
     job, trial = label_sample(job, seed=job.config.seed)
@@ -93,12 +98,12 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)
-    need = images * (found.row_bytes + of_views + _ROW_BYTES + _key_bytes(trial))
+    need = images * (found.row_bytes + of_views + _ROW_BYTES + _estimate_key_bytes(trial))
     free = free_bytes(out)
     if free is not None and need > free:
         raise StoreError(
-            f"{out}: expected room for {need:,} bytes ({images:,} rows), found {free:,} free; make room, write to "
-            "another disk, or take a smaller --encoding ('softlabel plan' shows what each needs)"
+            f"{out}: expected {need:,} free bytes ({images:,} rows), found {free:,}; free some space, write to another "
+            "disk, or choose a smaller --encoding ('softlabel plan' shows their sizes)"
         )
     rate = trial.images_per_second(job)
     size = job.labeller.batch_size
@@ -107,7 +112,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         remarks = (
             *remarks,
             f"--shard-rows {run.shard_rows}: the last batch of a shard is padded to {size}, so that {passes * size:,} "
-            f"pass through the teachers for {images:,}; take a multiple of --batch-size, or a smaller --batch-size",
+            f"pass through the teachers for {images:,}; use a multiple of --batch-size, or a smaller --batch-size",
         )
     report = Preflight(
         images=images,
@@ -134,7 +139,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
 
 
 def free_bytes(out: str | Path) -> int | None:
-    """Bytes that may still be written where a store lies or will lie; None behind a URL, which does not tell."""
+    """Return the free bytes of a store's file system; None for a URL."""
     text = os.fspath(out).removeprefix("file://")
     if "://" in text:
         return None
@@ -144,6 +149,6 @@ def free_bytes(out: str | Path) -> int | None:
     return shutil.disk_usage(place).free
 
 
-def _key_bytes(trial: Trial) -> int:
+def _estimate_key_bytes(trial: Trial) -> int:
     keys = [key for batch in trial.batches for key in batch.keys]
     return -(-sum(len(key.encode()) for key in keys) // len(keys))

@@ -1,4 +1,4 @@
-"""Is a teacher right about images whose labels are known, and if not, is it the preprocessing or the order of classes?
+"""Diagnose teachers on labelled images: accuracy, wrong preprocessing, or another order of classes.
 
 Legend: C classes, N labelled images.
 """
@@ -22,22 +22,22 @@ from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.models.teacher import Teacher
 
-# What images are divided into in other people's code: (mean, std), as a SPEC takes them.
+# Common normalisations, (mean, std).
 NORMALISATIONS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "[-1, 1]": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "[0, 1]": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "CIFAR's": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 }
-FEWEST = 32  # labelled images, below which nothing is concluded
+FEWEST = 32  # labelled images needed for a finding
 _CLEARLY = 3.0  # standard errors
 _CONFIDENT = 0.5
-_REORDERED = 0.1  # what another order of classes has to gain
+_REORDERED = 0.1  # minimal gain in accuracy by another order of classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """One teacher on the sample's labelled images; `finding` says what is odd about it, and what may be the reason."""
+    """One teacher on the sample's labelled images; `finding` names a problem and its likely cause, or is None."""
 
     teacher: str
     images: int
@@ -47,8 +47,8 @@ class Diagnosis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answers:
-    """Of N labelled images: the predicted class, its probability, the label."""
+class _Predictions:
+    """Predicted class, its probability, and label of N images."""
 
     top: NDArray[np.int64]
     sure: NDArray[np.float64]
@@ -65,13 +65,13 @@ class _Answers:
 
 
 def compare_names(teacher: Teacher, class_names: Sequence[str] | None) -> str | None:
-    """What is odd about a teacher's own class names beside the data's: another order, or other classes."""
+    """Compare a teacher's class names with the data's; return a finding, or None."""
     theirs = teacher.class_names
     if theirs is None or class_names is None or len(theirs) != len(class_names):
         return None
-    if all(re.fullmatch(r"n?\d+", name) for name in class_names):  # numbers, WordNet's too, say nothing
+    if all(re.fullmatch(r"n?\d+", name) for name in class_names):  # numbers and WordNet ids cannot be compared
         return None
-    names, own = [_synonyms(name) for name in class_names], [_synonyms(name) for name in theirs]
+    names, own = [_split_synonyms(name) for name in class_names], [_split_synonyms(name) for name in theirs]
     other = [number for number, (a, b) in enumerate(zip(own, names, strict=True)) if not a & b]
     if not other:
         return None
@@ -85,35 +85,35 @@ def compare_names(teacher: Teacher, class_names: Sequence[str] | None) -> str | 
     )
 
 
-def _synonyms(name: str) -> set[str]:
-    """'Tench, Tinca_tinca' names a class twice."""
+def _split_synonyms(name: str) -> set[str]:
+    """Split a name such as 'Tench, Tinca_tinca' into normalised synonyms."""
     return {" ".join(re.split(r"[\s_-]+", part.strip().casefold())) for part in name.split(",")}
 
 
 def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:
-    """Every teacher on the labelled images of a sample's batches; none where there are no labels."""
+    """Diagnose every teacher on the labelled images of a sample; empty if there are none."""
     if not any((batch.labels != IGNORE).any() for batch in trial.batches):
         return ()
-    return tuple(_diagnosis(labeller, number, trial) for number in range(len(labeller.teachers)))
+    return tuple(_diagnose_teacher(labeller, number, trial) for number in range(len(labeller.teachers)))
 
 
-def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
+def _diagnose_teacher(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
     teacher, run = labeller.teachers[number], labeller.run
-    if run.kept or len(labeller.teachers) == 1:  # its answers are in the sample's labels
+    if run.kept or len(labeller.teachers) == 1:  # its logits are in the sample
         own = trial.scaled_logits.reshape(len(trial.labels), -1, run.num_classes)[:, number]
         rows = sum(len(batch.keys) for batch in trial.batches)
         logits_BC = own[:rows] * (run.temperature * run.members[number].calibration)
-        found = _found(logits_BC, trial.labels[:rows])
+        found = _evaluate_logits(logits_BC, trial.labels[:rows])
     else:
         full = [batch for batch in trial.batches if batch.keys]
         logits_BC = torch.cat([logits_MBC[number] for logits_MBC in labeller.lane.logits(full)])
-        found = _found(logits_BC, np.concatenate([batch.labels for batch in full]))
+        found = _evaluate_logits(logits_BC, np.concatenate([batch.labels for batch in full]))
     finding = None
     if len(found.labels) >= FEWEST:
         finding = (
-            _other_order(found, run.class_names)
-            or _other_normalisation(teacher, labeller, trial)
-            or _no_better_than_chance(found, teacher.num_classes)
+            _find_other_order(found, run.class_names)
+            or _find_other_normalisation(teacher, labeller, trial)
+            or _describe_chance(found, teacher.num_classes)
         )
     return Diagnosis(
         teacher=teacher.spec.text,
@@ -124,24 +124,24 @@ def _diagnosis(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
     )
 
 
-def _found(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Answers:
+def _evaluate_logits(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Predictions:
     known_B = labels_B != IGNORE
     best = torch.softmax(logits_BC.double().cpu(), dim=1).max(dim=1)
-    return _Answers(top=best.indices.numpy()[known_B], sure=best.values.numpy()[known_B], labels=labels_B[known_B])
+    return _Predictions(top=best.indices.numpy()[known_B], sure=best.values.numpy()[known_B], labels=labels_B[known_B])
 
 
-def _answers(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Answers:
-    """What a teacher says itself of these batches."""
+def _evaluate_teacher(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Predictions:
+    """Run one teacher on batches."""
     place = [one.shape for one in labeller.reader.transforms].index(teacher.preprocessing.shape)
     full = [batch for batch in batches if batch.keys]
     logits = torch.cat([teacher.logits(batch.inputs[place]) for batch in full])
-    return _found(logits, np.concatenate([batch.labels for batch in full]))
+    return _evaluate_logits(logits, np.concatenate([batch.labels for batch in full]))
 
 
-def _other_order(found: _Answers, class_names: Sequence[str] | None) -> str | None:
-    """Whether another name for each class makes the answers right: found on one half of the images, tried on the other.
+def _find_other_order(found: _Predictions, class_names: Sequence[str] | None) -> str | None:
+    """Find a renaming of classes on one half of the images that improves the accuracy on the other half.
 
-    A class that the first half has not seen counts as wrong.
+    A class that is not in the first half counts as wrong.
     """
     tell, test = slice(0, None, 2), slice(1, None, 2)
     seen = Counter(zip(found.top[tell].tolist(), found.labels[tell].tolist(), strict=True))
@@ -153,7 +153,7 @@ def _other_order(found: _Answers, class_names: Sequence[str] | None) -> str | No
             taken.add(label)
     labels_N = found.labels[test]
     renamed_N = np.array([meant.get(answer, IGNORE) for answer in found.top[test].tolist()]) == labels_N
-    gain = _gain(renamed_N, found.right[test])
+    gain = _compute_gain(renamed_N, found.right[test])
     moved = sorted((answer, label) for answer, label in meant.items() if answer != label)
     if gain is None or gain < _REORDERED or renamed_N.mean() < 0.5:
         return None
@@ -168,44 +168,44 @@ def _other_order(found: _Answers, class_names: Sequence[str] | None) -> str | No
     )
 
 
-def _other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial) -> str | None:
-    """The common mean and std, if any, with which it is clearly more often right."""
-    if labeller.members.in_turn:  # their weights are not on the device
+def _find_other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial) -> str | None:
+    """Return a finding if another common mean and std clearly improves the accuracy."""
+    if labeller.members.in_turn:  # the weights are not on the device
         return None
     own = teacher.preprocessing
     if not isinstance(own, Preprocessing):
         return None
     batches = [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
-    now = _answers(teacher, labeller, batches)
-    best, told = 0.0, None
+    now = _evaluate_teacher(teacher, labeller, batches)
+    best, finding = 0.0, None
     for name, (mean, std) in NORMALISATIONS.items():
         if max(abs(a - b) for a, b in zip((*mean, *std), (*own.mean, *own.std), strict=True)) < 1e-3:
             continue
         other = dataclasses.replace(teacher, preprocessing=dataclasses.replace(own, mean=mean, std=std))
-        then = _answers(other, labeller, batches)
-        gain = _gain(then.right, now.right)
+        then = _evaluate_teacher(other, labeller, batches)
+        gain = _compute_gain(then.right, now.right)
         if gain is not None and gain > best:
-            numbers = f"mean={_numbers(mean)}&std={_numbers(std)}"
+            numbers = f"mean={_format_numbers(mean)}&std={_format_numbers(std)}"
             best = gain
-            told = (
+            finding = (
                 f"its preprocessing seems to be another: normalised as {name} ('?{numbers}' in its SPEC) its accuracy "
                 f"on {len(now.labels)} images is {then.accuracy:.2f} instead of {now.accuracy:.2f}"
             )
-    return told
+    return finding
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _format_numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
-def _gain(other_N: NDArray[np.bool_], own_N: NDArray[np.bool_]) -> float | None:
-    """By how much the first is more often right than the second; None unless clearly so (McNemar's test)."""
+def _compute_gain(other_N: NDArray[np.bool_], own_N: NDArray[np.bool_]) -> float | None:
+    """Return the gain in accuracy of the first over the second; None if not significant (McNemar's test)."""
     won, lost = int((other_N & ~own_N).sum()), int((own_N & ~other_N).sum())
     gain = (won - lost) / len(own_N)
     return gain if gain >= 0.05 and won - lost >= _CLEARLY * math.sqrt(won + lost) else None
 
 
-def _no_better_than_chance(found: _Answers, num_classes: int) -> str | None:
+def _describe_chance(found: _Predictions, num_classes: int) -> str | None:
     chance = 1 / num_classes
     if found.accuracy > chance + _CLEARLY * math.sqrt(chance * (1 - chance) / len(found.labels)):
         return None

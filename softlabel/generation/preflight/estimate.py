@@ -1,4 +1,4 @@
-"""What a run would take and what each encoding would cost, from a short timed sample, before anything is spent.
+"""Estimate the time of a run and the cost of each encoding from a short timed sample.
 
 Legend: R rows of the sample, C classes, D width of the teacher's last hidden layer.
 """
@@ -19,12 +19,12 @@ from softlabel.models.head import Head
 from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Combine, Fidelity
 
-SECONDS = 5.0  # how long the sample is labelled for, warm-up aside
+SECONDS = 5.0  # duration of the sample, without warm-up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """One encoding: what it is called, bytes a row and in all, and what it loses (`Fidelity`)."""
+    """One encoding: its title, bytes per row and in all, and loss."""
 
     name: str
     row_bytes: int
@@ -34,15 +34,15 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What labelling would take.
+    """Estimates of a run.
 
     Attributes:
         rows: samples times views.
-        sampled: images that were labelled to find out.
-        images_per_second: decoding and every teacher, on the sample.
+        sampled: images labelled for the estimate.
+        images_per_second: decoding and all teachers, on the sample.
         seconds: for all rows at that rate.
         bad: images of the sample that cannot be decoded.
-        accuracy: of the labels on the sample's labelled images; None without any.
+        accuracy: of the labels on the sample's labelled images; None if there are none.
         offers: every encoding, the most exact first.
     """
 
@@ -60,11 +60,11 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
 
     Raises:
         DataError: no image of the sample can be decoded.
-        TeacherError: see `generate`.
+        TeacherError: as `softlabel.generate`.
     """
     job, trial = label_sample(job, seconds=seconds, seed=job.config.seed)
     run = job.run
-    offers = tuple(_offers(job, trial))
+    offers = tuple(_iter_offers(job, trial))
     rows, rate = run.dataset.rows * run.views.count, trial.images_per_second(job)
     return Plan(
         rows=rows,
@@ -78,16 +78,16 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
 
 
 def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
-    """What an encoding costs, measured on a sample of the run.
+    """Measure the cost of an encoding on a sample of the run.
 
     Raises:
-        UsageError: an encoding from the hidden layer, for a teacher whose output is not that of its last layer.
+        UsageError: the encoding stores the hidden layer, but the teacher's output is not that of its last layer.
     """
     run = job.run
     meter = FidelityMeter(temperature=run.temperature, encoding=encoding)
     scaled_logits_RC, hidden_RD, head = trial.scaled_logits.reshape(-1, run.num_classes), None, None
     if encoding.from_hidden:
-        lane = _head_lane(job, encoding)
+        lane = _make_head_lane(job, encoding)
         assert lane.head is not None
         scaled_logits_RC, hidden_RD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
         head = (lane.head.weight, lane.head.bias)
@@ -102,8 +102,8 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     return Offer(name=encoding.title, row_bytes=row_bytes, total_bytes=row_bytes * rows, fidelity=fidelity)
 
 
-def _offers(job: Job, trial: Trial) -> Iterator[Offer]:
-    """Of every encoding that the teachers can be stored in."""
+def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
+    """Yield the cost of every encoding that fits the teachers."""
     run, teachers = job.run, job.labeller.teachers
     for kind in Encoding.kinds.values():
         if kind.from_hidden and len(teachers) > 1:
@@ -112,12 +112,12 @@ def _offers(job: Job, trial: Trial) -> Iterator[Offer]:
             try:
                 full = encoding.fit(temperature=run.temperature, width=lambda: Head.of(teachers[0]).width)
                 yield offer(job, trial, full)
-            except UsageError:  # no last linear layer, or one that does not explain the output
+            except UsageError:  # no last linear layer, or its output is not the teacher's
                 if not kind.from_hidden:
                     raise
 
 
-def _head_lane(job: Job, encoding: Encoding) -> Lane:
+def _make_head_lane(job: Job, encoding: Encoding) -> Lane:
     lane = job.labeller.lane
     if job.run.encoding == encoding:
         return lane

@@ -1,9 +1,9 @@
-"""Whether a run gives the same answer twice: the same image when it is read again, the same logits in other company.
+"""Check that images and logits are repeatable: when read again, and in another batch.
 
-Labels must not depend on batch size, shard size or the number of workers. A source with a random transform in it, a
-network with an active dropout, one that normalises over its batch or is quantised by the batch's range breaks that.
+Labels must not depend on batch size, shard size or the number of workers. A source with a random transform, a network
+with active dropout, normalisation over the batch or dynamic quantisation violates this.
 
-Legend: B batch, C classes, K images that are asked again, M members.
+Legend: B batch, C classes, K images that are labelled again, M members.
 """
 
 from collections.abc import Sequence
@@ -16,38 +16,38 @@ from softlabel.errors import DataError, TeacherError
 from softlabel.generation.ensemble import AGREEMENT
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import Labeller
-from softlabel.generation.pipeline import fitting
+from softlabel.generation.pipeline import fit_batch
 from softlabel.generation.preflight.sample import Trial
 from softlabel.inputs.base import Inputs
 from softlabel.models.teacher import Teacher
 
-_READ_AGAIN = 32  # images
-# Above this share of other top classes, or of one image's probability that lies elsewhere, an answer by the batch is no
-# rounding of a quantised network any more.
+_REREAD = 32  # images
+# Share of other top classes, and of one image's probability in other classes, above which a dependence on the batch is
+# not rounding of a quantised network.
 _MOST_CHANGED = 0.05
 _MOST_MOVED = 0.1
-_FEWEST_VALUES = 16  # of outputs, below which nothing is concluded from their range
+_FEWEST_VALUES = 16  # outputs needed to judge their range
 
 
 def check_repeatable(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
-    """Read some images of a sample again, and ask the teachers about some of them in other company.
+    """Read some images of a sample again, and label some of them in another batch.
 
     Returns:
-        What is odd about a teacher and not bad enough to refuse it.
+        Findings that are not severe enough to refuse a teacher.
 
     Raises:
-        DataError: an image is another one when it is read again.
-        TeacherError: answers change from call to call, depend on the batch, or are not logits.
+        DataError: an image changes when it is read again.
+        TeacherError: logits change from call to call, depend on the batch, or are not logits.
     """
-    _read_again(labeller, trial)
-    _, remarks = fitting(labeller, lambda labeller: _ask_again(labeller, trial))
+    _check_reading(labeller, trial)
+    _, remarks = fit_batch(labeller, lambda labeller: _check_answers(labeller, trial))
     return remarks
 
 
-def _read_again(labeller: Labeller, trial: Trial) -> None:
-    """Bitwise: nothing before a teacher may be drawn at random, but for views, which depend on the key."""
+def _check_reading(labeller: Labeller, trial: Trial) -> None:
+    """Raise DataError unless images are equal bit for bit when read again: only views are random, by key."""
     first = trial.batches[0]
-    again = labeller.reader.batch(trial.indices[0][:_READ_AGAIN].tolist())
+    again = labeller.reader.batch(trial.indices[0][:_REREAD].tolist())
     place = {key: number for number, key in enumerate(first.keys)}
     for number, key in enumerate(again.keys):
         before = place.get(key)
@@ -59,53 +59,54 @@ def _read_again(labeller: Labeller, trial: Trial) -> None:
         if not same:
             raise DataError(
                 f"{labeller.source.name}: image {key!r}: expected the same pixels whenever it is read, found others "
-                "the second time; take random transforms out of the dataset: augmented views are made by --augment, so "
-                "that the student sees what was labelled"
+                "the second time; remove random transforms from the dataset: use --augment, whose views the student "
+                "can reproduce"
             )
 
 
-def _ask_again(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
+def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
     full = [batch for batch in trial.batches if batch.keys]
-    first, rows_K, other = _in_other_company(full, labeller.batch_size)
+    first, rows_K, other = _change_company(full, labeller.batch_size)
     (logits_MBC,) = labeller.lane.logits([other])
-    remarks = [text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _range(z, t))]
+    remarks = [text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _check_range(z, t))]
     if len(rows_K) == 0:
         return tuple(remarks)
     asked_KC = labeller.lane.combine([logits_BC[-len(rows_K) :] for logits_BC in logits_MBC]).cpu()
     # The sample's labels begin with those of its first full batch.
-    if _apart(asked_KC, trial.scaled_logits[rows_K]) <= 0.5 * min(AGREEMENT[t.precision] for t in labeller.teachers):
+    tolerance = 0.5 * min(AGREEMENT[teacher.precision] for teacher in labeller.teachers)
+    if _relative_difference(asked_KC, trial.scaled_logits[rows_K]) <= tolerance:
         return tuple(remarks)
     (once_MBC,), (twice_MBC,) = labeller.lane.logits([first]), labeller.lane.logits([first])
     for teacher, *answers in zip(labeller.teachers, once_MBC, twice_MBC, logits_MBC, strict=True):
         once_KC, twice_KC, moved_KC = answers[0][rows_K], answers[1][rows_K], answers[2][-len(rows_K) :]
         limit = AGREEMENT[teacher.precision]
-        if _apart(once_KC, twice_KC) > limit:
+        if _relative_difference(once_KC, twice_KC) > limit:
             raise TeacherError(
-                f"{teacher.spec.text}: expected one answer to an image, found logits that differ by up to "
-                f"{_farthest(once_KC, twice_KC):.2g} when the same batch is asked twice: something in it is drawn at "
-                "random (a dropout that is always on?); give the teacher without it"
+                f"{teacher.spec.text}: expected the same logits for the same batch, found differences up to "
+                f"{_max_difference(once_KC, twice_KC):.2g}: the network is random (active dropout?); give the teacher "
+                "without it"
             )
-        if _apart(once_KC, moved_KC) > limit:
+        if _relative_difference(once_KC, moved_KC) > limit:
             changed = float((once_KC.argmax(dim=-1) != moved_KC.argmax(dim=-1)).float().mean())
             text = (
-                f"{teacher.spec.text}: its answer to an image depends on the others in its batch: in other company the "
-                f"logits of {len(rows_K)} images differ by up to {_farthest(once_KC, moved_KC):.2g}, and "
+                f"{teacher.spec.text}: its logits for an image depend on the others in the batch: in another batch the "
+                f"logits of {len(rows_K)} images differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
                 f"{changed:.0%} have another top class (is it quantised dynamically, or does it normalise over the "
                 "batch?)"
             )
-            if changed > _MOST_CHANGED or _moved(once_KC, moved_KC) > _MOST_MOVED:
+            if changed > _MOST_CHANGED or _max_moved_probability(once_KC, moved_KC) > _MOST_MOVED:
                 raise TeacherError(
-                    f"{text}; give a network that sees images one by one (quantised statically, in evaluation mode), "
-                    "or label with --batch-size 1"
+                    f"{text}; give a network that treats images independently (quantised statically, in evaluation "
+                    "mode), or label with --batch-size 1"
                 )
             remarks.append(text)
     return tuple(remarks)
 
 
-def _in_other_company(full: Sequence[DecodedBatch], batch_size: int) -> tuple[DecodedBatch, list[int], DecodedBatch]:
-    """The first batch, the places in it of the images that are asked again, and the batch that ends with these.
+def _change_company(full: Sequence[DecodedBatch], batch_size: int) -> tuple[DecodedBatch, list[int], DecodedBatch]:
+    """Return the first batch, the rows of it to label again, and a batch that ends with these rows.
 
-    They come behind images of the second batch, backwards. No places where there is no other company.
+    They follow images of the second batch, in reverse order. There are no rows if no other batch can be made.
     """
     first = full[0]
     count = -(-len(first.keys) // 2)
@@ -125,33 +126,29 @@ def _in_other_company(full: Sequence[DecodedBatch], batch_size: int) -> tuple[De
     return first, rows_K, other
 
 
-def _farthest(a: Tensor, b: Tensor) -> float:
-    """The largest difference between answers that are numbers on both sides; -inf masks a class."""
+def _max_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference between values that are finite in both; -inf masks a class."""
     differences = (a.float() - b.float()).abs()
     return float(torch.where(a.isfinite() & b.isfinite(), differences, 0.0).max())
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """The same as a share of the largest value."""
+def _relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference relative to the largest value."""
     largest = float(torch.where(a.isfinite(), a.float().abs(), 0.0).max())
-    return _farthest(a, b) / (1 + largest)
+    return _max_difference(a, b) / (1 + largest)
 
 
-def _moved(a: Tensor, b: Tensor) -> float:
-    """The largest share of an image's probability that lies in other classes (total variation)."""
+def _max_moved_probability(a: Tensor, b: Tensor) -> float:
+    """Return the largest total variation between the distributions of an image."""
     return float((torch.softmax(a.float(), dim=-1) - torch.softmax(b.float(), dim=-1)).abs().sum(dim=-1).max() / 2)
 
 
-def _range(logits_BC: Tensor, teacher: Teacher) -> str | None:
-    """Whether the range of a network's output says that it is none of logits.
-
-    Raises:
-        TeacherError: values of a sigmoid.
-    """
+def _check_range(logits_BC: Tensor, teacher: Teacher) -> str | None:
+    """Return a finding if the range of a network's output is not that of logits; raise TeacherError for a sigmoid."""
     if logits_BC.numel() < _FEWEST_VALUES or not bool((logits_BC >= 0).all()):
         return None
     lowest, highest = float(logits_BC.min()), float(logits_BC.max())
     found = f"{teacher.spec.text}: expected logits, found values from {lowest:.3g} to {highest:.3g}, none below 0"
     if highest <= 1 and highest - lowest > 0.5:
-        raise TeacherError(f"{found} and none above 1, as a sigmoid gives; return what goes into the sigmoid")
+        raise TeacherError(f"{found} and none above 1, as of a sigmoid; return the input of the sigmoid")
     return f"{found} (percentages, probabilities, or the output of a ReLU?)"

@@ -1,6 +1,4 @@
-"""A sample of a run, labelled before the run: what it costs and what comes out of it.
-
-The sample is drawn over the whole dataset and depends on its size and the seed alone.
+"""Label a random sample of the dataset before the run, to measure time and check results.
 
 Legend: B batch, C classes, M members, R rows of the sample.
 """
@@ -19,32 +17,32 @@ from softlabel.errors import DataError, TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Labeller
-from softlabel.generation.pipeline import fitting
+from softlabel.generation.pipeline import fit_batch
 from softlabel.inputs.base import IGNORE
 from softlabel.store.manifest import BadRow
 
-BATCHES = 2  # one to warm up, one to be timed
-_RUN = 16  # neighbours that are drawn together: a source reads whole row groups
+BATCHES = 2  # one to warm up, one to time
+_RUN = 16  # consecutive samples drawn together: a source reads whole row groups
 _STRATA = 4096
-# Images or rows count as equal where no pixel, no scaled logit, is further than this from the sample's median. Of
-# images of 12 bits, a shift by 8 leaves 0 to 15.
+# Images or rows are equal if no pixel or scaled logit is further than this from the sample's median. 12-bit images read
+# as 16 bits have pixels of 0 to 15.
 _SAME_PIXELS, _SAME_LOGITS = 15, 1e-3
-_COMPARED, _FEW, _NEARLY_ALL = 64, 8, 0.95  # images compared; fewer say nothing; the share that must be equal
+_COMPARED, _FEW, _NEARLY_ALL = 64, 8, 0.95  # images compared, minimal number, share of equal ones to refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """The sample's first batches and what became of all of it.
+    """A labelled sample.
 
     Attributes:
-        batches: decoded, the first `BATCHES` of them.
-        indices: of the samples that these batches were asked for, bad ones too.
-        scaled_logits: float32 (R, C), or (R, M, C) where members are kept, of every image that can be decoded.
+        batches: the first `BATCHES` decoded batches.
+        indices: of their samples, including bad ones.
+        scaled_logits: float32 (R, C), or (R, M, C) if members are kept, of every decodable image.
         labels: int64 (R,), -100 for none.
-        sampled: images, with the bad ones.
-        bad: those that cannot be decoded.
-        decoding: seconds an image, in one process.
-        forward: seconds an image, all teachers, combined; images at hand already.
+        sampled: number of images, including bad ones.
+        bad: images that cannot be decoded.
+        decoding: seconds per image, in one process.
+        forward: seconds per decoded image, all teachers together.
     """
 
     batches: tuple[DecodedBatch, ...]
@@ -57,14 +55,14 @@ class Trial:
     forward: float
 
     def images_per_second(self, job: Job) -> float:
-        """Beside a GPU, decoding and the teachers overlap; on a CPU they share its cores."""
+        """Estimate the throughput: with a GPU decoding and teachers overlap, on a CPU they share its cores."""
         if job.labeller.teachers[0].device.type == "cpu":
             return 1 / (self.decoding + self.forward)
         return 1 / max(self.decoding / max(1, job.workers), self.forward)
 
     @property
     def top(self) -> NDArray[np.int64]:
-        """The labels' most probable class, int64 (R,)."""
+        """The most probable class of each row, int64 (R,)."""
         mixed_RC = self.scaled_logits.mean(dim=1) if self.scaled_logits.dim() == 3 else self.scaled_logits
         top_R: NDArray[np.int64] = mixed_RC.argmax(dim=-1).numpy()
         return top_R
@@ -75,13 +73,13 @@ class Trial:
 
     @property
     def accuracy(self) -> float | None:
-        """Of the soft labels, where there are hard ones."""
+        """Accuracy of the soft labels on rows with a hard label; None if there are none."""
         known_R = self.labels != IGNORE
         return float((self.top == self.labels)[known_R].mean()) if known_R.any() else None
 
 
 def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Batches of indices, each from all parts of the dataset, until every sample was drawn once."""
+    """Yield batches of indices from all parts of the dataset, a function of size and seed, each sample once."""
     run = min(max(1, samples // _STRATA), _RUN, batch_size)
     starts = np.random.default_rng(seed).permutation(-(-samples // run)) * run
     each = batch_size // run
@@ -91,20 +89,20 @@ def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray
 
 
 def label_sample(job: Job, *, seconds: float = 0.0, seed: int = 0) -> tuple[Job, Trial]:
-    """Label `BATCHES` batches at least, and go on for so many seconds. Writes nothing.
+    """Label at least `BATCHES` batches, and continue for `seconds`. Writes nothing.
 
     Returns:
-        The job with a batch size that fits into memory, and what became of the sample.
+        The job with a batch size that fits into memory, and the sample.
 
     Raises:
         DataError: no image of the sample can be decoded.
         TeacherError: a member's output is not (B, C) finite numbers.
     """
-    labeller, trial = fitting(job.labeller, lambda labeller: _label_sample(labeller, seconds, seed))
+    labeller, trial = fit_batch(job.labeller, lambda labeller: _measure_sample(labeller, seconds, seed))
     return replace(job, labeller=labeller), trial
 
 
-def _label_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
+def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     drawn = sample_indices(len(labeller.source), labeller.batch_size, seed)
     batches: list[DecodedBatch] = []
     indices: list[NDArray[np.int64]] = []
@@ -123,7 +121,7 @@ def _label_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         ended = time.perf_counter()
         sampled, bad = sampled + len(indices_B), [*bad, *batch.bad]
         alone = len(indices_B) == len(labeller.source)
-        if alone and batch.keys:  # there is no second batch to be timed: this one once more
+        if alone and batch.keys:  # no second batch to time: time this one again
             again = time.perf_counter()
             labeller.lane.scaled_logits(batch).cpu()
             ended = decoded + time.perf_counter() - again
@@ -153,37 +151,37 @@ def _label_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
 
 
 def refuse_equal(trial: Trial, name: str) -> None:
-    """Stop where the images of a sample, or the rows of its teachers, are all or nearly all the same.
+    """Check that the images and rows of a sample differ.
 
     Raises:
-        DataError: the decoded images are.
-        TeacherError: the rows are, and the images are not.
+        DataError: nearly all decoded images are equal.
+        TeacherError: nearly all rows are equal, but the images are not.
     """
     full = [batch.inputs[0].tensors for batch in trial.batches if batch.keys]
     count = sum(len(next(iter(tensors.values()))) for tensors in full)
     picked = np.unique(np.linspace(0, max(0, count - 1), _COMPARED).astype(np.int64))
     if len(picked) < _FEW:
         return
-    # The input that differs most speaks for a sample with several.
+    # Of several inputs, the one that differs most counts.
     equal = min(_count_equal_inputs([tensors[input] for tensors in full], picked) for input in full[0])
     if equal >= _NEARLY_ALL * len(picked):
         raise DataError(
-            f"{name}: expected samples that differ, found {equal} of {len(picked)} that are (nearly) the same once "
-            "decoded; look at how they are kept (few bits of 16: '?bits=12'), or give --no-preflight if they are right"
+            f"{name}: expected samples that differ, found {equal} of {len(picked)} nearly equal ones; check their "
+            "format (few of 16 bits in use: '?bits=12'), or give --no-preflight if they are right"
         )
     logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
     shifted = np.nan_to_num(logits - logits.max(axis=-1, keepdims=True), neginf=-1e4)
     equal = _count_equal(shifted.reshape(len(shifted), -1), _SAME_LOGITS)
     if len(shifted) >= _FEW and equal >= _NEARLY_ALL * len(shifted):
         raise TeacherError(
-            f"{name}: expected labels that differ, found {equal} rows of a sample of {len(shifted)} that are (nearly) "
-            "the same although the images are not; check the teacher's checkpoint and its preprocessing (mean, std) or "
-            "say --no-preflight if that is how it answers"
+            f"{name}: expected labels that differ, found {equal} of {len(shifted)} nearly equal rows although the "
+            "images differ; check the teacher's checkpoint and preprocessing (mean, std), or give --no-preflight if "
+            "they are right"
         )
 
 
 def _count_equal_inputs(batches: Sequence[Tensor], picked: NDArray[np.int64]) -> int:
-    """How many of these samples have nearly the same numbers as the others; 0 where their shapes differ."""
+    """Count samples with nearly the same numbers as the others; 0 if their shapes differ."""
     samples = [sample for batch in batches for sample in batch]
     if len({samples[place].shape for place in picked}) > 1:
         return 0
@@ -195,7 +193,7 @@ def _count_equal_inputs(batches: Sequence[Tensor], picked: NDArray[np.int64]) ->
 
 
 def _count_equal(rows_RN: NDArray[Any], within: float) -> int:
-    """How many rows are nowhere further than `within` from the median of all."""
+    """Count rows whose values are all within `within` of the median row."""
     middle = len(rows_RN) // 2
     median_N = np.partition(rows_RN, middle, axis=0)[middle]
     return int((np.abs(rows_RN - median_N).max(axis=1) <= within).sum())
