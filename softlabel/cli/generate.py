@@ -145,15 +145,15 @@ def plan(
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
     job = load_job(data, teacher, GenerateConfig.of(config, workers=0))
     found = run(job, seconds=seconds)
-    print(f"{data}: {found.rows:,} images, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
+    print(f"{data}: {found.rows:,} {found.noun}, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
     print(
-        f"  {found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}: about "
+        f"  {found.images_per_second:,.0f} {found.noun}/s on a sample of {found.sampled:,}: about "
         f"{duration(found.seconds)} for everything"
     )
     if found.accuracy is not None:
         print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
     if found.bad:
-        print(f"  {found.bad} images of the sample cannot be decoded")
+        print(f"  {found.bad} {found.noun} of the sample cannot be decoded")
     nats = "nats lost (mean / worst)"
     print(
         f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}"
@@ -210,7 +210,7 @@ def calibrate(
         seed=seed,
         device=device,
     )
-    print(f"{data}: {found.samples:,} labelled images")
+    print(f"{data}: {found.samples:,} labelled samples")
     width = max(len(member.spec) for member in found.members)
     print(f"{'teacher':<{width}}  {'T':>7}  {'nll before':>10} {'after':>8}  {'ece before':>10} {'after':>8}")
     for member in found.members:

@@ -15,10 +15,10 @@ _SLOW = 0.3  # share of the time from which an activity other than the teachers 
 def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> None:
     """Print the plan before labelling; with `cluster`, the estimate is for one process."""
     views = f" ({found.views} views each)" if found.views > 1 else ""
-    print(f"{out}: {found.images:,} images{views}, {found.teachers} teacher(s), {found.classes:,} classes")
+    print(f"{out}: {found.images:,} {found.noun}{views}, {found.teachers} teacher(s), {found.classes:,} classes")
     print(
         f"  about {duration(found.seconds)}{' for one process like this' if cluster else ''}: "
-        f"{found.images_per_second:,.0f} images/s on a sample of {found.sampled:,}, "
+        f"{found.images_per_second:,.0f} {found.noun}/s on a sample of {found.sampled:,}, "
         f"the teachers alone {found.bare_rate:,.0f}"
     )
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
@@ -31,10 +31,10 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     if found.accuracy is not None:
         each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
         alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""
-        print(f"  accuracy of the labels on {found.labelled:,} images of the sample: {found.accuracy:.4f}{alone}")
+        print(f"  accuracy of the labels on {found.labelled:,} {found.noun} of the sample: {found.accuracy:.4f}{alone}")
     if found.bad:
         first = found.bad[0]
-        print(f"  {len(found.bad):,} images of the sample cannot be decoded; {first.key!r}: {first.reason}")
+        print(f"  {len(found.bad):,} {found.noun} of the sample cannot be decoded; {first.key!r}: {first.reason}")
     sys.stdout.flush()  # so that a log file has it before the run
 
 
@@ -47,13 +47,14 @@ def print_summary(summary: "GenerateSummary", data: str | None = None) -> None:
     bare = summary.pace.against_bare if summary.pace is not None else None
     against = "" if bare is None else f", {bare:.0%} of the teachers alone"
     print(
-        f"  {summary.images:,} images labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} images/s"
+        f"  {summary.images:,} {summary.noun} labelled in {summary.seconds:.1f} s: {summary.images_per_second:,.0f} "
+        f"{summary.noun}/s"
         f"{against}; {summary.shards_written} shards written"
     )
     if summary.teacher_accuracy is not None:
         print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
-        print(f"  {summary.total_bad:,} bad images were skipped; 'softlabel inspect {summary.path}' lists them")
+        print(f"  {summary.total_bad:,} bad {summary.noun} were skipped; 'softlabel inspect {summary.path}' lists them")
     if summary.pace is not None and (hint := _suggest_change(summary.pace)):
         print(f"  {hint}")
     if data is not None:
@@ -64,7 +65,9 @@ def print_summary(summary: "GenerateSummary", data: str | None = None) -> None:
 def _suggest_change(pace: "Pace") -> str | None:
     """Return a suggestion if something other than the teachers took the time."""
     if (share := pace.share("waiting")) >= _SLOW:
-        return f"waiting for data {share:.0%} of the time: more --workers, or images that are smaller or already shrunk"
+        return (
+            f"waiting for data {share:.0%} of the time: more --workers, or samples that are smaller or already shrunk"
+        )
     if (share := pace.share("writing")) >= _SLOW:
         return f"waiting for the writer {share:.0%} of the time: a faster disk, or a smaller --encoding"
     if (share := pace.share("encoding")) >= _SLOW:

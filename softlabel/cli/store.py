@@ -139,12 +139,12 @@ def _print_coverage(store: str, data: str) -> bool:
     for count, keys, what in (
         (found.missing_count, found.missing, "samples have no row"),
         (found.surplus_count, (), "rows are of samples that the data do not have"),
-        (found.changed_count, found.changed, "images differ from the labelled ones"),
+        (found.changed_count, found.changed, "samples differ from the labelled ones"),
     ):
         if count:
             print(f"  {count:,} {what}: {', '.join(keys)}" if keys else f"  {count:,} {what}")
     if found.ok and not found.compared:
-        print(f"  nothing was compared: the images of {data} may differ from the labelled ones")
+        print(f"  nothing was compared: the samples of {data} may differ from the labelled ones")
         return False
     return found.ok
 
@@ -167,7 +167,7 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
         print(
             f"  DIFFERENT: the teachers give other labels, beyond encoding and rounding "
             f"({found.clearly_other:.2%} of the rows have clearly another class, {found.nats:.2g} nats apart); "
-            "do their logits depend on the batch, or have libraries or images changed?"
+            "do their logits depend on the batch, or have libraries or samples changed?"
         )
     return found.ok
 

@@ -55,7 +55,7 @@ class Evaluation:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [("images", f"{self.samples:,}")]
+        lines = [("samples", f"{self.samples:,}")]
         if self.labelled != self.samples:
             lines.append(("labelled", f"{self.labelled:,}"))
         named = (

@@ -51,7 +51,7 @@ def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> in
             size *= 2
     best = max(found, key=lambda size: found[size])
     rates = ", ".join(f"{rate:,.0f} with {size}" for size, rate in found.items())
-    log.warning("batch size %d: images/s %s", best, rates)
+    log.warning("batch size %d: samples/s %s", best, rates)
     return best
 
 
@@ -61,7 +61,7 @@ def _read_one(reader: InputReader) -> tuple[Inputs, ...]:
         batch = reader.batch([index])
         if batch.keys:
             return batch.inputs
-    raise DataError(f"{reader.source.name}: none of its first {_SAMPLES} images can be decoded")
+    raise DataError(f"{reader.source.name}: none of its first {_SAMPLES} samples can be decoded")
 
 
 def _measure_rate(members: Members, samples: Sequence[Inputs], size: int) -> float:

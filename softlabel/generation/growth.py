@@ -259,7 +259,7 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
             start += record.rows
     if unknown is not None:
         log.warning(
-            "warning: %s: images of %s cannot be compared with the labelled ones (%s); keys and hard labels agree",
+            "warning: %s: samples of %s cannot be compared with the labelled ones (%s); keys and hard labels agree",
             path,
             source.name,
             unknown,

@@ -165,7 +165,7 @@ class Lane:
         for wrong_B, teacher in zip(wrong_MB, self.members.teachers, strict=True):
             if wrong_B.any():
                 raise TeacherError(
-                    f"teacher {teacher.spec.text}: the logits of image {keys[int(wrong_B.argmax())]!r} are not finite "
+                    f"teacher {teacher.spec.text}: the logits of sample {keys[int(wrong_B.argmax())]!r} are not finite "
                     f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
                 )
 
@@ -280,7 +280,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         parts.append(part)
         if part.bad and labeller.on_bad_image == "error":
             first = part.bad[0]
-            raise DataError(f"image {first.key!r}: {first.reason}; fix it, or skip it with --on-bad-image skip")
+            raise DataError(f"sample {first.key!r}: {first.reason}; fix it, or skip it with --on-bad-image skip")
         if part.columns is None or part.checks is None:
             continue
         with progress.spend("forward"):  # the host waits for a GPU here

@@ -85,7 +85,7 @@ def _halve_batch(labeller: Labeller, error: Exception) -> Labeller:
     before = labeller.batch_size
     if before == 1:
         raise TeacherError(
-            "out of memory with a single image; use --precision bf16, a smaller input size, or a device with more "
+            "out of memory with a single sample; use --precision bf16, a smaller input size, or a device with more "
             f"memory ({one_line(error)})"
         ) from error
     if labeller.members.device.type == "cuda":

@@ -67,7 +67,7 @@ class Progress:
         first_bad: the first image without a row.
     """
 
-    def __init__(self, *, total: int = 0, done: int = 0, show: bool | None = False) -> None:
+    def __init__(self, *, total: int = 0, done: int = 0, show: bool | None = False, unit: str = "sample") -> None:
         self.images = self.shards = self.rows = self.correct = self.labelled = 0
         self.first_bad: BadRow | None = None
         self.bare_rate: float | None = None
@@ -75,7 +75,7 @@ class Progress:
         self._started = time.perf_counter()
         self._lock = threading.Lock()
         hidden = None if show is None else not show
-        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc="labelling", disable=hidden)
+        self._bar = tqdm(total=total, initial=done, unit=unit, unit_scale=True, desc="labelling", disable=hidden)
 
     def __enter__(self) -> "Progress":
         return self

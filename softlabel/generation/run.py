@@ -28,7 +28,7 @@ log = logging.getLogger("softlabel")
 class GenerateSummary:
     """Result of `generate`: totals of the store; images, shards, seconds and accuracy of this call.
 
-    `pace` is None on a cluster, whose workers do not report times.
+    `pace` is None on a cluster, whose workers do not report times; `noun` is the plural of a sample of this kind.
     """
 
     path: str
@@ -40,6 +40,7 @@ class GenerateSummary:
     seconds: float
     teacher_accuracy: float | None
     pace: Pace | None = None
+    noun: str = "images"
 
     @property
     def images_per_second(self) -> float:
@@ -142,7 +143,7 @@ def label_missing(
         bare_rate: images/s of the teachers alone, for the summary.
 
     Raises:
-        DataError: no image could be labelled, in this call or before.
+        DataError: no sample could be labelled, in this call or before.
     """
     executor = executor or LocalExecutor()
     run, missing, out = committer.run, committer.missing(), committer.url
@@ -151,8 +152,8 @@ def label_missing(
     total = run.dataset.rows * run.views.count
     if missing and committer.resumed:
         log.info("%s: %d of %d shards exist", out, run.shard_count - len(missing), run.shard_count)
-    started = time.perf_counter()
-    with Progress(total=total, done=total - left, show=progress if missing else False) as done:
+    started, kind = time.perf_counter(), job.labeller.source.inputs
+    with Progress(total=total, done=total - left, show=progress if missing else False, unit=kind.unit) as done:
         done.bare_rate = bare_rate
         if missing:
             executor.label(job, committer, missing, done)
@@ -168,6 +169,7 @@ def label_missing(
         seconds=time.perf_counter() - started,
         teacher_accuracy=done.correct / done.labelled if done.labelled else None,
         pace=done.pace() if executor.in_process else None,
+        noun=kind.noun,
     )
 
 
@@ -175,10 +177,10 @@ def _report_bad(done: Progress, out: str, *, any_row: bool) -> None:
     first = done.first_bad
     if not any_row:
         reason = f"; the first, {first.key!r}: {first.reason}" if first else ""
-        raise DataError(f"{out}: no image could be labelled{reason}")
+        raise DataError(f"{out}: no sample could be labelled{reason}")
     if first is not None:
         log.warning(
-            "warning: %s: %d of %d images have no row; the first, sample %d, %r: %s",
+            "warning: %s: %d of %d samples have no row; the first, sample %d, %r: %s",
             out,
             done.images - done.rows,
             done.images,

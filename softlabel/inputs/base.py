@@ -157,12 +157,14 @@ class InputKind(ABC):
 
     Attributes:
         name: as a manifest records it.
-        unit: of bars and summaries.
+        unit: of bars and of training's log.
+        noun: several samples in a sentence.
         view_steps: which steps of a view policy it takes; None: all.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    noun: ClassVar[str] = "samples"
     view_steps: ClassVar[frozenset[str] | None] = None
 
     @classmethod

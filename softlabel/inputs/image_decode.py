@@ -101,6 +101,7 @@ class ImageKind(InputKind):
 
     name: ClassVar[str] = "image"
     unit: ClassVar[str] = "img"
+    noun: ClassVar[str] = "images"
 
     def decode(self, sample: Sample) -> tuple[Tensor, int]:
         """See `decode_hashed`."""

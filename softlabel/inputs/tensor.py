@@ -64,6 +64,7 @@ class BandsKind(InputKind):
 
     name: ClassVar[str] = "image"
     unit: ClassVar[str] = "img"
+    noun: ClassVar[str] = "images"
     view_steps: ClassVar[frozenset[str] | None] = frozenset({"crop-flip", "crop", "inception"})
 
     def decode(self, sample: Sample) -> tuple[Item, int]:

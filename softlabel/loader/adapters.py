@@ -152,7 +152,7 @@ class LabelJoin:
         changed = np.flatnonzero(changed_content(now_B, stored_B))
         if len(changed):
             raise MismatchError(
-                f"batch: image {keys[int(changed[0])]!r} is not the one that was labelled in {self.store.url} (its "
+                f"batch: sample {keys[int(changed[0])]!r} is not the one that was labelled in {self.store.url} (its "
                 f"content, xxh3-64, differs; {len(changed)} of {len(keys)} in its batch); join before any transform, "
                 "with the keys of these images"
             )

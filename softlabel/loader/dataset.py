@@ -323,9 +323,9 @@ class JoinedDataset(Dataset[Batch]):
         changed = known[changed_content(hashes[known], stored)]
         if len(changed):
             raise MismatchError(
-                f"{self.source.name}: image {keys[int(changed[0])]!r} is not the one that was labelled in "
+                f"{self.source.name}: sample {keys[int(changed[0])]!r} is not the one that was labelled in "
                 f"{self.store.path} (its content, xxh3-64, differs; {len(changed)} of {len(keys)} compared here); use "
-                "the images that were labelled, in their order where keys are numbers and without a random transform, "
+                "the samples that were labelled, in their order where keys are numbers and without a random transform, "
                 "or label these"
             )
 

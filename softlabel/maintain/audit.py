@@ -129,12 +129,12 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
     batch = job.labeller.reader.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
-            f"image {batch.bad[0].key!r}: was labelled, but cannot be decoded now: {batch.bad[0].reason}"
+            f"sample {batch.bad[0].key!r}: was labelled, but cannot be decoded now: {batch.bad[0].reason}"
         )
     changed = np.flatnonzero(changed_content(batch.content, stored_B))
     if len(changed):
         raise MismatchError(
-            f"image {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
+            f"sample {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
             "data that was labelled as --data"
         )
     return job.labeller.lane.scaled_logits(batch).double().cpu().numpy()

@@ -109,14 +109,16 @@ def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
     batches = labeller.reader.stream(spans, workers=job.workers)
     logits, labels = [], []
     off = None if progress is None else not progress
-    with tqdm(total=len(labeller.source), unit="img", unit_scale=True, desc="calibrating", disable=off) as bar:
+    with tqdm(
+        total=len(labeller.source), unit=labeller.source.inputs.unit, unit_scale=True, desc="calibrating", disable=off
+    ) as bar:
         for batch in batches:
             if batch.keys:
                 logits.append(labeller.lane.scaled_logits(batch).transpose(0, 1).cpu())
                 labels.append(torch.from_numpy(batch.labels))
             bar.update(len(batch.keys) + len(batch.bad))
     if not logits:
-        raise DataError(f"{labeller.source.name}: none of its {len(labeller.source):,} labelled images can be decoded")
+        raise DataError(f"{labeller.source.name}: none of its {len(labeller.source):,} labelled samples can be decoded")
     return torch.cat(logits, dim=1), torch.cat(labels)
 
 

@@ -49,7 +49,9 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
     changed: list[str] = []
     missing_count = changed_count = compared = found = 0
     unknown: str | None = None
-    with tqdm(total=len(source), unit="img", unit_scale=True, desc="comparing", disable=_off(progress)) as bar:
+    with tqdm(
+        total=len(source), unit=source.inputs.unit, unit_scale=True, desc="comparing", disable=_off(progress)
+    ) as bar:
         for start in range(0, len(source), CHUNK):
             samples = source.read(range(start, min(start + CHUNK, len(source))))
             keys = [sample.key for sample in samples]

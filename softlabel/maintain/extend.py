@@ -141,7 +141,7 @@ class _MemberExecutor(LocalExecutor):
         if changed.any():
             key = kept.keys[int(np.flatnonzero(changed)[0])]
             raise MismatchError(
-                f"image {key!r}: its content differs from the image that the other members of {store.path} labelled; "
+                f"sample {key!r} is not the one that the other members of {store.path} labelled (its content differs); "
                 "give the data that was labelled as --data"
             )
         columns = {
@@ -153,7 +153,7 @@ class _MemberExecutor(LocalExecutor):
             if (wrong := (stored != shard.rows.columns[column.name]).any(axis=1)).any():
                 key = kept.keys[int(np.flatnonzero(wrong)[0])]
                 raise MismatchError(
-                    f"image {key!r}: view {shard.plan.view} ({column.name}) differs from the one that other members "
+                    f"sample {key!r}: view {shard.plan.view} ({column.name}) differs from the one that other members "
                     f"of {store.path} labelled; {changed_libraries(store.manifest.recorded.get('libraries'))}"
                 )
             columns[column.name] = stored

@@ -66,7 +66,7 @@ class Pass:
         bar = tqdm(
             total=self.config.epochs * steps * self.config.batch_size,
             initial=(epoch * steps + step) * self.config.batch_size,
-            unit="img",
+            unit=self.loader.dataset.source.inputs.unit,
             unit_scale=True,
             desc=self.students[0].config.student if len(self.students) == 1 else f"{len(self.students)} students",
             disable=None if shown is None else not shown,
@@ -171,7 +171,7 @@ class Pass:
             metrics = student.finish_epoch(found.get(id(student)), seconds)
             named = f"{student.config.name}: " if len(self.students) > 1 else ""
             if self.ranks.is_first:
-                log.info("%s%s", named, metrics.line(self.config.epochs))
+                log.info("%s%s", named, metrics.line(self.config.epochs, self.loader.dataset.source.inputs.unit))
                 trackers.write(student, metrics)
         self._save(ended)
         self._write_metrics()

@@ -49,15 +49,17 @@ class EpochMetrics:
     teacher_agreement: float | None = None
     target_entropy: float | None = None
 
-    def line(self, epochs: int) -> str:
-        """One line of the log."""
+    def line(self, epochs: int, unit: str = "img") -> str:
+        """One line of the log; `unit` is that of the samples' kind."""
         parts = [f"epoch {self.epoch:>{len(str(epochs))}}/{epochs}", f"loss {self.loss:.4f}"]
         parts += [f"soft {self.soft_loss:.4f}"] if self.soft_loss is not None else []
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"eval {self.eval_accuracy:.4f}"] if self.eval_accuracy is not None else []
-        return "  ".join([*parts, f"lr {self.lr:.4g}", f"{self.images_per_second:,.0f} img/s", f"{self.seconds:.1f} s"])
+        return "  ".join(
+            [*parts, f"lr {self.lr:.4g}", f"{self.images_per_second:,.0f} {unit}/s", f"{self.seconds:.1f} s"]
+        )
 
 
 class Sums:

@@ -318,7 +318,7 @@ def test_a_bad_image_stops_the_run_if_asked_to(tmp_path: Path) -> None:
     with start_cluster(tmp_path / "dask", workers=2) as dask:
         placed = ["--out", tmp_path / "store", "--scheduler", dask.address, "--on-bad-image", "error"]
         done = run(make_generate_command(*options, *placed, "--no-preflight"), code=1)
-        assert "image '017.jpg'" in done.stderr.strip().splitlines()[-1]
+        assert "sample '017.jpg'" in done.stderr.strip().splitlines()[-1]
         there = len(list_shards(tmp_path / "store"))
         assert there < 11, "it went on to the end"
         (images / "017.jpg").write_bytes(make_jpeg(17))

@@ -208,7 +208,7 @@ def test_a_missing_image_is_the_only_bad_one(absent: Any, tmp_path: Path, caplog
     with pytest.raises(DataError, match=r"'?1'?.*returns None"):
         generate(source, teachers=teachers, out=tmp_path / "s", preflight=False, device="cpu", on_bad_image="error")
     generate(source, teachers=teachers, out=tmp_path / "t", preflight=False, device="cpu", progress=False)
-    assert "1 of 2 images have no row; the first, sample 1, '1': " in caplog.text
+    assert "1 of 2 samples have no row; the first, sample 1, '1': " in caplog.text
 
 
 def test_several_datasets_by_name_are_refused() -> None:

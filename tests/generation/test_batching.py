@@ -163,7 +163,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(
 
 
 def test_one_image_that_does_not_fit_ends_the_run(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="out of memory with a single image"):
+    with pytest.raises(TeacherError, match="out of memory with a single sample"):
         labels(images, tmp_path / "store", ["python:tests.generation.test_batching:limited?limit=0"], batch_size=4)
 
 
@@ -176,7 +176,7 @@ def test_the_batch_size_that_is_found_fits_and_is_recorded(
     with softlabel.open_store(tmp_path / "store") as store:
         found = store.manifest.recorded["batch_size"]
     assert found in (8, 16)
-    assert f"batch size {found}: images/s" in caplog.text
+    assert f"batch size {found}: samples/s" in caplog.text
     assert "out of memory" not in caplog.text
 
 

@@ -149,10 +149,10 @@ def test_the_command_line_on_an_array_and_its_reverse(
     assert main(["verify", str(store), "--data", str(tmp_path / "a.npy")]) == 0
     assert f"{ROWS} of them compared by content" in capsys.readouterr().out
     assert main(["verify", str(store), "--data", str(tmp_path / "b.npy")]) == 3
-    assert f"{ROWS} images differ from the labelled ones: 0, 1, 2" in capsys.readouterr().out
+    assert f"{ROWS} samples differ from the labelled ones: 0, 1, 2" in capsys.readouterr().out
     arguments = ["evaluate", "--model", teacher, "--data", str(tmp_path / "b.npy"), "--labels", str(store)]
     assert main([*arguments, "--device", "cpu"]) == 2
-    assert "image '0' is not the one that was labelled" in capsys.readouterr().err
+    assert "sample '0' is not the one that was labelled" in capsys.readouterr().err
 
 
 def test_stores_without_hashes_and_of_files_say_what_cannot_be_compared(
@@ -170,7 +170,7 @@ def test_stores_without_hashes_and_of_files_say_what_cannot_be_compared(
         caplog.clear()
         assert len(list(softlabel.SoftLabelLoader(data, tmp_path / store, batch_size=ROWS))) == 1
         assert len([one for one in caplog.records if one.levelname == "WARNING"]) == 1
-        assert re.search(f"{ROWS} of {ROWS} images cannot be compared.*{reason}", caplog.text)
+        assert re.search(f"{ROWS} of {ROWS} (samples|images) cannot be compared.*{reason}", caplog.text)
         assert main(["verify", str(tmp_path / store), "--data", data]) == 3
         printed = capsys.readouterr().out
         assert f"{ROWS} cannot be compared: it was " in printed
@@ -184,5 +184,5 @@ def test_label_join_compares_the_images_that_it_is_given(tmp_path: Path, teacher
     assert len(join(batch)["target"].scaled_logits) == 2
     assert len(join.columns(batch)["soft_logits"]) == 2
     for join_again in (join, join.columns):
-        with pytest.raises(MismatchError, match=r"image '3' is not the one that was labelled.*2 of 2 in its batch"):
+        with pytest.raises(MismatchError, match=r"sample '3' is not the one that was labelled.*2 of 2 in its batch"):
             join_again({**batch, "name": ["0", "3"][::-1], "picture": batch["picture"][::-1]})

@@ -155,7 +155,7 @@ class Changing(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def test_a_dataset_that_changes_between_two_calls_is_refused(ready: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"image '0': expected the same pixels.*random transforms"):
+    with pytest.raises(DataError, match=r"sample '0': expected the same content.*random transforms"):
         softlabel.generate(Changing(), teachers=[spec(ready)], out=tmp_path / "store", progress=False)
 
 

@@ -200,7 +200,7 @@ def test_what_cannot_be_calibrated_says_why(ready: Path, tmp_path: Path) -> None
     assert "not trained on" in run_softlabel(*command, "--data", tmp_path / "right.parquet", code=1).stderr
     assert "at least 1" in run_softlabel(*command, "--data", ready / "data.parquet", "--samples", 0, code=2).stderr
     few = run_softlabel(*command, "--data", ready / "data.parquet", "--samples", 200).stdout
-    assert "200 labelled images" in few
+    assert "200 labelled samples" in few
 
 
 @pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "resnet20-jpeg.safetensors"])

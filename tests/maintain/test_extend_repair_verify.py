@@ -257,7 +257,7 @@ def test_verify_compares_with_data_and_teachers(ready: Path, tmp_path: Path) -> 
     images[7] = make_jpeg(12345)
     changed = write_parquet(tmp_path / "changed.parquet", [*images[:-1], make_jpeg(1)], labels=[0] * ROWS)
     done = run_softlabel("verify", store, "--data", changed, code=3)
-    assert "2 images differ from the labelled ones: image-00007.jpg" in done.stdout
+    assert "2 samples differ from the labelled ones: image-00007.jpg" in done.stdout
     fewer = write_dataset(tmp_path / "fewer.parquet", ROWS - 3)
     assert (
         "3 rows are of samples that the data do not have"

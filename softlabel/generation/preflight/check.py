@@ -42,6 +42,7 @@ class Preflight:
         labelled: number of these images.
         diagnoses: of each teacher, if there are labels.
         remarks: further findings about the teachers.
+        noun: what the samples are.
     """
 
     images: int
@@ -61,12 +62,13 @@ class Preflight:
     labelled: int
     diagnoses: tuple[Diagnosis, ...]
     remarks: tuple[str, ...] = ()
+    noun: str = "images"
 
     @property
     def findings(self) -> tuple[str, ...]:
         """All findings, one line each."""
         return self.remarks + tuple(
-            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} images: {one.finding}"
+            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} {self.noun}: {one.finding}"
             for one in self.diagnoses
             if one.finding is not None
         )
@@ -132,6 +134,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         labelled=trial.labelled,
         diagnoses=diagnose(job.labeller, trial),
         remarks=remarks,
+        noun=job.labeller.source.inputs.noun,
     )
     for finding in report.findings:
         log.warning("warning: %s", finding)

@@ -173,7 +173,7 @@ def _find_other_normalisation(teacher: Teacher, labeller: Labeller, trial: Trial
     if labeller.members.in_turn:  # the weights are not on the device
         return None
     own = teacher.preprocessing
-    if not isinstance(own, Preprocessing):
+    if not isinstance(own, Preprocessing) or len(own.mean) != 3:  # they are of RGB
         return None
     batches = [batch for batch in trial.batches if (batch.labels != IGNORE).any()][-1:]
     now = _evaluate_teacher(teacher, labeller, batches)

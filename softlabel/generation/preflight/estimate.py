@@ -44,6 +44,7 @@ class Plan:
         bad: images of the sample that cannot be decoded.
         accuracy: of the labels on the sample's labelled images; None if there are none.
         offers: every encoding, the most exact first.
+        noun: what the samples are.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Plan:
     bad: int
     accuracy: float | None
     offers: tuple[Offer, ...]
+    noun: str = "images"
 
 
 def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
@@ -74,6 +76,7 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
         bad=len(trial.bad),
         accuracy=trial.accuracy,
         offers=offers,
+        noun=job.labeller.source.inputs.noun,
     )
 
 

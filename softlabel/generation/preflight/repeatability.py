@@ -58,7 +58,7 @@ def _check_reading(labeller: Labeller, trial: Trial) -> None:
         )
         if not same:
             raise DataError(
-                f"{labeller.source.name}: image {key!r}: expected the same pixels whenever it is read, found others "
+                f"{labeller.source.name}: sample {key!r}: expected the same content whenever it is read, found another "
                 "the second time; remove random transforms from the dataset: use --augment, whose views the student "
                 "can reproduce"
             )
@@ -90,13 +90,13 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
             changed = float((once_KC.argmax(dim=-1) != moved_KC.argmax(dim=-1)).float().mean())
             text = (
                 f"{teacher.spec.text}: its logits for an image depend on the others in the batch: in another batch the "
-                f"logits of {len(rows_K)} images differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
+                f"logits of {len(rows_K)} samples differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
                 f"{changed:.0%} have another top class (is it quantised dynamically, or does it normalise over the "
                 "batch?)"
             )
             if changed > _MOST_CHANGED or _max_moved_probability(once_KC, moved_KC) > _MOST_MOVED:
                 raise TeacherError(
-                    f"{text}; give a network that treats images independently (quantised statically, in evaluation "
+                    f"{text}; give a network that treats samples independently (quantised statically, in evaluation "
                     "mode), or label with --batch-size 1"
                 )
             remarks.append(text)

@@ -135,8 +135,8 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
             break
     if not scaled:
         raise DataError(
-            f"{labeller.source.name}: no image of a sample of {sampled:,} can be decoded; the first, {bad[0].key!r}: "
-            f"{bad[0].reason}"
+            f"{labeller.source.name}: none of {sampled:,} {labeller.source.inputs.noun} that were tried can be "
+            f"decoded; the first, {bad[0].key!r}: {bad[0].reason}"
         )
     return Trial(
         batches=tuple(batches),
@@ -175,7 +175,7 @@ def refuse_equal(trial: Trial, name: str) -> None:
     if len(shifted) >= _FEW and equal >= _NEARLY_ALL * len(shifted):
         raise TeacherError(
             f"{name}: expected labels that differ, found {equal} of {len(shifted)} nearly equal rows although the "
-            "images differ; check the teacher's checkpoint and preprocessing (mean, std), or give --no-preflight if "
+            "samples differ; check the teacher's checkpoint and preprocessing (mean, std), or give --no-preflight if "
             "they are right"
         )
 
