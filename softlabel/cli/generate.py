@@ -171,6 +171,7 @@ def calibrate(
     *,
     data: str,
     teacher: list[str],
+    activation: Literal["softmax", "sigmoid"] = "softmax",
     out: str | None = None,
     samples: int | None = None,
     batch_size: int = 256,
@@ -189,6 +190,7 @@ def calibrate(
     Args:
         data: a SOURCE with labels that the teachers were not trained on.
         teacher: the SPECs, see 'softlabel generate --help'.
+        activation: what the teachers' outputs are logits of.
         out: JSON file for 'softlabel generate --calibration'; nothing is written when absent.
         samples: number of labelled samples to draw; all when absent.
         batch_size: samples per forward pass.
@@ -202,6 +204,7 @@ def calibrate(
     found = run(
         data,
         teachers=teacher,
+        activation=activation,
         out=out,
         samples=samples,
         batch_size=batch_size,

@@ -53,6 +53,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         ("classes", _format_classes(run.num_classes, run.class_names)),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a row"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
+        *([("activation", "sigmoid, of each class by itself")] if run.activation == "sigmoid" else []),
         *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
     ]
     if (cost := totals.fidelity) is not None:
@@ -158,16 +159,19 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
 
     opened = open_store(store, verify="sizes")
     config = replace(config_of(opened.manifest), device=device)
+    one = opened.run.activation == "softmax"
+    differ, what = ("top-1 differs", "rows") if one else ("answers change sides", "classes of all rows")
+    answer = "class" if one else "answer"
     found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
     print(
         f"  {found.rows:,} rows recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
-        f"{found.worst_difference:.1e} at worst; top-1 differs in {found.top1_disagreement:.4%} of the rows"
+        f"{found.worst_difference:.1e} at worst; {differ} in {found.top1_disagreement:.4%} of the {what}"
     )
     if not found.ok:
         print(
             f"  DIFFERENT: the teachers give other labels, beyond encoding and rounding "
-            f"({found.clearly_other:.2%} of the rows have clearly another class, {found.nats:.2g} nats apart); "
-            "do their logits depend on the batch, or have libraries or samples changed?"
+            f"({found.clearly_other:.2%} of the {what} have clearly another {answer}, {found.nats:.2g} nats "
+            "apart); do their logits depend on the batch, or have libraries or samples changed?"
         )
     return found.ok
 

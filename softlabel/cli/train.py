@@ -33,8 +33,8 @@ def train(config: "TrainConfig") -> int:
         return 0
     last = result.history[-1]
     print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
-    if last.eval_accuracy is not None:
-        print(f"  accuracy on {config.eval_data}: {last.eval_accuracy:.4f}")
+    if last.score is not None:
+        print(f"  {'mAP' if last.eval_accuracy is None else 'accuracy'} on {config.eval_data}: {last.score:.4f}")
     print(f"  measure it with: softlabel evaluate {_evaluate_arguments(config, result.out)}")
     return 0
 
@@ -72,9 +72,12 @@ def evaluate(
     missing: Literal["error", "skip", "hard-only"] = "error",
     workers: int = 0,
     device: str = "auto",
+    activation: Literal["softmax", "sigmoid"] | None = None,
     out: str | None = None,
 ) -> int:
     """Measure a model: accuracy, cross-entropy, calibration error, agreement with the teacher of a store.
+
+    Of a model with several labels at once: mAP, AUROC and F1 in place of the accuracy.
 
     Example:
         softlabel evaluate --data test.parquet --model runs/kd
@@ -88,6 +91,7 @@ def evaluate(
         missing: what to do with samples without a row in the store.
         workers: decoding processes.
         device: auto, cpu, cuda or cuda:N.
+        activation: of the model's outputs; absent: that of the store, of the run, or what the labels are.
         out: JSON file for the metrics; the settings are written beside it.
     """
     options = dict(locals())
@@ -111,6 +115,7 @@ def evaluate(
         missing=missing,
         workers=workers,
         device=device,
+        activation=activation,
     )
     print(found)
     if out is not None:

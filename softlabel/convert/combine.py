@@ -46,7 +46,7 @@ def combine_store(
         out: folder of the new one.
         weights: one number per chosen member, normalised to sum 1; None: equal.
         members: chosen members, by number (from 1, as in `softlabel inspect`) or SPEC; None: all.
-        combine: ``logits`` averages logits (the default), ``probs`` the softmax at `temperature`.
+        combine: ``logits`` averages logits (the default), ``probs`` the probabilities at `temperature`.
         temperature: of the new store; None: the same.
         progress: show a bar; None: if standard error is a terminal.
         options: JSON values to keep in the manifest under `recorded.options`.
@@ -103,7 +103,11 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
             scaled_BMC = torch.from_numpy(_rescale(rows, wanted))
             # They are already divided by the temperature.
             mixed_BC = combine(
-                [scaled_BMC[:, m] for m in mixed], rule=new.combine.rule, temperature=1.0, weights=new.combine.weights
+                [scaled_BMC[:, m] for m in mixed],
+                rule=new.combine.rule,
+                temperature=1.0,
+                weights=new.combine.weights,
+                activation=run.activation,
             )
             return encode_rows(mixed_BC, rows, new, meter)
 
@@ -190,7 +194,7 @@ def _rescale(rows: StoredRows, wanted: float) -> Array:
 
 def _narrow(values: Array, dtype: np.dtype[Any]) -> Array:
     if values.dtype != dtype == np.float16:  # keep finite values finite: -inf marks a masked class
-        values = np.where(np.isneginf(values), values, np.maximum(values, LOWEST_HALF))
+        values = np.where(np.isneginf(values), values, np.clip(values, LOWEST_HALF, -LOWEST_HALF))
     return values.astype(dtype, copy=False)
 
 

@@ -56,7 +56,7 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
                 _write_stream(
                     archive, "label", (count,), np.dtype("<i8"), (rows.labels for rows in store.stream(["label"]))
                 )
-                for column in run.view_columns:
+                for column in run.sample_columns:
                     inner = (column.width,) if column.width > 1 else ()
                     parts = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
                     _write_stream(archive, column.name, (count, *inner), column.numpy, parts)

@@ -99,7 +99,7 @@ def _make_schema(store: Store) -> Any:
     for name in widths_of(run.encoding, run.num_classes):
         kind = pa.list_(pa.int32() if name == "index" else pa.float32())
         fields += [(one, kind) for one in _list_names(name, run.members_stored if run.kept else 0)]
-    for column in run.view_columns:
+    for column in run.sample_columns:
         one = pa.from_numpy_dtype(column.numpy)
         fields.append((column.name, one if column.width == 1 else pa.list_(one)))
     return pa.schema(fields)
@@ -124,7 +124,7 @@ def _make_table(rows: StoredRows, schema: Any) -> Any:
     for name, array in arrays.items():
         for member, column in enumerate(_list_names(name, kept)):
             columns[column] = _make_lists(array[:, member], None if used is None else used[:, member])
-    for one in rows.run.view_columns:
+    for one in rows.run.sample_columns:
         values = rows.columns[one.name]
         columns[one.name] = pa.array(values[:, 0]) if one.width == 1 else _make_lists(values, None)
     return pa.table([columns[field.name] for field in schema], schema=schema)

@@ -21,6 +21,7 @@ def describe(store: Store) -> dict[str, Any]:
         "format": "softlabel-export",
         "store_id": store.manifest.store_id,
         "temperature": run.temperature,
+        **({} if run.activation == "softmax" else {"activation": run.activation}),
         "combine": to_json(run.combine),
         "encoding": to_json(run.encoding),
         "num_classes": run.num_classes,
@@ -36,7 +37,8 @@ def plain(rows: StoredRows) -> dict[str, Array]:
     run = rows.run
     if not run.encoding.sparse:
         scaled = rows.scaled_logits.reshape(len(rows), run.members_stored, run.num_classes)
-        return {"scaled_logits": scaled - scaled.max(axis=-1, keepdims=True)}
+        shifts = scaled.max(axis=-1, keepdims=True) if run.activation == "softmax" else np.float32(0)
+        return {"scaled_logits": scaled - shifts}
     return {
         name: array.astype(np.int32 if name == "index" else np.float32).reshape(len(rows), run.members_stored, -1)
         for name, array in rows.columns.items()

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
+from softlabel.labels.combine import subtract_maximum
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
@@ -123,7 +125,7 @@ def rewrite(
         left = sum(plan.stop - plan.start for plan in missing)
         with _make_bar(command, total, total - left, progress) as bar:
             for plan in missing:
-                meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
+                meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
                 rows = _gather(samples, run, plan.view, plan.start, plan.stop, recode, meter, bar)
                 steps.append((meter.rows, meter.result()))
                 match truth:
@@ -162,7 +164,8 @@ def keep_columns(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
 def encode_rows(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMeter) -> dict[str, Array]:
     """Encode scaled logits (B, C), or (B, M, C) if members are kept, as columns of `run`, and measure the cost."""
     scaled_RC = scaled_logits.reshape(-1, run.num_classes)
-    scaled_RC = scaled_RC - scaled_RC.amax(dim=-1, keepdim=True)
+    if run.activation == "softmax":
+        scaled_RC = subtract_maximum(scaled_RC)
     seeds_R = _row_seeds(run, rows) if run.encoding.drawn else None
     columns = encode(scaled_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
     meter.add(scaled_RC, columns)
@@ -204,8 +207,10 @@ def _gather(
         keys.append(rows.key_data.get())
         labels.append(rows.labels)
         content.append(rows.content)
-        views = {column.name: rows.columns[column.name] for column in run.view_columns}
-        for name, array in {**recode(rows, meter), **views}.items():
+        own = {column.name: rows.columns[column.name] for column in run.view_columns}
+        if MULTI_HOT in columns:
+            own[MULTI_HOT] = rows.hard_labels
+        for name, array in {**recode(rows, meter), **own}.items():
             columns[name].append(array)
         bar.update(len(rows))
     return Rows(

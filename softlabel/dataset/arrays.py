@@ -15,9 +15,18 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.array_files import H5, H5_SUFFIXES, Container, Npy, Npz
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import checked_classes, checked_labels, choose_label, read_classes, usual_labels
+from softlabel.dataset.hard_labels import (
+    checked_classes,
+    checked_labels,
+    checked_multi_hot,
+    checked_width,
+    choose_label,
+    read_classes,
+    usual_labels,
+)
 from softlabel.dataset.source import BLOCK, ListedSource, span
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, InputKind, Raw, Sample
@@ -78,13 +87,17 @@ class ArraySource(ListedSource):
             flat = [one for one in usual_labels(names) if one != self._images and self._is_flat(one)]
             labels, others = choose_label(flat, subject=name, remedy="choose with '?labels=NAME' or '?labels=none'")
         self._labels_N = self._read_labels(labels)
+        if self._labels_N is not None and self._labels_N.ndim == 2:
+            self.label_width = self._labels_N.shape[1]
         self.findings = _describe_labels(labels, names, others, ignored)
-        self.has_labels = self._labels_N is not None and bool((self._labels_N != IGNORE).any())
+        self.has_labels = self._labels_N is not None and bool(is_labelled(self._labels_N).any())
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:
             self.class_names = read_classes(classes, subject=name)
-            if self._labels_N is not None:
-                checked_classes(self._labels_N, self.class_names, subject=name)
+            if self.label_width is not None:
+                checked_width(self.label_width, self.class_names, subject=name)
+            elif self._labels_N is not None:
+                checked_classes(self._labels_N.astype(np.int64), self.class_names, subject=name)
         if keys is not None:
             self._keys = self._read_keys(keys)
             self.maybe_repeated_keys = True
@@ -93,17 +106,20 @@ class ArraySource(ListedSource):
         shape, dtype = self._container.shape_of(array, self.name)
         return shape in ((len(self),), (len(self), 1)) and np.dtype(dtype).kind in "iufb"
 
-    def _read_labels(self, path: str | None) -> NDArray[np.int64] | None:
+    def _read_labels(self, path: str | None) -> Labels | None:
         if path is None:
             return None
         found = self._container.whole(path, self.name)
+        if found.ndim == 2 and len(found) == len(self) and found.shape[1] > 1:
+            return checked_multi_hot(np.asarray(found), self.name, f"labels in {path}")
         shape, dtype = found.shape, found.dtype
         if dtype.kind in "fb" and bool(np.all(np.isnan(found) | (found == np.floor(found)))):
             found = np.nan_to_num(found.astype(np.float64), nan=IGNORE).astype(np.int64)
         if found.dtype.kind not in "iu" or shape not in ((len(self),), (len(self), 1)):
             raise DataError(
                 f"{self.name}: labels in {path}: expected {len(self)} integers, found {dtype} of shape "
-                f"{shape}; name others with '?labels=', or go without with '?labels=none'"
+                f"{shape}; name others with '?labels=' (of several classes at once (N, C) of 0 and 1), or go without "
+                "with '?labels=none'"
             )
         return checked_labels(found.reshape(-1).astype(np.int64), self.name)
 
@@ -124,7 +140,7 @@ class ArraySource(ListedSource):
     def __len__(self) -> int:
         return self._shape[0]
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
         if self._labels_N is None:
             return np.full(stop - start, IGNORE, dtype=np.int64)
@@ -143,10 +159,15 @@ class ArraySource(ListedSource):
             Sample(
                 key=self.key_at(row),
                 raw=self._convert_row(image),
-                label=IGNORE if self._labels_N is None else int(self._labels_N[row]),
+                label=self._label(row),
             )
             for row, image in zip(rows_B.tolist(), images, strict=True)
         ]
+
+    def _label(self, row: int) -> int | NDArray[np.int8]:
+        if self._labels_N is None:
+            return IGNORE
+        return int(self._labels_N[row]) if self.label_width is None else self._labels_N[row].astype(np.int8)
 
     def _convert_row(self, image: NDArray[Any]) -> Raw:
         if self._layout == "channels-last":

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from softlabel.dataset.hard_labels import choose_label, usual_labels
+from softlabel.dataset.multi_hot_columns import find_multi_hot_columns
 from softlabel.dataset.table import check_input_columns
 from softlabel.errors import DataError, SpecError
 
@@ -24,6 +25,7 @@ class Columns:
         other_labels: columns that sound like labels too.
         no_labels: columns that sound like labels, and hold more than one class a row.
         candidates: columns of numbers or texts, where there is no label.
+        multi_hot: the columns that say of every class whether a row has it: one for each, or one of lists.
     """
 
     inputs: tuple[str, ...]
@@ -34,6 +36,7 @@ class Columns:
     other_labels: tuple[str, ...] = ()
     no_labels: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
+    multi_hot: tuple[str, ...] = ()
 
 
 def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns:
@@ -41,7 +44,7 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
 
     Args:
         schema: the file's schema.
-        asked: the user's ``image``, ``key`` and ``label``.
+        asked: the user's ``image``, ``key``, ``label`` and ``labels``.
         name: the source, for errors.
 
     Raises:
@@ -59,9 +62,10 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
             f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
             "number the rows with '?key=index'"
         )
-    label, others = _find_label_column(schema, features, asked.get("label"), name)
-    if numbers and label in inputs:
-        raise SpecError(f"{name}: column {label!r} is an input and the label; choose another with '?label=COLUMN|none'")
+    several = find_multi_hot_columns({field.name: field.type for field in schema}, asked, name)
+    label, others = (several[0], ()) if several else _find_label_column(schema, features, asked.get("label"), name)
+    if numbers and (both := next((one for one in (label, *several) if one in inputs), None)):
+        raise SpecError(f"{name}: column {both!r} is an input and the label; choose another with '?label=COLUMN|none'")
     taken = {*inputs, inputs[0].partition(".")[0], key, *others}
     candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
     return Columns(
@@ -69,10 +73,11 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
         numbers=numbers,
         key=key,
         label=label,
-        class_names=_class_names(features, label),
+        class_names=several if len(several) > 1 else _class_names(features, label),
         other_labels=tuple(other for other in others if _is_label(schema.field(other).type)),
         no_labels=tuple(other for other in others if not _is_label(schema.field(other).type)),
         candidates=tuple(candidates) if label is None else (),
+        multi_hot=several,
     )
 
 

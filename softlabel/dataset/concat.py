@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import Labels, stack_labels
 from softlabel.dataset.source import Source, check_keys, span
 from softlabel.errors import MismatchError
-from softlabel.inputs.base import AS_USUAL, IGNORE, Sample
+from softlabel.inputs.base import AS_USUAL, Sample
 
 
 class SeveralSources(Source):
@@ -34,6 +35,14 @@ class SeveralSources(Source):
                 f"{other.inputs.name}; train on data of one kind"
             )
         self.has_labels = any(source.has_labels for source in sources)
+        labelled = [source for source in sources if source.has_labels]
+        for source in labelled[1:]:
+            if source.label_width != labelled[0].label_width:
+                raise MismatchError(
+                    f"labels: {source.name} has {_describe_labels(source)}, and {labelled[0].name} "
+                    f"{_describe_labels(labelled[0])}; data that is trained on together has labels of one kind"
+                )
+        self.label_width = labelled[0].label_width if labelled else None
         named = [source for source in sources if source.class_names is not None]
         for source in named[1:]:
             if source.class_names != named[0].class_names:
@@ -58,9 +67,13 @@ class SeveralSources(Source):
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
         return Keys.join([source.key_table(first, last) for source, first, last in self._split_range(start, stop)])
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        parts = [source.labels(first, last) for source, first, last in self._split_range(start, stop)]
-        return np.concatenate(parts) if parts else np.full(0, IGNORE, dtype=np.int64)
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
+        width = self.label_width
+        parts: list[Labels] = [stack_labels([], width)]
+        for source, first, last in self._split_range(start, stop):
+            labels = source.labels(first, last)
+            parts.append(labels if width == source.label_width else stack_labels(labels.tolist(), width))
+        return np.concatenate(parts)
 
     def blocks(self) -> list[tuple[int, int]]:
         starts = zip(self.sources, self.edges.tolist(), strict=False)
@@ -90,3 +103,7 @@ class SeveralSources(Source):
             if first < last:
                 parts.append((source, first, last))
         return parts
+
+
+def _describe_labels(source: Source) -> str:
+    return "class numbers" if source.label_width is None else f"labels of {source.label_width} classes at once"

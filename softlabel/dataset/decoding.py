@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import Labels
 from softlabel.dataset.source import Source
 from softlabel.errors import MismatchError, SpecError
 from softlabel.inputs.base import Decoding, Raw, Sample
@@ -44,7 +45,7 @@ class DecodedSource(Source):
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
         return self.base.key_table(start, stop)
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         return self.base.labels(start, stop)
 
     def count_labelled(self) -> int | None:

@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.multi_hot import UNKNOWN
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
@@ -45,6 +47,15 @@ def checked_classes(labels_N: NDArray[np.int64], class_names: tuple[str, ...] | 
         )
 
 
+def checked_width(width: int, class_names: tuple[str, ...] | None, *, subject: str) -> None:
+    """Raises DataError where labels of several classes at once have more or fewer of them than there are names."""
+    if class_names is not None and len(class_names) != width:
+        raise DataError(
+            f"{subject}: expected {width} class names, one for each class of a label, found {len(class_names)}; "
+            "correct classes="
+        )
+
+
 def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = None) -> NDArray[np.int64]:
     """Replace -1, which Hugging Face and STL-10 use for unlabelled samples, by -100.
 
@@ -67,6 +78,27 @@ def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = N
             f"{name}: {where}: expected a label of at least 0, or -1, -100 or null for none; found {labels_N[wrong[0]]}"
         )
     return labels_N
+
+
+def checked_multi_hot(found: NDArray[Any], name: str, where: str) -> NDArray[np.int8]:
+    """Labels of several classes at once, int8 (N, C), out of integers, booleans or floats: 1, 0, and -1, -100 or NaN
+    where it is not known.
+
+    Raises:
+        DataError: other numbers, or no table of them.
+    """
+    problem = f"{found.dtype} of shape {found.shape}"
+    if found.ndim == 2 and found.shape[1] and found.dtype.kind in "iubf":
+        numbers = np.where(np.isnan(found), UNKNOWN, found) if found.dtype.kind == "f" else found
+        numbers = np.where(numbers == IGNORE, UNKNOWN, numbers)
+        wrong = np.argwhere((numbers != 0) & (numbers != 1) & (numbers != UNKNOWN))
+        if not len(wrong):
+            return numbers.astype(np.int8)
+        problem = f"{numbers[tuple(wrong[0])]} for class {wrong[0][1]} of row {wrong[0][0]}"
+    raise DataError(
+        f"{name}: {where}: expected 1, 0 or -1 (not known) for each class, found {problem}; name other labels, or go "
+        "without"
+    )
 
 
 # In order of preference, case-insensitive.

@@ -22,9 +22,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import Labels, is_labelled, stack_labels
 from softlabel.dataset.columns import Columns, find_columns
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import checked_labels, class_number, number_classes, read_classes
+from softlabel.dataset.hard_labels import (
+    checked_labels,
+    checked_width,
+    class_number,
+    number_classes,
+    read_classes,
+)
+from softlabel.dataset.multi_hot_columns import read_multi_hot
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.dataset.table import read_rows
@@ -56,11 +64,14 @@ class ParquetSource(Source):
             with ThreadPoolExecutor(16) as pool:  # hides the latency of reading footers
                 self._open.update(enumerate(pool.map(self._open_file, range(len(files)))))
         schemas = [self._get_file(number).schema_arrow for number in range(len(files))]
-        asked: dict[str, str] = {k: options.pop(k) for k in ("image", "inputs", "key", "label") if k in options}
+        asked: dict[str, str] = {
+            k: options.pop(k) for k in ("image", "inputs", "key", "label", "labels") if k in options
+        }
         classes = options.pop("classes", None)
         ignored = ignore_labels or asked.get("label") == "none"
         if ignored:
-            asked["label"] = "none"
+            asked = {**asked, "label": "none"}
+            asked.pop("labels", None)
         self._columns = find_columns(schemas[0], asked, name)
         self.inputs = TENSORS if self._columns.numbers else IMAGES
         if classes is not None and not ignored:
@@ -106,9 +117,9 @@ class ParquetSource(Source):
         # A key column of integers counts as their decimal digits.
         return Keys.join([Keys.of(chunk) for column in columns for chunk in column.chunks] or [Keys.of([])])
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
-        labels_N = np.full(stop - start, IGNORE, dtype=np.int64)
+        labels_N = stack_labels([IGNORE] * (stop - start), self.label_width)
         if self._columns.label is not None:
             at = 0
             for group, first, last in self._split_rows(start, stop):
@@ -126,7 +137,9 @@ class ParquetSource(Source):
             local = rows_B[places] - self._starts_G[group]
             raws = self._raws(group, local)
             keys = self._read_keys(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
-            labels = self._read_labels(group)[local].tolist() if self._columns.label else [IGNORE] * len(places)
+            labels: Any = self._read_labels(group)[local] if self._columns.label else [IGNORE] * len(places)
+            if self.label_width is None:
+                labels = [int(label) for label in labels]
             for place, raw, key, label in zip(places.tolist(), raws, keys, labels, strict=True):
                 samples[place] = Sample(key=key, raw=raw, label=label)
         return [sample for sample in samples if sample is not None]
@@ -168,8 +181,11 @@ class ParquetSource(Source):
         # A key column of integers counts as their decimal digits.
         return [value if isinstance(value, str) else str(value) for value in column.to_pylist()]
 
-    def _read_labels(self, group: int) -> NDArray[np.int64]:
+    def _read_labels(self, group: int) -> Labels:
         assert self._columns.label is not None
+        if names := self._columns.multi_hot:
+            columns = [self._read_column(name, group).combine_chunks() for name in names]
+            return read_multi_hot(columns, names, self.label_width, self.name)
         column = self._read_column(self._columns.label, group)
         # fill_null imports pandas if it is installed, which is slow.
         labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
@@ -195,7 +211,7 @@ class ParquetSource(Source):
                 column = pc.struct_field(column, [0])
             if pa.types.is_dictionary(column.type):
                 column = column.cast(column.type.value_type)
-            if path == self._columns.label:
+            if path == self._columns.label and not self._columns.multi_hot:
                 column = self._convert_labels(column)
             self._cache[entry] = column
             self._cached += column.nbytes
@@ -303,6 +319,9 @@ class ParquetSource(Source):
             why = "labels are ignored, as requested" if ignored else f"{unfit or 'no column is called label'}{listed}"
             self.findings = Findings(without_labels=why, left_out=others)
             return
+        if columns.multi_hot:
+            self._check_multi_hot(columns)
+            return
         largest = IGNORE
         for group in range(len(self._groups)):
             labels_N = self._read_labels(group)
@@ -319,3 +338,18 @@ class ParquetSource(Source):
                 f"{self.name}: expected labels below {len(self.class_names)}, the number of class names in the file, "
                 f"found {largest}; fix the file, or name another column with '?label=COLUMN'"
             )
+
+    def _check_multi_hot(self, columns: Columns) -> None:
+        for group in range(len(self._groups)):
+            labels = self._read_labels(group)
+            labelled = int(np.count_nonzero(is_labelled(labels)))
+            if labelled and self.label_width is None:  # null lists say nothing of the number of classes
+                self.label_width = labels.shape[1]
+            self._labelled += labelled
+        listed = ", ".join(columns.multi_hot)
+        self.has_labels = self._labelled > 0
+        self.findings = Findings(labels_from=f"columns {listed}", without_labels=f"columns {listed} hold none")
+        if self.label_width is None:
+            self._columns = replace(columns, label=None, multi_hot=())
+        else:
+            checked_width(self.label_width, self.class_names, subject=self.name)

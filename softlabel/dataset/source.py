@@ -1,6 +1,6 @@
 """The interface of sources: ordered samples with unique string keys, read in batches.
 
-Legend: N samples. Labels are int64, `IGNORE` for none.
+Legend: N samples. Labels are int64, `IGNORE` for none, or multi-hot.
 """
 
 from abc import ABC, abstractmethod
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.duplicates import Repeated
 from softlabel.dataset.findings import Findings
 from softlabel.errors import DataError
-from softlabel.inputs.base import AS_USUAL, IGNORE, Decoding, InputKind, Sample
+from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Sample
 from softlabel.inputs.image_decode import IMAGES
 
 BLOCK = 4096
@@ -35,6 +36,8 @@ class Source(ABC):
         name: as the user wrote it.
         class_names: if known; label i is class_names[i].
         has_labels: whether a sample has a label.
+        label_width: number of classes if a sample may have several at once, and its label is 1, 0 or -1 (unknown) for
+            each; None if a label is a class number.
         findings: where the labels come from, and what was left out.
         decoding: how images are decoded.
         inputs: kind of the samples.
@@ -46,6 +49,7 @@ class Source(ABC):
     name: str
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
+    label_width: int | None = None
     findings: Findings = Findings()
     decoding: Decoding = AS_USUAL
     inputs: InputKind = IMAGES
@@ -57,7 +61,7 @@ class Source(ABC):
         """Take over the attributes of a source that this one wraps."""
         self.kind, self.name, self.findings = base.kind, base.name, base.findings
         self.decoding, self.inputs = base.decoding, base.inputs
-        self.class_names, self.has_labels = base.class_names, base.has_labels
+        self.class_names, self.has_labels, self.label_width = base.class_names, base.has_labels, base.label_width
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,12 +79,12 @@ class Source(ABC):
         return Keys.of(self.keys(start, stop))
 
     @abstractmethod
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
-        """Return the labels of samples `start` to `stop`, int64, -100 for none."""
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
+        """Return the labels of samples `start` to `stop`: int64 (n,), -100 for none; or int8 (n, `label_width`)."""
 
     def count_labelled(self) -> int | None:
         """Count labelled samples; None if this needs to read every sample."""
-        return int(np.count_nonzero(self.labels() != IGNORE)) if self.has_labels else 0
+        return int(np.count_nonzero(is_labelled(self.labels()))) if self.has_labels else 0
 
     def parts(self) -> "tuple[Source, ...]":
         """Return the sources that this one concatenates, else itself."""

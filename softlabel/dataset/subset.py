@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.source import Source, runs, span
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample
@@ -22,7 +23,8 @@ class PartSource(Source):
         self.ignore_labels = ignore_labels
         self.copy_attributes(base)
         self.class_names = None if ignore_labels else base.class_names
-        self.has_labels = base.has_labels and bool((self.labels() != IGNORE).any())
+        self.label_width = None if ignore_labels else base.label_width
+        self.has_labels = base.has_labels and bool(is_labelled(self.labels()).any())
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -38,7 +40,7 @@ class PartSource(Source):
         start, stop = span(start, stop, len(self))
         return self.base.key_table(self.start + start, self.start + stop)
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
         if self.ignore_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
@@ -73,7 +75,7 @@ class ReorderedSource(Source):
             found += self.base.keys(first, last)
         return found
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
         return self.base.labels()[self.order_N[start:stop]]
 
@@ -98,7 +100,7 @@ class LockedSource(Source):
         with self._reading:
             return self._source.keys(start, stop)
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         with self._reading:
             return self._source.labels(start, stop)
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
+from softlabel.common.multi_hot import UNKNOWN, Labels, stack_labels
 from softlabel.common.spec import literal
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import checked_labels, choose_label
+from softlabel.dataset.hard_labels import checked_labels, checked_multi_hot, choose_label
 from softlabel.dataset.huggingface import stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import ListedSource, Source, span
@@ -72,7 +73,7 @@ class DatasetSource(ListedSource):
         if key_fn is not None:
             self._keys = self._make_keys(key_fn)
             self.maybe_repeated_keys = True
-        self._labels = None if ignore_labels else self._check_listed_labels()
+        self._labels: Labels | None = None if ignore_labels else self._check_listed_labels()
         first: Any = None
         if kind == "dataset" or (self._labels is None and not ignore_labels):
             # Skip unreadable items.
@@ -85,7 +86,9 @@ class DatasetSource(ListedSource):
         elif self._labels is not None:
             self.has_labels = bool((self._labels != IGNORE).any())
         else:
-            self.has_labels = first is not None and _split_item(first, self.name)[1] is not _NO_LABEL
+            raw = _NO_LABEL if first is None else _split_item(first, self.name)[1]
+            self.has_labels = raw is not _NO_LABEL
+            self.label_width = _count_flags(raw)
         self.class_names = _read_class_names(dataset) if self.has_labels else None
         self.findings = self._make_findings(ignore_labels, first)
 
@@ -130,16 +133,16 @@ class DatasetSource(ListedSource):
     def __len__(self) -> int:
         return self._length
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         """Return labels (see `Source`); reads all items once if the dataset does not list its labels."""
         start, stop = span(start, stop, self._length)
         if not self.has_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
         if self._labels is None and (start, stop) != (0, self._length):
-            return np.array([sample.label for sample in self.read(range(start, stop))], dtype=np.int64)
+            return stack_labels([sample.label for sample in self.read(range(start, stop))], self.label_width)
         if self._labels is None:
             found = [self.read([index])[0].label for index in range(self._length)]
-            self._labels = np.array(found, dtype=np.int64)
+            self._labels = stack_labels(found, self.label_width)
         return self._labels[start:stop].copy()
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
@@ -155,8 +158,8 @@ class DatasetSource(ListedSource):
             image = stored_bytes(image)
             if image is None:
                 image = BadImageError("the dataset returns None as its image")
-            label = IGNORE if self._ignore_labels else _parse_label(raw, self.name, key)
-            if self._labels is not None and label != self._labels[index]:
+            label: Any = IGNORE if self._ignore_labels else _parse_label(raw, self.name, key, self.label_width)
+            if self._labels is not None and not np.array_equal(label, self._labels[index]):
                 raise DataError(
                     f"{self.name}: sample {key!r}: expected label {self._labels[index]} as in the dataset's list of "
                     f"labels, found {label}; make them agree"
@@ -164,8 +167,10 @@ class DatasetSource(ListedSource):
             samples.append(Sample(key=key, raw=image, label=label))
         return samples
 
-    def _known_label(self, index: int) -> int:
-        return IGNORE if self._labels is None else int(self._labels[index])
+    def _known_label(self, index: int) -> Any:
+        if self._labels is None:
+            return stack_labels([IGNORE], self.label_width)[0]
+        return self._labels[index] if self.label_width is not None else int(self._labels[index])
 
     def _read_items(self, numbers: list[int]) -> list[Any]:
         """Read items as a batch if the dataset supports it; an unreadable file fails only its own sample."""
@@ -280,7 +285,23 @@ def _choose_label(names: tuple[Any, ...], subject: str) -> tuple[str | None, tup
     return choose_label((name for name in names if isinstance(name, str)), subject=subject, remedy=remedy)
 
 
-def _parse_label(raw: Any, name: str, key: str) -> int:
+def _count_flags(raw: Any) -> int | None:
+    """Count the classes of a label that is 0 or 1 for each; None for a class number."""
+    if not isinstance(raw, Tensor | np.ndarray | list | tuple):
+        return None
+    shape = np.shape(raw)
+    return shape[0] if len(shape) == 1 and shape[0] else None
+
+
+def _parse_label(raw: Any, name: str, key: str, width: int | None) -> Any:
+    if width is not None:
+        found = np.full(width, UNKNOWN) if raw is _NO_LABEL or raw is None else np.asarray(raw)
+        if found.shape != (width,):
+            raise DataError(
+                f"{name}: sample {key!r}: expected a label of {width} numbers, 0 or 1 for each class, as the first one "
+                f"has, found {type(raw).__name__} of shape {found.shape}; return such, or None where nothing is known"
+            )
+        return checked_multi_hot(found[None], name, f"sample {key!r}")[0]
     if raw is _NO_LABEL or raw is None:
         return IGNORE
     try:
@@ -291,7 +312,7 @@ def _parse_label(raw: Any, name: str, key: str) -> int:
         pass
     raise DataError(
         f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part "
-        "of the item, or ignore labels"
+        "of the item (or 0 and 1 for every class, in the first item too), or ignore labels"
     )
 
 

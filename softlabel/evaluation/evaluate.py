@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
 from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.evaluation.metrics import Evaluation, Totals
+from softlabel.evaluation.multi_label import MultiLabelTotals
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.transforms import default_transform
 from softlabel.loader import Batch, Missing, SoftLabelLoader
-from softlabel.models import build_model, refuse_precision, refuse_random
+from softlabel.models import RunModel, build_model, read_run, refuse_precision, refuse_random
 from softlabel.models.precision import Precision, computing, ieee_float32
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.open import open_store
@@ -44,6 +46,7 @@ def evaluate(
     missing: Missing = "error",
     key_fn: Callable[[int], str | int] | None = None,
     progress: bool | None = None,
+    activation: Activation | None = None,
 ) -> Evaluation:
     """Measure a model on a dataset, in eval mode.
 
@@ -61,6 +64,8 @@ def evaluate(
         missing: error, skip or hard-only, for samples without a row in the store.
         key_fn: index -> key, for a map-style dataset.
         progress: show a bar; absent: if standard error is a terminal.
+        activation: softmax, or sigmoid of independent outputs (several labels at once, or one single output), which
+            give a `MultiLabelEvaluation`; absent: that of the store, of the run, or what the labels are.
 
     Raises:
         SpecError: the model cannot be built.
@@ -82,6 +87,7 @@ def evaluate(
         preprocessing = preprocessing or student_preprocessing(spec, module, source.inputs.name)
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
+    activation = _choose_activation(activation, None if isinstance(model, nn.Module) else spec, source, store)
 
     def measured(store: Store | None) -> Evaluation:
         loader = SoftLabelLoader(
@@ -96,14 +102,21 @@ def evaluate(
             pin_memory=target.type == "cuda",
         )
         batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
-        return measure(module, batches, preprocessing=preprocessing, device=target, precision=precision, source=source)
+        return measure(
+            module,
+            batches,
+            preprocessing=preprocessing,
+            device=target,
+            precision=precision,
+            source=source,
+            activation=activation,
+        )
 
     with _eval_mode(module.to(target)), ieee_float32():
         if store is None or not store.run.view_columns:
             return measured(store)
         as_it_is, view = measured(None), measured(store)
-    beside = ("samples", "labelled", "accuracy", "cross_entropy", "calibration_error")
-    return replace(view, **{name: getattr(as_it_is, name) for name in beside})
+    return replace(view, **{name: getattr(as_it_is, name) for name in as_it_is.HARD})
 
 
 def measure(
@@ -114,13 +127,16 @@ def measure(
     device: torch.device,
     precision: str,
     source: Source,
+    activation: Activation = "softmax",
 ) -> Evaluation:
     """Measure a module, already on `device` and in eval mode, on the batches of a loader over `source`.
 
     Raises:
         MismatchError: the model's classes are not those of the source.
     """
-    measurement = Measurement(model, preprocessing=preprocessing, device=device, precision=precision, source=source)
+    measurement = Measurement(
+        model, preprocessing=preprocessing, device=device, precision=precision, source=source, activation=activation
+    )
     for batch in batches:
         measurement.add(batch.to(device, non_blocking=True))
     return measurement.result()
@@ -132,14 +148,22 @@ class Measurement:
     Args:
         model: on `device` and in eval mode.
         source: whose classes the model must have.
+        activation: of its outputs.
     """
 
     def __init__(
-        self, model: nn.Module, *, preprocessing: InputTransform, device: torch.device, precision: str, source: Source
+        self,
+        model: nn.Module,
+        *,
+        preprocessing: InputTransform,
+        device: torch.device,
+        precision: str,
+        source: Source,
+        activation: Activation = "softmax",
     ) -> None:
         self._model, self._preprocessing, self._device, self._precision = model, preprocessing, device, precision
         self._source = source
-        self._totals = Totals()
+        self._totals = Totals() if activation == "softmax" else MultiLabelTotals(len(source))
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
@@ -150,7 +174,8 @@ class Measurement:
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
         names = self._source.class_names if self._source.has_labels else None
-        if names is not None and len(names) != logits_BC.shape[1]:
+        outputs = logits_BC.shape[1]  # one of independent outputs says whether it is the second of two classes
+        if names is not None and len(names) != outputs and (len(names), outputs) != (2, 1):
             raise MismatchError(
                 f"model: has {logits_BC.shape[1]} classes, {self._source.name} has {len(names)}; "
                 "measure it on data of its own classes"
@@ -164,6 +189,26 @@ class Measurement:
             reduce: adds up a float64 tensor on the CPU over the processes that measure together.
         """
         return self._totals.result(reduce)
+
+
+def _choose_activation(asked: Activation | None, spec: str | None, source: Source, store: Store | None) -> Activation:
+    """What the outputs of a model are taken as, by the first that says it."""
+    trained = network.activation if spec is not None and (network := _read_run_of(spec)) is not None else None
+    stored = None if store is None else store.run.activation
+    said = [("--activation", asked), ("the store", stored), ("the run", trained)]
+    known = [(who, what) for who, what in said if what is not None]
+    if len({what for _, what in known}) > 1:
+        listed = ", ".join(f"{who} says {what}" for who, what in known)
+        raise MismatchError(f"model: expected one kind of outputs, found {listed}; compare it with labels of its kind")
+    if known:
+        return known[0][1]
+    return "softmax" if source.label_width is None else "sigmoid"
+
+
+def _read_run_of(spec: str) -> RunModel | None:
+    """What a run says about its student; None for other SPECs."""
+    parsed = parse_spec(spec)
+    return read_run(parsed.name) if parsed.kind == "run" else None
 
 
 def _spec(model: str | Path) -> str:

@@ -5,7 +5,7 @@ Legend: B batch, C classes, N samples, K bins.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,9 @@ class Evaluation:
         note: which figures about the teacher its labels cannot give, and why.
     """
 
+    # What hard labels tell: of a store of views it is measured on the images as they are.
+    HARD: ClassVar[tuple[str, ...]] = ("samples", "labelled", "accuracy", "cross_entropy", "calibration_error")
+
     samples: int
     labelled: int
     accuracy: float | None
@@ -54,11 +57,10 @@ class Evaluation:
         """For JSON."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        lines = [("samples", f"{self.samples:,}")]
-        if self.labelled != self.samples:
-            lines.append(("labelled", f"{self.labelled:,}"))
-        named = (
+    @property
+    def figures(self) -> tuple[tuple[str, float | None], ...]:
+        """What is printed, in this order, where it was measured."""
+        return (
             ("accuracy", self.accuracy),
             ("cross-entropy", self.cross_entropy),
             (f"calibration error ({BINS} bins)", self.calibration_error),
@@ -66,7 +68,12 @@ class Evaluation:
             (f"KL(teacher || model) at T = {self.temperature or 1:g}", self.teacher_kl),
             ("accuracy of the teacher", self.teacher_accuracy),
         )
-        lines += [(name, f"{value:.4f}") for name, value in named if value is not None]
+
+    def __str__(self) -> str:
+        lines = [("samples", f"{self.samples:,}")]
+        if self.labelled != self.samples:
+            lines.append(("labelled", f"{self.labelled:,}"))
+        lines += [(name, f"{value:.4f}") for name, value in self.figures if value is not None]
         lines += [("teacher", self.note)] if self.note is not None else []
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, Self, get_type_hints
 
+from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_values, is_plain
 from softlabel.common.device import Choice, Tuning
 from softlabel.errors import UsageError
@@ -22,8 +23,10 @@ class LabelConfig:
     """How labels are computed.
 
     Attributes:
-        combine: average the members' logits (re-tempers exactly), their softmax at the temperature (probs), or keep
-            every member, to combine them later.
+        activation: what the teachers' outputs are logits of: a softmax over the classes, or a sigmoid of each class by
+            itself (several labels at once, or one single output).
+        combine: average the members' logits (re-tempers exactly), their probabilities at the temperature (probs), or
+            keep every member, to combine them later.
         weights: one number per teacher, normalised to sum 1; equal when absent.
         temperature: logits are divided by it before they are stored.
         calibration: file of 'softlabel calibrate': each teacher's logits are divided by its temperature first.
@@ -42,6 +45,7 @@ class LabelConfig:
         UsageError: a value has the wrong type or is out of range.
     """
 
+    activation: Activation = "softmax"
     combine: CombineRule = "logits"
     weights: Sequence[float] | None = None
     temperature: float = 4.0

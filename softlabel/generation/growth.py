@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.common.multi_hot import to_multi_hot
 from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
 from softlabel.generation.input_reader import InputReader
@@ -231,7 +232,7 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
     """
     source = reader.source
     with open_store(path, verify="none", allow_incomplete=True) as store:
-        names = ["key", "label", "content", *(column.name for column in store.run.view_columns)]
+        names = ["key", "label", "content", *(column.name for column in store.run.sample_columns)]
         start = 0
         step, unknown = _choose_step(store), None
         for number, record in enumerate(store.shards):
@@ -246,9 +247,9 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
                 changed_B = changed_content(hashes, stored.content)
                 unknown = unknown or why_not_comparable(hashes, stored.content)
                 for sample, key, label, changed in zip(
-                    samples, stored.keys, stored.labels.tolist(), changed_B.tolist(), strict=True
+                    samples, stored.keys, stored.hard_labels, changed_B.tolist(), strict=True
                 ):
-                    if sample.key != key or changed or sample.label != label:
+                    if sample.key != key or changed or _differ(sample.label, label):
                         what = "content" if changed else "hard label"
                         raise MismatchError(
                             f"{path}: dataset: the {what} of {key!r} in {source.name} differs from what was labelled; "
@@ -264,6 +265,14 @@ def check_same_data(path: str | Path, reader: InputReader, *, without: Collectio
             source.name,
             unknown,
         )
+
+
+def _differ(label: int | NDArray[np.int8], stored: Any) -> bool:
+    """Return whether a source's hard label differs from the store's, a number or int8 (C,)."""
+    if np.ndim(stored) == 0:
+        return not np.array_equal(label, stored)
+    now = label[None] if isinstance(label, np.ndarray) else np.array([label])
+    return not np.array_equal(to_multi_hot(now, len(stored))[0], stored)
 
 
 def _choose_step(store: Store) -> int:

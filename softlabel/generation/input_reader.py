@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from softlabel.common.multi_hot import Labels, stack_labels
 from softlabel.dataset import Source
 from softlabel.dataset.subset import LockedSource
 from softlabel.dataset.worker_init import begin_worker
@@ -47,11 +48,11 @@ class Span:
 class DecodedBatch:
     """Up to B samples, decoded and collated for every distinct transform among the members.
 
-    `columns` are the store's that describe the views.
+    `labels` are class numbers or multi-hot, as the source has them. `columns` are the store's that describe the views.
     """
 
     keys: list[str]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
+    labels: Labels
     content: np.ndarray[Any, np.dtype[np.uint64]]
     inputs: tuple[Inputs, ...]
     bad: tuple[BadRow, ...]
@@ -101,7 +102,7 @@ class InputReader:
         kept = [samples[there[number]] for number in shapely]
         return DecodedBatch(
             keys=[sample.key for sample in kept],
-            labels=np.array([sample.label for sample in kept], dtype=np.int64),
+            labels=stack_labels([sample.label for sample in kept], self.source.label_width),
             content=decoded.content[[there[number] for number in shapely]],
             inputs=inputs,
             bad=tuple(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from softlabel.common.activation import Activation
 from softlabel.common.device import decoders, resolve_device
 from softlabel.dataset import Source, detect_decoding, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, UsageError
@@ -89,7 +90,14 @@ def load_job(
     def load(where: torch.device) -> list[Teacher]:
         torch.manual_seed(config.seed)
         return [
-            load_teacher(spec, device=where, precision=config.precision, kind=source.inputs.name) for spec in teachers
+            load_teacher(
+                spec,
+                device=where,
+                precision=config.precision,
+                kind=source.inputs.name,
+                activation=config.activation,
+            )
+            for spec in teachers
         ]
 
     loaded, in_turn = load_members(load, device, tuning, len(teachers))
@@ -106,11 +114,12 @@ def load_job(
     run = Run(
         format=config.format,
         num_classes=loaded[0].num_classes,
-        class_names=_check_classes(source, loaded[0].num_classes, look=trusted is None),
+        class_names=_check_classes(source, loaded[0].num_classes, config.activation, look=trusted is None),
+        activation=config.activation,
         temperature=float(config.temperature),
-        encoding=_fit_encoding(config.encoding, loaded, config.temperature),
+        encoding=_fit_encoding(config.encoding, loaded, config),
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
-        members=_make_members(loaded, config.calibration),
+        members=_make_members(loaded, config.calibration, config.activation),
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
@@ -185,10 +194,12 @@ def _record_growths(source: Source, dataset: DatasetInfo, recorded: Mapping[str,
     return found
 
 
-def _fit_encoding(encoding: Encoding | str, members: Sequence[Teacher], temperature: float) -> Encoding:
+def _fit_encoding(encoding: Encoding | str, members: Sequence[Teacher], config: GenerateConfig) -> Encoding:
     """Complete the encoding's parameters; the width of a hidden layer is the teacher's."""
+    temperature = config.temperature
     try:
         found = fitted(encoding, temperature=temperature, width=lambda: Head.of(members[0]).width)
+        found.check_activation(config.activation)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if found.from_hidden and len(members) > 1:
@@ -198,11 +209,15 @@ def _fit_encoding(encoding: Encoding | str, members: Sequence[Teacher], temperat
     return found
 
 
-def _check_classes(source: Source, num_classes: int, *, look: bool) -> tuple[str, ...] | None:
+def _check_classes(source: Source, num_classes: int, activation: Activation, *, look: bool) -> tuple[str, ...] | None:
     names = source.class_names
-    if source.has_labels and look:
+    if num_classes == 1 and names is not None and len(names) == 2:
+        names = names[1:]  # one output says whether it is the second of two classes
+    if source.label_width is not None:
+        _check_multi_hot(source.name, source.label_width, num_classes, activation)
+    elif source.has_labels and look:
         highest = max(int(source.labels(start, start + 2**20).max()) for start in range(0, len(source), 2**20))
-        if highest >= num_classes:
+        if highest >= max(num_classes, 2):
             raise MismatchError(
                 f"classes: the teachers have {num_classes}, {source.name} has label {highest}; "
                 "use teachers of these classes, or --ignore-labels to store only soft labels"
@@ -217,14 +232,27 @@ def _check_classes(source: Source, num_classes: int, *, look: bool) -> tuple[str
     return None
 
 
+def _check_multi_hot(name: str, width: int, num_classes: int, activation: Activation) -> None:
+    if activation == "softmax":
+        raise MismatchError(
+            f"labels: {name} has several classes at once, the teachers' outputs are taken as one softmax; give "
+            "--activation sigmoid for teachers of several labels, or --ignore-labels"
+        )
+    if width != num_classes:
+        raise MismatchError(
+            f"classes: the teachers have {num_classes}, the labels of {name} {width}; use teachers of these classes, "
+            "or --ignore-labels to store the soft labels alone"
+        )
+
+
 def _make_members(
-    teachers: Sequence[Teacher], calibration: "str | Path | Sequence[float] | None"
+    teachers: Sequence[Teacher], calibration: "str | Path | Sequence[float] | None", activation: Activation
 ) -> tuple[Member, ...]:
     members = tuple(_make_member(teacher) for teacher in teachers)
     if calibration is None:
         return members
     if isinstance(calibration, str | Path):
-        calibration = read_calibration(calibration).temperatures(members, calibration)
+        calibration = read_calibration(calibration).temperatures(members, calibration, activation)
     return tuple(dataclasses.replace(member, calibration=own) for member, own in zip(members, calibration, strict=True))
 
 

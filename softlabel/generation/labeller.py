@@ -20,9 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.common.device import Tuning
 from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import MULTI_HOT, Labels, is_labelled, to_multi_hot
 from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.config import BadImagePolicy
@@ -30,7 +32,7 @@ from softlabel.generation.ensemble import Members
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
-from softlabel.inputs.base import IGNORE, Inputs
+from softlabel.inputs.base import Inputs
 from softlabel.labels.combine import combine
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
@@ -46,7 +48,10 @@ _UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledShard:
-    """The rows of one shard, ready to write; `correct` of `labelled` rows match their hard label."""
+    """The rows of one shard, ready to write; `correct` of `labelled` rows match their hard label.
+
+    Of independent sigmoids the known labels of each class are counted instead of rows.
+    """
 
     plan: ShardPlan
     rows: Rows
@@ -61,7 +66,7 @@ class BatchLabels:
     """A labelled batch whose columns and checks are being copied to main memory; None if all images are bad."""
 
     keys: list[str]
-    labels: NDArray[np.int64]
+    labels: Labels
     content: NDArray[np.uint64]
     bad: tuple[BadRow, ...]
     views: dict[str, NDArray[Any]]
@@ -131,7 +136,7 @@ class Lane:
             TeacherError: a member's logits are not finite.
         """
         (logits_MBC,) = self.logits([batch])
-        self.check_finite(_find_wrong(logits_MBC).cpu().numpy(), batch.keys)
+        self.check_finite(_find_wrong(logits_MBC, self.run.activation).cpu().numpy(), batch.keys)
         return self.combine(logits_MBC)
 
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
@@ -143,7 +148,7 @@ class Lane:
         """
         assert self.head is not None
         logits_BC, hidden_BD = self._compute_hidden(batch)
-        self.check_finite(_find_wrong([logits_BC]).cpu().numpy(), batch.keys)
+        self.check_finite(_find_wrong([logits_BC], self.run.activation).cpu().numpy(), batch.keys)
         if not self.head.explains(logits_BC, hidden_BD):
             self.head.refuse()
         return self.combine([logits_BC]), hidden_BD
@@ -153,7 +158,12 @@ class Lane:
         rule, weights = self.run.combine.rule, self.run.combine.weights
         calibration = [member.calibration for member in self.run.members]
         return combine(
-            logits_MBC, rule=rule, temperature=self.run.temperature, weights=weights, calibration=calibration
+            logits_MBC,
+            rule=rule,
+            temperature=self.run.temperature,
+            weights=weights,
+            calibration=calibration,
+            activation=self.run.activation,
         )
 
     def check_finite(self, wrong_MB: NDArray[np.bool_], keys: Sequence[str]) -> None:
@@ -184,8 +194,8 @@ class Lane:
         run = self.run
         scaled_logits = self.combine(logits_MBC)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
-        meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
-        checks = {"wrong": _find_wrong(logits_MBC)}
+        meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
+        checks = {"wrong": _find_wrong(logits_MBC, run.activation)}
         seeds_R = self._row_seeds(plan, batch.keys, flat_RC.device) if run.encoding.drawn else None
         columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_BD)
         checks["nats"] = meter.measure(
@@ -193,9 +203,9 @@ class Lane:
         )
         if self.head is not None and hidden_BD is not None:
             checks["explained"] = self.head.explains(logits_MBC[0], hidden_BD)
-        if batch.labels.max() != IGNORE:
+        if is_labelled(batch.labels).any():
             mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
-            checks["top"] = mixed_BC.argmax(dim=-1)
+            checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
         rows = {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}
         return _make_labels(batch, Download(rows), Download(checks))
 
@@ -269,7 +279,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         DataError: an image is bad and `on_bad_image` is ``error``.
     """
     run = labeller.run
-    fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding)
+    fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
     parts: list[BatchLabels] = []
     # Allocate whole columns: joining parts at the end would copy them again.
     columns: dict[str, NDArray[Any]] = {
@@ -288,17 +298,20 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         labeller.lane.check_finite(checks["wrong"], part.keys)
         if labeller.lane.head is not None and not checks["explained"][0]:
             labeller.lane.head.refuse()
+        sigmoid = run.activation == "sigmoid"
+        labels = to_multi_hot(part.labels, run.num_classes) if sigmoid else part.labels
         with progress.spend("encoding"):
-            for name, values in (arrived | part.views).items():
-                columns[name][at : at + len(part.keys)] = values
+            for name, values in (arrived | part.views | {MULTI_HOT: labels}).items():
+                if name in columns:
+                    columns[name][at : at + len(part.keys)] = values
         at += len(part.keys)
         fidelity.add_measured(checks["nats"])
-        labelled += int((part.labels != IGNORE).sum())
+        labelled += int((labels >= 0).sum())
         if "top" in checks:
-            correct += int((checks["top"] == part.labels).sum())
+            correct += int((checks["top"] == labels).sum())
     rows = Rows(
         keys=[key for part in parts for key in part.keys],
-        labels=np.concatenate([part.labels for part in parts]),
+        labels=None if run.activation == "sigmoid" else np.concatenate([part.labels for part in parts]),
         content=np.concatenate([part.content for part in parts]),
         columns={name: column[:at] for name, column in columns.items()},
     )
@@ -324,7 +337,9 @@ def _make_labels(batch: DecodedBatch, columns: Download | None, checks: Download
     )
 
 
-def _find_wrong(logits_MBC: Sequence[Tensor]) -> Tensor:
-    """Return bool (M, B), on the device, whether a row has NaN, +inf, or only -inf."""
+def _find_wrong(logits_MBC: Sequence[Tensor], activation: Activation) -> Tensor:
+    """Return bool (M, B), on the device, whether a row has NaN, +inf, or only -inf; of independent sigmoids any inf."""
+    if activation == "sigmoid":
+        return torch.stack([~logits_BC.isfinite().all(dim=-1) for logits_BC in logits_MBC])
     # -inf masks a class and is allowed. The maximum is NaN, +inf or -inf exactly in these cases.
     return torch.stack([~logits_BC.amax(dim=-1).isfinite() for logits_BC in logits_MBC])

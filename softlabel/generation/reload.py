@@ -18,6 +18,7 @@ def config_of(manifest: Manifest) -> GenerateConfig:
     """Restore the configuration of a store's run from its manifest."""
     run, recorded = manifest.run, manifest.recorded
     return GenerateConfig(
+        activation=run.activation,
         combine=run.combine.rule,  # type: ignore[arg-type]
         weights=None if run.kept else run.combine.weights,
         temperature=run.temperature,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -59,11 +60,14 @@ AS_USUAL = Decoding()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample as the source has it; its source's `InputKind` decodes `raw`."""
+    """One sample as the source has it; its source's `InputKind` decodes `raw`.
+
+    `label` is a class number, or, where a sample may have several classes at once, int8 (C,): 1, 0 or -1 (unknown).
+    """
 
     key: str
     raw: Raw
-    label: int = IGNORE
+    label: int | NDArray[np.int8] = IGNORE
     decoding: Decoding = AS_USUAL
 
 

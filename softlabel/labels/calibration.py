@@ -7,16 +7,17 @@ Legend: C classes, N samples.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.errors import DataError, MismatchError, StoreError, UsageError
 from softlabel.store.manifest import Json, Member
-from softlabel.store.strict_json import SchemaError, from_json, loads, to_json
+from softlabel.store.strict_json import OMIT, SchemaError, from_json, loads, to_json
 
 LOWEST, HIGHEST = 0.01, 100.0  # where a temperature is looked for
 CHUNK = 8192  # rows that are worked on in float64 at a time
@@ -30,7 +31,7 @@ class Calibrated:
     Attributes:
         spec, sha256, preprocessing, precision: as a store has them (`Member`).
         temperature: what its logits are to be divided by.
-        nll_before, nll_after: mean of -log p(label), in nats.
+        nll_before, nll_after: mean of -log p(label), in nats; of independent outputs over all known labels.
         ece_before, ece_after: expected calibration error, 15 bins.
     """
 
@@ -56,6 +57,7 @@ class Calibration:
     Attributes:
         data, fingerprint: the labelled samples that it was fitted on, and the hash of their ordered keys.
         samples: how many of them had a label and could be decoded.
+        activation: what the outputs were taken as.
         members: a temperature for each teacher.
     """
 
@@ -64,17 +66,25 @@ class Calibration:
     data: str
     fingerprint: str
     samples: int
+    activation: Activation = field(default="softmax", metadata=OMIT)
     members: tuple[Calibrated, ...]
 
     def to_json(self) -> Any:
         return to_json(self)
 
-    def temperatures(self, members: Sequence[Member], where: object) -> tuple[float, ...]:
+    def temperatures(
+        self, members: Sequence[Member], where: object, activation: Activation = "softmax"
+    ) -> tuple[float, ...]:
         """The temperature of each of these members, found by the hash of its weights and its preprocessing.
 
         Raises:
-            MismatchError: the file has none for a member.
+            MismatchError: the file has none for a member, or is of outputs that were taken as something else.
         """
+        if self.activation != activation:
+            raise MismatchError(
+                f"{where}: expected temperatures of a {activation}, found those of a {self.activation}; run 'softlabel "
+                f"calibrate --activation {activation}'"
+            )
         return tuple(self._temperature(member, where) for member in members)
 
     def _temperature(self, member: Member, where: object) -> float:
@@ -118,33 +128,33 @@ def write_calibration(path: str | Path, calibration: Calibration) -> None:
         raise StoreError(f"{path}: cannot write: {error.strerror}") from error
 
 
-def fit_temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """The temperature with the least mean of -log softmax(logits / T)[label].
+def fit_temperature(logits_NC: Tensor, labels: Tensor) -> float:
+    """The temperature with the least mean of -log softmax(logits / T)[label], or of the binary negative log-likelihood.
 
     In u = 1 / T the mean is convex, so the root of its slope is found by Newton's steps, kept inside a bracket that
     shrinks around it; in float64.
 
     Args:
         logits_NC: float (N, C); -inf masks a class.
-        labels_N: int64 (N,).
+        labels: int64 (N,), or of independent outputs int8 (N, C): 1, 0 or -1 (unknown).
 
     Raises:
         DataError: there is no best one: every label, or no label, is the teacher's first choice.
     """
     low, high = 1 / HIGHEST, 1 / LOWEST
-    if _slope(logits_NC, labels_N, high)[0] <= 0:
+    if _slope(logits_NC, labels, high)[0] <= 0:
         raise DataError(
-            f"the teacher is right on all {len(labels_N):,} samples, or so sure where it is that no temperature "
+            f"the teacher is right on all {len(labels):,} samples, or so sure where it is that no temperature "
             "is sharp enough; calibrate on samples that it was not trained on"
         )
-    if _slope(logits_NC, labels_N, low)[0] >= 0:
+    if _slope(logits_NC, labels, low)[0] >= 0:
         raise DataError(
             "the labels have nothing to do with the teacher's answers, so that no temperature is flat enough; check "
             "its preprocessing and the order of its classes"
         )
     u = 1.0
     for _ in range(_STEPS):
-        first, second = _slope(logits_NC, labels_N, u)
+        first, second = _slope(logits_NC, labels, u)
         low, high = (u, high) if first < 0 else (low, u)
         newton = u - first / second if second > 0 else 0.0
         following = newton if low < newton < high else (low * high) ** 0.5
@@ -156,6 +166,8 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
 
 def _slope(logits_NC: Tensor, labels_N: Tensor, u: float) -> tuple[float, float]:
     """First and second derivative of the mean negative log-likelihood by u = 1 / T."""
+    if labels_N.dim() == 2:
+        return _compute_binary_slope(logits_NC, labels_N, u)
     first = second = 0.0
     for logits_BC, labels_B in zip(torch.split(logits_NC, CHUNK), torch.split(labels_N, CHUNK), strict=True):
         z_BC = logits_BC.double()
@@ -169,3 +181,15 @@ def _slope(logits_NC: Tensor, labels_N: Tensor, u: float) -> tuple[float, float]
         first += float((mean_B - z_BC.gather(1, labels_B[:, None])[:, 0]).sum())
         second += float((p_BC * (z_BC - mean_B[:, None]).square()).sum())
     return first / len(labels_N), second / len(labels_N)
+
+
+def _compute_binary_slope(logits_NC: Tensor, labels_NC: Tensor, u: float) -> tuple[float, float]:
+    first = second = 0.0
+    for logits_BC, labels_BC in zip(torch.split(logits_NC, CHUNK), torch.split(labels_NC, CHUNK), strict=True):
+        known_BC = labels_BC >= 0
+        z, y = logits_BC[known_BC].double(), labels_BC[known_BC].double()
+        p = torch.sigmoid(u * z)
+        first += float(((p - y) * z).sum())
+        second += float((p * (1 - p) * z.square()).sum())
+    known = int((labels_NC >= 0).sum())
+    return first / known, second / known

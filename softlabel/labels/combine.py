@@ -3,7 +3,8 @@
 Legend: B batch, C classes, M members. Everything is computed in float32, on the device of its input.
 
 Scaled logits are logits divided by the temperature: ``softmax(scaled_logits)`` is the soft label. They are
-defined up to a constant per row, so a store keeps them with the row's maximum subtracted.
+defined up to a constant per row, so a store keeps them with the row's maximum subtracted. Of independent outputs
+``sigmoid(scaled_logits)`` is the soft label of each class, and the store keeps them as they are.
 """
 
 import math
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.errors import UsageError
 
 CombineRule = Literal["logits", "probs", "keep"]
@@ -58,37 +61,58 @@ def combine(
     temperature: float,
     weights: Sequence[float],
     calibration: Sequence[float] | None = None,
+    activation: Activation = "softmax",
 ) -> Tensor:
     """One teacher's worth of scaled logits out of an ensemble's logits.
 
     ``logits`` averages logits and divides by the temperature (a geometric mean of the distributions), which
     re-tempers exactly. ``probs`` is the logarithm of the weighted mean of ``softmax(logits / temperature)``, the usual
-    ensemble average (Hinton et al. 2015), which belongs to that one temperature. ``keep`` mixes nothing.
+    ensemble average (Hinton et al. 2015), which belongs to that one temperature. ``keep`` mixes nothing. Of independent
+    outputs ``probs`` is the logit of the weighted mean of ``sigmoid(logits / temperature)``.
 
     Args:
         logits_MBC: M tensors (B, C), float; -inf masks a class.
         weights: M numbers that sum to 1.
         calibration: M temperatures of the members' own, that their logits are divided by first; 1 when absent.
+        activation: ``softmax``, or ``sigmoid`` of independent outputs.
 
     Returns:
-        float32 (B, C) scaled logits, the row's maximum subtracted; (B, M, C) of each member for ``keep``.
+        float32 (B, C) scaled logits, of a softmax with the row's maximum subtracted; (B, M, C) of each member for
+        ``keep``.
     """
     if rule not in get_args(CombineRule):
         raise UsageError(f"combine: expected 'logits', 'probs' or 'keep', found {rule!r}")
     calibration = (1.0,) * len(logits_MBC) if calibration is None else calibration
     scaled = [logits_BC.float() / (temperature * own) for logits_BC, own in zip(logits_MBC, calibration, strict=True)]
     if rule == "keep":
-        scaled_logits_BMC = torch.stack(scaled, dim=1)
-        return scaled_logits_BMC - scaled_logits_BMC.amax(dim=-1, keepdim=True)
+        return _shift_for_store(torch.stack(scaled, dim=1), activation)
     used = [(w, z) for w, z in zip(weights, scaled, strict=True) if w > 0]
     if rule == "logits" or len(used) == 1:
         # A weight of zero must not meet a masked class: 0 * -inf is NaN.
         scaled_logits_BC = sum((w * z for w, z in used[1:]), used[0][0] * used[0][1])
+    elif activation == "softmax":
+        scaled_logits_BC = _average_logs([(w, torch.log_softmax(z, dim=-1)) for w, z in used])
     else:
-        log_probs_MBC = torch.stack([torch.log_softmax(z, dim=-1) for _, z in used])
-        log_weights_M11 = torch.tensor([w for w, _ in used], device=log_probs_MBC.device).log()[:, None, None]
-        scaled_logits_BC = torch.logsumexp(log_probs_MBC + log_weights_M11, dim=0)
-    return scaled_logits_BC - scaled_logits_BC.amax(dim=-1, keepdim=True)
+        scaled_logits_BC = _average_logs([(w, F.logsigmoid(z)) for w, z in used]) - _average_logs(
+            [(w, F.logsigmoid(-z)) for w, z in used]
+        )
+    return _shift_for_store(scaled_logits_BC, activation)
+
+
+def _average_logs(weighted: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The logarithm of a weighted mean of probabilities, of their logarithms."""
+    log_probs_MBC = torch.stack([log_probs_BC for _, log_probs_BC in weighted])
+    log_weights_M11 = torch.tensor([weight for weight, _ in weighted], device=log_probs_MBC.device).log()[:, None, None]
+    return torch.logsumexp(log_probs_MBC + log_weights_M11, dim=0)
+
+
+def _shift_for_store(scaled_logits: Tensor, activation: Activation) -> Tensor:
+    return subtract_maximum(scaled_logits) if activation == "softmax" else scaled_logits
+
+
+def subtract_maximum(scaled_logits: Tensor) -> Tensor:
+    """Of every row (..., C), which a softmax does not see."""
+    return scaled_logits - scaled_logits.amax(dim=-1, keepdim=True)
 
 
 def retemperable(rule: str, members: int) -> bool:

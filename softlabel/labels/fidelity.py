@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.labels.encodings import Reading, measure
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.manifest import Fidelity
@@ -22,10 +23,12 @@ class FidelityMeter:
 
     An average of probabilities does not exist at T = 1; its figure there is that of the logits which the average stands
     for at its own temperature. Sampled rows give most classes no probability: theirs is KL(decoded || teacher).
+    Of independent sigmoids it is the mean over the classes.
     """
 
     temperature: float
     encoding: Encoding = field(default_factory=Float16)
+    activation: Activation = "softmax"
     rows: int = 0
     total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     worst: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
@@ -51,7 +54,13 @@ class FidelityMeter:
         """Nats of each row at T = 1 and at the stored temperature: float64 (2, R), on the device. Changes nothing."""
         nats = {}
         for at in {1.0, self.temperature}:
-            reading = Reading(num_classes=scaled_logits_RC.shape[1], temperature=self.temperature, at=at, head=head)
+            reading = Reading(
+                num_classes=scaled_logits_RC.shape[1],
+                temperature=self.temperature,
+                at=at,
+                head=head,
+                activation=self.activation,
+            )
             nats[at] = measure(scaled_logits_RC, columns, self.encoding, reading)
         return torch.stack([nats[1.0], nats[self.temperature]])
 

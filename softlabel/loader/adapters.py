@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
+from softlabel.common.multi_hot import Labels, stack_labels, to_multi_hot
 from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.labels.combine import Combination
+from softlabel.loader.hard_labels import find_contradictions, read_hard_labels
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
+from softlabel.store.manifest import Run
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
@@ -69,7 +72,7 @@ class LabelJoin:
                 f"{self.store.url}: its rows are views of the images; SoftLabelLoader shows the student the same "
                 "views, labels that are joined by key alone do not fit"
             )
-        self._names = [column.name for column in self.store.run.columns]
+        self._names = [column.name for column in self.store.run.label_columns]
         # Labels and keys that are read and indexed now are shared by all workers that are forked later.
         self.store.lookup([""], missing="mask")
         self.of_rows(np.zeros(min(1, len(self.store)), dtype=np.int64))
@@ -139,9 +142,9 @@ class LabelJoin:
             self._compare(keys, self._part(batch, self.image, "image"), rows_B)
         if self.label is not None:
             labels = self._part(batch, self.label, "label")
-            labels_B = np.array([IGNORE if one is None else int(one) for one in labels], dtype=np.int64)
-            if len(labels_B) != len(rows_B):
-                raise DataError(f"batch: expected a label for each of its {len(rows_B)} keys, found {len(labels_B)}")
+            if len(labels) != len(rows_B):
+                raise DataError(f"batch: expected a label for each of its {len(rows_B)} keys, found {len(labels)}")
+            labels_B = _convert_given_labels(labels, self.store.run)
             _refuse_other_labels(self.store, rows_B, labels_B, "batch", "join with the keys of these samples")
         return rows_B
 
@@ -206,7 +209,7 @@ class SoftLabelled(Dataset[tuple[Any, int]]):
         items = many(indices) if many is not None else [self.dataset[index] for index in indices]
         rows_B = self._rows[np.asarray(places, dtype=np.int64)]
         if self._check_labels:
-            labels_B = np.array([_hard_label(item) for item in items], dtype=np.int64)
+            labels_B = _convert_given_labels([_hard_label(item) for item in items], self.join.store.run)
             _refuse_other_labels(self.join.store, rows_B, labels_B, type(self.dataset).__name__)
         return list(zip(items, rows_B.tolist(), strict=True))
 
@@ -261,10 +264,11 @@ def with_soft_labels(
             f"{type(dataset).__name__}: none of its {count} samples has a row in {store.url}; give the key_fn that the "
             "labels were made with"
         )
-    listed_N = listed_labels(dataset) if check_labels else None
+    listed_N, classes = listed_labels(dataset) if check_labels else None, store.run.num_classes
     if listed_N is not None:
-        _refuse_other_labels(store, rows_N[kept], listed_N[kept], type(dataset).__name__)
-    elif isinstance(dataset, Subset) and key_fn is None and (store.labels == IGNORE).all():
+        listed = listed_N[kept] if store.run.activation == "softmax" else to_multi_hot(listed_N[kept], classes)
+        _refuse_other_labels(store, rows_N[kept], listed, type(dataset).__name__)
+    elif isinstance(dataset, Subset) and key_fn is None and _lacks_hard_labels(store):
         log.warning(
             "warning: Subset: its keys are its own numbers, 0 to %d, and no hard label says whether %s counts in the "
             "same way; with the store of the whole dataset, give key_fn=lambda index: str(subset.indices[index])",
@@ -274,14 +278,38 @@ def with_soft_labels(
     return SoftLabelled(dataset, LabelJoin(store, combine=combine), kept, rows_N[kept], collate_fn, check_labels)
 
 
-def _hard_label(item: Any) -> int:
-    """The class of an item (image, class, ...) or {"label": class}; -100 where it has none."""
+def _lacks_hard_labels(store: Store) -> bool:
+    if store.run.activation == "sigmoid":
+        return not store.run.dataset.has_labels
+    return bool((store.labels == IGNORE).all())
+
+
+def _convert_given_labels(labels: Sequence[Any], run: Run) -> Labels:
+    """Hard labels of a batch as the store has them: int64 (B,), or int8 (B, C) of independent outputs.
+
+    Args:
+        labels: class numbers, None or -100 for none; of independent outputs also a row of 1, 0 and -1 each.
+    """
+    if run.activation == "softmax":
+        return np.array([IGNORE if one is None else int(one) for one in labels], dtype=np.int64)
+    rows = [np.asarray(IGNORE if one is None else one) for one in labels]
+    found = [to_multi_hot(row[None], run.num_classes)[0] for row in rows]
+    if (wrong := next((row for row in found if row.shape != (run.num_classes,)), None)) is not None:
+        raise DataError(f"batch: expected labels of {run.num_classes} classes, found one of shape {wrong.shape}")
+    return stack_labels(found, run.num_classes)
+
+
+def _hard_label(item: Any) -> Any:
+    """The class of an item (image, class, ...) or {"label": class}; -100 where it has none. Of several classes at once
+    the row that says 1, 0 or -1 for each."""
     if isinstance(item, Mapping):
         found = item.get("label")
     else:
         found = item[1] if isinstance(item, tuple | list) and len(item) > 1 else None
     if isinstance(found, Tensor | np.ndarray | np.generic) and found.ndim == 0:
         found = found.item()
+    if isinstance(found, Tensor | np.ndarray) and found.ndim == 1:
+        return found
     return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else IGNORE
 
 
@@ -292,10 +320,10 @@ _KEYS = (
 
 
 def _refuse_other_labels(
-    store: Store, rows_B: NDArray[np.int64], labels_B: NDArray[np.int64], name: str, remedy: str = _KEYS
+    store: Store, rows_B: NDArray[np.int64], labels_B: Labels, name: str, remedy: str = _KEYS
 ) -> None:
-    stored_B = store.labels[rows_B]
-    other = np.flatnonzero((labels_B >= 0) & (stored_B >= 0) & (labels_B != stored_B))
+    stored_B = read_hard_labels(store, rows_B)
+    other = np.flatnonzero(find_contradictions(labels_B, stored_B))
     if len(other):
         place = int(other[0])
         raise MismatchError(

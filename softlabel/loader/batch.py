@@ -75,7 +75,7 @@ class Batch:
     Attributes:
         inputs: what the student takes, not normalised: of images uint8 (B, 3, H, W), RGB; of a student with several
             inputs a dict of tensors by name, each with B as its first axis.
-        labels: int64 (B,), -100 where there is none.
+        labels: int64 (B,), -100 where there is none; of independent outputs int8 (B, C): 1, 0, or -1 where unknown.
         keys: B keys, a sequence of strings.
         samples: int64 (B,), which samples of the dataset these are.
         rows: int64 (B,), which rows of the store they were joined to; -1 where there is none.

@@ -26,6 +26,7 @@ from softlabel.inputs.transforms import default_transform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache, layout_of
+from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
@@ -123,7 +124,8 @@ class JoinedDataset(Dataset[Batch]):
                 f"{source.name}: none of its {len(keys):,} samples is in the store; give the data that it was made from"
             )
         self.samples: Int64s = kept
-        self.labels: Int64s = labels_N[kept].astype(np.int64)
+        self.activation = choose_activation(source, None if store is None else store.run)
+        self.labels = convert_labels(labels_N[kept], source, None if store is None else store.run)
         self.rows: Int64s = rows_N[kept].astype(np.int64)
         self._keys = keys if len(kept) == len(keys) else keys.take(kept)
         self._all_have_rows = bool((self.rows >= 0).all())
@@ -240,12 +242,12 @@ class JoinedDataset(Dataset[Batch]):
             store.url,
             why,
         )
-        ours, theirs = self.labels[joined], store.labels[self.rows[joined]]
-        other = joined[(ours >= 0) & (theirs >= 0) & (ours != theirs)]
-        if len(other):
+        ours, theirs = self.labels[joined], read_hard_labels(store, self.rows[joined])
+        others = joined[find_contradictions(ours, theirs)]
+        if len(others):
             raise MismatchError(
-                f"{self.source.name}: {len(other)} of {len(joined)} samples have another hard label than in "
-                f"{store.url}, the first {self.keys(other[:1])[0]!r}: equal keys, other images; train on the data "
+                f"{self.source.name}: {len(others)} of {len(joined)} samples have another hard label than in "
+                f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other images; train on the data "
                 "that was labelled"
             )
 
@@ -343,8 +345,21 @@ def _all_keys(source: Source) -> Keys:
 
 def _check_classes(source: Source, run: Run) -> None:
     names = source.class_names
+    if source.has_labels and source.label_width is not None:
+        if run.activation == "softmax":
+            raise MismatchError(
+                f"labels: {source.name} has several classes at once, the store holds a softmax over the classes; use "
+                "labels of one class each, or --ignore-labels to train on the soft labels alone"
+            )
+        if source.label_width != run.num_classes:
+            raise MismatchError(
+                f"classes: the store has {run.num_classes}, the labels of {source.name} {source.label_width}; use the "
+                "labels of this data, or --ignore-labels to train on the soft labels alone"
+            )
     if not source.has_labels or names is None:
         return
+    if run.num_classes == 1 and len(names) == 2:
+        names = names[1:]  # one output says whether it is the second of two classes
     if len(names) != run.num_classes:
         raise MismatchError(
             f"classes: the store has {run.num_classes}, {source.name} has {len(names)}; use the labels of this data, "

@@ -71,7 +71,7 @@ class SoftLabelLoader:
         cache_mb: memory for decoded images, in MiB; all or none are kept.
         pin_memory: hand out batches in page-locked memory.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
-        ignore_labels: hand out -100 for every hard label.
+        ignore_labels: hand out -100 (of independent outputs -1) for every hard label.
         combine: rule, weights and temperature for the members of a store that keeps them apart.
         streaming: read labels in step with the images, a window of blocks at a time and the next one ahead, and keep
             nothing: for stores that neither memory nor the local disk holds. The epoch is then shuffled block-locally

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import UNKNOWN, Labels
 from softlabel.common.random import mix64, stream_key
 from softlabel.errors import MismatchError, UsageError
 from softlabel.inputs.base import IGNORE, Images, InputTransform
@@ -97,9 +98,13 @@ class Replay:
     def rows(self, positions: Int64s, views_B: Int64s) -> Int64s:
         return self._rows_VK[views_B, positions]
 
-    def labels(self, labels_B: Int64s, rows_B: Int64s) -> Int64s:
+    def labels(self, labels_B: Labels, rows_B: Int64s) -> Labels:
         """Hard labels as they hold for views: an image that is mixed out of two has none."""
-        return labels_B if self._partners is None else np.where(rows_B >= 0, IGNORE, labels_B)
+        if self._partners is None:
+            return labels_B
+        if labels_B.ndim == 1:
+            return np.where(rows_B >= 0, IGNORE, labels_B)
+        return np.where((rows_B >= 0)[:, None], np.int8(UNKNOWN), labels_B)
 
     def images(
         self, positions: Int64s, keys: Sequence[str], views_B: Int64s, rows_B: Int64s, epoch: int | None

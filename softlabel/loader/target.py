@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softlabel.errors import UsageError
 from softlabel.labels.combine import Combination, combine, normalized_weights, retemperable
-from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, SigmoidTarget, Target, TopKTarget
 from softlabel.store.columns import Columns
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.manifest import Run
@@ -44,7 +44,20 @@ def make_target(
             "generate with --combine keep to choose weights while training"
         )
     tensors = {column.name: _own(columns[column.name]) for column in run.label_columns}
+    if run.activation == "sigmoid":
+        return _sigmoid(run, tensors, extra)
     return _TARGETS.get(type(run.encoding), _decoded)(run, tensors, extra)
+
+
+def _sigmoid(run: Run, columns: Tensors, extra: Columns | None) -> SigmoidTarget:
+    if isinstance(run.encoding, Float16 | Float32):
+        return SigmoidTarget(
+            scaled_logits=columns["logits"], temperature=run.temperature, retemperable=_is_retemperable(run)
+        )
+    dense = _decoded(run, columns, extra)
+    return SigmoidTarget(
+        scaled_logits=dense.scaled_logits, temperature=dense.temperature, retemperable=dense.retemperable
+    )
 
 
 def _dense(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:
@@ -95,13 +108,13 @@ def _is_retemperable(run: Run) -> bool:
     return exact and not (run.encoding.sparse or run.encoding.drawn)
 
 
-def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget:
+def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget | SigmoidTarget:
     members = len(run.members)
     weights = normalized_weights(combination.weights, members)
     temperature = run.temperature if combination.temperature is None else combination.temperature
     scaled_logits_BMC = torch.from_numpy(
         run.encoding.decode(
-            columns,
+            {column.name: columns[column.name] for column in run.label_columns},
             num_classes=run.num_classes,
             temperature=run.temperature,
             members=members,
@@ -113,11 +126,11 @@ def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarg
         rule=combination.rule,
         temperature=temperature / run.temperature,
         weights=weights,
+        activation=run.activation,
     )
     used = sum(weight > 0 for weight in weights)
-    return DenseTarget(
-        scaled_logits=combined_BC, temperature=temperature, retemperable=retemperable(combination.rule, used)
-    )
+    kind = DenseTarget if run.activation == "softmax" else SigmoidTarget
+    return kind(scaled_logits=combined_BC, temperature=temperature, retemperable=retemperable(combination.rule, used))
 
 
 def _own(array: NDArray[Any]) -> Tensor:

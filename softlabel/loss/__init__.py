@@ -11,7 +11,7 @@ from softlabel.loss.others import (
     standardize_logits,
     standardized_kl,
 )
-from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, Target, TopKTarget
+from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, SigmoidTarget, Target, TopKTarget
 
 __all__ = [
     "DenseTarget",
@@ -20,6 +20,7 @@ __all__ = [
     "Int8Target",
     "LossComponents",
     "SampledTarget",
+    "SigmoidTarget",
     "Target",
     "TopKTarget",
     "decoupled_kd",

@@ -18,11 +18,14 @@ __all__ = [
     "GREATEST_TEMPERATURE",
     "ArrayLike",
     "LossInputs",
+    "as_tensor",
     "check_labels",
+    "check_logits",
     "check_number",
     "check_temperature",
     "check_weight",
     "loss_inputs",
+    "may_look",
     "transforming",
     "widened",
 ]
@@ -66,9 +69,7 @@ def loss_inputs(
     ignore_index: int,
 ) -> LossInputs:
     """Raises MismatchError for what does not fit together, UsageError for a weight or a label that makes no sense."""
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
-        found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise MismatchError(f"student logits: expected a floating-point tensor (N, C) or (B, L, C), found {found}")
+    check_logits(logits)
     shape, classes = logits.shape[:-1], logits.shape[-1]
     if not isinstance(target, Target):
         target = as_tensor("target", target, logits.device)
@@ -109,6 +110,12 @@ def loss_inputs(
     )
 
 
+def check_logits(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
+        found = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise MismatchError(f"student logits: expected a floating-point tensor (N, C) or (B, L, C), found {found}")
+
+
 def as_tensor(name: str, given: Any, device: torch.device) -> Tensor:
     """A tensor stays where it is; anything else becomes one on the device of the logits."""
     if isinstance(given, Tensor):
@@ -127,7 +134,7 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
     # On a device looking would wait for all of its work; a compiler's and a transform's tensors have no numbers.
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming()
 
@@ -136,7 +143,7 @@ def check_labels(labels_N: Tensor, classes: int, ignore_index: int, shape: torch
     """Raises MismatchError for other than integers; UsageError, on the CPU, naming a row whose label is no class."""
     if labels_N.dtype not in _LABEL_DTYPES:
         raise MismatchError(f"labels: expected int64 class numbers, found {labels_N.dtype}")
-    if not _may_look(labels_N) or not labels_N.numel():
+    if not may_look(labels_N) or not labels_N.numel():
         return
     least, most = labels_N.aminmax()
     if int(least) >= 0 and int(most) < classes:
@@ -152,7 +159,7 @@ def check_labels(labels_N: Tensor, classes: int, ignore_index: int, shape: torch
 
 def check_weight(weight_N: Tensor, shape: torch.Size | None = None) -> None:
     """Raises UsageError, on the CPU, naming a row whose weight is negative, infinite or NaN."""
-    if not _may_look(weight_N) or not weight_N.numel() or weight_N.dtype == torch.bool:
+    if not may_look(weight_N) or not weight_N.numel() or weight_N.dtype == torch.bool:
         return
     least, most = weight_N.detach().aminmax()
     if float(least) >= 0 and float(most) < math.inf:

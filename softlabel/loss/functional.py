@@ -2,10 +2,13 @@
 
     loss = hard_weight * CE(z, y) + soft_weight * T^2 * KL(softmax(t / T) || softmax(z / T))
 
+Of independent outputs (`SigmoidTarget`) both terms are binary, see `softlabel.loss.sigmoid`.
+
 N rows, C classes; z student logits, t teacher logits, y labels, T temperature (Hinton et al. 2015). T^2 once, and on
 the soft term alone. The soft mean is over all rows that have a target, the hard mean over labelled rows.
 """
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +17,8 @@ from softlabel.errors import UsageError
 from softlabel.loss.arguments import ArrayLike, check_number, check_temperature, loss_inputs, widened
 from softlabel.loss.dispatch import run_loss
 from softlabel.loss.rows import LossCall, Settings, row_shares, work_dtype
-from softlabel.loss.targets import Target, retemper_factor
+from softlabel.loss.sigmoid import sigmoid_loss
+from softlabel.loss.targets import SigmoidTarget, Target, retemper_factor
 
 __all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss", "distillation_loss_components"]
 
@@ -57,12 +61,13 @@ def distillation_loss(
         student_logits_NC: float16, bfloat16, float32 or float64 (N, C). Those of sequences are (B, L, C), and go with
             labels, weight and soft_mask (B, L) and a target of B * L rows.
         target: a record of `softlabel.loss.targets`, or the teacher's raw logits (N, C) as a tensor or array.
-        labels: integers (N,), as a tensor, array or list, `ignore_index` where there is none; None: no hard term.
+        labels: integers (N,), as a tensor, array or list, `ignore_index` where there is none; None: no hard term. For
+            a target of independent outputs (N, C): 1, 0, or negative where it is not known.
         temperature: above 0, at most 100,000; above 50 the loss is computed in float64, as float32 would lose it in
             rounding.
         soft_weight: of the soft term, at least 0; a term of weight 0 is not computed.
         hard_weight: of the hard term, at least 0.
-        label_smoothing: of the hard term, 0 to 1.
+        label_smoothing: of the hard term, 0 to 1; of independent outputs towards 1/2.
         weight: (N,) weights of the rows, at least 0; a mean divides by their sum, and a row with weight 0 counts for
             nothing, even when it holds NaN.
         soft_mask: bool (N,), False where a row has no target: such a row has its hard term alone.
@@ -121,7 +126,6 @@ def distillation_loss_components(
         `LossComponents`, each a scalar (or (N,), or (B, L)).
     """
     _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
-    given = loss_inputs(student_logits_NC, target, labels, weight, soft_mask, ignore_index=ignore_index)
     settings = Settings(
         temperature=float(temperature),
         soft_weight=float(soft_weight),
@@ -129,8 +133,14 @@ def distillation_loss_components(
         label_smoothing=float(label_smoothing),
         ignore_index=ignore_index,
         tail=tail,
-        factor=retemper_factor(given.target, temperature),
+        factor=1.0,
     )
+    if isinstance(target, SigmoidTarget):
+        settings = replace(settings, factor=retemper_factor(target, temperature))
+        given_rows = (student_logits_NC, target, labels, weight, soft_mask)
+        return LossComponents(*sigmoid_loss(*given_rows, settings=settings, reduction=reduction, impl=impl))
+    given = loss_inputs(student_logits_NC, target, labels, weight, soft_mask, ignore_index=ignore_index)
+    settings = replace(settings, factor=retemper_factor(given.target, temperature))
     logits_NC = widened(given.logits, temperature)
     shares = row_shares(
         logits_NC, given.labels, given.weight, given.soft_mask, ignore_index=ignore_index, reduction=reduction

@@ -25,6 +25,7 @@ from softlabel.loss.targets import (
     DenseTarget,
     HeadTarget,
     SampledTarget,
+    SigmoidTarget,
     Target,
     TopKTarget,
     as_target,
@@ -232,6 +233,11 @@ def _shares(
 
 
 def _check_dense(logits_NC: Tensor, target: Target) -> None:
+    if isinstance(target, SigmoidTarget):
+        raise UsageError(
+            "target: expected one softmax over the classes, found SigmoidTarget of independent outputs; use "
+            "distillation_loss"
+        )
     if isinstance(target, (TopKTarget, SampledTarget)):
         raise UsageError(
             f"target: expected one of all classes, found {type(target).__name__}; use distillation_loss, or a store "
@@ -254,7 +260,7 @@ def _dense(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Ta
 def _logits(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Tensor, Tensor]:
     """The student's logits and the teacher's, the latter at `temperature`."""
     target, factor = _dense(logits_NC, target, temperature)
-    assert not isinstance(target, (TopKTarget, SampledTarget))
+    assert not isinstance(target, (TopKTarget, SampledTarget, SigmoidTarget))
     logits_NC = widened(logits_NC, temperature)
     dtype = work_dtype(logits_NC)
     return logits_NC.to(dtype), scaled_logits(target, dtype) * factor

@@ -13,6 +13,7 @@ from softlabel.loss.targets import (
     HeadTarget,
     Int8Target,
     SampledTarget,
+    SigmoidTarget,
     Target,
     TopKTarget,
     retemper_factor,
@@ -24,9 +25,9 @@ __all__ = ["hard_rows", "scaled_logits", "soft_rows"]
 WORK = torch.float64
 
 
-def scaled_logits(target: DenseTarget | Int8Target | HeadTarget, dtype: torch.dtype = WORK) -> Tensor:
+def scaled_logits(target: DenseTarget | Int8Target | HeadTarget | SigmoidTarget, dtype: torch.dtype = WORK) -> Tensor:
     """The target's scaled logits (N, C) at its own temperature."""
-    if isinstance(target, DenseTarget):
+    if isinstance(target, DenseTarget | SigmoidTarget):
         return target.scaled_logits.to(dtype)
     if isinstance(target, Int8Target):
         decoded_NC = target.q.to(dtype) * target.scale.to(dtype)[:, None] + target.offset.to(dtype)[:, None]

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softlabel.loss.reference import scaled_logits
-from softlabel.loss.targets import SampledTarget, Target, TopKTarget, tail_column
+from softlabel.loss.targets import SampledTarget, SigmoidTarget, Target, TopKTarget, tail_column
 
 __all__ = ["teacher_log_probs", "top_class", "top_class_and_entropy"]
 
 
 def top_class(target: Target) -> Tensor | None:
-    """int64 (N,), the teacher's most probable class; None for drawn classes, which do not determine it."""
-    if isinstance(target, SampledTarget):
+    """int64 (N,), the teacher's most probable class; None for drawn classes, which do not determine it, and for
+    independent outputs, of which several may be."""
+    if isinstance(target, SampledTarget | SigmoidTarget):
         return None
     if isinstance(target, TopKTarget):
         best_N1 = target.value.argmax(dim=1, keepdim=True)
@@ -33,7 +34,7 @@ def top_class_and_entropy(target: Target) -> tuple[Tensor, Tensor] | None:
         column = tail_column(target, target.temperature)
         log_p = F.log_softmax(torch.cat([target.value.float(), target.tail[:, column, None].float()], dim=1), dim=1)
         top_N = top_class(target)
-    elif isinstance(target, SampledTarget):
+    elif isinstance(target, SampledTarget | SigmoidTarget):
         return None
     else:
         log_p = teacher_log_probs(target)  # once: for a head it is a product of matrices
@@ -45,5 +46,5 @@ def top_class_and_entropy(target: Target) -> tuple[Tensor, Tensor] | None:
 
 def teacher_log_probs(target: Target, dtype: torch.dtype = torch.float32) -> Tensor:
     """(N, C) log-probabilities at the target's own temperature, of a target that has every class."""
-    assert not isinstance(target, TopKTarget | SampledTarget), "has some classes only"
+    assert not isinstance(target, TopKTarget | SampledTarget | SigmoidTarget), "is no softmax over all classes"
     return F.log_softmax(scaled_logits(target, dtype), dim=1)

@@ -10,7 +10,7 @@ A target is a plain frozen record of tensors: indexing, moving and pinning it gi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ __all__ = [
     "HeadTarget",
     "Int8Target",
     "SampledTarget",
+    "SigmoidTarget",
     "Target",
     "TopKTarget",
     "as_target",
@@ -54,6 +55,9 @@ class _Record:
     def take(self, rows: slice | Tensor) -> Self:
         """The same target for some of the rows (a slice, or int64 / bool positions)."""
         return self._map(lambda tensor: tensor[rows], rows_only=True)
+
+
+T = TypeVar("T", bound=_Record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +168,24 @@ class HeadTarget(_Record):
         return True
 
 
-Target = DenseTarget | Int8Target | TopKTarget | SampledTarget | HeadTarget
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SigmoidTarget(_Record):
+    """Independent outputs, each a sigmoid of its own: `scaled_logits` (N, C) float16, bfloat16, float32 or float64,
+    logits divided by `temperature`, with nothing subtracted."""
+
+    scaled_logits: Tensor
+    temperature: float
+    retemperable: bool
+
+    def __len__(self) -> int:
+        return self.scaled_logits.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        return self.scaled_logits.shape[1]
+
+
+Target = DenseTarget | Int8Target | TopKTarget | SampledTarget | HeadTarget | SigmoidTarget
 
 
 def as_target(target: Target | Tensor) -> Target:
@@ -174,11 +195,11 @@ def as_target(target: Target | Tensor) -> Target:
     return target
 
 
-def flatten_target(target: Target, shape: torch.Size) -> Target:
+def flatten_target(target: T, shape: torch.Size) -> T:
     """Rows that lie in several dimensions (B, L) one behind the other; a target of B * L rows is that already."""
     if len(shape) < 2:
         return target
-    first: Any = getattr(target, fields(target)[0].name)
+    first: Any = getattr(target, fields(target)[0].name)  # type: ignore[arg-type]
     if first.shape[:-1] != shape:
         return target
     return target._map(lambda tensor: tensor.reshape(-1, *tensor.shape[len(shape) :]), rows_only=True)

@@ -29,6 +29,9 @@ _ALLOWED_DRAWN = 0.5  # for random draws, whose mean over a few hundred rows is 
 class Recomputed:
     """Comparison of stored rows with today's, in scaled logits with each row's maximum at 0.
 
+    Of independent sigmoids the logits are as they are, each class counts by itself, and its answer is whether it is
+    more probable than not.
+
     Attributes:
         rows: number of rows compared.
         mean_difference: mean absolute difference over rows and classes.
@@ -81,6 +84,8 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
         for start in range(0, len(places), size):
             part = places[start : start + size]
             now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
+    if store.run.activation == "sigmoid":
+        return _compare_sigmoids(stored, now, _choose_allowed(store.run, store.manifest.totals.fidelity))
     stored -= stored.max(axis=-1, keepdims=True)
     now -= now.max(axis=-1, keepdims=True)
     drawn = store.run.encoding.drawn
@@ -101,6 +106,23 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
         clearly_other=0.0 if drawn else float((below > _ROUNDING * (1 + largest)).mean()),
         nats=float(nats.mean()),
         allowed=_choose_allowed(store.run, store.manifest.totals.fidelity),
+    )
+
+
+def _compare_sigmoids(stored: NDArray[np.float64], now: NDArray[np.float64], allowed: float) -> Recomputed:
+    difference = np.abs(stored - now)
+    other = (stored > 0) != (now > 0)
+    largest = np.abs(now).max(axis=-1, keepdims=True)
+    on, off = -np.logaddexp(0, -now), -np.logaddexp(0, now)
+    nats = np.exp(on) * (on + np.logaddexp(0, -stored)) + np.exp(off) * (off + np.logaddexp(0, stored))
+    return Recomputed(
+        rows=len(stored),
+        mean_difference=float(difference.mean()),
+        worst_difference=float(difference.max()),
+        top1_disagreement=float(other.mean()),
+        clearly_other=float((other & (np.abs(now) > _ROUNDING * (1 + largest))).mean()),
+        nats=float(nats.mean()),
+        allowed=allowed,
     )
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
+from softlabel.common.multi_hot import is_labelled, to_multi_hot
 from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluation.metrics import calibration_error
 from softlabel.generation.config import GenerateConfig
 from softlabel.generation.job import Job, load_job
-from softlabel.inputs.base import IGNORE
 from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def calibrate(
     data: "str | Path | Source | Dataset[Any]",
     *,
     teachers: Sequence[str],
+    activation: Activation = "softmax",
     out: str | Path | None = None,
     samples: int | None = None,
     batch_size: int = 256,
@@ -48,6 +50,8 @@ def calibrate(
     Args:
         data: labelled samples that the teachers were not trained on: a SOURCE, or a map-style dataset.
         teachers: SPECs.
+        activation: what their outputs are logits of: a softmax over the classes, or a sigmoid of each class by itself,
+            which may have several labels at once.
         out: JSON file to write for `generate(calibration=...)`; None: none.
         samples: number of samples to draw; None: all.
         batch_size: samples per forward pass.
@@ -67,6 +71,7 @@ def calibrate(
     if samples is not None and samples < 1:
         raise UsageError(f"samples: expected at least 1, found {samples}")
     config = GenerateConfig(
+        activation=activation,
         combine="keep",
         temperature=1.0,
         encoding="float32",
@@ -78,13 +83,14 @@ def calibrate(
         device=device,
     )
     job = load_job(_choose_labelled(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
-    logits_MNC, labels_N = _compute_logits(job, progress)
+    logits_MNC, labels = _compute_logits(job, progress)
     found = Calibration(
         data=job.labeller.source.name,
         fingerprint=job.run.dataset.fingerprint,
-        samples=len(labels_N),
+        samples=len(labels),
+        activation=activation,
         members=tuple(
-            _calibrate_member(job, number, logits_NC, labels_N) for number, logits_NC in enumerate(logits_MNC.unbind())
+            _calibrate_member(job, number, logits_NC, labels) for number, logits_NC in enumerate(logits_MNC.unbind())
         ),
     )
     if out is not None:
@@ -94,7 +100,7 @@ def calibrate(
 
 def _choose_labelled(source: Source, samples: int | None, seed: int) -> Source:
     """Choose labelled samples, in order."""
-    chosen_N = np.flatnonzero(source.labels() != IGNORE)
+    chosen_N = np.flatnonzero(is_labelled(source.labels()))
     if not len(chosen_N):
         raise DataError(f"{source.name}: expected labelled samples to calibrate on, found none")
     if samples is not None and samples < len(chosen_N):
@@ -103,7 +109,7 @@ def _choose_labelled(source: Source, samples: int | None, seed: int) -> Source:
 
 
 def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
-    """Return logits float32 (M, N, C), up to a constant per row, and labels int64 (N,)."""
+    """Return logits float32 (M, N, C), of a softmax up to a constant per row, and labels int64 (N,) or int8 (N, C)."""
     labeller, run = job.labeller, job.run
     spans = (span for number in range(run.shard_count) for span in labeller.spans(run.shard(number)))
     batches = labeller.reader.stream(spans, workers=job.workers)
@@ -115,21 +121,23 @@ def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
         for batch in batches:
             if batch.keys:
                 logits.append(labeller.lane.scaled_logits(batch).transpose(0, 1).cpu())
-                labels.append(torch.from_numpy(batch.labels))
+                sigmoid = run.activation == "sigmoid"
+                hard = to_multi_hot(batch.labels, run.num_classes) if sigmoid else batch.labels
+                labels.append(torch.from_numpy(hard))
             bar.update(len(batch.keys) + len(batch.bad))
     if not logits:
         raise DataError(f"{labeller.source.name}: none of its {len(labeller.source):,} labelled samples can be decoded")
     return torch.cat(logits, dim=1), torch.cat(labels)
 
 
-def _calibrate_member(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor) -> Calibrated:
+def _calibrate_member(job: Job, number: int, logits_NC: Tensor, labels: Tensor) -> Calibrated:
     member = job.run.members[number]
     try:
-        temperature = fit_temperature(logits_NC, labels_N)
+        temperature = fit_temperature(logits_NC, labels)
     except DataError as error:
         raise DataError(f"{member.spec} on {job.labeller.source.name}: {error}") from error
     (nll_before, ece_before), (nll_after, ece_after) = (
-        _measure_quality(logits_NC, labels_N, at) for at in (1.0, temperature)
+        _measure_quality(logits_NC, labels, at) for at in (1.0, temperature)
     )
     return Calibrated(
         spec=member.spec,
@@ -146,6 +154,10 @@ def _calibrate_member(job: Job, number: int, logits_NC: Tensor, labels_N: Tensor
 
 def _measure_quality(logits_NC: Tensor, labels_N: Tensor, temperature: float) -> tuple[float, float]:
     """Return the mean of -log p(label), and the expected calibration error."""
+    if labels_N.dim() == 2:
+        known_NC = labels_N >= 0
+        z, y = logits_NC[known_NC].double() / temperature, labels_N[known_NC].double()
+        return float(F.binary_cross_entropy_with_logits(z, y)), calibration_error(z.sigmoid(), y > 0)
     nats, confidences, correct = 0.0, [], []
     for logits_BC, labels_B in zip(torch.split(logits_NC, CHUNK), torch.split(labels_N, CHUNK), strict=True):
         log_probs_BC = F.log_softmax(logits_BC.double() / temperature, dim=1)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from softlabel.common.arguments import check_arguments
 from softlabel.common.keys import Keys
+from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.dataset import Source
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.executor import LocalExecutor
@@ -148,8 +149,11 @@ class _MemberExecutor(LocalExecutor):
             column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)
             for column in extended.label_columns
         }
-        for column in extended.view_columns:
+        for column in extended.sample_columns:
             stored = kept.columns[column.name]
+            if column.name == MULTI_HOT:
+                columns[column.name] = stored
+                continue
             if (wrong := (stored != shard.rows.columns[column.name]).any(axis=1)).any():
                 key = kept.keys[int(np.flatnonzero(wrong)[0])]
                 raise MismatchError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.activation import Activation
 from softlabel.common.file_type import describe_content
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError, one_line
@@ -99,16 +100,24 @@ def hf_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | Non
     return HuggingFaceClassifier(network.float())
 
 
-def refuse_other_heads(spec: Spec, model: nn.Module) -> None:
-    """Raises SpecError for a network whose answers are no logits of one class out of several."""
+def refuse_other_heads(spec: Spec, model: nn.Module, activation: Activation = "softmax") -> None:
+    """Raises SpecError for a network whose answers are said to be logits of something else."""
     if not isinstance(model, HuggingFaceClassifier):
         return
     problem = getattr(model.network.config, "problem_type", None)
+    if activation == "sigmoid" and problem == "multi_label_classification":
+        return
+    if activation == "sigmoid" and problem is not None:
+        raise SpecError(
+            f"{spec.text}: expected independent sigmoids, found problem_type={problem} in its config; leave "
+            "--activation sigmoid out. If it was trained with sigmoids after all, remove problem_type from config.json"
+        )
     if problem not in (None, "single_label_classification"):
+        sigmoid = "; give --activation sigmoid" if problem == "multi_label_classification" else ""
         raise SpecError(
             f"{spec.text}: expected a classifier of one class out of several, found problem_type={problem} in its "
-            "config: its answers are not meant for a softmax. If it was trained as a classifier after all, remove "
-            "problem_type from config.json"
+            f"config: its answers are not meant for a softmax{sigmoid}. If it was trained as a classifier after all, "
+            "remove problem_type from config.json"
         )
 
 

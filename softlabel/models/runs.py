@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from softlabel.common.activation import Activation
 from softlabel.common.atomic_file import write_atomically
 from softlabel.common.spec import parse_spec
 from softlabel.errors import SpecError
@@ -21,13 +22,15 @@ from softlabel.models.weights import plain_names
 class RunModel:
     """What `model.json` of a run folder says about the student beside it in `model.safetensors`.
 
-    config: the architecture of a transformers student, so that the folder that it was read from may go.
+    config: the architecture of a transformers student, so that the folder that it was read from may go. activation: of
+    its outputs.
     """
 
     student: str
     num_classes: int
     preprocessing: Mapping[str, Any]
     config: Mapping[str, Any] | None = None
+    activation: Activation = "softmax"
 
 
 def network_of(run: RunModel) -> RunModel:
@@ -53,6 +56,8 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
         "num_classes": description.num_classes,
         "preprocessing": dict(description.preprocessing),
     }
+    if description.activation != "softmax":
+        fields["activation"] = description.activation
     config = model.config if isinstance(model, HuggingFaceClassifier) else description.config
     if config is not None:
         fields["config"] = dict(config)
@@ -74,6 +79,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunModel:
             num_classes=int(found["num_classes"]),
             preprocessing=dict(found["preprocessing"]),
             config=dict(found["config"]) if "config" in found else None,
+            activation="sigmoid" if found.get("activation") == "sigmoid" else "softmax",
         )
     except FileNotFoundError:
         raise SpecError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.activation import Activation
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError, one_line
@@ -22,6 +23,7 @@ from softlabel.models import (
     class_names_of,
     logits_of,
     own_preprocessing,
+    read_run,
     refuse_other_heads,
     refuse_precision,
     refuse_random,
@@ -99,6 +101,7 @@ def load_teacher(
     precision: Precision = "fp32",
     num_classes: int | None = None,
     kind: str = Preprocessing.kind,
+    activation: Activation = "softmax",
 ) -> Teacher:
     """Build a teacher from its SPEC, in evaluation mode, and try it where its input's shape is known.
 
@@ -108,6 +111,7 @@ def load_teacher(
         precision: of its forward pass.
         num_classes: how many it has; absent: found out.
         kind: of the samples that it will label: image or tensor.
+        activation: what its outputs are the logits of; one single output is a sigmoid's.
 
     Raises:
         SpecError: a SPEC that cannot be understood, a file that is not there, or a teacher without weights.
@@ -121,17 +125,22 @@ def load_teacher(
     spec, model = network.spec, network.model.eval()
     for parameter in model.parameters():  # a TorchScript program has no requires_grad_ of its own
         parameter.requires_grad_(False)
-    refuse_other_heads(spec, model)
+    refuse_other_heads(spec, model, activation)
+    if spec.kind == "run" and (trained := read_run(spec.name).activation) != activation:
+        raise SpecError(
+            f"{spec_text}: expected a run with outputs of a {activation}, found one trained with a {trained}; give "
+            f"--activation {trained}"
+        )
     refuse_precision(spec, model, precision)
     preprocessing = student_preprocessing(spec, model, kind)
     sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)
-    if classes < 2:
+    if classes < 2 and activation == "softmax":
         raise TeacherError(
             f"{spec_text}: expected logits of at least 2 classes, found a network with one output: its softmax is 1 "
-            "for every image; return two logits, such as (0, z) for the logit z of a sigmoid"
+            "for every image; give --activation sigmoid if it is the logit of one, or return two logits"
         )
     teacher = Teacher(
         spec=spec,

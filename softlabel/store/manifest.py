@@ -13,24 +13,19 @@ from typing import Any, Literal
 
 import xxhash
 
+from softlabel.common.activation import Activation
+from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.store.columns import ROW_NAMES, Column
 from softlabel.store.differences import differences
 from softlabel.store.encodings import Encoding, Float16
+from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.view_columns import view_columns
 
-FORMAT_NAME = "softlabel-store"
-FORMAT_VERSIONS = (1, 2)  # 2: rows have view columns; stores without them are written as version 1
-ROOT_NAME = "manifest.json"
-ROOT_LIMIT = 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
-SEGMENT_LIMIT = 32 << 20
-SEGMENT_SHARDS = 256  # records after which a segment is sealed
-SEGMENT_BYTES = 1 << 20  # or bytes, when many bad rows make records long
-REASON_LENGTH = 200
+FORMAT_VERSIONS = (1, 2, 3)  # 2: rows have view columns; 3: independent sigmoids; all other stores are version 1
+ROOT_NAME, ROOT_LIMIT = "manifest.json", 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
 SHARD_FILE = re.compile(r"shards/([0-9]{5,12})-([0-9a-f]{32})\.(parquet|h5)")
-SEGMENT_FILE = re.compile(r"segments/([0-9]{5,12})-([0-9a-f]{32})\.json")
-EXTRA_FILE = re.compile(r"extra/([a-z][a-z0-9_]{0,31})-([0-9a-f]{32})\.safetensors")
 
 Format = Literal["parquet", "hdf5"]
 Json = Mapping[str, Any]
@@ -135,6 +130,7 @@ class Run(_FingerprintCache):
     input: str = field(default="image", metadata=OMIT)
     shard_rows: int
     class_names: tuple[str, ...] | None = None
+    activation: Activation = field(default="softmax", metadata=OMIT)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -146,6 +142,7 @@ class Run(_FingerprintCache):
             raise ValueError("shard_rows, views and members: expected at least 1 of each")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
+        self.encoding.check_activation(self.activation)
         if not self.encoding.knows(self.temperature):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
@@ -173,13 +170,20 @@ class Run(_FingerprintCache):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """All columns of a row: the encoding's, then the view's."""
-        return (*self.label_columns, *self.view_columns)
+        """All columns of a row: the encoding's, then the sample's."""
+        return (*self.label_columns, *self.sample_columns)
 
     @property
     def label_columns(self) -> tuple[Column, ...]:
         """The encoding's columns."""
         return self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
+
+    @property
+    def sample_columns(self) -> tuple[Column, ...]:
+        """What a row has beside the teachers' answers, whatever their encoding: hard labels, and what its view is."""
+        if self.activation == "softmax" or not self.dataset.has_labels:
+            return self.view_columns
+        return (Column(name=MULTI_HOT, dtype="|i1", width=self.num_classes), *self.view_columns)
 
     @property
     def view_columns(self) -> tuple[Column, ...]:
@@ -189,7 +193,7 @@ class Run(_FingerprintCache):
     @property
     def format_version(self) -> int:
         """Format version of the stores of this run."""
-        return 2 if self.view_columns else 1
+        return 3 if self.activation == "sigmoid" else 2 if self.view_columns else 1
 
     def fingerprint(self, part: int | None = None) -> str:
         """Return the xxh3-128 of the canonical JSON, of the run as it was at growth `part` if given."""
@@ -323,37 +327,6 @@ class ShardRecord:
 
 def shard_file(number: int, xxh3: str, format: Format) -> str:
     return f"shards/{number:05d}-{xxh3}.{SUFFIX[format]}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentRef:
-    """A segment in the root."""
-
-    file: str
-    shards: int
-    bytes: int
-    xxh3: str
-
-    def __post_init__(self) -> None:
-        found = SEGMENT_FILE.fullmatch(self.file)
-        if not found or found[2] != self.xxh3:
-            raise ValueError(f"file: expected segments/<number>-<xxh3>.json, found {self.file[:80]!r}")
-        if not 0 <= self.bytes <= SEGMENT_LIMIT:
-            raise ValueError(f"bytes: expected at most {SEGMENT_LIMIT}, found {self.bytes}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtraRef:
-    """A safetensors file written once per store (a teacher's head)."""
-
-    file: str
-    bytes: int
-    xxh3: str
-
-    def __post_init__(self) -> None:
-        found = EXTRA_FILE.fullmatch(self.file)
-        if not found or found[2] != self.xxh3:
-            raise ValueError(f"file: expected extra/<name>-<xxh3>.safetensors, found {self.file[:80]!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

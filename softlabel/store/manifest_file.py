@@ -10,9 +10,11 @@ import re
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreError
-from softlabel.store.manifest import FORMAT_NAME, FORMAT_VERSIONS, Manifest, Segment, SegmentRef
+from softlabel.store.file_refs import SegmentRef
+from softlabel.store.manifest import FORMAT_VERSIONS, Manifest, Segment
 from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
 
+FORMAT_NAME = "softlabel-store"
 _ZEROS = b"0" * 32
 _TAIL = re.compile(rb'"checksum": "([0-9a-f]{32})"\n\}\n\Z')
 _REMEDY = "restore the file from a copy, or generate the store again"
@@ -44,9 +46,9 @@ def decode_root(raw: bytes, where: str) -> Manifest:
         if not isinstance(value, dict) or value.get("format") != FORMAT_NAME:
             raise SchemaError(f"expected format {FORMAT_NAME!r}")
         if (version := value.get("format_version")) not in FORMAT_VERSIONS:
-            listed = " and ".join(map(str, FORMAT_VERSIONS))
+            *others, last = map(str, FORMAT_VERSIONS)
             raise StoreError(
-                f"{where}: format version: expected {listed}, found {str(version)[:20]}; "
+                f"{where}: format version: expected {', '.join(others)} or {last}, found {str(version)[:20]}; "
                 "use the softlabel that wrote it, or upgrade"
             )
         del value["checksum"]

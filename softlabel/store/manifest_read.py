@@ -9,19 +9,13 @@ import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreNotFoundError
 from softlabel.store.columns import Array
-from softlabel.store.manifest import (
-    ROOT_LIMIT,
-    ROOT_NAME,
-    SEGMENT_BYTES,
-    SEGMENT_LIMIT,
-    SEGMENT_SHARDS,
-    ExtraRef,
-    Manifest,
-    SegmentRef,
-    ShardRecord,
-)
+from softlabel.store.file_refs import SEGMENT_LIMIT, ExtraRef, SegmentRef
+from softlabel.store.manifest import ROOT_LIMIT, ROOT_NAME, Manifest, ShardRecord
 from softlabel.store.manifest_file import decode_root, decode_segment
 from softlabel.store.storage.base import Folder
+
+SEGMENT_SHARDS = 256  # records after which a segment is sealed
+SEGMENT_BYTES = 1 << 20  # or bytes, when many bad rows make records long
 
 
 def load_root(folder: Folder) -> Manifest:

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from softlabel.errors import StoreError, StoreIncompleteError
-from softlabel.store.manifest import EXTRA_FILE, ROOT_LIMIT, ROOT_NAME, SEGMENT_FILE, SHARD_FILE
+from softlabel.store.file_refs import EXTRA_FILE, SEGMENT_FILE
+from softlabel.store.manifest import ROOT_LIMIT, ROOT_NAME, SHARD_FILE
 from softlabel.store.manifest_read import load_manifest
 from softlabel.store.storage.base import sync, writing
 from softlabel.store.storage.local import LocalFolder

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softlabel.common.keys import Keys, PickedKeys
+from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN, Labels
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.manifest import Run
@@ -44,12 +45,21 @@ class StoredRows:
         return require_read(self.label_data, "label")
 
     @property
+    def hard_labels(self) -> Labels:
+        """int64 (B,) as `labels`, or int8 (B, C) of a run of independent sigmoids: 1, 0, or -1 where unknown."""
+        if self.run.activation == "softmax":
+            return self.labels
+        if not self.run.dataset.has_labels:
+            return np.full((len(self), self.run.num_classes), UNKNOWN, np.int8)
+        return require_read(self.columns.get(MULTI_HOT), MULTI_HOT)
+
+    @property
     def content(self) -> npt.NDArray[np.uint64]:
         return require_read(self.content_data, "content")
 
     @property
     def scaled_logits(self) -> Array:
-        """Logits / temperature up to a constant per row: float32 (B, C), or (B, M, C) if members are kept."""
+        """Logits / temperature, of a softmax up to a constant per row: float32 (B, C), or (B, M, C) of kept members."""
         run = self.run
         names = [column.name for column in run.label_columns]
         if missing := [name for name in names if name not in self.columns]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from softlabel.common.hashing import U64, Hasher
+from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN
 from softlabel.errors import StoreCorruptError, StoreIncompleteError
-from softlabel.store.columns import ROW_NAMES
+from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.formats.base import IGNORE, OpenShard
 from softlabel.store.formats.registry import open_shard
 from softlabel.store.hash_scan import hash_and_scan
@@ -168,7 +169,7 @@ def _hash_file(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool
 
     If False, the logits are checked in the ordinary way, which finds the problem if there is one.
     """
-    column = run.encoding.scanned
+    column = run.encoding.scanned if run.activation == "softmax" else None
     if shard is not None and column is not None and shard.identity.columns == run.columns:
         extents = shard.extents(column)
         if extents and sum(rows for _, rows in extents) == shard.identity.rows:
@@ -193,7 +194,7 @@ def _check_content(
         return "a bad row lies outside its range"
     edges: list[str] = []
     labels = [column.name for column in run.label_columns if not seen]
-    names = [*ROW_NAMES, *labels, *(column.name for column in run.view_columns)]
+    names = [*ROW_NAMES, *labels, *(column.name for column in run.sample_columns)]
     for start, stop in shard.blocks(names):
         part = shard.read(names, start, stop)
         assert part.keys is not None
@@ -210,14 +211,23 @@ def _check_content(
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
             return "a label is negative"
         found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
+        if not found and MULTI_HOT in part.columns:
+            found = _find_multi_hot_problem(part.columns[MULTI_HOT])
         if not (seen or found):
             kept = {name: part.columns[name] for name in labels}
-            found = run.encoding.problem(kept, num_classes=run.num_classes, members=run.members_stored)
+            found = run.encoding.problem(
+                kept, num_classes=run.num_classes, members=run.members_stored, activation=run.activation
+            )
         if found:
             return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
         return "its first or last key differs from the manifest's record"
     return ""
+
+
+def _find_multi_hot_problem(labels_BC: Array) -> str | None:
+    wrong_B = ((labels_BC < UNKNOWN) | (labels_BC > 1)).any(axis=1)
+    return f"row {int(wrong_B.argmax())} of a block: `{MULTI_HOT}` is not -1, 0 or 1" if wrong_B.any() else None
 
 
 def _has_duplicates(hashes: list[U64]) -> bool:

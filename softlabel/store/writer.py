@@ -18,38 +18,32 @@ from typing import Any, Self
 import xxhash
 
 from softlabel.errors import MismatchError, StoreError
+from softlabel.store.file_refs import EXTRA_FILE, SEGMENT_FILE, SEGMENT_LIMIT, ExtraRef, SegmentRef
 from softlabel.store.formats.base import Rows, ShardIdentity, check_rows
 from softlabel.store.formats.registry import format_module
 from softlabel.store.manifest import (
-    EXTRA_FILE,
-    REASON_LENGTH,
     ROOT_LIMIT,
     ROOT_NAME,
-    SEGMENT_BYTES,
-    SEGMENT_FILE,
-    SEGMENT_LIMIT,
-    SEGMENT_SHARDS,
     SHARD_FILE,
     BadRow,
-    ExtraRef,
     Fidelity,
     Json,
     Manifest,
     Run,
     Segment,
-    SegmentRef,
     ShardPlan,
     ShardRecord,
     Totals,
     shard_file,
 )
 from softlabel.store.manifest_file import decode_root, encode_root, encode_segment
-from softlabel.store.manifest_read import check_sizes, load_for_writing
+from softlabel.store.manifest_read import SEGMENT_BYTES, SEGMENT_SHARDS, check_sizes, load_for_writing
 from softlabel.store.orphans import find_orphans, has_content
 from softlabel.store.storage.base import SUBFOLDERS, TEMPORARY, Folder, Lease, file_xxh3, sync, writing
 from softlabel.store.storage.lease import NoLease
 from softlabel.store.storage.open import open_folder, take_lease
 
+REASON_LENGTH = 200
 COMMIT_SECONDS = 1.0  # records that arrive faster are written together
 _EXTRA_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,7 +160,7 @@ class SourceTests:
         assert found == [(one.key, int(one.pixels.sum(dtype=np.int64))) for one in expected]
 
 
-class _Samples(Dataset[tuple[str, int, Tensor]]):
+class _Samples(Dataset[tuple[str, Any, Tensor]]):
     """A map-style dataset over a source, for worker processes."""
 
     def __init__(self, source: Source) -> None:
@@ -168,7 +169,7 @@ class _Samples(Dataset[tuple[str, int, Tensor]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[str, int, Tensor]:
+    def __getitem__(self, index: int) -> tuple[str, Any, Tensor]:
         (sample,) = self.source.read([index])
         return sample.key, sample.label, decode_image(sample.raw)
 

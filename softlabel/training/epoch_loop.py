@@ -193,6 +193,7 @@ class Pass:
                 device=self.ranks.device,
                 precision=student.precision,
                 source=loader.source,
+                activation=self.loader.dataset.activation,
             )
         loader.set_epoch(0)
         for batch in loader:
@@ -215,7 +216,7 @@ class Pass:
     def _publish(self, student: Student) -> None:
         self._active.remove(student)
         if self.ranks.is_first:
-            student.publish(self.num_classes)
+            student.publish(self.num_classes, self.loader.dataset.activation)
 
 
 @contextlib.contextmanager

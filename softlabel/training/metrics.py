@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class EpochMetrics:
         teacher_accuracy: of the soft labels, on the rows that were trained on and have a hard label too.
         teacher_agreement: rows where the student's most probable class, on the augmented image, is the teacher's.
         target_entropy: of the soft labels at the store's temperature, mean in nats.
+        eval_map: mean average precision on the evaluation data, of students with independent outputs, whose
+            `train_accuracy` is the share of known labels that are hit, mean over labelled samples.
     """
 
     epoch: int
@@ -48,6 +50,12 @@ class EpochMetrics:
     teacher_accuracy: float | None = None
     teacher_agreement: float | None = None
     target_entropy: float | None = None
+    eval_map: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """By which evaluations are compared: the accuracy, or mAP."""
+        return self.eval_map if self.eval_accuracy is None else self.eval_accuracy
 
     def line(self, epochs: int, unit: str = "img") -> str:
         """One line of the log; `unit` is that of the samples' kind."""
@@ -57,6 +65,7 @@ class EpochMetrics:
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"eval {self.eval_accuracy:.4f}"] if self.eval_accuracy is not None else []
+        parts += [f"mAP {self.eval_map:.4f}"] if self.eval_map is not None else []
         return "  ".join(
             [*parts, f"lr {self.lr:.4g}", f"{self.images_per_second:,.0f} {unit}/s", f"{self.seconds:.1f} s"]
         )
@@ -105,10 +114,17 @@ class Sums:
 def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
     """The whole history; the file is replaced, so that it never holds an epoch that a resumed run does again."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(EpochMetrics)], lineterminator="\n")
+    names = [field.name for field in fields(EpochMetrics)]
+    if all(epoch.eval_map is None for epoch in history):
+        names.remove("eval_map")  # of other students than those that have it
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: "" if v is None else v for k, v in asdict(epoch).items()} for epoch in history)
+    writer.writerows({k: _cell(getattr(epoch, k)) for k in names} for epoch in history)
     write_atomically(path, text.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else value
 
 
 def read_csv(path: Path) -> list[EpochMetrics]:

@@ -12,6 +12,7 @@ from softlabel.common.random import stream_key
 from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss import LossComponents, distillation_loss_components
+from softlabel.loss.sigmoid import binary_cross_entropy
 from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Counts
 
@@ -73,5 +74,7 @@ class Objective:
     def _cross_entropy(self, logits_BC: Tensor, labels_B: Tensor, labelled: int) -> Tensor:
         # As in the distillation loss, the mean is over labelled rows, and 0 where there is none.
         smoothing = self.config.label_smoothing
+        if labels_B.dim() == 2:
+            return binary_cross_entropy(logits_BC, labels_B, smoothing).sum() / max(labelled, 1)
         total = F.cross_entropy(logits_BC, labels_B, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
         return total / max(labelled, 1)

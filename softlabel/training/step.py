@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softlabel.common.multi_hot import UNKNOWN
 from softlabel.inputs.base import IGNORE, Inputs, InputTransform
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
@@ -56,8 +57,16 @@ def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
     has_target = batch.has_target
     if batch.target is not None:
         has_target = counts_B if has_target is None else counts_B & has_target
-    labels_B = torch.where(counts_B, batch.labels, IGNORE)
-    return replace(batch, labels=labels_B, has_target=has_target, weight=None), counts_B
+    if batch.labels.dim() == 1:
+        labels = torch.where(counts_B, batch.labels, IGNORE)
+    else:
+        labels = torch.where(counts_B[:, None], batch.labels, UNKNOWN)
+    return replace(batch, labels=labels, has_target=has_target, weight=None), counts_B
+
+
+def labelled_rows(labels: Tensor) -> Tensor:
+    """Which rows have a hard label, bool (B,)."""
+    return labels != IGNORE if labels.dim() == 1 else (labels >= 0).any(dim=1)
 
 
 def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts], ...]:
@@ -72,7 +81,7 @@ def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts
             soft = 0
         else:
             soft = counted if batch.has_target is None else int(batch.has_target[part].sum())
-        found.append((part, Counts(rows=counted, soft=soft, hard=int((batch.labels[part] != IGNORE).sum()))))
+        found.append((part, Counts(rows=counted, soft=soft, hard=int(labelled_rows(batch.labels[part]).sum()))))
     return tuple(found)
 
 

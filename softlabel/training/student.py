@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.activation import Activation
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluation.metrics import Evaluation
+from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.models.precision import computing
@@ -177,6 +179,9 @@ class Student:
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             best_B = logits_BC.argmax(dim=1)
+            correct_B = (
+                best_B == batch.labels if batch.labels.dim() == 1 else _measure_share_right(logits_BC, batch.labels)
+            )
             # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
             self._sums.add(
                 here.rows,
@@ -185,7 +190,7 @@ class Student:
                 losses.soft * here.soft,
                 here.hard,
                 losses.hard * here.hard,
-                (best_B == batch.labels).sum(),
+                correct_B.sum(),
                 0 if top_B is None else (best_B == top_B).sum(),
                 teacher_sums=work.teacher_sums if part.start == 0 else None,
             )
@@ -228,11 +233,12 @@ class Student:
             eval_accuracy=evaluation.accuracy if evaluation is not None else None,
             eval_cross_entropy=evaluation.cross_entropy if evaluation is not None else None,
             eval_calibration_error=evaluation.calibration_error if evaluation is not None else None,
+            eval_map=evaluation.mean_average_precision if isinstance(evaluation, MultiLabelEvaluation) else None,
         )
         self.history.append(metrics)
-        if metrics.eval_accuracy is not None:
-            if self.best is None or metrics.eval_accuracy > self.best:
-                self.best, self._evaluations_since = metrics.eval_accuracy, 0
+        if metrics.score is not None:
+            if self.best is None or metrics.score > self.best:
+                self.best, self._evaluations_since = metrics.score, 0
                 if self.ranks.is_first:
                     run_folder.save_weights(self.folder / run_folder.BEST, self.evaluated)
             else:
@@ -285,18 +291,30 @@ class Student:
         self._sums = Sums(self.device, state["sums"] if self.ranks.is_first else None)
         self.history = [EpochMetrics(**epoch) for epoch in state["history"]]
 
-    def publish(self, num_classes: int) -> None:
+    def publish(self, num_classes: int, activation: Activation) -> None:
         """Write the finished student, so that its folder is a SPEC."""
         model = self.evaluated
         if self.shared.select == "best":
             run_folder.load_weights(self.folder / run_folder.BEST, model)
-        description = replace(self._network, num_classes=num_classes, preprocessing=self.preprocessing.to_dict())
+        description = replace(
+            self._network,
+            num_classes=num_classes,
+            preprocessing=self.preprocessing.to_dict(),
+            activation=activation,
+        )
         try:
             save_run(self.folder, model, description)
         except OSError as error:
             raise TrainingError(
                 f"{self.folder}: the student cannot be written: {error}; the same command resumes"
             ) from error
+
+
+def _measure_share_right(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
+    """Of each row the share of its known labels that the outputs hit at probability 0.5, 0 without any: (B,)."""
+    known_BC = labels_BC >= 0
+    right_BC = known_BC & ((logits_BC > 0) == (labels_BC > 0))
+    return right_BC.sum(dim=1) / known_BC.sum(dim=1).clamp_min(1)
 
 
 def _optimizer(config: StudentConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -42,9 +42,9 @@ class StudentResult:
 
     @property
     def best(self) -> EpochMetrics | None:
-        """The epoch with the highest evaluation accuracy."""
-        measured = [epoch for epoch in self.history if epoch.eval_accuracy is not None]
-        return max(measured, key=lambda epoch: epoch.eval_accuracy or 0.0, default=None)
+        """The epoch with the highest evaluation accuracy, or mAP."""
+        measured = [epoch for epoch in self.history if epoch.score is not None]
+        return max(measured, key=lambda epoch: epoch.score or 0.0, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,8 @@ def _row(student: StudentResult) -> dict[str, str]:
         "state": "failed" if student.failure is not None else "done",
         "epochs": str(last.epoch) if last is not None else "0",
         "accuracy": number(last.eval_accuracy if last is not None else None),
-        "best": number(student.best.eval_accuracy if student.best is not None else None),
+        **({} if last is None or last.eval_map is None else {"mAP": number(last.eval_map)}),
+        "best": number(student.best.score if student.best is not None else None),
         "agreement": number(last.teacher_agreement if last is not None else None),
         "loss": number(last.loss if last is not None else None),
         "soft": number(last.soft_loss if last is not None else None),

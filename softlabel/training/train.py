@@ -255,6 +255,8 @@ def _num_classes(source: Source, store: Store | None) -> int:
     """How many classes the student gets, checked against the labels that it will see."""
     labels_N = source.labels()
     highest = int(labels_N.max(initial=-1))
+    if source.label_width is not None or (store is not None and store.run.activation == "sigmoid"):
+        return _count_outputs(source, store, highest)
     if store is not None:
         classes, where = store.run.num_classes, f"the store {store.path} has"
     elif source.class_names is not None:
@@ -271,6 +273,22 @@ def _num_classes(source: Source, store: Store | None) -> int:
         )
     if store is None and highest < 0:
         raise DataError(f"{source.name}: no sample has a label; give soft labels with --labels STORE")
+    return classes
+
+
+def _count_outputs(source: Source, store: Store | None, highest: int) -> int:
+    """The same of a student with independent outputs; the loader holds the labels against the store's classes."""
+    if store is None:
+        assert source.label_width is not None
+        if highest < 0:
+            raise DataError(f"{source.name}: no sample has a label; give soft labels with --labels STORE")
+        return source.label_width
+    classes = store.run.num_classes
+    if source.label_width is None and highest >= max(classes, 2):
+        raise MismatchError(
+            f"{source.name}: has label {highest}, the store {store.path} has {classes} classes; use the labels of this "
+            "data, or --ignore-labels"
+        )
     return classes
 
 

@@ -59,7 +59,7 @@ def test_arrays_that_are_no_images(array: np.ndarray, reason: str, tmp_path: Pat
 def test_labels_and_keys(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"], file["fine"], file["ids"] = PIXELS, np.array([[0], [1], [-1], [2], [1], [0]]), np.arange(6) * 11
-        file["few"], file["soft"] = np.arange(5), np.ones((6, 10))
+        file["few"], file["soft"] = np.arange(5), np.full((6, 10), 0.5)
     where = f"{tmp_path / 'a.h5'}?images=x"
     assert not open_source(where).has_labels
     source = open_source(f"{where}&labels=fine&keys=ids")
@@ -67,7 +67,7 @@ def test_labels_and_keys(tmp_path: Path) -> None:
     assert source.keys() == ["0", "11", "22", "33", "44", "55"]
     for option, reason in {
         "labels=few": r"expected 6 integers, found int64 of shape \(5,\)",
-        "labels=soft": r"found float64 of shape \(6, 10\)",
+        "labels=soft": r"expected 1, 0 or -1 \(not known\) for each class, found 0.5 for class 0 of row 0",
         "keys=few": "expected 6 strings or integers",
         "keys=fine": "expected 6 strings or integers",
         "labels=nothing": "no dataset 'nothing'; the file has few, fine, ids, soft, x",

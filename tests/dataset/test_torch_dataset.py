@@ -97,7 +97,7 @@ def test_every_shape_of_item(item: Any, label: int) -> None:
         ((PIXELS, "cat"), "expected a class number, found str"),
         ((PIXELS, {"boxes": []}), "expected a class number, found dict"),
         ((PIXELS, 0.5), "expected a class number, found float"),
-        ((PIXELS, torch.zeros(10)), "expected a class number, found Tensor"),
+        ((PIXELS, torch.full((10,), 0.5)), "expected 1, 0 or -1 .not known. for each class, found 0.5"),
         ((PIXELS, -5), "found -5"),
         ((), "found an empty tuple"),
         ({"picture": PIXELS}, "expected items with 'image', .*found picture"),

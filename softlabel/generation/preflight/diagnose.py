@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.multi_hot import Labels
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.preflight.sample import Trial
@@ -91,8 +92,9 @@ def _split_synonyms(name: str) -> set[str]:
 
 
 def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:
-    """Diagnose every teacher on the labelled images of a sample; empty if there are none."""
-    if not any((batch.labels != IGNORE).any() for batch in trial.batches):
+    """Diagnose every teacher on the labelled images of a sample; empty if there are none, or if an image may have
+    several classes at once, so that no one of them is the right one."""
+    if labeller.run.activation == "sigmoid" or not any((batch.labels != IGNORE).any() for batch in trial.batches):
         return ()
     return tuple(_diagnose_teacher(labeller, number, trial) for number in range(len(labeller.teachers)))
 
@@ -124,10 +126,12 @@ def _diagnose_teacher(labeller: Labeller, number: int, trial: Trial) -> Diagnosi
     )
 
 
-def _evaluate_logits(logits_BC: Tensor, labels_B: NDArray[np.int64]) -> _Predictions:
+def _evaluate_logits(logits_BC: Tensor, labels_B: Labels) -> _Predictions:
     known_B = labels_B != IGNORE
     best = torch.softmax(logits_BC.double().cpu(), dim=1).max(dim=1)
-    return _Predictions(top=best.indices.numpy()[known_B], sure=best.values.numpy()[known_B], labels=labels_B[known_B])
+    return _Predictions(
+        top=best.indices.numpy()[known_B], sure=best.values.numpy()[known_B], labels=labels_B[known_B].astype(np.int64)
+    )
 
 
 def _evaluate_teacher(teacher: Teacher, labeller: Labeller, batches: Sequence[DecodedBatch]) -> _Predictions:

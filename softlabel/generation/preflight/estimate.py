@@ -87,7 +87,7 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
         UsageError: the encoding stores the hidden layer, but the teacher's output is not that of its last layer.
     """
     run = job.run
-    meter = FidelityMeter(temperature=run.temperature, encoding=encoding)
+    meter = FidelityMeter(temperature=run.temperature, encoding=encoding, activation=run.activation)
     scaled_logits_RC, hidden_RD, head = trial.scaled_logits.reshape(-1, run.num_classes), None, None
     if encoding.from_hidden:
         lane = _make_head_lane(job, encoding)
@@ -109,7 +109,7 @@ def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
     """Yield the cost of every encoding that fits the teachers."""
     run, teachers = job.run, job.labeller.teachers
     for kind in Encoding.kinds.values():
-        if kind.from_hidden and len(teachers) > 1:
+        if (kind.from_hidden and len(teachers) > 1) or (run.activation == "sigmoid" and not kind.sigmoid):
             continue
         for encoding in kind.offers(num_classes=run.num_classes, temperature=run.temperature):
             try:

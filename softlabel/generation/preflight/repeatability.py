@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.ensemble import AGREEMENT
 from softlabel.generation.input_reader import DecodedBatch
@@ -26,6 +27,8 @@ _REREAD = 32  # images
 # not rounding of a quantised network.
 _MOST_CHANGED = 0.05
 _MOST_MOVED = 0.1
+# Outputs between 0 and 1 that are further apart are values of a sigmoid.
+_SPREAD, _SPREAD_OF_RARE = 0.5, 0.05
 _FEWEST_VALUES = 16  # outputs needed to judge their range
 
 
@@ -68,7 +71,10 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
     full = [batch for batch in trial.batches if batch.keys]
     first, rows_K, other = _change_company(full, labeller.batch_size)
     (logits_MBC,) = labeller.lane.logits([other])
-    remarks = [text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _check_range(z, t))]
+    activation = labeller.run.activation
+    remarks = [
+        text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _check_range(z, t, activation))
+    ]
     if len(rows_K) == 0:
         return tuple(remarks)
     asked_KC = labeller.lane.combine([logits_BC[-len(rows_K) :] for logits_BC in logits_MBC]).cpu()
@@ -87,14 +93,15 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
                 "without it"
             )
         if _relative_difference(once_KC, moved_KC) > limit:
-            changed = float((once_KC.argmax(dim=-1) != moved_KC.argmax(dim=-1)).float().mean())
+            changed = float((_decide(once_KC, activation) != _decide(moved_KC, activation)).float().mean())
+            decisions = "have another top class" if activation == "softmax" else "of their classes change sides"
             text = (
                 f"{teacher.spec.text}: its logits for an image depend on the others in the batch: in another batch the "
                 f"logits of {len(rows_K)} samples differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
-                f"{changed:.0%} have another top class (is it quantised dynamically, or does it normalise over the "
+                f"{changed:.0%} {decisions} (is it quantised dynamically, or does it normalise over the "
                 "batch?)"
             )
-            if changed > _MOST_CHANGED or _max_moved_probability(once_KC, moved_KC) > _MOST_MOVED:
+            if changed > _MOST_CHANGED or _max_moved_probability(once_KC, moved_KC, activation) > _MOST_MOVED:
                 raise TeacherError(
                     f"{text}; give a network that treats samples independently (quantised statically, in evaluation "
                     "mode), or label with --batch-size 1"
@@ -138,17 +145,26 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
     return _max_difference(a, b) / (1 + largest)
 
 
-def _max_moved_probability(a: Tensor, b: Tensor) -> float:
-    """Return the largest total variation between the distributions of an image."""
+def _decide(logits_KC: Tensor, activation: Activation) -> Tensor:
+    """Return the top class (K,), or which classes are more probable than not (K, C)."""
+    return logits_KC.argmax(dim=-1) if activation == "softmax" else logits_KC > 0
+
+
+def _max_moved_probability(a: Tensor, b: Tensor, activation: Activation) -> float:
+    """Return the largest total variation between the distributions of an image, or difference of one class's
+    probability."""
+    if activation == "sigmoid":
+        return float((a.float().sigmoid() - b.float().sigmoid()).abs().max())
     return float((torch.softmax(a.float(), dim=-1) - torch.softmax(b.float(), dim=-1)).abs().sum(dim=-1).max() / 2)
 
 
-def _check_range(logits_BC: Tensor, teacher: Teacher) -> str | None:
+def _check_range(logits_BC: Tensor, teacher: Teacher, activation: Activation) -> str | None:
     """Return a finding if the range of a network's output is not that of logits; raise TeacherError for a sigmoid."""
     if logits_BC.numel() < _FEWEST_VALUES or not bool((logits_BC >= 0).all()):
         return None
     lowest, highest = float(logits_BC.min()), float(logits_BC.max())
     found = f"{teacher.spec.text}: expected logits, found values from {lowest:.3g} to {highest:.3g}, none below 0"
-    if highest <= 1 and highest - lowest > 0.5:
+    # Of several classes at once most are rare: their logits are below 0, and all probabilities may be small.
+    if highest <= 1 and highest - lowest > (_SPREAD if activation == "softmax" else _SPREAD_OF_RARE):
         raise TeacherError(f"{found} and none above 1, as of a sigmoid; return the input of the sigmoid")
     return f"{found} (percentages, probabilities, or the output of a ReLU?)"

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.activation import Activation
+from softlabel.common.multi_hot import Labels, is_labelled, to_multi_hot
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.pipeline import fit_batch
-from softlabel.inputs.base import IGNORE
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to time
@@ -38,7 +39,7 @@ class Trial:
         batches: the first `BATCHES` decoded batches.
         indices: of their samples, including bad ones.
         scaled_logits: float32 (R, C), or (R, M, C) if members are kept, of every decodable image.
-        labels: int64 (R,), -100 for none.
+        labels: int64 (R,), -100 for none; of independent sigmoids int8 (R, C): 1, 0, or -1 if unknown.
         sampled: number of images, including bad ones.
         bad: images that cannot be decoded.
         decoding: seconds per image, in one process.
@@ -48,7 +49,7 @@ class Trial:
     batches: tuple[DecodedBatch, ...]
     indices: tuple[NDArray[np.int64], ...]
     scaled_logits: Tensor
-    labels: NDArray[np.int64]
+    labels: Labels
     sampled: int
     bad: tuple[BadRow, ...]
     decoding: float
@@ -63,19 +64,27 @@ class Trial:
     @property
     def top(self) -> NDArray[np.int64]:
         """The most probable class of each row, int64 (R,)."""
-        mixed_RC = self.scaled_logits.mean(dim=1) if self.scaled_logits.dim() == 3 else self.scaled_logits
-        top_R: NDArray[np.int64] = mixed_RC.argmax(dim=-1).numpy()
+        top_R: NDArray[np.int64] = self._mixed.argmax(dim=-1).numpy()
         return top_R
 
     @property
+    def _mixed(self) -> Tensor:
+        """(R, C)."""
+        return self.scaled_logits.mean(dim=1) if self.scaled_logits.dim() == 3 else self.scaled_logits
+
+    @property
     def labelled(self) -> int:
-        return int((self.labels != IGNORE).sum())
+        return int(is_labelled(self.labels).sum())
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy of the soft labels on rows with a hard label; None if there are none."""
-        known_R = self.labels != IGNORE
-        return float((self.top == self.labels)[known_R].mean()) if known_R.any() else None
+        """Accuracy of the soft labels on rows with a hard label, of independent sigmoids on known labels; None if there
+        are none."""
+        known = self.labels >= 0
+        if not known.any():
+            return None
+        top = self.top if self.labels.ndim == 1 else self._mixed.numpy() > 0
+        return float((top == self.labels)[known].mean())
 
 
 def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -107,7 +116,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     batches: list[DecodedBatch] = []
     indices: list[NDArray[np.int64]] = []
     scaled: list[Tensor] = []
-    labels: list[NDArray[np.int64]] = []
+    labels: list[Labels] = []
     bad: list[BadRow] = []
     sampled = timed = labelled = 0
     decoding = forward = 0.0
@@ -117,7 +126,8 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         decoded = time.perf_counter()
         if batch.keys:
             scaled.append(labeller.lane.scaled_logits(batch).cpu())
-            labels.append(batch.labels)
+            sigmoid = labeller.run.activation == "sigmoid"
+            labels.append(to_multi_hot(batch.labels, labeller.run.num_classes) if sigmoid else batch.labels)
         ended = time.perf_counter()
         sampled, bad = sampled + len(indices_B), [*bad, *batch.bad]
         alone = len(indices_B) == len(labeller.source)
@@ -150,7 +160,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     )
 
 
-def refuse_equal(trial: Trial, name: str) -> None:
+def refuse_equal(trial: Trial, name: str, activation: Activation) -> None:
     """Check that the images and rows of a sample differ.
 
     Raises:
@@ -170,7 +180,8 @@ def refuse_equal(trial: Trial, name: str) -> None:
             "format (few of 16 bits in use: '?bits=12'), or give --no-preflight if they are right"
         )
     logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
-    shifted = np.nan_to_num(logits - logits.max(axis=-1, keepdims=True), neginf=-1e4)
+    shifts = logits.max(axis=-1, keepdims=True) if activation == "softmax" else 0
+    shifted = np.nan_to_num(logits - shifts, neginf=-1e4)
     equal = _count_equal(shifted.reshape(len(shifted), -1), _SAME_LOGITS)
     if len(shifted) >= _FEW and equal >= _NEARLY_ALL * len(shifted):
         raise TeacherError(

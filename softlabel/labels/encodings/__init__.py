@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softlabel.errors import UsageError
 from softlabel.labels.encodings import float16, float32, head, int8, sampled, topk
-from softlabel.labels.encodings.base import Answers, Coder, Columns, Reading, measure_decoded
+from softlabel.labels.encodings.base import Answers, Coder, Columns, Reading, measure_decoded, measure_sigmoids
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 
 __all__ = ["Answers", "Coder", "Reading", "decode", "encode", "measure", "register"]
@@ -58,10 +58,13 @@ def decode(columns: Mapping[str, Tensor], encoding: Encoding, reading: Reading) 
 
 
 def measure(scaled_logits_RC: Tensor, columns: Mapping[str, Tensor], encoding: Encoding, reading: Reading) -> Tensor:
-    """What the columns lose of the logits at `reading.at`, in nats: float64 (R,); see `measure_decoded`."""
+    """What the columns lose of the logits at `reading.at`, in nats: float64 (R,); see `measure_decoded`, and, of
+    independent outputs, `measure_sigmoids`."""
     coder = _CODERS[type(encoding)]
     if encoding.exact:
         return scaled_logits_RC.new_zeros(len(scaled_logits_RC), dtype=torch.float64)
+    if reading.activation == "sigmoid":
+        return measure_sigmoids(scaled_logits_RC, coder.decode(encoding, columns, reading), reading.factor)
     if coder.nats is not None:
         return coder.nats(scaled_logits_RC, columns, reading.factor)
     decoded_RC = coder.decode(encoding, columns, reading)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from softlabel.common.activation import Activation
 from softlabel.store.columns import index_dtype
 from softlabel.store.encodings import Encoding
 
@@ -25,8 +27,8 @@ class Answers:
     """What a teacher says of rows.
 
     Attributes:
-        scaled_logits: float32 (R, C), the row's maximum subtracted: near zero, where most of the probability is,
-            float16 is finest. -inf masks a class.
+        scaled_logits: float32 (R, C). Of a softmax the row's maximum is subtracted: near zero, where most of the
+            probability is, float16 is finest; -inf masks a class. Of independent sigmoids they are as they are, finite.
         temperature: the store's, that the logits were divided by.
         seeds: int64 (R,), from each row's identity; there for an encoding that is drawn.
         hidden: (R, D), what enters the teacher's last linear layer; there for an encoding from it.
@@ -47,6 +49,7 @@ class Reading:
     temperature: float
     at: float
     head: tuple[Tensor, Tensor] | None = None
+    activation: Activation = "softmax"
 
     @property
     def factor(self) -> float:
@@ -92,13 +95,21 @@ def decode_dense(encoding: Encoding, columns: Mapping[str, Tensor], reading: Rea
 
 def to_half(values: Tensor) -> Tensor:
     # Beyond float16's range a finite logit stays finite, so that -inf always means a masked class.
-    return torch.where(values == -torch.inf, values, values.clamp_min(LOWEST_HALF)).half()
+    return torch.where(values == -torch.inf, values, values.clamp(LOWEST_HALF, -LOWEST_HALF)).half()
 
 
 def to_ids(index_RK: Tensor, num_classes: int) -> Tensor:
     kind = _TORCH[index_dtype(num_classes)]
     assert num_classes - 1 <= torch.iinfo(kind).max
     return index_RK.to(kind)
+
+
+def measure_sigmoids(scaled_logits_RC: Tensor, decoded_RC: Tensor, factor: float) -> Tensor:
+    """KL(teacher || decoded) of independent outputs in nats, mean over the classes: float64 (R,)."""
+    t_RC = scaled_logits_RC.double() * factor
+    on_RC = t_RC.sigmoid() * (F.logsigmoid(t_RC) - F.logsigmoid(decoded_RC))
+    off_RC = (-t_RC).sigmoid() * (F.logsigmoid(-t_RC) - F.logsigmoid(-decoded_RC))
+    return (on_RC + off_RC).mean(dim=-1).clamp_min(0.0)
 
 
 def _kl(teacher_RC: Tensor, decoded_RC: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from softlabel.store.encodings.int8 import EXACT
 
 # The 255 steps are spent on the logits within this distance of the row's maximum, in logits at temperature 1 (and at
 # least a quarter of it after scaling): further down a class has no probability at any temperature in use.
+# Of independent sigmoids they are spent on the logits within this distance of 0.
 _RANGE = 128.0
 
 
@@ -22,7 +23,7 @@ def encode(encoding: Int8, answers: Answers) -> dict[str, Tensor]:
     num_classes = scaled_logits_RC.shape[1]
     top_value_RX, top_index_RX = scaled_logits_RC.topk(min(EXACT, num_classes), dim=1)
     lowest = -_RANGE / min(answers.temperature, 4.0)
-    others_RC = scaled_logits_RC.clamp_min(lowest).scatter(1, top_index_RX, torch.nan)
+    others_RC = scaled_logits_RC.clamp(lowest, -lowest).scatter(1, top_index_RX, torch.nan)
     high_R1 = others_RC.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
     low_R1 = others_RC.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
     scale_R1 = (high_R1 - low_R1) / 254

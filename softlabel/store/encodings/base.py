@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from softlabel.common.activation import Activation
 from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.strict_json import Tagged
 
@@ -30,6 +31,7 @@ class Encoding(Tagged, ABC):
         exact: a row gives back the very float32 numbers that were encoded.
         drawn: a row is drawn at random, from a seed of its own: only its expectation is the teacher's.
         sparse: a row names some of the classes.
+        sigmoid: a row may hold the logits of independent sigmoids, which are not relative to its maximum.
         from_hidden: a row is what enters the last linear layer of one teacher, not logits.
         extra: name of the safetensors file that all shards share; None: there is none.
         scanned: the column that `is_clean` judges while a file is hashed, where it is the only one.
@@ -39,6 +41,7 @@ class Encoding(Tagged, ABC):
     exact: ClassVar[bool] = False
     drawn: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
+    sigmoid: ClassVar[bool] = False
     from_hidden: ClassVar[bool] = False
     extra: ClassVar[str | None] = None
     scanned: ClassVar[str | None] = None
@@ -53,6 +56,10 @@ class Encoding(Tagged, ABC):
 
     def check_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:
         """What may not be in columns (R, W): findings, of which those without a wrong row say nothing."""
+        yield from check_values(columns, num_classes)
+
+    def check_sigmoid_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:
+        """The same of rows of independent sigmoids, of which every number is finite."""
         yield from check_values(columns, num_classes)
 
     def is_clean(self, rows_RW: Array) -> bool:
@@ -82,6 +89,15 @@ class Encoding(Tagged, ABC):
 
     def knows(self, temperature: float) -> bool:
         return self.declared is None or find_temperature(self.declared, temperature) is not None
+
+    def check_activation(self, activation: Activation) -> None:
+        """Raises ValueError where a row cannot hold the logits of such outputs."""
+        if activation == "sigmoid" and not self.sigmoid:
+            possible = ", ".join(name for name, kind in self.kinds.items() if kind.sigmoid)
+            raise ValueError(
+                f"encoding {self.name!r}: stores a softmax over the classes, found independent sigmoids; take "
+                f"{possible}"
+            )
 
     def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Encoding":
         """The encoding with those parameters filled in that were left to the store's temperature or to the `width` of
@@ -127,11 +143,14 @@ class Encoding(Tagged, ABC):
         logits_RC = self.decode_rows(flat, num_classes=num_classes, temperature=temperature, extra=extra)
         return logits_RC.reshape(-1, members, num_classes) if kept else logits_RC
 
-    def problem(self, columns: Columns, *, num_classes: int, members: int = 1) -> str | None:
+    def problem(
+        self, columns: Columns, *, num_classes: int, members: int = 1, activation: Activation = "softmax"
+    ) -> str | None:
         """What is wrong with stored values, None when nothing."""
         flat = _by_member(columns, members)
+        check = self.check_rows if activation == "softmax" else self.check_sigmoid_rows
         if any(len(array) for array in flat.values()):
-            for wrong_R, text in self.check_rows(flat, num_classes):
+            for wrong_R, text in check(flat, num_classes):
                 if wrong_R.any():
                     return f"row {int(wrong_R.argmax()) // members} of a block: {text}"
         return None

@@ -20,6 +20,7 @@ class Float16(Encoding):
     """`logits` float16 (C,)."""
 
     name: ClassVar[str] = "float16"
+    sigmoid: ClassVar[bool] = True
     scanned: ClassVar[str | None] = "logits"
 
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:

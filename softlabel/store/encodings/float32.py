@@ -15,6 +15,7 @@ class Float32(Encoding):
     """`logits` float32 (C,)."""
 
     name: ClassVar[str] = "float32"
+    sigmoid: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:

@@ -19,6 +19,7 @@ class Head(Encoding):
     out."""
 
     name: ClassVar[str] = "head"
+    sigmoid: ClassVar[bool] = True
     from_hidden: ClassVar[bool] = True
     extra: ClassVar[str | None] = "head"
 

@@ -20,6 +20,7 @@ class Int8(Encoding):
     """`q * scale + offset` for each class, `top_value` in place of it at `top_index`."""
 
     name: ClassVar[str] = "int8"
+    sigmoid: ClassVar[bool] = True
 
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:
         exact = min(EXACT, num_classes)
@@ -40,4 +41,8 @@ class Int8(Encoding):
     def check_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:
         yield from check_values(columns, num_classes, masked=("top_value",))
         yield from check_maximum(columns, "top_value")
+        yield from check_distinct(columns, "top_index")
+
+    def check_sigmoid_rows(self, columns: Columns, num_classes: int) -> Iterator[Finding]:
+        yield from check_values(columns, num_classes)
         yield from check_distinct(columns, "top_index")
