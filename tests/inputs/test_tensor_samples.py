@@ -160,7 +160,7 @@ def test_images_of_many_bands(tmp_path: Path) -> None:
         -1, 1, 1
     )
     assert_labels(tmp_path / "labels", model, cropped.float())
-    with pytest.raises(UsageError, match="'TrivialAugmentWide' is of 8-bit RGB images"):
+    with pytest.raises(UsageError, match="'TrivialAugmentWide' is for 8-bit RGB images"):
         softlabel.generate(data, teachers=[teacher], out=tmp_path / "views", device="cpu", augment="trivial", views=2)
 
 
