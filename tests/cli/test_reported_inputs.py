@@ -268,7 +268,7 @@ LISTS = [
         make=metadata_beside_images,
         says=(
             "'train/metadata.csv' lists images with labels, .* --data d/train/metadata.csv uses them",
-            r"'captions.jsonl' lists images with columns file_name, text, .*'d/captions.jsonl\?label=COLUMN' takes it",
+            r"'captions.jsonl' lists images with columns file_name, text, .*'d/captions.jsonl\?label=COLUMN' uses it",
         ),
     ),
 ]

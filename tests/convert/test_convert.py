@@ -249,7 +249,7 @@ def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path
     for name in ("warm", "hdf5", "dense"):
         found = whole(tmp_path / name).take(np.arange(50)).scaled_logits
         np.testing.assert_allclose(softmax(found), softmax(logits / 9.0), atol=1e-6)
-    with pytest.raises(MismatchError, match="encoding 'head' holds what enters"):
+    with pytest.raises(MismatchError, match="encoding 'head' stores the input"):
         convert_store(tmp_path / "dense", tmp_path / "x", encoding=Head(width=6, hidden="float16"))
 
 
@@ -265,7 +265,7 @@ def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:
         (MismatchError, "keeps its members, found 3 combined", logits, {"weights": [1, 1, 1]}),
         (
             MismatchError,
-            "combined by rule 'logits' and keeps no members",
+            "combine: expected 'logits', by which its members were combined",
             logits,
             {"combine": "probs", "temperature": 2},
         ),

@@ -74,7 +74,7 @@ def test_labels_and_keys(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=reason):
             open_source(f"{where}&{option}")
-    with pytest.raises(DataError, match="there is no dataset 'images'"):
+    with pytest.raises(DataError, match="no dataset 'images'"):
         open_source(tmp_path / "a.h5")
     with pytest.raises(SpecError, match="unknown option key"):
         open_source(f"{where}&key=index")

@@ -118,7 +118,7 @@ def test_lists_that_are_no_array_are_bad_samples(tmp_path: Path) -> None:
         ("inputs=age,income&label=age", "column 'age' is an input and the label"),
         ("inputs=age,label", "column 'label' is an input and the label"),
         ("inputs=age&image=person", "image= names encoded images, inputs= columns of numbers"),
-        ("inputs=age&exif=ignore", "are of encoded images, and these are numbers as they are"),
+        ("inputs=age&exif=ignore", "are for encoded images, these are numbers"),
         ("label=label", "or columns of numbers with '[?]inputs=COLUMN,COLUMN'"),
     ],
 )

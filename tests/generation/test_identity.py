@@ -123,7 +123,7 @@ def test_other_images_under_the_same_keys_are_refused(form: str, tmp_path: Path,
     for place in [*places, add] if form == "array" else places:  # extend takes a SOURCE alone
         if place is not add:  # which would change the store
             place(data)
-        with pytest.raises(SoftLabelError, match=r"not the one|not what was labelled|12 changed"):
+        with pytest.raises(SoftLabelError, match=r"not the one|differs from|12 changed"):
             place(other)
     if form == "array":
         add(data)
