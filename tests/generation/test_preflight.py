@@ -169,7 +169,10 @@ def test_a_store_that_would_not_fit_is_refused_before_anything_is_labelled(ready
         options = command(ready, disk / "store")
         done = run_softlabel(*options, code=1)
         (line,) = drop_source_lines(done.stderr)
-        need, free = (int(n.replace(",", "")) for n in re.findall(r"([0-9,]+) (?:bytes|free)", line))
+        need, free = (
+            int(n.replace(",", ""))
+            for n in re.search(r"expected ([0-9,]+) free bytes .*, found ([0-9,]+);", line).groups()
+        )
         assert need == ROWS * (8 + 24 + len("image-00000.jpg"))
         assert free < 64 * 1024 - 50 * 1024
         assert "--encoding" in done.stderr

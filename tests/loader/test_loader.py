@@ -398,7 +398,7 @@ def test_whole_numbers_are_looked_up_as_their_digits(tmp_path: Path) -> None:
     store = write_logits(tmp_path / "store", ["5", "17", "x"], draw_logits(3, 3))
     for keys in ([17, 5], np.array([17, 5]), ["17", 5], np.array([17, 5], dtype=object)):
         assert store.lookup(keys).tolist() == [1, 0]
-    with pytest.raises(UsageError, match=r"expected a list of keys, found the text '17'; write \['17'\]"):
+    with pytest.raises(UsageError, match=r"expected a list of keys, found the string '17'; pass \['17'\]"):
         store.lookup("17")
     for wrong in ([17.0], [True], [None]):
         with pytest.raises(DataError, match="key"):
