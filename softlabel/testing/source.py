@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset import Source, open_source
-from softlabel.inputs.base import IGNORE, Sample
-from softlabel.inputs.content import content_hash
-from softlabel.inputs.image_decode import decode_image
+from softlabel.inputs.base import IGNORE, InputKind, Sample
+from softlabel.inputs.image_decode import IMAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,13 +40,13 @@ class ExpectedSample:
 
     Attributes:
         key: its key.
-        pixels: uint8 (H, W, 3), its image decoded.
+        pixels: uint8 (H, W, 3), its image decoded; of a source of arrays its numbers, in the type that they have there.
         label: its class, -100 for none.
         encoded: the bytes of its image file; None where the source gives pixels.
     """
 
     key: str
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[Any]
     label: int = IGNORE
     encoded: bytes | None = None
 
@@ -55,7 +55,7 @@ class ExpectedSample:
         if self.encoded is not None:
             return xxhash.xxh3_64_intdigest(self.encoded)
         shape = "x".join(map(str, self.pixels.shape))
-        seed = xxhash.xxh3_64_intdigest(f"|u1 {shape}".encode())
+        seed = xxhash.xxh3_64_intdigest(f"{self.pixels.dtype.str} {shape}".encode())
         return xxhash.xxh3_64_intdigest(self.pixels.tobytes(), seed) >> 16 << 16 | 0x7870
 
 
@@ -112,8 +112,10 @@ class SourceTests:
     def test_samples_are_read_in_any_order(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         n = len(expected)
         for indices in ([], [n // 2], list(range(n)), [n - 1, 0, n // 2, n // 2, 1], list(range(n // 3, n // 2))):
-            check_samples(source.read(indices), [expected[index] for index in indices])
-            check_samples(source.read(np.array(indices, np.int64)), [expected[index] for index in indices])
+            check_samples(source.read(indices), [expected[index] for index in indices], source.inputs)
+            check_samples(
+                source.read(np.array(indices, np.int64)), [expected[index] for index in indices], source.inputs
+            )
 
     def test_opened_again_it_is_the_same(
         self, make_source: Callable[[], Source], source: Source, expected: Sequence[ExpectedSample]
@@ -124,8 +126,8 @@ class SourceTests:
             source.class_names,
             source.fingerprint(),
         )
-        check_samples(again.read([1, 0]), [expected[1], expected[0]])
-        check_samples(source.read([2, 1]), [expected[2], expected[1]])
+        check_samples(again.read([1, 0]), [expected[1], expected[0]], source.inputs)
+        check_samples(source.read([2, 1]), [expected[2], expected[1]], source.inputs)
 
     def test_blocks_cover_the_samples_once(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         blocks = source.blocks()
@@ -142,22 +144,22 @@ class SourceTests:
     def test_a_pickled_copy_reads_on(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([0])  # what is open now must not be in the pickle
         copy = pickle.loads(pickle.dumps(source))
-        check_samples(copy.read([len(expected) - 1, 1]), [expected[-1], expected[1]])
-        check_samples(source.read([2]), [expected[2]])
+        check_samples(copy.read([len(expected) - 1, 1]), [expected[-1], expected[1]], source.inputs)
+        check_samples(source.read([2]), [expected[2]], source.inputs)
 
     def test_worker_processes_read_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([0, len(expected) // 2])  # what is open now must not be used by forked children
         loader = DataLoader(_Samples(source), batch_size=None, num_workers=2)
         found = list(loader)
         assert [(key, label) for key, label, _ in found] == [(one.key, one.label) for one in expected]
-        for (_, _, image_CHW), one in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(image_CHW.permute(1, 2, 0).numpy(), one.pixels)
-        check_samples(source.read([len(expected) - 1]), [expected[-1]])
+        for (_, _, decoded), one in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(decoded.numpy(), one.pixels)
+        check_samples(source.read([len(expected) - 1]), [expected[-1]], source.inputs)
 
     def test_a_process_that_inherits_nothing_reads_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([1])
         found = start_process().submit(sum_pixels, source).result()
-        assert found == [(one.key, int(one.pixels.sum(dtype=np.int64))) for one in expected]
+        assert found == [(one.key, float(one.pixels.sum(dtype=np.float64))) for one in expected]
 
 
 class _Samples(Dataset[tuple[str, Any, Tensor]]):
@@ -171,15 +173,22 @@ class _Samples(Dataset[tuple[str, Any, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[str, Any, Tensor]:
         (sample,) = self.source.read([index])
-        return sample.key, sample.label, decode_image(sample.raw)
+        return sample.key, sample.label, torch.from_numpy(decode(sample, self.source.inputs))
 
 
-def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample]) -> None:
-    """Compare what a source has read: keys, labels, pixels and content hashes."""
+def decode(sample: Sample, kind: InputKind) -> NDArray[Any]:
+    """Decode a sample as its source's kind does: an image (H, W, 3), or an array."""
+    item, _ = kind.decode(sample)
+    assert isinstance(item, Tensor)
+    return item.permute(1, 2, 0).numpy() if kind is IMAGES else item.numpy()
+
+
+def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample], kind: InputKind = IMAGES) -> None:
+    """Compare what a source of a kind has read: keys, labels, decoded samples and content hashes."""
     assert [(sample.key, sample.label) for sample in samples] == [(one.key, one.label) for one in expected]
     for sample, one in zip(samples, expected, strict=True):
-        np.testing.assert_array_equal(decode_image(sample.raw).permute(1, 2, 0).numpy(), one.pixels)
-        assert content_hash(sample.raw) == one.hash_content(), f"{one.key}: the image's bytes or pixels differ"
+        np.testing.assert_array_equal(decode(sample, kind), one.pixels)
+        assert kind.content_hash(sample.raw) == one.hash_content(), f"{one.key}: the image's bytes or pixels differ"
 
 
 def hash_keys(keys: Iterable[str]) -> str:
@@ -188,10 +197,10 @@ def hash_keys(keys: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(len(key).to_bytes(4, "little") + key for key in encoded))
 
 
-def sum_pixels(source: Source) -> list[tuple[str, int]]:
-    """The keys of all samples and the sums of their pixels, in another process."""
+def sum_pixels(source: Source) -> list[tuple[str, float]]:
+    """The keys of all samples and the sums of their numbers, in another process."""
     samples = source.read(range(len(source)))
-    return [(sample.key, int(decode_image(sample.raw).sum())) for sample in samples]
+    return [(sample.key, float(decode(sample, source.inputs).sum(dtype=np.float64))) for sample in samples]
 
 
 @cache

@@ -73,7 +73,7 @@ def test_a_store_is_planned_made_looked_at_and_kept(one: Set) -> None:
     assert "1 samples differ from the labelled ones: 20" in one.run("verify", "labels", "--data", other, code=3)
     sorted((one.folder / "labels/shards").iterdir())[1].unlink()
     others = one.write("others", one.array + 1)
-    assert "is not what was labelled there" in one.run("repair", "labels", "--data", others, "--device", "cpu", code=2)
+    assert "differs from what was labelled" in one.run("repair", "labels", "--data", others, "--device", "cpu", code=2)
     grown = one.write("grown", np.concatenate([one.array, one.array[:8] + 1]))
     one.run("repair", "labels", "--device", "cpu")
     printed = one.run("generate", "--data", grown, *labelling, "--out", "labels", *placed, "--grow")

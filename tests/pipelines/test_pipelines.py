@@ -62,3 +62,18 @@ def test_a_hugging_face_model_trains_in_its_trainer(digits: Path) -> None:
     output = run("hf_trainer.py", digits, "--out", "runs/vit", "--epochs", 12)
     assert float(re.search(r"accuracy ([0-9.]+)", output)[1]) > 0.4  # type: ignore[index]
     assert (digits / "runs/vit/model.safetensors").is_file()
+
+
+def test_a_network_learns_a_table_from_a_forest(tmp_path: Path) -> None:
+    pytest.importorskip("skl2onnx", reason="writes scikit-learn's forests as ONNX")
+    pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
+    script = ROOT / "pipelines" / "table_student.py"
+    assert len(script.read_text().splitlines()) < 150
+    done = subprocess.run(
+        [sys.executable, str(script), "--out", "demo", "--epochs", "40", "--trees", "30"],
+        cwd=tmp_path, env=make_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    accuracies = re.findall(r"^(forest|student, .*?) +([0-9.]+) ", done.stdout, flags=re.MULTILINE)
+    assert [name for name, _ in accuracies] == ["forest", "student, hard labels alone", "student, soft labels"]
+    assert all(float(accuracy) > 0.7 for _, accuracy in accuracies)
