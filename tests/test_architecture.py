@@ -19,7 +19,7 @@ LABELS = f"{GROUND} store models dataset views labels"
 MAY_IMPORT = {
     "errors": ("", ""),
     "common": ("errors", "numpy pyarrow torch"),
-    "inputs": ("errors", "torch torchvision numpy PIL xxhash"),
+    "inputs": ("errors", "torch torchvision numpy PIL xxhash tokenizers"),
     "loss": ("errors", "torch triton"),
     "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
     "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime"),
@@ -198,6 +198,7 @@ def test_import_is_light() -> None:
         "torchvision",
         "timm",
         "transformers",
+        "tokenizers",
         "onnx",
         "onnxruntime",
         "pytest",

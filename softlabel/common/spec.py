@@ -19,7 +19,9 @@ from urllib.parse import unquote
 
 from softlabel.errors import SpecError
 
-KINDS = ("torchvision", "zoo", "timm", "hf", "python", "run")
+KINDS = ("torchvision", "zoo", "timm", "hf", "text", "python", "run")
+# Kinds whose name may be a folder, which brings its own weights.
+_FOLDERS = ("run", "hf", "text")
 # Suffix -> kind of files that hold a whole network, program and weights.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options about where weights come from; they do not change the network.
@@ -46,7 +48,7 @@ class Spec:
     @property
     def identity(self) -> str:
         """The SPEC without the location of its weights: a store is identified by their hash."""
-        local = self.kind in ("run", *PROGRAMS.values()) or (self.kind == "hf" and os.path.isdir(self.name))
+        local = self.kind in ("run", "text", *PROGRAMS.values()) or (self.kind == "hf" and os.path.isdir(self.name))
         name = os.path.basename(os.path.normpath(self.name)) if local else self.name
         options = {key: value for key, value in self.options.items() if key not in _PLACES}
         return Spec(kind=self.kind, name=name, options=options).text
@@ -68,7 +70,7 @@ def parse_spec(text: str) -> Spec:
             f"or a file that ends in {' or '.join(PROGRAMS)}; for example zoo:resnet20@weights.th"
         )
     head, options = split_options(rest, subject=text)
-    if kind in ("run", "hf"):
+    if kind in _FOLDERS:
         # The folder holds the weights, and its name may contain an @.
         name, at, checkpoint = head, "", ""
     else:
@@ -79,7 +81,7 @@ def parse_spec(text: str) -> Spec:
         raise SpecError(f"{text!r}: expected the path of a checkpoint after '@', found nothing")
     return Spec(
         kind=kind,
-        name=os.path.expanduser(name) if kind in ("run", "hf") else name,
+        name=os.path.expanduser(name) if kind in _FOLDERS else name,
         checkpoint=os.path.expanduser(checkpoint) or None,
         options=options,
     )

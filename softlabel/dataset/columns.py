@@ -14,6 +14,10 @@ from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.multi_hot_columns import find_multi_hot_columns
 from softlabel.dataset.table import check_input_columns
 from softlabel.errors import DataError, SpecError
+from softlabel.inputs.base import InputKind
+from softlabel.inputs.image_decode import IMAGES
+from softlabel.inputs.tensor import TENSORS
+from softlabel.inputs.text import TEXTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,8 @@ class Columns:
     """Where in the schema the sample, its key and its label are; None for a key that is the row number, or no label.
 
     Attributes:
-        inputs: the column of encoded images, or, with `numbers`, those of the numbers that a sample consists of.
+        inputs: the column of encoded images, or those of the numbers, or the one or two of the texts, of a sample.
+        kind: which of these.
         other_labels: columns that sound like labels too.
         no_labels: columns that sound like labels, and hold more than one class a row.
         candidates: columns of numbers or texts, where there is no label.
@@ -29,7 +34,7 @@ class Columns:
     """
 
     inputs: tuple[str, ...]
-    numbers: bool
+    kind: InputKind
     key: str | None
     label: str | None
     class_names: tuple[str, ...] | None
@@ -51,26 +56,31 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
         DataError: a column is missing, ambiguous or has the wrong type.
     """
     features = _read_features(schema)
-    if numbers := "inputs" in asked:
-        inputs, key = _input_columns(schema, asked, name), None
+    inputs: tuple[str, ...]
+    kind: InputKind
+    if "inputs" in asked:
+        inputs, key, kind = _input_columns(schema, asked, name), None, TENSORS
+    elif texts := _text_columns(schema, features, asked, name):
+        inputs, key, kind = texts, None, TEXTS
     else:
+        kind = IMAGES
         inputs, key = _image_and_key(schema, features, asked.get("image"), name)
     if "key" in asked:
         key = None if asked["key"] == "index" else asked["key"]
-    if key is not None and not _is_key(kind := plain(_find_field(schema, key, name).type)):
+    if key is not None and not _is_key(found := plain(_find_field(schema, key, name).type)):
         raise DataError(
-            f"{name}: column {key!r}: expected strings or integers for the keys, found {kind}; "
+            f"{name}: column {key!r}: expected strings or integers for the keys, found {found}; "
             "number the rows with '?key=index'"
         )
     several = find_multi_hot_columns({field.name: field.type for field in schema}, asked, name)
     label, others = (several[0], ()) if several else _find_label_column(schema, features, asked.get("label"), name)
-    if numbers and (both := next((one for one in (label, *several) if one in inputs), None)):
+    if kind is not IMAGES and (both := next((one for one in (label, *several) if one in inputs), None)):
         raise SpecError(f"{name}: column {both!r} is an input and the label; choose another with '?label=COLUMN|none'")
     taken = {*inputs, inputs[0].partition(".")[0], key, *others}
     candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
     return Columns(
         inputs=inputs,
-        numbers=numbers,
+        kind=kind,
         key=key,
         label=label,
         class_names=several if len(several) > 1 else _class_names(features, label),
@@ -79,6 +89,26 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
         candidates=tuple(candidates) if label is None else (),
         multi_hot=several,
     )
+
+
+def _text_columns(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: Mapping[str, str], name: str
+) -> tuple[str, ...]:
+    """The column of texts, and that of the second of each pair; none where the file has images."""
+    words = [word for word in ("text", "text_pair") if word in asked]
+    if not words:
+        if "image" in asked or "text" not in schema.names or _image_columns(schema, features):
+            return ()
+        kind = plain(schema.field("text").type)
+        return ("text",) if pa.types.is_string(kind) or pa.types.is_large_string(kind) else ()
+    if "image" in asked:
+        raise SpecError(f"{name}: image= names encoded images, {words[0]}= columns of texts; give one of them")
+    columns = (asked.get("text", "text"), *([asked["text_pair"]] if "text_pair" in asked else []))
+    for column in columns:
+        kind = plain(_find_field(schema, column, name).type)
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{name}: column {column!r}: expected texts, found {kind}; name theirs with '?text='")
+    return columns
 
 
 def _input_columns(schema: pa.Schema, asked: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -140,14 +170,19 @@ def _find_field(schema: pa.Schema, path: str, name: str) -> pa.Field:
     raise DataError(f"{name}: no column {path!r}; the file has {', '.join(schema.names)}")
 
 
+def _image_columns(schema: pa.Schema, features: dict[str, Mapping[str, Any]]) -> list[str]:
+    noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
+    return noted or [column for column in ("image", "img") if column in schema.names]
+
+
 def _find_image_column(schema: pa.Schema, features: dict[str, Mapping[str, Any]], name: str) -> str:
     noted = [column for column, feature in features.items() if feature.get("_type") == "Image"]
-    found = noted or [column for column in ("image", "img") if column in schema.names]
+    found = _image_columns(schema, features)
     if len(found) == 1 or (found and not noted):
         return found[0]
     raise DataError(
         f"{name}: expected one image column, found {', '.join(found) or 'none'} among {', '.join(schema.names)}; "
-        "name it with '?image=COLUMN', or columns of numbers with '?inputs=COLUMN,COLUMN'"
+        "name it with '?image=COLUMN', columns of numbers with '?inputs=COLUMN,COLUMN', or texts with '?text=COLUMN'"
     )
 
 

@@ -4,6 +4,9 @@
                                         Hugging Face image layout
     FILE.parquet?inputs=COLUMN[,COLUMN...][&label=COLUMN|none&key=COLUMN]
                                         a table: the numbers of these columns side by side, or one column of lists
+    FILE.parquet?text=COLUMN[&text_pair=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
+                                        texts, or pairs of them; FILE.csv, .tsv and .jsonl likewise. A Parquet file
+                                        without images whose column is called text needs no word
     FILE.tar[?image=EXT&label=FIELD|.EXT|none&key=shard|index&classes=FILE]
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
@@ -42,6 +45,7 @@ from softlabel.dataset.parquet import ParquetSource
 from softlabel.dataset.source import Source
 from softlabel.dataset.subset import PartSource
 from softlabel.dataset.suffixes import LIST_SUFFIXES
+from softlabel.dataset.text import TextFileSource
 from softlabel.dataset.torch_dataset import DatasetSource, open_digits, open_torchvision
 from softlabel.dataset.webdataset import TarSource
 from softlabel.errors import SpecError
@@ -123,6 +127,8 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
         if is_url(name):
             raise SpecError(f"{text}: expected .parquet or .tar files behind a URL, found {suffix}; download it first")
         if os.path.isfile(name):
+            if options.keys() & {"text", "text_pair"}:
+                return TextFileSource(name, options, name=text, ignore_labels=ignore_labels)
             open_one = open_list if suffix in LIST_SUFFIXES else ArraySource
             return open_one(name, options, name=text, ignore_labels=ignore_labels)
     found = list_source(name, options, subject=text)

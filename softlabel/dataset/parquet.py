@@ -36,10 +36,11 @@ from softlabel.dataset.multi_hot_columns import read_multi_hot
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.dataset.table import read_rows
+from softlabel.dataset.text import text_rows
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Raw, Sample
-from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
+from softlabel.inputs.text import TEXTS
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
@@ -65,7 +66,9 @@ class ParquetSource(Source):
                 self._open.update(enumerate(pool.map(self._open_file, range(len(files)))))
         schemas = [self._get_file(number).schema_arrow for number in range(len(files))]
         asked: dict[str, str] = {
-            k: options.pop(k) for k in ("image", "inputs", "key", "label", "labels") if k in options
+            k: options.pop(k)
+            for k in ("image", "inputs", "text", "text_pair", "key", "label", "labels")
+            if k in options
         }
         classes = options.pop("classes", None)
         ignored = ignore_labels or asked.get("label") == "none"
@@ -73,7 +76,7 @@ class ParquetSource(Source):
             asked = {**asked, "label": "none"}
             asked.pop("labels", None)
         self._columns = find_columns(schemas[0], asked, name)
-        self.inputs = TENSORS if self._columns.numbers else IMAGES
+        self.inputs = self._columns.kind
         if classes is not None and not ignored:
             self._columns = self._set_class_names(read_classes(classes, subject=name))
         self._numbers = number_classes(self._columns.class_names)
@@ -167,8 +170,10 @@ class ParquetSource(Source):
     def _raws(self, group: int, rows_R: NDArray[np.int64]) -> list[Raw]:
         """What the columns of some rows of a group hold as samples."""
         taken = [self._read_column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
-        if self._columns.numbers:
+        if self.inputs is TENSORS:
             return read_rows(self._columns.inputs, taken)
+        if self.inputs is TEXTS:
+            return text_rows(taken)
         return [_NO_BYTES if image is None else image for image in taken[0].to_pylist()]
 
     def _read_keys(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:

@@ -27,8 +27,11 @@ from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
 from softlabel.inputs.base import IGNORE, InputKind, Sample
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
+from softlabel.inputs.text import TEXTS
 
 _TRIED = 100  # items tried until one can be read
+# As Hugging Face datasets have them; a pair before its halves.
+_TEXT_NAMES = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",))
 _IMAGE_NAMES = ("image", "img", "pixel_values")
 
 
@@ -247,10 +250,12 @@ def _split_item(item: Any, name: str) -> tuple[Any, Any]:
         holding = next((k for k in _IMAGE_NAMES if k in item), None)
         if holding is not None:
             return item[holding], label
+        if (texts := next((names for names in _TEXT_NAMES if all(name in item for name in names)), None)) is not None:
+            return item[texts[0]] if len(texts) == 1 else tuple(item[name] for name in texts), label
         inputs = {key: value for key, value in item.items() if key != chosen}
         if not inputs or not all(_is_numbers(value) and not _is_pixels(value) for value in inputs.values()):
             raise DataError(
-                f"{name}: expected items with 'image', or with arrays named like a network's inputs, found "
+                f"{name}: expected items with 'image', 'text', or arrays named like a network's inputs, found "
                 f"{', '.join(map(str, item))}"
             )
         return inputs, label
@@ -269,6 +274,8 @@ def _find_kind(value: Any) -> InputKind:
     """Return whether items are images, uint8 (H, W) or (H, W, C), or other numbers."""
     if isinstance(value, Mapping):
         return TENSORS
+    if isinstance(value, str | tuple):
+        return TEXTS
     if isinstance(value, np.ndarray | Tensor):
         return IMAGES if _is_pixels(value) else TENSORS
     return IMAGES

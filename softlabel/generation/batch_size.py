@@ -15,6 +15,7 @@ from softlabel.inputs.base import Inputs
 log = logging.getLogger("softlabel")
 
 _SMALLEST, _LARGEST = 8, 4096
+_LARGEST_OF_BUCKETS = 256  # each length has a batch that is not full, which is filled up
 _GAIN = 1.03  # minimal speed-up of a doubling
 _SECONDS = 0.2  # duration of a trial
 _SAMPLES = 64  # samples tried to find one that can be decoded
@@ -28,7 +29,7 @@ def find_batch_size(members: Members, reader: InputReader, tuning: Tuning) -> in
         TeacherError: the smallest batch does not fit.
     """
     samples = _read_one(reader)
-    most = min(_LARGEST, max(_SMALLEST, len(reader.source)))
+    most = min(_LARGEST_OF_BUCKETS if members.has_buckets else _LARGEST, max(_SMALLEST, len(reader.source)))
     found: dict[int, float] = {}
     size = _SMALLEST
     with using_threads(tuning.lanes(members.device)[1]):

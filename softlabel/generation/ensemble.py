@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +95,20 @@ class Members:
                 for inputs, answers in zip(batches, found, strict=True):
                     answers.append(there.logits(*self._upload([inputs[transform]])))
         return found
+
+    def answers(self, transform: int, batches: Sequence[Inputs]) -> dict[int, list[Tensor]]:
+        """Logits (B, C) of each batch, by the number of the member, of the members that take one transform."""
+        found: dict[int, list[Tensor]] = {}
+        for number, (teacher, own) in enumerate(zip(self.teachers, self.transform_of, strict=True)):
+            if own == transform:
+                with _on_device(teacher, self.device) if self.in_turn else nullcontext(teacher) as there:
+                    found[number] = [there.logits(*self._upload([inputs])) for inputs in batches]
+        return found
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether samples are computed at lengths of their own."""
+        return any(transform.buckets for transform in self.transforms)
 
     def upload(self, batches: Sequence[Inputs]) -> list[Inputs]:
         return self._upload(batches)
@@ -249,6 +263,8 @@ def compile_members(teachers: Sequence[Teacher], *, head: bool) -> None:
     for teacher in teachers:
         if isinstance(teacher.model, Program):
             raise UsageError(f"compile: {teacher.spec.text} is a program file, not a torch module; leave out --compile")
+        if teacher.preprocessing.buckets:
+            raise UsageError(f"compile: {teacher.spec.text} takes batches of many lengths; leave out --compile")
         teacher.model.compile(dynamic=False)
 
 

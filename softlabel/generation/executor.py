@@ -49,6 +49,7 @@ class LocalExecutor:
                 progress.add_shard(
                     rows=len(shard.rows.keys), bad=shard.bad, correct=shard.correct, labelled=shard.labelled
                 )
+                progress.truncated += shard.truncated
 
     def complete(self, shard: LabelledShard) -> LabelledShard:
         """Return the shard to write; a subclass may add to it."""

@@ -58,6 +58,11 @@ class DecodedBatch:
     bad: tuple[BadRow, ...]
     columns: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
+    @property
+    def truncated(self) -> int:
+        """How many of them are longer than a member takes."""
+        return max((inputs.truncated for inputs in self.inputs), default=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputReader:
@@ -104,7 +109,7 @@ class InputReader:
             keys=[sample.key for sample in kept],
             labels=stack_labels([sample.label for sample in kept], self.source.label_width),
             content=decoded.content[[there[number] for number in shapely]],
-            inputs=inputs,
+            inputs=tuple(one.cut(batch) for one, batch in zip(self.transforms, inputs, strict=False)),
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
                 for place in sorted(reasons)

@@ -11,6 +11,7 @@ logits.
 Legend: B batch, C classes, H height, M members, R rows (B, or B * M where members are kept apart), W width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -27,6 +28,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT, Labels, is_labelled, to_multi_hot
 from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
+from softlabel.generation.buckets import Piece, cut_into_pieces, put_back
 from softlabel.generation.config import BadImagePolicy
 from softlabel.generation.ensemble import Members
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
@@ -43,6 +45,7 @@ from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
+_MOST_REGROUPED = 1 << 15  # samples of a window
 _UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 
@@ -59,6 +62,7 @@ class LabelledShard:
     fidelity: Fidelity | None
     correct: int
     labelled: int
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,7 @@ class BatchLabels:
     views: dict[str, NDArray[Any]]
     columns: Download | None
     checks: Download | None
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +120,7 @@ class Lane:
             if self.head is None:
                 answers = self.logits(full)
             else:
-                captured = [self._compute_hidden(batch) for batch in full]
+                captured = self._compute_hidden(full)
                 answers, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
         with progress.spend("encoding"), torch.inference_mode():
             encoded = iter([self._encode(plan, *each) for each in zip(full, answers, hidden, strict=True)])
@@ -123,11 +128,33 @@ class Lane:
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
         """Return logits of each batch and member, float32 (len(batch.keys), C)."""
+        if self.members.has_buckets:
+            return self._logits_in_buckets(batches)
         answers = self.members.logits([self._pad(batch) for batch in batches])
         return [
             [logits_BC[: len(batch.keys)] for logits_BC in logits_MBC]
             for batch, logits_MBC in zip(batches, answers, strict=True)
         ]
+
+    def _logits_in_buckets(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
+        columns: dict[int, list[Tensor]] = {}  # number of the member -> of each batch
+        for number in range(len(self.members.transforms)):
+            pieces = self._cut_into_pieces(batches, number)
+            answers = self.members.answers(number, [piece.inputs for piece in pieces])
+            sizes = [len(batch.keys) for batch in batches]
+            columns |= {member: put_back(found, pieces, sizes) for member, found in answers.items()}
+        return [[columns[member][place] for member in sorted(columns)] for place in range(len(batches))]
+
+    def share_filled(self, batch: DecodedBatch) -> float:
+        """Of what is computed for a batch alone, the share that is its samples': long runs fill nearly all of it."""
+        if not self.members.has_buckets:
+            return 1.0
+        pieces = [len(self._cut_into_pieces([batch], number)) for number in range(len(self.members.transforms))]
+        return len(batch.keys) * len(pieces) / (self.batch_size * sum(pieces))
+
+    def _cut_into_pieces(self, batches: Sequence[DecodedBatch], number: int) -> list[Piece]:
+        inputs = [batch.inputs[number] for batch in batches]
+        return cut_into_pieces(self.members.transforms[number], inputs, self.batch_size) if inputs else []
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
         """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, on the device.
@@ -147,7 +174,7 @@ class Lane:
             UsageError: they are not the output of the last linear layer.
         """
         assert self.head is not None
-        logits_BC, hidden_BD = self._compute_hidden(batch)
+        ((logits_BC, hidden_BD),) = self._compute_hidden([batch])
         self.check_finite(_find_wrong([logits_BC], self.run.activation).cpu().numpy(), batch.keys)
         if not self.head.explains(logits_BC, hidden_BD):
             self.head.refuse()
@@ -179,10 +206,16 @@ class Lane:
                     f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
                 )
 
-    def _compute_hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
+    def _compute_hidden(self, batches: Sequence[DecodedBatch]) -> list[tuple[Tensor, Tensor]]:
         assert self.head is not None
-        logits_BC, hidden_BD = self.head.logits(self.members.upload(self._pad(batch))[0])
-        return logits_BC[: len(batch.keys)], hidden_BD[: len(batch.keys)]
+        sizes = [len(batch.keys) for batch in batches]
+        if self.members.has_buckets:
+            pieces = self._cut_into_pieces(batches, 0)
+            found = [self.head.logits(*self.members.upload([piece.inputs])) for piece in pieces]
+            sides = [put_back(side, pieces, sizes) for side in zip(*found, strict=True)]
+            return list(zip(*sides, strict=True))
+        found = [self.head.logits(*self.members.upload(self._pad(batch))) for batch in batches]
+        return [(logits[:size], hidden[:size]) for (logits, hidden), size in zip(found, sizes, strict=True)]
 
     def _pad(self, batch: DecodedBatch) -> list[Inputs]:
         # A constant shape keeps labels independent of a shard's end, and compiles teachers only once.
@@ -262,8 +295,14 @@ class Labeller:
         for start in range(plan.start, plan.stop, self.batch_size):
             yield Span(view=plan.view, start=start, stop=min(start + self.batch_size, plan.stop))
 
-    def batches_together(self) -> int:
-        """Return how many batches a lane labels at once: one, or as many as fit in memory if members run in turn."""
+    def batches_together(self, plan: ShardPlan) -> int:
+        """Return how many batches of a shard a lane labels at once: one, or as many as fit in memory if members run in
+        turn or samples are regrouped by length."""
+        if self.members.has_buckets:
+            # Equal windows for the lanes, as large as possible: each length of a window has one batch that is not full.
+            rows, (lanes, _) = plan.stop - plan.start, self.tuning.lanes(self.members.device)
+            windows = lanes * math.ceil(rows / _MOST_REGROUPED)
+            return math.ceil(rows / (self.batch_size * windows))
         if not self.members.in_turn:
             return 1
         examples = [transform.example(1) for transform in self.reader.transforms]
@@ -322,6 +361,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         fidelity=fidelity.result(),
         correct=correct,
         labelled=labelled,
+        truncated=sum(part.truncated for part in parts),
     )
 
 
@@ -334,6 +374,7 @@ def _make_labels(batch: DecodedBatch, columns: Download | None, checks: Download
         views=batch.columns,
         columns=columns,
         checks=checks,
+        truncated=batch.truncated,
     )
 
 

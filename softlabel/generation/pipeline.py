@@ -97,8 +97,9 @@ def _halve_batch(labeller: Labeller, error: Exception) -> Labeller:
 def _label_overlapped(
     plans: Sequence[ShardPlan], labeller: Labeller, workers: int, progress: Progress
 ) -> Iterator[LabelledShard]:
-    together = labeller.batches_together()
-    work = ((plan, group) for plan in plans for group in _iter_groups(labeller.spans(plan), together))
+    work = (
+        (plan, group) for plan in plans for group in _iter_groups(labeller.spans(plan), labeller.batches_together(plan))
+    )
     answers = _run_lanes(work, labeller, workers, progress)
     counted = 0  # images of an unfinished shard
 

@@ -64,11 +64,12 @@ class Progress:
         images: labelled or bad; a shard that is labelled twice counts once.
         shards, rows: written.
         correct, labelled: rows whose top class is the hard label, and rows with a hard label.
+        truncated: rows of samples longer than a teacher takes.
         first_bad: the first image without a row.
     """
 
     def __init__(self, *, total: int = 0, done: int = 0, show: bool | None = False, unit: str = "sample") -> None:
-        self.images = self.shards = self.rows = self.correct = self.labelled = 0
+        self.images = self.shards = self.rows = self.correct = self.labelled = self.truncated = 0
         self.first_bad: BadRow | None = None
         self.bare_rate: float | None = None
         self._spent = dict.fromkeys(ACTIVITIES, 0.0)

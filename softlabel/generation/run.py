@@ -174,6 +174,14 @@ def label_missing(
 
 
 def _report_bad(done: Progress, out: str, *, any_row: bool) -> None:
+    if done.truncated:
+        log.warning(
+            "warning: %s: %d of %d texts are longer than a teacher takes and were labelled by their beginning; "
+            "'?max_length=N' in its SPEC takes more",
+            out,
+            done.truncated,
+            done.images,
+        )
     first = done.first_bad
     if not any_row:
         reason = f"; the first, {first.key!r}: {first.reason}" if first else ""

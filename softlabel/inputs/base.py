@@ -19,11 +19,15 @@ from softlabel.errors import BadImageError
 IGNORE = -100  # label of an unlabelled sample
 
 
+# One text, or a pair of them.
+Text: TypeAlias = str | tuple[str, str]
 # A sample as a source has it: encoded bytes, pixels or numbers of a dataset that decodes by itself, arrays by the names
 # of a network's inputs, or why it could not be read.
-Raw: TypeAlias = bytes | Image.Image | NDArray[Any] | Tensor | Mapping[str, Any] | BadImageError
+Raw: TypeAlias = bytes | Text | Image.Image | NDArray[Any] | Tensor | Mapping[str, Any] | BadImageError
 # A decoded sample, without a batch axis.
-Item: TypeAlias = Tensor | dict[str, Tensor]
+Item: TypeAlias = Tensor | dict[str, Tensor] | Text
+# In the shape that a network takes.
+Fitted: TypeAlias = Tensor | dict[str, Tensor]
 # Decoded, uint8: (B, 3, H, W), or B of (3, H, W) of any sizes.
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -76,9 +80,14 @@ class Inputs:
     """B samples as a network takes them: tensors by name, each with B as its first axis.
 
     A network with one input is called with its tensor, one with several by their names.
+
+    Attributes:
+        tensors: by the names of the network's inputs.
+        truncated: of a batch that was just collated: how many samples were longer than the network takes.
     """
 
     tensors: Mapping[str, Tensor]
+    truncated: int = 0
 
     @classmethod
     def single(cls, tensor: Tensor) -> Self:
@@ -213,7 +222,7 @@ class InputTransform(ABC):
         """Whether samples of every size come out with the same one."""
 
     @abstractmethod
-    def fit(self, item: Item, *, fixed: bool = False) -> Item:
+    def fit(self, item: Item, *, fixed: bool = False) -> Fitted:
         """A decoded sample in this network's shape; the same tensor where it has it already.
 
         Args:
@@ -226,8 +235,22 @@ class InputTransform(ABC):
         """
 
     @abstractmethod
-    def collate(self, items: Sequence[Item]) -> Inputs:
+    def collate(self, items: Sequence[Fitted]) -> Inputs:
         """Samples of one shape as a batch."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Lengths that a batch may have, where the samples of a batch are brought to one of several: what a network
+        answers to a sample is always computed at the sample's own. Empty: all have one shape."""
+        return ()
+
+    def bucket_of(self, inputs: Inputs) -> Tensor:
+        """int64 (B,): which of the `buckets` each sample belongs to."""
+        raise NotImplementedError(f"{self.kind}: samples have one shape")
+
+    def cut(self, inputs: Inputs, bucket: int | None = None) -> Inputs:
+        """A batch at the length of a bucket, or of the longest that a sample of it needs."""
+        return inputs
 
     @abstractmethod
     def finish(self, inputs: Inputs) -> Inputs:

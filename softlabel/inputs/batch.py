@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
-from softlabel.inputs.base import InputKind, Inputs, InputTransform, Item, Sample
+from softlabel.inputs.base import Fitted, InputKind, Inputs, InputTransform, Item, Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,7 +89,7 @@ def collate_samples(
         first = items[0]
         if all(transform.fit(first, fixed=fixed) is first for transform in transforms):
             return (Inputs.single(items),) * len(transforms), {}
-    batches: list[list[Item]] = [[] for _ in transforms]
+    batches: list[list[Fitted]] = [[] for _ in transforms]
     failed: dict[int, str] = {}
     for place, item in enumerate(items):
         try:
@@ -109,7 +109,7 @@ def collate_samples(
     return tuple(transform.collate(batch) for transform, batch in pairs if batch), failed
 
 
-def shape_of(item: Item) -> tuple[Any, ...]:
+def shape_of(item: Fitted) -> tuple[Any, ...]:
     """Of a decoded sample; of several arrays, each behind its name."""
     if isinstance(item, Tensor):
         return item.shape

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.inputs.base import Inputs, InputTransform, Item
+from softlabel.inputs.base import Fitted, Inputs, InputTransform, Item
 from softlabel.inputs.tensor import check_mean_std
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
@@ -177,7 +177,7 @@ class Preprocessing(InputTransform):
         resized_CHW: Tensor = transforms.resize(image_CHW, size, interpolation=mode, antialias=True)
         return resized_CHW
 
-    def collate(self, items: Sequence[Item]) -> Inputs:
+    def collate(self, items: Sequence[Fitted]) -> Inputs:
         """uint8 (B, 3, H, W), channels last."""
         return Inputs.single(stack_images(items))  # type: ignore[arg-type]
 

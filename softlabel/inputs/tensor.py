@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.inputs.base import InputKind, Inputs, InputTransform, Item, Raw, Sample
+from softlabel.inputs.base import Fitted, InputKind, Inputs, InputTransform, Item, Raw, Sample
 from softlabel.inputs.content import hash_array, hash_values
 
 _MOST_BANDS = 64
@@ -159,12 +159,14 @@ class TensorTransform(InputTransform):
         """Any shape is passed on."""
         return False
 
-    def fit(self, item: Item, *, fixed: bool = False) -> Item:
+    def fit(self, item: Item, *, fixed: bool = False) -> Fitted:
         """The sample itself.
 
         Raises:
             DataError: it has another number of channels than mean and std, or several arrays.
         """
+        if isinstance(item, str | tuple):
+            raise DataError("expected arrays of numbers, found a text; give a network of texts")
         if self.mean is not None:
             if not isinstance(item, Tensor):
                 raise DataError(f"mean= and std= are of one array, found {', '.join(item)}; leave them out")
@@ -174,7 +176,7 @@ class TensorTransform(InputTransform):
                 )
         return item
 
-    def collate(self, items: Sequence[Item]) -> Inputs:
+    def collate(self, items: Sequence[Fitted]) -> Inputs:
         """Stacked, by name where there are several arrays."""
         first = items[0]
         if isinstance(first, Tensor):

@@ -8,10 +8,12 @@ from softlabel.inputs.base import InputKind, InputTransform
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.text import TEXTS, TextTransform
 
-_TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform]] = {
+_TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTransform]] = {
     Preprocessing.kind: Preprocessing,
     TensorTransform.kind: TensorTransform,
+    TextTransform.kind: TextTransform,
 }
 
 
@@ -28,5 +30,14 @@ def transform_of(found: Mapping[str, Any]) -> InputTransform:
 
 
 def default_transform(kind: InputKind) -> InputTransform:
-    """What takes samples of a kind as they are: pixels as numbers from 0 to 1, arrays of numbers unchanged."""
+    """What takes samples of a kind as they are: pixels as numbers from 0 to 1, arrays of numbers unchanged.
+
+    Raises:
+        SpecError: of texts, which only a tokenizer makes numbers of.
+    """
+    if kind is TEXTS:
+        raise SpecError(
+            "preprocessing: texts need a network's tokenizer; give preprocessing="
+            "softlabel.models.teacher.student_preprocessing('text:FOLDER', kind='text')"
+        )
     return Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if kind is IMAGES else TensorTransform()

@@ -91,7 +91,9 @@ class JoinedDataset(Dataset[Batch]):
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
-        self._preprocessing, self._augment, self._seed = preprocessing, augment, seed
+        self._transform = preprocessing or default_transform(source.inputs)
+        self._reported = False  # that texts are truncated
+        self._augment, self._seed = augment, seed
         require_samples(source)
         if augment is not None and not source.inputs.takes("crop-flip"):
             raise UsageError(
@@ -170,7 +172,7 @@ class JoinedDataset(Dataset[Batch]):
             inputs = Inputs.single(self._replay.images(positions, keys, views_B, rows_B, view))
         else:
             rows_B = self.rows[positions]
-            inputs = self._inputs(positions, keys)
+            inputs = self._transform.cut(self._inputs(positions, keys))
             if self._augment is not None and view is not None:
                 inputs = Inputs.single(self._augment(inputs.only, keys, seed=self._seed, view=view))
         counted = wanted.counted if isinstance(wanted, BatchRequest) else None
@@ -294,11 +296,20 @@ class JoinedDataset(Dataset[Batch]):
         batches, failed = collate_samples(
             self._decoded(positions, keys),
             keys,
-            [self._preprocessing or default_transform(self.source.inputs)],
+            [self._transform],
             network="student",
             shape=None if self._cache is None else self._cache.shape,
         )
         refuse_failed(failed, keys, name=self.source.name)
+        if (truncated := batches[0].truncated) and not self._reported:
+            self._reported = True
+            log.warning(
+                "warning: %s: %d of %d texts of a batch are longer than the student takes and are read to its length "
+                "alone; '?max_length=N' in its SPEC takes more",
+                self.source.name,
+                truncated,
+                len(keys),
+            )
         return batches[0]
 
     def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:

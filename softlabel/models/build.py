@@ -12,6 +12,7 @@ from softlabel.errors import SpecError
 from softlabel.inputs.base import InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.text import TextTransform
 from softlabel.inputs.transforms import transform_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.factories import accepts, builder, call, classes_of
@@ -19,6 +20,7 @@ from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
 from softlabel.models.from_onnx import OnnxProgram
+from softlabel.models.from_text import build_text, refuse_headless, text_from_config, text_transform, transform_of_run
 from softlabel.models.from_timm import timm_preprocessing
 from softlabel.models.from_torchvision import size_of_weights, torchvision_preprocessing, torchvision_weights
 from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
@@ -57,6 +59,8 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Networ
         return Network(spec=spec, model=_build_run(spec, num_classes))
     if spec.kind == "hf":
         return Network(spec=spec, model=build_hf(spec, num_classes))
+    if spec.kind == "text":
+        return Network(spec=spec, model=build_text(spec, num_classes))
     if spec.kind in ("pt2", "onnx"):
         return Network(spec=spec, model=ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec))
     options = {k: literal(v) for k, v in spec.options.items() if k not in (*PREPROCESSING_OPTIONS, WEIGHTS_KEY)}
@@ -116,7 +120,10 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     student = parse_spec(run.student)
     weights = load_weights(Path(spec.name) / "model.safetensors")
     # Its own weights replace those that it started from, which may be gone by now.
-    if run.config is not None:
+    model: nn.Module
+    if student.kind == "text" and run.config is not None:
+        model = text_from_config(spec, run.config, run.num_classes, spec.name)
+    elif run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:
         options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained", WEIGHTS_KEY)}
@@ -132,6 +139,8 @@ def refuse_random(spec: Spec) -> None:
 
     A python: factory may load its own, a run: or a file has them.
     """
+    if spec.kind == "text":
+        refuse_headless(spec)
     asked = {"torchvision": "weights=DEFAULT", "timm": "pretrained=true"}.get(spec.kind)
     option = literal(spec.options.get("pretrained", "null"))
     if spec.kind == "hf" and option is False:
@@ -152,7 +161,12 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
         SpecError: it is not known, or cannot be expressed.
     """
     if spec.kind == "run":
-        return transform_of(read_run(spec.name).preprocessing)
+        recorded = transform_of(read_run(spec.name).preprocessing)
+        return transform_of_run(spec, recorded) if isinstance(recorded, TextTransform) else recorded
+    if spec.kind == "text":
+        return text_transform(spec)
+    if kind == TextTransform.kind and spec.kind != "python":
+        raise SpecError(f"{spec.text}: takes images, and the samples are texts; give a network of these, text:FOLDER")
     if kind == TensorTransform.kind and spec.kind not in ("python", "pt2", "onnx"):
         raise SpecError(
             f"{spec.text}: takes images, and the samples are arrays of numbers; give a network that takes these, as "
@@ -174,5 +188,10 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
             return found
         if isinstance(found, Mapping):
             return transform_of(found)
+        if kind == TextTransform.kind:
+            raise SpecError(
+                f"{spec.text}: does not say how it takes texts; let the network have a TextTransform as its "
+                "`preprocessing`"
+            )
         return TensorTransform() if kind == TensorTransform.kind else Preprocessing()
     return torchvision_preprocessing(spec, model)

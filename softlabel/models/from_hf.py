@@ -52,13 +52,13 @@ def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:
     Raises:
         SpecError: transformers is not installed, or the files are not there, or do not fit.
     """
-    transformers = _transformers(spec)
+    transformers = import_transformers(spec)
     refuse_others(spec, ("download", "pretrained", "num_classes"))
     option = literal(spec.options.get("num_classes", "null"))
     if option is not None and num_classes not in (None, option):
         raise SpecError(f"{spec.text}: num_classes={option}, but {num_classes} classes are needed here")
     wanted = num_classes if option is None else option
-    _refuse_files_that_are_none(spec)
+    refuse_wrong_files(spec)
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name, **_where(spec))
         if literal(spec.options.get("pretrained", "true")) is False:
@@ -72,7 +72,7 @@ def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:
             spec.name, config=config, use_safetensors=True, output_loading_info=True, **_where(spec)
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise SpecError(f"{spec.text}: {_reason(error)}; {_remedy(spec)}") from error
+        raise SpecError(f"{spec.text}: {describe_error(error)}; {_remedy(spec)}") from error
     # transformers would draw at random what the file lacks, and only warn.
     if missing := sorted(info["missing_keys"]):
         raise SpecError(
@@ -83,21 +83,34 @@ def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:
 
 
 def hf_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | None) -> nn.Module:
-    """The architecture that a config describes, with random weights.
+    """The image classifier that a config describes, with random weights; see `network_of_config`."""
+    return HuggingFaceClassifier(network_of_config(spec, config, num_classes, "AutoModelForImageClassification"))
+
+
+def network_of_config(spec: Spec, config: Mapping[str, Any], num_classes: int | None, auto: str) -> Any:
+    """The network of transformers that a config describes, float32, with random weights.
+
+    Args:
+        spec: the SPEC that is being built.
+        config: as JSON has it.
+        num_classes: absent: as the config has it.
+        auto: the class of transformers that chooses the architecture.
 
     Raises:
-        SpecError: transformers is not installed, or does not know it.
+        SpecError: transformers is not installed, or does not know the architecture.
     """
-    transformers = _transformers(spec)
+    transformers = import_transformers(spec)
     fields = {k: v for k, v in config.items() if k not in ("auto_map", "_name_or_path", "transformers_version")}
     if num_classes is not None and num_classes != len(fields.get("id2label") or ()):
         fields = {k: v for k, v in fields.items() if k not in ("id2label", "label2id")} | {"num_labels": num_classes}
     try:
         described = transformers.AutoConfig.for_model(**fields)
-        network = transformers.AutoModelForImageClassification.from_config(described, trust_remote_code=False)
+        network = getattr(transformers, auto).from_config(described, trust_remote_code=False)
     except (TypeError, ValueError, KeyError) as error:
-        raise SpecError(f"{spec.text}: no image classifier can be built from its config: {_reason(error)}") from error
-    return HuggingFaceClassifier(network.float())
+        raise SpecError(
+            f"{spec.text}: no {auto.removeprefix('AutoModelFor')} can be built from its config: {describe_error(error)}"
+        ) from error
+    return network.float()
 
 
 def refuse_other_heads(spec: Spec, model: nn.Module, activation: Activation = "softmax") -> None:
@@ -139,18 +152,20 @@ def hf_preprocessing(spec: Spec) -> Preprocessing:
     """
     if says_everything(spec):
         return Preprocessing()
-    transformers = _transformers(spec)
+    transformers = import_transformers(spec)
     remedy = "say it with mean=, std=, resize=, crop= and interpolation="
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(spec.name, **_where(spec))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise SpecError(f"{spec.text}: how it prepares images cannot be read: {_reason(error)}; {remedy}") from error
+        raise SpecError(
+            f"{spec.text}: how it prepares images cannot be read: {describe_error(error)}; {remedy}"
+        ) from error
     name = type(processor).__name__
     try:
         found = _preprocessing_of(processor.to_dict())
         far = _farthest(processor, found)
     except (SpecError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SpecError(f"{spec.text}: its {name} cannot be expressed: {_reason(error)}; {remedy}") from error
+        raise SpecError(f"{spec.text}: its {name} cannot be expressed: {describe_error(error)}; {remedy}") from error
     if far > _LEVELS:
         raise SpecError(
             f"{spec.text}: its {name} does more than resize, crop and normalise (off by {far:.0f} of 255 on a probe); "
@@ -159,7 +174,7 @@ def hf_preprocessing(spec: Spec) -> Preprocessing:
     return found
 
 
-def _refuse_files_that_are_none(spec: Spec) -> None:
+def refuse_wrong_files(spec: Spec) -> None:
     """Raises SpecError for files of the folder that were not fetched: what transformers says of them names no file."""
     folder = Path(spec.name)
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]) if folder.is_dir() else []:
@@ -238,11 +253,13 @@ def _remedy(spec: Spec) -> str:
     return "give a folder with config.json and model.safetensors, or ask for it with ?download=true"
 
 
-def _reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """What a library raised, in one line."""
     return one_line(error).rstrip(".")
 
 
-def _transformers(spec: Spec) -> Any:
+def import_transformers(spec: Spec) -> Any:
+    """The library, quiet. Raises SpecError where it is not installed."""
     try:
         import transformers
     except ImportError as error:

@@ -15,6 +15,7 @@ from softlabel.common.atomic_file import write_atomically
 from softlabel.common.spec import parse_spec
 from softlabel.errors import SpecError
 from softlabel.models.from_hf import HuggingFaceClassifier
+from softlabel.models.from_text import TOKENIZER, TextClassifier
 from softlabel.models.weights import plain_names
 
 
@@ -61,6 +62,8 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
     config = model.config if isinstance(model, HuggingFaceClassifier) else description.config
     if config is not None:
         fields["config"] = dict(config)
+    if isinstance(model, TextClassifier):
+        write_atomically(folder / TOKENIZER, model.tokenizer.json)
     # Last: a folder with a model.json in it is a whole one.
     write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())
 

@@ -16,6 +16,7 @@ from softlabel.errors import SpecError, TeacherError, one_line
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.text import TextTransform
 from softlabel.inputs.transforms import transform_of
 from softlabel.models import (
     Program,
@@ -110,7 +111,7 @@ def load_teacher(
         device: that it computes on.
         precision: of its forward pass.
         num_classes: how many it has; absent: found out.
-        kind: of the samples that it will label: image or tensor.
+        kind: of the samples that it will label: image, tensor or text.
         activation: what its outputs are the logits of; one single output is a sigmoid's.
 
     Raises:
@@ -204,25 +205,33 @@ def student_preprocessing(
     """The preprocessing that a SPEC stands for: its options over its kind's defaults.
 
     zoo: resize and crop to 32. torchvision: what `weights=` asks for, or else 256, 224. run: what it was trained
-    with. timm, hf: what their own evaluation does. A .pt2 or .onnx file: what its metadata say, or else the size that
-    it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has one (an
-    `InputTransform` or its dict), or else images of their own size, and arrays as they are.
+    with. timm, hf: what their own evaluation does. text: its tokenizer. A .pt2 or .onnx file: what its metadata say,
+    or else the size that it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has
+    one (an `InputTransform` or its dict), or else images of their own size, and arrays as they are.
     Mean and std of images are ImageNet's where nothing else says otherwise. `resize` or `crop` given alone sets both.
 
     Args:
         spec: the SPEC.
         model: the network.
-        kind: of the samples: image or tensor.
+        kind: of the samples: image, tensor or text.
 
     Raises:
-        SpecError: options that make no sense.
+        SpecError: another kind of samples, or options that make no sense.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     own = own_preprocessing(spec, model, kind)
+    if own.kind != kind:
+        raise SpecError(
+            f"{spec.text}: takes samples of kind {own.kind}, and these are of kind {kind}; give a network of these"
+        )
     fields = own.to_dict()
     given = {name: text for name, text in spec.options.items() if name in PREPROCESSING_OPTIONS}
     if isinstance(own, TensorTransform) and (odd := set(given) - {"mean", "std"}):
         raise SpecError(f"{spec.text}: {min(odd)}= is of images, and the samples are arrays of numbers; leave it out")
+    if isinstance(own, TextTransform):
+        if given:
+            raise SpecError(f"{spec.text}: {min(given)}= is of images, and the samples are texts; leave it out")
+        return own
     # A single number stands for every channel: of a tensor by itself, of an image written out.
     alone = 1 if isinstance(own, TensorTransform) else int(spec.options.get("in_chans", 3))
     for name, text in given.items():

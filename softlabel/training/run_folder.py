@@ -8,6 +8,7 @@ best.safetensors    the weights of the best evaluation so far
 failed.json         why the student was given up
 tracker.json        its id at --tracker, so that a resumed run goes on there
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
+tokenizer.json      of a student that takes texts
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them.
 """
@@ -35,6 +36,7 @@ from softlabel.errors import MismatchError, TrainingError, UsageError
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
+TOKENIZER = "tokenizer.json"
 FORMAT = 2  # of a checkpoint
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
@@ -221,6 +223,6 @@ def _to_go_on(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]) 
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, *MODEL):
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, TOKENIZER, *MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)

@@ -137,7 +137,8 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
             ended = decoded + time.perf_counter() - again
         if number or alone:
             timed, labelled = timed + len(indices_B), labelled + len(batch.keys)
-            decoding, forward = decoding + decoded - started, forward + ended - decoded
+            share = labeller.lane.share_filled(batch) if batch.keys else 1.0
+            decoding, forward = decoding + decoded - started, forward + share * (ended - decoded)
         if len(batches) < BATCHES:
             batches.append(batch)
             indices.append(indices_B)

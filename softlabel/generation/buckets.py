@@ -1,0 +1,54 @@
+"""Samples of several lengths: regrouped, so that each is computed in a batch of its own length.
+
+Legend: B batch, C classes, N samples of a window of batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from softlabel.inputs.base import Inputs, InputTransform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """Samples of one length, filled up to a whole batch; `rows` are their places in the window."""
+
+    rows: NDArray[np.int64]
+    inputs: Inputs
+
+
+def cut_into_pieces(transform: InputTransform, batches: Sequence[Inputs], batch_size: int) -> list[Piece]:
+    """Batches of exactly `batch_size` samples of one bucket each, of all samples of a window.
+
+    What a sample's neighbours are does not change its answer, its own length and the size of its batch could.
+    """
+    starts = np.cumsum([0, *map(len, batches)])
+    buckets = [transform.bucket_of(batch).numpy() for batch in batches]
+    pieces = []
+    for bucket in np.unique(np.concatenate(buckets)).tolist():
+        places = [np.flatnonzero(one == bucket) for one in buckets]
+        rows = np.concatenate([start + some for start, some in zip(starts, places, strict=False)])
+        chosen = [
+            transform.cut(batch[torch.from_numpy(some)], bucket)
+            for batch, some in zip(batches, places, strict=True)
+            if len(some)
+        ]
+        joined = Inputs.join(chosen)
+        for first in range(0, len(rows), batch_size):
+            here = rows[first : first + batch_size]
+            # Repeated samples fill up the last one: a row of padding alone could be NaN.
+            filled = torch.arange(first, first + batch_size).clamp(max=len(rows) - 1)
+            pieces.append(Piece(rows=here, inputs=joined[filled]))
+    return pieces
+
+
+def put_back(answers: Sequence[Tensor], pieces: Sequence[Piece], sizes: Sequence[int]) -> list[Tensor]:
+    """What was answered to the pieces, as it belongs to the batches of the window, which have these sizes."""
+    found_NC = torch.cat([answer_BC[: len(piece.rows)] for answer_BC, piece in zip(answers, pieces, strict=True)])
+    order_N = torch.from_numpy(np.argsort(np.concatenate([piece.rows for piece in pieces])))
+    return list(torch.split(found_NC[order_N.to(found_NC.device)], list(sizes)))

@@ -1,0 +1,222 @@
+"""``text:FOLDER``: classifiers of texts of Hugging Face transformers, each with the tokenizer of its folder.
+
+Nothing is downloaded, no code of a folder is run, and weights are read from safetensors alone.
+
+Legend: B batch, C classes, L positions.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from softlabel.common.spec import Spec, literal
+from softlabel.errors import SpecError
+from softlabel.inputs.text import TextTransform, Tokenizer
+from softlabel.models.from_hf import (
+    HuggingFaceClassifier,
+    describe_error,
+    import_transformers,
+    network_of_config,
+    refuse_wrong_files,
+)
+
+TOKENIZER = "tokenizer.json"
+_AUTO = "AutoModelForSequenceClassification"
+_OPTIONS = ("layers", "max_length", "buckets", "num_classes")
+# Tokens of a text where the folder says nothing: what attention costs grows with the square.
+_LONGEST = 512
+# Their first position is behind that of the token that fills up.
+_SHIFTED = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "mpnet", "longformer")
+
+
+class TextClassifier(HuggingFaceClassifier):
+    """A classifier of transformers whose answer is the tensor of its logits, and its tokenizer."""
+
+    def __init__(self, network: Any, tokenizer: Tokenizer) -> None:
+        super().__init__(network)
+        self.tokenizer = tokenizer
+
+    def forward(self, **inputs_BL: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (B, C) of token ids and masks by the names that `TextTransform` gives them."""
+        logits_BC: Tensor = self.network(**inputs_BL).logits
+        return logits_BC
+
+
+def build_text(spec: Spec, num_classes: int | None) -> TextClassifier:
+    """The classifier of a folder with its weights; a folder that has none for the last layers gets fresh ones.
+
+    Raises:
+        SpecError: transformers is not installed, or the files are not there, or do not fit.
+    """
+    if unknown := [name for name in spec.options if name not in _OPTIONS]:
+        raise SpecError(f"{spec.text}: expected no option but {', '.join(_OPTIONS)}, found {unknown[0]!r}")
+    config, tokenizer = _read_json(spec, "config.json"), _read_tokenizer(spec)
+    transformers = import_transformers(spec)
+    asked = _whole_number(spec, "num_classes")
+    if asked is not None and num_classes not in (None, asked):
+        raise SpecError(f"{spec.text}: num_classes={asked}, but {num_classes} classes are needed here")
+    wanted, has_head = num_classes if asked is None else asked, _has_head(config)
+    refuse_wrong_files(spec)
+    where = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        described = transformers.AutoConfig.from_pretrained(spec.name, **where)
+        if wanted is not None and wanted != described.num_labels:
+            if has_head:
+                raise SpecError(f"{spec.text}: has {described.num_labels} classes, but {wanted} are needed here")
+            described.num_labels = wanted
+        described.num_hidden_layers = _layers(spec, described.num_hidden_layers)
+        level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()  # of layers that are left out, or fresh: as asked
+        try:
+            network, info = getattr(transformers, _AUTO).from_pretrained(
+                spec.name, config=described, use_safetensors=True, output_loading_info=True, **where
+            )
+        finally:
+            transformers.utils.logging.set_verbosity(level)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise SpecError(
+            f"{spec.text}: {describe_error(error)}; expected a folder with config.json, model.safetensors and "
+            f"{TOKENIZER}, as save_pretrained writes them"
+        ) from error
+    inner = f"{network.base_model_prefix}."
+    fresh = [] if has_head else [name for name in info["missing_keys"] if not _is_of_encoder(name, inner)]
+    if missing := sorted(set(info["missing_keys"]) - set(fresh)):
+        raise SpecError(
+            f"{spec.text}: expected the weights of a classifier of texts, but {len(missing)} of its tensors are "
+            f"missing ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        )
+    return TextClassifier(network.float(), tokenizer)
+
+
+def _is_of_encoder(name: str, inner: str) -> bool:
+    # What pools the tokens of an encoder is part of what is fresh where the file lacks it.
+    return name.startswith(inner) and "pooler" not in name
+
+
+def text_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | None, folder: str) -> TextClassifier:
+    """The architecture that a config describes, with random weights, and the tokenizer of a folder."""
+    tokenizer = _read_tokenizer(Spec(kind=spec.kind, name=folder))
+    return TextClassifier(network_of_config(spec, config, num_classes, _AUTO), tokenizer)
+
+
+def refuse_headless(spec: Spec) -> None:
+    """Raises SpecError for a folder that is no trained classifier, which would label with random numbers."""
+    if not _has_head(_read_json(spec, "config.json")):
+        raise SpecError(
+            f"{spec.text}: expected a trained classifier, found an encoder without the weights of a last layer; train "
+            "it first ('softlabel train --student'), and give run:FOLDER"
+        )
+    if "layers" in spec.options:
+        raise SpecError(f"{spec.text}: layers= makes the start of a student, whose last layer has not learnt yet")
+
+
+def text_transform(spec: Spec) -> TextTransform:
+    """The tokenizer of the folder, with the length that its files or the SPEC give.
+
+    Raises:
+        SpecError: the files are not there, or a length that the network does not take.
+    """
+    config, tokenizer = _read_json(spec, "config.json"), _read_tokenizer(spec)
+    most = config.get("max_position_embeddings") or config.get("n_positions")
+    pad_id = config.get("pad_token_id") or 0
+    if most is not None and config.get("model_type") in _SHIFTED:
+        most -= pad_id + 1
+    length = _whole_number(spec, "max_length")
+    if length is not None and most is not None and length > most:
+        raise SpecError(f"{spec.text}: max_length: expected at most {most}, which its positions allow, found {length}")
+    told = _read_json(spec, "tokenizer_config.json", needed=False)
+    if length is None:
+        declared = told.get("model_max_length")
+        length = int(min(one for one in (most, declared, _LONGEST) if isinstance(one, int | float)))
+    try:
+        return TextTransform(
+            fingerprint=tokenizer.fingerprint,
+            max_length=length,
+            pad_id=int(pad_id),
+            segments=int(config.get("type_vocab_size") or 0) > 1 and _gives_segments(told),
+            lengths=_buckets(spec),
+            tokenizer=tokenizer,
+        )
+    except SpecError as error:
+        raise SpecError(f"{spec.text}: {error}") from error
+
+
+def transform_of_run(spec: Spec, recorded: TextTransform) -> TextTransform:
+    """What a student was trained with, and the tokenizer of its run folder.
+
+    Raises:
+        SpecError: the tokenizer is not there, or another one.
+    """
+    tokenizer = _read_tokenizer(spec)
+    if tokenizer.fingerprint != recorded.fingerprint:
+        raise SpecError(
+            f"{spec.name}/{TOKENIZER}: expected sha256 {recorded.fingerprint[:12]}..., with which the run was trained, "
+            f"found {tokenizer.fingerprint[:12]}...; put the run's own back"
+        )
+    fields = {name: getattr(recorded, name) for name in ("fingerprint", "max_length", "pad_id", "segments", "lengths")}
+    return TextTransform(**fields, tokenizer=tokenizer)
+
+
+def _gives_segments(told: Mapping[str, Any]) -> bool:
+    """Whether transformers gives a network the segments of this tokenizer's tokens."""
+    if "model_input_names" in told:
+        return "token_type_ids" in told["model_input_names"]
+    return told.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    return any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+
+
+def _layers(spec: Spec, there: int) -> int:
+    layers = _whole_number(spec, "layers")
+    if layers is not None and layers > there:
+        raise SpecError(f"{spec.text}: layers: expected at most {there}, which the network has, found {layers}")
+    return there if layers is None else layers
+
+
+def _whole_number(spec: Spec, name: str) -> int | None:
+    value = literal(spec.options.get(name, "null"))
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise SpecError(f"{spec.text}: {name}: expected a whole number above 0, found {spec.options[name]!r}")
+    return value
+
+
+def _buckets(spec: Spec) -> tuple[int, ...]:
+    text = spec.options.get("buckets", "")
+    try:
+        return tuple(int(one) for one in text.split(",")) if text else ()
+    except ValueError:
+        raise SpecError(f"{spec.text}: buckets: expected lengths such as 16,32,64, found {text!r}") from None
+
+
+def _read_tokenizer(spec: Spec) -> Tokenizer:
+    path = Path(spec.name) / TOKENIZER
+    try:
+        return Tokenizer(path.read_bytes())
+    except OSError as error:
+        raise SpecError(
+            f"{spec.text}: {path}: cannot be read ({error.strerror}); save the tokenizer there, as save_pretrained of "
+            "a fast tokenizer does"
+        ) from error
+
+
+def _read_json(spec: Spec, name: str, *, needed: bool = True) -> dict[str, Any]:
+    path = Path(spec.name) / name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not needed:
+            return {}
+        raise SpecError(
+            f"{spec.text}: expected a folder with config.json, model.safetensors and {TOKENIZER}, as save_pretrained "
+            f"writes them; found no {path}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise SpecError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found

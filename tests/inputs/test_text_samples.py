@@ -1,0 +1,244 @@
+"""Texts as samples: through teachers, stores, students, against plain passes of transformers."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import softlabel
+from softlabel.errors import SoftLabelError, UsageError
+from softlabel.models.teacher import student_preprocessing
+from tests.support.commands import run_softlabel
+from tests.support.shared_data import find_shared_data
+from tests.support.texts import SENTENCES, add_head, minilm, plain_logits, save_classifier
+
+LONG = "never say what they mean " * 2000
+TEXTS = [*SENTENCES, "", LONG, SENTENCES[1], *(" ".join(SENTENCES)[start : start + 37] for start in range(0, 300, 9))]
+LABELS = [number % 3 for number in range(len(TEXTS))]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_classifier(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_parquet(tmp_path_factory.mktemp("data") / "texts.parquet", TEXTS)
+
+
+def write_parquet(path: Path, texts: list[str | None]) -> str:
+    table = {"id": [f"s{n}" for n in range(len(texts))], "text": texts, "label": LABELS[: len(texts)]}
+    pq.write_table(pa.table(table), path)
+    return str(path)
+
+
+def stored(store: Path | str, view: int = 0) -> tuple[list[str], torch.Tensor]:
+    """Keys and scaled logits of a store of encoding float32."""
+    opened = softlabel.open_store(store)
+    return list(opened.keys), torch.from_numpy(np.array(opened.take(range(len(opened))).columns["logits"]))
+
+
+def assert_logits(store: Path | str, expected: torch.Tensor) -> None:
+    _, found = stored(store)
+    expected = expected - expected.amax(dim=1, keepdim=True)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5), (found - expected).abs().max()
+
+
+def generate(data: object, teacher: Path | str, out: Path, **options: object) -> softlabel.GenerateSummary:
+    spec = teacher if isinstance(teacher, str) else f"text:{teacher}"
+    fixed = {"encoding": "float32", "temperature": 1.0, "device": "cpu", "batch_size": 8}
+    return softlabel.generate(data, teachers=[spec], out=out, **{**fixed, **options})
+
+
+def test_the_command_line_labels_texts_as_transformers_does(teacher: Path, data: str, tmp_path: Path) -> None:
+    done = run_softlabel(
+        "generate", "--data", f"{data}?key=id", "--teacher", f"text:{teacher}", "--out", tmp_path / "labels",
+        "--encoding", "float32", "--temperature", 1, "--device", "cpu", "--batch-size", 8,
+    )  # fmt: skip
+    assert "1 of 45 texts are longer than a teacher takes" in done.stderr.replace(str(len(TEXTS)), "45")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
+    store = softlabel.open_store(tmp_path / "labels")
+    assert store.run.input == "text"
+    assert store.keys[0] == "s0"
+    recorded = store.run.members[0].preprocessing
+    assert recorded["max_length"] == 64
+    assert len(recorded["tokenizer"]) == 64
+    assert str(teacher) not in json.dumps(recorded)
+
+
+def test_a_label_does_not_depend_on_the_batch(teacher: Path, data: str, tmp_path: Path) -> None:
+    generate(data, teacher, tmp_path / "all")
+    _, whole = stored(tmp_path / "all")
+    generate(data, teacher, tmp_path / "workers", workers=2, shard_rows=11)
+    assert torch.equal(stored(tmp_path / "workers")[1], whole)
+    for number in (0, 1, 9, 12):
+        generate(f"{data}?rows={number}:{number + 1}", teacher, tmp_path / f"alone{number}")
+        assert torch.equal(stored(tmp_path / f"alone{number}")[1][0], whole[number])
+
+
+def test_an_ensemble_whose_members_have_tokenizers_of_their_own(teacher: Path, data: str, tmp_path: Path) -> None:
+    other = save_classifier(tmp_path / "other", seed=7, positions=40)
+    for turns in ("no", "yes"):
+        softlabel.generate(
+            data, teachers=[f"text:{teacher}", f"text:{other}"], out=tmp_path / turns, encoding="float32",
+            temperature=1.0, device="cpu", batch_size=8, combine="logits", members_in_turn=turns,
+        )  # fmt: skip
+        assert_logits(tmp_path / turns, (plain_logits(teacher, TEXTS) + plain_logits(other, TEXTS)) / 2)
+
+
+def test_pairs_of_texts(teacher: Path, tmp_path: Path) -> None:
+    second = TEXTS[::-1]
+    pq.write_table(pa.table({"a": TEXTS, "b": second}), tmp_path / "pairs.parquet")
+    generate(f"{tmp_path}/pairs.parquet?text=a&text_pair=b", teacher, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS, second))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_tables_in_plain_files(suffix: str, teacher: Path, tmp_path: Path) -> None:
+    path, names = tmp_path / f"texts.{suffix}", ("neg", "neutral", "pos")
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    rows = [{"text": text, "who": f"k{n}", "label": names[LABELS[n]]} for n, text in enumerate(TEXTS)]
+    with path.open("w", newline="") as file:
+        if suffix == "jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, ["text", "who", "label"], delimiter="," if suffix == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    source = f"{path}?text=text&key=who&classes={tmp_path}/classes.txt"
+    opened = softlabel.open_source(source)
+    assert opened.labels().tolist() == LABELS
+    assert opened.class_names == names
+    generate(source, teacher, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
+    # The same texts under other keys in another medium have the same content.
+    labels = softlabel.open_store(tmp_path / "labels")
+    generate(write_parquet(tmp_path / "t.parquet", TEXTS), teacher, tmp_path / "other")
+    assert np.array_equal(labels.content, softlabel.open_store(tmp_path / "other").content)
+
+
+def test_a_dataset_in_python(teacher: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    given = datasets.Dataset.from_dict({"idx": list(range(len(TEXTS))), "sentence": TEXTS, "label": LABELS})
+    generate(given, teacher, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
+
+
+def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path: Path) -> None:
+    generate(data, teacher, tmp_path / "labels")
+    changed = list(TEXTS)
+    changed[3] = changed[3].replace("naïve", "naive")
+    path = write_parquet(tmp_path / "changed.parquet", changed)
+    done = run_softlabel(
+        "train", "--data", path, "--labels", tmp_path / "labels", "--student", f"text:{teacher}", "--epochs", 1,
+        "--batch-size", 8, "--out", tmp_path / "run", "--device", "cpu", code=2,
+    )  # fmt: skip
+    assert "'3' is not the one that was labelled" in done.stderr
+    done = run_softlabel("verify", tmp_path / "labels", "--data", path, code=3)
+    assert "differ from the labelled ones: 3" in done.stdout
+
+
+def test_a_missing_text_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "some.parquet", [TEXTS[0], None, *TEXTS[2:8]])
+    assert generate(path, teacher, tmp_path / "labels").total_bad == 1
+    assert softlabel.open_store(tmp_path / "labels").bad == {"1": "the row has no text"}
+
+
+def test_a_student_of_fewer_layers_becomes_a_teacher(teacher: Path, data: str, tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "bare", head=False, seed=3)
+    generate(data, teacher, tmp_path / "labels")
+    done = run_softlabel(
+        "train", "--data", data, "--labels", tmp_path / "labels", "--student", f"text:{folder}?layers=1&max_length=24",
+        "--epochs", 16, "--batch-size", 8, "--lr", 0.02, "--optimizer", "adamw", "--hard-weight", 0,
+        "--soft-weight", 1, "--out", tmp_path / "run", "--device", "cpu",
+    )  # fmt: skip
+    assert "texts of a batch are longer than the student takes" in done.stderr
+    for file in folder.iterdir():  # a run folder stands for itself
+        file.unlink()
+    found = softlabel.evaluate(tmp_path / "run", data, tmp_path / "labels", device="cpu")
+    assert found.teacher_kl is not None
+    assert found.teacher_kl < 0.35
+    generate(data, f"run:{tmp_path}/run", tmp_path / "again")
+    agree = (stored(tmp_path / "again")[1].argmax(1) == stored(tmp_path / "labels")[1].argmax(1)).float().mean()
+    assert agree == pytest.approx(found.agreement, abs=1e-6)
+    (tmp_path / "run" / "tokenizer.json").write_bytes((teacher / "tokenizer.json").read_bytes())
+    with pytest.raises(SoftLabelError, match=r"tokenizer.json: expected sha256 .* with which the run was trained"):
+        softlabel.evaluate(tmp_path / "run", data, device="cpu")
+
+
+def test_the_last_layer_encodes_texts_too(teacher: Path, data: str, tmp_path: Path) -> None:
+    generate(data, teacher, tmp_path / "dense")
+    generate(data, teacher, tmp_path / "head", encoding="head")
+    store = softlabel.open_store(tmp_path / "head")
+    loader = softlabel.SoftLabelLoader(
+        data, tmp_path / "head", batch_size=len(TEXTS), shuffle=False,
+        preprocessing=student_preprocessing(f"text:{teacher}", kind="text"),
+    )  # fmt: skip
+    (batch,) = loader
+    assert batch.inputs["input_ids"].shape == (len(TEXTS), 64)
+    assert store.run.encoding.name == "head"
+
+
+def test_inspect_plan_and_repair(teacher: Path, data: str, tmp_path: Path) -> None:
+    run_softlabel("plan", "--data", data, "--teacher", f"text:{teacher}", "--device", "cpu")
+    generate(data, teacher, tmp_path / "labels", shard_rows=16)
+    before = stored(tmp_path / "labels")
+    run_softlabel("inspect", tmp_path / "labels")
+    (shard, *_) = sorted((tmp_path / "labels" / "shards").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-7])
+    run_softlabel("repair", tmp_path / "labels", "--data", data, "--teacher", f"text:{teacher}", "--device", "cpu")
+    assert torch.equal(stored(tmp_path / "labels")[1], before[1])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("text:{bare}", "expected a trained classifier, found an encoder"),
+        ("text:{teacher}?layers=1", "layers= makes the start of a student"),
+        ("text:{teacher}?max_length=65", "expected at most 64, which its positions allow, found 65"),
+        ("text:{teacher}?crop=3", "expected no option but layers, max_length, buckets, num_classes, found 'crop'"),
+        ("text:{teacher}?buckets=8,4,64", "expected ascending lengths that end with max_length, 64"),
+        ("text:{teacher}/nothing", "expected a folder with config.json"),
+        ("zoo:cnn2@w.pt", "takes images, and the samples are texts|w.pt"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(
+    spec: str, message: str, teacher: Path, data: str, tmp_path: Path
+) -> None:
+    bare = save_classifier(tmp_path / "bare", head=False)
+    with pytest.raises(SoftLabelError, match=message):
+        generate(data, spec.format(teacher=teacher, bare=bare), tmp_path / "labels")
+
+
+def test_what_is_of_images_is_refused(teacher: Path, data: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is for 8-bit RGB images"):
+        generate(data, teacher, tmp_path / "labels", augment="crop-flip", views=2)
+    with pytest.raises(UsageError, match="takes batches of many lengths; leave out --compile"):
+        generate(data, teacher, tmp_path / "labels", compile=True)
+    with pytest.raises(SoftLabelError, match="takes samples of kind text, and these are of kind image"):
+        generate("digits", teacher, tmp_path / "labels")
+
+
+@pytest.mark.parametrize("name", ["sentence_polarity", "subjectivity"])
+def test_real_sentences_and_a_real_encoder(name: str, tmp_path: Path) -> None:
+    shared = find_shared_data()
+    if shared is None or not (shared / "text" / name).is_dir():
+        pytest.skip("no sentences in shared/data/text")
+    folder = tmp_path / "teacher"
+    shutil.copytree(minilm(), folder)
+    add_head(folder)
+    source = f"{shared}/text/{name}/test.parquet?rows=0:40&key=id"
+    generate(source, folder, tmp_path / "labels", preflight=False)
+    table = pq.read_table(shared / "text" / name / "test.parquet").slice(0, 40)
+    assert_logits(tmp_path / "labels", plain_logits(folder, table["text"].to_pylist()))
+    store = softlabel.open_store(tmp_path / "labels")
+    assert store.keys.to_list() == table["id"].to_pylist()
+    assert store.run.class_names is not None
+    assert list(store.labels) == table["label"].to_pylist()
