@@ -145,9 +145,7 @@ def describe_provenance(manifest: "Manifest") -> list[tuple[str, str]]:
     if not isinstance(made, Mapping):
         return []
     sources = [one for one in made.get("sources") or () if isinstance(one, Mapping)]
-    lines = [
-        ("made by", f"softlabel {made.get('command')} from {', '.join(str(one.get('path')) for one in sources)}"),
-    ]
+    lines = [("made by", f"softlabel {made.get('command')} from {', '.join(str(one.get('path')) for one in sources)}")]
     if manifest.totals.fidelity is None and manifest.totals.rows:
         through = ", ".join(dict.fromkeys(_list_encodings(made)))
         lines.append(("cost", f"against the teacher unknown: the labels came through {through}"))

@@ -113,12 +113,7 @@ def generate(
 
 
 def plan(
-    *,
-    data: str,
-    teacher: list[str],
-    config: "LabelConfig",
-    encoding: list[str] | None = None,
-    seconds: float = 5.0,
+    *, data: str, teacher: list[str], config: "LabelConfig", encoding: list[str] | None = None, seconds: float = 5.0
 ) -> int:
     """Estimate the time of labelling, and the cost of every encoding in bytes and nats, from a short timed sample.
 

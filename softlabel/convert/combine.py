@@ -131,12 +131,7 @@ def _find_positions(members: Sequence[Member], chosen: Sequence[Member]) -> list
 
 
 def _make_combined_run(
-    store: str,
-    run: Run,
-    wanted: float,
-    rule: str,
-    weights: Sequence[float] | None,
-    chosen: Sequence[int],
+    store: str, run: Run, wanted: float, rule: str, weights: Sequence[float] | None, chosen: Sequence[int]
 ) -> Run:
     shares = normalized_weights(weights, len(chosen))
     if run.encoding.drawn:
@@ -184,11 +179,7 @@ def _rescale(rows: StoredRows, wanted: float) -> Array:
     if (columns := run.encoding.retemper(stored, factor)) is None:
         return rows.scaled_logits * np.float32(factor) if factor != 1 else rows.scaled_logits
     return run.encoding.decode(
-        columns,
-        num_classes=run.num_classes,
-        temperature=wanted,
-        members=run.members_stored,
-        kept=run.kept,
+        columns, num_classes=run.num_classes, temperature=wanted, members=run.members_stored, kept=run.kept
     )
 
 

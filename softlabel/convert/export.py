@@ -64,9 +64,5 @@ def export_store(
     write = write_hf if to == "hf" else write_npz
     written, size = write(opened, Path(out), progress, options)
     return ExportSummary(
-        path=str(out),
-        total_rows=len(opened),
-        files_written=written,
-        bytes=size,
-        seconds=time.perf_counter() - started,
+        path=str(out), total_rows=len(opened), files_written=written, bytes=size, seconds=time.perf_counter() - started
     )

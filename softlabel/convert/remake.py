@@ -15,11 +15,7 @@ from softlabel.store.storage.open import open_folder
 
 
 def redo_store(
-    store: str | Path,
-    *,
-    lost: Collection[int],
-    sources: Sequence[str] | None = None,
-    progress: bool | None = None,
+    store: str | Path, *, lost: Collection[int], sources: Sequence[str] | None = None, progress: bool | None = None
 ) -> RewriteSummary:
     """Write shards of a derived store again, as `combine`, `merge` or `convert` wrote them.
 

@@ -120,7 +120,9 @@ def rewrite(
             for store in samples.stores:
                 open_store(store.url, verify="full").close()
         if lost is not None or not committer.complete:
-            _share_extra(samples.stores[0], run, committer)
+            name, arrays = run.encoding.extra, samples.stores[0].extra  # reading it checks its hash
+            if name is not None and arrays is not None:
+                committer.add_extra(name, safetensors.numpy.save(dict(arrays)))
         total = run.dataset.rows * run.views.count
         left = sum(plan.stop - plan.start for plan in missing)
         with _make_bar(command, total, total - left, progress) as bar:
@@ -187,14 +189,7 @@ def _row_seeds(run: Run, rows: StoredRows) -> Tensor:
 
 
 def _gather(
-    samples: Samples,
-    run: Run,
-    view: int,
-    start: int,
-    stop: int,
-    recode: Recode,
-    meter: FidelityMeter,
-    bar: "tqdm[Any]",
+    samples: Samples, run: Run, view: int, start: int, stop: int, recode: Recode, meter: FidelityMeter, bar: "tqdm[Any]"
 ) -> Rows:
     """Collect the rows of one shard of the new store."""
     keys: list[Keys] = []
@@ -219,12 +214,6 @@ def _gather(
         content=np.concatenate(content),
         columns={name: np.concatenate(parts) for name, parts in columns.items()},
     )
-
-
-def _share_extra(store: Store, run: Run, committer: Committer) -> None:
-    """Copy the file that all shards share."""
-    if run.encoding.extra is not None and store.extra is not None:  # reading it checks its hash
-        committer.add_extra(run.encoding.extra, safetensors.numpy.save(dict(store.extra)))
 
 
 def _describe_sources(stores: Sequence[Store], command: str) -> dict[str, Any]:

@@ -156,11 +156,7 @@ class ArraySource(ListedSource):
             )
         images = self._container.rows(self._images, rows_B, self.name)
         return [
-            Sample(
-                key=self.key_at(row),
-                raw=self._convert_row(image),
-                label=self._label(row),
-            )
+            Sample(key=self.key_at(row), raw=self._convert_row(image), label=self._label(row))
             for row, image in zip(rows_B.tolist(), images, strict=True)
         ]
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from softlabel.common.keys import Keys
-from softlabel.common.multi_hot import Labels
 from softlabel.dataset.source import Source
+from softlabel.dataset.subset import PartSource
 from softlabel.errors import MismatchError, SpecError
 from softlabel.inputs.base import Decoding, Raw, Sample
 from softlabel.inputs.image_decode import IMAGES
@@ -27,35 +26,19 @@ _SAMPLED, _MEASURED = 4, 64  # images whose mode is read; whose pixels are, if o
 _BITS = (8, 12, 16)
 
 
-class DecodedSource(Source):
-    """Another source with its own decoding."""
+class DecodedSource(PartSource):
+    """The whole of another source, with its own decoding."""
 
     def __init__(self, base: Source, decoding: Decoding) -> None:
-        self.base = base
-        self.copy_attributes(base)
+        super().__init__(base)
         self.decoding = decoding
         self.maybe_repeated_keys, self.repeated_keys_remedy = base.maybe_repeated_keys, base.repeated_keys_remedy
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
-        return self.base.keys(start, stop)
-
-    def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
-        return self.base.key_table(start, stop)
-
-    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
-        return self.base.labels(start, stop)
 
     def count_labelled(self) -> int | None:
         return self.base.count_labelled()
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         return [dataclasses.replace(sample, decoding=self.decoding) for sample in self.base.read(indices)]
-
-    def blocks(self) -> list[tuple[int, int]]:
-        return self.base.blocks()
 
     def fingerprint(self) -> str:
         return self.base.fingerprint()

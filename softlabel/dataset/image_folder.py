@@ -247,11 +247,7 @@ def is_technical(name: str) -> bool:
 
 
 def walk(
-    root: Path,
-    *,
-    below: str = "",
-    above: frozenset[tuple[int, int]] = frozenset(),
-    skipped: list[str] | None = None,
+    root: Path, *, below: str = "", above: frozenset[tuple[int, int]] = frozenset(), skipped: list[str] | None = None
 ) -> Iterator[str]:
     """Yield the paths of all files below a root, relative to it, with forward slashes, except those `is_technical`.
 

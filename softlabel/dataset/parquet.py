@@ -25,13 +25,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled, stack_labels
 from softlabel.dataset.columns import Columns, find_columns
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import (
-    checked_labels,
-    checked_width,
-    class_number,
-    number_classes,
-    read_classes,
-)
+from softlabel.dataset.hard_labels import checked_labels, checked_width, class_number, number_classes, read_classes
 from softlabel.dataset.multi_hot_columns import read_multi_hot
 from softlabel.dataset.source import Source, span
 from softlabel.dataset.storage import Files, LocalFiles

@@ -24,7 +24,8 @@ class PartSource(Source):
         self.copy_attributes(base)
         self.class_names = None if ignore_labels else base.class_names
         self.label_width = None if ignore_labels else base.label_width
-        self.has_labels = base.has_labels and bool(is_labelled(self.labels()).any())
+        whole = len(self) == len(base) and not ignore_labels  # then labels, which may be costly to read, need no check
+        self.has_labels = base.has_labels and (whole or bool(is_labelled(self.labels()).any()))
 
     def __len__(self) -> int:
         return self.stop - self.start

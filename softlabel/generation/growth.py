@@ -61,12 +61,7 @@ class History:
 
     @classmethod
     def of(
-        cls,
-        path: str | Path,
-        *,
-        grow: bool = False,
-        views: int | None = None,
-        damaged: Collection[int] | None = None,
+        cls, path: str | Path, *, grow: bool = False, views: int | None = None, damaged: Collection[int] | None = None
     ) -> Self | None:
         """Load the history of a store that has grown or will grow.
 

@@ -91,11 +91,7 @@ def load_job(
         torch.manual_seed(config.seed)
         return [
             load_teacher(
-                spec,
-                device=where,
-                precision=config.precision,
-                kind=source.inputs.name,
-                activation=config.activation,
+                spec, device=where, precision=config.precision, kind=source.inputs.name, activation=config.activation
             )
             for spec in teachers
         ]

@@ -120,8 +120,5 @@ class Progress:
     def pace(self) -> Pace:
         with self._lock:
             return Pace(
-                images=self.images,
-                seconds=time.perf_counter() - self._started,
-                bare_rate=self.bare_rate,
-                **self._spent,
+                images=self.images, seconds=time.perf_counter() - self._started, bare_rate=self.bare_rate, **self._spent
             )

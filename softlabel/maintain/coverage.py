@@ -49,9 +49,8 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
     changed: list[str] = []
     missing_count = changed_count = compared = found = 0
     unknown: str | None = None
-    with tqdm(
-        total=len(source), unit=source.inputs.unit, unit_scale=True, desc="comparing", disable=_off(progress)
-    ) as bar:
+    hidden = None if progress is None else not progress
+    with tqdm(total=len(source), unit=source.inputs.unit, unit_scale=True, desc="comparing", disable=hidden) as bar:
         for start in range(0, len(source), CHUNK):
             samples = source.read(range(start, min(start + CHUNK, len(source))))
             keys = [sample.key for sample in samples]
@@ -80,7 +79,3 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
         compared=compared,
         unknown=unknown,
     )
-
-
-def _off(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress

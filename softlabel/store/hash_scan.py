@@ -16,11 +16,7 @@ _MAPPED = 32 << 20  # bytes after which pages are released, to bound resident me
 
 
 def hash_and_scan(
-    path: Path,
-    extents: Iterable[tuple[int, int]],
-    column: Column,
-    members: int,
-    is_clean: Callable[[Array], bool],
+    path: Path, extents: Iterable[tuple[int, int]], column: Column, members: int, is_clean: Callable[[Array], bool]
 ) -> tuple[str, bool]:
     """Hash a file and check one of its columns.
 

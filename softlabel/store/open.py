@@ -14,11 +14,7 @@ Verify = Literal["none", "sizes", "once", "full"]
 
 
 def open_store(
-    path: str | os.PathLike[str],
-    *,
-    verify: Verify = "once",
-    allow_incomplete: bool = False,
-    memory: int = MEMORY,
+    path: str | os.PathLike[str], *, verify: Verify = "once", allow_incomplete: bool = False, memory: int = MEMORY
 ) -> Store:
     """Open a finished store.
 

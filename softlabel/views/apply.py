@@ -99,7 +99,8 @@ class Views:
         columns: Arrays = {}
         if failed:
             seen = stacked([seen[place] for place in kept])
-            words_B, boxes = words_B[kept], None if boxes is None else _select_boxes(boxes, kept)
+            words_B = words_B[kept]
+            boxes = None if boxes is None else Boxes(boxes=boxes.boxes[kept], flips=boxes.flips[kept])
         if boxes is not None:
             columns |= {BOX: boxes.boxes, FLIP: boxes.flips[:, None]}
         if self.policy.mix is not None and kept:
@@ -191,14 +192,7 @@ class Views:
         return seen
 
     def _mix(
-        self,
-        seen: Images,
-        keys: Sequence[str],
-        boxes: Boxes | None,
-        words_B: U64,
-        *,
-        view: int,
-        read: ReadPartners,
+        self, seen: Images, keys: Sequence[str], boxes: Boxes | None, words_B: U64, *, view: int, read: ReadPartners
     ) -> tuple[Images, Arrays]:
         mix = self.policy.mix
         assert mix is not None
@@ -263,7 +257,3 @@ def _image_sizes(images: Images) -> NDArray[np.int64]:
     if isinstance(images, Tensor):
         return np.tile(np.array(images.shape[-2:], np.int64), (len(images), 1))
     return np.array([image.shape[-2:] for image in images], np.int64).reshape(-1, 2)
-
-
-def _select_boxes(boxes: Boxes, places: Sequence[int]) -> Boxes:
-    return Boxes(boxes=boxes.boxes[places], flips=boxes.flips[places])

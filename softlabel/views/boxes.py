@@ -34,15 +34,12 @@ class Boxes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CropFlipStep:
-    """The usual CIFAR augmentation: pad, crop to the image's size, mirror.
+class CropFlipStep(CropFlip):
+    """`CropFlip` as a step of a policy.
 
     Raises:
         UsageError: the padding is out of range.
     """
-
-    padding: int = 4
-    flip: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.padding < 1 << 16:
@@ -54,7 +51,7 @@ class CropFlipStep:
 
     def draw(self, sizes_B2: NDArray[np.int64], words_B: U64) -> Boxes:
         """Draw boxes from sizes (height, width) int64 (B, 2) and random words uint64 (B,)."""
-        crops = CropFlip(padding=self.padding, flip=self.flip).crops_of(words_B)
+        crops = self.crops_of(words_B)
         corner_B2 = np.stack([crops.top.numpy(), crops.left.numpy()], axis=1) - self.padding
         boxes_B4 = np.concatenate([corner_B2, sizes_B2], axis=1).astype(np.int32)
         return Boxes(boxes=boxes_B4, flips=crops.flip.numpy().astype(np.uint8))
@@ -68,13 +65,12 @@ class CropFlipStep:
 
     def cut(self, images: Images, boxes: Boxes) -> Images:
         """Cut the boxes out of B images."""
-        policy = CropFlip(padding=self.padding, flip=self.flip)
         at_B4 = torch.from_numpy(boxes.boxes.astype(np.int64)) + self.padding
         flip_B = torch.from_numpy(boxes.flips.astype(bool))
         if isinstance(images, Tensor):
-            return policy.apply(images, Crops(top=at_B4[:, 0], left=at_B4[:, 1], flip=flip_B))
+            return self.apply(images, Crops(top=at_B4[:, 0], left=at_B4[:, 1], flip=flip_B))
         return [
-            policy.apply(image[None], Crops(top=at_4[None, 0], left=at_4[None, 1], flip=flip[None]))[0]
+            self.apply(image[None], Crops(top=at_4[None, 0], left=at_4[None, 1], flip=flip[None]))[0]
             for image, at_4, flip in zip(images, at_B4, flip_B, strict=True)
         ]
 
