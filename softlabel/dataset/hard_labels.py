@@ -48,7 +48,11 @@ def checked_classes(labels_N: NDArray[np.int64], class_names: tuple[str, ...] | 
 
 
 def checked_width(width: int, class_names: tuple[str, ...] | None, *, subject: str) -> None:
-    """Raises DataError where labels of several classes at once have more or fewer of them than there are names."""
+    """Check that multi-label rows have one column per class name.
+
+    Raises:
+        DataError: the numbers differ.
+    """
     if class_names is not None and len(class_names) != width:
         raise DataError(
             f"{subject}: expected {width} class names, one for each class of a label, found {len(class_names)}; "

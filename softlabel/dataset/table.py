@@ -19,7 +19,11 @@ _NARROW = frozenset({"bool", "int8", "uint8", "int16", "uint16", "halffloat", "f
 
 
 def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subject: str) -> None:
-    """Raises DataError for columns that are neither numbers side by side nor one column of lists of numbers."""
+    """Check that input columns are numbers, or one column of lists of numbers.
+
+    Raises:
+        DataError: they are not.
+    """
     for name, kind in zip(names, types, strict=True):
         inner = _innermost(kind)
         if not _is_number(inner):

@@ -221,7 +221,11 @@ class TensorTransform(InputTransform):
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "TensorTransform":
-        """Raises SpecError where a field is of another kind."""
+        """Restore from `to_dict`.
+
+        Raises:
+            SpecError: a field has the wrong type.
+        """
         try:
             numbers = {name: tuple(float(x) for x in found[name]) for name in ("mean", "std") if name in found}
         except (TypeError, ValueError) as error:
@@ -230,7 +234,11 @@ class TensorTransform(InputTransform):
 
 
 def check_mean_std(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises SpecError for numbers that nothing can be normalised by."""
+    """Check numbers for normalisation.
+
+    Raises:
+        SpecError: their numbers differ, one is not finite, or a std is not positive.
+    """
     if len(mean) != len(std) or not len(mean):
         raise SpecError(f"mean and std: expected as many numbers of each, found {tuple(mean)} and {tuple(std)}")
     if not np.isfinite(mean).all() or not np.isfinite(std).all() or min(std) <= 0:

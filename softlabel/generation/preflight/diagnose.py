@@ -147,8 +147,8 @@ def _find_other_order(found: _Predictions, class_names: Sequence[str] | None) ->
 
     A class that is not in the first half counts as wrong.
     """
-    tell, test = slice(0, None, 2), slice(1, None, 2)
-    seen = Counter(zip(found.top[tell].tolist(), found.labels[tell].tolist(), strict=True))
+    fit, test = slice(0, None, 2), slice(1, None, 2)
+    seen = Counter(zip(found.top[fit].tolist(), found.labels[fit].tolist(), strict=True))
     meant: dict[int, int] = {}
     taken: set[int] = set()
     for (answer, label), _ in sorted(seen.items(), key=lambda item: (-item[1], item[0])):
