@@ -84,9 +84,9 @@ def generate(
         data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
             .npy, .npz), a list of files (.txt, .csv), torchvision:NAME?root=..., or digits; options behind '?', see
             the README.
-        teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, FILE.onnx, FILE.pt2,
-            python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize, crop, interpolation,
-            squash, weights, pretrained, download, trust. Several make an ensemble.
+        teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
+            FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize,
+            crop, interpolation, squash, weights, pretrained, download, trust. Several make an ensemble.
         out: folder of the store.
         no_preflight: skip labelling two batches first, which shows the plan, checks the disk and warns about suspicious
             results.

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import softlabel
-from tests.support.commands import make_environment
+from tests.support.commands import make_environment, run_script
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
 from tests.support.shared_data import ROOT
 from tests.support.stores import draw_logits, write_logits
+from tests.support.texts import save_classifier
 
 KEYS = [f"digit-{number:04d}.jpg" for number in range(500)]
 
@@ -77,3 +80,22 @@ def test_a_network_learns_a_table_from_a_forest(tmp_path: Path) -> None:
     accuracies = re.findall(r"^(forest|student, .*?) +([0-9.]+) ", done.stdout, flags=re.MULTILINE)
     assert [name for name, _ in accuracies] == ["forest", "student, hard labels alone", "student, soft labels"]
     assert all(float(accuracy) > 0.7 for _, accuracy in accuracies)
+
+
+def test_a_small_text_student_learns_from_hard_and_from_soft_labels(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="needs the extra 'hf'")
+    encoder = save_classifier(tmp_path / "encoder", head=False, layers=3)
+    texts = [f"{'a bad film' if number % 2 else 'what a delight'} {number}" for number in range(60)]
+    table = pa.table({"text": texts, "label": [number % 2 for number in range(60)]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    script = ROOT / "pipelines" / "text_student.py"
+    assert len(script.read_text().splitlines()) < 150
+    done = run_script(
+        script, "--data", tmp_path / "train.parquet", "--eval-data", tmp_path / "train.parquet", "--encoder", encoder,
+        "--labelled", 40, "--seeds", 2, "--max-length", 16, "--batch-size", 10, "--teacher-epochs", 8, "--epochs", 2,
+        "--out", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"teacher: accuracy 0\.\d|teacher: accuracy 1\.0", done.stdout)
+    assert re.search(r"hard labels: accuracy [01]\.\d+ \+- .*\nsoft labels: accuracy [01]\.\d+ \+- ", done.stdout)
+    assert softlabel.open_store(tmp_path / "out" / "labels").run.dataset.rows == 60
