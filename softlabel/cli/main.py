@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"softlabel: expected names in the encoding of the locale, {sys.getfilesystemencoding()}, found: {error}; "
-            "set PYTHONUTF8=1 in the environment if names are UTF-8",
+            "start with PYTHONUTF8=1 in the environment if names are UTF-8",
             file=sys.stderr,
         )
         return UsageError.exit_code

@@ -83,7 +83,7 @@ def test_labels_and_keys(tmp_path: Path) -> None:
         open_source(f"{tmp_path / 'a.npy'}?labels=nothing.npy")
     np.savez(tmp_path / "a.npz", images=PIXELS, y=np.arange(6))
     assert open_source(f"{tmp_path / 'a.npz'}?labels=y").labels().tolist() == list(range(6))
-    with pytest.raises(DataError, match="there is no array 'z'; the archive has images, y"):
+    with pytest.raises(DataError, match="no array 'z'; the archive has images, y"):
         open_source(f"{tmp_path / 'a.npz'}?labels=z")
 
 

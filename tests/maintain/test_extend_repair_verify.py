@@ -190,7 +190,7 @@ def test_a_grown_dataset_is_labelled_without_touching_old_shards(ready: Path, tm
         grown, teachers=[spec(ready, 0)], out=store, shard_rows=SHARD_ROWS, batch_size=16, grow=True, progress=False
     )
     assert again.shards_written == 0
-    with pytest.raises(softlabel.SoftLabelError, match="are not there"):
+    with pytest.raises(softlabel.SoftLabelError, match="are missing"):
         generate(ready, store, 0, data=ready / "data.parquet", grow=True)
 
 
