@@ -165,6 +165,9 @@ def _pad(tensor: Tensor, batch_size: int) -> Tensor:
     return whole
 
 
+_ONLY: dict[type, Any] = {}  # kind -> its only object
+
+
 class InputKind(ABC):
     """What the samples of a source are, before any network sees them.
 
@@ -184,6 +187,12 @@ class InputKind(ABC):
     def takes(cls, step: str) -> bool:
         """Whether views of its samples may have a step."""
         return cls.view_steps is None or step in cls.view_steps
+
+    def __new__(cls, *args: Any, **named: Any) -> Self:
+        """One object of each kind without parameters, in every process: kinds are compared by identity."""
+        if args or named:
+            return super().__new__(cls)
+        return _ONLY.setdefault(cls, super().__new__(cls))  # type: ignore[no-any-return]
 
     @abstractmethod
     def decode(self, sample: Sample) -> tuple[Item, int]:

@@ -119,7 +119,7 @@ def test_lists_that_are_no_array_are_bad_samples(tmp_path: Path) -> None:
         ("inputs=age,label", "column 'label' is an input and the label"),
         ("inputs=age&image=person", "image= names encoded images, inputs= columns of numbers"),
         ("inputs=age&exif=ignore", "are for encoded images, these are numbers"),
-        ("label=label", "or columns of numbers with '[?]inputs=COLUMN,COLUMN'"),
+        ("label=label", "columns of numbers with '[?]inputs=COLUMN,COLUMN'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(table: Path, words: str, message: str) -> None:
