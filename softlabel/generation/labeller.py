@@ -46,6 +46,7 @@ from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
 _MOST_REGROUPED = 1 << 15  # samples of a window
+_BUCKET_ROWS_ON_CPU = 32
 _UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 
@@ -145,16 +146,22 @@ class Lane:
             columns |= {member: put_back(found, pieces, sizes) for member, found in answers.items()}
         return [[columns[member][place] for member in sorted(columns)] for place in range(len(batches))]
 
+    @property
+    def bucket_rows(self) -> int:
+        """Samples of one length in a forward pass. On a CPU fewer than a batch: they fill its cores as well, and each
+        length ends with a pass that is filled up."""
+        return self.batch_size if self.members.device.type == "cuda" else min(self.batch_size, _BUCKET_ROWS_ON_CPU)
+
     def share_filled(self, batch: DecodedBatch) -> float:
         """Of what is computed for a batch alone, the share that is its samples': long runs fill nearly all of it."""
         if not self.members.has_buckets:
             return 1.0
         pieces = [len(self._cut_into_pieces([batch], number)) for number in range(len(self.members.transforms))]
-        return len(batch.keys) * len(pieces) / (self.batch_size * sum(pieces))
+        return len(batch.keys) * len(pieces) / (self.bucket_rows * sum(pieces))
 
     def _cut_into_pieces(self, batches: Sequence[DecodedBatch], number: int) -> list[Piece]:
         inputs = [batch.inputs[number] for batch in batches]
-        return cut_into_pieces(self.members.transforms[number], inputs, self.batch_size) if inputs else []
+        return cut_into_pieces(self.members.transforms[number], inputs, self.bucket_rows) if inputs else []
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
         """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, on the device.

@@ -1,6 +1,7 @@
 """Label two batches of a run, estimate the time and size of the whole, and report suspicious results."""
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softlabel.errors import StoreError
+from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
+from softlabel.generation.labeller import Labeller
 from softlabel.generation.preflight.diagnose import Diagnosis, compare_names, diagnose
 from softlabel.generation.preflight.estimate import Offer, offer
 from softlabel.generation.preflight.repeatability import check_repeatable
@@ -110,12 +113,13 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     rate = trial.images_per_second(job)
     size = job.labeller.batch_size
     passes, fewest = sum(-(-(plan.stop - plan.start) // size) for plan in missing), -(-images // size)
-    if passes > _PADDING * fewest:
+    if passes > _PADDING * fewest and not job.labeller.members.has_buckets:
         remarks = (
             *remarks,
             f"--shard-rows {run.shard_rows}: the last batch of a shard is padded to {size}, so that {passes * size:,} "
             f"pass through the teachers for {images:,}; use a multiple of --batch-size, or a smaller --batch-size",
         )
+    typical = next(batch for batch in trial.batches if batch.keys)
     report = Preflight(
         images=images,
         views=run.views.count,
@@ -126,7 +130,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         bad=trial.bad,
         images_per_second=rate,
         bare_rate=1 / trial.forward,
-        seconds=images / rate + (passes - fewest) * min(size, trial.sampled) * trial.forward,
+        seconds=images / rate + _estimate_filler(job.labeller, missing, typical) * trial.forward,
         offer=found,
         store_bytes=need,
         free_bytes=free,
@@ -139,6 +143,18 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     for finding in report.findings:
         log.warning("warning: %s", finding)
     return job, report
+
+
+def _estimate_filler(labeller: Labeller, plans: Sequence[ShardPlan], batch: DecodedBatch) -> float:
+    """Estimate the samples that forward passes are filled up with, beyond the plans' own; `batch` is a typical one."""
+    size, members = labeller.batch_size, labeller.members
+    passes = [math.ceil((plan.stop - plan.start) / size) for plan in plans]
+    if not members.has_buckets:
+        return (sum(passes) - math.ceil(sum(plan.stop - plan.start for plan in plans) / size)) * len(batch.keys)
+    windows = sum(math.ceil(n / labeller.batches_together(plan)) for n, plan in zip(passes, plans, strict=True))
+    pairs = zip(members.transforms, batch.inputs, strict=True)
+    lengths = max(len(set(transform.bucket_of(inputs).tolist())) for transform, inputs in pairs if transform.buckets)
+    return windows * lengths * labeller.lane.bucket_rows / 2  # of each length, half a pass
 
 
 def free_bytes(out: str | Path) -> int | None:
