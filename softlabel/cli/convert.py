@@ -134,7 +134,7 @@ def _print_summary(summary: "RewriteSummary") -> int:
 def format_nats(cost: "Fidelity") -> str:
     """Return the loss of an encoding as text."""
     return (
-        f"KL in format_nats at T = 1: mean {cost.mean_t1:.1e}, worst {cost.worst_t1:.1e}; "
+        f"KL in nats at T = 1: mean {cost.mean_t1:.1e}, worst {cost.worst_t1:.1e}; "
         f"at the store's T: mean {cost.mean_t:.1e}, worst {cost.worst_t:.1e}"
     )
 
@@ -154,7 +154,7 @@ def describe_provenance(manifest: "Manifest") -> list[tuple[str, str]]:
             lines.append(
                 (
                     "",
-                    f"this step: KL(source || stored) in format_nats at T = {manifest.run.temperature:g}: mean "
+                    f"this step: KL(source || stored) in nats at T = {manifest.run.temperature:g}: mean "
                     f"{step.get('mean_t'):.1e}, worst {step.get('worst_t'):.1e}, on {step.get('rows'):,} rows",
                 )
             )

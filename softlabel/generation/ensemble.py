@@ -65,7 +65,7 @@ class Members:
         unique = list(dict.fromkeys(keys))
         self.transforms: tuple[InputTransform, ...] = tuple(transforms[keys.index(key)] for key in unique)
         self.transform_of = tuple(unique.index(key) for key in keys)
-        self._try_stack = stacks or {g[0]: _Stack([self.teachers[number] for number in g]) for g in self.groups}
+        self._stacks = stacks or {g[0]: _Stack([self.teachers[number] for number in g]) for g in self.groups}
         self._upload = Upload(self.device)
 
     def replica(self) -> "Members":
@@ -75,7 +75,7 @@ class Members:
             Exception: whatever a network that cannot be copied raises.
         """
         teachers = [replace(teacher, model=_copy_sharing_weights(teacher.model)) for teacher in self.teachers]
-        stacks = {number: stack.replica() for number, stack in self._try_stack.items()}
+        stacks = {number: stack.replica() for number, stack in self._stacks.items()}
         return Members(teachers, groups=self.groups, in_turn=self.in_turn, device=self.device, stacks=stacks)
 
     def logits(self, batches: Sequence[Sequence[Inputs]]) -> list[list[Tensor]]:
@@ -122,7 +122,7 @@ class Members:
             if len(group) == 1:
                 found[number] = teacher.logits(inputs[number])
             elif number == group[0]:
-                answers = self._try_stack[number]([inputs[member] for member in group])
+                answers = self._stacks[number]([inputs[member] for member in group])
                 found.update(zip(group, answers, strict=True))
         return [found[number] for number in range(len(self.teachers))]
 

@@ -44,7 +44,7 @@ class Download:
     """Tensors being copied to main memory; `get` waits for them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._make_event: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None
         self._tensors = dict(tensors)
         devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
         if not devices:
@@ -54,13 +54,13 @@ class Download:
                 pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 self._tensors[name] = pinned.copy_(tensor, non_blocking=True)
         (device,) = devices
-        self._make_event = _make_event()
-        self._make_event.record(torch.cuda.current_stream(device))
+        self._event = _make_event()
+        self._event.record(torch.cuda.current_stream(device))
 
     def get(self) -> dict[str, NDArray[Any]]:
-        if self._make_event is not None:
-            self._make_event.synchronize()
-            self._make_event = None
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
         # numpy shares the memory of inference tensors.
         return {name: np.asarray(tensor.numpy()) for name, tensor in self._tensors.items()}
 

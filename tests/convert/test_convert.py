@@ -5,6 +5,7 @@ Legend: V views, N samples, M members, C classes, B rows.
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -685,6 +686,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", kept, more, "--out", both]) == 0
     assert "complete, 98 rows" in capsys.readouterr().out
     assert main(["convert", mixed, small, "--encoding", "topk", "--top-k", "3", "--format", "hdf5"]) == 0
+    cost = r"cost of the new encoding: KL in nats at T = 1: mean [\d.e+-]+, worst [\d.e+-]+; at the store's T: mean"
+    assert re.search(cost, capsys.readouterr().out)
     assert open_store(small).run.encoding == TopK(k=3, temperatures=(2.0,))
     assert main(["export", small, plain, "--to", "hf"]) == 0
     assert main(["export", small, plain, "--to", "hf"]) == 0
