@@ -3,7 +3,7 @@
 Legend: B batch, C classes, N samples of a window of batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,28 @@ from softlabel.inputs.base import Inputs, InputTransform
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Piece:
-    """Samples of one length, filled up to a whole batch; `rows` are their places in the window."""
+    """Samples of one length, filled up to a whole pass; `rows` are their places in the window.
+
+    Attributes:
+        bucket: the length.
+        filled: of the pass, the share that is samples of the window.
+    """
 
     rows: NDArray[np.int64]
     inputs: Inputs
+    bucket: int
+
+    @property
+    def filled(self) -> float:
+        return len(self.rows) / len(self.inputs)
 
 
-def cut_into_pieces(transform: InputTransform, batches: Sequence[Inputs], batch_size: int) -> list[Piece]:
-    """Batches of exactly `batch_size` samples of one bucket each, of all samples of a window.
+def cut_into_pieces(
+    transform: InputTransform, batches: Sequence[Inputs], pass_rows: Callable[[int], int]
+) -> list[Piece]:
+    """Passes of exactly `pass_rows(bucket)` samples of one bucket each, of all samples of a window.
 
-    What a sample's neighbours are does not change its answer, its own length and the size of its batch could.
+    What a sample's neighbours are does not change its answer, its own length and the size of its pass could.
     """
     starts = np.cumsum([0, *map(len, batches)])
     buckets = [transform.bucket_of(batch).numpy() for batch in batches]
@@ -39,11 +51,12 @@ def cut_into_pieces(transform: InputTransform, batches: Sequence[Inputs], batch_
             if len(some)
         ]
         joined = Inputs.join(chosen)
-        for first in range(0, len(rows), batch_size):
-            here = rows[first : first + batch_size]
+        size = pass_rows(bucket)
+        for first in range(0, len(rows), size):
+            here = rows[first : first + size]
             # Repeated samples fill up the last one: a row of padding alone could be NaN.
-            filled = torch.arange(first, first + batch_size).clamp(max=len(rows) - 1)
-            pieces.append(Piece(rows=here, inputs=joined[filled]))
+            filled = torch.arange(first, first + size).clamp(max=len(rows) - 1)
+            pieces.append(Piece(rows=here, inputs=joined[filled], bucket=bucket))
     return pieces
 
 

@@ -46,7 +46,8 @@ from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
 _MOST_REGROUPED = 1 << 15  # samples of a window
-_BUCKET_ROWS_ON_CPU = 32
+_PASS_ON_CPU = 512  # positions, such as tokens, of all samples of a pass
+_PASS_ROWS_ON_CPU = 32
 _UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 
@@ -146,22 +147,28 @@ class Lane:
             columns |= {member: put_back(found, pieces, sizes) for member, found in answers.items()}
         return [[columns[member][place] for member in sorted(columns)] for place in range(len(batches))]
 
-    @property
-    def bucket_rows(self) -> int:
-        """Samples of one length in a forward pass. On a CPU fewer than a batch: they fill its cores as well, and each
-        length ends with a pass that is filled up."""
-        return self.batch_size if self.members.device.type == "cuda" else min(self.batch_size, _BUCKET_ROWS_ON_CPU)
+    def pass_rows(self, bucket: int) -> int:
+        """Return how many samples of a length make a forward pass.
+
+        On a CPU fewer than a batch: a small pass is as fast for each position, and every length ends with a pass that
+        is filled up.
+        """
+        if self.members.device.type == "cuda":
+            return self.batch_size
+        return max(1, min(self.batch_size, _PASS_ROWS_ON_CPU, _PASS_ON_CPU // bucket))
 
     def share_filled(self, batch: DecodedBatch) -> float:
         """Of what is computed for a batch alone, the share that is its samples': long runs fill nearly all of it."""
         if not self.members.has_buckets:
             return 1.0
-        pieces = [len(self._cut_into_pieces([batch], number)) for number in range(len(self.members.transforms))]
-        return len(batch.keys) * len(pieces) / (self.bucket_rows * sum(pieces))
+        numbers = range(len(self.members.transforms))
+        pieces = [piece for number in numbers for piece in self._cut_into_pieces([batch], number)]
+        computed = [len(piece.inputs) * piece.bucket for piece in pieces]
+        return sum(piece.filled * size for piece, size in zip(pieces, computed, strict=True)) / sum(computed)
 
     def _cut_into_pieces(self, batches: Sequence[DecodedBatch], number: int) -> list[Piece]:
         inputs = [batch.inputs[number] for batch in batches]
-        return cut_into_pieces(self.members.transforms[number], inputs, self.bucket_rows) if inputs else []
+        return cut_into_pieces(self.members.transforms[number], inputs, self.pass_rows) if inputs else []
 
     def scaled_logits(self, batch: DecodedBatch) -> Tensor:
         """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, on the device.

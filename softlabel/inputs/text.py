@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -177,15 +178,17 @@ class TextTransform(InputTransform):
             raise DataError("the network takes texts, found numbers; give it the data that it was made for")
         assert self.tokenizer is not None, "a transform out of a manifest"
         ids, segments, truncated = self.tokenizer.encode(item, self.max_length)
-        padding = self.max_length - len(ids)
-        found = _Tokens(
-            input_ids=torch.tensor(ids + [self.pad_id] * padding),
-            attention_mask=torch.tensor([1] * len(ids) + [0] * padding),
-        )
+        found = _Tokens(input_ids=self._fill(ids, self.pad_id), attention_mask=self._fill([1] * len(ids), 0))
         if self.segments:
-            found["token_type_ids"] = torch.tensor(segments + [0] * padding)
+            found["token_type_ids"] = self._fill(segments, 0)
         found.truncated = truncated
         return found
+
+    def _fill(self, values: list[int], padding: int) -> Tensor:
+        # A tensor out of a list takes ten times as long as one out of an array.
+        filled = np.full(self.max_length, padding)
+        filled[: len(values)] = values
+        return torch.from_numpy(filled)
 
     def collate(self, items: Sequence[Fitted]) -> Inputs:
         """Stacked, by name."""

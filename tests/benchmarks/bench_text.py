@@ -1,6 +1,6 @@
 """Labels of texts, end to end, against a bare forward pass over batches that are sorted by length.
 
-python -m tests.benchmarks.bench_text [--texts 4000] [--repeats 3] [--batch 32]
+python -m tests.benchmarks.bench_text [--texts 9662] [--repeats 3] [--batch 32]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.support.texts import add_head, minilm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=4000)
+    parser.add_argument("--texts", type=int, default=9662)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()

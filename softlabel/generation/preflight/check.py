@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,9 +153,13 @@ def _estimate_filler(labeller: Labeller, plans: Sequence[ShardPlan], batch: Deco
     if not members.has_buckets:
         return (sum(passes) - math.ceil(sum(plan.stop - plan.start for plan in plans) / size)) * len(batch.keys)
     windows = sum(math.ceil(n / labeller.batches_together(plan)) for n, plan in zip(passes, plans, strict=True))
-    pairs = zip(members.transforms, batch.inputs, strict=True)
-    lengths = max(len(set(transform.bucket_of(inputs).tolist())) for transform, inputs in pairs if transform.buckets)
-    return windows * lengths * labeller.lane.bucket_rows / 2  # of each length, half a pass
+    # Of each length, half a pass; counted in samples of the mean length.
+    filler: float = max(
+        sum(bucket * labeller.lane.pass_rows(bucket) / 2 for bucket in set(lengths)) / statistics.mean(lengths)
+        for transform, inputs in zip(members.transforms, batch.inputs, strict=True)
+        if transform.buckets and (lengths := transform.bucket_of(inputs).tolist())
+    )
+    return windows * filler
 
 
 def free_bytes(out: str | Path) -> int | None:
