@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def write_parquet(path: Path, texts: list[str | None]) -> str:
-    table = {"id": [f"s{n}" for n in range(len(texts))], "text": texts, "label": LABELS[: len(texts)]}
+    table = {"id": [f"s{n}" for n in range(len(texts))], "text": texts, "label": [n % 3 for n in range(len(texts))]}
     pq.write_table(pa.table(table), path)
     return str(path)
 
@@ -81,6 +81,14 @@ def test_a_label_does_not_depend_on_the_batch(teacher: Path, data: str, tmp_path
     for number in (0, 1, 9, 12):
         generate(f"{data}?rows={number}:{number + 1}", teacher, tmp_path / f"alone{number}")
         assert torch.equal(stored(tmp_path / f"alone{number}")[1][0], whole[number])
+
+
+def test_samples_read_again_may_be_padded_to_another_length(teacher: Path, tmp_path: Path) -> None:
+    """Before a run, the first texts of a batch are read again, without the long ones that follow."""
+    texts = [f"a film of {number} words" for number in range(48)] + [f"{LONG[:150]} {number}" for number in range(16)]
+    found = generate(write_parquet(tmp_path / "texts.parquet", texts), teacher, tmp_path / "labels", batch_size=64)
+    assert found.total_bad == 0
+    assert_logits(tmp_path / "labels", plain_logits(teacher, texts))
 
 
 def test_an_ensemble_whose_members_have_tokenizers_of_their_own(teacher: Path, data: str, tmp_path: Path) -> None:
@@ -235,7 +243,7 @@ def test_real_sentences_and_a_real_encoder(name: str, tmp_path: Path) -> None:
     shutil.copytree(minilm(), folder)
     add_head(folder)
     source = f"{shared}/text/{name}/test.parquet?rows=0:40&key=id"
-    generate(source, folder, tmp_path / "labels", preflight=False)
+    generate(source, folder, tmp_path / "labels")
     table = pq.read_table(shared / "text" / name / "test.parquet").slice(0, 40)
     assert_logits(tmp_path / "labels", plain_logits(folder, table["text"].to_pylist()))
     store = softlabel.open_store(tmp_path / "labels")
