@@ -33,7 +33,11 @@ MAY_IMPORT = {
     "cluster": (f"{LABELS} generation", "dask distributed tqdm"),
     # A store that was made from other stores is repaired from those.
     "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),
-    "training": (f"{LABELS} loss loader evaluation", "torch numpy safetensors tqdm yaml tensorboard wandb mlflow"),
+    "training": (
+        f"{LABELS} loss loader evaluation generation convert",
+        "torch numpy safetensors tqdm yaml tensorboard wandb mlflow",
+    ),
+    "report": (f"{LABELS} loss loader evaluation training", "torch numpy tqdm jinja2 PIL"),
     "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash safetensors"),
     "cli": ("*", "jsonargparse docstring_parser yaml tqdm"),
     "__main__": ("cli", ""),

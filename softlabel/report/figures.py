@@ -1,0 +1,438 @@
+"""What a report holds: plain numbers, which the page draws and ``--json`` writes as they are.
+
+A section that cannot be measured is an `Absent` with the reason. Tuples of C numbers are in the order of the classes,
+of M in that of the members, of V in that of the views. Probabilities are at temperature 1 unless a field says otherwise;
+all logarithms are natural.
+
+Legend: C classes, M members, V views, K bins, E epochs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absent:
+    """A section that was not measured, and why, with a remedy."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Counts of values: bin k holds edges[k] <= value < edges[k + 1], the last one both edges. K counts, K + 1 edges."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A row that is worth a look.
+
+    Attributes:
+        key: of the sample; its picture or text is found by it.
+        view: of the row.
+        label: the hard label, a class number; None for none.
+        suggestion: the class that the teachers find most probable (or that confident learning suggests).
+        p_label: probability of the label; None without one.
+        p_suggestion: probability of the suggestion.
+        score: by which the list is sorted, ascending: what it is stands in the section.
+        members_agreeing: of M, how many have the suggestion as their most probable class; None unless they are kept.
+        views_agreeing: of V, in how many the suggestion is the most probable class; None for a single view.
+    """
+
+    key: str
+    view: int
+    label: int | None
+    suggestion: int
+    p_label: float | None
+    p_suggestion: float
+    score: float
+    members_agreeing: int | None = None
+    views_agreeing: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherFacts:
+    """A member as the manifest has it; `calibration` divides its logits."""
+
+    spec: str
+    weight: float
+    calibration: float
+    precision: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What is reported on.
+
+    Attributes:
+        store: path or URL as given.
+        fingerprint: of the store.
+        data: the SOURCE that was labelled.
+        rows, samples, views, classes: how many; rows are samples times views, less the bad ones.
+        class_names: C names; None where none are known.
+        temperature: of the store.
+        seen: whether the teachers were trained on these samples. ``out-of-sample``: each row is by teachers that were
+            not (cross-fitting, or data without labels); ``in-sample``: they were; ``unknown``: nothing says so.
+        seen_note: the caveat in one sentence.
+        noun, unit: of the kind of samples, such as images, image.
+        measured: how many rows the dear figures (calibration, confusion of members) are from, if not from all.
+        version: of softlabel.
+    """
+
+    store: str
+    fingerprint: str
+    data: str
+    rows: int
+    samples: int
+    views: int
+    classes: int
+    class_names: tuple[str, ...] | None
+    teachers: tuple[TeacherFacts, ...]
+    combine: str
+    temperature: float
+    encoding: str
+    activation: str
+    seen: Literal["in-sample", "out-of-sample", "unknown"]
+    seen_note: str
+    noun: str
+    unit: str
+    measured: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Labels against hard labels; rows with one count. `top5` is None for up to 5 classes.
+
+    For independent sigmoids a class is right where it is known and its probability is on its side of 0.5; `top5` is None.
+    """
+
+    labelled: int
+    accuracy: float
+    top5: float | None
+    class_rows: tuple[int, ...]
+    class_accuracy: tuple[float | None, ...]
+    class_p_label: tuple[float | None, ...]
+    view_accuracy: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """Hard labels that are likely wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068).
+
+    threshold t_j = mean p_j over rows labelled j. A row labelled i is counted in (i, j) where j is the most probable of
+    the classes with p_j >= t_j. The joint is that matrix with each row scaled to the number of rows labelled i;
+    `share` is its part off the diagonal. A row is a candidate if it is counted off the diagonal; candidates are ranked by
+    the margin p_label - max of the others (`Example.score`), the most negative first. Only view 0 is judged.
+
+    Attributes:
+        share: estimated share of wrong labels.
+        candidates: how many rows are off the diagonal.
+        thresholds: C; None for a class without rows.
+        pairs: (label, suggestion, count) of the largest entries off the diagonal, at most 50.
+        examples: the first ones of the ranking, at most 400.
+    """
+
+    share: float
+    candidates: int
+    judged: int
+    thresholds: tuple[float | None, ...]
+    pairs: tuple[tuple[int, int, int], ...]
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reliability:
+    """Of one set of answers: K = 15 bins of equal width over the confidence; means are None in an empty bin."""
+
+    counts: tuple[int, ...]
+    confidence: tuple[float | None, ...]
+    accuracy: tuple[float | None, ...]
+    calibration_error: float
+    cross_entropy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """A member (or the stored labels) as it is, and after division of its logits by the fitted temperature."""
+
+    name: str
+    before: Reliability
+    fitted_temperature: float
+    after: Reliability
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """First the stored labels, then each member where members are kept. `rows`: how many it is from."""
+
+    rows: int
+    curves: tuple[Calibrated, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharpnessAt:
+    """Entropy of the rows at a temperature.
+
+    Attributes:
+        entropy: histogram of 30 bins over 0 to ln C, in nats.
+        mean_entropy: in nats.
+        effective_classes: mean of exp(entropy).
+        one_hot: share of rows whose largest probability is above 0.999.
+    """
+
+    temperature: float
+    entropy: Histogram
+    mean_entropy: float
+    effective_classes: float
+    one_hot: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharpness:
+    """How sharp the labels are at T = 1 (absent where only the store's temperature is exact) and at the store's, and the
+    temperature of those tried at which a student sees about two effective classes; None if that needs no change."""
+
+    at: tuple[SharpnessAt, ...]
+    suggested_temperature: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confusion:
+    """Which classes the teachers mix up, by mean probability (at the store's temperature) of rows of each hard label;
+    without hard labels, of each most probable class.
+
+    Attributes:
+        matrix: (C, C) mean soft label by label, for up to 50 classes; None for more.
+        pairs: (label, class, mean probability) of the largest entries off the diagonal, at most 50.
+        merges: of the dendrogram by average linkage of 1 - cosine of the mean soft labels, as SciPy's linkage has them:
+            (cluster, cluster, distance, size), clusters at C and above are earlier merges; empty for more than 200 classes.
+        by: what the rows were grouped by.
+    """
+
+    matrix: tuple[tuple[float, ...], ...] | None
+    pairs: tuple[tuple[int, int, float], ...]
+    merges: tuple[tuple[int, int, float, int], ...]
+    by: Literal["label", "prediction"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ensemble:
+    """Kept members against each other.
+
+    Attributes:
+        names: M.
+        accuracy, cross_entropy: M, where there are hard labels.
+        agreement: (M, M) share of rows with the same most probable class.
+        divergence: (M, M) mean KL(row member || column member) in nats at T = 1.
+        disagreement: histogram of the mutual information H(mean p) - mean H(p), 30 bins over 0 to ln M.
+        mean_disagreement: in nats.
+        all_accuracy, all_cross_entropy: of the mean of all members' probabilities.
+        without_accuracy, without_cross_entropy: M, of the mean without each one; None for a single member.
+        droppable: the member without which cross-entropy is lowest, if it is lower than with all; None otherwise.
+        examples: rows of largest mutual information (`Example.score` is its negative), at most 60.
+    """
+
+    rows: int
+    names: tuple[str, ...]
+    accuracy: tuple[float | None, ...]
+    cross_entropy: tuple[float | None, ...]
+    agreement: tuple[tuple[float, ...], ...]
+    divergence: tuple[tuple[float, ...], ...]
+    disagreement: Histogram
+    mean_disagreement: float
+    all_accuracy: float | None
+    all_cross_entropy: float | None
+    without_accuracy: tuple[float | None, ...] | None
+    without_cross_entropy: tuple[float | None, ...] | None
+    droppable: int | None
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """Views of one sample against each other.
+
+    Attributes:
+        agreement: share of samples whose views all have the same most probable class.
+        flips: share of rows whose most probable class is not that of the mean over the views.
+        divergence: mean KL(view || mean over the views), in nats.
+        lost: samples with a view whose label has less than a tenth of the probability that it has in the best view
+            (crops that lose the object); None without hard labels.
+        examples: samples whose views diverge most (`Example.score` is the negative mean KL), the view with the lowest
+            probability of the label first, at most 60.
+    """
+
+    samples: int
+    agreement: float
+    flips: float
+    divergence: float
+    lost: int | None
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingCost:
+    """Bytes of a row and of the whole store, and KL(teacher || stored) in nats as measured when it was written."""
+
+    name: str
+    row_bytes: int
+    store_bytes: int
+    mean_t1: float | None
+    worst_t1: float | None
+    mean_t: float | None
+    worst_t: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duplicates:
+    """Samples with the same content: groups of two and more, and those of them whose hard labels differ."""
+
+    groups: int
+    samples: int
+    conflicting: int
+    examples: tuple[tuple[Example, ...], ...]  # groups, the conflicting ones first, at most 30 groups of at most 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """What has labels. `bad`: (key, reason), at most 100 of `bad_count`; `class_samples`: C, by hard label."""
+
+    samples: int
+    with_hard_label: int
+    class_samples: tuple[int, ...]
+    bad_count: int
+    bad: tuple[tuple[str, str], ...]
+    missing: int
+    duplicates: Duplicates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corner:
+    """Rows of one corner of student against teacher: how many, and at most 24 of them."""
+
+    name: Literal["both right", "teacher alone right", "student alone right", "both wrong"]
+    count: int
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A student against the teacher on some data.
+
+    Attributes:
+        run: its folder.
+        data: the SOURCE.
+        held_out: whether it is other data than the student was trained on.
+        accuracy, teacher_accuracy: on rows with a hard label.
+        agreement: share of rows with the same most probable class.
+        divergence: mean KL(teacher || student) in nats at the store's temperature.
+        joint: 20 x 20 counts: p_teacher(label) by rows, p_student(label) by columns, equal bins from 0 to 1.
+        class_agreement: C.
+        class_divergence: C.
+        divergence_by_entropy: mean KL in ten bins of equal width of the teacher's entropy over 0 to ln C.
+        student, teacher: calibration of both.
+        corners: four.
+    """
+
+    run: str
+    data: str
+    held_out: bool
+    samples: int
+    accuracy: float | None
+    teacher_accuracy: float | None
+    agreement: float
+    divergence: float
+    joint: tuple[tuple[int, ...], ...]
+    class_agreement: tuple[float | None, ...]
+    class_divergence: tuple[float | None, ...]
+    divergence_by_entropy: tuple[float | None, ...]
+    student: Reliability | None
+    teacher: Reliability | None
+    corners: tuple[Corner, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """A run: its settings in words, its last evaluation and its curves.
+
+    Attributes:
+        settings: name -> value of the options that differ between the runs, or that matter.
+        final: name of a metric -> its last value.
+        curves: name of a metric -> (epoch, value) of each epoch that has it.
+    """
+
+    run: str
+    settings: dict[str, str]
+    final: dict[str, float]
+    curves: dict[str, tuple[tuple[float, float], ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Students of one pass over two settings: `values[row][column]` of the metric, None where there is none."""
+
+    metric: str
+    row_setting: str
+    rows: tuple[str, ...]
+    column_setting: str
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Students:
+    """Runs, how they compare with the teacher (empty without --data or --eval-data), and a grid if they are one."""
+
+    runs: tuple[RunFacts, ...]
+    comparisons: tuple[Comparison, ...]
+    grid: Grid | None
+    notes: tuple[str, ...]  # what could not be measured, and why
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sentence:
+    """One line of the summary: `level` says whether something has to be done; `command` does it, '' for none."""
+
+    section: str
+    level: Literal["good", "look", "act"]
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All of it. `about` and the store's sections are absent in a report of runs alone."""
+
+    title: str
+    about: About | Absent
+    summary: tuple[Sentence, ...]
+    agreement: Agreement | Absent
+    noise: Noise | Absent
+    calibration: Calibration | Absent
+    sharpness: Sharpness | Absent
+    confusion: Confusion | Absent
+    ensemble: Ensemble | Absent
+    views: Views | Absent
+    encoding: EncodingCost | Absent
+    coverage: Coverage | Absent
+    students: Students | Absent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A sample as the page shows it.
+
+    Attributes:
+        kind: ``image``: `data` is a data URI of a JPEG or WebP; ``text``: the text itself, shortened; ``heat``: a data
+            URI of a small PNG.
+        width, height: of a picture, in pixels; 0 for a text.
+    """
+
+    kind: Literal["image", "text", "heat"]
+    data: str
+    width: int = 0
+    height: int = 0
