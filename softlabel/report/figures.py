@@ -1,8 +1,8 @@
 """What a report holds: plain numbers, which the page draws and ``--json`` writes as they are.
 
 A section that cannot be measured is an `Absent` with the reason. Tuples of C numbers are in the order of the classes,
-of M in that of the members, of V in that of the views. Probabilities are at temperature 1 unless a field says otherwise;
-all logarithms are natural.
+of M in that of the members, of V in that of the views. Probabilities are at temperature 1 unless a field says
+otherwise; all logarithms are natural.
 
 Legend: C classes, M members, V views, K bins, E epochs.
 """
@@ -20,7 +20,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """Counts of values: bin k holds edges[k] <= value < edges[k + 1], the last one both edges. K counts, K + 1 edges."""
+    """Counts of values: bin k holds edges[k] <= value < edges[k + 1], the last one both edges; K + 1 edges."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -105,9 +105,9 @@ class About:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Labels against hard labels; rows with one count. `top5` is None for up to 5 classes.
+    """Labels against hard labels, on rows that have one. `top5` is None for up to 5 classes.
 
-    For independent sigmoids a class is right where it is known and its probability is on its side of 0.5; `top5` is None.
+    For independent sigmoids a class is right where it is known and its probability is on its side of 0.5.
     """
 
     labelled: int
@@ -125,8 +125,8 @@ class Noise:
 
     threshold t_j = mean p_j over rows labelled j. A row labelled i is counted in (i, j) where j is the most probable of
     the classes with p_j >= t_j. The joint is that matrix with each row scaled to the number of rows labelled i;
-    `share` is its part off the diagonal. A row is a candidate if it is counted off the diagonal; candidates are ranked by
-    the margin p_label - max of the others (`Example.score`), the most negative first. Only view 0 is judged.
+    `share` is its part off the diagonal. A row is a candidate if it is counted off the diagonal; candidates are ranked
+    by the margin p_label - max of the others (`Example.score`), the most negative first. Only view 0 is judged.
 
     Attributes:
         share: estimated share of wrong labels.
@@ -202,14 +202,15 @@ class Sharpness:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
-    """Which classes the teachers mix up, by mean probability (at the store's temperature) of rows of each hard label;
-    without hard labels, of each most probable class.
+    """Which classes the teachers mix up: the mean probability (at the store's temperature) of the rows of each hard
+    label; without hard labels, of each most probable class.
 
     Attributes:
         matrix: (C, C) mean soft label by label, for up to 50 classes; None for more.
         pairs: (label, class, mean probability) of the largest entries off the diagonal, at most 50.
-        merges: of the dendrogram by average linkage of 1 - cosine of the mean soft labels, as SciPy's linkage has them:
-            (cluster, cluster, distance, size), clusters at C and above are earlier merges; empty for more than 200 classes.
+        merges: of the dendrogram by average linkage of 1 - cosine of the mean soft labels, as SciPy's linkage has
+            them: (cluster, cluster, distance, size), clusters at C and above are earlier merges; empty for more than
+            200 classes.
         by: what the rows were grouped by.
     """
 
