@@ -193,7 +193,7 @@ class SharpnessAt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharpness:
-    """How sharp the labels are at T = 1 (absent where only the store's temperature is exact) and at the store's, and the
+    """How sharp the labels are at T = 1 (absent where only the store's is exact) and at the store's, and the
     temperature of those tried at which a student sees about two effective classes; None if that needs no change."""
 
     at: tuple[SharpnessAt, ...]
