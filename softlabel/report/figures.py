@@ -7,8 +7,10 @@ otherwise; all logarithms are natural.
 Legend: C classes, M members, V views, K bins, E epochs.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -428,12 +430,27 @@ class Picture:
     """A sample as the page shows it.
 
     Attributes:
-        kind: ``image``: `data` is a data URI of a JPEG or WebP; ``text``: the text itself, shortened; ``heat``: a data
-            URI of a small PNG.
-        width, height: of a picture, in pixels; 0 for a text.
+        kind: ``image``: `data` is a data URI of a JPEG; ``heat``: a data URI of a small PNG; ``text``: the text itself,
+            shortened; ``none``: why there is none.
+        width, height: of a picture, in pixels; 0 otherwise.
+        note: what is shown, where that is not the whole sample, such as the channels of an image of many; else ''.
     """
 
-    kind: Literal["image", "text", "heat"]
+    kind: Literal["image", "heat", "text", "none"]
     data: str
     width: int = 0
     height: int = 0
+    note: str = ""
+
+
+def report_json(report: Report) -> str:
+    """Return the figures of a report as JSON; a number that is not finite is null."""
+    return json.dumps(_plain(asdict(report)), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
