@@ -1,4 +1,4 @@
-"""What a report holds: plain numbers, which the page draws and ``--json`` writes as they are.
+"""What the sections of a report hold: plain numbers, which the page draws and ``--json`` writes as they are.
 
 A section that cannot be measured is an `Absent` with the reason. Tuples of C numbers are in the order of the classes,
 of M in that of the members, of V in that of the views. Probabilities are at temperature 1 unless a field says
@@ -7,10 +7,8 @@ otherwise; all logarithms are natural.
 Legend: C classes, M members, V views, K bins, E epochs.
 """
 
-import json
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,63 +392,3 @@ class Students:
     comparisons: tuple[Comparison, ...]
     grid: Grid | None
     notes: tuple[str, ...]  # what could not be measured, and why
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sentence:
-    """One line of the summary: `level` says whether something has to be done; `command` does it, '' for none."""
-
-    section: str
-    level: Literal["good", "look", "act"]
-    text: str
-    command: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """All of it. `about` and the store's sections are absent in a report of runs alone."""
-
-    title: str
-    about: About | Absent
-    summary: tuple[Sentence, ...]
-    agreement: Agreement | Absent
-    noise: Noise | Absent
-    calibration: Calibration | Absent
-    sharpness: Sharpness | Absent
-    confusion: Confusion | Absent
-    ensemble: Ensemble | Absent
-    views: Views | Absent
-    encoding: EncodingCost | Absent
-    coverage: Coverage | Absent
-    students: Students | Absent
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A sample as the page shows it.
-
-    Attributes:
-        kind: ``image``: `data` is a data URI of a JPEG; ``heat``: a data URI of a small PNG; ``text``: the text itself,
-            shortened; ``none``: why there is none.
-        width, height: of a picture, in pixels; 0 otherwise.
-        note: what is shown, where that is not the whole sample, such as the channels of an image of many; else ''.
-    """
-
-    kind: Literal["image", "heat", "text", "none"]
-    data: str
-    width: int = 0
-    height: int = 0
-    note: str = ""
-
-
-def report_json(report: Report) -> str:
-    """Return the figures of a report as JSON; a number that is not finite is null."""
-    return json.dumps(_plain(asdict(report)), ensure_ascii=False, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

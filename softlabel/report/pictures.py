@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from softlabel.dataset import Source
 from softlabel.errors import DataError
 from softlabel.inputs.base import Item, Sample
 from softlabel.inputs.tensor import BANDS
-from softlabel.report.figures import Picture
 
 _SIDE = 96
 _TEXT = 300
@@ -33,6 +33,24 @@ _MAP_STOPS = (
     (0.75, (188, 175, 111)),
     (1.0, (255, 234, 70)),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A sample as the page shows it.
+
+    Attributes:
+        kind: ``image``: `data` is a data URI of a JPEG; ``heat``: a data URI of a small PNG; ``text``: the text itself,
+            shortened; ``none``: why there is none.
+        width, height: of a picture, in pixels; 0 otherwise.
+        note: what is shown, where that is not the whole sample, such as the channels of an image of many; else ''.
+    """
+
+    kind: Literal["image", "heat", "text", "none"]
+    data: str
+    width: int = 0
+    height: int = 0
+    note: str = ""
 
 
 def make_pictures(source: Source, keys: Iterable[str], *, budget: int = 1_500_000) -> dict[str, Picture]:
