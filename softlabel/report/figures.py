@@ -40,6 +40,8 @@ class Example:
         score: by which the list is sorted, ascending: what it is stands in the section.
         members_agreeing: of M, how many have the suggestion as their most probable class; None unless they are kept.
         views_agreeing: of V, in how many the suggestion is the most probable class; None for a single view.
+        student: the class that a student finds most probable, where a student is compared.
+        p_student: probability that the student gives to the label.
     """
 
     key: str
@@ -51,6 +53,8 @@ class Example:
     score: float
     members_agreeing: int | None = None
     views_agreeing: int | None = None
+    student: int | None = None
+    p_student: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,32 +326,37 @@ class Corner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A student against the teacher on some data.
+    """A student against the teacher on some data. Without labels of the teacher for that data, what needs them is None
+    or empty, and the section has a note with the command that makes them.
 
     Attributes:
         run: its folder.
         data: the SOURCE.
         held_out: whether it is other data than the student was trained on.
-        accuracy, teacher_accuracy: on rows with a hard label.
-        agreement: share of rows with the same most probable class.
+        samples: on which the student was measured.
+        with_teacher: those of them that have a row in the store, to which the figures about the teacher refer.
+        accuracy: of the student, on samples with a hard label.
+        teacher_accuracy: on samples with a hard label and a row.
+        agreement: share of samples with the same most probable class.
         divergence: mean KL(teacher || student) in nats at the store's temperature.
         joint: 20 x 20 counts: p_teacher(label) by rows, p_student(label) by columns, equal bins from 0 to 1.
-        class_agreement: C.
-        class_divergence: C.
+        class_agreement: C, the samples grouped by hard label; by the teacher's most probable class where none has one.
+        class_divergence: C, of the same groups.
         divergence_by_entropy: mean KL in ten bins of equal width of the teacher's entropy over 0 to ln C.
         student, teacher: calibration of both.
-        corners: four.
+        corners: four; `Example.score` is -|p_teacher(label) - p_student(label)|.
     """
 
     run: str
     data: str
     held_out: bool
     samples: int
+    with_teacher: int
     accuracy: float | None
     teacher_accuracy: float | None
-    agreement: float
-    divergence: float
-    joint: tuple[tuple[int, ...], ...]
+    agreement: float | None
+    divergence: float | None
+    joint: tuple[tuple[int, ...], ...] | None
     class_agreement: tuple[float | None, ...]
     class_divergence: tuple[float | None, ...]
     divergence_by_entropy: tuple[float | None, ...]
@@ -362,7 +371,7 @@ class RunFacts:
 
     Attributes:
         settings: name -> value of the options that differ between the runs, or that matter.
-        final: name of a metric -> its last value.
+        final: name of a metric -> its value at the epoch whose weights the student has.
         curves: name of a metric -> (epoch, value) of each epoch that has it.
     """
 
@@ -374,7 +383,8 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Students of one pass over two settings: `values[row][column]` of the metric, None where there is none."""
+    """Students over two settings, all else equal: `values[row][column]` of the metric, the best of several, None where
+    there is none."""
 
     metric: str
     row_setting: str
