@@ -16,9 +16,9 @@ from softlabel.report.figures import (
     Ensemble,
     Noise,
     Sharpness,
-    Students,
     Views,
 )
+from softlabel.report.student_figures import Students
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
