@@ -109,7 +109,7 @@ class Judge:
         sum_R = powers.sum(dim=1).numpy()
         found.top[:] = top_R
         found.p_top[:] = powers_RC[rows_R, top_R] / sum_R
-        found.p_label[:] = powers_RC[rows_R, labels_R] / sum_R
+        found.p_label[:] = powers_RC[rows_R, np.maximum(labels_R, 0)] / sum_R
         _find_top5(bits, labels_R, top_R, found, scratch=powers)
 
     def _judge_members(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
@@ -118,7 +118,7 @@ class Judge:
         top_R = p_RC.argmax(axis=1)
         found.top[:] = top_R
         found.p_top[:] = p_RC[rows_R, top_R]
-        found.p_label[:] = p_RC[rows_R, labels_R]
+        found.p_label[:] = p_RC[rows_R, np.maximum(labels_R, 0)]
         _find_top5(p, labels_R, top_R, found, scratch=torch.empty_like(p))
 
     def _borrow(self, rows: int) -> list[Tensor]:
