@@ -3,8 +3,7 @@
 Legend: B batch, C classes, N samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,17 @@ from tqdm import tqdm
 from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
-from softlabel.common.spec import parse_spec, quote_path
+from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source, open_source, report_source, require_samples
-from softlabel.errors import MismatchError, TeacherError
+from softlabel.errors import MismatchError
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.evaluation.multi_label import MultiLabelTotals
-from softlabel.inputs.base import Inputs, InputTransform
+from softlabel.evaluation.network import build_network, compute_logits, evaluating, spec_of
+from softlabel.inputs.base import InputTransform
 from softlabel.inputs.transforms import default_transform
 from softlabel.loader import Batch, Missing, SoftLabelLoader
-from softlabel.models import RunModel, build_model, read_run, refuse_precision, refuse_random
-from softlabel.models.precision import Precision, computing, ieee_float32
-from softlabel.models.teacher import student_preprocessing
+from softlabel.models import RunModel, read_run
+from softlabel.models.precision import Precision
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
@@ -80,11 +79,9 @@ def evaluate(
         if preprocessing is None:
             preprocessing = default_transform(source.inputs)
     else:
-        spec = _spec(model)
-        refuse_random(parse_spec(spec))
-        module = build_model(spec)
-        refuse_precision(parse_spec(spec), module, precision)
-        preprocessing = preprocessing or student_preprocessing(spec, module, source.inputs.name)
+        spec = spec_of(model)
+        module, own = build_network(spec, source.inputs.name, precision)
+        preprocessing = preprocessing or own
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
     activation = _choose_activation(activation, None if isinstance(model, nn.Module) else spec, source, store)
@@ -112,7 +109,7 @@ def evaluate(
             activation=activation,
         )
 
-    with _eval_mode(module.to(target)), ieee_float32():
+    with evaluating(module.to(target)):
         if store is None or not store.run.view_columns:
             return measured(store)
         as_it_is, view = measured(None), measured(store)
@@ -168,18 +165,14 @@ class Measurement:
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
         """A batch on the device; rows of weight 0 do not count."""
-        inputs = self._preprocessing.finish(Inputs.of(batch.inputs))
-        with computing(self._precision, self._device):
-            logits_BC = inputs.call(self._model)
-        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
-            raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
-        names = self._source.class_names if self._source.has_labels else None
-        outputs = logits_BC.shape[1]  # one of independent outputs says whether it is the second of two classes
-        if names is not None and len(names) != outputs and (len(names), outputs) != (2, 1):
-            raise MismatchError(
-                f"model: has {logits_BC.shape[1]} classes, {self._source.name} has {len(names)}; "
-                "measure it on data of its own classes"
-            )
+        logits_BC = compute_logits(
+            self._model,
+            batch,
+            preprocessing=self._preprocessing,
+            device=self._device,
+            precision=self._precision,
+            source=self._source,
+        )
         self._totals.add(logits_BC.double(), batch)
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> Evaluation:
@@ -209,19 +202,3 @@ def _read_run_of(spec: str) -> RunModel | None:
     """What a run says about its student; None for other SPECs."""
     parsed = parse_spec(spec)
     return read_run(parsed.name) if parsed.kind == "run" else None
-
-
-def _spec(model: str | Path) -> str:
-    """A SPEC; the folder of a run may be given by its path alone."""
-    folder = Path(model).expanduser()
-    return f"run:{quote_path(str(folder))}" if isinstance(model, Path) or (folder / "model.json").is_file() else model
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
