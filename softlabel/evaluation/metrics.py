@@ -86,7 +86,7 @@ def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
         confidence_N: probability of the predicted class, float (N,), above 0.
         correct_N: bool (N,).
     """
-    return _ece(*_bins(confidence_N.double(), correct_N))
+    return expected_calibration_error(*count_bins(confidence_N.double(), correct_N))
 
 
 class Totals:
@@ -113,7 +113,7 @@ class Totals:
         best_B = log_probs_BC.argmax(dim=1)
         correct_B = best_B[labelled_B] == labels_B
         confidence_B = log_probs_BC.amax(dim=1).exp()[labelled_B]
-        self.bins_3K += torch.stack(_bins(confidence_B, correct_B)).cpu()
+        self.bins_3K += torch.stack(count_bins(confidence_B, correct_B)).cpu()
         self._sum(
             samples=counts_B.sum(),
             labelled=len(labels_B),
@@ -173,7 +173,7 @@ class Totals:
             labelled=int(sums["labelled"]),
             accuracy=mean("correct", "labelled"),
             cross_entropy=mean("nats", "labelled"),
-            calibration_error=_ece(*bins_3K) if sums["labelled"] else None,
+            calibration_error=expected_calibration_error(*bins_3K) if sums["labelled"] else None,
             with_teacher=int(sums["known"]),
             agreement=mean("agreed", "known"),
             teacher_kl=mean("teacher_nats", "comparable"),
@@ -183,7 +183,7 @@ class Totals:
         )
 
 
-def _bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def count_bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Samples, summed confidence and correct answers of each bin (lower, upper], float64 (BINS,)."""
     bin_N = (confidence_N * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
     zeros_K = torch.zeros(BINS, dtype=torch.float64, device=confidence_N.device)
@@ -194,6 +194,6 @@ def _bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
-def _ece(samples_K: Tensor, confidence_K: Tensor, correct_K: Tensor) -> float:
+def expected_calibration_error(samples_K: Tensor, confidence_K: Tensor, correct_K: Tensor) -> float:
     # Counts cancel: count / N * |correct / count - confidence / count|.
     return float((correct_K - confidence_K).abs().sum() / samples_K.sum())
