@@ -1,20 +1,25 @@
 """Run folders as `softlabel train` leaves them: settings, curves, and the grid that several of them form."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softlabel.errors import DataError, UsageError, one_line
 from softlabel.report.student_figures import Grid, RunFacts
 from softlabel.training.config import GRID
 from softlabel.training.metrics import EpochMetrics, read_csv
-from softlabel.training.run_folder import CHECKPOINT, CONFIG, METRICS, MODEL, STUDENTS, is_finished, read_failure
-from softlabel.training.run_folder import recorded_identity as read_identity
+from softlabel.training.run_folder import (
+    CHECKPOINT,
+    METRICS,
+    MODEL,
+    is_finished,
+    read_failure,
+    recorded_config,
+    recorded_identity,
+    student_folders,
+)
 
 # Metrics that depend on the machine, or say where in the run an epoch is.
 _NOT_METRICS = {"epoch", "step", "lr", "seconds", "images_per_second"}
@@ -92,7 +97,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
     Raises:
         UsageError: a folder is not there.
-        DataError: a folder holds no run, or a file in it cannot be read.
+        DataError: a folder holds no run, or metrics that cannot be read (TrainingError: other files of it).
     """
     found: dict[Path, None] = {}
     for given in folders:
@@ -114,16 +119,8 @@ def _find_runs(folder: Path, depth: int = 2) -> list[Path]:
         return [folder]
     if not depth:
         return []
-    inner = _order_students(folder) or sorted(one for one in folder.iterdir() if one.is_dir())
+    inner = student_folders(folder) or sorted(one for one in folder.iterdir() if one.is_dir())
     return [run for one in inner for run in _find_runs(one, depth - 1)]
-
-
-def _order_students(folder: Path) -> list[Path]:
-    """The run folders of the students of a pass, in the order of the settings."""
-    path = folder / STUDENTS
-    if not path.exists():
-        return []
-    return [folder / str(name) for name in _load_mapping(path) if (folder / str(name)).is_dir()]
 
 
 def _read_run(folder: Path) -> Run:
@@ -135,21 +132,9 @@ def _read_run(folder: Path) -> Run:
             raise DataError(
                 f"{folder / METRICS}: expected one row an epoch as 'softlabel train' writes them: {one_line(error)}"
             ) from error
-    config = _load_mapping(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    return Run(folder=folder, identity=read_identity(folder), config=config, history=tuple(history))
-
-
-def _load_mapping(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}; train the run again with --overwrite") from error
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{path}: expected a mapping, found {type(found).__name__}; train the run again with --overwrite"
-        )
-    return found
+    return Run(
+        folder=folder, identity=recorded_identity(folder), config=recorded_config(folder), history=tuple(history)
+    )
 
 
 def describe_runs(runs: Sequence[Run]) -> tuple[RunFacts, ...]:

@@ -20,7 +20,7 @@ import json
 import pickle
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import nn
 
 from softlabel.common.atomic_file import write_atomically as write_whole
 from softlabel.common.spec import quote_path
-from softlabel.errors import MismatchError, TrainingError, UsageError
+from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
@@ -170,6 +170,37 @@ def recorded_identity(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def recorded_config(folder: Path) -> Mapping[str, Any]:
+    """The settings that a run was given; empty where there are none.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
+    return _read_mapping(folder / CONFIG, yaml.safe_load)
+
+
+def student_folders(folder: Path) -> list[Path]:
+    """The run folders in the folder of several students, in the order of their settings; empty for another folder.
+
+    Raises:
+        TrainingError: the file that lists them is damaged.
+    """
+    found = (folder / str(name) for name in _read_mapping(folder / STUDENTS, json.loads))
+    return [one for one in found if one.is_dir()]
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise TrainingError(f"{path}: cannot be read ({one_line(error)}); start again with --overwrite") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"{path}: expected a mapping, found {type(found).__name__}; start again with --overwrite")
+    return found
 
 
 def is_finished(folder: Path) -> bool:
