@@ -2,7 +2,7 @@
 
 A section that cannot be measured is an `Absent` with the reason. Tuples of C numbers are in the order of the classes,
 of M in that of the members, of V in that of the views. Probabilities are at temperature 1 unless a field says
-otherwise; all logarithms are natural.
+otherwise, or at the store's where only that one is exact; all logarithms are natural.
 
 Legend: C classes, M members, V views, K bins.
 """
@@ -236,7 +236,8 @@ class Ensemble:
         disagreement: histogram of the mutual information H(mean p) - mean H(p), 30 bins over 0 to ln M.
         mean_disagreement: in nats.
         all_accuracy, all_cross_entropy: of the mean of all members' probabilities.
-        without_accuracy, without_cross_entropy: M, of the mean without each one; None for a single member.
+        without_accuracy, without_cross_entropy: M, of the mean without each one, where there are hard labels.
+        rows: how many all of this is from.
         droppable: the member without which cross-entropy is lowest, if it is lower than with all; None otherwise.
         examples: rows of largest mutual information (`Example.score` is its negative), at most 60.
     """
@@ -251,24 +252,27 @@ class Ensemble:
     mean_disagreement: float
     all_accuracy: float | None
     all_cross_entropy: float | None
-    without_accuracy: tuple[float | None, ...] | None
-    without_cross_entropy: tuple[float | None, ...] | None
+    without_accuracy: tuple[float | None, ...]
+    without_cross_entropy: tuple[float | None, ...]
     droppable: int | None
     examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """Views of one sample against each other.
+    """Views of one sample against each other, of samples that have all views.
 
     Attributes:
+        samples: that `agreement` and `lost` are from.
         agreement: share of samples whose views all have the same most probable class.
         flips: share of rows whose most probable class is not that of the mean over the views.
         divergence: mean KL(view || mean over the views), in nats.
         lost: samples with a view whose label has less than a tenth of the probability that it has in the best view
             (crops that lose the object); None without hard labels.
-        examples: samples whose views diverge most (`Example.score` is the negative mean KL), the view with the lowest
-            probability of the label first, at most 60.
+        examples: samples whose views diverge most (`Example.score` is the negative mean KL), at most 60; each by its
+            view with the lowest probability of the label, or of the suggestion without one. The suggestion is the most
+            probable class of the mean over the views.
+        sampled: samples that `flips`, `divergence` and `examples` are from.
     """
 
     samples: int
@@ -277,6 +281,7 @@ class Views:
     divergence: float
     lost: int | None
     examples: tuple[Example, ...]
+    sampled: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
