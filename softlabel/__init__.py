@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from softlabel.store.reader import Store
     from softlabel.store.verify import verify_store
     from softlabel.training import TrainConfig, TrainResult, train
+    from softlabel.training.crossfit import crossfit
 __version__ = "0.1.0"
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "calibrate",
+    "crossfit",
     "distillation_loss",
     "evaluate",
     "generate",
@@ -59,6 +61,7 @@ _HOME = {
     "TrainConfig": "softlabel.training",
     "TrainResult": "softlabel.training",
     "calibrate": "softlabel.maintain.calibrate",
+    "crossfit": "softlabel.training.crossfit",
     "distillation_loss": "softlabel.loss",
     "evaluate": "softlabel.evaluation.evaluate",
     "generate": "softlabel.generation.generate",

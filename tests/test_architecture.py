@@ -173,6 +173,7 @@ def test_public_names_are_exact_sorted_and_resolve() -> None:
         "TrainConfig",
         "TrainResult",
         "calibrate",
+        "crossfit",
         "distillation_loss",
         "evaluate",
         "generate",

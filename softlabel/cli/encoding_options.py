@@ -69,6 +69,11 @@ OfTeachers = _make_options(
     "float16",
     "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats.",
 )
+OfFolds = _make_options(
+    (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
+    "float16",
+    "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats.",
+)
 OfStores = _make_options(
     (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
     None,

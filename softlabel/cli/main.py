@@ -47,11 +47,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert.convert,
     "export": convert.export,
     "train": train.train,
+    "crossfit": train.crossfit,
     "evaluate": train.evaluate,
 }
 # Dataclasses in annotations of commands, imported only when the command runs.
 LATE = {
     "train": {"TrainConfig": "softlabel.training.TrainConfig"},
+    "crossfit": {
+        "TrainingOptions": "softlabel.cli.crossfit_options.OfTraining",
+        "LabellingOptions": "softlabel.cli.crossfit_options.OfLabels",
+        "EncodingOptions": "softlabel.cli.encoding_options.OfFolds",
+    },
     "generate": {
         "GenerateConfig": "softlabel.generation.config.GenerateConfig",
         "EncodingOptions": "softlabel.cli.encoding_options.OfTeachers",

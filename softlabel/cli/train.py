@@ -1,7 +1,8 @@
-"""Commands about students: train, evaluate."""
+"""Commands about students: train, crossfit, evaluate."""
 
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,8 @@ from softlabel.cli.config import require_local, write_config
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
+    from softlabel.cli.crossfit_options import LabellingOptions, TrainingOptions
+    from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.training import TrainConfig, TrainResult
 
 
@@ -60,6 +63,68 @@ def _print_students(result: "TrainResult") -> int:
     if drawn:
         print(f"curves: {plot_runs(drawn, Path(result.out) / 'curves.png')}")
     return 1 if failed else 0
+
+
+def crossfit(
+    *,
+    data: str,
+    student: str,
+    out: str,
+    folds: int = 4,
+    training: "TrainingOptions",
+    labelling: "LabellingOptions",
+    how: "EncodingOptions",
+    keep_folds: bool = False,
+) -> int:
+    """Label every sample by a teacher that was not trained on it: one teacher for each fold of the data.
+
+    Each teacher is trained on the hard labels of the other folds and labels its own.
+    A sample's fold is a hash of its key and the seed.
+    Samples without a hard label are labelled, and no teacher is trained on them.
+    The same command resumes an interrupted one.
+
+    Example:
+        softlabel crossfit --data train.parquet --student zoo:resnet20 --folds 4 --epochs 20 --out labels/oof
+
+    Args:
+        data: a SOURCE with hard labels, see 'softlabel generate --help'.
+        student: the SPEC of the teachers' network; without a checkpoint it starts from random weights.
+        out: folder of the store; the teachers are trained in the folder OUT.folds.
+        folds: how many teachers.
+        keep_folds: keep the stores of the single folds in OUT.folds, which are removed once OUT is complete.
+    """
+    from softlabel.cli.report import size
+    from softlabel.training.crossfit import crossfit as run
+
+    require_local(out, "--out")
+    encoding = how.encoding_at(labelling.temperature)
+    assert encoding is not None, "the option has a default"
+    options = {"data": data, "student": student, "out": out, "folds": folds, "keep_folds": keep_folds}
+    options |= {**asdict(training), **asdict(labelling), **asdict(how)}
+    done = run(
+        data,
+        student=student,
+        out=out,
+        folds=folds,
+        encoding=encoding,
+        keep_folds=keep_folds,
+        options=options,
+        **asdict(labelling),
+        **asdict(training),
+    )
+    if not done.folds:
+        print(f"{done.path}: already complete, {done.total_rows:,} rows; nothing to do")
+        return 0
+    print(f"{done.path}: complete, {done.total_rows:,} rows, {size(done.total_bytes)}, in {done.seconds:.1f} s")
+    for number, fold in enumerate(done.folds, 1):
+        accuracy = "" if fold.accuracy is None else f", accuracy {fold.accuracy:.4f}"
+        print(
+            f"  fold {number}: {fold.labelled:,} rows, teacher trained on {fold.trained_on:,} other samples{accuracy}"
+        )
+    if done.total_bad:
+        print(f"  {done.total_bad:,} bad samples have no row; 'softlabel inspect {done.path}' lists them")
+    print(f"  teachers: {done.teachers}; every row is by one that was not trained on its sample")
+    return 0
 
 
 def evaluate(

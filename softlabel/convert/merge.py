@@ -11,7 +11,7 @@ from softlabel.common.keys import Keys
 from softlabel.convert.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
-from softlabel.store.manifest import DatasetInfo
+from softlabel.store.manifest import DatasetInfo, Run
 from softlabel.store.reader import Store
 
 
@@ -44,7 +44,8 @@ def merge_stores(
     opened = [open_whole(store, of="merge", out=out) for store in stores]
     first = opened[0]
     for other in opened[1:]:
-        _refuse_difference(first, other)
+        refuse_difference(first.url, first.run, other.url, other.run)
+        _refuse_other_head(first, other)
     for position, other in enumerate(opened[1:], 1):
         for earlier in opened[:position]:
             _refuse_overlap(earlier, other)
@@ -53,7 +54,7 @@ def merge_stores(
     dataset = DatasetInfo(
         kind=kinds.pop() if len(kinds) == 1 else "merged",
         rows=samples.count,
-        fingerprint=_compute_fingerprint(samples),
+        fingerprint=compute_fingerprint(samples),
         has_labels=any(store.run.dataset.has_labels for store in opened),
     )
     run = dataclasses.replace(first.run, dataset=dataset)
@@ -71,16 +72,19 @@ def merge_stores(
     )
 
 
-def _refuse_difference(first: Store, other: Store) -> None:
-    same_dataset = dataclasses.replace(other.run, dataset=first.run.dataset)
-    if differences := first.run.differences(same_dataset):
+def refuse_difference(url: str, run: Run, other_url: str, other: Run) -> None:
+    """Raise MismatchError if two stores differ in more than their samples."""
+    if differences := run.differences(dataclasses.replace(other, dataset=run.dataset)):
         words = "; ".join(
             one.replace("the store has", "it has").replace("this run", "the other") for one in differences
         )
         raise MismatchError(
-            f"{first.url} and {other.url}: expected labels of one run over different samples, found in the first: "
+            f"{url} and {other_url}: expected labels of one run over different samples, found in the first: "
             f"{words}; 'softlabel convert' changes format, encoding and shard rows, other settings need new labels"
         )
+
+
+def _refuse_other_head(first: Store, other: Store) -> None:
     hashes = [[ref.xxh3 for ref in store.manifest.extra] for store in (first, other)]
     if hashes[0] != hashes[1]:
         raise MismatchError(f"{first.url} and {other.url}: their heads (extra/) differ, so their teachers differ")
@@ -112,7 +116,7 @@ def _refuse_overlap(first: Store, other: Store) -> None:
         )
 
 
-def _compute_fingerprint(samples: Samples) -> str:
+def compute_fingerprint(samples: Samples) -> str:
     """Compute the fingerprint as `Source.fingerprint` does."""
     digest = xxhash.xxh3_128()
     for key in samples.keys():  # noqa: SIM118

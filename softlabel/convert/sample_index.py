@@ -103,12 +103,17 @@ class Samples:
 
         The mean weights shards by their rows in the range, so that totals equal those of the stores.
         """
-        parts: list[tuple[int, Fidelity | None]] = []
-        for piece in self._pieces:
-            for span, first, last in piece.overlapping(view, start, stop):
-                if last > first:
-                    parts.append((last - first, span.record.fidelity))
+        parts = self.costs(view, start, stop)
         return None if any(cost is None for _, cost in parts) else Fidelity.total(parts)
+
+    def costs(self, view: int, start: int, stop: int) -> list[tuple[int, Fidelity | None]]:
+        """Return the rows that each shard has of samples `start` to `stop`, with the shard's cost."""
+        return [
+            (last - first, span.record.fidelity)
+            for piece in self._pieces
+            for span, first, last in piece.overlapping(view, start, stop)
+            if last > first
+        ]
 
     def keys(self) -> Iterator[str]:
         """Yield the key of every sample in order, also of samples without a row."""

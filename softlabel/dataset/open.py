@@ -24,9 +24,10 @@
     torchvision:NAME?root=...&train=true    any class of torchvision.datasets, with its arguments
     digits                              scikit-learn's handwritten digits, 8x8 grey
 
-`rows=START:STOP` selects a part of any source. `exif=ignore` ignores the EXIF orientation, `bits=N` is the number of
-bits that 16-bit images use. Paths in options are relative to the working folder, those in a list to its folder. A `?`
-in a path or URL is written `%3F`, unless the path exists as written. `~` is expanded.
+`rows=START:STOP` selects a part of any source, `fold=K/N` or `without_fold=K/N` (and `fold_seed=`) samples by a hash of
+their keys, `labelled=only` those with a hard label. `exif=ignore` ignores the EXIF orientation, `bits=N` is the number
+of bits that 16-bit images use. Paths in options are relative to the working folder, those in a list to its folder. A
+`?` in a path or URL is written `%3F`, unless the path exists as written. `~` is expanded.
 """
 
 import os
@@ -40,6 +41,7 @@ from softlabel.dataset.concat import SeveralSources
 from softlabel.dataset.decoding import DecodedSource, read_decoding
 from softlabel.dataset.discover import is_url, list_source
 from softlabel.dataset.file_list import open_list
+from softlabel.dataset.folds import choose_samples, read_choice
 from softlabel.dataset.image_folder import open_folder
 from softlabel.dataset.parquet import ParquetSource
 from softlabel.dataset.source import Source
@@ -99,6 +101,7 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     plain = os.path.expanduser(text)
     name, options = (plain, {}) if os.path.exists(plain) else split_options(text, subject=text)
     rows, decoding = options.pop("rows", None), read_decoding(options, subject=text)
+    choice = read_choice(options, subject=text)
     if name == "digits":
         source: Source = open_digits(text, ignore_labels)
     elif name.startswith("torchvision:"):
@@ -108,7 +111,8 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     if options:
         raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
     source = _check_keys(_set_decoding(source, decoding), check_keys)
-    return source if rows is None else _take_rows(source, rows)
+    source = source if rows is None else _take_rows(source, rows)
+    return source if choice is None else choose_samples(source, choice, name=text)
 
 
 def _set_decoding(source: Source, decoding: Decoding) -> Source:

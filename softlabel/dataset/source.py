@@ -82,6 +82,13 @@ class Source(ABC):
     def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         """Return the labels of samples `start` to `stop`: int64 (n,), -100 for none; or int8 (n, `label_width`)."""
 
+    def highest_label(self) -> int:
+        """Return the highest class number, also of samples that the whole data has and this part has not; -1 for none.
+
+        It says how many classes there are where they have no names; the labels are not multi-hot.
+        """
+        return int(self.labels().max(initial=-1))
+
     def count_labelled(self) -> int | None:
         """Count labelled samples; None if this needs to read every sample."""
         return int(np.count_nonzero(is_labelled(self.labels()))) if self.has_labels else 0

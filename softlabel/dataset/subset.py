@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled
+from softlabel.dataset.folds import ChosenSource
 from softlabel.dataset.source import Source, runs, span
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample
@@ -114,11 +115,16 @@ def require_samples(source: Source) -> None:
     """Check that a source is not empty.
 
     Raises:
-        SpecError: ``rows=`` selects no sample.
+        SpecError: its options select no sample.
         DataError: the data has no sample.
     """
     if len(source):
         return
+    if isinstance(source, ChosenSource) and len(source.base):
+        raise SpecError(
+            f"{source.name}: expected at least one sample, found none: fold= and labelled= select none of "
+            f"{len(source.base):,}; use fewer folds, or data with hard labels"
+        )
     whole = source
     while isinstance(whole, PartSource):
         whole = whole.base

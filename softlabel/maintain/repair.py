@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from softlabel.common.arguments import check_arguments
 from softlabel.convert import RewriteSummary, redo_store
 from softlabel.dataset import Source
-from softlabel.errors import StoreCorruptError, UsageError
+from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generation.growth import check_same_data
 from softlabel.generation.reload import config_of, reload_job
 from softlabel.generation.run import GenerateSummary, add_head, label_missing
 from softlabel.store.manifest import ROOT_NAME
 from softlabel.store.manifest_read import load_manifest, load_root
-from softlabel.store.origins import origins_of
+from softlabel.store.origins import CROSSFIT, origins_of
 from softlabel.store.storage.open import open_folder
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
@@ -66,7 +66,7 @@ def repair(
 
     Raises:
         UsageError: data or teachers for a store made from others, or sources for another one.
-        MismatchError: data, teachers or sources have changed.
+        MismatchError: data, teachers or sources have changed, or the store was cross-fitted: its sources are gone.
         StoreCorruptError: the manifest is damaged, or the damage is not in a shard.
     """
     folder = open_folder(store)
@@ -78,7 +78,8 @@ def repair(
             "folder and run the same 'softlabel generate' again, which adopts intact shards unless the store grew, or "
             "label into another folder"
         ) from None
-    derived = origins_of(manifest) is not None
+    origins = origins_of(manifest)
+    derived = origins is not None
     for option, given, wrong in (
         ("data", data, derived),
         ("teacher", teachers, derived),
@@ -100,6 +101,10 @@ def repair(
             f"{'; '.join(report.problems[:LISTED])}; the damage is not in a shard: label the data again, into another "
             "folder"
         )
+    if origins is not None and origins[0] == CROSSFIT:
+        if not report.ok:
+            raise MismatchError(f"{'; '.join(report.problems[:LISTED])}")
+        return RepairSummary(problems=problems, shards_written=0, total_rows=report.rows, derived=True)
     done: GenerateSummary | RewriteSummary
     if derived:
         done = redo_store(store, lost=report.damaged, sources=sources, progress=progress)

@@ -10,6 +10,8 @@ from softlabel.store.manifest_read import load_root
 from softlabel.store.storage.base import Folder
 from softlabel.store.storage.open import open_folder
 
+CROSSFIT = "crossfit"  # the command whose stores of single folds, its sources, are removed in the end
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -82,6 +84,11 @@ def describe_remedy(folder: Folder, manifest: Manifest) -> str:
     if (found := origins_of(manifest)) is None:
         return f"run 'softlabel repair {folder}' to relabel it"
     command, sources = found
+    if command == CROSSFIT:
+        return (
+            f"move {folder} away and repeat the 'softlabel crossfit' that made it, which does not train again the "
+            f"teachers that are still in {folder}.folds"
+        )
     listed = ", ".join(source.path for source in sources)
     if (why := missing_origin(manifest)) is None:
         return f"run 'softlabel repair {folder}' to make it again from {listed}"

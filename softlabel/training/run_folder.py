@@ -228,16 +228,21 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); use another --out, or --overwrite") from error
     new = json.loads(json.dumps(identity))
-    differences = [
-        f"{name}: {earlier.get(name)!r} there, {new.get(name)!r} here"
-        for name in (*new, *(name for name in earlier if name not in new))
-        if earlier.get(name) != new.get(name)
-    ]
+    differences = list_differences(earlier, new)
     if differences:
         raise MismatchError(
             f"{folder}: holds another run; {'; '.join(differences)}. Use another --out, or --overwrite to start again"
             f"{_to_go_on(folder, earlier, new)}"
         )
+
+
+def list_differences(earlier: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Where two identities differ, each in words."""
+    return [
+        f"{name}: {earlier.get(name)!r} there, {new.get(name)!r} here"
+        for name in (*new, *(name for name in earlier if name not in new))
+        if earlier.get(name) != new.get(name)
+    ]
 
 
 def _to_go_on(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]) -> str:

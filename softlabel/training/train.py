@@ -262,7 +262,7 @@ def _num_classes(source: Source, store: Store | None) -> int:
     elif source.class_names is not None:
         classes, where = len(source.class_names), f"{source.name} names"
     elif highest >= 0:
-        return highest + 1
+        return source.highest_label() + 1
     else:
         raise DataError(f"{source.name}: no labels, hard or soft; give --labels STORE")
     if highest >= classes:

@@ -21,7 +21,7 @@ from tests.support.commands import make_environment
 SERVER = multiprocessing.get_context("forkserver")
 # The server imports them once; it has no threads and nothing of the tests' state.
 SERVER.set_forkserver_preload(
-    ["tests.support.processes", "softlabel.generation.generate", "softlabel.training", "tests.support.training_runs"]
+    ["tests.support.processes", "softlabel.cli.crossfit_options", "tests.support.training_runs"]
 )
 
 
