@@ -1,7 +1,6 @@
 """Sources of samples with stable string keys."""
 
 from softlabel.dataset.decoding import detect_decoding
-from softlabel.dataset.folds import Choice, assign_folds, choose_samples
 from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.open import open_source
 from softlabel.dataset.report import report_source
@@ -10,11 +9,8 @@ from softlabel.dataset.subset import ReorderedSource, require_samples
 from softlabel.dataset.torch_dataset import listed_labels
 
 __all__ = [
-    "Choice",
     "ReorderedSource",
     "Source",
-    "assign_folds",
-    "choose_samples",
     "detect_decoding",
     "listed_labels",
     "open_source",

@@ -18,18 +18,9 @@ from torch.utils.data import Dataset
 
 from softlabel.common.multi_hot import is_labelled
 from softlabel.common.spec import parse_spec, quote_path
-from softlabel.dataset import (
-    Choice,
-    Source,
-    assign_folds,
-    choose_samples,
-    detect_decoding,
-    open_source,
-    report_source,
-    require_samples,
-)
+from softlabel.dataset import Source, detect_decoding, open_source, report_source, require_samples
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.folds import ChosenSource
+from softlabel.dataset.folds import Choice, ChosenSource, assign_folds
 from softlabel.errors import DataError, MismatchError, StoreNotFoundError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.store.encodings import Encoding, fitted
@@ -78,9 +69,12 @@ class FoldPlan:
 
     def choose(self, number: int, *, outside: bool) -> Source:
         """Return the samples of a fold, or the labelled ones of all others."""
-        labelled = outside and not bool(is_labelled(self.source.labels()).all())
-        choice = Choice(fold=number, folds=self.folds, seed=self.config.seed, outside=outside, labelled=labelled)
-        chosen = choose_samples(self.source, choice, name=choice.name(self.source.name))
+        labelled_N = is_labelled(self.source.labels())
+        chosen_N = (self.assigned == number - 1) != outside
+        only = outside and not bool(labelled_N.all())
+        choice = Choice(fold=number, folds=self.folds, seed=self.config.seed, outside=outside, labelled=only)
+        rows_N = np.flatnonzero(chosen_N & labelled_N if only else chosen_N)
+        chosen = ChosenSource(self.source, rows_N, choice, name=choice.name(self.source.name))
         chosen.findings = Findings()  # reported once, of the whole
         return chosen
 

@@ -84,44 +84,68 @@ def flip(labels_N: NDArray[np.int64], kind: str, *, share: float, seed: int) -> 
     return flipped_N
 
 
-def find_candidates(probs_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the rows off the diagonal of the confident joint (arXiv:1911.00068), the lowest margin first."""
+def find_off_diagonal(probs_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return the rows off the diagonal of the confident joint (arXiv:1911.00068), bool (N,)."""
+    suggested_N = suggest(probs_NC, labels_N)
+    return (suggested_N >= 0) & (suggested_N != labels_N)
+
+
+def find_pruned(probs_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return, of each label and other class, as many rows as the joint estimates, those of largest p_class - p_label,
+    without rows whose most probable class is their label: bool (N,)."""
+    suggested_N = suggest(probs_NC, labels_N)
+    known_N = suggested_N >= 0
+    joint_CC = np.zeros((CLASSES, CLASSES))
+    np.add.at(joint_CC, (labels_N[known_N], suggested_N[known_N]), 1)
+    joint_CC *= (np.bincount(labels_N, minlength=CLASSES) / joint_CC.sum(axis=1))[:, None]
+    listed_N = np.zeros(len(labels_N), np.bool_)
+    for label in range(CLASSES):
+        rows = np.flatnonzero(labels_N == label)
+        for other in set(range(CLASSES)) - {label}:
+            excess = probs_NC[rows, other] - probs_NC[rows, label]
+            listed_N[rows[np.argsort(-excess, kind="stable")[: round(joint_CC[label, other])]]] = True
+    return listed_N & (probs_NC.argmax(axis=1) != labels_N)
+
+
+def suggest(probs_NC: NDArray[np.float64], labels_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the most probable of the classes whose probability is above the mean over their own rows; -1 for none."""
     own_N = probs_NC[np.arange(len(labels_N)), labels_N]
-    thresholds_C = np.array([own_N[labels_N == c].mean() for c in range(probs_NC.shape[1])])
+    thresholds_C = np.array([own_N[labels_N == c].mean() for c in range(CLASSES)])
     confident_NC = np.where(probs_NC >= thresholds_C, probs_NC, -1.0)
-    listed_N = (confident_NC.max(axis=1) >= 0) & (confident_NC.argmax(axis=1) != labels_N)
-    others_NC = probs_NC.copy()
-    others_NC[np.arange(len(labels_N)), labels_N] = -1.0
-    margins_N = own_N - others_NC.max(axis=1)
-    candidates = np.flatnonzero(listed_N)
-    return candidates[np.argsort(margins_N[candidates], kind="stable")]
+    return np.where(confident_NC.max(axis=1) >= 0, confident_NC.argmax(axis=1), -1)
 
 
 def report(kind: str, probs_NC: NDArray[np.float64], given_N: NDArray[np.int64], true_N: NDArray[np.int64]) -> None:
-    """Print precision and recall of every way to list wrong labels."""
+    """Print precision and recall of every way to list wrong labels, and precision among the first of each ranking."""
     wrong_N = given_N != true_N
+    wrong = int(wrong_N.sum())
     best_N = probs_NC.argmax(axis=1)
     print(
-        f"\n{kind}: {int(wrong_N.sum())} of {len(given_N):,} labels are wrong; the labels of the teachers agree with "
-        f"{(best_N == true_N).mean():.4f} of the true ones, {(best_N == given_N).mean():.4f} of the given ones"
+        f"\n{kind}: {wrong} of {len(given_N):,} labels are wrong; the most probable class is the true one in "
+        f"{(best_N == true_N).mean():.4f} of the rows, the given one in {(best_N == given_N).mean():.4f}"
     )
-    print(f"{'':<34}{'listed':>8}{'precision':>11}{'recall':>8}   precision of as many as there are wrong ones")
-    ways = {"confident learning": find_candidates(probs_NC, given_N)}
+    ways = {
+        "off the diagonal of the joint": find_off_diagonal(probs_NC, given_N),
+        "pruned by noise rate": find_pruned(probs_NC, given_N),
+    }
     if importlib.util.find_spec("cleanlab") is not None:
         find = importlib.import_module("cleanlab.filter").find_label_issues
         for way in ("prune_by_noise_rate", "confident_learning", "both"):
-            ways[f"cleanlab, {way}"] = find(
-                given_N, probs_NC, filter_by=way, return_indices_ranked_by="normalized_margin", n_jobs=1
-            )
+            ways[f"cleanlab, {way}"] = find(given_N, probs_NC, filter_by=way, n_jobs=1)
     else:
         print("cleanlab is not installed; nothing to compare with")
-    for name, listed in ways.items():
-        right = wrong_N[listed]
-        first = right[: int(wrong_N.sum())]
-        print(
-            f"{name:<34}{len(listed):>8}{right.mean():>11.4f}{right.sum() / wrong_N.sum():>8.4f}   "
-            f"{first.mean():.4f} (of {len(first)})"
+    own_N = probs_NC[np.arange(len(given_N)), given_N]
+    others_NC = probs_NC.copy()
+    others_NC[np.arange(len(given_N)), given_N] = -1.0
+    print(f"{'':<34}{'listed':>8}{'precision':>11}{'recall':>8}   precision of the first {wrong} by margin, by p_label")
+    for name, listed_N in ways.items():
+        row = (
+            f"{name:<34}{listed_N.sum():>8}{wrong_N[listed_N].mean():>11.4f}{(wrong_N & listed_N).sum() / wrong:>8.4f}"
         )
+        for score_N in (own_N - others_NC.max(axis=1), own_N):
+            first = np.argsort(np.where(listed_N, score_N, np.inf), kind="stable")[: min(wrong, int(listed_N.sum()))]
+            row += f"   {wrong_N[first].mean():.4f}"
+        print(row)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from tests.support.commands import make_environment
 SERVER = multiprocessing.get_context("forkserver")
 # The server imports them once; it has no threads and nothing of the tests' state.
 SERVER.set_forkserver_preload(
-    ["tests.support.processes", "softlabel.cli.crossfit_options", "tests.support.training_runs"]
+    [
+        *("tests.support.processes", "tests.support.training_runs"),
+        *("softlabel.generation.generate", "softlabel.training.crossfit", "softlabel.cli.crossfit_options"),
+    ]
 )
 
 
