@@ -37,7 +37,7 @@ MAY_IMPORT = {
         f"{LABELS} loss loader evaluation generation convert",
         "torch numpy safetensors tqdm yaml tensorboard wandb mlflow",
     ),
-    "report": (f"{LABELS} loss loader evaluation training", "torch numpy tqdm jinja2 PIL"),
+    "report": (f"{LABELS} loss loader evaluation training", "torch numpy tqdm jinja2 markupsafe PIL"),
     "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash safetensors"),
     "cli": ("*", "jsonargparse docstring_parser yaml tqdm"),
     "__main__": ("cli", ""),

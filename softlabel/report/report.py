@@ -52,7 +52,7 @@ class Report:
 
 def report_json(report: Report) -> str:
     """Return the figures of a report as JSON; a number that is not finite is null."""
-    return json.dumps(_plain(asdict(report)), ensure_ascii=False, allow_nan=False)
+    return json.dumps(_plain(asdict(report)), allow_nan=False, separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Numbers as a reader of the page sees them."""
+
+import math
+
+MISSING = "–"
+
+
+def format_count(value: float | None) -> str:
+    """A whole number with thousands separated: 50,000."""
+    return MISSING if value is None else f"{value:,.0f}"
+
+
+def format_share(value: float | None) -> str:
+    """A share as a percentage with three digits: 91.2%, 0.12%; what is above 0 or below 1 is never shown as these."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if 0 < abs(value) < 0.00005:
+        return "<0.01%"
+    if 0.9995 <= value < 1:
+        return f"{math.floor(value * 10000) / 100:.2f}%"
+    size = abs(value)
+    digits = 0 if value in (0.0, 1.0) else 2 if size < 0.01 else 1
+    return f"{value * 100:.{digits}f}%"
+
+
+def format_number(value: float | None) -> str:
+    """Three significant digits: 0.0312, 3.5e-07, 12.3."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def format_bytes(value: float) -> str:
+    """Bytes in the largest unit below: 52.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def count_of(value: int, one: str, several: str = "") -> str:
+    """A count with its noun: 1 image, 50,000 images."""
+    return f"{value:,} {one if value == 1 else several or one + 's'}"

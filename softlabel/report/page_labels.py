@@ -1,0 +1,227 @@
+"""Sections on what the labels say: label errors, calibration, sharpness."""
+
+from softlabel.report.figures import Calibration, Noise, Sharpness
+from softlabel.report.number_text import count_of, format_count, format_number, format_share
+from softlabel.report.page_parts import (
+    Advice,
+    Context,
+    Figure,
+    Section,
+    count_cell,
+    lowest,
+    make_gallery,
+    make_table,
+    name_cell,
+    number_cell,
+    of_all,
+    quote,
+    share_cell,
+    unknown,
+)
+from softlabel.report.svg import draw_bars, draw_histogram, draw_reliability
+
+
+def describe_noise(found: Noise, context: Context) -> Section:
+    shown = found.pairs[:15]
+    pair_names = [f"{context.name(label)} → {context.name(suggestion)}" for label, suggestion, _ in shown]
+    figures = []
+    if shown:
+        figures.append(
+            Figure(
+                title="Most frequent pairs of label and suggestion",
+                plot=draw_bars(
+                    pair_names,
+                    [count for *_, count in shown],
+                    title="Most frequent pairs of label and suggestion",
+                    desc=f"Bars of how many rows have this label and that suggestion; {len(shown)} pairs.",
+                    text=format_count,
+                ),
+                caption=of_all(len(shown), len(found.pairs), "pairs", "that are most frequent")
+                + "Good: few rows, spread over pairs that people mix up too. One pair that stands out points to two "
+                "classes whose definitions overlap, or to a mistake in the labelling.",
+                table=make_table(
+                    "Pairs of label and suggestion",
+                    ("label", "suggestion", "rows"),
+                    [
+                        (name_cell(context.name(label)), name_cell(context.name(suggestion)), count_cell(count))
+                        for label, suggestion, count in found.pairs
+                    ],
+                    noun="pairs",
+                ),
+            )
+        )
+    gallery = make_gallery(
+        "Candidates",
+        f"The {len(found.examples):,} with the lowest margin of {found.candidates:,}: label → suggestion. The margin "
+        "is p(label) less the largest other probability; at -100% the teachers are sure of another class.",
+        found.examples,
+        context,
+        score="margin",
+        show=format_share,
+        controls=True,
+    )
+    order = [*lowest(found.thresholds, len(found.thresholds)), *unknown(found.thresholds)]
+    thresholds = make_table(
+        "Thresholds of confident learning: the mean probability of a class over the rows that are labelled with it",
+        ("class", "threshold"),
+        [(name_cell(context.name(number)), share_cell(found.thresholds[number])) for number in order],
+        noun="classes",
+    )
+    return Section(
+        statement=f"An estimated {format_share(found.share)} of the hard labels are wrong: {found.candidates:,} of "
+        f"{count_of(found.judged, 'row')} are candidates, by confident learning.",
+        figures=tuple(figures),
+        tables=(thresholds,),
+        galleries=(gallery,) if found.examples else (),
+        advice=(
+            Advice(
+                text="Look through the first candidates. Where most of them are real errors, correct the labels "
+                "(noise.csv, which is written beside the report on request, lists all keys) or lower hard_weight in "
+                "training, so that the soft labels outvote them. Where the teachers were trained on these very "
+                "samples, they have learnt the errors too: teachers that did not see a sample find more of them.",
+                command=f"softlabel crossfit --data {quote(context.data)} --student STUDENT --folds 4 --out labels/oof",
+            ),
+        ),
+    )
+
+
+def describe_calibration(found: Calibration, context: Context) -> Section:
+    figures = []
+    first = found.curves[0] if found.curves else None
+    for curve in found.curves:
+        before, after = curve.before, curve.after
+        title = f"Reliability: {curve.name}"
+        figures.append(
+            Figure(
+                title=title,
+                plot=draw_reliability(
+                    before,
+                    after,
+                    title=title,
+                    desc=f"Bars of accuracy over confidence in {len(before.counts)} bins, diamonds after the fit, and "
+                    "the number of rows of each bin below. Expected calibration error "
+                    f"{format_share(before.calibration_error)}, after the fit {format_share(after.calibration_error)}.",
+                ),
+                caption=f"Calibration error {format_share(before.calibration_error)}; diamonds: "
+                f"{format_share(after.calibration_error)} with logits divided by "
+                f"{format_number(curve.fitted_temperature)}."
+                + (
+                    " Good: bars that end on the dashed diagonal. A filled gap over a bar: too confident; a dashed "
+                    "one: not confident enough."
+                    if curve is first
+                    else ""
+                ),
+                table=make_table(
+                    title,
+                    ("bin", "rows", "confidence", "accuracy", "confidence after", "accuracy after"),
+                    [
+                        (
+                            number_cell(number + 1),
+                            count_cell(before.counts[number]),
+                            share_cell(before.confidence[number]),
+                            share_cell(before.accuracy[number]),
+                            share_cell(after.confidence[number]),
+                            share_cell(after.accuracy[number]),
+                        )
+                        for number in range(len(before.counts))
+                    ],
+                ),
+                small=True,
+            )
+        )
+    rows = [
+        (
+            name_cell(curve.name),
+            share_cell(curve.before.calibration_error),
+            share_cell(curve.after.calibration_error),
+            number_cell(curve.before.cross_entropy),
+            number_cell(curve.after.cross_entropy),
+            number_cell(curve.fitted_temperature),
+        )
+        for curve in found.curves
+    ]
+    head = ("labels of", "error before", "after", "cross-entropy before", "after", "fitted temperature")
+    statement = "No labels were judged."
+    if first is not None:
+        statement = (
+            f"The stored labels' confidence is off by {format_share(first.before.calibration_error)} on average "
+            f"(expected calibration error, {count_of(found.rows, 'row')}); logits divided by "
+            f"{format_number(first.fitted_temperature)} would leave {format_share(first.after.calibration_error)}."
+        )
+    return Section(
+        statement=statement,
+        figures=tuple(figures),
+        tables=(make_table("Calibration before and after the fit", head, rows),),
+        advice=(
+            Advice(
+                text="A fitted temperature near 1 needs nothing. Above 1 the teachers are too sure of themselves: "
+                "members that differ in it are averaged unfairly, the loudest one wins. Fit it on labelled samples "
+                "that the teachers were not trained on, and give the file to 'softlabel generate --calibration'.",
+                command="softlabel calibrate --data HELD_OUT --teacher TEACHER --out calibration.json",
+            ),
+        ),
+    )
+
+
+def describe_sharpness(found: Sharpness, context: Context) -> Section:
+    figures, rows = [], []
+    for one in found.at:
+        at = f"T = {one.temperature:g}"
+        rows.append(
+            (
+                name_cell(at),
+                number_cell(one.mean_entropy),
+                number_cell(one.effective_classes),
+                share_cell(one.one_hot),
+            )
+        )
+        edges, counts = one.entropy.edges, one.entropy.counts
+        figures.append(
+            Figure(
+                title=f"Entropy of the labels at {at}",
+                plot=draw_histogram(
+                    one.entropy,
+                    title=f"Entropy of the labels at {at}",
+                    desc=f"Histogram in {len(counts)} bins; the mean is {format_number(one.mean_entropy)} nats.",
+                    x_label=f"entropy at {at}, nats",
+                    y_label="rows",
+                    mean=one.mean_entropy,
+                ),
+                caption=f"At {at}: {format_number(one.effective_classes)} effective classes on average. Good: a "
+                "spread, with most rows away from 0 at the temperature of training. A spike at 0 is labels that say "
+                "no more than a hard label.",
+                table=make_table(
+                    f"Entropy at {at}",
+                    ("from", "to", "rows"),
+                    [
+                        (number_cell(low), number_cell(high), count_cell(count))
+                        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+                    ],
+                ),
+            )
+        )
+    statement = "No temperature could be measured."
+    if found.at:
+        last = found.at[-1]
+        statement = (
+            f"At temperature {last.temperature:g} a label spreads over {format_number(last.effective_classes)} "
+            f"classes on average; {format_share(last.one_hot)} of the rows are as good as one-hot "
+            "(largest probability above 99.9%)."
+        )
+    if found.suggested_temperature is None:
+        advice = Advice(text="The temperature of the store suits its labels; nothing has to be changed.")
+    else:
+        advice = Advice(
+            text="Labels that are nearly one-hot teach a student little more than the hard label. About two effective "
+            f"classes are a good start: train at temperature {found.suggested_temperature:g}. A store with exact "
+            "logits can be given another temperature without running a teacher.",
+            command=f"softlabel train --labels {quote(context.store)} --data {quote(context.data)} "
+            f"--student STUDENT --temperature {found.suggested_temperature:g} --out runs/sharper",
+        )
+    head = ("temperature", "mean entropy, nats", "effective classes", "one-hot rows")
+    return Section(
+        statement=statement,
+        figures=tuple(figures),
+        tables=(make_table("Sharpness by temperature", head, rows),),
+        advice=(advice,),
+    )

@@ -1,0 +1,260 @@
+"""What a section of the page is made of: a statement, plots, tables, galleries of samples, and what to do."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from softlabel.report.figures import About, Example
+from softlabel.report.number_text import MISSING, count_of, format_count, format_number, format_share
+from softlabel.report.pictures import Picture
+from softlabel.report.report import Report
+
+MOST_ROWS = 100  # of a table
+MOST_BARS = 20  # of a plot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A cell of a table: `value` is what it is sorted by, None for its text; a name is isolated from the text around
+    it, whichever direction it is written in."""
+
+    text: str
+    value: float | None = None
+    kind: Literal["name", "key", "number", "text"] = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    left_out: str = ""  # a sentence that says how many rows are not in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A plot, what it shows and what good looks like; the table holds the same values. Small ones share a line."""
+
+    title: str
+    plot: Markup
+    caption: str
+    table: Table | None = None
+    small: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A sample of a gallery: its picture, and facts by name in the order in which they are shown."""
+
+    example: Example
+    picture: Picture | None
+    label: str
+    suggestion: str
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Samples as a grid; with controls, the reader filters and sorts them."""
+
+    title: str
+    text: str
+    cards: tuple[Card, ...]
+    score: str
+    controls: bool = False
+    labels: tuple[tuple[int, str, int], ...] = ()  # class, name, how many cards
+    suggestions: tuple[tuple[int, str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A measured section; `groups` are small galleries side by side, `parts` have headings of their own."""
+
+    statement: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    galleries: tuple[Gallery, ...] = ()
+    groups: tuple[Gallery, ...] = ()
+    advice: tuple[Advice, ...] = ()
+    notes: tuple[str, ...] = ()
+    parts: tuple["Part", ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A section inside a section, such as one run's comparison with its teacher."""
+
+    title: str
+    statement: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
+    galleries: tuple[Gallery, ...] = ()
+
+
+class Context:
+    """What all sections share: names and words for the samples as the data has them, pictures, and what to type."""
+
+    def __init__(self, report: Report, pictures: Mapping[str, Picture]) -> None:
+        about = report.about if isinstance(report.about, About) else None
+        self.pictures = pictures
+        self.class_names = (about.class_names if about else None) or ()
+        self.store, self.data = (about.store, about.data) if about else ("STORE", "DATA")
+        self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
+        self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")
+
+    def name(self, number: int | None) -> str:
+        """Of a class."""
+        if number is None:
+            return "no label"
+        known = self.class_names[number] if 0 <= number < len(self.class_names) else ""
+        return known or f"class {number}"
+
+    def samples(self, count: int) -> str:
+        """So many of them."""
+        return count_of(count, self.unit, self.noun)
+
+
+def quote(text: str) -> str:
+    """A word of a command, quoted for a shell where it has to be."""
+    plain = text and all(letter.isalnum() or letter in "@%+=:,./-_" for letter in text)
+    return text if plain else "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def count_cell(value: float | None) -> Cell:
+    return Cell(text=format_count(value), value=_or_last(value), kind="number")
+
+
+def share_cell(value: float | None) -> Cell:
+    return Cell(text=format_share(value), value=_or_last(value), kind="number")
+
+
+def number_cell(value: float | None) -> Cell:
+    return Cell(text=format_number(value), value=_or_last(value), kind="number")
+
+
+def _or_last(value: float | None) -> float:
+    """What a missing number is sorted by."""
+    return -1e300 if value is None else value
+
+
+def name_cell(text: str) -> Cell:
+    return Cell(text=text, kind="name")
+
+
+def key_cell(text: str) -> Cell:
+    return Cell(text=text, kind="key")
+
+
+def make_table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, noun: str = "rows", most: int = MOST_ROWS
+) -> Table:
+    """A table of the first rows; what is left out is said."""
+    whole = [tuple(row) for row in rows]
+    left = len(whole) - most
+    sentence = f"{left:,} more {noun} are left out here; all are in the JSON of this page." if left > 0 else ""
+    return Table(caption=caption, head=tuple(head), rows=tuple(whole[:most]), left_out=sentence)
+
+
+def matrix_table(
+    caption: str,
+    names: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    cell: Callable[[float | None], Cell] = share_cell,
+    corner: str = "",
+) -> Table:
+    rows = [(name_cell(name), *(cell(value) for value in row)) for name, row in zip(names, values, strict=True)]
+    return make_table(caption, (corner, *columns), rows)
+
+
+def lowest(values: Sequence[float | None], most: int = MOST_BARS, *, reverse: bool = False) -> list[int]:
+    """The numbers of the smallest values (or largest), those without a value left out."""
+    known = [(value, number) for number, value in enumerate(values) if value is not None]
+    known.sort(key=lambda pair: (-pair[0] if reverse else pair[0], pair[1]))
+    return [number for _, number in known[:most]]
+
+
+def unknown(values: Sequence[float | None]) -> list[int]:
+    """The numbers of the missing values."""
+    return [number for number, value in enumerate(values) if value is None]
+
+
+def of_all(shown: int, total: int, noun: str, which: str) -> str:
+    """Say which ones a plot shows where it does not show all."""
+    return f"The {shown} {noun} {which} of {total:,}. " if shown < total else ""
+
+
+def make_gallery(
+    title: str,
+    text: str,
+    examples: Sequence[Example],
+    context: Context,
+    *,
+    score: str,
+    show: Callable[[float], str] = format_number,
+    negative: bool = False,
+    controls: bool = False,
+) -> Gallery:
+    """Cards of examples.
+
+    Args:
+        title, text: heading and introduction.
+        score: name of `Example.score`; '' to leave it out, and who agrees.
+        show: how the score is written.
+        negative: the score is the negative of what it is named after.
+        controls: whether the reader filters and sorts.
+    """
+    cards = []
+    for one in examples:
+        facts = [("p(label)", format_share(one.p_label))] if one.p_label is not None else []
+        facts.append(("p(suggestion)", format_share(one.p_suggestion)))
+        if one.p_student is not None:
+            facts.append(("student p(label)", format_share(one.p_student)))
+        if one.student is not None:
+            facts.append(("student", context.name(one.student)))
+        if score:
+            facts.append((score, show(-one.score if negative else one.score)))
+        if score and one.members_agreeing is not None and context.members:
+            facts.append(("members", f"{one.members_agreeing} of {context.members}"))
+        if score and one.views_agreeing is not None and context.views > 1:
+            facts.append(("views", f"{one.views_agreeing} of {context.views}"))
+        if one.view:
+            facts.append(("view", str(one.view)))
+        cards.append(
+            Card(
+                example=one,
+                picture=context.pictures.get(one.key),
+                label=context.name(one.label),
+                suggestion=context.name(one.suggestion),
+                facts=tuple(facts),
+            )
+        )
+    return Gallery(
+        title=title,
+        text=text,
+        cards=tuple(cards),
+        score=score,
+        controls=controls,
+        labels=_count_classes((one.label for one in examples), context),
+        suggestions=_count_classes((one.suggestion for one in examples), context),
+    )
+
+
+def _count_classes(found: Iterable[int | None], context: Context) -> tuple[tuple[int, str, int], ...]:
+    counts: dict[int, int] = {}
+    for one in found:
+        if one is not None:
+            counts[one] = counts.get(one, 0) + 1
+    return tuple((number, context.name(number), counts[number]) for number in sorted(counts))
+
+
+def or_missing(value: float | None, show: Callable[[float], str]) -> str:
+    return MISSING if value is None else show(value)
