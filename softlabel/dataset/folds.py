@@ -55,10 +55,7 @@ class Choice:
 
 
 class ChosenSource(Source):
-    """The samples `rows_N` of another source, ascending indices int64 (N,), by a choice. Keys and labels are in memory.
-
-    `has_labels` is that of the whole, so that the stores of all folds have the same columns.
-    """
+    """The samples `rows_N` of another source, ascending indices int64 (N,). Keys and labels are in memory."""
 
     def __init__(self, base: Source, rows_N: NDArray[np.int64], choice: Choice, *, name: str) -> None:
         self.base, self.rows_N, self.choice = base, rows_N, choice
@@ -67,6 +64,7 @@ class ChosenSource(Source):
         self._keys = base.key_table().take(rows_N)
         labels = base.labels()
         self._labels, self._highest = labels[rows_N], int(labels.max(initial=-1))
+        self.has_labels = bool(is_labelled(self._labels).any())
 
     def __len__(self) -> int:
         return len(self.rows_N)

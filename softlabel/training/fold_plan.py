@@ -76,6 +76,7 @@ class FoldPlan:
         rows_N = np.flatnonzero(chosen_N & labelled_N if only else chosen_N)
         chosen = ChosenSource(self.source, rows_N, choice, name=choice.name(self.source.name))
         chosen.findings = Findings()  # reported once, of the whole
+        chosen.has_labels = self.source.has_labels  # the stores of all folds have the same columns
         return chosen
 
 

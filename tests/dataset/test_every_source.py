@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 
 from softlabel.dataset import ReorderedSource, Source, open_source
@@ -270,6 +271,16 @@ DERIVED: dict[str, tuple[Callable[[Path], Source], list[int]]] = {
     "part": (
         lambda root: open_source(f"{put(root / 'a.parquet', parquet_bytes(range(N)))}?rows=4:17"),
         [*range(4, 17)],
+    ),
+    "chosen": (
+        lambda root: open_source(
+            f"{put(root / 'a.parquet', parquet_bytes(range(N)))}?without_fold=1/3&fold_seed=2&labelled=only"
+        ),
+        [
+            n
+            for n, key in enumerate(LOCAL["parquet"].keys)
+            if xxhash.xxh3_64_intdigest(key.encode(), 2) % 3 and LABELS[n] >= 0
+        ],
     ),
     "other decoding": (
         lambda root: open_source(f"{put(root / 'a.parquet', parquet_bytes(range(N)))}?exif=ignore"),
