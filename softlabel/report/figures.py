@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherFacts:
-    """A member as the manifest has it; `calibration` divides its logits."""
+    """A member as the manifest has it, its SPEC as it was given; `calibration` divides its logits."""
 
     spec: str
     weight: float
@@ -82,8 +82,11 @@ class About:
             not (cross-fitting, or data without labels); ``in-sample``: they were; ``unknown``: nothing says so.
         seen_note: the caveat in one sentence.
         noun, unit: of the kind of samples, such as images, image.
-        measured: how many rows the dear figures (calibration, confusion of members) are from, if not from all.
+        measured: how many rows the dear figures (calibration, sharpness, confusion, members) are from; all if they are
+            few. Calibration may use fewer, see there.
         version: of softlabel.
+        judged_temperature: of the probabilities that labels are judged by (agreement, noise, calibration, examples): 1,
+            or the store's where its labels are exact at that one alone.
     """
 
     store: str
@@ -105,11 +108,13 @@ class About:
     unit: str
     measured: int
     version: str
+    judged_temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Labels against hard labels, on rows that have one. `top5` is None for up to 5 classes.
+    """Labels against hard labels, on rows that have one. `top5` is None for up to 5 classes, and of
+    top-k stores that name fewer.
 
     For independent sigmoids a class is right where it is known and its probability is on its side of 0.5.
     """
@@ -150,7 +155,11 @@ class Noise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reliability:
-    """Of one set of answers: K = 15 bins of equal width over the confidence; means are None in an empty bin."""
+    """Of one set of answers: K = 15 bins of equal width over the confidence; means are None in an empty bin.
+
+    Of independent sigmoids the confidence is the probability of a class, and the accuracy how often it is present, over
+    all known labels.
+    """
 
     counts: tuple[int, ...]
     confidence: tuple[float | None, ...]
@@ -161,12 +170,16 @@ class Reliability:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """A member (or the stored labels) as it is, and after division of its logits by the fitted temperature."""
+    """A member (or the stored labels) as it is, and after division of its logits by the fitted temperature.
+
+    `fitted_temperature` and `after` are None where no temperature is best; `note` says why.
+    """
 
     name: str
     before: Reliability
-    fitted_temperature: float
-    after: Reliability
+    fitted_temperature: float | None
+    after: Reliability | None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +199,10 @@ class SharpnessAt:
         mean_entropy: in nats.
         effective_classes: mean of exp(entropy).
         one_hot: share of rows whose largest probability is above 0.999.
+
+    Of independent sigmoids the entropy of a row is the mean over the classes of the binary entropy, over 0 to ln 2, and
+    `one_hot` is the share of answers above 0.999 or below 0.001. The classes that a top-k store leaves out share their
+    probability evenly, which is the most that their entropy can be.
     """
 
     temperature: float
@@ -207,14 +224,15 @@ class Sharpness:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
     """Which classes the teachers mix up: the mean probability (at the store's temperature) of the rows of each hard
-    label; without hard labels, of each most probable class.
+    label; without hard labels, of each most probable class. Of independent sigmoids a row belongs to each class that it
+    has.
 
     Attributes:
-        matrix: (C, C) mean soft label by label, for up to 50 classes; None for more.
+        matrix: (C, C) mean soft label by label, for up to 50 classes, zeros for a label without rows; None for more.
         pairs: (label, class, mean probability) of the largest entries off the diagonal, at most 50.
         merges: of the dendrogram by average linkage of 1 - cosine of the mean soft labels, as SciPy's linkage has
             them: (cluster, cluster, distance, size), clusters at C and above are earlier merges; empty for more than
-            200 classes.
+            200 classes. A class without rows has distance 1 from all.
         by: what the rows were grouped by.
     """
 

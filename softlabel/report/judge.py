@@ -96,17 +96,34 @@ class Judge:
         found.p_label[labels_R < 0] = np.nan
         return found
 
-    def _judge_one(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
-        bits, powers = self._borrow(len(labels_R))
+    def probabilities(self, columns: Mapping[str, Array], rows: int) -> Iterator[F32]:
+        """Yield the probabilities of consecutive rows of a softmax, (R, C): to the bit those that `softmax` judges.
+
+        They lie in memory that the next ones use again.
+        """
+        for cut, part in self._slices(columns, rows):
+            if self._reader.members > 1:
+                yield self._reader.read_probabilities(part, self._reader.judged).clamp_max_(1.0).numpy()
+            else:
+                _, powers, _, sum_R = self._raise(part, cut.stop - cut.start)
+                yield np.divide(powers.numpy(), sum_R[:, None], dtype=np.float32)
+
+    def _raise(self, columns: Mapping[str, Array], rows: int) -> tuple[Tensor, Tensor, NDArray[np.int64], F32]:
+        """Logits to the base 2 less the highest one, their powers (R, C), the most probable class and the sum (R,)."""
+        bits, powers = self._borrow(rows)
         # To the base 2: exp2 is much faster than exp.
         self._reader.read_logits(columns, self._reader.judged, unit=LOG2_E, out=bits[:, None])
-        bits_RC, powers_RC, rows_R = bits.numpy(), powers.numpy(), np.arange(len(labels_R))
+        bits_RC, rows_R = bits.numpy(), np.arange(rows)
         top_R = bits_RC.argmax(axis=1)
         highest_R = bits_RC[rows_R, top_R]
         if highest_R.any():
             bits_RC -= highest_R[:, None]
         torch.exp2(bits, out=powers)
-        sum_R = powers.sum(dim=1).numpy()
+        return bits, powers, top_R, powers.sum(dim=1).numpy()
+
+    def _judge_one(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
+        bits, powers, top_R, sum_R = self._raise(columns, len(labels_R))
+        powers_RC, rows_R = powers.numpy(), np.arange(len(labels_R))
         found.top[:] = top_R
         found.p_top[:] = powers_RC[rows_R, top_R] / sum_R
         found.p_label[:] = powers_RC[rows_R, np.maximum(labels_R, 0)] / sum_R

@@ -33,6 +33,17 @@ class ReliabilityMeter:
         self.nats += float(F.nll_loss(log_probs, labels, reduction="sum"))
         self._bins_3K += torch.stack(count_bins(highest.exp(), correct)).cpu()
 
+    def add_sigmoids(self, logits_BC: Tensor, labels_BC: Tensor) -> None:
+        """Take in answers of independent outputs; each known label counts by itself, 1 or 0; -1 is unknown."""
+        known_BC = labels_BC >= 0
+        logits, present = logits_BC[known_BC], labels_BC[known_BC] > 0
+        if not len(logits):
+            return
+        self.labelled += len(logits)
+        self.correct += int(((logits > 0) == present).sum())
+        self.nats += float(F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), reduction="sum"))
+        self._bins_3K += torch.stack(count_bins(logits.sigmoid(), present)).cpu()
+
     @property
     def accuracy(self) -> float | None:
         return self.correct / self.labelled if self.labelled else None

@@ -1,0 +1,122 @@
+"""What a report is about, and whether the teachers were trained on the samples that they label."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from softlabel import __version__
+from softlabel.common.spec import parse_spec
+from softlabel.errors import SpecError
+from softlabel.report.figures import About, EncodingCost, TeacherFacts
+from softlabel.report.probabilities import LabelReader
+from softlabel.store.reader import Store
+from softlabel.training.run_folder import recorded_identity
+
+CROSSFIT = "crossfit"  # name in `manifest.recorded` of the number of folds
+_KEYS = "data (fingerprint of the keys)"  # what a run's identity calls its data
+_NOUNS = {"image": "images", "text": "texts"}
+
+Seen = Literal["in-sample", "out-of-sample", "unknown"]
+
+
+def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About:
+    """Describe a store from its manifest and from the run folders of its teachers.
+
+    Args:
+        measured: rows of the sample.
+    """
+    run, recorded = store.run, store.manifest.recorded
+    noun = _NOUNS.get(run.input, "samples")
+    seen, note = find_seen(store, noun)
+    specs = _list_teachers(store)
+    weights = run.combine.weights or (1.0 / len(run.members),) * len(run.members)
+    return About(
+        store=store.url,
+        fingerprint=run.fingerprint(),
+        data=str(recorded.get("data", "?")),
+        rows=len(store),
+        samples=run.dataset.rows,
+        views=run.views.count,
+        classes=run.num_classes,
+        class_names=run.class_names,
+        teachers=tuple(
+            TeacherFacts(spec=spec, weight=weight, calibration=member.calibration, precision=member.precision)
+            for spec, member, weight in zip(specs, run.members, weights, strict=True)
+        ),
+        combine=run.combine.rule,
+        temperature=run.temperature,
+        encoding=run.encoding.title,
+        activation=run.activation,
+        seen=seen,
+        seen_note=note,
+        noun=noun,
+        unit=noun.removesuffix("s"),
+        measured=measured,
+        version=__version__,
+        judged_temperature=reader.judged,
+    )
+
+
+def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
+    """Whether the teachers were trained on these samples, and the caveat that follows, in one sentence."""
+    recorded, run = store.manifest.recorded, store.run
+    if folds := recorded.get(CROSSFIT):
+        return "out-of-sample", (
+            f"Each of the {folds} teachers labelled only {noun} that it was not trained on (cross-fitting), so that "
+            "its confidence and the estimate of wrong labels are out-of-sample."
+        )
+    listed = _list_teachers(store)
+    trained = [_read_fingerprint(str(spec)) for spec in listed]
+    if run.dataset.fingerprint in trained:
+        spec = listed[trained.index(run.dataset.fingerprint)]
+        return "in-sample", (
+            f"Teacher {spec} was trained on these very {noun}: its confidence is in-sample and hides wrong labels, so "
+            "that accuracy looks better and wrong labels look fewer than they are; 'softlabel crossfit' makes labels "
+            "that are out-of-sample."
+        )
+    options = recorded.get("options")
+    ignored = isinstance(options, dict) and bool(options.get("ignore_labels"))
+    if not run.dataset.has_labels and not ignored:
+        return "out-of-sample", (
+            f"The {noun} have no hard labels, so that no teacher was trained on labels of theirs: its confidence is "
+            "out-of-sample."
+        )
+    return "unknown", (
+        f"Nothing says whether the teachers were trained on these {noun}: if they were, their confidence is in-sample "
+        "and hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample."
+    )
+
+
+def _list_teachers(store: Store) -> list[str]:
+    """The SPECs as they were given; those of a store by another program have no places of weights."""
+    members, given = store.run.members, store.manifest.recorded.get("teachers")
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == len(members):
+        return [str(spec) for spec in given]
+    return [member.spec for member in members]
+
+
+def _read_fingerprint(spec: str) -> str | None:
+    """The fingerprint of the data that a teacher was trained on, where its run folder has it."""
+    try:
+        parsed = parse_spec(spec)
+    except SpecError:
+        return None
+    if parsed.kind != "run":
+        return None
+    found = recorded_identity(Path(parsed.name)).get(_KEYS)
+    return found if isinstance(found, str) else None
+
+
+def describe_encoding(store: Store) -> EncodingCost:
+    """What the labels take and what they have lost, from the totals of the manifest."""
+    totals, run = store.manifest.totals, store.run
+    lost = totals.fidelity
+    return EncodingCost(
+        name=run.encoding.title,
+        row_bytes=sum(column.row_bytes for column in run.columns),
+        store_bytes=totals.bytes,
+        mean_t1=None if lost is None else lost.mean_t1,
+        worst_t1=None if lost is None else lost.worst_t1,
+        mean_t=None if lost is None else lost.mean_t,
+        worst_t=None if lost is None else lost.worst_t,
+    )

@@ -1,0 +1,70 @@
+"""The sections of a report that are about a store."""
+
+from dataclasses import dataclass
+
+from softlabel.report.about import describe_encoding, describe_store
+from softlabel.report.agreement import AgreementMeter
+from softlabel.report.calibration import measure_calibration
+from softlabel.report.confusion import measure_confusion
+from softlabel.report.coverage import CoverageMeter
+from softlabel.report.examples import ExampleReader
+from softlabel.report.figures import (
+    About,
+    Absent,
+    Agreement,
+    Calibration,
+    Confusion,
+    Coverage,
+    EncodingCost,
+    Noise,
+    Sharpness,
+)
+from softlabel.report.noise import NoiseMeter
+from softlabel.report.probabilities import LabelReader
+from softlabel.report.sharpness import measure_sharpness
+from softlabel.report.store_pass import run_pass
+from softlabel.store.reader import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFigures:
+    """What was measured of a store: sections of a `Report`, by their names there."""
+
+    about: About
+    agreement: Agreement | Absent
+    noise: Noise | Absent
+    calibration: Calibration | Absent
+    sharpness: Sharpness | Absent
+    confusion: Confusion | Absent
+    encoding: EncodingCost
+    coverage: Coverage
+
+
+def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures:
+    """Measure a store in one pass.
+
+    What needs a few numbers of every row is a meter; see `softlabel.report.store_pass.Meter` for how one is added. What
+    needs all classes or members of a row is measured on the sample of at most 50,000 rows that the pass returns.
+
+    Args:
+        store: open, see `softlabel.open_store`.
+        progress: show a bar; None: if standard error is a terminal.
+
+    Raises:
+        MismatchError: the store has hard labels that its teachers have no class for.
+        StoreCorruptError: a shard is missing or damaged.
+    """
+    reader = LabelReader(store)
+    agreement, noise, coverage = AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store)
+    sample = run_pass(store, reader, [agreement, noise, coverage], progress=progress)
+    examples = ExampleReader(store, reader)
+    return StoreFigures(
+        about=describe_store(store, reader, measured=len(sample)),
+        agreement=agreement.result(),
+        noise=noise.result(examples),
+        calibration=measure_calibration(sample),
+        sharpness=measure_sharpness(sample),
+        confusion=measure_confusion(sample),
+        encoding=describe_encoding(store),
+        coverage=coverage.result(examples),
+    )

@@ -1,0 +1,229 @@
+"""Six sentences that sum a report up: how good the labels are, how many hard labels look wrong, how sharp the labels
+are, what the encoding costs, what is missing or double, and what the students got."""
+
+import shlex
+from typing import Literal
+
+from softlabel.report.figures import About, Absent, Agreement, Coverage, EncodingCost, Noise, Sharpness
+from softlabel.report.measure import StoreFigures
+from softlabel.report.report import Sentence
+from softlabel.report.student_figures import Comparison, Students
+
+Level = Literal["good", "look", "act"]
+# From which share on something is worth a look, and has to be done.
+_WRONG = 0.01, 0.05
+_LOST = 1e-3, 1e-2  # nats
+_LARGE = 100e9  # bytes of a store in full size that a smaller encoding is worth a look for
+
+
+def summarize(figures: StoreFigures | Absent, students: Students | Absent) -> tuple[Sentence, ...]:
+    """Sum up the sections of a report; without a store there is one sentence, about the students."""
+    if isinstance(figures, Absent):
+        return (_describe_students(None, students),)
+    about = figures.about
+    return (
+        _describe_agreement(about, figures.agreement),
+        _describe_noise(about, figures.noise),
+        _describe_sharpness(about, figures.sharpness),
+        _describe_encoding(about, figures.encoding),
+        _describe_coverage(about, figures.coverage),
+        _describe_students(about, students),
+    )
+
+
+def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
+    if isinstance(found, Absent):
+        return Sentence(
+            section="agreement", level="look", text=f"How good the labels are is not known: {found.reason}."
+        )
+    rows = about.noun if about.views == 1 else "rows"
+    top5 = "" if found.top5 is None else f" (top-5 {_percent(found.top5)})"
+    text = f"The labels agree with the hard labels on {_percent(found.accuracy)}{top5} of {found.labelled:,} {rows}"
+    if about.activation == "sigmoid":
+        text = f"The labels are on the side of the known hard labels in {_percent(found.accuracy)} of all answers"
+    worst = min(((value, place) for place, value in enumerate(found.class_accuracy) if value is not None), default=None)
+    if worst is not None and about.classes > 1:
+        text += f"; the weakest class is {_name(about, worst[1])} with {_percent(worst[0])}"
+    if about.seen == "in-sample":
+        text += f", on {about.noun} that the teachers were trained on"
+    level: Level = "good" if found.accuracy >= 0.8 else "look" if found.accuracy >= 0.5 else "act"
+    command = "" if level == "good" else shlex.join(["softlabel", "verify", about.store, "--recompute", "256"])
+    return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
+
+
+def _describe_noise(about: About, found: Noise | Absent) -> Sentence:
+    if isinstance(found, Absent):
+        return Sentence(
+            section="noise", level="look", text=f"How many hard labels are wrong is not known: {found.reason}."
+        )
+    text = (
+        f"About {_percent(found.share)} of the hard labels look wrong: {found.candidates:,} of {found.judged:,} "
+        f"{about.noun} look like another class"
+    )
+    if found.pairs:
+        label, other, count = found.pairs[0]
+        text += f", most often {_name(about, other)} labelled {_name(about, label)} ({count:,})"
+    level: Level = "good" if found.share < _WRONG[0] else "look" if found.share < _WRONG[1] else "act"
+    if about.seen != "out-of-sample":
+        were = "were" if about.seen == "in-sample" else "may have been"
+        text += f"; the teachers {were} trained on these labels, which hides wrong ones"
+        level = "look" if level == "good" else level
+        return Sentence(section="noise", level=level, text=f"{text}.", command=_crossfit(about))
+    command = "" if level == "good" else _train(about, "--soft-weight", "1", "--hard-weight", "0")
+    return Sentence(section="noise", level=level, text=f"{text}.", command=command)
+
+
+def _describe_sharpness(about: About, found: Sharpness | Absent) -> Sentence:
+    if isinstance(found, Absent):
+        return Sentence(
+            section="sharpness", level="look", text=f"How sharp the labels are is not known: {found.reason}."
+        )
+    stored = next(one for one in found.at if one.temperature == about.temperature)
+    other = next((one for one in found.at if one.temperature == 1.0), None)
+    each = "answer" if about.activation == "sigmoid" else "row"
+    beside = "" if other is None or other is stored else f" ({other.effective_classes:.2f} at T = 1)"
+    text = (
+        f"At T = {about.temperature:g} {'an' if each == 'answer' else 'a'} {each} spreads over "
+        f"{stored.effective_classes:.2f} classes in the mean{beside}, and {_percent(stored.one_hot)} of the {each}s "
+        "are as good as one-hot"
+    )
+    if found.suggested_temperature is None:
+        return Sentence(section="sharpness", level="good", text=f"{text}.")
+    wanted = f"{found.suggested_temperature:g}"
+    return Sentence(
+        section="sharpness",
+        level="look",
+        text=f"{text}; T = {wanted} suits a student better.",
+        command=_train(about, "--temperature", wanted),
+    )
+
+
+def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
+    text = f"Encoding {found.name} takes {found.row_bytes:,} bytes a row, {_size(found.store_bytes)} in all"
+    if found.mean_t is None or found.worst_t is None:
+        return Sentence(
+            section="encoding",
+            level="look",
+            text=f"{text}; what it loses of the teachers' answers was not measured.",
+            command=shlex.join(["softlabel", "inspect", about.store]),
+        )
+    text += f", and loses {found.mean_t:.1e} nats of a row in the mean, {found.worst_t:.1e} at worst"
+    level: Level = "good" if found.mean_t < _LOST[0] else "look" if found.mean_t < _LOST[1] else "act"
+    if level != "good":
+        options = ["--encoding", "float16", "--out", f"{about.store}-float16"]
+        return Sentence(section="encoding", level=level, text=f"{text}.", command=_generate(about, *options))
+    if found.store_bytes > _LARGE and found.name.startswith("float"):
+        smaller = ["softlabel", "convert", about.store, f"{about.store}-int8", "--encoding", "int8"]
+        text += "; int8 takes about half"
+        return Sentence(section="encoding", level="look", text=f"{text}.", command=shlex.join(smaller))
+    return Sentence(section="encoding", level="good", text=f"{text}.")
+
+
+def _describe_coverage(about: About, found: Coverage) -> Sentence:
+    covered = found.samples - found.missing - found.bad_count
+    parts = [f"{covered:,} of {found.samples:,} {about.noun} have soft labels"]
+    if found.missing:
+        parts.append(f"{found.missing:,} are missing")
+    if found.bad_count:
+        parts.append(f"{found.bad_count:,} could not be read")
+    same = found.duplicates
+    if same.groups:
+        differ = f", {same.conflicting:,} of which have different hard labels" if same.conflicting else ""
+        parts.append(f"{same.samples:,} {about.noun} are exact duplicates, in {same.groups:,} groups{differ}")
+    else:
+        parts.append("none is an exact duplicate of another")
+    if (unlabelled := found.samples - found.bad_count - found.missing - found.with_hard_label) > 0:
+        parts.append(f"{unlabelled:,} have no hard label")
+    level: Level = "good"
+    command = ""
+    if found.missing:
+        level, command = "act", shlex.join(["softlabel", "verify", about.store, "--data", _data(about)])
+    elif same.conflicting:
+        level = "act"
+    elif found.bad_count:
+        level, command = "look", shlex.join(["softlabel", "inspect", about.store])
+    elif same.groups:
+        level = "look"
+    return Sentence(section="coverage", level=level, text=f"{'; '.join(parts)}.", command=command)
+
+
+def _describe_students(about: About | None, students: Students | Absent) -> Sentence:
+    if isinstance(students, Absent):
+        command = "" if about is None else _train(about)
+        return Sentence(
+            section="students", level="look", text=f"No student was measured: {students.reason}.", command=command
+        )
+    measured = [one for one in students.comparisons if one.accuracy is not None]
+    if measured:
+        return _describe_best(measured)
+    finals = [(one.final["eval_accuracy"], one.run) for one in students.runs if "eval_accuracy" in one.final]
+    if finals:
+        value, run = max(finals, key=lambda one: one[0])
+        which = f"The best of {len(finals)} students, {run}," if len(finals) > 1 else f"Student {run}"
+        return Sentence(
+            section="students", level="good", text=f"{which} reached {_percent(value)} on its evaluation data."
+        )
+    named = "1 student" if len(students.runs) == 1 else f"{len(students.runs)} students"
+    text = f"{named} without an accuracy; give labelled --eval-data to measure it."
+    return Sentence(section="students", level="look", text=text)
+
+
+def _describe_best(measured: list[Comparison]) -> Sentence:
+    """Of the students on data that they were not trained on, if there is some."""
+    chosen = [one for one in measured if one.held_out] or measured
+    best = max(chosen, key=lambda one: one.accuracy or 0.0)
+    assert best.accuracy is not None
+    runs = {one.run for one in chosen}
+    where = "held-out samples" if best.held_out else "samples that it was trained on"
+    which = f"The best of {len(runs)} students, {best.run}," if len(runs) > 1 else f"Student {best.run}"
+    text = f"{which} is right on {_percent(best.accuracy)} of {best.samples:,} {where}"
+    if best.teacher_accuracy is not None:
+        text += f", its teacher on {_percent(best.teacher_accuracy)}"
+    if best.agreement is not None:
+        text += f"; the two agree on {_percent(best.agreement)}"
+    behind = best.teacher_accuracy is not None and best.accuracy < best.teacher_accuracy - 0.02
+    level: Level = "look" if behind or not best.held_out else "good"
+    return Sentence(section="students", level=level, text=f"{text}.")
+
+
+def _crossfit(about: About) -> str:
+    words = ["--data", _data(about), "--student", _student(about), "--folds", "4", "--out", f"{about.store}-crossfit"]
+    return shlex.join(["softlabel", "crossfit", *words])
+
+
+def _train(about: About, *options: str) -> str:
+    words = ["--data", _data(about), "--labels", about.store, "--student", _student(about), *options]
+    return shlex.join(["softlabel", "train", *words, "--out", "runs/student"])
+
+
+def _generate(about: About, *options: str) -> str:
+    teachers = [word for one in about.teachers for word in ("--teacher", one.spec)]
+    words = ["--data", _data(about), *teachers, "--temperature", f"{about.temperature:g}", *options]
+    if about.activation == "sigmoid":
+        words += ["--activation", "sigmoid"]
+    return shlex.join(["softlabel", "generate", *words])
+
+
+def _data(about: About) -> str:
+    return "DATA" if about.data == "?" else about.data  # a store that was written by another program
+
+
+def _student(about: About) -> str:
+    """A network that takes such samples: a small one for images, else the teacher's."""
+    return "zoo:resnet20" if about.noun == "images" else about.teachers[0].spec
+
+
+def _name(about: About, one: int) -> str:
+    return f"class {one}" if about.class_names is None else about.class_names[one]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if 0.9995 <= share < 1 or 0 < share < 0.0005 else f"{share:.1%}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
