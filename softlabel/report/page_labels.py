@@ -1,6 +1,6 @@
 """Sections on what the labels say: label errors, calibration, sharpness."""
 
-from softlabel.report.figures import Calibration, Noise, Sharpness
+from softlabel.report.figures import Calibrated, Calibration, Noise, Sharpness
 from softlabel.report.number_text import count_of, format_count, format_number, format_share
 from softlabel.report.page_parts import (
     Advice,
@@ -86,71 +86,34 @@ def describe_noise(found: Noise, context: Context) -> Section:
 
 
 def describe_calibration(found: Calibration, context: Context) -> Section:
-    figures = []
-    first = found.curves[0] if found.curves else None
-    for curve in found.curves:
-        before, after = curve.before, curve.after
-        title = f"Reliability: {curve.name}"
-        figures.append(
-            Figure(
-                title=title,
-                plot=draw_reliability(
-                    before,
-                    after,
-                    title=title,
-                    desc=f"Bars of accuracy over confidence in {len(before.counts)} bins, diamonds after the fit, and "
-                    "the number of rows of each bin below. Expected calibration error "
-                    f"{format_share(before.calibration_error)}, after the fit {format_share(after.calibration_error)}.",
-                ),
-                caption=f"Calibration error {format_share(before.calibration_error)}; diamonds: "
-                f"{format_share(after.calibration_error)} with logits divided by "
-                f"{format_number(curve.fitted_temperature)}."
-                + (
-                    " Good: bars that end on the dashed diagonal. A filled gap over a bar: too confident; a dashed "
-                    "one: not confident enough."
-                    if curve is first
-                    else ""
-                ),
-                table=make_table(
-                    title,
-                    ("bin", "rows", "confidence", "accuracy", "confidence after", "accuracy after"),
-                    [
-                        (
-                            number_cell(number + 1),
-                            count_cell(before.counts[number]),
-                            share_cell(before.confidence[number]),
-                            share_cell(before.accuracy[number]),
-                            share_cell(after.confidence[number]),
-                            share_cell(after.accuracy[number]),
-                        )
-                        for number in range(len(before.counts))
-                    ],
-                ),
-                small=True,
-            )
-        )
+    head = ("labels of", "error before", "after", "cross-entropy before", "after", "fitted temperature")
     rows = [
         (
             name_cell(curve.name),
             share_cell(curve.before.calibration_error),
-            share_cell(curve.after.calibration_error),
+            share_cell(None if curve.after is None else curve.after.calibration_error),
             number_cell(curve.before.cross_entropy),
-            number_cell(curve.after.cross_entropy),
+            number_cell(None if curve.after is None else curve.after.cross_entropy),
             number_cell(curve.fitted_temperature),
         )
         for curve in found.curves
     ]
-    head = ("labels of", "error before", "after", "cross-entropy before", "after", "fitted temperature")
     statement = "No labels were judged."
-    if first is not None:
+    if found.curves:
+        first = found.curves[0]
         statement = (
             f"The stored labels' confidence is off by {format_share(first.before.calibration_error)} on average "
-            f"(expected calibration error, {count_of(found.rows, 'row')}); logits divided by "
-            f"{format_number(first.fitted_temperature)} would leave {format_share(first.after.calibration_error)}."
+            f"(expected calibration error, {count_of(found.rows, 'row')})"
         )
+        if first.after is not None:
+            statement += (
+                f"; logits divided by {format_number(first.fitted_temperature)} would leave "
+                f"{format_share(first.after.calibration_error)}"
+            )
+        statement += "."
     return Section(
         statement=statement,
-        figures=tuple(figures),
+        figures=tuple(_draw_curve(curve, number == 0) for number, curve in enumerate(found.curves)),
         tables=(make_table("Calibration before and after the fit", head, rows),),
         advice=(
             Advice(
@@ -160,6 +123,45 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
                 command="softlabel calibrate --data HELD_OUT --teacher TEACHER --out calibration.json",
             ),
         ),
+    )
+
+
+def _draw_curve(curve: Calibrated, first: bool) -> Figure:
+    before, after, title = curve.before, curve.after, f"Reliability: {curve.name}"
+    error = format_share(before.calibration_error)
+    caption = f"Calibration error {error}"
+    if after is not None:
+        caption += (
+            f"; diamonds: {format_share(after.calibration_error)} with logits divided by "
+            f"{format_number(curve.fitted_temperature)}"
+        )
+    caption += f". {curve.note}" if curve.note else "."
+    if first:
+        caption += (
+            " Good: bars that end on the dashed diagonal. A filled gap over a bar: too confident; a dashed one: not "
+            "confident enough."
+        )
+    columns = [before.confidence, before.accuracy]
+    head = ["bin", "rows", "confidence", "accuracy"]
+    if after is not None:
+        columns += [after.confidence, after.accuracy]
+        head += ["confidence after", "accuracy after"]
+    rows = [
+        (number_cell(number + 1), count_cell(count), *(share_cell(column[number]) for column in columns))
+        for number, count in enumerate(before.counts)
+    ]
+    return Figure(
+        title=title,
+        plot=draw_reliability(
+            before,
+            after,
+            title=title,
+            desc=f"Bars of accuracy over confidence in {len(before.counts)} bins, diamonds after the fit, and the number "
+            f"of rows of each bin below. Expected calibration error {error}.",
+        ),
+        caption=caption,
+        table=make_table(title, head, rows),
+        small=True,
     )
 
 
