@@ -156,8 +156,8 @@ def _draw_curve(curve: Calibrated, first: bool) -> Figure:
             before,
             after,
             title=title,
-            desc=f"Bars of accuracy over confidence in {len(before.counts)} bins, diamonds after the fit, and the number "
-            f"of rows of each bin below. Expected calibration error {error}.",
+            desc=f"Bars of accuracy over confidence in {len(before.counts)} bins, diamonds after the fit, and the "
+            f"number of rows of each bin below. Expected calibration error {error}.",
         ),
         caption=caption,
         table=make_table(title, head, rows),
