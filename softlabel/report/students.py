@@ -200,8 +200,8 @@ def _refuse_sigmoid(source: Source, store: Store | None, runs: Sequence[Run]) ->
     labels = [] if store is None else ["--labels", store.url]
     words = ["softlabel", "evaluate", "--data", source.name, *labels, "--model", str(runs[0].folder)]
     return (
-        "outputs that are independent of one another have no single right class to compare by; "
-        f"'{shlex.join(words)}' measures mAP, F1, agreement and divergence of a student"
+        "independent outputs have no single right class to compare students by; mAP, F1, agreement and divergence of "
+        f"one: {shlex.join(words)}"
     )
 
 
@@ -231,7 +231,7 @@ def _write_generate_command(source: Source, store: Store | None) -> str:
     if len(precisions := {member.precision for member in run.members}) == 1 and precisions != {"fp32"}:
         words += ["--precision", *precisions]
     words += ["--out", out]
-    return f"{head}; '{shlex.join(words)}' and then --eval-labels {shlex.quote(out)} compare them with the teacher"
+    return f"{head}; give --eval-labels {shlex.quote(out)} after: {shlex.join(words)}"
 
 
 def _compare_on(part: _Part, runs: Sequence[Run], how: _How, notes: list[str]) -> list[tuple[int, Comparison]]:

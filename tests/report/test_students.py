@@ -247,14 +247,46 @@ def test_settings_curves_and_the_grid(grid: Path) -> None:
     assert compare_students([grid]).grid == found
 
 
+def test_a_student_with_its_best_weights_has_the_figures_of_that_epoch(digits: Path, tmp_path: Path) -> None:
+    eval_data = digits / "eval.parquet"
+    train(make_config(digits, tmp_path / "run", epochs=4, select="best", lr=0.1, eval_data=eval_data))
+    history = read_history(tmp_path / "run")
+    accuracy = [float(epoch["eval_accuracy"]) for epoch in history]
+    (facts,) = describe_runs(read_runs([tmp_path / "run"]))
+    assert facts.final["eval_accuracy"] == max(accuracy)
+    assert facts.final["loss"] == float(history[int(np.argmax(accuracy))]["loss"])
+    (found,) = compare_students([tmp_path / "run"], eval_data=eval_data, device="cpu").comparisons
+    assert found.accuracy == pytest.approx(max(accuracy))
+
+
+def test_students_see_the_views_that_their_teacher_saw(digits: Path, grid: Path, tmp_path: Path) -> None:
+    data = str(digits / "data.parquet")
+    student = grid / "T4-soft0.9"
+    fixed = {"views": 2, "augment": "crop-flip", "encoding": "float32", "device": "cpu"}
+    generate(data, teachers=[f"run:{student}"], out=tmp_path / "labels", **fixed)  # type: ignore[arg-type]
+    found = compare_students([student], tmp_path / "labels", data, device="cpu")
+    (one,) = found.comparisons
+    # The student is its own teacher here: on the same views it says the same.
+    assert (one.agreement, one.with_teacher) == (1.0, ROWS)
+    assert one.divergence == pytest.approx(0, abs=1e-6)
+    opened = open_store(tmp_path / "labels")
+    first = opened.take(np.flatnonzero(opened.views == 0))
+    right = first.scaled_logits.argmax(axis=1) == first.labels
+    assert one.accuracy == one.teacher_accuracy == pytest.approx(right.mean())
+    assert "compared on view 0 of each sample" in found.notes[0]
+
+
 def test_a_run_that_is_not_finished_is_described_and_not_compared(digits: Path, grid: Path, tmp_path: Path) -> None:
     whole = shutil.copytree(grid / "T1-soft0.9", tmp_path / "runs/whole")
     begun = shutil.copytree(grid / "T4-soft0.9", tmp_path / "runs/begun")
     (begun / "model.json").unlink()
+    failed = shutil.copytree(begun, tmp_path / "runs/failed")
+    (failed / "failed.json").write_text(json.dumps({"reason": "the loss is nan"}))
     found = compare_students([tmp_path / "runs"], digits / "store", digits / "data.parquet", device="cpu")
-    assert {one.run for one in found.runs} == {str(whole), str(begun)}
+    assert {one.run for one in found.runs} == {str(whole), str(begun), str(failed)}
     assert [one.run for one in found.comparisons] == [str(whole)]
     assert any(note.startswith(f"{begun} is not finished (2 of 2 epochs)") for note in found.notes)
+    assert f"{failed} was given up: the loss is nan" in found.notes
 
 
 def test_held_out_data_without_labels_of_the_teacher_names_the_command(digits: Path, grid: Path) -> None:
@@ -276,10 +308,10 @@ def test_held_out_data_without_labels_of_the_teacher_names_the_command(digits: P
         (),
     )
     assert set(one.class_agreement) == {None}
-    command = (
-        f"softlabel generate --data {digits}/eval.parquet --teacher test --temperature 4 --out {digits}/store-eval"
+    command = f"softlabel generate --data {digits}/eval.parquet --teacher test --temperature 4"
+    assert found.notes[0].endswith(
+        f"; give --eval-labels {digits}/store-eval after: {command} --out {digits}/store-eval"
     )
-    assert f"'{command}' and then --eval-labels {digits}/store-eval" in found.notes[0]
     trained_on = compare_students([run], digits / "store", eval_data=digits / "data.parquet", device="cpu")
     assert not trained_on.comparisons[0].held_out
 
@@ -371,7 +403,7 @@ def test_independent_outputs_are_refused_in_one_sentence(tmp_path: Path) -> None
     found = compare_students([run], tmp_path / "labels", data, device="cpu")
     assert (len(found.runs), found.comparisons) == (1, ())
     (note,) = found.notes
-    assert f"softlabel evaluate --data '{data}' --labels {tmp_path}/labels --model {run}" in note
+    assert note.endswith(f": softlabel evaluate --data '{data}' --labels {tmp_path}/labels --model {run}")
 
 
 @pytest.mark.parametrize(
