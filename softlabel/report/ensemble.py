@@ -12,35 +12,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.report.agreement import explain_drawn
 from softlabel.report.examples import ExampleReader
 from softlabel.report.figures import Absent, Ensemble, Histogram
 from softlabel.report.shortlist import Shortlist
 from softlabel.report.store_pass import RowSample, choose_samples
 from softlabel.store.manifest import Run
-from softlabel.store.reader import Store
 
 HISTOGRAM_BINS = 30
 EXAMPLES = 60
 MOST_VALUES = 32 << 20  # probabilities that are compared; of more rows a part is taken, evenly
 
 
-def measure_ensemble(store: Store, sample: RowSample) -> Ensemble | Absent:
+def measure_ensemble(sample: RowSample, examples: ExampleReader) -> Ensemble | Absent:
     """Compare the members that a store keeps apart, on the rows of the sample, or a part of them where they are large.
 
     Args:
-        store: that the sample is of.
         sample: of `run_pass`.
+        examples: of the store that was read.
     """
-    if (reason := _find_reason(store.run, len(sample))) is not None:
+    run = sample.reader.run
+    if (reason := _find_reason(run, len(sample))) is not None:
         return Absent(reason=reason)
     sums = _Sums(sample)
-    most = max(1, MOST_VALUES // (sample.reader.members * store.run.num_classes))
+    most = max(1, MOST_VALUES // (sample.reader.members * run.num_classes))
     for chosen, columns in sample.parts(choose_samples(len(sample), most)):
         logits_RMC = sample.reader.read_logits(columns, sample.reader.judged).double()
         sums.add(
             torch.log_softmax(logits_RMC, dim=-1), np.asarray(sample.labels[chosen], np.int64), sample.rows[chosen]
         )
-    return sums.result(store)
+    return sums.result(examples)
 
 
 def _find_reason(run: Run, rows: int) -> str | None:
@@ -61,10 +62,7 @@ def _find_reason(run: Run, rows: int) -> str | None:
             "measures each of them on labelled data"
         )
     if run.encoding.drawn:
-        return (
-            "the store holds classes drawn at random from each member, which do not determine its most probable one; "
-            "generate with another --encoding"
-        )
+        return explain_drawn("the most probable class of a member")
     return None if rows else "the store has no rows; 'softlabel generate' with the same options goes on with it"
 
 
@@ -122,7 +120,7 @@ class _Sums:
             self.right[place] += int((answers_RC.numpy().argmax(axis=1) == labels_R.numpy()).sum())
             self.nats[place] -= float(answers_RC.gather(1, labels_R[:, None]).log().sum())
 
-    def result(self, store: Store) -> Ensemble:
+    def result(self, examples: ExampleReader) -> Ensemble:
         members = self._reader.members
         divergence_MM = np.where(self.infinite_MM, math.inf, np.maximum(self.nats_MM / self.rows, 0.0))
         np.fill_diagonal(divergence_MM, 0.0)
@@ -135,7 +133,7 @@ class _Sums:
         found = self.shortlist.rows
         return Ensemble(
             rows=self.rows,
-            names=name_members([member.spec for member in store.run.members]),
+            names=name_members([member.spec for member in self._reader.run.members]),
             accuracy=accuracy[:members],
             cross_entropy=nats[:members],
             agreement=tuple(tuple(row) for row in (self.agreed_MM / self.rows).tolist()),
@@ -147,7 +145,7 @@ class _Sums:
             without_accuracy=accuracy[members + 1 :],
             without_cross_entropy=without_nats,
             droppable=droppable,
-            examples=ExampleReader(store, self._reader).read(found["number"].tolist(), scores=found["score"].tolist()),
+            examples=examples.read(found["number"].tolist(), scores=found["score"].tolist()),
         )
 
     def _divide(self, sums: NDArray[np.float64]) -> tuple[float | None, ...]:

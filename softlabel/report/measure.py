@@ -7,6 +7,7 @@ from softlabel.report.agreement import AgreementMeter
 from softlabel.report.calibration import measure_calibration
 from softlabel.report.confusion import measure_confusion
 from softlabel.report.coverage import CoverageMeter
+from softlabel.report.ensemble import measure_ensemble
 from softlabel.report.examples import ExampleReader
 from softlabel.report.figures import (
     About,
@@ -16,13 +17,16 @@ from softlabel.report.figures import (
     Confusion,
     Coverage,
     EncodingCost,
+    Ensemble,
     Noise,
     Sharpness,
+    Views,
 )
 from softlabel.report.noise import NoiseMeter
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.sharpness import measure_sharpness
 from softlabel.report.store_pass import run_pass
+from softlabel.report.views import ViewMeter
 from softlabel.store.reader import Store
 
 
@@ -36,6 +40,8 @@ class StoreFigures:
     calibration: Calibration | Absent
     sharpness: Sharpness | Absent
     confusion: Confusion | Absent
+    ensemble: Ensemble | Absent
+    views: Views | Absent
     encoding: EncodingCost
     coverage: Coverage
 
@@ -56,7 +62,8 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
     """
     reader = LabelReader(store)
     agreement, noise, coverage = AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store)
-    sample = run_pass(store, reader, [agreement, noise, coverage], progress=progress)
+    views = ViewMeter(store.run)
+    sample = run_pass(store, reader, [agreement, noise, coverage, views], progress=progress)
     examples = ExampleReader(store, reader)
     return StoreFigures(
         about=describe_store(store, reader, measured=len(sample)),
@@ -65,6 +72,8 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
         calibration=measure_calibration(sample),
         sharpness=measure_sharpness(sample),
         confusion=measure_confusion(sample),
+        ensemble=measure_ensemble(sample, examples),
+        views=views.result(sample, examples),
         encoding=describe_encoding(store),
         coverage=coverage.result(examples),
     )

@@ -9,12 +9,12 @@ Legend: N samples, R rows of a block, S rows of the sample, G samples that have 
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.report.agreement import explain_drawn
 from softlabel.report.examples import ExampleReader
 from softlabel.report.figures import Absent, Example, Views
 from softlabel.report.shortlist import Shortlist
 from softlabel.report.store_pass import Block, RowSample
 from softlabel.store.manifest import Run
-from softlabel.store.reader import Store
 from softlabel.views import Views as ViewMaker
 
 EXAMPLES = 60
@@ -55,12 +55,12 @@ class ViewMeter:
         self._lowest_N[place_R] = np.fmin(self._lowest_N[place_R], p_label_R)
         self._highest_N[place_R] = np.fmax(self._highest_N[place_R], p_label_R)
 
-    def result(self, store: Store, sample: RowSample) -> Views | Absent:
+    def result(self, sample: RowSample, examples: ExampleReader) -> Views | Absent:
         """The section.
 
         Args:
-            store: whose rows were added.
             sample: that the same pass returned.
+            examples: of the store that was read.
         """
         if self._absent is not None:
             return Absent(reason=self._absent)
@@ -76,7 +76,7 @@ class ViewMeter:
             flips=mixed.flips / mixed.rows,
             divergence=mixed.nats / mixed.rows,
             lost=int(lost_N.sum()) if labelled_N.any() else None,
-            examples=mixed.read_examples(store),
+            examples=mixed.read_examples(examples),
             sampled=mixed.rows // self._views,
         )
 
@@ -98,10 +98,7 @@ def _find_reason(run: Run) -> str | None:
             "of each view is beside the agreement"
         )
     if run.encoding.drawn:
-        return (
-            "the store holds classes drawn at random from each row, which do not determine the most probable one; "
-            "generate with another --encoding"
-        )
+        return explain_drawn("the most probable class of a view")
     return None
 
 
@@ -136,9 +133,9 @@ class _Mixture:
         rows_G = self._sample.rows[place_GV[np.arange(len(place_GV)), lowest_G]]
         self._shortlist.add(-nats_GV.mean(axis=1), rows_G, suggestion=top_G)
 
-    def read_examples(self, store: Store) -> tuple[Example, ...]:
+    def read_examples(self, examples: ExampleReader) -> tuple[Example, ...]:
         found = self._shortlist.rows
-        return ExampleReader(store, self._sample.reader).read(
+        return examples.read(
             found["number"].tolist(), scores=found["score"].tolist(), suggestions=found["suggestion"].tolist()
         )
 

@@ -11,7 +11,9 @@ from scipy.stats import entropy
 
 from softlabel import open_store
 from softlabel.report.ensemble import measure_ensemble
+from softlabel.report.examples import ExampleReader
 from softlabel.report.figures import Absent, Ensemble, Views
+from softlabel.report.measure import measure_store
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.store_pass import run_pass
 from softlabel.report.views import ViewMeter
@@ -48,14 +50,15 @@ def write_kept(root: Path, *, temperature: float = 4.0, labelled: bool = True) -
 
 
 def measure_members(store: Store, **options: int) -> Ensemble | Absent:
-    return measure_ensemble(store, run_pass(store, LabelReader(store), [], progress=False, **options))
+    reader = LabelReader(store)
+    return measure_ensemble(run_pass(store, reader, [], progress=False, **options), ExampleReader(store, reader))
 
 
 def measure_views(store: Store, sample_rows: int = 50_000, **options: int) -> Views | Absent:
     meter = ViewMeter(store.run, **options)
-    # Independent outputs, and classes drawn at random, have nothing for it.
-    sample = run_pass(store, LabelReader(store), [meter], sample_rows=sample_rows, progress=False)
-    return meter.result(store, sample)
+    reader = LabelReader(store)
+    sample = run_pass(store, reader, [meter], sample_rows=sample_rows, progress=False)
+    return meter.result(sample, ExampleReader(store, reader))
 
 
 def mean_nats(p: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
@@ -65,7 +68,7 @@ def mean_nats(p: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
 @pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
 def test_every_figure_of_an_ensemble(tmp_path: Path, labelled: bool) -> None:
     store, made = write_kept(tmp_path / "store", labelled=labelled)
-    found = measure_members(store)
+    found = measure_store(store, progress=False).ensemble
     assert isinstance(found, Ensemble)
     good = np.setdiff1d(np.arange(SAMPLES), BAD)
     logits_NMC = made.columns["logits"][0, good].astype(np.float64).reshape(len(good), 3, CLASSES) * 4
@@ -136,7 +139,7 @@ def write_views(root: Path, **changes: object) -> tuple[Store, Samples]:
 
 def test_every_figure_of_views(tmp_path: Path) -> None:
     store, made = write_views(tmp_path / "store")
-    found = measure_views(store)
+    found = measure_store(store, progress=False).views
     assert isinstance(found, Views)
     good = np.setdiff1d(np.arange(SAMPLES), BAD)
     y = made.labels[good]
@@ -198,7 +201,7 @@ UNLABELLED = DatasetInfo(kind="test", rows=20, fingerprint="0" * 32, has_labels=
             {"logits": ("<f2", CLASSES)},
             "no single most probable class",
         ),
-        ({"encoding": Sampled(samples=4)}, {"index": ("|u1", 4), "weight": ("<f4", 4)}, "classes drawn at random from"),
+        ({"encoding": Sampled(samples=4)}, {"index": ("|u1", 4), "weight": ("<f4", 4)}, "classes drawn at random"),
     ],
     ids=["independent outputs", "drawn classes"],
 )
