@@ -227,12 +227,12 @@ def hold_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(_STATE)]
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: cannot be used for the folds: {error}; choose another --out") from error
-    if there is None:
-        if others:
-            raise UsageError(f"{folder}: expected the folds of an earlier call, or nothing, found {others[0]}")
-        run_folder.write_atomically(path, json.dumps(identity, indent=2).encode() + b"\n")
-    else:
+    if there is None and others:
+        raise UsageError(f"{folder}: expected the folds of an earlier call, or nothing, found {others[0]}")
+    # Refused before its first step, for its student perhaps: then there is nothing to protect.
+    if there is not None and any(run_folder.recorded_identity(folder / name) for name in others):
         _refuse_differences(str(folder), there, identity)
+    run_folder.write_atomically(path, json.dumps(identity, indent=2).encode() + b"\n")
 
 
 def _refuse_differences(where: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

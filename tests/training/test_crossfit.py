@@ -5,6 +5,7 @@ N samples, C classes.
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -302,8 +303,7 @@ def test_changed_settings_are_refused_by_name(
     out = digits / "oof"
     if not complete:
         out = tmp_path / "oof"
-        (tmp_path / "oof.folds").mkdir()
-        (tmp_path / "oof.folds" / "crossfit.json").write_bytes((digits / "oof.folds" / "crossfit.json").read_bytes())
+        shutil.copytree(digits / "oof.folds", tmp_path / "oof.folds", ignore=shutil.ignore_patterns("labels-*", "*-2"))
     settings: dict[str, object] = {"encoding": "float32", "shard_rows": 50, **changes}
     refused = run_softlabel(*make_command(digits / "data.parquet", out, **settings), code=2)
     assert found in refused.stderr
@@ -340,6 +340,9 @@ def test_what_makes_no_sense_is_refused(digits: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UsageError, match=message):
             open_source(f"{data}?{options}")
+    # What failed before the first step is replaced by other settings.
+    run_softlabel(*make_command(data, tmp_path / "new", student="python:tests.support.students:none"), code=2)
+    run_softlabel(*make_command(data, tmp_path / "new", student="zoo:cnn2?resize=8&crop=8&mean=0"))
     run_softlabel("train", "--data", f"{data}?rows=3:4&labelled=only", "--student", STUDENT, "--out", "x", code=2)
 
 
