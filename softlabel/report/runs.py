@@ -129,8 +129,10 @@ def _read_run(folder: Path) -> Run:
         try:
             history = read_csv(folder / METRICS)
         except (OSError, ValueError, TypeError, KeyError) as error:
+            found = one_line(error, with_type=True)
             raise DataError(
-                f"{folder / METRICS}: expected one row an epoch as 'softlabel train' writes them: {one_line(error)}"
+                f"{folder / METRICS}: expected one row an epoch as 'softlabel train' writes them, found {found}; train "
+                "the run again with --overwrite"
             ) from error
     return Run(
         folder=folder, identity=recorded_identity(folder), config=recorded_config(folder), history=tuple(history)

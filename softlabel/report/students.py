@@ -27,6 +27,7 @@ from softlabel.report.runs import Run, describe_runs, find_unfinished, make_grid
 from softlabel.report.student_figures import Comparison, Students
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
+from softlabel.views import Views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -124,7 +125,7 @@ def compare_students(
     for part in _list_parts(finished, store, data, eval_data, eval_labels, notes):
         compared += _compare_on(part, finished, how, notes)
     if data is None and eval_data is None and finished:
-        notes.append("the students are not compared with their teacher sample by sample: that needs --data SOURCE")
+        notes.append(_write_report_command(finished, [os.fspath(run) for run in runs]))
     return Students(
         runs=describe_runs(found),
         comparisons=tuple(one for _, one in sorted(compared, key=lambda pair: pair[0])),
@@ -180,7 +181,10 @@ def _describe_limits(store: Store, of: Store | None) -> list[str]:
     """What to know about figures that are from the labels of a store; `of` is the store that is reported on."""
     notes, run = [], store.run
     if run.view_columns:
-        notes.append(f"{store.url} holds labels of views: students and teacher are compared on view 0 of each sample")
+        mixed = ", which has no hard label where two samples are mixed" if Views.mixes(run) else ""
+        notes.append(
+            f"{store.url} holds labels of views: students and teacher are compared on view 0 of each sample{mixed}"
+        )
     if run.encoding.sparse:
         notes.append(
             f"{store.url} holds the teacher's largest classes alone: what it left out counts as spread evenly over the "
@@ -232,6 +236,15 @@ def _write_generate_command(source: Source, store: Store | None) -> str:
         words += ["--precision", *precisions]
     words += ["--out", out]
     return f"{head}; give --eval-labels {shlex.quote(out)} after: {shlex.join(words)}"
+
+
+def _write_report_command(finished: Sequence[Run], folders: Sequence[str]) -> str:
+    """How students are compared with the teacher that they were trained with."""
+    head = "the students are not compared with their teacher sample by sample, which needs the data"
+    places = {(run.setting("labels"), run.setting("data")) for run in finished}
+    labels, data = next(iter(places)) if len(places) == 1 else (None, None)
+    labels, data = (one if isinstance(one, str) else place for one, place in ((labels, "STORE"), (data, "SOURCE")))
+    return f"{head}: {shlex.join(['softlabel', 'report', labels, '--runs', *folders, '--data', data])}"
 
 
 def _compare_on(part: _Part, runs: Sequence[Run], how: _How, notes: list[str]) -> list[tuple[int, Comparison]]:

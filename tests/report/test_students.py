@@ -244,7 +244,24 @@ def test_settings_curves_and_the_grid(grid: Path) -> None:
     assert part is not None
     assert part.values[1][0] is None
     assert make_grid(read_runs([grid / "T1-soft0.5", grid / "T1-soft0.9"])) == (None, [])
-    assert compare_students([grid]).grid == found
+    alone = compare_students([grid])
+    assert alone.grid == found
+    command = f"softlabel report {grid.parent}/store --runs {grid} --data {grid.parent}/data.parquet"
+    assert alone.notes[0].endswith(f": {command}")
+
+
+def test_a_grid_over_three_settings_shows_the_best_of_the_third(digits: Path, tmp_path: Path) -> None:
+    settings = {"temperature": [1.0, 4.0], "soft_weight": [0.5, 0.9], "lr": [0.003, 0.03], "epochs": 1}
+    train(make_config(digits, tmp_path / "grid", **settings))
+    found, notes = make_grid(read_runs([tmp_path / "grid"]))
+    assert found is not None
+    assert (found.metric, found.rows, found.columns) == ("train_accuracy", ("1", "4"), ("0.5", "0.9"))
+    for row, temperature in enumerate((1, 4)):
+        for column, weight in enumerate((0.5, 0.9)):
+            names = [f"lr{lr}-T{temperature}-soft{weight}" for lr in (0.003, 0.03)]
+            values = [float(read_history(tmp_path / "grid" / name)[-1]["train_accuracy"]) for name in names]
+            assert found.values[row][column] == max(values)
+    assert notes == ["the grid shows the best student of each cell over lr"]
 
 
 def test_a_student_with_its_best_weights_has_the_figures_of_that_epoch(digits: Path, tmp_path: Path) -> None:
@@ -259,21 +276,26 @@ def test_a_student_with_its_best_weights_has_the_figures_of_that_epoch(digits: P
     assert found.accuracy == pytest.approx(max(accuracy))
 
 
-def test_students_see_the_views_that_their_teacher_saw(digits: Path, grid: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("augment", ["crop-flip", "mixup"])
+def test_students_see_the_views_that_their_teacher_saw(digits: Path, grid: Path, tmp_path: Path, augment: str) -> None:
     data = str(digits / "data.parquet")
     student = grid / "T4-soft0.9"
-    fixed = {"views": 2, "augment": "crop-flip", "encoding": "float32", "device": "cpu"}
+    fixed = {"views": 2, "augment": augment, "encoding": "float32", "device": "cpu"}
     generate(data, teachers=[f"run:{student}"], out=tmp_path / "labels", **fixed)  # type: ignore[arg-type]
     found = compare_students([student], tmp_path / "labels", data, device="cpu")
     (one,) = found.comparisons
     # The student is its own teacher here: on the same views it says the same.
     assert (one.agreement, one.with_teacher) == (1.0, ROWS)
     assert one.divergence == pytest.approx(0, abs=1e-6)
+    assert "compared on view 0 of each sample" in found.notes[0]
+    if augment == "mixup":
+        assert found.notes[0].endswith("which has no hard label where two samples are mixed")
+        assert sum(corner.count for corner in one.corners) < ROWS / 2
+        return
     opened = open_store(tmp_path / "labels")
     first = opened.take(np.flatnonzero(opened.views == 0))
     right = first.scaled_logits.argmax(axis=1) == first.labels
     assert one.accuracy == one.teacher_accuracy == pytest.approx(right.mean())
-    assert "compared on view 0 of each sample" in found.notes[0]
 
 
 def test_a_run_that_is_not_finished_is_described_and_not_compared(digits: Path, grid: Path, tmp_path: Path) -> None:
