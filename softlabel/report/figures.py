@@ -214,8 +214,9 @@ class SharpnessAt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharpness:
-    """How sharp the labels are at T = 1 (absent where only the store's is exact) and at the store's, and the
-    temperature of those tried at which a student sees about two effective classes; None if that needs no change."""
+    """How sharp the labels are, on the rows that a histogram counts: at T = 1 (absent where only the store's is exact)
+    and at the store's, and the temperature of those tried at which a student sees about two effective classes; None if
+    that needs no change."""
 
     at: tuple[SharpnessAt, ...]
     suggested_temperature: float | None

@@ -105,29 +105,30 @@ class Judge:
             if self._reader.members > 1:
                 yield self._reader.read_probabilities(part, self._reader.judged).clamp_max_(1.0).numpy()
             else:
-                _, powers, _, sum_R = self._raise(part, cut.stop - cut.start)
-                yield np.divide(powers.numpy(), sum_R[:, None], dtype=np.float32)
+                bits, _ = self._read_bits(part, cut.stop - cut.start)
+                powers_RC, sum_R = _raise(bits)
+                yield np.divide(powers_RC, sum_R[:, None], dtype=np.float32)
 
-    def _raise(self, columns: Mapping[str, Array], rows: int) -> tuple[Tensor, Tensor, NDArray[np.int64], F32]:
-        """Logits to the base 2 less the highest one, their powers (R, C), the most probable class and the sum (R,)."""
-        bits, powers = self._borrow(rows)
+    def _read_bits(self, columns: Mapping[str, Array], rows: int) -> tuple[Tensor, NDArray[np.int64]]:
+        """Logits to the base 2 less the highest one, (R, C), in this thread's memory, and the most probable class."""
+        bits = self._borrow(rows)[0]
         # To the base 2: exp2 is much faster than exp.
         self._reader.read_logits(columns, self._reader.judged, unit=LOG2_E, out=bits[:, None])
-        bits_RC, rows_R = bits.numpy(), np.arange(rows)
+        bits_RC = bits.numpy()
         top_R = bits_RC.argmax(axis=1)
-        highest_R = bits_RC[rows_R, top_R]
+        highest_R = bits_RC[np.arange(rows), top_R]
         if highest_R.any():
             bits_RC -= highest_R[:, None]
-        torch.exp2(bits, out=powers)
-        return bits, powers, top_R, powers.sum(dim=1).numpy()
+        return bits, top_R
 
     def _judge_one(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
-        bits, powers, top_R, sum_R = self._raise(columns, len(labels_R))
-        powers_RC, rows_R = powers.numpy(), np.arange(len(labels_R))
+        bits, top_R = self._read_bits(columns, len(labels_R))
+        _find_top5(bits, labels_R, top_R, found, scratch=self._borrow(len(labels_R))[1])
+        powers_RC, sum_R = _raise(bits)
+        rows_R = np.arange(len(labels_R))
         found.top[:] = top_R
         found.p_top[:] = powers_RC[rows_R, top_R] / sum_R
         found.p_label[:] = powers_RC[rows_R, np.maximum(labels_R, 0)] / sum_R
-        _find_top5(bits, labels_R, top_R, found, scratch=powers)
 
     def _judge_members(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
         p = self._reader.read_probabilities(columns, self._reader.judged).clamp_max_(1.0)
@@ -172,16 +173,23 @@ class Judge:
         return JudgedSigmoids(known=known_C, right=right_C, p_label=p_label_C, sure=sure, entropy=entropy_R)
 
 
+def _raise(bits: Tensor) -> tuple[F32, F32]:
+    """2 to these powers (R, C), in their place, and the sum of each row (R,)."""
+    powers = bits.exp2_()
+    return powers.numpy(), powers.sum(dim=1).numpy()
+
+
 def _find_top5(
     order: Tensor, labels_R: NDArray[np.int64], top_R: NDArray[np.int64], found: Judged, *, scratch: Tensor
 ) -> None:
     """`order` (R, C) rises with the probability."""
     found.in_top5[:] = labels_R == top_R
     if len(others := np.flatnonzero((labels_R >= 0) & ~found.in_top5)):
-        order_RC = order.numpy()[others] if len(others) < len(labels_R) else order.numpy()
-        of_label_R1 = order_RC[np.arange(len(others)), labels_R[others]][:, None]
+        chosen_RC = scratch[: len(others)]
+        torch.index_select(order, 0, torch.from_numpy(others), out=chosen_RC)
+        of_label_R1 = chosen_RC.gather(1, torch.from_numpy(labels_R[others])[:, None])
         # As numbers rather than truth values, which torch adds up slowly.
-        above_RC = torch.gt(torch.from_numpy(order_RC), torch.from_numpy(of_label_R1), out=scratch[: len(others)])
+        above_RC = torch.gt(chosen_RC, of_label_R1, out=chosen_RC)
         found.in_top5[others] = above_RC.sum(dim=1).numpy() < TOP
 
 

@@ -18,7 +18,8 @@ from softlabel.report.store_pass import RowSample, choose_samples
 BINS = 30
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 20.0)
 ENOUGH = 1.5, 3.0  # effective classes that need no other temperature
-_VALUES = 2_000_000  # numbers on which the temperatures are tried
+VALUES = 10_000_000  # numbers that are measured: 10,000 rows of 1,000 classes
+_TRIED_VALUES = 1_000_000  # on which each temperature is tried
 
 
 def measure_sharpness(sample: RowSample) -> Sharpness | Absent:
@@ -30,7 +31,8 @@ def measure_sharpness(sample: RowSample) -> Sharpness | Absent:
         return Absent(reason="the store has no rows; see which samples are bad or missing")
     stored = reader.run.temperature
     temperatures = sorted({stored, 1.0} if reader.is_exact_at(1.0) else {stored})
-    at = {temperature: _measure(sample, temperature, None) for temperature in temperatures}
+    chosen = _choose(sample, VALUES)
+    at = {temperature: _measure(sample, temperature, chosen) for temperature in temperatures}
     return Sharpness(
         at=tuple(at[temperature] for temperature in temperatures), suggested_temperature=_suggest(sample, at[stored])
     )
@@ -54,7 +56,7 @@ class _Sums:
         self.counts += np.histogram(np.clip(entropy_R, 0.0, self.highest), BINS, (0.0, self.highest))[0]
 
 
-def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64] | None) -> SharpnessAt:
+def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64]) -> SharpnessAt:
     run = sample.reader.run
     # A single class has no entropy, and a histogram needs a range.
     sums = _Sums(highest=math.log(2 if run.activation == "sigmoid" else max(2, run.num_classes)))
@@ -78,6 +80,11 @@ def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64] | 
     )
 
 
+def _choose(sample: RowSample, values: int) -> NDArray[np.int64]:
+    """Positions in the sample of rows that hold about so many numbers."""
+    return choose_samples(len(sample), max(1, values // (sample.reader.run.num_classes * sample.reader.members)))
+
+
 def _suggest(sample: RowSample, stored: SharpnessAt) -> float | None:
     """The tried temperature whose effective classes are nearest to two, on a logarithmic scale."""
     run = sample.reader.run
@@ -87,7 +94,7 @@ def _suggest(sample: RowSample, stored: SharpnessAt) -> float | None:
     enough = ENOUGH[0] * wanted / 2 <= stored.effective_classes <= ENOUGH[1] * wanted / 2
     if run.activation == "sigmoid" or run.num_classes < 2 or enough or tried in ([], [run.temperature]):
         return None
-    chosen = choose_samples(len(sample), max(1, _VALUES // (run.num_classes * sample.reader.members)))
+    chosen = _choose(sample, _TRIED_VALUES)
     effective = {one: _measure(sample, one, chosen).effective_classes for one in tried}
     best = min(tried, key=lambda one: (abs(math.log(effective[one] / wanted)), one))
     return None if math.isclose(best, run.temperature) else best
