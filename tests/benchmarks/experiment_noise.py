@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 import softlabel
+from softlabel.report.figures import Noise
+from softlabel.report.measure import measure_store
 from softlabel.training.crossfit import crossfit
 from tests.support.shared_data import require_shared_data
 
@@ -64,11 +66,18 @@ def main() -> None:
         )
         with softlabel.open_store(options.out / f"oof-{kind}") as store:
             rows = store.take(np.arange(len(store)))
+            noise = measure_store(store, progress=False).noise
         assert np.array_equal(rows.labels, given_N), "expected the order of the data"
         logits_NC = rows.scaled_logits.astype(np.float64) * store.run.temperature
         probs_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
         probs_NC /= probs_NC.sum(axis=1, keepdims=True)
+        assert isinstance(noise, Noise), noise
         report(kind, probs_NC, given_N, true_N)
+        # What `softlabel report` says of the same store.
+        row_of = {key: row for row, key in enumerate(rows.keys)}
+        first = [row_of[one.key] for one in noise.examples][: int((given_N != true_N).sum())]
+        right = float((given_N != true_N)[first].mean())
+        print(f"softlabel report: {noise.candidates} listed, share {noise.share:.4f}, first {len(first)}: {right:.4f}")
 
 
 def flip(labels_N: NDArray[np.int64], kind: str, *, share: float, seed: int) -> NDArray[np.int64]:
