@@ -1,4 +1,4 @@
-"""Numbers as a reader of the page sees them."""
+"""Numbers and names as a reader of the page sees them."""
 
 import math
 
@@ -17,7 +17,7 @@ def format_share(value: float | None) -> str:
     if 0 < abs(value) < 0.00005:
         return "<0.01%"
     if 0.9995 <= value < 1:
-        return f"{math.floor(value * 10000) / 100:.2f}%"
+        return f"{min(value * 100, 99.99):.2f}%"
     size = abs(value)
     digits = 0 if value in (0.0, 1.0) else 2 if size < 0.01 else 1
     return f"{value * 100:.{digits}f}%"
@@ -47,3 +47,12 @@ def format_bytes(value: float) -> str:
 def count_of(value: int, one: str, several: str = "") -> str:
     """A count with its noun: 1 image, 50,000 images."""
     return f"{value:,} {one if value == 1 else several or one + 's'}"
+
+
+def shorten(text: str, length: int) -> str:
+    """Cut a text to a number of characters, with an ellipsis in the middle: names often differ at their ends."""
+    plain = " ".join(text.split()) or "(empty)"
+    if len(plain) <= length:
+        return plain
+    tail = (length - 1) // 3
+    return f"{plain[: length - 1 - tail]}…{plain[len(plain) - tail :]}"

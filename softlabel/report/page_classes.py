@@ -58,11 +58,20 @@ def describe_agreement(found: Agreement, context: Context) -> Section:
         )
     if len(found.view_accuracy) > 1:
         figures.append(_view_figure(found))
+    if not found.labelled:
+        statement = "No row has a hard label to compare with."
+    elif context.sigmoid:
+        statement = (
+            f"The labels are on the side of the known hard label for {format_share(found.accuracy)} of the answers, "
+            f"over {count_of(found.labelled, 'labelled row')}."
+        )
+    else:
+        statement = (
+            f"The most probable class is the hard label for {format_share(found.accuracy)} of "
+            f"{count_of(found.labelled, 'labelled row')}{top5}."
+        )
     return Section(
-        statement=f"The most probable class is the hard label for {format_share(found.accuracy)} of "
-        f"{count_of(found.labelled, 'labelled row')}{top5}."
-        if found.labelled
-        else "No row has a hard label to compare with.",
+        statement=statement,
         figures=tuple(figures),
         advice=(
             Advice(
@@ -125,10 +134,11 @@ def describe_confusion(found: Confusion, context: Context) -> Section:
             Figure(
                 title="Strongest pairs",
                 plot=draw_bars(
-                    [f"{context.name(label)} → {context.name(other)}" for label, other, _ in shown],
+                    [context.pair(label, other, 24) for label, other, _ in shown],
                     [value for *_, value in shown],
                     title="Strongest pairs",
                     desc=f"Bars of the mean probability of one class over the rows of another; {len(shown)} pairs.",
+                    hints=[f"{context.pair(label, other)}: {format_share(value)}" for label, other, value in shown],
                 ),
                 caption=of_all(len(shown), len(found.pairs), "pairs", "that are strongest")
                 + "Mean probability of the second class over rows of the first. Good: classes that are alike, which is "

@@ -22,19 +22,21 @@ from softlabel.report.svg import draw_bars, draw_histogram, draw_reliability
 
 
 def describe_noise(found: Noise, context: Context) -> Section:
-    shown = found.pairs[:15]
-    pair_names = [f"{context.name(label)} → {context.name(suggestion)}" for label, suggestion, _ in shown]
+    shown, listed = found.pairs[:15], len(found.examples)
+    all_listed = listed == found.candidates
+    which = f"All {listed:,}" if all_listed else f"The {listed:,} with the lowest margin of {found.candidates:,}"
     figures = []
     if shown:
         figures.append(
             Figure(
                 title="Most frequent pairs of label and suggestion",
                 plot=draw_bars(
-                    pair_names,
+                    [context.pair(label, suggestion, 24) for label, suggestion, _ in shown],
                     [count for *_, count in shown],
                     title="Most frequent pairs of label and suggestion",
                     desc=f"Bars of how many rows have this label and that suggestion; {len(shown)} pairs.",
                     text=format_count,
+                    hints=[f"{context.pair(label, suggestion)}: {count:,}" for label, suggestion, count in shown],
                 ),
                 caption=of_all(len(shown), len(found.pairs), "pairs", "that are most frequent")
                 + "Good: few rows, spread over pairs that people mix up too. One pair that stands out points to two "
@@ -52,7 +54,7 @@ def describe_noise(found: Noise, context: Context) -> Section:
         )
     gallery = make_gallery(
         "Candidates",
-        f"The {len(found.examples):,} with the lowest margin of {found.candidates:,}: label → suggestion. The margin "
+        f"{which}: label → suggestion. The margin "
         "is p(label) less the largest other probability; at -100% the teachers are sure of another class.",
         found.examples,
         context,
@@ -87,16 +89,19 @@ def describe_noise(found: Noise, context: Context) -> Section:
 
 def describe_calibration(found: Calibration, context: Context) -> Section:
     head = ("labels of", "error before", "after", "cross-entropy before", "after", "fitted temperature")
+    # Two members may have one name.
+    names = ["stored labels", *(f"member {number}, {one.name}" for number, one in enumerate(found.curves[1:], 1))]
+    names = names[: len(found.curves)]
     rows = [
         (
-            name_cell(curve.name),
+            name_cell(name),
             share_cell(curve.before.calibration_error),
             share_cell(None if curve.after is None else curve.after.calibration_error),
             number_cell(curve.before.cross_entropy),
             number_cell(None if curve.after is None else curve.after.cross_entropy),
             number_cell(curve.fitted_temperature),
         )
-        for curve in found.curves
+        for name, curve in zip(names, found.curves, strict=True)
     ]
     statement = "No labels were judged."
     if found.curves:
@@ -113,7 +118,7 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
         statement += "."
     return Section(
         statement=statement,
-        figures=tuple(_draw_curve(curve, number == 0) for number, curve in enumerate(found.curves)),
+        figures=tuple(_draw_curve(name, curve) for name, curve in zip(names, found.curves, strict=True)),
         tables=(make_table("Calibration before and after the fit", head, rows),),
         advice=(
             Advice(
@@ -126,8 +131,8 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
     )
 
 
-def _draw_curve(curve: Calibrated, first: bool) -> Figure:
-    before, after, title = curve.before, curve.after, f"Reliability: {curve.name}"
+def _draw_curve(name: str, curve: Calibrated) -> Figure:
+    before, after, title = curve.before, curve.after, f"Reliability: {name}"
     error = format_share(before.calibration_error)
     caption = f"Calibration error {error}"
     if after is not None:
@@ -136,11 +141,7 @@ def _draw_curve(curve: Calibrated, first: bool) -> Figure:
             f"{format_number(curve.fitted_temperature)}"
         )
     caption += f". {curve.note}" if curve.note else "."
-    if first:
-        caption += (
-            " Good: bars that end on the dashed diagonal. A filled gap over a bar: too confident; a dashed one: not "
-            "confident enough."
-        )
+    caption += " Good: bars that end on the dashed diagonal; a filled gap is too confident, a dashed one too little."
     columns = [before.confidence, before.accuracy]
     head = ["bin", "rows", "confidence", "accuracy"]
     if after is not None:
@@ -205,11 +206,12 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
     statement = "No temperature could be measured."
     if found.at:
         last = found.at[-1]
-        statement = (
-            f"At temperature {last.temperature:g} a label spreads over {format_number(last.effective_classes)} "
-            f"classes on average; {format_share(last.one_hot)} of the rows are as good as one-hot "
-            "(largest probability above 99.9%)."
-        )
+        spread = f"a label spreads over {format_number(last.effective_classes)} classes on average"
+        sure = "of the rows are as good as one-hot (largest probability above 99.9%)"
+        if context.sigmoid:
+            spread = f"an answer has {format_number(last.mean_entropy)} nats of entropy on average, of at most 0.693"
+            sure = "of the answers are as good as certain (above 99.9% or below 0.1%)"
+        statement = f"At temperature {last.temperature:g} {spread}; {format_share(last.one_hot)} {sure}."
     if found.suggested_temperature is None:
         advice = Advice(text="The temperature of the store suits its labels; nothing has to be changed.")
     else:

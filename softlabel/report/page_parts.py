@@ -7,7 +7,7 @@ from typing import Literal
 from markupsafe import Markup
 
 from softlabel.report.figures import About, Example
-from softlabel.report.number_text import MISSING, count_of, format_count, format_number, format_share
+from softlabel.report.number_text import MISSING, count_of, format_count, format_number, format_share, shorten
 from softlabel.report.pictures import Picture
 from softlabel.report.report import Report
 
@@ -108,6 +108,7 @@ class Context:
         self.class_names = (about.class_names if about else None) or ()
         self.store, self.data = (about.store, about.data) if about else ("STORE", "DATA")
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
+        self.sigmoid = about is not None and about.activation == "sigmoid"
         self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")
 
     def name(self, number: int | None) -> str:
@@ -116,6 +117,15 @@ class Context:
             return "no label"
         known = self.class_names[number] if 0 <= number < len(self.class_names) else ""
         return known or f"class {number}"
+
+    def pair(self, one: int, other: int, length: int = 0) -> str:
+        """Of two classes; cut to a length, if one is given, so that something of both is left."""
+        names = [self.name(one), self.name(other)]
+        if length and sum(map(len, names)) > length - 3:
+            half = (length - 3) // 2
+            spare = max(0, half - min(map(len, names)))
+            names = [shorten(name, half + spare) for name in names]
+        return " → ".join(names)
 
     def samples(self, count: int) -> str:
         """So many of them."""

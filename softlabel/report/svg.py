@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from markupsafe import Markup, escape
 
 from softlabel.report.figures import Histogram, Reliability
-from softlabel.report.number_text import format_count, format_number, format_share
+from softlabel.report.number_text import format_count, format_number, format_share, shorten
 
 WIDTH = 420
 _ADVANCE = 6.7  # mean width of a character of 12 pixels
+_FEW = 10  # rows of a bin
 SERIES = 8  # lines that differ in colour, dash and mark
 
 Number = float | None
@@ -33,12 +34,6 @@ def element(tag: str, *inner: Markup | str, **attributes: object) -> Markup:
 
 def _compact(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def shorten(text: str, length: int) -> str:
-    """Cut a text to a number of characters, the last one an ellipsis."""
-    plain = " ".join(text.split()) or "(empty)"
-    return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
 def _mark(tag: str, hint: str, **attributes: object) -> Markup:
@@ -185,6 +180,7 @@ def draw_histogram(
     """Vertical bars over a range, with a dashed line at the mean."""
     edges, counts = histogram.edges, histogram.counts
     axes = _Axes((edges[0], edges[-1]), (0, max(counts, default=0)))
+    axes.top += 10
     parts = axes.frame(x_label, y_label, lambda value: f"{value:g}", _tick_count)
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         if count:
@@ -194,9 +190,9 @@ def draw_histogram(
             parts.append(_mark("path", hint, d=path, class_="f1"))
     if mean is not None and math.isfinite(mean):
         x = axes.at_x(min(max(mean, edges[0]), edges[-1]))
-        parts.append(_line(x, axes.top - 4, x, axes.bottom, "dashed"))
+        parts.append(_line(x, axes.top - 6, x, axes.bottom, "dashed"))
         anchor, shift = ("end", -5) if x > (axes.left + axes.right) / 2 else ("start", 5)
-        parts.append(_text(x + shift, axes.top + 6, f"mean {format_number(mean)}", class_="value", text_anchor=anchor))
+        parts.append(_text(x + shift, axes.top - 8, f"mean {format_number(mean)}", class_="value", text_anchor=anchor))
     return _plot(parts, WIDTH, 250, title, desc)
 
 
@@ -224,19 +220,22 @@ def draw_reliability(one: Reliability, after: Reliability | None = None, *, titl
         tall = max(1.5, 30 * count / most)
         parts.append(_mark("path", hint, d=_rect(x + 1, height - 4 - tall, wide - 2, tall), class_="f0"))
     parts.append(_line(axes.at_x(0), axes.at_y(0), axes.at_x(1), axes.at_y(1), "dashed"))
+    marks: list[Markup] = []
     if after is not None:
-        known = [
-            (confidence, accuracy)
-            for confidence, accuracy in zip(after.confidence, after.accuracy, strict=True)
-            if confidence is not None and accuracy is not None
-        ]
-        places = [(axes.at_x(confidence), axes.at_y(accuracy)) for confidence, accuracy in known]
-        if places:
-            way = "L".join(f"{_compact(x)} {_compact(y)}" for x, y in places)
-            parts.append(element("path", d=f"M{way}", class_="line fitted"))
-        for (x, y), (confidence, accuracy) in zip(places, known, strict=True):
-            hint = f"after the fit: confidence {format_share(confidence)}, accuracy {format_share(accuracy)}"
-            parts.append(_mark("path", hint, d=_marker(3, x, y), class_="dot fitted"))
+        line = []
+        for confidence, accuracy, count in zip(after.confidence, after.accuracy, after.counts, strict=True):
+            if confidence is None or accuracy is None:
+                continue
+            x, y = axes.at_x(confidence), axes.at_y(accuracy)
+            hint = f"after the fit: confidence {format_share(confidence)}, accuracy {format_share(accuracy)}, "
+            hint += f"{format_count(count)} rows"
+            marks.append(_mark("path", hint, d=_marker(3, x, y), class_="dot fitted"))
+            # The accuracy of a handful of rows says little: its diamond stays off the line.
+            if count >= _FEW:
+                line.append(f"{_compact(x)} {_compact(y)}")
+        if line:
+            parts.append(element("path", d=f"M{'L'.join(line)}", class_="line fitted"))
+    parts += marks
     parts.append(_line(axes.left, height - 4, axes.right, height - 4, "axis"))
     parts.append(_text(axes.left - 6, height - 6, "rows", class_="tick", text_anchor="end"))
     return _plot(parts, width, height, title, desc)
@@ -275,18 +274,22 @@ def draw_heat_map(
     left = max((len(one) for one in rows), default=0) * _ADVANCE + (30 if axis_names[0] else 12)
     widest = max((len(one) for one in columns), default=0) * _ADVANCE
     turned = widest > size[0] - 4
-    above = (widest * 0.72 + 16 if turned else 22) + (18 if axis_names[1] else 0)
+    # Names at 45 degrees would overlap where columns are narrow.
+    dense = size[0] < 15
+    above = (widest * (0.9 if dense else 0.72) + 16 if turned else 22) + (18 if axis_names[1] else 0)
+    label = "label dense" if dense else "label"
     width, height = left + size[0] * len(columns) + 44, above + size[1] * len(rows) + 6
     parts = []
     for column, name in enumerate(columns):
         x = left + (column + 0.5) * size[0]
-        way = f"rotate(-45 {_compact(x)} {_compact(above - 6)})" if turned else None
+        angle = -90 if dense else -45
+        way = f"rotate({angle} {_compact(x + 4 * dense)} {_compact(above - 6)})" if turned else None
         if name:
             anchor = None if turned else "middle"
-            parts.append(_text(x, above - 6, name, class_="label", transform=way, text_anchor=anchor))
+            parts.append(_text(x + 4 * dense, above - 6, name, class_=label, transform=way, text_anchor=anchor))
     for row, (name, cells) in enumerate(zip(rows, values, strict=True)):
         y = above + row * size[1]
-        parts.append(_text(left - 6, y + size[1] / 2 + 4, name, class_="label", text_anchor="end"))
+        parts.append(_text(left - 6, y + size[1] / 2 + 4, name, class_=label, text_anchor="end"))
         for column, value in enumerate(cells):
             shade = _shade(value, low, high, logarithmic)
             if shade is None or (shade < 0.004 and not few):
