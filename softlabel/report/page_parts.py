@@ -225,7 +225,8 @@ def make_gallery(
     cards = []
     for one in examples:
         facts = [("p(label)", format_share(one.p_label))] if one.p_label is not None else []
-        facts.append(("p(suggestion)", format_share(one.p_suggestion)))
+        if one.suggestion != one.label:
+            facts.append(("p(suggestion)", format_share(one.p_suggestion)))
         if one.p_student is not None:
             facts.append(("student p(label)", format_share(one.p_student)))
         if one.student is not None:
@@ -236,7 +237,7 @@ def make_gallery(
             facts.append(("members", f"{one.members_agreeing} of {context.members}"))
         if score and one.views_agreeing is not None and context.views > 1:
             facts.append(("views", f"{one.views_agreeing} of {context.views}"))
-        if one.view:
+        if context.views > 1:
             facts.append(("view", str(one.view)))
         cards.append(
             Card(
