@@ -27,7 +27,6 @@ from tests.benchmarks.figures import report
 from tests.benchmarks.timing import interleaved
 
 SHARD_ROWS = 16_384
-REPEATS = 5
 
 
 def write(root: Path, rows: int, classes: int) -> None:
@@ -97,13 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=5)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "large"
         write(root, asked.rows, asked.classes)
         size = f"{asked.rows:,} x {asked.classes:,}"
         sides = {"stream": lambda: stream(root), "pass": lambda: read_pass(root), "whole": lambda: measure(root)}
-        seconds = interleaved(sides, REPEATS)
+        seconds = interleaved(sides, asked.repeats)
         words = ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items())
         report(f"stream / pass of a report, {size}", seconds["stream"] / seconds["pass"], goal=0.5, note=words)
         report(f"stream / report of a store, {size}", seconds["stream"] / seconds["whole"])
