@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softlabel.errors import DataError
 from softlabel.labels.calibration import CHUNK, fit_temperature
+from softlabel.labels.combine import combine
 from softlabel.report.agreement import NO_LABELS, explain_drawn
 from softlabel.report.figures import Absent, Calibrated, Calibration, Reliability
 from softlabel.report.reliability import ReliabilityMeter
@@ -48,8 +49,13 @@ def _read_logits(sample: RowSample, chosen: np.ndarray, member: int | None) -> T
     done = 0
     for part, columns in sample.parts(chosen):
         if member is None and reader.members > 1:
-            p_RC = reader.read_probabilities(columns, reader.judged)
-            logits_RC = p_RC.log() if reader.run.activation == "softmax" else torch.logit(p_RC.double()).float()
+            logits_RC = combine(
+                list(reader.read_logits(columns, reader.judged).unbind(dim=1)),
+                rule="probs",
+                temperature=1.0,
+                weights=reader.weights,
+                activation=reader.run.activation,
+            )
         else:
             logits_RC = reader.read_logits(columns, reader.judged)[:, member or 0]
         found[done : done + len(part)] = logits_RC

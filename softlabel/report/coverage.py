@@ -83,5 +83,6 @@ class CoverageMeter:
             groups=len(sizes),
             samples=int(sizes.sum()),
             conflicting=int(conflicting.sum()),
+            compared=len(content),
             examples=tuple(tuple(next(made) for _ in group) for group in groups),
         )

@@ -318,12 +318,14 @@ class EncodingCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duplicates:
-    """Samples with the same content: groups of two and more, and those of them whose hard labels differ."""
+    """Samples with the same content: groups of two and more, and those of them whose hard labels differ. `compared`
+    samples have a content hash, by which they are found; without any, nothing is known of duplicates."""
 
     groups: int
     samples: int
     conflicting: int
     examples: tuple[tuple[Example, ...], ...]  # groups, the conflicting ones first, at most 30 groups of at most 8
+    compared: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

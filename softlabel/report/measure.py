@@ -1,6 +1,10 @@
 """The sections of a report that are about a store."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from softlabel.report.about import describe_encoding, describe_store
 from softlabel.report.agreement import AgreementMeter
@@ -64,16 +68,28 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
     agreement, noise, coverage = AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store)
     views = ViewMeter(store.run)
     sample = run_pass(store, reader, [agreement, noise, coverage, views], progress=progress)
-    examples = ExampleReader(store, reader)
-    return StoreFigures(
-        about=describe_store(store, reader, measured=len(sample)),
-        agreement=agreement.result(),
-        noise=noise.result(examples),
-        calibration=measure_calibration(sample),
-        sharpness=measure_sharpness(sample),
-        confusion=measure_confusion(sample),
-        ensemble=measure_ensemble(sample, examples),
-        views=views.result(sample, examples),
-        encoding=describe_encoding(store),
-        coverage=coverage.result(examples),
-    )
+    with _use_one_thread():
+        examples = ExampleReader(store, reader)
+        return StoreFigures(
+            about=describe_store(store, reader, measured=len(sample)),
+            agreement=agreement.result(),
+            noise=noise.result(examples),
+            calibration=measure_calibration(sample),
+            sharpness=measure_sharpness(sample),
+            confusion=measure_confusion(sample),
+            ensemble=measure_ensemble(sample, examples),
+            views=views.result(sample, examples),
+            encoding=describe_encoding(store),
+            coverage=coverage.result(examples),
+        )
+
+
+@contextmanager
+def _use_one_thread() -> Iterator[None]:
+    """Compute in one thread: several would mostly wait for one another, and on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

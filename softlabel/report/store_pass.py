@@ -24,7 +24,7 @@ from softlabel.store.stored_rows import StoredRows
 
 I64 = NDArray[np.int64]
 SAMPLE_ROWS = 50_000
-SAMPLE_BYTES = 256 << 20  # of the stored columns, so that many classes and members do not fill the memory
+SAMPLE_BYTES = 160 << 20  # of the stored columns, so that many classes and members do not fill the memory
 _THREADS = 8
 
 
@@ -136,7 +136,7 @@ def run_pass(
         store: open, see `softlabel.open_store`.
         reader: of the store.
         meters: what takes the blocks, in the order of the rows.
-        sample_rows: how many rows the returned sample holds at most (fewer where these would take more than 256 MiB).
+        sample_rows: how many rows the returned sample holds at most (fewer where these would take more than 160 MiB).
         progress: show a bar; None: if standard error is a terminal.
 
     Returns:

@@ -130,8 +130,10 @@ def _describe_coverage(about: About, found: Coverage) -> Sentence:
     if same.groups:
         differ = f", {same.conflicting:,} of which have different hard labels" if same.conflicting else ""
         parts.append(f"{same.samples:,} {about.noun} are exact duplicates, in {same.groups:,} groups{differ}")
-    else:
+    elif same.compared:
         parts.append("none is an exact duplicate of another")
+    else:
+        parts.append("duplicates are not known, as the store has no content hashes")
     if (unlabelled := found.samples - found.bad_count - found.missing - found.with_hard_label) > 0:
         parts.append(f"{unlabelled:,} have no hard label")
     level: Level = "good"

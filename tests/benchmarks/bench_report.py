@@ -19,6 +19,7 @@ from softlabel.report.measure import measure_store
 from softlabel.report.noise import NoiseMeter
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.store_pass import run_pass
+from softlabel.report.views import ViewMeter
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import DatasetInfo, Member, Run
 from softlabel.store.open import open_store
@@ -69,7 +70,7 @@ def stream(root: Path) -> int:
 def read_pass(root: Path) -> int:
     with open_store(root) as store:
         reader = LabelReader(store)
-        meters = [AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store)]
+        meters = [AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store), ViewMeter(store.run)]
         return len(run_pass(store, reader, meters, progress=False))
 
 

@@ -255,6 +255,7 @@ def test_coverage_and_encoding(case: tuple[Store, StoreFigures, reference.Rows])
     same = [group for group in groups.values() if len(group) > 1]
     assert found.duplicates.groups == len(same)
     assert found.duplicates.samples == sum(map(len, same))
+    assert found.duplicates.compared == (first & (rows.content != 0)).sum()
     differ = [len({rows.labels[row] for row in group if rows.labels[row] >= 0}) > 1 for group in same]
     assert found.duplicates.conflicting == sum(differ)
     order = sorted(range(len(same)), key=lambda at: (not differ[at], same[at][0]))
