@@ -118,7 +118,7 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
         statement += "."
     return Section(
         statement=statement,
-        figures=tuple(_draw_curve(name, curve) for name, curve in zip(names, found.curves, strict=True)),
+        figures=tuple(_draw_curve(name, curve, context) for name, curve in zip(names, found.curves, strict=True)),
         tables=(make_table("Calibration before and after the fit", head, rows),),
         advice=(
             Advice(
@@ -131,7 +131,7 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
     )
 
 
-def _draw_curve(name: str, curve: Calibrated) -> Figure:
+def _draw_curve(name: str, curve: Calibrated, context: Context) -> Figure:
     before, after, title = curve.before, curve.after, f"Reliability: {name}"
     error = format_share(before.calibration_error)
     caption = f"Calibration error {error}"
@@ -142,6 +142,8 @@ def _draw_curve(name: str, curve: Calibrated) -> Figure:
         )
     caption += f". {curve.note}" if curve.note else "."
     caption += " Good: bars that end on the dashed diagonal; a filled gap is too confident, a dashed one too little."
+    if context.sigmoid:
+        caption += " Confidence is the probability of a class, accuracy how often it is present."
     columns = [before.confidence, before.accuracy]
     head = ["bin", "rows", "confidence", "accuracy"]
     if after is not None:

@@ -1,5 +1,6 @@
 """The page of a report: self-contained, sound for every report, and the same bytes for the same figures."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -7,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from softlabel.report.figures import Noise
+from softlabel.report.figures import About, Noise
 from softlabel.report.page import render
 from softlabel.report.pictures import Picture
 from softlabel.report.report import Report, report_json
@@ -168,3 +169,12 @@ def test_numbers_that_are_not_finite_are_null() -> None:
     assert one.divergence == float("inf")
     assert json.loads(report_json(report))["students"]["comparisons"][0]["divergence"] is None
     assert "KL(teacher || student) is – nats" in render(report, {})
+
+
+def test_independent_sigmoids_are_described_as_such() -> None:
+    report = reports.make_report(candidates=0)
+    assert isinstance(report.about, About)
+    text = render(dataclasses.replace(report, about=dataclasses.replace(report.about, activation="sigmoid")), {})
+    assert "on the side of the known hard label for 91.3% of the answers" in text
+    assert "as good as certain" in text
+    assert "most probable class is the hard label" not in text
