@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from softlabel.loader import LabelJoin, SoftLabelLoader, with_soft_labels
     from softlabel.loss import DistillationLoss, distillation_loss
     from softlabel.maintain.calibrate import calibrate
+    from softlabel.report.write import WrittenReport, write_report
     from softlabel.store.open import open_store
     from softlabel.store.reader import Store
     from softlabel.store.verify import verify_store
@@ -37,6 +38,7 @@ __all__ = [
     "Store",
     "TrainConfig",
     "TrainResult",
+    "WrittenReport",
     "calibrate",
     "crossfit",
     "distillation_loss",
@@ -47,6 +49,7 @@ __all__ = [
     "train",
     "verify_store",
     "with_soft_labels",
+    "write_report",
 ]
 
 _HOME = {
@@ -60,6 +63,7 @@ _HOME = {
     "Store": "softlabel.store.reader",
     "TrainConfig": "softlabel.training",
     "TrainResult": "softlabel.training",
+    "WrittenReport": "softlabel.report.write",
     "calibrate": "softlabel.maintain.calibrate",
     "crossfit": "softlabel.training.crossfit",
     "distillation_loss": "softlabel.loss",
@@ -70,6 +74,7 @@ _HOME = {
     "train": "softlabel.training",
     "verify_store": "softlabel.store.verify",
     "with_soft_labels": "softlabel.loader",
+    "write_report": "softlabel.report.write",
 }
 
 

@@ -2,8 +2,8 @@
 
 Every command takes ``--config FILE.yaml`` (flags override it) and ``--print_config``.
 
-Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage; 75 a cluster's scheduler was
-lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): rerun the command.
+Exit codes: 0 done; 1 the work failed; 2 the request is wrong; 3 `verify` found damage, or a condition of `report` is
+true; 75 a cluster's scheduler was lost, 130 interrupted (Ctrl-C) and 143 terminated (SIGTERM): rerun the command.
 """
 
 import argparse
@@ -49,6 +49,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.train,
     "crossfit": train.crossfit,
     "evaluate": train.evaluate,
+    "report": store.report,
 }
 # Dataclasses in annotations of commands, imported only when the command runs.
 LATE = {

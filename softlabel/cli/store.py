@@ -1,10 +1,12 @@
-"""Commands about one store: inspect, verify, repair, extend."""
+"""Commands about one store: inspect, verify, repair, extend, report."""
 
-from softlabel.cli.config import options_of
+from typing import Literal
+
+from softlabel.cli.config import options_of, require_local
 from softlabel.cli.report import print_summary
 from softlabel.errors import UsageError
 
-DAMAGED = 3  # exit code of `verify`
+DAMAGED = 3  # exit code of `verify`, and of `report` where a condition is true
 BAD_SHOWN = 10
 
 
@@ -251,3 +253,74 @@ def _format_classes(count: int, names: tuple[str, ...] | None) -> str:
         return f"{count:,}"
     shown = ", ".join(names[:10])
     return f"{count:,}: {shown}{', ...' if count > 10 else ''}"
+
+
+def report(
+    store: str,
+    /,
+    *,
+    data: str | None = None,
+    runs: list[str] | None = None,
+    eval_data: str | None = None,
+    eval_labels: str | None = None,
+    out: str = "report.html",
+    json: str | None = None,
+    noise_csv: str | None = None,
+    fail_if: list[str] | None = None,
+    batch_size: int = 256,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+    workers: int = 0,
+) -> int:
+    """Show what the labels of a store, and the students trained on them, are worth: one HTML file.
+
+    How good the labels are, which hard labels look wrong, calibration, sharpness, confusion, members and views against
+    each other, duplicates, students against their teacher; with pictures of the samples. The file needs no network and
+    no server.
+
+    Example:
+        softlabel report labels/cifar10 --data train.parquet --runs runs/kd --eval-data test.parquet
+
+    Args:
+        store: folder of the store; or the folder of one or several runs, for a report of them alone.
+        data: the SOURCE that was labelled; when absent, the one that the store records.
+        runs: folders of runs, whose students are compared with the teacher.
+        eval_data: a SOURCE that the students were not trained on.
+        eval_labels: a store of the teacher's labels of --eval-data.
+        out: the HTML file.
+        json: a file for all figures as JSON.
+        noise_csv: a file for all hard labels that are likely wrong, the most likely one first.
+        fail_if: end with exit code 3 if a condition is true, such as 'noise>0.05' or 'duplicates>0'; an unknown metric
+            lists those that there are.
+        batch_size: samples per forward pass of the students.
+        precision: of the students.
+        device: auto, cpu, cuda or cuda:N.
+        workers: decoding processes.
+    """
+    from softlabel.report.write import write_report
+
+    for path, option in ((out, "--out"), (json, "--json"), (noise_csv, "--noise-csv")):
+        if path is not None:
+            require_local(path, option)
+    found = write_report(
+        store,
+        data=data,
+        runs=runs or (),
+        eval_data=eval_data,
+        eval_labels=eval_labels,
+        out=out,
+        json=json,
+        noise_csv=noise_csv,
+        fail_if=fail_if or (),
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        workers=workers,
+    )
+    for sentence in found.report.summary:
+        print(f"{sentence.level:<5} {sentence.text}")
+    assert found.path is not None
+    print(f"{found.path}: {found.path.stat().st_size / 1e3:,.0f} kB, pictures of {found.pictures:,} samples")
+    for failure in found.failures:
+        print(f"failed: {failure}")
+    return DAMAGED if found.failures else 0

@@ -26,7 +26,7 @@ from softlabel.report.figures import (
     Sharpness,
     Views,
 )
-from softlabel.report.noise import NoiseMeter
+from softlabel.report.noise import NoiseMeter, Ranking
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.sharpness import measure_sharpness
 from softlabel.report.store_pass import run_pass
@@ -36,7 +36,11 @@ from softlabel.store.reader import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFigures:
-    """What was measured of a store: sections of a `Report`, by their names there."""
+    """What was measured of a store: sections of a `Report`, by their names there.
+
+    Attributes:
+        ranking: all candidates of `noise`; None where it is absent.
+    """
 
     about: About
     agreement: Agreement | Absent
@@ -48,6 +52,7 @@ class StoreFigures:
     views: Views | Absent
     encoding: EncodingCost
     coverage: Coverage
+    ranking: Ranking | None
 
 
 def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures:
@@ -81,6 +86,7 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
             views=views.result(sample, examples),
             encoding=describe_encoding(store),
             coverage=coverage.result(examples),
+            ranking=noise.ranking,
         )
 
 

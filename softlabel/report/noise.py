@@ -8,6 +8,7 @@ Legend: N judged rows, R rows of a block, C classes.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,16 @@ PAIRS, EXAMPLES = 50, 400
 _ROUNDING = 1e-5  # by which probabilities of a row may add up to more than 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranking:
+    """All candidates of `Noise`, the most likely wrong one first: rows of the store int64 (N,), margins float32 (N,),
+    suggested classes int64 (N,)."""
+
+    rows: I64
+    margins: NDArray[np.float32]
+    suggestions: I64
+
+
 class NoiseMeter:
     """Four numbers of every labelled row of view 0; see `Meter`."""
 
@@ -32,6 +43,7 @@ class NoiseMeter:
         self._store, self._reader = store, reader
         self._parts: list[tuple[NDArray[np.generic], ...]] = []
         self.labelled = 0
+        self.ranking: Ranking | None = None  # after `result`
 
     def add(self, block: Block) -> None:
         if block.view:
@@ -72,7 +84,9 @@ class NoiseMeter:
         pairs, counts = np.unique(numbers, return_counts=True)
         given, suggested = np.divmod(pairs, classes)
         wrong_N = np.flatnonzero(counted_N & (suggestion_N != labels_N))
-        shown = wrong_N[np.lexsort((rows_N[wrong_N], margin_N[wrong_N]))[:EXAMPLES]]
+        ranked = wrong_N[np.lexsort((rows_N[wrong_N], margin_N[wrong_N]))]
+        self.ranking = Ranking(rows=rows_N[ranked], margins=margin_N[ranked], suggestions=suggestion_N[ranked])
+        shown = ranked[:EXAMPLES]
         off = given != suggested
         largest = np.lexsort((suggested[off], given[off], -counts[off]))[:PAIRS]
         return Noise(

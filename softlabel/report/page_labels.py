@@ -78,8 +78,8 @@ def describe_noise(found: Noise, context: Context) -> Section:
         advice=(
             Advice(
                 text="Look through the first candidates. Where most of them are real errors, correct the labels "
-                "(noise.csv, which is written beside the report on request, lists all keys) or lower hard_weight in "
-                "training, so that the soft labels outvote them. Where the teachers were trained on these very "
+                "(--noise-csv FILE lists them all) or lower hard_weight in training, so that the soft labels outvote "
+                "them. Where the teachers were trained on these very "
                 "samples, they have learnt the errors too: teachers that did not see a sample find more of them.",
                 command=f"softlabel crossfit --data {quote(context.data)} --student STUDENT --folds 4 --out labels/oof",
             ),

@@ -155,6 +155,7 @@ def _compare(found: Comparison, context: Context) -> Part:
             corner.examples,
             context,
             score="",
+            held_out=found.held_out,
         )
         for corner in found.corners
         if corner.examples and total

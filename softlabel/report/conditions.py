@@ -1,0 +1,103 @@
+"""Conditions on the figures of a report, such as ``noise>0.05``, for use in continuous integration."""
+
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from softlabel.errors import UsageError
+from softlabel.report.figures import Absent
+from softlabel.report.report import Report
+from softlabel.report.student_figures import Students
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+
+
+def _worst(students: Students, name: str, choose: Callable[[list[float]], float]) -> float | None:
+    values = [getattr(one, name) for one in students.comparisons]
+    known = [value for value in values if value is not None]
+    return choose(known) if known else None
+
+
+# name -> (meaning, section of the report, value in that section)
+_METRICS: dict[str, tuple[str, str, Callable[[Any], float | None]]] = {
+    "accuracy": ("of the labels", "agreement", lambda found: found.accuracy),
+    "noise": ("estimated share of wrong hard labels", "noise", lambda found: found.share),
+    "candidates": ("hard labels that are likely wrong", "noise", lambda found: found.candidates),
+    "calibration_error": ("of the labels", "calibration", lambda found: found.curves[0].before.calibration_error),
+    "one_hot": ("share of rows with a probability above 0.999", "sharpness", lambda found: found.at[0].one_hot),
+    "encoding_loss": ("KL(teacher || stored) in nats", "encoding", lambda found: found.mean_t),
+    "bad": ("samples that could not be read", "coverage", lambda found: found.bad_count),
+    "missing": ("samples of the dataset without a row", "coverage", lambda found: found.missing),
+    "duplicates": ("samples whose content another one has", "coverage", lambda found: found.duplicates.samples),
+    "conflicts": (
+        "groups of equal samples with different hard labels",
+        "coverage",
+        lambda found: found.duplicates.conflicting,
+    ),
+    "student_accuracy": ("of the worst student", "students", lambda found: _worst(found, "accuracy", min)),
+    "student_agreement": ("with the teacher, at worst", "students", lambda found: _worst(found, "agreement", min)),
+    "student_kl": ("KL(teacher || student), at worst", "students", lambda found: _worst(found, "divergence", max)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """A comparison of one metric with a number, such as ``noise>0.05``; see `parse`."""
+
+    text: str
+    metric: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """Read a condition.
+
+        Raises:
+            UsageError: it is not METRIC>NUMBER, or the metric is unknown.
+        """
+        found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
+        try:
+            limit = float(found[3]) if found else float("nan")
+        except ValueError:
+            found = None
+        if found is None or limit != limit:
+            raise UsageError(f"--fail-if: expected a condition such as 'noise>0.05', found {text!r}")
+        if found[1] not in _METRICS:
+            known = "; ".join(f"{name} ({meaning})" for name, (meaning, *_) in _METRICS.items())
+            raise UsageError(f"--fail-if: expected one of these metrics, found {found[1]!r}: {known}")
+        return cls(text=text, metric=found[1], sign=found[2], limit=limit)
+
+    def holds(self, report: Report) -> float | None:
+        """Return the value of the metric if the condition is true of a report, None if it is not.
+
+        Raises:
+            UsageError: the metric was not measured.
+        """
+        _, section, measure = _METRICS[self.metric]
+        found = getattr(report, section)
+        value = None if isinstance(found, Absent) else measure(found)
+        if value is None:
+            why = found.reason if isinstance(found, Absent) else f"the section '{section}' does not have it"
+            raise UsageError(f"--fail-if {self.text!r}: {self.metric} was not measured: {why}")
+        return value if _COMPARE[self.sign](value, self.limit) else None
+
+
+def find_failures(report: Report, conditions: Iterable[Condition]) -> list[str]:
+    """Return a sentence for each condition that is true of a report.
+
+    Raises:
+        UsageError: a metric was not measured.
+    """
+    return [
+        f"{one.metric} is {value:.6g}, and {one.text!r} was to fail"
+        for one in conditions
+        if (value := one.holds(report)) is not None
+    ]

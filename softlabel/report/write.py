@@ -1,0 +1,240 @@
+"""Measure a store and its students, and write the page."""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from softlabel.common.arguments import check_arguments
+from softlabel.common.atomic_file import write_atomically
+from softlabel.dataset import Source, open_source
+from softlabel.errors import DataError, SoftLabelError, StoreError, StoreNotFoundError, UsageError
+from softlabel.models.precision import Precision
+from softlabel.report.conditions import Condition, find_failures
+from softlabel.report.examples import ExampleReader
+from softlabel.report.figures import Absent, Example
+from softlabel.report.measure import StoreFigures, measure_store
+from softlabel.report.page import render
+from softlabel.report.pictures import Picture, make_pictures
+from softlabel.report.probabilities import LabelReader
+from softlabel.report.report import Report, report_json
+from softlabel.report.student_figures import Students
+from softlabel.report.students import compare_students
+from softlabel.report.summary import summarize
+from softlabel.store.open import open_store
+from softlabel.store.reader import Store
+
+log = logging.getLogger("softlabel")
+
+MOST_PICTURES = 400
+_NOISE_COLUMNS = ("key", "label", "suggestion", "margin", "p_label", "members_agreeing", "views_agreeing")
+_AT_ONCE = 4096  # rows
+_NO_STORE = Absent(reason="this is a report of runs alone; give a store to see its labels")
+_NO_RUNS = Absent(reason="no students are compared; give the folders of their runs with --runs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenReport:
+    """A report and where it is.
+
+    Attributes:
+        report: the figures.
+        path: the page; None if none was asked for.
+        pictures: how many samples the page shows.
+        failures: a sentence for each condition that is true.
+    """
+
+    report: Report
+    path: Path | None
+    pictures: int
+    failures: tuple[str, ...]
+
+
+@check_arguments
+def write_report(
+    store: str | Path | Store,
+    *,
+    data: "str | Path | Source | Dataset[Any] | None" = None,
+    runs: Sequence[str | Path] = (),
+    eval_data: "str | Path | Source | Dataset[Any] | None" = None,
+    eval_labels: str | Path | Store | None = None,
+    out: str | Path | None = "report.html",
+    json: str | Path | None = None,
+    noise_csv: str | Path | None = None,
+    fail_if: Sequence[str] = (),
+    batch_size: int = 256,
+    precision: Precision = "fp32",
+    device: str = "auto",
+    workers: int = 0,
+    progress: bool | None = None,
+) -> WrittenReport:
+    """Measure a store of soft labels, and its students, and write one HTML file that shows both.
+
+    Args:
+        store: a store or its path; or the folder of one or several runs, for a report of them alone.
+        data: the SOURCE that was labelled, for pictures of its samples; absent: the one that the store records.
+        runs: folders of `softlabel train`, whose students are compared with the teacher on `data` and `eval_data`.
+        eval_data: a SOURCE that the students were not trained on.
+        eval_labels: a store of the teacher's labels of `eval_data`.
+        out: the HTML file; None writes none.
+        json: a file for all figures as JSON.
+        noise_csv: a file for every hard label that is likely wrong, the most likely one first.
+        fail_if: conditions such as ``noise>0.05``, see `softlabel.report.conditions`.
+        batch_size: samples a forward pass of the students.
+        precision: of the students.
+        device: auto, cpu, cuda or cuda:N, for the students.
+        workers: processes that decode.
+        progress: show bars; None: if standard error is a terminal.
+
+    Raises:
+        UsageError: an argument is wrong, or a condition is about something that was not measured.
+        StoreError: the store cannot be read.
+        DataError: `data` is given and cannot be read, or a folder holds no run.
+    """
+    conditions = [Condition.parse(text) for text in fail_if]
+    for path in (out, json, noise_csv):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist; create it first")
+    opened = _open(store)
+    if opened is None:
+        runs = [str(store), *runs]
+    source = _open_data(data, opened)
+    figures: StoreFigures | Absent = _NO_STORE if opened is None else measure_store(opened, progress=progress)
+    students: Students | Absent = _NO_RUNS
+    if runs:
+        compared = opened is not None and (data is not None or source is not None)
+        students = compare_students(
+            runs,
+            opened,
+            source if compared else None,
+            eval_data=eval_data,
+            eval_labels=eval_labels,
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            workers=workers,
+            progress=progress,
+        )
+    elif eval_data is not None or eval_labels is not None:
+        raise UsageError("--eval-data and --eval-labels are for students; give their folders with --runs")
+    report = _join(str(store) if opened is None else opened.url, figures, students)
+    page, shown = None if out is None else Path(out), 0
+    if page is not None:
+        pictures = _take_pictures(_find_keys(report, held_out=False), source)
+        others = _find_keys(report, held_out=True)
+        held_out = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
+        _write(page, render(report, pictures, held_out))
+        shown = len(pictures) + len(held_out)
+    if noise_csv is not None:
+        _write(Path(noise_csv), _list_noise(opened, figures))
+    if json is not None:
+        _write(Path(json), report_json(report) + "\n")
+    return WrittenReport(report=report, path=page, pictures=shown, failures=tuple(find_failures(report, conditions)))
+
+
+def _open(store: str | Path | Store) -> Store | None:
+    """Return the store; None for a folder of runs."""
+    if isinstance(store, Store):
+        return store
+    try:
+        return open_store(store, verify="sizes")
+    except StoreNotFoundError:
+        folder = Path(store)
+        if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
+            return None
+        raise
+
+
+def _open_data(data: Any, store: Store | None) -> Source | None:
+    """Return the labelled data: as given, or as the store records it where that can still be opened."""
+    if data is not None:
+        return open_source(data)
+    recorded = None if store is None else store.manifest.recorded.get("data")
+    if not isinstance(recorded, str):
+        return None
+    try:
+        return open_source(recorded)
+    except (SoftLabelError, OSError) as error:
+        log.warning("warning: the report has no pictures: %s; give the labelled data with --data", error)
+        return None
+
+
+def _join(name: str, figures: StoreFigures | Absent, students: Students | Absent) -> Report:
+    own = {"title", "summary", "students"}
+    sections = {
+        field.name: figures if isinstance(figures, Absent) else getattr(figures, field.name)
+        for field in fields(Report)
+        if field.name not in own
+    }
+    return Report(title=name, summary=summarize(figures, students), students=students, **sections)
+
+
+def _find_keys(report: Report, *, held_out: bool) -> list[str]:
+    """Return the keys of the samples that a report names, of the labelled data or of the held-out data."""
+    sections = [getattr(report, field.name) for field in fields(report)]
+    parts: list[Any] = [] if held_out else [one for one in sections if not isinstance(one, Students)]
+    if isinstance(report.students, Students):
+        parts += [one for one in report.students.comparisons if one.held_out == held_out]
+    return list(dict.fromkeys(example.key for part in parts for example in _find_examples(part)))
+
+
+def _find_examples(part: Any) -> Iterator[Example]:
+    if isinstance(part, Example):
+        yield part
+    elif isinstance(part, tuple):
+        for one in part:
+            yield from _find_examples(one)
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _find_examples(getattr(part, field.name))
+
+
+def _take_pictures(keys: Sequence[str], source: Source | None) -> dict[str, Picture]:
+    """Return pictures of samples, at most `MOST_PICTURES`."""
+    if source is None or not keys:
+        return {}
+    try:
+        return make_pictures(source, keys[:MOST_PICTURES])
+    except DataError as error:
+        log.warning("warning: the report has no pictures: %s", error)
+        return {}
+
+
+def _list_noise(store: Store | None, figures: StoreFigures | Absent) -> str:
+    """Return all candidates as CSV.
+
+    Raises:
+        UsageError: labels were not judged.
+    """
+    if store is None or isinstance(figures, Absent) or figures.ranking is None:
+        why = figures.reason if isinstance(figures, Absent) else getattr(figures.noise, "reason", "")
+        raise UsageError(f"--noise-csv: no labels were judged: {why}")
+    names, ranking = store.run.class_names, figures.ranking
+    examples = ExampleReader(store, LabelReader(store))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_NOISE_COLUMNS)
+    for start in range(0, len(ranking.rows), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        for one in examples.read(
+            ranking.rows[part].tolist(),
+            scores=ranking.margins[part].tolist(),
+            suggestions=ranking.suggestions[part].tolist(),
+        ):
+            assert one.label is not None
+            named = [number if names is None else names[number] for number in (one.label, one.suggestion)]
+            agreeing = ["" if value is None else value for value in (one.members_agreeing, one.views_agreeing)]
+            table.writerow([one.key, *named, f"{one.score:.6f}", f"{one.p_label or 0:.6f}", *agreeing])
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error.strerror}; choose another place") from error
