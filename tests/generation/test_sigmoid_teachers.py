@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -120,6 +121,26 @@ def test_the_command_line_and_what_it_says(ready: Path, tmp_path: Path) -> None:
     # What was begun is finished with the same outputs alone.
     refused = run_softlabel("generate", *options[:4], "--out", tmp_path / "s", "--ignore-labels", code=2)
     assert "activation: the store has sigmoid, this run softmax" in refused.stderr
+
+
+def test_a_list_of_images_with_a_column_for_each_class(ready: Path, tmp_path: Path) -> None:
+    given = np.load(ready / "data.npz")
+    names = [f"finding {number}" for number in range(C)]
+    lines = [",".join(["Path", "Age", *names])]
+    for row, (image, flags) in enumerate(zip(given["images"], given["labels"], strict=True)):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+        unknown = "-1.0" if row % 2 else ""  # uncertain or not mentioned, as CheXpert writes them
+        lines.append(",".join([f"{row}.png", "60", *(unknown if flag < 0 else f"{flag}.0" for flag in flags)]))
+    (tmp_path / "chest.csv").write_text("\n".join(lines))
+    base = ["generate", "--teacher", spec(ready), "--activation", "sigmoid", "--batch-size", 32]
+    done = run_softlabel(*base, "--data", f"{tmp_path}/chest.csv?labels={','.join(names)}", "--out", tmp_path / "s")
+    right = ((answers(ready) > 0) == (given["labels"] > 0))[given["labels"] >= 0].mean()
+    assert f"accuracy of these labels where a hard label exists: {right:.4f}" in done.stdout
+    store = softlabel.open_store(tmp_path / "s")
+    np.testing.assert_array_equal(store.take(range(N)).hard_labels, given["labels"])
+    assert list(store.run.class_names or ()) == names
+    unlabelled = run_softlabel(*base, "--data", tmp_path / "chest.csv", "--out", tmp_path / "u")
+    assert "'?labels=COLUMN,COLUMN' several classes at once" in unlabelled.stderr
 
 
 @pytest.mark.parametrize("rule", ["logits", "probs"])
