@@ -29,7 +29,10 @@ PATH_NAMES = (
 )
 _FORMS = "expected PATH or PATH,LABEL"
 _QUOTES = "put a path that contains a comma in double quotes, and a path before its label"
-_HEADING = "a heading names columns 'path' and 'label', or '?image=COLUMN&label=COLUMN' names them"
+_HEADING = (
+    "a heading names columns 'path' and 'label', or '?image=COLUMN&label=COLUMN' names them; '?inputs=COLUMN,COLUMN' "
+    "names those of numbers"
+)
 _TAIL = re.compile(r"(.*[^\s,;])\s*[\s,;]\s*([^\s,;]+)", re.DOTALL)
 _QUOTED = re.compile(r'"[^"]*" +[^\s,;]+')
 _DOTS = re.compile(r"(\./+)+")
@@ -267,7 +270,10 @@ def _choose_columns(heading: list[str], asked: Asked, name: str) -> _Chosen:
     if image is None:
         rest = [column for column in heading if column != label and column not in several]
         if len(rest) != 1:
-            raise DataError(f"{name}: expected a column of paths, found {listed}; name it with '?image=COLUMN'")
+            raise DataError(
+                f"{name}: expected a column of paths, found {listed}; name it with '?image=COLUMN', columns of numbers "
+                "with '?inputs=COLUMN,COLUMN', or texts with '?text=COLUMN'"
+            )
         image = rest[0]
     return _Chosen(
         path=heading.index(image),

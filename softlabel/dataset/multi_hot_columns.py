@@ -159,4 +159,9 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_flag(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind))
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_null(kind)  # nothing is known of this class
+    )

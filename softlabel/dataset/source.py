@@ -34,6 +34,7 @@ class Source(ABC):
     Attributes:
         kind: parquet, tar, array, list, folder, torchvision, digits or dataset.
         name: as the user wrote it.
+        resolved_name: the same as a store records it, if what the user wrote depends on the file (``inputs=*``).
         class_names: if known; label i is class_names[i].
         has_labels: whether a sample has a label.
         label_width: number of classes if a sample may have several at once, and its label is 1, 0 or -1 (unknown) for
@@ -47,6 +48,7 @@ class Source(ABC):
 
     kind: str
     name: str
+    resolved_name: str | None = None
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
     label_width: int | None = None
@@ -60,6 +62,7 @@ class Source(ABC):
     def copy_attributes(self, base: "Source") -> None:
         """Take over the attributes of a source that this one wraps."""
         self.kind, self.name, self.findings = base.kind, base.name, base.findings
+        self.resolved_name = base.resolved_name
         self.decoding, self.inputs = base.decoding, base.inputs
         self.class_names, self.has_labels, self.label_width = base.class_names, base.has_labels, base.label_width
 

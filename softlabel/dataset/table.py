@@ -18,6 +18,16 @@ from softlabel.inputs.base import Raw
 _NARROW = frozenset({"bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"})
 
 
+def holds_numbers(kind: pa.DataType) -> bool:
+    """Whether a column has one number in each row."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def holds_lists(kind: pa.DataType) -> bool:
+    """Whether a column has lists of numbers, or lists of such lists."""
+    return _is_list(kind) and holds_numbers(_innermost(kind))
+
+
 def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subject: str) -> None:
     """Check that input columns are numbers, or one column of lists of numbers.
 
@@ -26,7 +36,7 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
     """
     for name, kind in zip(names, types, strict=True):
         inner = _innermost(kind)
-        if not _is_number(inner):
+        if not holds_numbers(inner):
             raise DataError(
                 f"{subject}: column {name!r}: expected numbers or lists of numbers for inputs=, found {kind}; write it "
                 "as numbers, or leave it out"
@@ -104,7 +114,3 @@ def _innermost(kind: pa.DataType) -> pa.DataType:
     while _is_list(kind):
         kind = kind.value_type
     return kind
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))

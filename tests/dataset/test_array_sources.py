@@ -35,6 +35,12 @@ def parquet(folder: Path) -> str:
     return f"{folder}/t.parquet?inputs=a,b,c"
 
 
+def csv(folder: Path) -> str:
+    rows = [",".join([*map(repr, row), str(label)]) for row, label in zip(TABLE.tolist(), LABELS, strict=True)]
+    (folder / "t.csv").write_text("\n".join(["a,b,c,label", *rows]))
+    return f"{folder}/t.csv?inputs=*"
+
+
 def lists(folder: Path) -> str:
     fixed = pa.array(SPECTRA.tolist(), type=pa.list_(pa.list_(pa.float16(), 5), 2))
     pq.write_table(pa.table({"x": fixed, "label": LABELS}), folder / "t.parquet", row_group_size=4)
@@ -54,6 +60,7 @@ def h5(folder: Path) -> str:
 
 CASES: dict[str, tuple[Callable[[Path], Any], np.ndarray[Any, Any]]] = {
     "table": (parquet, TABLE),
+    "csv": (csv, TABLE),
     "lists": (lists, SPECTRA),
     "npz": (npz, SPECTRA),
     "bands": (h5, np.ascontiguousarray(np.moveaxis(TILES, -1, 1))),
