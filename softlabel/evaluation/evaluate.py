@@ -200,9 +200,15 @@ def _choose_activation(asked: Activation | None, spec: str | None, source: Sourc
     if len({what for _, what in known}) > 1:
         listed = ", ".join(f"{who} says {what}" for who, what in known)
         raise MismatchError(f"model: expected one kind of outputs, found {listed}; compare it with labels of its kind")
-    if known:
-        return known[0][1]
-    return "softmax" if source.label_width is None else "sigmoid"
+    if not known:
+        return "softmax" if source.label_width is None else "sigmoid"
+    who, activation = known[0]
+    if activation == "softmax" and source.label_width is not None and source.has_labels:
+        raise MismatchError(
+            f"labels: {source.name} has several classes at once, {who} says softmax; measure it on labels of one class "
+            "each"
+        )
+    return activation
 
 
 def _read_run_of(spec: str) -> RunModel | None:

@@ -83,17 +83,17 @@ def collate_samples(
         of the transforms, which are in none of the batches.
 
     Raises:
-        DataError: samples come out with different shapes.
+        DataError: samples come out with different shapes, or are nothing that a transform takes.
     """
     if isinstance(items, Tensor) and (shape is None or items.shape[1:] == shape):
         first = items[0]
-        if all(transform.fit(first, fixed=fixed) is first for transform in transforms):
+        if all(_fit(one, first, keys[0], network=network, fixed=fixed) is first for one in transforms):
             return (Inputs.single(items),) * len(transforms), {}
     batches: list[list[Fitted]] = [[] for _ in transforms]
     failed: dict[int, str] = {}
     for place, item in enumerate(items):
         try:
-            fitted = [transform.fit(item, fixed=fixed) for transform in transforms]
+            fitted = [_fit(one, item, keys[place], network=network, fixed=fixed) for one in transforms]
         except BadImageError as error:
             failed[place] = str(error)
             continue
@@ -107,6 +107,15 @@ def collate_samples(
             batch.append(one)
     pairs = zip(transforms, batches, strict=True)
     return tuple(transform.collate(batch) for transform, batch in pairs if batch), failed
+
+
+def _fit(transform: InputTransform, item: Item, key: str, *, network: str, fixed: bool) -> Fitted:
+    try:
+        return transform.fit(item, fixed=fixed)
+    except BadImageError:
+        raise
+    except DataError as error:
+        raise DataError(f"sample {key!r} for the {network}: {error}") from error
 
 
 def shape_of(item: Fitted) -> tuple[Any, ...]:

@@ -231,12 +231,14 @@ class JoinedDataset(Dataset[Batch]):
         without = int((store.content[self.rows[joined]] == 0).sum())
         if without:
             why = "their rows have no content hash: they were labelled before images of this kind got one"
-        elif (other := why_not_comparable(hashes, stored)) is not None:
+        elif (
+            other := why_not_comparable(hashes, stored, kinds=(self.source.inputs.name, store.run.input))
+        ) is not None:
             why, without = other, len(joined)
         else:
             return
         log.warning(
-            "warning: %s: %d of %d images cannot be compared with those that were labelled in %s (%s); the join rests "
+            "warning: %s: %d of %d samples cannot be compared with those that were labelled in %s (%s); the join rests "
             "on keys and hard labels alone",
             self.source.name,
             without,
@@ -249,7 +251,7 @@ class JoinedDataset(Dataset[Batch]):
         if len(others):
             raise MismatchError(
                 f"{self.source.name}: {len(others)} of {len(joined)} samples have another hard label than in "
-                f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other images; train on the data "
+                f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other samples; train on the data "
                 "that was labelled"
             )
 

@@ -49,6 +49,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
     changed: list[str] = []
     missing_count = changed_count = compared = found = 0
     unknown: str | None = None
+    kinds = source.inputs.name, store.run.input
     hidden = None if progress is None else not progress
     with tqdm(total=len(source), unit=source.inputs.unit, unit_scale=True, desc="comparing", disable=hidden) as bar:
         for start in range(0, len(source), CHUNK):
@@ -62,7 +63,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
             there = np.flatnonzero(rows_B >= 0)
             stored = store.content[rows_B[there]]
             now = hashes_of([samples[place].raw for place in there.tolist()], source.inputs.content_hash)
-            unknown = unknown or why_not_comparable(now, stored)
+            unknown = unknown or why_not_comparable(now, stored, kinds=kinds)
             compared += int(comparable(now, stored).sum())
             others = there[changed_content(now, stored)].tolist()
             changed_count += len(others)

@@ -251,6 +251,8 @@ def test_what_makes_no_sense_is_refused(ready: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'topk': stores a softmax"):
         convert_store(tmp_path / "s", tmp_path / "x", encoding=TopK(k=2), progress=False)
     softlabel.generate(f"{ready}/more.npz?images=images", teachers=[spec(ready)], out=tmp_path / "soft", progress=False)
+    with pytest.raises(MismatchError, match="has several classes at once, --activation says softmax"):
+        softlabel.evaluate(spec(ready), data(ready), activation="softmax", progress=False)
     with pytest.raises(MismatchError, match="has several classes at once, the store holds a softmax"):
         softlabel.SoftLabelLoader(data(ready), tmp_path / "soft", missing="skip")
 

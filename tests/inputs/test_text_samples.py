@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
 import softlabel
-from softlabel.errors import SoftLabelError, UsageError
+from softlabel.errors import MismatchError, SoftLabelError, UsageError
 from softlabel.models.teacher import student_preprocessing
 from tests.support.commands import run_softlabel
 from tests.support.shared_data import find_shared_data
+from tests.support.teachers import write_teacher
 from tests.support.texts import SENTENCES, add_head, minilm, plain_logits, save_classifier
 
 LONG = "never say what they mean " * 2000
@@ -37,6 +39,10 @@ def write_parquet(path: Path, texts: list[str | None]) -> str:
     table = {"id": [f"s{n}" for n in range(len(texts))], "text": texts, "label": [n % 3 for n in range(len(texts))]}
     pq.write_table(pa.table(table), path)
     return str(path)
+
+
+def build_mlp(inputs: int, num_classes: int = 3) -> nn.Module:
+    return nn.Linear(inputs, num_classes)
 
 
 def stored(store: Path | str, view: int = 0) -> tuple[list[str], torch.Tensor]:
@@ -232,6 +238,30 @@ def test_what_is_of_images_is_refused(teacher: Path, data: str, tmp_path: Path) 
         generate(data, teacher, tmp_path / "labels", compile=True)
     with pytest.raises(SoftLabelError, match="takes samples of kind text, and these are of kind image"):
         generate("digits", teacher, tmp_path / "labels")
+
+
+def test_a_store_is_of_one_kind_and_one_activation(
+    teacher: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(data, teacher, tmp_path / "labels", batch_size=16)
+    assert "wrong preprocessing (tokenizer, max_length), or classes in another order" in caplog.text
+    with pytest.raises(MismatchError, match="activation: the store has softmax, this run sigmoid"):
+        generate(data, teacher, tmp_path / "labels", activation="sigmoid")
+    columns = {"a": np.arange(len(TEXTS)) / 9, "b": np.ones(len(TEXTS)), "label": LABELS}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    table = f"{tmp_path}/table.parquet?inputs=a,b"
+    torch.save(build_mlp(2, 3).state_dict(), tmp_path / "mlp.pth")
+    mlp = f"python:{__name__}:build_mlp@{tmp_path}/mlp.pth?inputs=2"
+    with pytest.raises(MismatchError, match="kind of samples: the store has text, this run tensor"):
+        generate(table, mlp, tmp_path / "labels")
+    images = write_teacher(tmp_path / "images.safetensors", num_classes=10)
+    with pytest.raises(MismatchError, match="kind of samples: the store has text, this run image"):
+        generate("digits", images, tmp_path / "labels")
+    done = run_softlabel("verify", tmp_path / "labels", "--data", table, code=3)
+    assert "cannot be compared: samples of kind text were labelled, these are of kind tensor" in done.stdout
+    next((tmp_path / "labels" / "shards").iterdir()).unlink()
+    done = run_softlabel("repair", tmp_path / "labels", "--data", table, "--device", "cpu", code=2)
+    assert "takes samples of kind text, and these are of kind tensor" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sentence_polarity", "subjectivity"])
