@@ -8,7 +8,7 @@
     FILE.parquet?text=COLUMN[&text_pair=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         texts, or pairs of them; FILE.csv, .tsv and .jsonl likewise. A Parquet file
                                         without images whose column is called text needs no word
-    FILE.tar[?image=EXT&label=FIELD|.EXT|none&key=shard|index&classes=FILE]
+    FILE.tar[?image=EXT&label=FIELD|.EXT|none&labels=FIELD,FIELD...&key=shard|index&classes=FILE]
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array

@@ -116,7 +116,7 @@ class JoinedDataset(Dataset[Batch]):
         else:
             _check_classes(source, store.manifest.run)
             if made is None and views.count not in (None, store.run.views.count):
-                raise UsageError(f"views: the rows of {store.url} are of the images as they are, found {views.count}")
+                raise UsageError(f"views: the rows of {store.url} are of the samples as they are, found {views.count}")
             self.views = store.run.views.count if views.count is None else views.count
             rows_VN = rows_of_views(store, keys, self.views) if made is not None else None
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
@@ -230,7 +230,7 @@ class JoinedDataset(Dataset[Batch]):
         stored = store.content[self.rows[picked]]
         without = int((store.content[self.rows[joined]] == 0).sum())
         if without:
-            why = "their rows have no content hash: they were labelled before images of this kind got one"
+            why = "their rows have no content hash: they were labelled before samples of this kind got one"
         elif (
             other := why_not_comparable(hashes, stored, kinds=(self.source.inputs.name, store.run.input))
         ) is not None:

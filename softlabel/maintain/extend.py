@@ -135,7 +135,7 @@ class _MemberExecutor(LocalExecutor):
         if unknown is not None and not self._warned:
             self._warned = True
             log.warning(
-                "warning: %s: its images cannot be compared with those of the other members (%s)", store.url, unknown
+                "warning: %s: its samples cannot be compared with those of the other members (%s)", store.url, unknown
             )
         if changed.any():
             key = kept.keys[int(np.flatnonzero(changed)[0])]

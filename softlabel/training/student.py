@@ -151,10 +151,16 @@ class Student:
                     if "more than 1 value per channel" not in str(error):
                         raise
                     rows = part.stop - part.start
+                    images = self.preprocessing.kind == "image"
+                    remedies = [
+                        "a larger --batch-size",
+                        "a smaller --accumulate",
+                        *(["larger images"] if images else []),
+                    ]
                     raise UsageError(
                         f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
-                        f"({rows} row in a forward pass, reduced to 1x1 pixels); use a larger --batch-size, a smaller "
-                        "--accumulate, or larger images"
+                        f"({rows} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
+                        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
                     ) from None
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)

@@ -4,8 +4,10 @@ N samples, C classes.
 """
 
 import csv
+import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,41 @@ def test_a_short_line_of_a_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("path,a,b\n0.jpg,1\n")
     with pytest.raises(DataError, match=r"line 2: expected 3 columns like the heading, found '0.jpg,1'"):
         open_source(f"{tmp_path}/t.csv?labels=a,b")
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "behind"])
+def test_fields_of_tar_members(adjacent: bool, tmp_path: Path) -> None:
+    members: list[tuple[str, bytes]] = []
+    for row, flags in enumerate(EXPECTED):
+        members.append((f"{row}.jpg", make_jpeg(row)))
+        # Not known is an absent field, null or -1.
+        known = {name: flag for name, flag in zip(CLASSES, flags, strict=True) if flag >= 0 or row}
+        if row != 2:  # of which nothing is known
+            members.append((f"{row}.json", json.dumps({**known, "age": 60, "free": "text"}).encode()))
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members if adjacent else sorted(members, key=lambda member: member[0].split(".")[1]):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = open_source(f"{path}?labels={','.join(CLASSES)}")
+    if adjacent:
+        check(pickle.loads(pickle.dumps(source)))
+    order = [int(key) for key in source.keys(0)]
+    np.testing.assert_array_equal(source.labels(), np.array(EXPECTED)[order])
+    assert (source.class_names, source.count_labelled()) == (CLASSES, 4)
+    assert not open_source(f"{path}?labels={','.join(CLASSES)}", ignore_labels=True).has_labels
+    assert open_source(f"{path}?labels=none,absent").findings.left_out == (
+        "labels=: field 'absent' of the .json members is known of no sample",
+    )
+    for options, reason in {
+        "labels=none": "expected several columns",
+        "labels=none,Edema&label=.cls": "expected several columns",
+        "labels=none,age": "json: column 'age': expected 1, 0 or -1 .not known. for a class, found '60'",
+        "labels=absent,missing": "labels=absent,missing: no sample has a label in fields absent, missing of .json",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            open_source(f"{path}?{options}")
 
 
 def test_arrays(tmp_path: Path) -> None:

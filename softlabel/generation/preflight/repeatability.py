@@ -100,7 +100,7 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
             changed = float((_decide(once_KC, activation) != _decide(moved_KC, activation)).float().mean())
             decisions = "have another top class" if activation == "softmax" else "of their classes change sides"
             text = (
-                f"{teacher.spec.text}: its logits for an image depend on the others in the batch: in another batch the "
+                f"{teacher.spec.text}: its logits for a sample depend on the others in the batch: in another batch the "
                 f"logits of {len(rows_K)} samples differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
                 f"{changed:.0%} {decisions} (is it quantised dynamically, or does it normalise over the "
                 "batch?)"
