@@ -1,6 +1,6 @@
 """Workers of a cluster label every kind of samples as one process does, to the bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +49,28 @@ def write_texts(folder: Path) -> list[str]:
     return ["--data", f"{folder}/texts.parquet?labels=x,y,z", *teachers, *options]
 
 
-@pytest.mark.parametrize(
-    ("write", "said"), [(write_table, ""), (write_texts, f"2 of {N} texts are longer than a teacher takes")]
-)
-def test_a_cluster_and_one_process_write_the_same_shards(
-    write: "object", said: str, scheduler: str, tmp_path: Path
-) -> None:
-    assert callable(write)
-    options = [*write(tmp_path), "--device", "cpu", "--batch-size", 4, "--shard-rows", 8]
-    run_softlabel("generate", *options, "--out", tmp_path / "alone", "--no-preflight")
-    done = run_softlabel("generate", *options, "--out", tmp_path / "store", "--scheduler", scheduler)
+TRUNCATED = f"2 of {N} texts are longer than a teacher takes"
+
+
+def assert_same_shards(write: Callable[[Path], list[str]], folder: Path, said: str, *cluster: object) -> None:
+    options = [*write(folder), "--device", "cpu", "--batch-size", 4, "--shard-rows", 8]
+    run_softlabel("generate", *options, "--out", folder / "alone", "--no-preflight")
+    done = run_softlabel("generate", *options, "--out", folder / "store", *cluster)
     assert f"complete, {N} rows" in done.stdout
     assert said in done.stderr
     assert "stacked" not in done.stderr
-    written, expected = ([path.read_bytes() for path in list_shards(tmp_path / name)] for name in ("store", "alone"))
+    written, expected = ([path.read_bytes() for path in list_shards(folder / name)] for name in ("store", "alone"))
     assert len(written) == 3
     assert written == expected
+
+
+@pytest.mark.parametrize(("write", "said"), [(write_table, ""), (write_texts, TRUNCATED)])
+def test_a_cluster_and_one_process_write_the_same_shards(
+    write: Callable[[Path], list[str]], said: str, scheduler: str, tmp_path: Path
+) -> None:
+    assert_same_shards(write, tmp_path, said, "--scheduler", scheduler)
+
+
+@pytest.mark.slow
+def test_workers_in_processes_of_their_own_label_texts(tmp_path: Path) -> None:
+    assert_same_shards(write_texts, tmp_path, TRUNCATED, "--cluster", "local", "--cluster-workers", 2)
