@@ -22,7 +22,7 @@ from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Raw, Sample
 from softlabel.inputs.text import TEXTS
 
-NO_TEXT = BadImageError("the row has no text")
+NO_TEXT = BadImageError("the row has no text, or one that is not valid Unicode")
 _LONGEST_FIELD = 1 << 30  # bytes: the csv module stops at 128 KiB otherwise
 
 
@@ -45,16 +45,17 @@ class TextFileSource(ListedSource):
         heading, rows = _read_table(path, name)
         ignored = ignore_labels or asked["label"] == "none"
         label, others = None if ignored else asked["label"], tuple[str, ...]()
-        several: tuple[str, ...] = ()
-        if not ignored and asked["labels"] is not None:
-            several = ask_columns(asked["labels"], label, heading, name)
-        elif label is None and not ignored:
+        several = () if asked["labels"] is None else ask_columns(asked["labels"], asked["label"], heading, name)
+        if ignored:
+            several = ()
+        elif label is None and not several:
             names = (column for column in heading if column not in chosen)
             label, others = choose_label(names, subject=name, remedy="choose with '?label=COLUMN' or '?label=none'")
         key = None if asked["key"] == "index" else asked["key"]
         for column in (*chosen, label, key):
             if column is not None and column not in heading:
-                raise DataError(f"{name}: there is no column {column!r}; the file has {', '.join(heading)}")
+                there = f"the file has {', '.join(heading)}" if heading else "the file has no rows"
+                raise DataError(f"{name}: there is no column {column!r}; {there}")
         if asked["classes"] is not None and not ignored:
             self.class_names = read_classes(asked["classes"], subject=name)
         numbers = number_classes(self.class_names)
@@ -67,16 +68,16 @@ class TextFileSource(ListedSource):
                 value = row.get(column)
                 if value is not None and not isinstance(value, str):
                     raise DataError(f"{where}: column {column!r}: expected a text, found {str(value)[:40]!r}")
-                values.append(value)
+                values.append(_valid_unicode(value))
             if key is not None:
                 keys.append(_key_of(row.get(key), f"{where}: column {key!r}"))
             labels.append(_label_of(row, label, several, numbers, where))
+        self._texts = [pa.array(values, type=pa.large_string()) for values in texts]
         try:
-            self._texts = [pa.array(values, type=pa.large_string()) for values in texts]
             self._keys = None if key is None else pa.array(keys, type=pa.large_string())
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{name}: expected valid Unicode, found {str(error.object)[:40]!r}; correct the file"
+                f"{name}: column {key!r}: expected valid Unicode, found {str(error.object)[:40]!r}; correct the file"
             ) from error
         self._labels = stack_parsed(labels, name)
         self.label_width = self._labels.shape[1] if self._labels.ndim == 2 else None
@@ -134,6 +135,14 @@ def _label_of(
         raise DataError(f"{where}: {at}{error}; or go without: '?label=none'") from None
 
 
+def _valid_unicode(text: str | None) -> str | None:
+    """Return the text; None for half a surrogate pair, which JSON can hold: its row is a bad sample."""
+    try:
+        return text if text is None or text.encode() is not None else None
+    except UnicodeEncodeError:
+        return None
+
+
 def _key_of(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise DataError(f"{where}: expected a string or a whole number as key, found {value!r}; or give '?key=index'")
@@ -161,6 +170,8 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
 def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
     heading = next(reader, [])
+    if twice := next((column for column in heading if heading.count(column) > 1), None):
+        raise DataError(f"{path}: expected columns of different names, found {twice!r} twice; rename one")
     for cells in reader:
         if len(cells) != len(heading) and cells:
             raise DataError(

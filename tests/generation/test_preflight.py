@@ -16,7 +16,6 @@ from softlabel.models import build_model
 from tests.support.commands import drop_source_lines, run_softlabel
 from tests.support.datasets import CLASSES, make_jpeg, write_parquet
 from tests.support.teachers import write_teacher
-from tests.support.texts import SENTENCES, save_classifier
 
 ROWS = 160
 
@@ -194,92 +193,3 @@ def test_the_sample_comes_from_everywhere_and_always_the_same() -> None:
     # Every sample once, when it goes on for long enough.
     everything = np.concatenate([first, *others])
     np.testing.assert_array_equal(np.sort(everything), np.arange(100_000))
-
-
-def write_rows(path: Path, rows: "np.ndarray", labels: "np.ndarray") -> str:
-    """A table with columns x0, x1, ... and l0, l1, ..., empty where a label is negative."""
-    names = [f"x{place}" for place in range(rows.shape[1])], [f"l{place}" for place in range(labels.shape[1])]
-    lines = [",".join([*names[0], *names[1]])]
-    for row, known in zip(rows.tolist(), labels.tolist(), strict=True):
-        lines.append(",".join([*map(repr, row), *("" if label < 0 else str(label) for label in known)]))
-    path.write_text("\n".join(lines))
-    asked = f"labels={','.join(names[1])}" if labels.shape[1] > 1 else f"label={names[1][0]}"
-    return f"{path}?inputs={','.join(names[0])}&{asked}"
-
-
-def run_table(folder: Path, rows: "np.ndarray", labels: "np.ndarray", activation: str, outputs: int) -> list[str]:
-    """The warnings of a run with a linear teacher whose weights are 3 on the diagonal."""
-    save_file({"weight": 3 * torch.eye(outputs, 6), "bias": torch.zeros(outputs)}, folder / "linear.safetensors")
-    teacher = f"python:torch.nn:Linear@{folder}/linear.safetensors?in_features=6&out_features={outputs}"
-    data = write_rows(folder / "t.csv", rows, labels)
-    done = run_softlabel(
-        "generate", "--data", data, "--teacher", teacher, "--activation", activation, "--out", folder / "labels",
-        "--batch-size", 160,
-    )  # fmt: skip
-    return [line for line in drop_source_lines(done.stderr) if "warning" in line]
-
-
-@pytest.mark.parametrize("outputs", [5, 1])
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        ("right", None),
-        (
-            "random",
-            "over [15] class(es)? it is no better than chance .0.5.: untrained, wrong preprocessing .mean, std.",
-        ),
-        ("reverse", "its outputs rank the samples in reverse"),
-        ("order", r"another order than the data's classes: output 0 fits class 1 \(l1\).*mean AUROC is 0.[89]"),
-        ("weak", None),
-    ],
-)
-def test_independent_outputs_are_examined_by_their_ranking(
-    case: str, said: str | None, outputs: int, tmp_path: Path
-) -> None:
-    from sklearn.metrics import roc_auc_score
-
-    rng = np.random.default_rng(5)
-    rows = rng.standard_normal((320, 6))
-    logits = 3 * rows[:, :outputs]
-    likely = 1 / (1 + np.exp(-(logits / 3 if case == "weak" else logits)))
-    labels = (rng.random(logits.shape) < likely).astype(int)
-    if case == "random":
-        labels = rng.permutation(labels)
-    if case == "reverse":
-        labels = 1 - labels
-    if case == "order":
-        if outputs == 1:
-            return
-        labels = np.roll(labels, 1, axis=1)
-    labels[rng.random(labels.shape) < 0.2] = -1
-    found = run_table(tmp_path, rows, labels, "sigmoid", outputs)
-    assert len(found) == (said is not None), found
-    if said is not None:
-        assert re.search(said, found[0]), found
-        assert "crop" not in found[0]
-        assert ("another order" in found[0]) == (case != "reverse" and outputs > 1)
-        known = [labels[:, place] >= 0 for place in range(outputs)]
-        areas = [roc_auc_score(labels[one, at], logits[one, at]) for at, one in enumerate(known)]
-        assert f"mean AUROC {np.mean(areas):.2f} on {int(np.any(known, axis=0).sum())} samples" in found[0]
-
-
-def test_findings_name_what_the_kind_of_samples_has(tmp_path: Path) -> None:
-    rng = np.random.default_rng(6)
-    rows = rng.standard_normal((320, 6))
-    (found,) = run_table(tmp_path, rows, rng.integers(0, 4, (320, 1)), "softmax", 4)
-    assert "it is sure of its answers and no better than chance: wrong preprocessing (mean, std), or classes" in found
-    pytest.importorskip("transformers")
-    lines = [f"{SENTENCES[number % 8]} {number}\t{rng.integers(3)}" for number in range(160)]
-    (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *lines]))
-    done = run_softlabel(
-        "generate", "--data", f"{tmp_path}/t.tsv?text=text", "--teacher", f"text:{save_classifier(tmp_path / 'net')}",
-        "--out", tmp_path / "texts", "--batch-size", 80,
-    )  # fmt: skip
-    assert "no better than chance: untrained, wrong preprocessing (tokenizer, max_length), or classes" in done.stderr
-    constant = np.tile(rows[:1], (320, 1))
-    write_rows(tmp_path / "same.csv", constant, np.zeros((320, 1), int))
-    with pytest.raises(DataError, match="nearly equal ones; check their values, or give --no-preflight"):
-        softlabel.generate(
-            f"{tmp_path}/same.csv?inputs=*&label=l0", out=tmp_path / "same",
-            teachers=[f"python:torch.nn:Linear@{tmp_path}/linear.safetensors?in_features=6&out_features=4"],
-        )  # fmt: skip

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +70,7 @@ def test_the_command_line_labels_texts_as_transformers_does(teacher: Path, data:
         "generate", "--data", f"{data}?key=id", "--teacher", f"text:{teacher}", "--out", tmp_path / "labels",
         "--encoding", "float32", "--temperature", 1, "--device", "cpu", "--batch-size", 8,
     )  # fmt: skip
-    assert "1 of 45 texts are longer than a teacher takes" in done.stderr.replace(str(len(TEXTS)), "45")
+    assert "1 of 45 texts are longer than a teacher takes" in done.stderr
     assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
     store = softlabel.open_store(tmp_path / "labels")
     assert store.run.input == "text"
@@ -145,6 +147,44 @@ def test_a_dataset_in_python(teacher: Path, tmp_path: Path) -> None:
     assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
 
 
+def test_both_texts_of_a_pair_in_python_are_read_and_others_reported(teacher: Path, tmp_path: Path) -> None:
+    items = [{"question": one, "sentence": other, "note": "x"} for one, other in zip(TEXTS, TEXTS[::-1], strict=True)]
+    generate(items, teacher, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS, TEXTS[::-1]))
+    (left_out,) = softlabel.open_source(items).findings.left_out
+    assert "'note' of an item is not read" in left_out
+
+
+def test_texts_lose_the_side_that_transformers_cuts(teacher: Path, data: str, tmp_path: Path) -> None:
+    folder = tmp_path / "left"
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "truncation_side": "left"}))
+    texts = [f"{LONG} {sentence}" for sentence in SENTENCES]
+    generate(write_parquet(tmp_path / "long.parquet", texts), folder, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(folder, texts))
+    assert not torch.allclose(plain_logits(folder, texts), plain_logits(teacher, texts), atol=1e-3)
+
+
+def test_many_batches_from_workers_do_not_use_up_the_open_files(teacher: Path, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "texts.parquet", [f"{SENTENCES[n % 8]} {n}" for n in range(3000)])
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 256; exec "$@"', "bash", sys.executable, "-m", "softlabel", "generate",
+         "--data", path, "--teacher", f"text:{teacher}", "--out", str(tmp_path / "labels"), "--workers", "2",
+         "--batch-size", "16", "--device", "cpu", "--no-preflight"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(softlabel.open_store(tmp_path / "labels")) == 3000
+
+
+def test_a_text_that_is_not_unicode_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXTS[0], "half \ud83d", *TEXTS[2:8])))
+    generate(f"{path}?text=text", teacher, tmp_path / "labels")
+    assert list(softlabel.open_store(tmp_path / "labels").bad) == ["1"]
+
+
 def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path: Path) -> None:
     generate(data, teacher, tmp_path / "labels")
     changed = list(TEXTS)
@@ -162,7 +202,8 @@ def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path
 def test_a_missing_text_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "some.parquet", [TEXTS[0], None, *TEXTS[2:8]])
     assert generate(path, teacher, tmp_path / "labels").total_bad == 1
-    assert softlabel.open_store(tmp_path / "labels").bad == {"1": "the row has no text"}
+    reason = "the row has no text, or one that is not valid Unicode"
+    assert softlabel.open_store(tmp_path / "labels").bad == {"1": reason}
 
 
 def test_a_student_of_fewer_layers_becomes_a_teacher(teacher: Path, data: str, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Preflight:
     def findings(self) -> tuple[str, ...]:
         """All findings, one line each."""
         return self.remarks + tuple(
-            f"{one.teacher}: {one.score} on {one.images} {self.noun}: {one.finding}"
+            f"{one.teacher}: accuracy {one.accuracy:.2f} on {one.images} {self.noun}: {one.finding}"
             for one in self.diagnoses
             if one.finding is not None
         )
@@ -100,7 +100,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     job, trial = label_sample(job, seed=job.config.seed)
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
     remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
-    refuse_equal(trial, job.labeller.source, run.activation)
+    refuse_equal(trial, job.labeller.source.name, run.activation)
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)

@@ -1,6 +1,6 @@
-"""Diagnose teachers on labelled samples: accuracy, wrong preprocessing, or another order of classes.
+"""Diagnose teachers on labelled images: accuracy, wrong preprocessing, or another order of classes.
 
-Legend: C classes, N labelled samples.
+Legend: C classes, N labelled images.
 """
 
 import dataclasses
@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.common.multi_hot import Labels, is_labelled, to_multi_hot
+from softlabel.common.multi_hot import Labels
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import Labeller
-from softlabel.generation.preflight.diagnose_sigmoid import find_ranking_problem, rank_classes
 from softlabel.generation.preflight.sample import Trial
 from softlabel.inputs.base import IGNORE
 from softlabel.inputs.image_transform import Preprocessing
@@ -41,26 +40,13 @@ _REORDERED = 0.1  # minimal gain in accuracy by another order of classes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """One teacher on the trial's labelled samples.
-
-    Attributes:
-        teacher: its SPEC.
-        images: number of samples.
-        accuracy: of its most probable classes; of independent outputs that of the known labels.
-        auroc: of independent outputs, the mean over the classes with enough samples; None if there are none.
-        finding: a problem and its likely cause, or None.
-    """
+    """One teacher on the sample's labelled images; `finding` names a problem and its likely cause, or is None."""
 
     teacher: str
     images: int
     accuracy: float
-    auroc: float | None = None
+    confidence: float
     finding: str | None
-
-    @property
-    def score(self) -> str:
-        """What a finding is based on."""
-        return f"accuracy {self.accuracy:.2f}" if self.auroc is None else f"mean AUROC {self.auroc:.2f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,25 +94,24 @@ def _split_synonyms(name: str) -> set[str]:
 
 
 def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:
-    """Diagnose every teacher on the labelled samples of a trial; empty if there are none."""
-    if not any(is_labelled(batch.labels).any() for batch in trial.batches):
+    """Diagnose every teacher on the labelled images of a sample; empty if there are none, or if an image may have
+    several classes at once, so that no one of them is the right one."""
+    if labeller.run.activation == "sigmoid" or not any((batch.labels != IGNORE).any() for batch in trial.batches):
         return ()
     return tuple(_diagnose_teacher(labeller, number, trial) for number in range(len(labeller.teachers)))
 
 
 def _diagnose_teacher(labeller: Labeller, number: int, trial: Trial) -> Diagnosis:
     teacher, run = labeller.teachers[number], labeller.run
-    full = [batch for batch in trial.batches if batch.keys]
-    if run.kept or len(labeller.teachers) == 1:  # its logits are in the trial
+    if run.kept or len(labeller.teachers) == 1:  # its logits are in the sample
         own = trial.scaled_logits.reshape(len(trial.labels), -1, run.num_classes)[:, number]
-        rows = sum(len(batch.keys) for batch in full)
+        rows = sum(len(batch.keys) for batch in trial.batches)
         logits_BC = own[:rows] * (run.temperature * run.members[number].calibration)
+        found = _evaluate_logits(logits_BC, trial.labels[:rows])
     else:
+        full = [batch for batch in trial.batches if batch.keys]
         logits_BC = torch.cat([logits_MBC[number] for logits_MBC in labeller.lane.logits(full)])
-    labels = np.concatenate([batch.labels for batch in full])
-    if run.activation == "sigmoid":
-        return _diagnose_sigmoid(teacher, logits_BC, to_multi_hot(labels, run.num_classes), run.class_names)
-    found = _evaluate_logits(logits_BC, labels)
+        found = _evaluate_logits(logits_BC, np.concatenate([batch.labels for batch in full]))
     finding = None
     if len(found.labels) >= FEWEST:
         finding = (
@@ -134,23 +119,11 @@ def _diagnose_teacher(labeller: Labeller, number: int, trial: Trial) -> Diagnosi
             or _find_other_normalisation(teacher, labeller, trial)
             or _describe_chance(found, teacher)
         )
-    return Diagnosis(teacher=teacher.spec.text, images=len(found.labels), accuracy=found.accuracy, finding=finding)
-
-
-def _diagnose_sigmoid(
-    teacher: Teacher, logits_BC: Tensor, labels_BC: NDArray[np.int8], class_names: Sequence[str] | None
-) -> Diagnosis:
-    logits = logits_BC.double().cpu().numpy()
-    known_BC, labelled = labels_BC >= 0, int(is_labelled(labels_BC).sum())
-    ranking = rank_classes(logits, labels_BC)
-    finding = None
-    if labelled >= FEWEST:
-        finding = find_ranking_problem(logits, labels_BC, class_names, _OPTIONS[teacher.preprocessing.kind])
     return Diagnosis(
         teacher=teacher.spec.text,
-        images=labelled,
-        accuracy=float(((logits > 0) == labels_BC)[known_BC].mean()),
-        auroc=None if ranking is None else ranking.auroc,
+        images=len(found.labels),
+        accuracy=found.accuracy,
+        confidence=float(found.sure.mean()),
         finding=finding,
     )
 

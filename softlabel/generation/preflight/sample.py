@@ -15,14 +15,11 @@ from torch import Tensor
 
 from softlabel.common.activation import Activation
 from softlabel.common.multi_hot import Labels, is_labelled, to_multi_hot
-from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.pipeline import fit_batch
-from softlabel.inputs.image_decode import IMAGES
-from softlabel.inputs.text import TEXTS
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to time
@@ -128,7 +125,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         batch = labeller.reader.batch(indices_B.tolist())
         decoded = time.perf_counter()
         if batch.keys:
-            scaled.append(labeller.lane.scaled_logits(batch).cpu())
+            scaled += [one.cpu() for one in labeller.lane.scaled_logits(batch)]
             sigmoid = labeller.run.activation == "sigmoid"
             labels.append(to_multi_hot(batch.labels, labeller.run.num_classes) if sigmoid else batch.labels)
         ended = time.perf_counter()
@@ -136,7 +133,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         alone = len(indices_B) == len(labeller.source)
         if alone and batch.keys:  # no second batch to time: time this one again
             again = time.perf_counter()
-            labeller.lane.scaled_logits(batch).cpu()
+            labeller.lane.scaled_logits(batch)[0].cpu()
             ended = decoded + time.perf_counter() - again
         if number or alone:
             timed, labelled = timed + len(indices_B), labelled + len(batch.keys)
@@ -164,12 +161,12 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     )
 
 
-def refuse_equal(trial: Trial, source: Source, activation: Activation) -> None:
-    """Check that the samples and rows of a trial differ.
+def refuse_equal(trial: Trial, name: str, activation: Activation) -> None:
+    """Check that the images and rows of a sample differ.
 
     Raises:
-        DataError: nearly all decoded samples are equal.
-        TeacherError: nearly all rows are equal, but the samples are not.
+        DataError: nearly all decoded images are equal.
+        TeacherError: nearly all rows are equal, but the images are not.
     """
     full = [batch.inputs[0].tensors for batch in trial.batches if batch.keys]
     count = sum(len(next(iter(tensors.values()))) for tensors in full)
@@ -179,21 +176,19 @@ def refuse_equal(trial: Trial, source: Source, activation: Activation) -> None:
     # Of several inputs, the one that differs most counts.
     equal = min(_count_equal_inputs([tensors[input] for tensors in full], picked) for input in full[0])
     if equal >= _NEARLY_ALL * len(picked):
-        format = "format (few of 16 bits in use: '?bits=12')" if source.inputs is IMAGES else "values"
         raise DataError(
-            f"{source.name}: expected samples that differ, found {equal} of {len(picked)} nearly equal ones; check "
-            f"their {format}, or give --no-preflight if they are right"
+            f"{name}: expected samples that differ, found {equal} of {len(picked)} nearly equal ones; check their "
+            "format (few of 16 bits in use: '?bits=12'), or give --no-preflight if they are right"
         )
     logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
     shifts = logits.max(axis=-1, keepdims=True) if activation == "softmax" else 0
     shifted = np.nan_to_num(logits - shifts, neginf=-1e4)
     equal = _count_equal(shifted.reshape(len(shifted), -1), _SAME_LOGITS)
     if len(shifted) >= _FEW and equal >= _NEARLY_ALL * len(shifted):
-        steps = "(tokenizer, max_length)" if source.inputs is TEXTS else "(mean, std)"
         raise TeacherError(
-            f"{source.name}: expected labels that differ, found {equal} of {len(shifted)} nearly equal rows although "
-            f"the samples differ; check the teacher's checkpoint and preprocessing {steps}, or give --no-preflight "
-            "if they are right"
+            f"{name}: expected labels that differ, found {equal} of {len(shifted)} nearly equal rows although the "
+            "samples differ; check the teacher's checkpoint and preprocessing (mean, std), or give --no-preflight if "
+            "they are right"
         )
 
 
