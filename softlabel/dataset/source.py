@@ -32,7 +32,7 @@ class Source(ABC):
     refused.
 
     Attributes:
-        kind: parquet, tar, array, list, folder, torchvision, digits or dataset.
+        kind: parquet, table, text, tar, array, list, folder, torchvision, digits or dataset.
         name: as the user wrote it.
         resolved_name: the same as a store records it, if what the user wrote depends on the file (``inputs=*``).
         class_names: if known; label i is class_names[i].

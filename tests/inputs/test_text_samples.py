@@ -140,6 +140,12 @@ def test_tables_in_plain_files(suffix: str, teacher: Path, tmp_path: Path) -> No
     assert np.array_equal(labels.content, softlabel.open_store(tmp_path / "other").content)
 
 
+def test_equal_keys_of_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("who,text\nann,one\nbob,two\nann,three\n")
+    with pytest.raises(SoftLabelError, match=r"'ann' \(samples 0 and 2\); name another column with '\?key=COLUMN'"):
+        softlabel.open_source(f"{tmp_path}/t.csv?text=text&key=who")
+
+
 def test_a_dataset_in_python(teacher: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     given = datasets.Dataset.from_dict({"idx": list(range(len(TEXTS))), "sentence": TEXTS, "label": LABELS})
