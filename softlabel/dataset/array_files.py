@@ -35,7 +35,7 @@ class Container(ABC):
         return ()
 
     @abstractmethod
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Return the shape and dtype of an array."""
 
     @abstractmethod
@@ -78,9 +78,9 @@ class Npy(Container):
             raise DataError(f"{subject}: {array}: expected a .npy file of one array, found an .npz archive")
         return found
 
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         found = self.whole(array, subject)
-        return found.shape, str(found.dtype)
+        return found.shape, found.dtype
 
     def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]:
         found = self.whole(array, subject)
@@ -159,9 +159,9 @@ class H5(Container):
         self._file.get().visititems(lambda name, one: names.append(name) if isinstance(one, h5py.Dataset) else None)
         return tuple(names)
 
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         found = self._dataset(array, subject)
-        return found.shape, str(found.dtype)
+        return found.shape, found.dtype
 
     def chunk(self, array: str) -> int:
         chunks = self._dataset(array, self.path).chunks

@@ -66,13 +66,21 @@ class ParquetSource(TableSource):
 
     def _count_nulls(self, path: str, group: int) -> int:
         """From the footer if it has statistics."""
+        found = self._find_statistics(path, group)
+        return super()._count_nulls(path, group) if found is None or not found.has_null_count else int(found.null_count)
+
+    def _find_largest(self, path: str, group: int) -> int:
+        """From the footer if it has statistics."""
+        found = self._find_statistics(path, group)
+        if found is None or not found.has_min_max:
+            return super()._find_largest(path, group)
+        return max(abs(int(found.min)), abs(int(found.max)))
+
+    def _find_statistics(self, path: str, group: int) -> pq.Statistics | None:
         number, group_in_file = self._groups[group]
         footer = self._get_file(number).metadata.row_group(group_in_file)
-        for position in range(footer.num_columns):
-            chunk = footer.column(position)
-            if chunk.path_in_schema == path and chunk.is_stats_set and chunk.statistics.has_null_count:
-                return int(chunk.statistics.null_count)
-        return super()._count_nulls(path, group)
+        chunks = (footer.column(position) for position in range(footer.num_columns))
+        return next((chunk.statistics for chunk in chunks if chunk.path_in_schema == path and chunk.is_stats_set), None)
 
     def _reset(self) -> None:
         super()._reset()

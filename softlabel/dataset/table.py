@@ -16,6 +16,7 @@ from softlabel.inputs.base import Raw
 
 # float32 has every value of these; of the others float64 is what is hashed.
 _NARROW = frozenset({"bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"})
+_EXACT_FLOAT32, _EXACT_FLOAT64 = 2**24, 2**53  # up to these every integer is exact
 
 
 def holds_numbers(kind: pa.DataType) -> bool:
@@ -49,6 +50,40 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
             )
 
 
+def is_wide(schema: pa.Schema, name: str) -> bool:
+    """Return whether float32 may not hold every number of a column of integers."""
+    kind = schema.field(name).type
+    return bool(pa.types.is_integer(kind)) and str(kind) not in _NARROW
+
+
+def check_integers(name: str, largest: int, subject: str) -> str | None:
+    """Check that a column of integers stays exact among floats.
+
+    Args:
+        name: of the column.
+        largest: its largest number without its sign.
+        subject: the source, for errors.
+
+    Returns:
+        A warning if float32, which most networks take, rounds some of them.
+
+    Raises:
+        DataError: float64 rounds some of them, and rows of different numbers would have one content hash.
+    """
+    remedy = "subtract a common start from them, or scale them"
+    if largest > _EXACT_FLOAT64:
+        raise DataError(
+            f"{subject}: column {name!r}: expected integers of at most 2^53, the largest that float64 holds exactly, "
+            f"found {largest}; {remedy}, or leave the column out of inputs="
+        )
+    if largest > _EXACT_FLOAT32:
+        return (
+            f"column {name!r} has integers up to {largest:,}; a network that takes float32 gets those above 2^24 "
+            f"rounded, and close ones as equal numbers; {remedy}"
+        )
+    return None
+
+
 def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[Raw]:
     """The sample of each row.
 
@@ -68,8 +103,7 @@ def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[
     is_null_RK = np.zeros(table_RK.shape, np.bool_)
     for place, column in enumerate(columns):
         kind = pa.float32() if narrow else pa.float64()
-        # Not safe alone in that float64 rounds integers beyond 53 bits, which float32 would round anyway.
-        table_RK[:, place] = column.cast(kind, safe=False).to_numpy()
+        table_RK[:, place] = column.cast(kind).to_numpy()  # exact: see `check_integers`
         if column.null_count:
             is_null_RK[:, place] = column.is_null().to_numpy()
     rows: list[Raw] = list(table_RK)

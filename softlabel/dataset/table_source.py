@@ -26,7 +26,7 @@ from softlabel.dataset.findings import Findings, some
 from softlabel.dataset.hard_labels import checked_labels, checked_width, class_number, number_classes, read_classes
 from softlabel.dataset.multi_hot_columns import read_multi_hot
 from softlabel.dataset.source import Source, span
-from softlabel.dataset.table import read_rows
+from softlabel.dataset.table import check_integers, is_wide, read_rows
 from softlabel.dataset.text import text_rows
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Raw, Sample
@@ -60,6 +60,11 @@ class TableSource(Source):
         """Count the nulls of a column in a group."""
         return int(self._read_column(path, group).null_count)
 
+    def _find_largest(self, path: str, group: int) -> int:
+        """Return the largest number of a column of integers in a group, without its sign."""
+        ends = pc.min_max(self._read_column(path, group)).as_py().values()
+        return max(abs(int(end or 0)) for end in ends)
+
     def _choose_columns(self, schema: pa.Schema, options: dict[str, str], ignore_labels: bool) -> None:
         """Find the columns in a schema; the options used are removed."""
         asked = {word: options.pop(word) for word in _ASKED if word in options}
@@ -76,6 +81,7 @@ class TableSource(Source):
         if classes is not None and not self._ignored:
             self._columns = self._set_class_names(read_classes(classes, subject=self.name))
         self._numbers = number_classes(self._columns.class_names)
+        self._wide_inputs = [name for name in self._columns.inputs if self.inputs is TENSORS and is_wide(schema, name)]
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         """Check keys and labels, once the groups, which have these numbers of rows, can be read."""
@@ -84,6 +90,7 @@ class TableSource(Source):
         if self._columns.key is not None:
             self._columns = self._without_null_keys()
         self._check_labels()
+        self._check_integers()
         self.maybe_repeated_keys = self._columns.key is not None
 
     def __len__(self) -> int:
@@ -255,6 +262,15 @@ class TableSource(Source):
                 f"{self.name}: classes= differs from the file's class names for column {columns.label!r}; leave it out"
             )
         return replace(columns, class_names=names)
+
+    def _check_integers(self) -> None:
+        """Check that float64 holds the integers among the inputs, and warn where float32 does not."""
+        groups = range(len(self._starts_G) - 1)
+        found = [
+            check_integers(name, max((self._find_largest(name, group) for group in groups), default=0), self.name)
+            for name in self._wide_inputs
+        ]
+        self.findings = replace(self.findings, left_out=(*self.findings.left_out, *filter(None, found)))
 
     def _check_labels(self) -> None:
         columns = self._columns

@@ -17,6 +17,7 @@ from torch import Tensor
 from softlabel.errors import BadImageError
 
 IGNORE = -100  # label of an unlabelled sample
+_SINGLE = "x"  # name of the only tensor of a sample
 
 
 # One text, or a pair of them.
@@ -28,6 +29,8 @@ Raw: TypeAlias = bytes | Text | Image.Image | NDArray[Any] | Tensor | Mapping[st
 Item: TypeAlias = Tensor | dict[str, Tensor] | Text
 # In the shape that a network takes.
 Fitted: TypeAlias = Tensor | dict[str, Tensor]
+# Its shape and type, by the name of each tensor.
+Form: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 # Decoded, uint8: (B, 3, H, W), or B of (3, H, W) of any sizes.
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -92,7 +95,7 @@ class Inputs:
     @classmethod
     def single(cls, tensor: Tensor) -> Self:
         """The only input of a network; its name does not matter."""
-        return cls({"x": tensor})
+        return cls({_SINGLE: tensor})
 
     @classmethod
     def of(cls, plain: "Tensor | Mapping[str, Tensor]") -> Self:
@@ -121,6 +124,11 @@ class Inputs:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of each tensor, without the batch."""
         return tuple(tuple(tensor.shape[1:]) for tensor in self.tensors.values())
+
+    @property
+    def form(self) -> Form:
+        """Of each sample; see `form_of`."""
+        return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.tensors.items()}
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +171,12 @@ def _pad(tensor: Tensor, batch_size: int) -> Tensor:
     whole = torch.zeros(shape, dtype=tensor.dtype).contiguous(memory_format=_layout(tensor))
     whole[: len(tensor)] = tensor
     return whole
+
+
+def form_of(item: Fitted) -> Form:
+    """Return the shape and type of a fitted sample, by the name of each tensor."""
+    tensors = {_SINGLE: item} if isinstance(item, Tensor) else item
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 _ONLY: dict[type, Any] = {}  # kind -> its only object

@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source, detect_decoding, require_samples
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
-from softlabel.inputs.base import Images, Inputs, InputTransform
+from softlabel.inputs.base import Images, Inputs, InputTransform, form_of
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.inputs.transforms import default_transform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
-from softlabel.loader.cache import SampleCache, layout_of
+from softlabel.loader.cache import SampleCache
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
@@ -261,9 +261,8 @@ class JoinedDataset(Dataset[Batch]):
         first = np.zeros(1, dtype=np.int64)
         keys = self.keys(first)
         read = self._read(first, keys) if self._replay is None else Inputs.single(self._decoded(first, keys)[0][None])
-        layout = layout_of(read)
-        fits = SampleCache.fits(len(self), layout, budget=budget, workers=workers)
-        return SampleCache(len(self), layout) if fits else None
+        fits = SampleCache.fits(len(self), read.form, budget=budget, workers=workers)
+        return SampleCache(len(self), read.form) if fits else None
 
     def _inputs(self, positions: Int64s, keys: Sequence[str]) -> Inputs:
         if self._cache is None:
@@ -274,13 +273,13 @@ class JoinedDataset(Dataset[Batch]):
         return self._cache.get(positions)
 
     def _sources(self, positions: Int64s, keys: Sequence[str]) -> Images:
-        """Images as they are in the source, of any sizes; those of the cache's size come from there."""
+        """Images as they are in the source, of any sizes; those of the cache's form come from there."""
         cache = self._cache
         if cache is None:
             return stacked(self._decoded(positions, keys))
         unknown = cache.unknown(positions)
         images = self._decoded(positions[unknown], [keys[place] for place in unknown]) if len(unknown) else []
-        fit = [number for number, image in enumerate(images) if image.shape == cache.shape]
+        fit = [number for number, image in enumerate(images) if form_of(image) == cache.form]
         if fit:
             cache.put(positions[unknown[fit]], Inputs.single(torch.stack([images[number] for number in fit])))
         if len(fit) == len(unknown):
@@ -300,7 +299,7 @@ class JoinedDataset(Dataset[Batch]):
             keys,
             [self._transform],
             network="student",
-            shape=None if self._cache is None else self._cache.shape,
+            form=None if self._cache is None else self._cache.form,
         )
         refuse_failed(failed, keys, name=self.source.name)
         if (truncated := batches[0].truncated) and not self._reported:

@@ -76,6 +76,10 @@ class OnnxProgram(Program):
         self.batch = (first, first) if isinstance(first, int) and first > 0 else (1, None)
         self.described = self._metadata()
 
+    @property
+    def takes_float64(self) -> bool:
+        return np.float64 in self._dtypes.values()
+
     def place(self, device: torch.device) -> None:
         wanted: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":

@@ -6,6 +6,7 @@ Legend: B batch, C classes or channels, H height, W width.
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ class Program(nn.Module):
         shown = {name: ", ".join(["batch", *(str(size or "any") for size in s)]) for name, s in self.shapes.items()}
         return ", ".join(f"{name} ({sizes})" for name, sizes in shown.items())
 
+    @property
+    @abstractmethod
+    def takes_float64(self) -> bool:
+        """Whether one of its inputs is float64."""
+
     def example(self) -> Mapping[str, Tensor] | None:
         """A batch of one sample of zeros; None where a size of it is not known."""
         if any(size is None for shape in self.shapes.values() for size in shape):
@@ -102,7 +108,9 @@ class Program(nn.Module):
             TeacherError: its inputs are no images, and the samples are.
         """
         if kind == TensorTransform.kind:
-            return TensorTransform() if self.described is None else self._described(kind)
+            found = TensorTransform() if self.described is None else self._described(kind)
+            assert isinstance(found, TensorTransform)
+            return replace(found, keep_float64=True) if self.takes_float64 else found
         shape = next(iter(self.shapes.values()))
         if len(self.shapes) != 1 or len(shape) != 3 or not (3 in (shape[0], shape[2]) or _is_channels(shape[0])):
             raise TeacherError(

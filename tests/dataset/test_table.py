@@ -16,6 +16,7 @@ import softlabel
 from softlabel.dataset import open_source
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
 from softlabel.inputs.base import Sample
+from softlabel.inputs.tensor import TensorTransform
 from tests.inputs.test_tensor_samples import MODULE, TABLE, assert_labels, build_mlp, write_weights
 
 N = 17
@@ -64,7 +65,8 @@ def read(source: str, rows: Any = range(N)) -> list[Sample]:
 
 def decoded(source: str, rows: Any = range(N)) -> list[np.ndarray[Any, Any]]:
     opened = open_source(source)
-    return [opened.inputs.decode(sample)[0].numpy() for sample in opened.read(rows)]  # type: ignore[union-attr]
+    items = [opened.inputs.decode(sample)[0] for sample in opened.read(rows)]
+    return [TensorTransform().fit(item).numpy() for item in items]  # type: ignore[union-attr]
 
 
 def test_columns_become_a_vector_in_the_order_asked_for(plain: Path) -> None:
