@@ -92,8 +92,7 @@ def test_a_star_takes_every_column_of_numbers(plain: Path, tmp_path: Path) -> No
         "key=age&inputs=*": rows[:, 1:],
     }.items():
         source = open_source(f"{plain}?{words}")
-        items = [source.inputs.decode(sample)[0].numpy() for sample in source.read(range(len(source)))]  # type: ignore[union-attr]
-        np.testing.assert_array_equal(np.stack(items), expected)
+        np.testing.assert_array_equal(np.stack(decoded(f"{plain}?{words}", range(len(source)))), expected)
     source = open_source(f"{plain}?inputs=*&key=person", ignore_labels=True)
     assert source.findings.notes == ("inputs=* takes 3 columns: 'age', 'income', 'member'",)
     state = nn.Linear(3, 3)
@@ -199,6 +198,29 @@ def test_a_null_or_nan_is_a_bad_sample_by_its_key(suffix: str, tmp_path: Path) -
     write_table(tmp_path / f"t.{suffix}", **dict(zip(names, TABLE.T, strict=True)))
     softlabel.generate(data, teachers=[teacher], out=tmp_path / "good", device="cpu", encoding="float32")
     assert_labels(tmp_path / "good", model, torch.from_numpy(TABLE).float())
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(
+    ("numbers", "finding"),
+    [
+        (pa.array([1, -(2**24)], pa.int64()), None),
+        (pa.array([1, 2**24 + 1], pa.int32()), "integers up to 16,777,217; a network that takes float32 gets those"),
+        (pa.array([-(2**53), None], pa.int64()), "integers up to 9,007,199,254,740,992"),
+        (pa.array([2**53 + 1, 0], pa.int64()), DataError),
+        (pa.array([2**64 - 1, 0], pa.uint64()), DataError),
+    ],
+)
+def test_integers_that_floats_do_not_hold(numbers: pa.Array, finding: Any, statistics: bool, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"day": numbers, "x": [0.5, 1.5]}), path, write_statistics=statistics)
+    if finding is DataError:
+        with pytest.raises(DataError, match=r"column 'day': expected integers of at most 2\^53"):
+            open_source(f"{path}?inputs=day,x")
+        return
+    warnings = open_source(f"{path}?inputs=day,x").findings.left_out
+    assert len(warnings) == (finding is not None)
+    assert all(finding in warning for warning in warnings)
 
 
 def test_lists_that_are_no_array_are_bad_samples(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import softlabel
-from softlabel.errors import MismatchError, SpecError, UsageError
+from softlabel.errors import DataError, MismatchError, SpecError, UsageError
 from softlabel.models import build_model
 from tests.support.commands import run_softlabel
 
@@ -167,16 +167,17 @@ def test_images_of_many_bands(tmp_path: Path) -> None:
 def test_a_number_that_is_not_finite_is_a_bad_sample(tmp_path: Path) -> None:
     write_weights(build_mlp, tmp_path / "mlp.safetensors")
     table = TABLE.copy()
-    table[5, 2], table[9, 0] = np.nan, np.inf
+    table[5, 2], table[9, 0], table[11, 3] = np.nan, np.inf, -1e39
     np.savez(tmp_path / "table.npz", x=table)
     teacher = f"python:{MODULE}:build_mlp@{tmp_path}/mlp.safetensors"
     summary = softlabel.generate(
         f"{tmp_path}/table.npz?inputs=x", teachers=[teacher], out=tmp_path / "labels", device="cpu"
     )
-    assert summary.total_bad == 2
+    assert summary.total_bad == 3
     assert softlabel.open_store(tmp_path / "labels").bad == {
         "5": "NaN at position 2",
         "9": "an infinite number at position 0",
+        "11": "-1e+39 at position 3, beyond the range of float32",
     }
 
 
@@ -191,6 +192,57 @@ def test_a_changed_number_is_refused_by_its_key(tmp_path: Path) -> None:
     np.savez(tmp_path / "table.npz", x=table)
     with pytest.raises(MismatchError, match="'3' is not the one that was labelled"):
         list(softlabel.SoftLabelLoader(data, tmp_path / "labels", batch_size=8))
+
+
+def test_a_program_of_float64_gets_float64(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, double = onnx.helper, onnx.TensorProto.DOUBLE
+    weight = np.random.default_rng(5).standard_normal((2, CLASSES))
+    start = np.array([1.7e9, 0.0])  # seconds: float32 has one of 128
+    graph = helper.make_graph(
+        [helper.make_node("Sub", ["x", "start"], ["d"]), helper.make_node("MatMul", ["d", "weight"], ["logits"])],
+        "g",
+        [helper.make_tensor_value_info("x", double, ["n", 2])],
+        [helper.make_tensor_value_info("logits", double, ["n", CLASSES])],
+        [onnx.numpy_helper.from_array(start, "start"), onnx.numpy_helper.from_array(weight, "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), tmp_path / "d.onnx")
+    rows = np.stack([1.7e9 + np.arange(ROWS) % 7, TABLE[:, 0]], axis=1)
+    np.savez(tmp_path / "t.npz", x=rows)
+    data = f"{tmp_path}/t.npz?inputs=x"
+    given = {"teachers": [f"{tmp_path}/d.onnx"], "device": "cpu", "encoding": "float32", "temperature": 1.0}
+    softlabel.generate(data, out=tmp_path / "labels", **given)
+    expected = (rows - start) @ weight
+    expected -= expected.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(stored_logits(tmp_path / "labels"), expected, atol=1e-5)
+
+
+class Mixed(Dataset[Any]):
+    """Whole numbers as integers, others as floats: what a careless `__getitem__` returns."""
+
+    def __init__(self, integers: set[int]) -> None:
+        self.integers = integers
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
+        row = TABLE[index].astype(np.float32)
+        return np.rint(row).astype(np.int64) if index in self.integers else row, int(LABELS[index])
+
+
+@pytest.mark.parametrize(("integers", "message"), [({0}, "'1': expected int64"), ({3}, "'3': expected float32")])
+def test_the_type_of_a_sample_does_not_depend_on_its_batch(integers: set[int], message: str, tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "mlp.safetensors")
+    teacher = f"python:{MODULE}:build_mlp@{tmp_path}/mlp.safetensors"
+    with pytest.raises(DataError, match=f"sample {message} like those before it, found .*; give all samples one type"):
+        softlabel.generate(
+            Mixed(integers), teachers=[teacher], out=tmp_path / "l", device="cpu", batch_size=16, preflight=False
+        )
+    for cache_mb in (0, 64):  # a cache has the type of the first sample
+        with pytest.raises(DataError, match=f"sample {message}"):
+            list(softlabel.SoftLabelLoader(Mixed(integers), batch_size=16, shuffle=False, cache_mb=cache_mb))
 
 
 @pytest.mark.parametrize(
