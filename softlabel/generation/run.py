@@ -132,6 +132,7 @@ def label_missing(
     executor: Executor | None = None,
     progress: bool | None = None,
     bare_rate: float | None = None,
+    name: str | None = None,
 ) -> GenerateSummary:
     """Label and commit the missing shards of a store, and complete it.
 
@@ -141,12 +142,13 @@ def label_missing(
         executor: labels the shards; None: in this process.
         progress: show a bar; None: if standard error is a terminal.
         bare_rate: images/s of the teachers alone, for the summary.
+        name: of the store in messages; None: its URL.
 
     Raises:
         DataError: no sample could be labelled, in this call or before.
     """
     executor = executor or LocalExecutor()
-    run, missing, out = committer.run, committer.missing(), committer.url
+    run, missing, out = committer.run, committer.missing(), name or committer.url
     before = committer.manifest.totals.rows
     left = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count

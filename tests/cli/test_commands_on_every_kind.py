@@ -24,7 +24,7 @@ from tests.support.texts import SENTENCES, save_classifier
 
 BANDS = f"{','.join(['0'] * 13)}&std={','.join(['1'] * 13)}"
 ARRAYS = {"table": ("samples", "sample", build_mlp, TABLE, ""), "bands": ("images", "img", build_bands, TILES, BANDS)}
-TEXTS = np.array([f"{SENTENCES[row % 8]} {row}" for row in range(48)], dtype=object)
+TEXTS = np.array([f"{SENTENCES[row % 8]} {row}" for row in range(47)] + ["long " * 100], dtype=object)
 SEVERAL = [[1, 0, None, 0, 1][row % 5 :] + [1, 0, None, 0, 1][: row % 5] for row in range(48)]
 
 
@@ -118,7 +118,7 @@ def test_members_are_added_and_calibrated(one: Set) -> None:
     assert "48 labelled samples" in printed
     kept = ("--combine", "keep", "--encoding", "float32")
     one.run("generate", *labelling, "--teacher", first, *kept, "--out", "kept")
-    one.run("extend", "kept", "--teacher", second, "--device", "cpu")
+    assert ".extending" not in one.run("extend", "kept", "--teacher", second, "--device", "cpu")
     assert "teacher 2" in one.run("inspect", "kept")
     assert "beyond" not in one.run("verify", "kept", "--recompute", 16, "--device", "cpu")
     one.run("combine", "kept", "mixed", "--combine", "probs", "--weights", 1, 3)
