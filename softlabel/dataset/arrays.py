@@ -8,6 +8,7 @@ The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The channels are 
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,8 @@ class ArraySource(ListedSource):
         if self._labels_N is not None and self._labels_N.ndim == 2:
             self.label_width = self._labels_N.shape[1]
         self.findings = _describe_labels(labels, names, others, ignored)
+        if (memory := container.describe_memory(self._images, name)) is not None:
+            self.findings = replace(self.findings, left_out=(*self.findings.left_out, memory))
         self.has_labels = self._labels_N is not None and bool(is_labelled(self._labels_N).any())
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:

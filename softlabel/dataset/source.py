@@ -23,6 +23,7 @@ from softlabel.inputs.image_decode import IMAGES
 BLOCK = 4096
 
 _CHUNK = 65536
+_FIRST = 100  # samples tried until one can be read
 
 
 class Source(ABC):
@@ -230,3 +231,9 @@ class ListedSource(Source):
     def key_at(self, row: int) -> str:
         """Return the key of one sample."""
         return str(row) if self._keys is None else str(self._keys[row])
+
+
+def first_samples(source: Source) -> Iterator[Sample]:
+    """Yield the first samples one by one; a few of them say what all are like, even if some cannot be read."""
+    for index in range(min(len(source), _FIRST)):
+        yield from source.read([index])

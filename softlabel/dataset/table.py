@@ -97,7 +97,10 @@ def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[
     """
     if _is_list(columns[0].type):
         lists = columns[0].combine_chunks()
-        return [_read_list(lists, row) for row in range(len(lists))]
+        try:
+            return list(_array_of(lists))
+        except ValueError:  # of some rows: each for itself
+            return [_read_list(lists, row) for row in range(len(lists))]
     narrow = all(str(column.type) in _NARROW for column in columns)
     table_RK = np.empty((len(columns[0]), len(columns)), np.float32 if narrow else np.float64)
     is_null_RK = np.zeros(table_RK.shape, np.bool_)

@@ -136,7 +136,7 @@ class TableSource(Source):
             local = rows_B[places] - self._starts_G[group]
             raws = self._raws(group, local)
             keys = self._read_keys(group, local) if self._columns.key else [str(row) for row in rows_B[places].tolist()]
-            labels: Any = self._read_labels(group)[local] if self._columns.label else [IGNORE] * len(places)
+            labels: Any = self._read_labels(group, local) if self._columns.label else [IGNORE] * len(places)
             if self.label_width is None:
                 labels = [int(label) for label in labels]
             for place, raw, key, label in zip(places.tolist(), raws, keys, labels, strict=True):
@@ -182,12 +182,16 @@ class TableSource(Source):
         # A key column of integers counts as their decimal digits.
         return [value if isinstance(value, str) else str(value) for value in column.to_pylist()]
 
-    def _read_labels(self, group: int) -> Labels:
+    def _read_labels(self, group: int, rows_R: NDArray[np.int64] | None = None) -> Labels:
+        """Read the labels of some rows of a group; None: all."""
         assert self._columns.label is not None
-        if names := self._columns.multi_hot:
-            columns = [self._read_column(name, group).combine_chunks() for name in names]
-            return read_multi_hot(columns, names, self.label_width, self.name)
-        column = self._read_column(self._columns.label, group)
+        names = self._columns.multi_hot or (self._columns.label,)
+        columns = [self._read_column(name, group) for name in names]
+        if rows_R is not None:
+            columns = [column.take(pa.array(rows_R)) for column in columns]
+        if self._columns.multi_hot:
+            return read_multi_hot([column.combine_chunks() for column in columns], names, self.label_width, self.name)
+        (column,) = columns
         # fill_null imports pandas if it is installed, which is slow.
         labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
         return checked_labels(labels, self.name)

@@ -27,13 +27,14 @@ from softlabel.dataset.dataset_items import (
 )
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_labels
-from softlabel.dataset.huggingface import stored_bytes, undecoded
+from softlabel.dataset.huggingface import read_integers, stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Sample
 
 _TRIED = 100  # items tried until one can be read
+_CHUNK = 64  # items read at once for their labels
 
 
 class DatasetSource(ListedSource):
@@ -85,6 +86,10 @@ class DatasetSource(ListedSource):
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
             self.inputs = find_kind(stored_bytes(split_item(first, self.name)[0]))
+        listed = self._labels is not None
+        if not ignore_labels and not listed and isinstance(first, Mapping):
+            column = read_integers(self.dataset, choose_item_label(tuple(first), self.name)[0])
+            self._labels = None if column is None else checked_labels(column, self.name)
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
@@ -94,9 +99,9 @@ class DatasetSource(ListedSource):
             self.has_labels = raw is not NO_LABEL
             self.label_width = count_flags(raw)
         self.class_names = _read_class_names(dataset) if self.has_labels else None
-        self.findings = self._make_findings(ignore_labels, first)
+        self.findings = self._make_findings(ignore_labels, first, listed=listed)
 
-    def _make_findings(self, ignore_labels: bool, first: Any) -> Findings:
+    def _make_findings(self, ignore_labels: bool, first: Any, *, listed: bool) -> Findings:
         left_out = find_unread_texts(first, self.name)
         if not self.has_labels:
             why = f"its items are only {self.inputs.noun}"
@@ -104,7 +109,7 @@ class DatasetSource(ListedSource):
                 why = f"its items have no 'label', they have {', '.join(map(str, first))}"
             why = "labels are ignored, as requested" if ignore_labels else why
             return Findings(without_labels=why, left_out=left_out)
-        if self._labels is not None:
+        if listed:
             return Findings(labels_from="the dataset's list of labels", left_out=left_out)
         if not isinstance(first, Mapping):
             return Findings(labels_from="its items")
@@ -144,12 +149,14 @@ class DatasetSource(ListedSource):
         start, stop = span(start, stop, self._length)
         if not self.has_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
-        if self._labels is None and (start, stop) != (0, self._length):
-            return stack_labels([sample.label for sample in self.read(range(start, stop))], self.label_width)
-        if self._labels is None:
-            found = [self.read([index])[0].label for index in range(self._length)]
-            self._labels = stack_labels(found, self.label_width)
-        return self._labels[start:stop].copy()
+        if self._labels is not None:
+            return self._labels[start:stop].copy()
+        # In chunks, because the items of all samples may exceed memory.
+        chunks = (range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK))
+        labels = stack_labels([sample.label for chunk in chunks for sample in self.read(chunk)], self.label_width)
+        if len(labels) == self._length:
+            self._labels = labels.copy()
+        return labels
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         numbers = [int(index) for index in indices]

@@ -18,7 +18,7 @@ from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
 from softlabel.common.spec import parse_spec, quote_path
-from softlabel.dataset import Source, open_source, report_source, require_samples
+from softlabel.dataset import Source, first_samples, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.evaluation.multi_label import MultiLabelTotals
@@ -78,7 +78,7 @@ def evaluate(
     if isinstance(model, nn.Module):
         module = model
         if preprocessing is None:
-            preprocessing = default_transform(source.inputs)
+            preprocessing = default_transform(source.inputs, first_samples(source))
     else:
         spec = _spec(model)
         refuse_random(parse_spec(spec))

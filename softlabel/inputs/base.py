@@ -139,16 +139,12 @@ class Inputs:
         return type(self)({name: change(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> Self:
-        """On a device, without waiting; batches of images channels-last, as convolutions take them fastest."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True, memory_format=_layout(tensor)))
-
-    def contiguous(self) -> Self:
-        """In the layout of `to`."""
-        return self.map(lambda tensor: tensor.contiguous(memory_format=_layout(tensor)))
+        """On a device, without waiting, in the same memory layout."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def padded(self, batch_size: int) -> Self:
-        """Filled up with zeros to a batch of this size, in the layout of a whole batch: another one could be computed
-        in another way."""
+        """Filled up with zeros to a batch of this size, in the same memory layout: another one could be computed in
+        another way."""
         return self if len(self) == batch_size else self.map(lambda tensor: _pad(tensor, batch_size))
 
     def call(self, network: Callable[..., Any]) -> Any:
@@ -162,13 +158,10 @@ class Inputs:
         return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-
-
 def _pad(tensor: Tensor, batch_size: int) -> Tensor:
-    shape = (batch_size, *tensor.shape[1:])
-    whole = torch.zeros(shape, dtype=tensor.dtype).contiguous(memory_format=_layout(tensor))
+    is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last and not tensor.is_contiguous() else torch.contiguous_format
+    whole = torch.zeros((batch_size, *tensor.shape[1:]), dtype=tensor.dtype).contiguous(memory_format=layout)
     whole[: len(tensor)] = tensor
     return whole
 
@@ -226,6 +219,8 @@ class InputTransform(ABC):
     """How one network takes a sample: brought to its shape on the host, one by one, and finished on the device."""
 
     kind: ClassVar[str]
+    # Of the network's weights. Convolutions are fastest channels-last, other networks may depend on the order of axes.
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     # What a user can do where a network does not take the samples as they come out.
     remedy: ClassVar[str]
 

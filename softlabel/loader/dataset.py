@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.common.keys import Keys
-from softlabel.dataset import Source, detect_decoding, require_samples
+from softlabel.dataset import Source, detect_decoding, first_samples, require_samples
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
 from softlabel.inputs.base import Images, Inputs, InputTransform, form_of
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
@@ -91,7 +91,7 @@ class JoinedDataset(Dataset[Batch]):
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
-        self._transform = preprocessing or default_transform(source.inputs)
+        self._transform = preprocessing or default_transform(source.inputs, first_samples(source))
         self._reported = False  # that texts are truncated
         self._augment, self._seed = augment, seed
         require_samples(source)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.common.activation import Activation
-from softlabel.errors import MismatchError, TrainingError, UsageError
+from softlabel.common.device import out_of_memory
+from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
+from softlabel.inputs.transforms import find_remedy
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
@@ -74,7 +76,7 @@ class Student:
             model = synchronize(model)
         # Of a student that starts from another run: that one's folder need not stay.
         self._network = network_of(RunModel(student=config.student, num_classes=0, preprocessing={}))
-        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = model.to(self.device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
         self.average = Average(self.model, config.shared.ema) if config.shared.ema is not None else None
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if ranks.several:
@@ -177,9 +179,20 @@ class Student:
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
             share, others = mixup
+            if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
+                raise UsageError("mixup: expected samples of floats to mix, found integers; leave it out")
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
         with computing(self.precision, self.device):
-            logits_BC = inputs.call(self._forward)
+            try:
+                logits_BC = inputs.call(self._forward)
+            except RuntimeError as error:  # also NotImplementedError, of a type
+                if out_of_memory(error) or self.ranks.several:
+                    raise
+                size = " and ".join(map(self.preprocessing.describe, inputs.shapes))
+                raise UsageError(
+                    f"student {self.config.student}: the network fails on samples of {size}: {type(error).__name__}: "
+                    f"{one_line(error)}; {find_remedy(self.preprocessing, inputs, error, network='student')}"
+                ) from error
         logits_BC = self._checked(logits_BC).float()
         losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
 """Arrays and lists of files: what shapes, labels and keys they take, and what they refuse."""
 
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -104,6 +105,18 @@ def test_types_that_are_no_samples(suffix: str, words: str, reason: str | None, 
         return
     with pytest.raises(DataError, match=reason):
         open_source(f"{tmp_path}/a.{suffix}?{words}")
+
+
+def test_a_compressed_array_is_not_unpacked_to_open_it(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((1 << 18, 16), np.float32), y=np.arange(1 << 18) % 3)
+    tracemalloc.start()
+    try:
+        source = open_source(f"{tmp_path}/a.npz?inputs=x&labels=none")
+        assert len(source) == 1 << 18
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert source.read([5])[0].raw.tolist() == [0.0] * 16  # type: ignore[union-attr]
 
 
 def test_labels_and_keys(tmp_path: Path) -> None:

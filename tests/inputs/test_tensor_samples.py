@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import softlabel
-from softlabel.errors import DataError, MismatchError, SpecError, UsageError
+from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
 from softlabel.models import build_model
 from tests.support.commands import run_softlabel
 
@@ -243,6 +243,61 @@ def test_the_type_of_a_sample_does_not_depend_on_its_batch(integers: set[int], m
     for cache_mb in (0, 64):  # a cache has the type of the first sample
         with pytest.raises(DataError, match=f"sample {message}"):
             list(softlabel.SoftLabelLoader(Mixed(integers), batch_size=16, shuffle=False, cache_mb=cache_mb))
+
+
+class View(nn.Module):
+    """A network that depends on the order of the axes in memory."""
+
+    def __init__(self, num_classes: int = CLASSES) -> None:
+        super().__init__()
+        self.last = nn.Linear(2 * 20 * 9, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x.view(x.size(0), -1))
+
+
+def test_arrays_of_three_axes_keep_their_order_in_memory(tmp_path: Path) -> None:
+    model = write_weights(View, tmp_path / "view.safetensors")
+    np.savez(tmp_path / "data.npz", x=SPECTRA, y=LABELS)
+    data, spec = f"{tmp_path}/data.npz?inputs=x&labels=y", f"python:{MODULE}:View"
+    teacher = f"{spec}@{tmp_path}/view.safetensors"
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "l", device="cpu", encoding="float32", batch_size=20)
+    assert_labels(tmp_path / "l", model, torch.from_numpy(SPECTRA))
+    settings = softlabel.TrainConfig(
+        data=data, student=spec, out=str(tmp_path / "run"), epochs=1, batch_size=16, device="cpu", augment="none"
+    )
+    assert softlabel.train(settings).students[0].history[0].loss > 0
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_integers_for_a_network_of_floats_are_refused_with_the_remedy(mixup: float, tmp_path: Path) -> None:
+    write_weights(build_mlp, tmp_path / "mlp.safetensors")
+    np.savez(tmp_path / "t.npz", x=np.arange(ROWS * 6).reshape(ROWS, 6) % 11, y=LABELS)
+    data, spec = f"{tmp_path}/t.npz?inputs=x&labels=y", f"python:{MODULE}:build_mlp"
+    remedy = r"samples are int64: give the {} samples of the type that it takes; '\?mean=0&std=1' in its SPEC makes"
+    teacher = f"{spec}@{tmp_path}/mlp.safetensors"
+    with pytest.raises(TeacherError, match=remedy.format("teacher")):
+        softlabel.generate(data, teachers=[teacher], out=tmp_path / "refused", device="cpu")
+    softlabel.generate(data, teachers=[f"{teacher}?mean=0&std=1"], out=tmp_path / "labels", device="cpu")
+    settings = softlabel.TrainConfig(
+        data=data, student=spec, out=str(tmp_path / "run"), epochs=1, device="cpu", augment="none", mixup=mixup
+    )
+    with pytest.raises(UsageError, match="mixup: expected samples of floats" if mixup else remedy.format("student")):
+        softlabel.train(settings)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_a_network_without_preprocessing_sees_bands_from_0_to_1(dtype: str, tmp_path: Path) -> None:
+    most = 1 if dtype == "float32" else np.iinfo(dtype).max
+    bands = (TILES * most).astype(dtype)
+    np.savez(tmp_path / "b.npz", x=bands, y=LABELS)
+    torch.manual_seed(7)
+    model = build_bands().eval()
+    found = softlabel.evaluate(model, f"{tmp_path}/b.npz?inputs=x&labels=y&layout=channels-first", device="cpu")
+    with torch.inference_mode():
+        logits = model(torch.from_numpy((bands.astype(np.float64) / most).astype(np.float32)))
+    expected = nn.functional.cross_entropy(logits.double(), torch.from_numpy(LABELS))
+    assert found.cross_entropy == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize(
