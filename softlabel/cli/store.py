@@ -141,6 +141,7 @@ def _print_coverage(store: str, data: str) -> bool:
         (found.missing_count, found.missing, "samples have no row"),
         (found.surplus_count, (), "rows are of samples that the data do not have"),
         (found.changed_count, found.changed, "samples differ from the labelled ones"),
+        (found.relabelled_count, found.relabelled, "samples have another hard label than in the store"),
     ):
         if count:
             print(f"  {count:,} {what}: {', '.join(keys)}" if keys else f"  {count:,} {what}")

@@ -171,7 +171,7 @@ class ArraySource(ListedSource):
     def _convert_row(self, image: NDArray[Any]) -> Raw:
         if self._layout == "channels-last":
             image = np.moveaxis(image, -1, 0)
-        if self.inputs is not IMAGES:
+        if self.inputs != IMAGES:
             return np.array(image)
         # `decode_image` takes channels first only as a tensor. Copied, because a memory map is read-only.
         return torch.from_numpy(np.array(image)) if self._channels_first else image

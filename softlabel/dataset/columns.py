@@ -82,7 +82,7 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
         asked = {**{word: value for word, value in asked.items() if word != "labels"}, "label": "none"}
     several = find_multi_hot_columns({field.name: field.type for field in schema}, asked, name)
     label, others = (several[0], ()) if several else _find_label_column(schema, features, asked.get("label"), name)
-    if kind is not IMAGES and (both := next((one for one in (label, *several) if one in inputs), None)):
+    if kind != IMAGES and (both := next((one for one in (label, *several) if one in inputs), None)):
         raise SpecError(f"{name}: column {both!r} is an input and the label; choose another with '?label=COLUMN|none'")
     taken = {*inputs, inputs[0].partition(".")[0], key, *others}
     candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]

@@ -116,7 +116,7 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
 def _set_decoding(source: Source, decoding: Decoding) -> Source:
     if decoding == AS_USUAL:
         return source
-    if source.kind in ("array", "digits") or source.inputs is not IMAGES:
+    if source.kind in ("array", "digits") or source.inputs != IMAGES:
         raise SpecError(f"{source.name}: exif= and bits= are for encoded images, these are numbers; leave them out")
     if isinstance(source, DatasetSource) and not decoding.upright:
         raise SpecError(f"{source.name}: exif= is for encoded images, this dataset decodes by itself; leave it out")

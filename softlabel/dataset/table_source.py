@@ -166,9 +166,9 @@ class TableSource(Source):
     def _raws(self, group: int, rows_R: NDArray[np.int64]) -> list[Raw]:
         """What the columns of some rows of a group hold as samples."""
         taken = [self._read_column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
-        if self.inputs is TENSORS:
+        if self.inputs == TENSORS:
             return read_rows(self._columns.inputs, taken)
-        if self.inputs is TEXTS:
+        if self.inputs == TEXTS:
             return text_rows(taken)
         return [_NO_BYTES if image is None else image for image in taken[0].to_pylist()]
 

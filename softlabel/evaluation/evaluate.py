@@ -16,17 +16,18 @@ from tqdm import tqdm
 
 from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
-from softlabel.common.device import resolve_device
+from softlabel.common.device import out_of_memory, resolve_device
 from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source, first_samples, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.evaluation.multi_label import MultiLabelTotals
 from softlabel.inputs.base import Inputs, InputTransform
-from softlabel.inputs.transforms import default_transform
+from softlabel.inputs.transforms import default_transform, describe_failure
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.models import RunModel, build_model, read_run, refuse_precision, refuse_random
 from softlabel.models.precision import Precision, computing, ieee_float32
+from softlabel.models.program import Program
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
@@ -88,6 +89,8 @@ def evaluate(
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
     activation = _choose_activation(activation, None if isinstance(model, nn.Module) else spec, source, store)
+    if isinstance(module, Program):
+        module.activation = activation
 
     def measured(store: Store | None) -> Evaluation:
         loader = SoftLabelLoader(
@@ -170,7 +173,13 @@ class Measurement:
         """A batch on the device; rows of weight 0 do not count."""
         inputs = self._preprocessing.finish(Inputs.of(batch.inputs))
         with computing(self._precision, self._device):
-            logits_BC = inputs.call(self._model)
+            try:
+                logits_BC = inputs.call(self._model)
+            except Exception as error:  # user code, or samples that it was not made for
+                if out_of_memory(error):
+                    raise
+                why = describe_failure(self._preprocessing, inputs, error, network="model")
+                raise MismatchError(f"model: {why}") from error
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
             raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
         names = self._source.class_names if self._source.has_labels else None

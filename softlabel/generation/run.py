@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from softlabel.common.places import absolute_source, absolute_spec
 from softlabel.dataset import Source
-from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.generation.executor import Executor, LocalExecutor
 from softlabel.generation.growth import History, check_same_data, recorded_there
@@ -63,7 +63,11 @@ class GenerationRun:
         missing = self.committer.missing()
         if not missing:
             return None
-        self.job, found = check_run(self.job, self.committer.url, missing)
+        try:
+            self.job, found = check_run(self.job, self.committer.url, missing)
+        except SoftLabelError:
+            self.committer.withdraw()
+            raise
         self._bare_rate = found.bare_rate
         return found
 

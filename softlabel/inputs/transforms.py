@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import InputKind, Inputs, InputTransform, Sample
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.image_transform import Preprocessing
@@ -34,15 +34,21 @@ def transform_of(found: Mapping[str, Any]) -> InputTransform:
     return _TRANSFORMS[kind].from_dict(found)
 
 
-def find_remedy(transform: InputTransform, inputs: Inputs, error: Exception, *, network: str) -> str:
-    """Return what a user can do about an error that a network raised.
+def describe_failure(transform: InputTransform, inputs: Inputs, error: Exception, *, network: str) -> str:
+    """Say in one line that a network raised an error on a batch, and what a user can do about it.
 
     Args:
         transform: the network's.
         inputs: the batch.
         error: what it raised.
-        network: "teacher" or "student".
+        network: "teacher", "student" or "model".
     """
+    size = " and ".join(map(transform.describe, inputs.shapes))
+    found = f"{type(error).__name__}: {one_line(error)}"
+    return f"the network fails on samples of {size}: {found}; {_find_remedy(transform, inputs, error, network)}"
+
+
+def _find_remedy(transform: InputTransform, inputs: Inputs, error: Exception, network: str) -> str:
     reason = str(error)
     if "view size is not compatible" in reason:
         return "use .reshape or .flatten in the network instead of .view, which depends on the memory layout"
@@ -63,14 +69,14 @@ def default_transform(kind: InputKind, samples: Iterable[Sample]) -> InputTransf
     Raises:
         SpecError: of texts, which only a tokenizer makes numbers of.
     """
-    if kind is TEXTS:
+    if kind == TEXTS:
         raise SpecError(
             "preprocessing: texts need a network's tokenizer; give preprocessing="
             "softlabel.models.teacher.student_preprocessing('text:FOLDER', kind='text')"
         )
-    if kind is not IMAGES and kind is not BANDS:
+    if kind not in (IMAGES, BANDS):
         return TensorTransform()
-    channels = 3 if kind is IMAGES else _count_channels(samples)
+    channels = 3 if kind == IMAGES else _count_channels(samples)
     return Preprocessing(mean=(0.0,) * channels, std=(1.0,) * channels)
 
 

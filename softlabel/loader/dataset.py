@@ -236,6 +236,7 @@ class JoinedDataset(Dataset[Batch]):
         ) is not None:
             why, without = other, len(joined)
         else:
+            self._report_other_labels(store, joined)
             return
         log.warning(
             "warning: %s: %d of %d samples cannot be compared with those that were labelled in %s (%s); the join rests "
@@ -253,6 +254,19 @@ class JoinedDataset(Dataset[Batch]):
                 f"{self.source.name}: {len(others)} of {len(joined)} samples have another hard label than in "
                 f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other samples; train on the data "
                 "that was labelled"
+            )
+
+    def _report_other_labels(self, store: Store, joined: NDArray[np.int64]) -> None:
+        """Report hard labels that changed since; those of the data count, which a user may have corrected."""
+        others = joined[find_contradictions(self.labels[joined], read_hard_labels(store, self.rows[joined]))]
+        if len(others):
+            log.warning(
+                "warning: %s: %d of %d samples have another hard label than in %s, the first %r; the data's are used",
+                self.source.name,
+                len(others),
+                len(joined),
+                store.url,
+                self.keys(others[:1])[0],
             )
 
     def _new_cache(self, budget: int, workers: int) -> SampleCache | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.activation import Activation
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.base import InputTransform
@@ -30,6 +31,7 @@ class Program(nn.Module):
         described: the preprocessing that the file itself states, in the words of `InputTransform.to_dict`.
         shapes: of its inputs by name, without the batch; None for sizes that vary.
         channels_last: its images are (B, H, W, C); see `prepare_for`.
+        activation: what its logits are the input of.
     """
 
     spec: Spec
@@ -38,6 +40,7 @@ class Program(nn.Module):
     described: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int | None, ...]]
     channels_last: bool = False
+    activation: Activation = "softmax"
 
     @abstractmethod
     def run(self, tensors: Mapping[str, Tensor]) -> Any:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from softlabel.common.activation import Activation
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
-from softlabel.errors import SpecError, TeacherError, one_line
+from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
 from softlabel.inputs.text import TextTransform
-from softlabel.inputs.transforms import find_remedy, transform_of
+from softlabel.inputs.transforms import describe_failure, transform_of
 from softlabel.models import (
     Program,
     build_network,
@@ -82,7 +82,8 @@ class Teacher:
                 except Exception as error:  # user code: what it raises is a fact about this teacher
                     if out_of_memory(error):  # or about the batch: a smaller one may fit
                         raise
-                    raise self._failed(inputs, error) from error
+                    why = describe_failure(self.preprocessing, inputs, error, network="teacher")
+                    raise TeacherError(f"{self.spec.text}: {why}") from error
             logits_BC = logits_of(self.spec.text, output)
             expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
@@ -96,13 +97,6 @@ class Teacher:
                 _refuse_probabilities(self.spec.text, logits_BC)
                 self._checked.done = True
             return logits_BC.float()
-
-    def _failed(self, inputs: Inputs, error: Exception) -> TeacherError:
-        size = " and ".join(map(self.preprocessing.describe, inputs.shapes))
-        return TeacherError(
-            f"{self.spec.text}: the network fails on samples of {size}: {type(error).__name__}: {one_line(error)}; "
-            f"{find_remedy(self.preprocessing, inputs, error, network='teacher')}"
-        )
 
 
 def load_teacher(
@@ -134,6 +128,8 @@ def load_teacher(
     refuse_random(spec)
     network = build_network(spec, num_classes=num_classes)
     spec, model = network.spec, network.model.eval()
+    if isinstance(model, Program):
+        model.activation = activation
     for parameter in model.parameters():  # a TorchScript program has no requires_grad_ of its own
         parameter.requires_grad_(False)
     refuse_other_heads(spec, model, activation)
@@ -175,11 +171,8 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, d
             try:
                 output = preprocessing.finish(example.to(device)).call(model)
             except Exception as error:
-                size = " and ".join(map(preprocessing.describe, example.shapes))
-                raise TeacherError(
-                    f"{spec}: the network fails on a sample of {size}: {error}; "
-                    f"{find_remedy(preprocessing, example, error, network='teacher')}"
-                ) from error
+                why = describe_failure(preprocessing, example, error, network="teacher")
+                raise TeacherError(f"{spec}: {why}") from error
         return logits_of(spec, output).shape[1]
     if isinstance(model, Program) and (zeros := model.example()) is not None:  # whose shape the file says
         with torch.inference_mode():

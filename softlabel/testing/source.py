@@ -199,7 +199,7 @@ def decode(sample: Sample, kind: InputKind) -> NDArray[Any] | Text:
     if isinstance(item, str | tuple):
         return item
     assert isinstance(item, Tensor)
-    return item.permute(1, 2, 0).numpy() if kind is IMAGES else item.numpy()
+    return item.permute(1, 2, 0).numpy() if kind == IMAGES else item.numpy()
 
 
 def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample], kind: InputKind = IMAGES) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from softlabel.common.activation import Activation
 from softlabel.common.device import out_of_memory
-from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
+from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
-from softlabel.inputs.transforms import find_remedy
+from softlabel.inputs.transforms import describe_failure
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
@@ -40,6 +40,7 @@ log = logging.getLogger("softlabel")
 
 # On a GPU every look at a number makes the host wait, and several processes have to agree: look for NaN this often, in
 # steps, and after every epoch.
+_NORMALISES_ONE = "more than 1 value per channel"  # what a batch norm says of a single value
 _LOOK_EVERY = 50
 
 
@@ -150,7 +151,7 @@ class Student:
                 try:
                     self._backward(work, part, here)
                 except ValueError as error:
-                    if "more than 1 value per channel" not in str(error):
+                    if _NORMALISES_ONE not in str(error):
                         raise
                     rows = part.stop - part.start
                     images = self.preprocessing.kind == "image"
@@ -178,21 +179,21 @@ class Student:
             inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
-            share, others = mixup
             if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
-                raise UsageError("mixup: expected samples of floats to mix, found integers; leave it out")
+                raise UsageError(
+                    f"mixup: mixes images and other fractional numbers, and student {self.config.student} takes whole "
+                    "numbers; leave out --mixup"
+                )
+            share, others = mixup
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
         with computing(self.precision, self.device):
             try:
                 logits_BC = inputs.call(self._forward)
-            except RuntimeError as error:  # also NotImplementedError, of a type
-                if out_of_memory(error) or self.ranks.several:
+            except Exception as error:  # user code, or samples that it was not made for
+                if out_of_memory(error) or _NORMALISES_ONE in str(error):
                     raise
-                size = " and ".join(map(self.preprocessing.describe, inputs.shapes))
-                raise UsageError(
-                    f"student {self.config.student}: the network fails on samples of {size}: {type(error).__name__}: "
-                    f"{one_line(error)}; {find_remedy(self.preprocessing, inputs, error, network='student')}"
-                ) from error
+                why = describe_failure(self.preprocessing, inputs, error, network="student")
+                raise MismatchError(f"student {self.config.student}: {why}") from error
         logits_BC = self._checked(logits_BC).float()
         losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

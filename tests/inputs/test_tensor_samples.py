@@ -1,5 +1,6 @@
 """Samples that are arrays of numbers, from generate to a trained student: against a plain forward pass of torch."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 
 import softlabel
 from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
+from softlabel.inputs.tensor import BANDS, TENSORS, TensorKind
 from softlabel.models import build_model
 from tests.support.commands import run_softlabel
 
@@ -39,6 +41,10 @@ def build_bands(num_classes: int = CLASSES) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(13, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
     )
+
+
+def build_probabilities(num_classes: int = CLASSES) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, num_classes), nn.Sigmoid())
 
 
 class Two(nn.Module):
@@ -132,6 +138,88 @@ def test_a_student_trains_on_arrays_and_is_a_teacher_afterwards(tmp_path: Path) 
         torch.from_numpy(TABLE).float() / 2,
         temperature=1.0,
     )
+
+
+class Rated(TensorKind):
+    """A kind with a parameter."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+
+
+def test_kinds_with_parameters_keep_them_in_another_process() -> None:
+    one, other = pickle.loads(pickle.dumps((Rated(8000), Rated(16000))))
+    assert (one.rate, other.rate) == (8000, 16000)
+    assert one == Rated(8000) != other
+    assert pickle.loads(pickle.dumps(TENSORS)) == TENSORS != BANDS
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, a teacher of it, its labels, and the same table with labels and columns changed."""
+    folder = tmp_path_factory.mktemp("table")
+    write_weights(build_mlp, folder / "mlp.safetensors")
+    np.savez(folder / "table.npz", x=TABLE, y=LABELS, other=(LABELS + np.eye(1, ROWS, 5, dtype=int)[0]) % CLASSES)
+    np.savez(folder / "narrow.npz", x=TABLE[:, :3], y=LABELS, tokens=TABLE.astype(np.int64))
+    softlabel.generate(
+        f"{folder}/table.npz?inputs=x&labels=y", teachers=[f"python:{MODULE}:build_mlp@{folder}/mlp.safetensors"],
+        out=folder / "labels", device="cpu", progress=False,
+    )  # fmt: skip
+    return folder
+
+
+def test_another_hard_label_is_found(table: Path, tmp_path: Path) -> None:
+    done = run_softlabel("verify", table / "labels", "--data", f"{table}/table.npz?inputs=x&labels=other", code=3)
+    assert "1 samples have another hard label than in the store: 5" in done.stdout
+    done = run_softlabel(
+        "train", "--data", f"{table}/table.npz?inputs=x&labels=other", "--labels", table / "labels", "--student",
+        f"python:{MODULE}:build_mlp", "--epochs", 1, "--out", tmp_path / "run", "--device", "cpu",
+    )  # fmt: skip
+    assert f"1 of {ROWS} samples have another hard label than in" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        ("x&labels=y", (), "the network fails on samples of shape (3,): RuntimeError"),
+        ("tokens&labels=y", ("--mixup", 0.2), "takes whole numbers; leave out --mixup"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_one_line(
+    words: str, options: tuple[object, ...], message: str, table: Path, tmp_path: Path
+) -> None:
+    data = f"{table}/narrow.npz?inputs={words}"
+    student = f"python:{MODULE}:build_mlp"
+    done = run_softlabel(
+        "train", "--data", data, "--student", student, "--epochs", 1, "--out", tmp_path / "run", *options, "--device",
+        "cpu", code=2,
+    )  # fmt: skip
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if not options:
+        spec = f"{student}@{table}/mlp.safetensors"
+        done = run_softlabel("evaluate", "--data", data, "--model", spec, "--device", "cpu", code=2)
+        assert message in done.stderr
+
+
+def test_a_refused_teacher_leaves_the_folder_free(table: Path, tmp_path: Path) -> None:
+    data = f"{table}/table.npz?inputs=x&labels=y"
+    wrong = write_weights(build_probabilities, tmp_path / "wrong.safetensors")
+    assert wrong is not None
+    teachers = [f"python:{MODULE}:build_probabilities@{tmp_path}/wrong.safetensors"]
+    with pytest.raises(TeacherError):
+        softlabel.generate(data, teachers=teachers, out=tmp_path / "labels", device="cpu", activation="sigmoid")
+    spec = f"python:{MODULE}:build_mlp@{table}/mlp.safetensors"
+    softlabel.generate(data, teachers=[spec], out=tmp_path / "labels", device="cpu")
+    assert len(softlabel.open_store(tmp_path / "labels")) == ROWS
+
+
+def test_a_join_compares_arrays(table: Path) -> None:
+    join = softlabel.LabelJoin(table / "labels", key="key", image="x")
+    keys = [str(row) for row in range(4)]
+    assert "target" in join({"key": keys, "x": TABLE[:4]})
+    with pytest.raises(MismatchError, match="sample '0' is not the one that was labelled"):
+        join({"key": keys, "x": TABLE[1:5]})
 
 
 def test_a_network_with_several_inputs_gets_them_by_name(tmp_path: Path) -> None:
