@@ -81,7 +81,7 @@ class TableSource(Source):
         if classes is not None and not self._ignored:
             self._columns = self._set_class_names(read_classes(classes, subject=self.name))
         self._numbers = number_classes(self._columns.class_names)
-        self._wide_inputs = [name for name in self._columns.inputs if self.inputs is TENSORS and is_wide(schema, name)]
+        self._wide_inputs = [name for name in self._columns.inputs if self.inputs == TENSORS and is_wide(schema, name)]
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         """Check keys and labels, once the groups, which have these numbers of rows, can be read."""
