@@ -370,7 +370,7 @@ def test_integers_for_a_network_of_floats_are_refused_with_the_remedy(mixup: flo
     settings = softlabel.TrainConfig(
         data=data, student=spec, out=str(tmp_path / "run"), epochs=1, device="cpu", augment="none", mixup=mixup
     )
-    with pytest.raises(UsageError, match="mixup: expected samples of floats" if mixup else remedy.format("student")):
+    with pytest.raises(UsageError, match="mixup: mixes images" if mixup else remedy.format("student")):
         softlabel.train(settings)
 
 
