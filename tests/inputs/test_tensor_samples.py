@@ -9,13 +9,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import softlabel
 from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
+from softlabel.inputs.base import Sample
 from softlabel.inputs.tensor import BANDS, TENSORS, TensorKind
+from softlabel.inputs.text import TEXTS
 from softlabel.models import build_model
 from tests.support.commands import run_softlabel
 
@@ -234,6 +237,25 @@ def test_a_network_with_several_inputs_gets_them_by_name(tmp_path: Path) -> None
         (first, *_) = loader
         assert first.inputs["table"].dtype == torch.float32
         assert torch.equal(first.inputs["word"], torch.arange(16) % 7)
+
+
+def hash_as_specified(values: np.ndarray[Any, Any]) -> int:
+    """The marked hash of an array, as FORMAT.md specifies it."""
+    little = values.astype(values.dtype.newbyteorder("<"))
+    seed = xxhash.xxh3_64_intdigest(f"{little.dtype.str} {'x'.join(map(str, values.shape))}".encode())
+    return xxhash.xxh3_64_intdigest(little.tobytes("C"), seed) & ~0xFFFF | 0x7870
+
+
+def test_content_hashes_are_those_of_the_format() -> None:
+    half = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
+    turned = np.arange(6, dtype=">i2").reshape(2, 3).T
+    for raw, values in ((half, half.float().numpy()), (turned, turned), (7, np.array(7)), (TABLE[0], TABLE[0])):
+        assert TENSORS.content_hash(raw) == hash_as_specified(values)  # type: ignore[arg-type]
+    parts = {"b": TABLE[0], "a": 3}
+    text = "".join(f"{name}={hash_as_specified(np.array(parts[name])):016x};" for name in "ab").encode()
+    expected = xxhash.xxh3_64_intdigest(text, xxhash.xxh3_64_intdigest(b"named 2")) & ~0xFFFF | 0x7870
+    assert TENSORS.content_hash(parts) == TENSORS.decode(Sample(key="k", raw=parts))[1] == expected
+    assert TEXTS.content_hash(("né", "b")) == xxhash.xxh3_64_intdigest("3:néb".encode())
 
 
 def test_images_of_many_bands(tmp_path: Path) -> None:
