@@ -127,7 +127,7 @@ def _print_summary(summary: "RewriteSummary") -> int:
     if summary.step is not None:
         print(f"  cost of the new encoding: {format_nats(summary.step)}")
     if summary.total_bad:
-        print(f"  {summary.total_bad:,} bad images have no row; 'softlabel inspect {summary.path}' lists them")
+        print(f"  {summary.total_bad:,} bad samples have no row; 'softlabel inspect {summary.path}' lists them")
     return 0
 
 

@@ -72,7 +72,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("", f"weights sha256 {member.sha256}"))
         lines.append(("", ", ".join(f"{name} {value}" for name, value in member.preprocessing.items())))
     for key, reason in list(opened.bad.items())[:BAD_SHOWN]:
-        lines.append(("bad image", f"{key}: {reason}"))
+        lines.append((f"bad {'image' if run.input == 'image' else 'sample'}", f"{key}: {reason}"))
     if len(opened.bad) > BAD_SHOWN:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
     print("\n".join(f"{name:<11}{text}" for name, text in lines))
@@ -145,6 +145,7 @@ def _print_coverage(store: str, data: str) -> bool:
         (found.missing_count, found.missing, "samples have no row"),
         (found.surplus_count, (), "rows are of samples that the data do not have"),
         (found.changed_count, found.changed, "samples differ from the labelled ones"),
+        (found.relabelled_count, found.relabelled, "samples have another hard label than in the store"),
     ):
         if count:
             print(f"  {count:,} {what}: {', '.join(keys)}" if keys else f"  {count:,} {what}")

@@ -69,7 +69,13 @@ class DaskExecutor:
             records = [outcome.record for outcome in outcomes if outcome.record is not None]
             committer.commit(*records)
             for outcome, record in zip(outcomes, records, strict=True):
-                progress.add_shard(rows=record.rows, bad=record.bad, correct=outcome.correct, labelled=outcome.labelled)
+                progress.add_shard(
+                    rows=record.rows,
+                    bad=record.bad,
+                    correct=outcome.correct,
+                    labelled=outcome.labelled,
+                    truncated=outcome.truncated,
+                )
 
         with connected(deployment) as client:
             if client.dashboard_link:

@@ -24,6 +24,11 @@ def is_labelled(labels: NDArray[Any]) -> NDArray[np.bool_]:
     return found
 
 
+def one_label(labels: Labels, row: int) -> "int | NDArray[np.int8]":
+    """The label of one sample as a `Sample` has it: a class number, or int8 (C,)."""
+    return int(labels[row]) if labels.ndim == 1 else labels[row].astype(np.int8)
+
+
 def to_multi_hot(labels: NDArray[Any], num_classes: int) -> NDArray[np.int8]:
     """Hard labels for independent outputs, int8 (N, C).
 

@@ -120,6 +120,13 @@ def split_options(text: str, *, subject: str) -> tuple[str, dict[str, str]]:
     return os.path.expanduser(_unquote_path(head)), options
 
 
+def replace_option(text: str, name: str, value: str) -> str:
+    """Return a SPEC or SOURCE with another value for one of its options."""
+    head, sign, tail = text.partition("?")
+    new = join_options({name: value}).removeprefix("?")
+    return head + sign + "&".join(new if part.startswith(f"{name}=") else part for part in tail.split("&"))
+
+
 def join_options(options: Mapping[str, str]) -> str:
     """Return options as text with the leading question mark, empty for none; the inverse of `split_options`."""
     pairs = (f"{key}={value.replace('%', '%25').replace('&', '%26')}" for key, value in options.items())

@@ -4,7 +4,7 @@ from softlabel.dataset.decoding import detect_decoding
 from softlabel.dataset.huggingface import stored_bytes
 from softlabel.dataset.open import open_source
 from softlabel.dataset.report import report_source
-from softlabel.dataset.source import Source
+from softlabel.dataset.source import Source, first_samples
 from softlabel.dataset.subset import ReorderedSource, require_samples
 from softlabel.dataset.torch_dataset import listed_labels
 
@@ -12,6 +12,7 @@ __all__ = [
     "ReorderedSource",
     "Source",
     "detect_decoding",
+    "first_samples",
     "listed_labels",
     "open_source",
     "report_source",

@@ -5,9 +5,10 @@ Legend: B rows.
 
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from softlabel.errors import DataError, SpecError
 
 H5_SUFFIXES = frozenset({".h5", ".hdf5", ".hdf", ".he5"})
 _H5_CACHE_BYTES = 64 << 20
+_LARGE = 1 << 30
 
 
 class Container(ABC):
@@ -35,7 +37,7 @@ class Container(ABC):
         return ()
 
     @abstractmethod
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Return the shape and dtype of an array."""
 
     @abstractmethod
@@ -45,6 +47,10 @@ class Container(ABC):
     @abstractmethod
     def whole(self, array: str, subject: str) -> NDArray[Any]:
         """Read an array."""
+
+    def describe_memory(self, array: str, subject: str) -> str | None:
+        """Return a warning if every process that reads rows of an array holds a large one whole."""
+        return None
 
     def chunk(self, array: str) -> int:
         """Return the number of rows in a storage chunk."""
@@ -78,9 +84,9 @@ class Npy(Container):
             raise DataError(f"{subject}: {array}: expected a .npy file of one array, found an .npz archive")
         return found
 
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         found = self.whole(array, subject)
-        return found.shape, str(found.dtype)
+        return found.shape, found.dtype
 
     def rows(self, array: str, rows_B: NDArray[np.int64], subject: str) -> list[NDArray[Any]]:
         found = self.whole(array, subject)
@@ -104,28 +110,43 @@ class Npz(Npy):
         return self._names(subject)
 
     def _map(self, array: str, subject: str) -> NDArray[Any]:
-        member = f"{_require_name(self._names(subject), array, subject)}.npy"
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                info = archive.getinfo(member)
-                with archive.open(member) as file:
-                    if info.compress_type != zipfile.ZIP_STORED:
-                        unpacked: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-                        return unpacked
-                    version = np.lib.format.read_magic(file)
-                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    if version not in read:  # field names beyond Latin-1: not an array of numbers
-                        raise ValueError("it is a structured array")
-                    shape, fortran, dtype = read[version](file)
-                    header = file.tell()
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects")
+        with self._open_member(array, subject) as (info, file):
+            if info.compress_type != zipfile.ZIP_STORED:
+                unpacked: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+                return unpacked
+            shape, fortran, dtype = _read_header(file)
+            header = file.tell()
             with open(self.path, "rb") as raw:
                 # The lengths in the local header may differ from those in the directory.
                 raw.seek(info.header_offset + 26)
                 lengths = np.frombuffer(raw.read(4), dtype="<u2")
             begin = info.header_offset + 30 + int(lengths.sum()) + header
             return np.memmap(self.path, dtype, "r", begin, shape, "F" if fortran else "C")
+
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        if array not in self._mapped.get():
+            with self._open_member(array, subject) as (info, file):
+                if info.compress_type != zipfile.ZIP_STORED:
+                    shape, _, dtype = _read_header(file)
+                    return shape, dtype
+        return super().shape_of(array, subject)
+
+    def describe_memory(self, array: str, subject: str) -> str | None:
+        with self._open_member(array, subject) as (info, _):
+            if info.compress_type == zipfile.ZIP_STORED or info.file_size < _LARGE:
+                return None
+            return (
+                f"array {array!r} is compressed: every process that reads it holds all of its "
+                f"{info.file_size / 2**30:.1f} GiB; write it with numpy.savez, which does not compress"
+            )
+
+    @contextmanager
+    def _open_member(self, array: str, subject: str) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
+        """Open an array; errors within the block are reported as those of the array."""
+        member = f"{_require_name(self._names(subject), array, subject)}.npy"
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
+                yield archive.getinfo(member), file
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{subject}: {member}: cannot be read: {error}; write it with numpy.savez") from error
 
@@ -159,9 +180,9 @@ class H5(Container):
         self._file.get().visititems(lambda name, one: names.append(name) if isinstance(one, h5py.Dataset) else None)
         return tuple(names)
 
-    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], str]:
+    def shape_of(self, array: str, subject: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         found = self._dataset(array, subject)
-        return found.shape, str(found.dtype)
+        return found.shape, found.dtype
 
     def chunk(self, array: str) -> int:
         chunks = self._dataset(array, self.path).chunks
@@ -183,6 +204,18 @@ class H5(Container):
         except OSError as error:
             raise DataError(f"{subject}: {array}: cannot be read: {error}; fetch the file again") from error
         return np.asarray(found)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, whether it is in Fortran's order, and dtype of a `.npy` file; raises ValueError for objects."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:  # field names beyond Latin-1: not an array of numbers
+        raise ValueError("it is a structured array")
+    shape, fortran, dtype = read[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return shape, fortran, dtype
 
 
 def _open_h5(path: str) -> Any:

@@ -8,6 +8,7 @@ The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The channels are 
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from softlabel.dataset.source import BLOCK, ListedSource, span
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, InputKind, Raw, Sample
 from softlabel.inputs.image_decode import IMAGES
-from softlabel.inputs.tensor import BANDS, TENSORS
+from softlabel.inputs.tensor import BANDS, TENSORS, check_bands
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"}) | H5_SUFFIXES
 _CHANNELS = (1, 3, 4)
@@ -90,6 +91,8 @@ class ArraySource(ListedSource):
         if self._labels_N is not None and self._labels_N.ndim == 2:
             self.label_width = self._labels_N.shape[1]
         self.findings = _describe_labels(labels, names, others, ignored)
+        if (memory := container.describe_memory(self._images, name)) is not None:
+            self.findings = replace(self.findings, left_out=(*self.findings.left_out, memory))
         self.has_labels = self._labels_N is not None and bool(is_labelled(self._labels_N).any())
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:
@@ -104,7 +107,7 @@ class ArraySource(ListedSource):
 
     def _is_flat(self, array: str) -> bool:
         shape, dtype = self._container.shape_of(array, self.name)
-        return shape in ((len(self),), (len(self), 1)) and np.dtype(dtype).kind in "iufb"
+        return shape in ((len(self),), (len(self), 1)) and dtype.kind in "iufb"
 
     def _read_labels(self, path: str | None) -> Labels | None:
         if path is None:
@@ -168,7 +171,7 @@ class ArraySource(ListedSource):
     def _convert_row(self, image: NDArray[Any]) -> Raw:
         if self._layout == "channels-last":
             image = np.moveaxis(image, -1, 0)
-        if self.inputs is not IMAGES:
+        if self.inputs != IMAGES:
             return np.array(image)
         # `decode_image` takes channels first only as a tensor. Copied, because a memory map is read-only.
         return torch.from_numpy(np.array(image)) if self._channels_first else image
@@ -179,16 +182,24 @@ class ArraySource(ListedSource):
         return self.even_blocks(max(chunk, BLOCK // chunk * chunk))
 
 
-def _find_kind(shape: tuple[int, ...], dtype: str, layout: str | None, where: str) -> InputKind:
+def _find_kind(shape: tuple[int, ...], dtype: np.dtype[Any], layout: str | None, where: str) -> InputKind:
     """Return the kind of the rows: images of several bands if a layout is given, else numbers of any shape."""
-    if not shape or np.dtype(dtype).kind not in "fiub":
-        raise DataError(f"{where}: expected an array of numbers with a row for each sample, found {dtype} {shape}")
+    if not shape or dtype.kind not in "fiub":
+        found = f"a compound type of {', '.join(dtype.names)}" if dtype.names else dtype
+        raise DataError(
+            f"{where}: expected an array of numbers with a row for each sample, found {found} of shape {shape}; write "
+            "the numbers as one array"
+        )
     if layout is None:
         return TENSORS
     if layout not in ("channels-first", "channels-last") or len(shape) != 4:
         raise SpecError(
             f"{where}: layout: expected channels-first or channels-last, of four axes, found {layout!r} and {shape}"
         )
+    try:
+        check_bands(dtype)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     return BANDS
 
 
@@ -202,12 +213,12 @@ def _describe_labels(labels: str | None, names: Sequence[str], others: Sequence[
     return Findings(without_labels=listed or "'?labels=FILE.npy' gives some")
 
 
-def _check_shape(shape: tuple[int, ...], dtype: str, where: str) -> tuple[tuple[int, ...], bool]:
+def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> tuple[tuple[int, ...], bool]:
     """Return the shape, and whether the channels come before height and width."""
-    if dtype != "uint8":
+    if dtype != np.uint8:
         why = (
             "floats have no agreed range, and normalisation belongs to each teacher"
-            if dtype.startswith(("float", "bfloat"))
+            if dtype.kind == "f"
             else "other integers have no agreed range"
         )
         raise DataError(f"{where}: expected uint8 pixels from 0 to 255, found {dtype}; {why}: store them as uint8")

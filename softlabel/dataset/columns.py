@@ -1,9 +1,10 @@
-"""Which columns of a Parquet file are the samples, their keys and their labels.
+"""Which columns of a table are the samples, their keys and their labels.
 
 Legend: N rows.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,16 @@ import pyarrow as pa
 
 from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.multi_hot_columns import find_multi_hot_columns
-from softlabel.dataset.table import check_input_columns
+from softlabel.dataset.table import check_input_columns, holds_lists, holds_numbers
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import InputKind
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
 from softlabel.inputs.text import TEXTS
+
+ALL = "*"  # of ``inputs=``
+# The index of a pandas table, in Parquet and in CSV: the number of the row, which is no property of the sample.
+_INDEX = re.compile(r"|__index_level_\d+__")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +49,14 @@ class Columns:
     multi_hot: tuple[str, ...] = ()
 
 
-def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns:
+def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, ignore_labels: bool) -> Columns:
     """Find the columns of a schema.
 
     Args:
         schema: the file's schema.
-        asked: the user's ``image``, ``key``, ``label`` and ``labels``.
+        asked: the user's ``image``, ``inputs``, ``text``, ``text_pair``, ``key``, ``label`` and ``labels``.
         name: the source, for errors.
+        ignore_labels: read no labels; ``inputs=*`` leaves their columns out all the same.
 
     Raises:
         DataError: a column is missing, ambiguous or has the wrong type.
@@ -59,7 +65,7 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
     inputs: tuple[str, ...]
     kind: InputKind
     if "inputs" in asked:
-        inputs, key, kind = _input_columns(schema, asked, name), None, TENSORS
+        inputs, key, kind = _input_columns(schema, features, asked, name), None, TENSORS
     elif texts := _text_columns(schema, features, asked, name):
         inputs, key, kind = texts, None, TEXTS
     else:
@@ -72,9 +78,11 @@ def find_columns(schema: pa.Schema, asked: dict[str, str], name: str) -> Columns
             f"{name}: column {key!r}: expected strings or integers for the keys, found {found}; "
             "number the rows with '?key=index'"
         )
+    if ignore_labels:
+        asked = {**{word: value for word, value in asked.items() if word != "labels"}, "label": "none"}
     several = find_multi_hot_columns({field.name: field.type for field in schema}, asked, name)
     label, others = (several[0], ()) if several else _find_label_column(schema, features, asked.get("label"), name)
-    if kind is not IMAGES and (both := next((one for one in (label, *several) if one in inputs), None)):
+    if kind != IMAGES and (both := next((one for one in (label, *several) if one in inputs), None)):
         raise SpecError(f"{name}: column {both!r} is an input and the label; choose another with '?label=COLUMN|none'")
     taken = {*inputs, inputs[0].partition(".")[0], key, *others}
     candidates = [field.name for field in schema if _is_label(field.type) and field.name not in taken]
@@ -111,14 +119,57 @@ def _text_columns(
     return columns
 
 
-def _input_columns(schema: pa.Schema, asked: Mapping[str, str], name: str) -> tuple[str, ...]:
+def _input_columns(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: Mapping[str, str], name: str
+) -> tuple[str, ...]:
     """Columns of numbers, in the order in which a sample has them."""
-    if "image" in asked:
-        raise SpecError(f"{name}: image= names encoded images, inputs= columns of numbers; give one of them")
+    others = {"image": "encoded images", "text": "texts", "text_pair": "texts"}
+    if other := next((word for word in others if word in asked), None):
+        raise SpecError(f"{name}: {other}= names {others[other]}, inputs= columns of numbers; give one of them")
+    if asked["inputs"] == ALL:
+        return _all_numbers(schema, features, asked, name)
     columns = tuple(asked["inputs"].split(","))
     if again := next((column for column in columns if columns.count(column) > 1), None):
         raise SpecError(f"{name}: inputs=: column {again!r} is given twice")
     check_input_columns(columns, [_find_field(schema, column, name).type for column in columns], name)
+    return columns
+
+
+def _all_numbers(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: Mapping[str, str], name: str
+) -> tuple[str, ...]:
+    """The columns of one number each that are no key and no label, in the order of the file.
+
+    Labels are left out whether they are read or not, so that they never become inputs. Without ``label=COLUMN`` these
+    are all columns whose names suggest some.
+    """
+    left_out = {asked["key"]} if asked.get("key", "index") != "index" else set()
+    if "labels" in asked:
+        left_out |= set(asked["labels"].split(","))
+    elif asked.get("label", "none") != "none":
+        left_out.add(asked["label"])
+    else:
+        label, others = None, tuple(usual_labels(schema.names))
+        if "label" not in asked:
+            label, others = _find_label_column(schema, features, None, name)
+        left_out |= {*([label] if label else []), *others}
+    fields = [field for field in schema if field.name not in left_out and not _INDEX.fullmatch(field.name)]
+    if lists := next((field for field in fields if holds_lists(field.type)), None):
+        raise DataError(
+            f"{name}: inputs={ALL}: expected columns of one number each, found {lists.name!r} of {lists.type}; name "
+            "the columns with '?inputs=COLUMN,COLUMN'"
+        )
+    columns = tuple(field.name for field in fields if holds_numbers(field.type))
+    if not columns:
+        raise DataError(
+            f"{name}: inputs={ALL}: expected a column of numbers beside key and labels, found none among "
+            f"{', '.join(schema.names)}; name columns with '?inputs=COLUMN,COLUMN'"
+        )
+    if odd := next((column for column in columns if "," in column or columns.count(column) > 1), None):
+        raise DataError(
+            f"{name}: inputs={ALL}: column {odd!r}: expected names without a comma, each once, so that they can be "
+            "recorded; rename it"
+        )
     return columns
 
 

@@ -29,7 +29,7 @@ class SeveralSources(Source):
         # Each sample has its decoding; a store records the first unusual one.
         self.decoding = next((one.decoding for one in sources if one.decoding != AS_USUAL), AS_USUAL)
         self.inputs = sources[0].inputs
-        if other := next((one for one in sources if one.inputs is not self.inputs), None):
+        if other := next((one for one in sources if one.inputs != self.inputs), None):
             raise MismatchError(
                 f"{other.name}: expected samples of kind {self.inputs.name} as in {sources[0].name}, found "
                 f"{other.inputs.name}; train on data of one kind"

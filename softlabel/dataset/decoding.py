@@ -71,7 +71,7 @@ def detect_decoding(source: Source, recorded: Mapping[str, Any] | None = None) -
     Raises:
         MismatchError: the requested decoding differs from that of the store.
     """
-    if source.inputs is not IMAGES:
+    if source.inputs != IMAGES:
         return source
     if recorded:
         then = Decoding.of(recorded.get("decoding", {}))

@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-import numpy as np
-
+from softlabel.common.multi_hot import is_labelled
 from softlabel.dataset.file_list_lines import Asked, read_list
-from softlabel.dataset.hard_labels import checked_classes, checked_labels, number_classes, read_classes
+from softlabel.dataset.hard_labels import check_labels_named, name_several, number_classes, read_classes
 from softlabel.dataset.image_folder import FolderSource
+from softlabel.dataset.multi_hot_columns import stack_parsed
 from softlabel.errors import SpecError
-from softlabel.inputs.base import IGNORE
 
 
 def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> FolderSource:
@@ -18,8 +17,9 @@ def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: b
     The key is the path as written, without a leading `./`. A comma, tab, semicolon or space separates path and label; a
     path that contains a comma is quoted as in CSV. A first line with column names (``path,label``, ``file_name``, ...)
     is a heading; further columns are allowed, in any order, and ``?image=COLUMN`` and ``?label=COLUMN`` select. Empty
-    lines and lines that begin with `#` are ignored; an empty label means unlabelled. ``?labels=none`` ignores all
-    labels. With ``?classes=FILE``, which names the classes, a label may be a name.
+    lines and lines that begin with `#` are ignored; an empty label means unlabelled. ``?labels=COLUMN,COLUMN`` are
+    columns of several classes at once, ``?labels=none`` ignores all labels. With ``?classes=FILE``, which names the
+    classes, a label may be a name.
 
     Args:
         path: the list.
@@ -32,10 +32,10 @@ def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: b
         DataError: a line cannot be parsed, or a path occurs with two labels.
     """
     wanted, label = options.pop("labels", None), options.pop("label", None)
-    if wanted not in (None, "none"):
+    if wanted not in (None, "none") and "," not in wanted:
         raise SpecError(
-            f"{name}: labels: expected none, found {wanted!r}; labels follow the paths, after a comma, or '?label=' "
-            "names their column"
+            f"{name}: labels: expected none, or several columns that say 0 or 1 for a class each, found {wanted!r}; "
+            "class numbers follow the paths, after a comma, or '?label=' names their column"
         )
     root = options.pop("root", None) or os.path.dirname(path)
     if not os.path.isdir(root or "."):
@@ -46,15 +46,16 @@ def open_list(path: str, options: dict[str, str], *, name: str, ignore_labels: b
     asked = Asked(
         image=options.pop("image", None),
         label=None if unlabelled else label,
+        labels=None if unlabelled else wanted,
         unlabelled=unlabelled,
         numbers=number_classes(class_names),
     )
     found = read_list(path, root, asked, name=name)
-    labels_N = None
-    if any(number != IGNORE for number in found.labels):
-        labels_N = checked_labels(np.array(found.labels, dtype=np.int64), name)
-        checked_classes(labels_N, class_names, subject=name)
-    names = class_names if labels_N is not None else None
-    source = FolderSource(Path(root), found.paths, labels_N, names, name=name, kind="list", findings=found.findings)
+    labels = stack_parsed(found.labels, name)
+    class_names = name_several(asked.labels, class_names, subject=name)
+    check_labels_named(labels, class_names, subject=name)
+    known = labels if is_labelled(labels).any() else None
+    names = None if known is None else class_names
+    source = FolderSource(Path(root), found.paths, known, names, name=name, kind="list", findings=found.findings)
     source.maybe_repeated_keys = True
     return source

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import choose_label, class_number, usual_labels
+from softlabel.dataset.hard_labels import choose_label, usual_labels
+from softlabel.dataset.json_lines import iter_objects
+from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES, suffix_of
 from softlabel.errors import DataError
 from softlabel.inputs.base import IGNORE
@@ -27,7 +29,10 @@ PATH_NAMES = (
 )
 _FORMS = "expected PATH or PATH,LABEL"
 _QUOTES = "put a path that contains a comma in double quotes, and a path before its label"
-_HEADING = "a heading names columns 'path' and 'label', or '?image=COLUMN&label=COLUMN' names them"
+_HEADING = (
+    "a heading names columns 'path' and 'label', or '?image=COLUMN&label=COLUMN' names them; '?inputs=COLUMN,COLUMN' "
+    "names those of numbers"
+)
 _TAIL = re.compile(r"(.*[^\s,;])\s*[\s,;]\s*([^\s,;]+)", re.DOTALL)
 _QUOTED = re.compile(r'"[^"]*" +[^\s,;]+')
 _DOTS = re.compile(r"(\./+)+")
@@ -38,10 +43,10 @@ Row = tuple[int, list[object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListedImages:
-    """The content of a list: paths, which are the keys, without a leading `./`; labels, -100 for none."""
+    """The content of a list: paths, which are the keys, without a leading `./`; labels as of `parse_label`."""
 
     paths: list[str]
-    labels: list[int]
+    labels: list[int | list[int]]
     findings: Findings
 
 
@@ -51,18 +56,20 @@ class Asked:
 
     Attributes:
         image, label: columns of paths and labels; if given, the first line is a heading.
+        labels: columns of several classes at once, likewise.
         unlabelled: ignore labels.
         numbers: label of each class name of `classes=`.
     """
 
     image: str | None = None
     label: str | None = None
+    labels: str | None = None
     unlabelled: bool = False
     numbers: Mapping[str, int] | None = None
 
     @property
     def has_heading(self) -> bool:
-        return self.image is not None or self.label is not None
+        return any(column is not None for column in (self.image, self.label, self.labels))
 
 
 def read_list(path: str, root: str, asked: Asked, *, name: str) -> ListedImages:
@@ -119,7 +126,8 @@ def _read_lines(file: Iterable[str], path: str, root: str, asked: Asked, name: s
         _read_json_rows(file, path) if suffix_of(path) == ".jsonl" else _split_rows(file, path, root, asked, comments)
     )
     chosen = None if heading is None else _choose_columns(heading, asked, name)
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int | list[int]] = []
     for line, cells in rows:
         where = f"{path}: line {line}"
         if len(cells) == 1 and isinstance(cells[0], str) and (heading is None or len(heading) > 1):
@@ -131,8 +139,11 @@ def _read_lines(file: Iterable[str], path: str, root: str, asked: Asked, name: s
         found = cells[at] if at < len(cells) else None
         if not isinstance(found, str) or not found.strip():
             raise DataError(f"{where}: {_FORMS}, found {_quote_cells(cells)}: no path")
-        label = cells[label_at] if label_at is not None and label_at < len(cells) else None
         paths.append(_normalise_path(found, root))
+        if heading is not None and chosen is not None and chosen.several:
+            labels.append(_parse_several(cells, heading, chosen, where))
+            continue
+        label = cells[label_at] if label_at is not None and label_at < len(cells) else None
         first = heading is None and len(paths) == 1
         labels.append(IGNORE if asked.unlabelled else _parse_label(label, cells, asked, where, first=first))
     _refuse_two_labels(paths, labels, path)
@@ -182,17 +193,7 @@ def _blank_comments(file: Iterable[str], root: str, comments: list[int]) -> Iter
 
 
 def _read_json_rows(file: Iterable[str], path: str) -> tuple[list[str], Iterator[Row]]:
-    found: list[tuple[int, dict[str, object]]] = []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: expected JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise DataError(f'{path}: line {number}: expected an object such as {{"file_name": ...}}, found {value!r}')
-        found.append((number, value))
+    found = list(iter_objects(file, path, "file_name"))
     heading = list(dict.fromkeys(column for _, value in found for column in value))
     return heading or ["path"], ((number, [value.get(column) for column in heading]) for number, value in found)
 
@@ -244,10 +245,11 @@ def _normalise_path(path: str, root: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chosen:
-    """Indices of the chosen columns."""
+    """Indices of the chosen columns; `several` are those of several classes at once."""
 
     path: int
     label: int | None
+    several: tuple[int, ...]
     other_labels: tuple[str, ...]
 
 
@@ -259,24 +261,44 @@ def _choose_columns(heading: list[str], asked: Asked, name: str) -> _Chosen:
     remedy = "choose with '?label=COLUMN' or '?label=none'"
     label: str | None = asked.label
     others: tuple[str, ...] = ()
-    image = asked.image or next(iter(usual_paths(heading)), None)
-    if label is None and not asked.unlabelled:
+    several = () if asked.labels is None else ask_columns(asked.labels, asked.label, heading, name)
+    image = asked.image or next(iter(usual_paths(column for column in heading if column not in several)), None)
+    if both := next((column for column in (label, *several) if column is not None and column == image), None):
+        raise DataError(f"{name}: column {both!r} is the path and a label; choose others")
+    if label is None and not several and not asked.unlabelled:
         label, others = choose_label((column for column in heading if column != image), subject=name, remedy=remedy)
     if image is None:
-        rest = [column for column in heading if column != label]
+        rest = [column for column in heading if column != label and column not in several]
         if len(rest) != 1:
-            raise DataError(f"{name}: expected a column of paths, found {listed}; name it with '?image=COLUMN'")
+            raise DataError(
+                f"{name}: expected a column of paths, found {listed}; name it with '?image=COLUMN', columns of numbers "
+                "with '?inputs=COLUMN,COLUMN', or texts with '?text=COLUMN'"
+            )
         image = rest[0]
     return _Chosen(
-        path=heading.index(image), label=None if label is None else heading.index(label), other_labels=tuple(others)
+        path=heading.index(image),
+        label=None if label is None else heading.index(label),
+        several=tuple(heading.index(column) for column in several),
+        other_labels=tuple(others),
     )
 
 
-def _parse_label(value: object, cells: list[object], asked: Asked, where: str, *, first: bool) -> int:
+def _parse_several(cells: list[object], heading: list[str], chosen: _Chosen, where: str) -> list[int]:
+    if len(cells) != len(heading):
+        raise DataError(
+            f"{where}: expected {len(heading)} columns like the heading, found {_quote_cells(cells)}; {_QUOTES}"
+        )
+    try:
+        return parse_flags([cells[at] for at in chosen.several], [heading[at] for at in chosen.several])
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def _parse_label(value: object, cells: list[object], asked: Asked, where: str, *, first: bool) -> int | list[int]:
     if isinstance(value, str) and suffix_of(value.strip()) in IMAGE_SUFFIXES:
         raise DataError(f"{where}: expected a class number after the path, found {_quote_cells(cells)}; {_QUOTES}")
     try:
-        return class_number(value, asked.numbers)
+        return parse_label(value, asked.numbers)
     except ValueError as error:
         raise DataError(f"{where}: {error}{f'; if this line is a heading: {_HEADING}' if first else ''}") from None
 
@@ -285,11 +307,11 @@ def _quote_cells(cells: Sequence[object]) -> str:
     return repr(",".join("" if cell is None else str(cell) for cell in cells)[:80])
 
 
-def _refuse_two_labels(paths: list[str], labels: list[int], path: str) -> None:
+def _refuse_two_labels(paths: list[str], labels: list[int | list[int]], path: str) -> None:
     """Raise DataError if a path has two labels; `check_keys` finds other repeated paths."""
     if len(set(paths)) == len(paths):
         return
-    first: dict[str, int] = {}
+    first: dict[str, int | list[int]] = {}
     for one, label in zip(paths, labels, strict=True):
         if first.setdefault(one, label) != label:
             raise DataError(
@@ -298,7 +320,7 @@ def _refuse_two_labels(paths: list[str], labels: list[int], path: str) -> None:
 
 
 def _make_findings(
-    heading: list[str] | None, chosen: _Chosen | None, labels: list[int], asked: Asked, comments: int
+    heading: list[str] | None, chosen: _Chosen | None, labels: list[int | list[int]], asked: Asked, comments: int
 ) -> Findings:
     count = f"{comments:,} line{'s' if comments > 1 else ''}"
     notes = (f"{count} of the list left out as comments, after '#'",) if comments else ()
@@ -308,11 +330,15 @@ def _make_findings(
         if any(label != IGNORE for label in labels):
             return Findings(labels_from="the list, after each path", notes=notes)
         return Findings(without_labels="the list has only paths; write 'PATH,LABEL' to add labels", notes=notes)
+    if chosen.several:
+        listed = ", ".join(heading[at] for at in chosen.several)
+        return Findings(labels_from=f"columns {listed}", without_labels=f"columns {listed} hold none", notes=notes)
     if chosen.label is not None:
         others = tuple(
             f"column {other!r} may hold labels too; '?label={other}' takes it" for other in chosen.other_labels
         )
         return Findings(labels_from=f"column {heading[chosen.label]!r}", left_out=others, notes=notes)
     rest = [column for place, column in enumerate(heading) if place != chosen.path]
-    offer = (f"labels may have been left out: '?label=COLUMN' takes one of {', '.join(rest)}",) if rest else ()
+    several = ", '?labels=COLUMN,COLUMN' several classes at once" if len(rest) > 1 else ""
+    offer = (f"labels may have been left out: '?label=COLUMN' takes one of {', '.join(rest)}{several}",) if rest else ()
     return Findings(without_labels="no column name suggests labels", left_out=offer, notes=notes)

@@ -16,7 +16,7 @@ class Findings:
     Attributes:
         labels_from: for example "column 'label'", "the class folders"; None if there are no labels.
         without_labels: why there are no labels, and the option that adds some.
-        left_out: warnings about ignored data, each with the option that includes it.
+        left_out: warnings about data or digits that are ignored, or much memory, each with a remedy.
         notes: notes of minor importance, for example about other files beside the images.
     """
 

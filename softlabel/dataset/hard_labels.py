@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from softlabel.common.multi_hot import UNKNOWN
+from softlabel.common.multi_hot import UNKNOWN, Labels
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
@@ -58,6 +58,30 @@ def checked_width(width: int, class_names: tuple[str, ...] | None, *, subject: s
             f"{subject}: expected {width} class names, one for each class of a label, found {len(class_names)}; "
             "correct classes="
         )
+
+
+def check_labels_named(labels: Labels, class_names: tuple[str, ...] | None, *, subject: str) -> None:
+    """Check that labels int64 (N,) or int8 (N, C) fit the class names.
+
+    Raises:
+        DataError: they do not.
+    """
+    if labels.ndim == 2:
+        checked_width(labels.shape[1], class_names, subject=subject)
+    else:
+        checked_classes(labels.astype(np.int64, copy=False), class_names, subject=subject)
+
+
+def name_several(labels: str | None, class_names: tuple[str, ...] | None, *, subject: str) -> tuple[str, ...] | None:
+    """Return the class names where ``labels=a,b,c`` may name columns, which then are the classes.
+
+    Raises:
+        SpecError: ``classes=`` names others.
+    """
+    columns = None if labels is None else tuple(labels.split(","))
+    if columns is not None and class_names not in (None, columns):
+        raise SpecError(f"{subject}: classes= differs from the columns of labels=; leave it out")
+    return columns or class_names
 
 
 def checked_labels(labels_N: NDArray[np.int64], name: str, where: str | None = None) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.common.multi_hot import Labels, is_labelled, one_label
 from softlabel.common.spec import quote_path
 from softlabel.dataset.file_list_lines import peek_list
 from softlabel.dataset.findings import Findings, count_suffixes, some
@@ -43,7 +44,7 @@ class FolderSource(ListedSource):
         self,
         root: Path,
         paths: Sequence[str],
-        labels: NDArray[np.int64] | None = None,
+        labels: Labels | None = None,
         class_names: tuple[str, ...] | None = None,
         *,
         name: str,
@@ -62,12 +63,13 @@ class FolderSource(ListedSource):
         self._length = len(paths)
         self._labels = labels
         self.class_names = class_names
-        self.has_labels = labels is not None and bool((labels != IGNORE).any())
+        self.label_width = labels.shape[1] if labels is not None and labels.ndim == 2 else None
+        self.has_labels = labels is not None and bool(is_labelled(labels).any())
 
     def __len__(self) -> int:
         return self._length
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
         if self._labels is None:
             return np.full(stop - start, IGNORE, dtype=np.int64)
@@ -77,7 +79,7 @@ class FolderSource(ListedSource):
         samples = []
         for index in map(int, indices):
             key = self.key_at(index)
-            label = IGNORE if self._labels is None else int(self._labels[index])
+            label = IGNORE if self._labels is None else one_label(self._labels, index)
             samples.append(Sample(key=key, raw=self._bytes(key), label=label))
         return samples
 

@@ -2,18 +2,19 @@
 
     FILE.parquet[?image=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         Hugging Face image layout
-    FILE.parquet?inputs=COLUMN[,COLUMN...][&label=COLUMN|none&key=COLUMN]
-                                        a table: the numbers of these columns side by side, or one column of lists
+    FILE.parquet?inputs=COLUMN[,COLUMN...]|*[&label=COLUMN|none&labels=COLUMN,COLUMN...&key=COLUMN]
+                                        a table: the numbers of these columns side by side, or one column of lists; `*`
+                                        are all columns of numbers but key and labels. FILE.csv and .tsv likewise
     FILE.parquet?text=COLUMN[&text_pair=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         texts, or pairs of them; FILE.csv, .tsv and .jsonl likewise. A Parquet file
                                         without images whose column is called text needs no word
-    FILE.tar[?image=EXT&label=FIELD|.EXT|none&key=shard|index&classes=FILE]
+    FILE.tar[?image=EXT&label=FIELD|.EXT|none&labels=FIELD,FIELD...&key=shard|index&classes=FILE]
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
     FILE.npy[?labels=FILE.npy&keys=FILE.npy&classes=FILE]              a uint8 array
     FILE.h5?inputs=NAME[&layout=channels-first|channels-last&...]      numbers of any type and shape, with a layout
                                         images of 1 to 64 bands; FILE.npz likewise, FILE.npy with inputs=x
-    FILE.txt, .csv, .tsv or .jsonl[?root=FOLDER&image=COLUMN&label=COLUMN|none&classes=FILE]
+    FILE.txt, .csv, .tsv or .jsonl[?root=FOLDER&image=COLUMN&label=COLUMN|none&labels=COLUMN,COLUMN...&classes=FILE]
                                         a list of image files, PATH[,LABEL] a line, or columns with a heading
     FOLDER[?labels=folders|none&classes=FILE]
                                         a folder of images (see `folder.open_folder`)
@@ -38,6 +39,7 @@ from typing import Any
 from softlabel.common.spec import split_options
 from softlabel.dataset.arrays import ARRAY_SUFFIXES, ArraySource
 from softlabel.dataset.concat import SeveralSources
+from softlabel.dataset.csv_table import CsvTableSource
 from softlabel.dataset.decoding import DecodedSource, read_decoding
 from softlabel.dataset.discover import is_url, list_source
 from softlabel.dataset.file_list import open_list
@@ -118,7 +120,7 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
 def _set_decoding(source: Source, decoding: Decoding) -> Source:
     if decoding == AS_USUAL:
         return source
-    if source.kind in ("array", "digits") or source.inputs is not IMAGES:
+    if source.kind in ("array", "digits") or source.inputs != IMAGES:
         raise SpecError(f"{source.name}: exif= and bits= are for encoded images, these are numbers; leave them out")
     if isinstance(source, DatasetSource) and not decoding.upright:
         raise SpecError(f"{source.name}: exif= is for encoded images, this dataset decodes by itself; leave it out")
@@ -131,6 +133,8 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
         if is_url(name):
             raise SpecError(f"{text}: expected .parquet or .tar files behind a URL, found {suffix}; download it first")
         if os.path.isfile(name):
+            if "inputs" in options and suffix in LIST_SUFFIXES:
+                return CsvTableSource(name, options, name=text, ignore_labels=ignore_labels)
             if options.keys() & {"text", "text_pair"}:
                 return TextFileSource(name, options, name=text, ignore_labels=ignore_labels)
             open_one = open_list if suffix in LIST_SUFFIXES else ArraySource

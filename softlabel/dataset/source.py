@@ -23,6 +23,7 @@ from softlabel.inputs.image_decode import IMAGES
 BLOCK = 4096
 
 _CHUNK = 65536
+_FIRST = 100  # samples tried until one can be read
 
 
 class Source(ABC):
@@ -32,8 +33,9 @@ class Source(ABC):
     refused.
 
     Attributes:
-        kind: parquet, tar, array, list, folder, torchvision, digits or dataset.
+        kind: parquet, table, text, tar, array, list, folder, torchvision, digits or dataset.
         name: as the user wrote it.
+        resolved_name: the same as a store records it, if what the user wrote depends on the file (``inputs=*``).
         class_names: if known; label i is class_names[i].
         has_labels: whether a sample has a label.
         label_width: number of classes if a sample may have several at once, and its label is 1, 0 or -1 (unknown) for
@@ -47,6 +49,7 @@ class Source(ABC):
 
     kind: str
     name: str
+    resolved_name: str | None = None
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
     label_width: int | None = None
@@ -60,6 +63,7 @@ class Source(ABC):
     def copy_attributes(self, base: "Source") -> None:
         """Take over the attributes of a source that this one wraps."""
         self.kind, self.name, self.findings = base.kind, base.name, base.findings
+        self.resolved_name = base.resolved_name
         self.decoding, self.inputs = base.decoding, base.inputs
         self.class_names, self.has_labels, self.label_width = base.class_names, base.has_labels, base.label_width
 
@@ -234,3 +238,9 @@ class ListedSource(Source):
     def key_at(self, row: int) -> str:
         """Return the key of one sample."""
         return str(row) if self._keys is None else str(self._keys[row])
+
+
+def first_samples(source: Source) -> Iterator[Sample]:
+    """Yield the first samples one by one; a few of them say what all are like, even if some cannot be read."""
+    for index in range(min(len(source), _FIRST)):
+        yield from source.read([index])

@@ -16,6 +16,17 @@ from softlabel.inputs.base import Raw
 
 # float32 has every value of these; of the others float64 is what is hashed.
 _NARROW = frozenset({"bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"})
+_EXACT_FLOAT32, _EXACT_FLOAT64 = 2**24, 2**53  # up to these every integer is exact
+
+
+def holds_numbers(kind: pa.DataType) -> bool:
+    """Whether a column has one number in each row."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+
+
+def holds_lists(kind: pa.DataType) -> bool:
+    """Whether a column has lists of numbers, or lists of such lists."""
+    return _is_list(kind) and holds_numbers(_innermost(kind))
 
 
 def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subject: str) -> None:
@@ -26,7 +37,7 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
     """
     for name, kind in zip(names, types, strict=True):
         inner = _innermost(kind)
-        if not _is_number(inner):
+        if not holds_numbers(inner):
             raise DataError(
                 f"{subject}: column {name!r}: expected numbers or lists of numbers for inputs=, found {kind}; write it "
                 "as numbers, or leave it out"
@@ -37,6 +48,40 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
                 f"{len(names)} columns, {name!r} among them of {kind}; several arrays by name come from a dataset in "
                 "Python"
             )
+
+
+def is_wide(schema: pa.Schema, name: str) -> bool:
+    """Return whether float32 may not hold every number of a column of integers."""
+    kind = schema.field(name).type
+    return bool(pa.types.is_integer(kind)) and str(kind) not in _NARROW
+
+
+def check_integers(name: str, largest: int, subject: str) -> str | None:
+    """Check that a column of integers stays exact among floats.
+
+    Args:
+        name: of the column.
+        largest: its largest number without its sign.
+        subject: the source, for errors.
+
+    Returns:
+        A warning if float32, which most networks take, rounds some of them.
+
+    Raises:
+        DataError: float64 rounds some of them, and rows of different numbers would have one content hash.
+    """
+    remedy = "subtract a common start from them, or scale them"
+    if largest > _EXACT_FLOAT64:
+        raise DataError(
+            f"{subject}: column {name!r}: expected integers of at most 2^53, the largest that float64 holds exactly, "
+            f"found {largest}; {remedy}, or leave the column out of inputs="
+        )
+    if largest > _EXACT_FLOAT32:
+        return (
+            f"column {name!r} has integers up to {largest:,}; a network that takes float32 gets those above 2^24 "
+            f"rounded, and close ones as equal numbers; {remedy}"
+        )
+    return None
 
 
 def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[Raw]:
@@ -52,14 +97,16 @@ def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[
     """
     if _is_list(columns[0].type):
         lists = columns[0].combine_chunks()
-        return [_read_list(lists, row) for row in range(len(lists))]
+        try:
+            return list(_array_of(lists))
+        except ValueError:  # of some rows: each for itself
+            return [_read_list(lists, row) for row in range(len(lists))]
     narrow = all(str(column.type) in _NARROW for column in columns)
     table_RK = np.empty((len(columns[0]), len(columns)), np.float32 if narrow else np.float64)
     is_null_RK = np.zeros(table_RK.shape, np.bool_)
     for place, column in enumerate(columns):
         kind = pa.float32() if narrow else pa.float64()
-        # Not safe alone in that float64 rounds integers beyond 53 bits, which float32 would round anyway.
-        table_RK[:, place] = column.cast(kind, safe=False).to_numpy()
+        table_RK[:, place] = column.cast(kind).to_numpy()  # exact: see `check_integers`
         if column.null_count:
             is_null_RK[:, place] = column.is_null().to_numpy()
     rows: list[Raw] = list(table_RK)
@@ -104,7 +151,3 @@ def _innermost(kind: pa.DataType) -> pa.DataType:
     while _is_list(kind):
         kind = kind.value_type
     return kind
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))

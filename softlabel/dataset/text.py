@@ -4,30 +4,25 @@ Legend: N samples.
 """
 
 import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from softlabel.common.multi_hot import Labels, is_labelled, one_label
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import (
-    checked_classes,
-    checked_labels,
-    choose_label,
-    class_number,
-    number_classes,
-    read_classes,
-)
+from softlabel.dataset.hard_labels import check_labels_named, choose_label, name_several, number_classes, read_classes
+from softlabel.dataset.json_lines import iter_objects
+from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.suffixes import suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Raw, Sample
 from softlabel.inputs.text import TEXTS
 
-NO_TEXT = BadImageError("the row has no text")
+NO_TEXT = BadImageError("the row has no text, or one that is not valid Unicode")
 _LONGEST_FIELD = 1 << 30  # bytes: the csv module stops at 128 KiB otherwise
 
 
@@ -35,30 +30,36 @@ class TextFileSource(ListedSource):
     """Rows of a file with a heading (or JSON objects), held in memory. Keys are a column's, or the row numbers.
 
     ``?text=COLUMN`` names the texts, ``text_pair=COLUMN`` the second of each pair, ``label=COLUMN|none`` their classes,
-    as numbers, or by the names that ``classes=FILE`` lists, and ``key=COLUMN|index`` their keys.
+    as numbers, or by the names that ``classes=FILE`` lists, ``labels=COLUMN,COLUMN`` columns of several classes at
+    once, and ``key=COLUMN|index`` their keys.
     """
 
     kind = "text"
     inputs = TEXTS
-    against_equal_keys = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
+    repeated_keys_remedy = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
 
     def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name = name
-        asked = {word: options.pop(word, None) for word in ("text", "text_pair", "label", "key", "classes")}
+        asked = {word: options.pop(word, None) for word in ("text", "text_pair", "label", "labels", "key", "classes")}
         chosen = [asked["text"] or "text", *([asked["text_pair"]] if asked["text_pair"] is not None else [])]
         heading, rows = _read_table(path, name)
         ignored = ignore_labels or asked["label"] == "none"
         label, others = None if ignored else asked["label"], tuple[str, ...]()
-        if label is None and not ignored:
+        several = () if asked["labels"] is None else ask_columns(asked["labels"], asked["label"], heading, name)
+        if ignored:
+            several = ()
+        elif label is None and not several:
             names = (column for column in heading if column not in chosen)
             label, others = choose_label(names, subject=name, remedy="choose with '?label=COLUMN' or '?label=none'")
         key = None if asked["key"] == "index" else asked["key"]
         for column in (*chosen, label, key):
             if column is not None and column not in heading:
-                raise DataError(f"{name}: there is no column {column!r}; the file has {', '.join(heading)}")
+                there = f"the file has {', '.join(heading)}" if heading else "the file has no rows"
+                raise DataError(f"{name}: there is no column {column!r}; {there}")
         if asked["classes"] is not None and not ignored:
             self.class_names = read_classes(asked["classes"], subject=name)
-        numbers, labels = number_classes(self.class_names), []
+        numbers = number_classes(self.class_names)
+        labels: list[int | list[int]] = []
         texts: list[list[str | None]] = [[] for _ in chosen]
         keys: list[str] = []
         for line, row in rows:
@@ -67,44 +68,44 @@ class TextFileSource(ListedSource):
                 value = row.get(column)
                 if value is not None and not isinstance(value, str):
                     raise DataError(f"{where}: column {column!r}: expected a text, found {str(value)[:40]!r}")
-                values.append(value)
+                values.append(_valid_unicode(value))
             if key is not None:
                 keys.append(_key_of(row.get(key), f"{where}: column {key!r}"))
-            try:
-                labels.append(IGNORE if label is None else class_number(row.get(label), numbers))
-            except ValueError as error:
-                raise DataError(f"{where}: column {label!r}: {error}; or go without: '?label=none'") from None
+            labels.append(_label_of(row, label, several, numbers, where))
+        self._texts = [pa.array(values, type=pa.large_string()) for values in texts]
         try:
-            self._texts = [pa.array(values, type=pa.large_string()) for values in texts]
             self._keys = None if key is None else pa.array(keys, type=pa.large_string())
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{name}: expected valid Unicode, found {str(error.object)[:40]!r}; correct the file"
+                f"{name}: column {key!r}: expected valid Unicode, found {str(error.object)[:40]!r}; correct the file"
             ) from error
-        self._labels_N = checked_labels(np.array(labels, dtype=np.int64), name)
-        checked_classes(self._labels_N, self.class_names, subject=name)
-        self.has_labels = bool((self._labels_N != IGNORE).any())
-        self.doubtful_keys = key is not None
-        why = f"column {label!r} holds none" if label is not None else "no column sounds like labels"
+        self._labels = stack_parsed(labels, name)
+        self.label_width = self._labels.shape[1] if self._labels.ndim == 2 else None
+        self.class_names = name_several(asked["labels"] if several else None, self.class_names, subject=name)
+        check_labels_named(self._labels, self.class_names, subject=name)
+        self.has_labels = bool(is_labelled(self._labels).any())
+        self.maybe_repeated_keys = key is not None
+        columns = f"columns {', '.join(several)}" if several else None if label is None else f"column {label!r}"
+        why = "no column name suggests labels" if columns is None else f"{columns} hold{'' if several else 's'} none"
         self.findings = Findings(
-            labels_from=None if label is None else f"column {label!r}",
-            without_labels="labels are ignored, as asked" if ignored else why,
+            labels_from=columns,
+            without_labels="labels are ignored, as requested" if ignored else why,
             left_out=tuple(f"column {one!r} may hold labels too; '?label={one}' takes it" for one in others),
         )
 
     def __len__(self) -> int:
-        return len(self._labels_N)
+        return len(self._labels)
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
-        return self._labels_N[start:stop].copy()
+        return self._labels[start:stop].copy()
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         rows_B = np.asarray(indices, dtype=np.int64)
         assert not len(rows_B) or (rows_B.min() >= 0 and rows_B.max() < len(self)), (rows_B.min(), rows_B.max())
         raws = text_rows([column.take(pa.array(rows_B)) for column in self._texts])
         return [
-            Sample(key=self.key_at(row), raw=raw, label=int(self._labels_N[row]))
+            Sample(key=self.key_at(row), raw=raw, label=one_label(self._labels, row))
             for row, raw in zip(rows_B.tolist(), raws, strict=True)
         ]
 
@@ -116,6 +117,30 @@ def text_rows(columns: Sequence[Any]) -> list[Raw]:
         return [NO_TEXT if text is None else text for text in first]
     pairs = zip(first, second[0], strict=True)
     return [NO_TEXT if one is None or other is None else (one, other) for one, other in pairs]
+
+
+def _label_of(
+    row: Mapping[str, Any],
+    label: str | None,
+    several: tuple[str, ...],
+    numbers: Mapping[str, int] | None,
+    where: str,
+) -> int | list[int]:
+    try:
+        if several:
+            return parse_flags([row.get(column) for column in several], several)
+        return IGNORE if label is None else parse_label(row.get(label), numbers)
+    except ValueError as error:
+        at = "" if several else f"column {label!r}: "
+        raise DataError(f"{where}: {at}{error}; or go without: '?label=none'") from None
+
+
+def _valid_unicode(text: str | None) -> str | None:
+    """Return the text; None for half a surrogate pair, which JSON can hold: its row is a bad sample."""
+    try:
+        return text if text is None or text.encode() is not None else None
+    except UnicodeEncodeError:
+        return None
 
 
 def _key_of(value: object, where: str) -> str:
@@ -132,7 +157,7 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(_json_rows(file, path) if suffix == ".jsonl" else _rows(file, suffix, path))
+            rows = list(iter_objects(file, path, "text") if suffix == ".jsonl" else _rows(file, suffix, path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, UnicodeDecodeError) as error:
@@ -145,6 +170,8 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
 def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
     heading = next(reader, [])
+    if twice := next((column for column in heading if heading.count(column) > 1), None):
+        raise DataError(f"{path}: expected columns of different names, found {twice!r} twice; rename one")
     for cells in reader:
         if len(cells) != len(heading) and cells:
             raise DataError(
@@ -153,16 +180,3 @@ def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, di
             )
         if cells:
             yield reader.line_num, dict(zip(heading, cells, strict=True))
-
-
-def _json_rows(file: Iterable[str], path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number}: expected JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise DataError(f'{path}: line {number}: expected an object such as {{"text": ...}}, found {value!r}')
-        yield number, value

@@ -6,33 +6,35 @@ Legend: N samples.
 import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from softlabel.common.multi_hot import UNKNOWN, Labels, stack_labels
+from softlabel.common.multi_hot import Labels, stack_labels
 from softlabel.common.spec import literal
+from softlabel.dataset.dataset_items import (
+    NO_LABEL,
+    choose_item_label,
+    count_flags,
+    find_kind,
+    find_unread_texts,
+    parse_item_label,
+    split_item,
+)
 from softlabel.dataset.findings import Findings
-from softlabel.dataset.hard_labels import checked_labels, checked_multi_hot, choose_label
-from softlabel.dataset.huggingface import stored_bytes, undecoded
+from softlabel.dataset.hard_labels import checked_labels
+from softlabel.dataset.huggingface import read_integers, stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
-from softlabel.inputs.base import IGNORE, InputKind, Sample
-from softlabel.inputs.image_decode import IMAGES
-from softlabel.inputs.tensor import TENSORS
-from softlabel.inputs.text import TEXTS
+from softlabel.inputs.base import IGNORE, Sample
 
 _TRIED = 100  # items tried until one can be read
-# As Hugging Face datasets have them; a pair before its halves.
-_TEXT_NAMES = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",))
-_IMAGE_NAMES = ("image", "img", "pixel_values")
+_CHUNK = 64  # items read at once for their labels
 
 
 class DatasetSource(ListedSource):
@@ -83,30 +85,36 @@ class DatasetSource(ListedSource):
             candidates = (self._read_items([index])[0] for index in range(min(self._length, _TRIED)))
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
-            self.inputs = _find_kind(stored_bytes(_split_item(first, self.name)[0]))
+            self.inputs = find_kind(stored_bytes(split_item(first, self.name)[0]))
+        listed = self._labels is not None
+        if not ignore_labels and not listed and isinstance(first, Mapping):
+            column = read_integers(self.dataset, choose_item_label(tuple(first), self.name)[0])
+            self._labels = None if column is None else checked_labels(column, self.name)
         if ignore_labels or not self._length:
             self.has_labels = False
         elif self._labels is not None:
             self.has_labels = bool((self._labels != IGNORE).any())
         else:
-            raw = _NO_LABEL if first is None else _split_item(first, self.name)[1]
-            self.has_labels = raw is not _NO_LABEL
-            self.label_width = _count_flags(raw)
+            raw = NO_LABEL if first is None else split_item(first, self.name)[1]
+            self.has_labels = raw is not NO_LABEL
+            self.label_width = count_flags(raw)
         self.class_names = _read_class_names(dataset) if self.has_labels else None
-        self.findings = self._make_findings(ignore_labels, first)
+        self.findings = self._make_findings(ignore_labels, first, listed=listed)
 
-    def _make_findings(self, ignore_labels: bool, first: Any) -> Findings:
+    def _make_findings(self, ignore_labels: bool, first: Any, *, listed: bool) -> Findings:
+        left_out = find_unread_texts(first, self.name)
         if not self.has_labels:
-            why = "its items are only images"
+            why = f"its items are only {self.inputs.noun}"
             if isinstance(first, Mapping):
                 why = f"its items have no 'label', they have {', '.join(map(str, first))}"
-            return Findings(without_labels="labels are ignored, as requested" if ignore_labels else why)
-        if self._labels is not None:
-            return Findings(labels_from="the dataset's list of labels")
+            why = "labels are ignored, as requested" if ignore_labels else why
+            return Findings(without_labels=why, left_out=left_out)
+        if listed:
+            return Findings(labels_from="the dataset's list of labels", left_out=left_out)
         if not isinstance(first, Mapping):
             return Findings(labels_from="its items")
-        chosen, others = _choose_label(tuple(first), self.name)
-        left_out = tuple(
+        chosen, others = choose_item_label(tuple(first), self.name)
+        left_out += tuple(
             f"{other!r} of an item may be a label too; the dataset may return it alone" for other in others
         )
         return Findings(labels_from=f"{chosen!r} of its items", left_out=left_out)
@@ -141,12 +149,14 @@ class DatasetSource(ListedSource):
         start, stop = span(start, stop, self._length)
         if not self.has_labels:
             return np.full(stop - start, IGNORE, dtype=np.int64)
-        if self._labels is None and (start, stop) != (0, self._length):
-            return stack_labels([sample.label for sample in self.read(range(start, stop))], self.label_width)
-        if self._labels is None:
-            found = [self.read([index])[0].label for index in range(self._length)]
-            self._labels = stack_labels(found, self.label_width)
-        return self._labels[start:stop].copy()
+        if self._labels is not None:
+            return self._labels[start:stop].copy()
+        # In chunks, because the items of all samples may exceed memory.
+        chunks = (range(first, min(first + _CHUNK, stop)) for first in range(start, stop, _CHUNK))
+        labels = stack_labels([sample.label for chunk in chunks for sample in self.read(chunk)], self.label_width)
+        if len(labels) == self._length:
+            self._labels = labels.copy()
+        return labels
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         numbers = [int(index) for index in indices]
@@ -157,11 +167,11 @@ class DatasetSource(ListedSource):
                 # The list may have the label of an unreadable image.
                 samples.append(Sample(key=key, raw=item, label=self._known_label(index)))
                 continue
-            image, raw = _split_item(item, self.name)
+            image, raw = split_item(item, self.name)
             image = stored_bytes(image)
             if image is None:
                 image = BadImageError("the dataset returns None as its image")
-            label: Any = IGNORE if self._ignore_labels else _parse_label(raw, self.name, key, self.label_width)
+            label: Any = IGNORE if self._ignore_labels else parse_item_label(raw, self.name, key, self.label_width)
             if self._labels is not None and not np.array_equal(label, self._labels[index]):
                 raise DataError(
                     f"{self.name}: sample {key!r}: expected label {self._labels[index]} as in the dataset's list of "
@@ -234,93 +244,6 @@ def _normalise_key(key: object) -> object:
         return str(operator.index(key))  # type: ignore[arg-type]
     except TypeError:
         return key
-
-
-class _NoLabel:
-    """Marks an item without a label: None itself is an unknown label."""
-
-
-_NO_LABEL = _NoLabel()
-
-
-def _split_item(item: Any, name: str) -> tuple[Any, Any]:
-    if isinstance(item, Mapping):
-        chosen, _ = _choose_label(tuple(item), name)
-        label = _NO_LABEL if chosen is None else item[chosen]
-        holding = next((k for k in _IMAGE_NAMES if k in item), None)
-        if holding is not None:
-            return item[holding], label
-        if (texts := next((names for names in _TEXT_NAMES if all(name in item for name in names)), None)) is not None:
-            return item[texts[0]] if len(texts) == 1 else tuple(item[name] for name in texts), label
-        inputs = {key: value for key, value in item.items() if key != chosen}
-        if not inputs or not all(_is_numbers(value) and not _is_pixels(value) for value in inputs.values()):
-            raise DataError(
-                f"{name}: expected items with 'image', 'text', or arrays named like a network's inputs, found "
-                f"{', '.join(map(str, item))}"
-            )
-        return inputs, label
-    if isinstance(item, tuple | list):
-        if not item:
-            raise DataError(f"{name}: expected (image,) or (image, label), found an empty {type(item).__name__}")
-        return item[0], item[1] if len(item) > 1 else _NO_LABEL
-    return item, _NO_LABEL
-
-
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, np.ndarray | Tensor | int | float | np.number)
-
-
-def _find_kind(value: Any) -> InputKind:
-    """Return whether items are images, uint8 (H, W) or (H, W, C), or other numbers."""
-    if isinstance(value, Mapping):
-        return TENSORS
-    if isinstance(value, str | tuple):
-        return TEXTS
-    if isinstance(value, np.ndarray | Tensor):
-        return IMAGES if _is_pixels(value) else TENSORS
-    return IMAGES
-
-
-def _is_pixels(value: Any) -> bool:
-    return str(getattr(value, "dtype", "")).removeprefix("torch.") == "uint8" and value.ndim in (2, 3)
-
-
-@lru_cache(maxsize=16)  # items of one dataset have the same names
-def _choose_label(names: tuple[Any, ...], subject: str) -> tuple[str | None, tuple[str, ...]]:
-    """Return the name in a mapping that holds the label, and others that suggest labels."""
-    remedy = "return (image, label) instead, or remove the others"
-    return choose_label((name for name in names if isinstance(name, str)), subject=subject, remedy=remedy)
-
-
-def _count_flags(raw: Any) -> int | None:
-    """Count the classes of a label that is 0 or 1 for each; None for a class number."""
-    if not isinstance(raw, Tensor | np.ndarray | list | tuple):
-        return None
-    shape = np.shape(raw)
-    return shape[0] if len(shape) == 1 and shape[0] else None
-
-
-def _parse_label(raw: Any, name: str, key: str, width: int | None) -> Any:
-    if width is not None:
-        found = np.full(width, UNKNOWN) if raw is _NO_LABEL or raw is None else np.asarray(raw)
-        if found.shape != (width,):
-            raise DataError(
-                f"{name}: sample {key!r}: expected a label of {width} numbers, 0 or 1 for each class, as the first one "
-                f"has, found {type(raw).__name__} of shape {found.shape}; return such, or None where nothing is known"
-            )
-        return checked_multi_hot(found[None], name, f"sample {key!r}")[0]
-    if raw is _NO_LABEL or raw is None:
-        return IGNORE
-    try:
-        value = np.asarray(raw)
-        if value.ndim == 0 and value.dtype.kind in "iub":
-            return int(checked_labels(value.astype(np.int64)[None], name, f"sample {key!r}")[0])
-    except (TypeError, ValueError, RuntimeError):
-        pass
-    raise DataError(
-        f"{name}: sample {key!r}: expected a class number, found {type(raw).__name__}; return one as the second part "
-        "of the item (or 0 and 1 for every class, in the first item too), or ignore labels"
-    )
 
 
 def _read_class_names(dataset: Any) -> tuple[str, ...] | None:

@@ -20,14 +20,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from softlabel.dataset.hard_labels import checked_classes, checked_labels, number_classes, read_classes
+from softlabel.common.multi_hot import Labels, is_labelled, one_label
+from softlabel.dataset.hard_labels import (
+    check_labels_named,
+    checked_labels,
+    name_several,
+    number_classes,
+    read_classes,
+)
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.storage import Files
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES
 from softlabel.dataset.tarfile_internals import forget_members
 from softlabel.dataset.webdataset_labels import LABEL_BYTES, LabelMember, find_labels
 from softlabel.errors import DataError, SpecError
-from softlabel.inputs.base import IGNORE, Sample
+from softlabel.inputs.base import Sample
 
 log = logging.getLogger("softlabel")
 
@@ -72,7 +79,7 @@ class _Shard:
     keys: pa.Array
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: Labels
     without_image: tuple[str, int] | None
     others: Counter[str]
     examples: dict[str, bytes]
@@ -94,7 +101,7 @@ class TarSource(ListedSource):
 
     def __init__(self, files: Files, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name, self._files = name, files
-        asked, classes = options.get("label"), options.pop("classes", None)
+        asked, several, classes = options.get("label"), options.get("labels"), options.pop("classes", None)
         names = None if classes is None or ignore_labels else read_classes(classes, subject=name)
         wanted, key = _take_wanted(options, name, ignore_labels, names)
         shards = _scan_files(files, wanted, by_shard=key == "shard")
@@ -104,32 +111,40 @@ class TarSource(ListedSource):
         self._starts_F = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._offsets_N = np.concatenate([shard.offsets for shard in shards])
         self._bytes_N = np.concatenate([shard.sizes for shard in shards])
-        self._labels_N = checked_labels(np.concatenate([shard.labels for shard in shards]), name)
+        found = np.concatenate([shard.labels for shard in shards])
+        self._labels: Labels = found if wanted.label.fields else checked_labels(found, name)
         if key != "index":
             self._keys = pa.concat_arrays([shard.keys for shard in shards])
         _report_without_image([shard.without_image for shard in shards if shard.without_image], len(self), wanted, name)
-        self.has_labels = bool((self._labels_N != IGNORE).any())
+        self.has_labels = bool(is_labelled(self._labels).any())
+        unknown = [field for at, field in enumerate(wanted.label.fields) if not (found[:, at] >= 0).any()]
         examples = [example for shard in shards for example in shard.examples.items()]
         others = sum((shard.others for shard in shards), Counter[str]())
         first = [] if key == "index" else self.keys(0, min(len(self), _NAMES_LOOKED_AT))
-        self.findings = find_labels(wanted.label, self.has_labels, examples, others, first)
-        if asked is not None and wanted.label.extension is not None and len(self) and not self.has_labels:
+        self.findings = find_labels(wanted.label, self.has_labels, examples, others, first, unknown)
+        if (
+            (asked is not None or several is not None)
+            and wanted.label.extension is not None
+            and len(self)
+            and not self.has_labels
+        ):
             offers = "".join(f"; {offer}" for offer in self.findings.left_out)
             raise DataError(
-                f"{name}: label={asked}: {self.findings.without_labels}; by default a .cls member is the label{offers}"
+                f"{name}: {f'labels={several}' if asked is None else f'label={asked}'}: "
+                f"{self.findings.without_labels}; by default a .cls member is the label{offers}"
             )
-        if names is not None:
-            self.class_names = names
-            checked_classes(self._labels_N, self.class_names, subject=name)
+        self.label_width = len(wanted.label.fields) or None
+        self.class_names = name_several(several if wanted.label.fields else None, names, subject=name)
+        check_labels_named(self._labels, self.class_names, subject=name)
         if self._keys is not None:
             self.maybe_repeated_keys = True
 
     def __len__(self) -> int:
         return int(self._starts_F[-1])
 
-    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+    def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
-        return self._labels_N[start:stop].copy()
+        return self._labels[start:stop].copy()
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         rows_B = np.asarray(indices, dtype=np.int64)
@@ -137,8 +152,8 @@ class TarSource(ListedSource):
         numbers_B = np.searchsorted(self._starts_F, rows_B, side="right") - 1
         images = self._files.read(numbers_B, self._offsets_N[rows_B], self._bytes_N[rows_B])
         return [
-            Sample(key=self.key_at(row), raw=image, label=label)
-            for row, image, label in zip(rows_B.tolist(), images, self._labels_N[rows_B].tolist(), strict=True)
+            Sample(key=self.key_at(row), raw=image, label=one_label(self._labels, row))
+            for row, image in zip(rows_B.tolist(), images, strict=True)
         ]
 
     def blocks(self) -> list[tuple[int, int]]:
@@ -162,10 +177,10 @@ def _take_wanted(
         raise SpecError(
             f"{name}: key: expected 'shard' (the tar's name and '/' before each key) or 'index', found {key!r}"
         )
-    label, image = options.pop("label", None), options.pop("image", None)
+    label, labels, image = (options.pop(word, None) for word in ("label", "labels", "image"))
     wanted = _Wanted(
         image=image.removeprefix(".").lower() if image is not None else None,
-        label=LabelMember.asked(label, number_classes(class_names), ignored=ignore_labels),
+        label=LabelMember.asked(label, labels, number_classes(class_names), name=name, ignored=ignore_labels),
     )
     return wanted, key
 
@@ -205,15 +220,19 @@ def _scan_file(files: Files, wanted: _Wanted, number: int, *, by_shard: bool) ->
             chunk.append(prefix + group.key)
             offsets.add(image[0])
             sizes.add(image[1])
-            labels.add(IGNORE if label is None else label)
+            stored = wanted.label.none if label is None else label
+            for number_or_flag in stored if isinstance(stored, list) else [stored]:
+                labels.add(number_or_flag)
             has_label.add(label is not None)
             if len(chunk) == _Numbers.CHUNK:
                 keys.append(_make_keys(chunk, where))
                 chunk = []
         keys.append(_make_keys(chunk, where))
-        all_keys, labels_N = pa.concat_arrays(keys), labels.array()
+        all_keys, found = pa.concat_arrays(keys), labels.array()
+        classes = len(wanted.label.fields)
+        labels_N: Labels = found.astype(np.int8).reshape(-1, classes) if classes else found
         lost -= late.join(all_keys, labels_N, has_label.array().astype(np.bool_))
-        unknown = wanted.label.extension is not None and not (labels_N != IGNORE).any()
+        unknown = wanted.label.extension is not None and not is_labelled(labels_N).any()
         examples = {extension: _read_head(file, place) for extension, place in first.items()} if unknown else {}
     return _Shard(
         keys=all_keys,
@@ -296,8 +315,8 @@ def _find_image(group: _Group, wanted: _Wanted, where: str) -> tuple[int, int] |
     return group.members[images[0]] if images else None
 
 
-def _find_label(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) -> int | None:
-    """Return the label in the members of a sample, -100 for unlabelled; None without a label member."""
+def _find_label(file: BinaryIO, group: _Group, wanted: LabelMember, where: str) -> int | list[int] | None:
+    """Return the label in the members of a sample (see `LabelMember.parse`); None without a label member."""
     place = group.members.get(wanted.extension) if wanted.extension is not None else None
     if place is None:
         return None
@@ -310,13 +329,13 @@ class _LateLabels:
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._labels: dict[str, int] = {}
+        self._labels: dict[str, int | list[int]] = {}
 
-    def add(self, key: str, label: int) -> None:
+    def add(self, key: str, label: int | list[int]) -> None:
         if self._labels.setdefault(key, label) != label:
             raise DataError(f"{self._where}: {key} has two labels, {self._labels[key]} and {label}; keep one")
 
-    def join(self, keys: pa.Array, labels_N: NDArray[np.int64], has_label_N: NDArray[np.bool_]) -> int:
+    def join(self, keys: pa.Array, labels_N: Labels, has_label_N: NDArray[np.bool_]) -> int:
         """Set the labels of their samples in place; return how many."""
         if not self._labels:
             return 0
@@ -325,7 +344,7 @@ class _LateLabels:
             label = self._labels.get(str(key))
             if label is None:
                 continue
-            if has_label_N[place] and labels_N[place] != label:
+            if has_label_N[place] and np.any(labels_N[place] != label):
                 raise DataError(f"{self._where}: {key} has two labels, {labels_N[place]} and {label}; keep one")
             labels_N[place] = label
             joined += 1

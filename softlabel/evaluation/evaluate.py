@@ -17,7 +17,7 @@ from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
 from softlabel.common.spec import parse_spec
-from softlabel.dataset import Source, open_source, report_source, require_samples
+from softlabel.dataset import Source, first_samples, open_source, report_source, require_samples
 from softlabel.errors import MismatchError
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.evaluation.multi_label import MultiLabelTotals
@@ -27,6 +27,7 @@ from softlabel.inputs.transforms import default_transform
 from softlabel.loader import Batch, Missing, SoftLabelLoader
 from softlabel.models import RunModel, read_run
 from softlabel.models.precision import Precision
+from softlabel.models.program import Program
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
@@ -77,7 +78,7 @@ def evaluate(
     if isinstance(model, nn.Module):
         module = model
         if preprocessing is None:
-            preprocessing = default_transform(source.inputs)
+            preprocessing = default_transform(source.inputs, first_samples(source))
     else:
         spec = spec_of(model)
         module, own = build_network(spec, source.inputs.name, precision)
@@ -85,6 +86,8 @@ def evaluate(
     report_source(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
     activation = _choose_activation(activation, None if isinstance(model, nn.Module) else spec, source, store)
+    if isinstance(module, Program):
+        module.activation = activation
 
     def measured(store: Store | None) -> Evaluation:
         loader = SoftLabelLoader(
@@ -193,9 +196,15 @@ def _choose_activation(asked: Activation | None, spec: str | None, source: Sourc
     if len({what for _, what in known}) > 1:
         listed = ", ".join(f"{who} says {what}" for who, what in known)
         raise MismatchError(f"model: expected one kind of outputs, found {listed}; compare it with labels of its kind")
-    if known:
-        return known[0][1]
-    return "softmax" if source.label_width is None else "sigmoid"
+    if not known:
+        return "softmax" if source.label_width is None else "sigmoid"
+    who, activation = known[0]
+    if activation == "softmax" and source.label_width is not None and source.has_labels:
+        raise MismatchError(
+            f"labels: {source.name} has several classes at once, {who} says softmax; measure it on labels of one class "
+            "each"
+        )
+    return activation
 
 
 def _read_run_of(spec: str) -> RunModel | None:

@@ -6,6 +6,7 @@ held in memory: 9 bytes a sample and class.
 Legend: B batch, C classes, N samples.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -154,6 +155,9 @@ def _measure_labels(logits_NC: NDArray[np.float32], labels_NC: NDArray[np.int8])
     known_NC = labels_NC >= 0
     if not known_NC.any():
         return {"cross_entropy": None, "calibration_error": None}
+    if np.isnan(logits_NC[known_NC]).any():  # of a run that diverged: scikit-learn refuses it
+        named = ("cross_entropy", "calibration_error", "mean_average_precision", "auroc", "f1_micro", "f1_macro")
+        return dict.fromkeys(named, math.nan)
     precisions, areas, scores = [], [], []
     for known_N, logits_N, labels_N in zip(known_NC.T, logits_NC.T, labels_NC.T, strict=True):
         y, z = labels_N[known_N], logits_N[known_N]

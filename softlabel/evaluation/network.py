@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.device import out_of_memory
 from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source
 from softlabel.errors import MismatchError, TeacherError
 from softlabel.inputs.base import Inputs, InputTransform
+from softlabel.inputs.transforms import describe_failure
 from softlabel.loader import Batch
 from softlabel.models import build_model, refuse_precision, refuse_random
 from softlabel.models.precision import Precision, computing, ieee_float32
@@ -55,11 +57,17 @@ def compute_logits(
 
     Raises:
         TeacherError: the answer is not logits.
-        MismatchError: the model's classes are not those of the source.
+        MismatchError: the model's classes are not those of the source, or it does not take the samples.
     """
     inputs = preprocessing.finish(Inputs.of(batch.inputs))
     with computing(precision, device):
-        logits_BC = inputs.call(model)
+        try:
+            logits_BC = inputs.call(model)
+        except Exception as error:  # user code, or samples that it was not made for
+            if out_of_memory(error):
+                raise
+            why = describe_failure(preprocessing, inputs, error, network="model")
+            raise MismatchError(f"model: {why}") from error
     if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
         raise TeacherError(f"model: expected logits (B, C), found {getattr(logits_BC, 'shape', type(logits_BC))}")
     names = source.class_names if source.has_labels else None

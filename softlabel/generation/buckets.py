@@ -13,6 +13,10 @@ from torch import Tensor
 
 from softlabel.inputs.base import Inputs, InputTransform
 
+_PASS_ON_CPU = 512  # positions, such as tokens, of all samples of a pass
+_PASS_ROWS_ON_CPU = 32
+_UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Piece:
@@ -65,3 +69,24 @@ def put_back(answers: Sequence[Tensor], pieces: Sequence[Piece], sizes: Sequence
     found_NC = torch.cat([answer_BC[: len(piece.rows)] for answer_BC, piece in zip(answers, pieces, strict=True)])
     order_N = torch.from_numpy(np.argsort(np.concatenate([piece.rows for piece in pieces])))
     return list(torch.split(found_NC[order_N.to(found_NC.device)], list(sizes)))
+
+
+def count_pass_rows(device: torch.device, batch_size: int, bucket: int) -> int:
+    """Return how many samples of a length make a forward pass.
+
+    On a CPU fewer than a batch: a small pass is as fast for each position, and every length ends with a pass that is
+    filled up.
+    """
+    if device.type == "cuda":
+        return batch_size
+    return max(1, min(batch_size, _PASS_ROWS_ON_CPU, _PASS_ON_CPU // bucket))
+
+
+def count_bytes(transform: InputTransform) -> int:
+    """Return the most bytes of one sample of a batch."""
+    example = transform.example(1)
+    if example is None:
+        return _UNKNOWN_BYTES
+    if not transform.buckets:
+        return example.nbytes
+    return example.nbytes * transform.buckets[-1] // int(transform.bucket_of(example)[0])

@@ -307,7 +307,8 @@ def find_stacks(
 
 def _describe_architecture(teacher: Teacher) -> object:
     example, state = teacher.preprocessing.example(1), teacher.model.state_dict()
-    if example is None or not state:  # variable sizes, or not a torch module: cannot be stacked
+    # Variable sizes, several lengths, or not a torch module: cannot be stacked.
+    if example is None or not state or teacher.preprocessing.buckets:
         return id(teacher)
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items())
     return type(teacher.model), repr(teacher.model), example.shapes, shapes

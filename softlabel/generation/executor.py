@@ -47,9 +47,12 @@ class LocalExecutor:
                 with progress.spend("writing"):
                     writer.write(shard)
                 progress.add_shard(
-                    rows=len(shard.rows.keys), bad=shard.bad, correct=shard.correct, labelled=shard.labelled
+                    rows=len(shard.rows.keys),
+                    bad=shard.bad,
+                    correct=shard.correct,
+                    labelled=shard.labelled,
+                    truncated=shard.truncated,
                 )
-                progress.truncated += shard.truncated
 
     def complete(self, shard: LabelledShard) -> LabelledShard:
         """Return the shard to write; a subclass may add to it."""

@@ -137,7 +137,7 @@ def load_job(
     reader = InputReader(source=source, transforms=members.transforms, views=Views.of(run))
     size = size or find_batch_size(members, reader, tuning)
     now = {
-        "data": source.name,
+        "data": source.resolved_name or source.name,
         **({"decoding": source.decoding.to_dict()} if source.decoding.to_dict() else {}),
         "teachers": [teacher.spec.text for teacher in loaded],
         "device": str(device),

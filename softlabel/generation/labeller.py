@@ -28,7 +28,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT, Labels, is_labelled, to_multi_hot
 from softlabel.dataset import Source
 from softlabel.errors import DataError, TeacherError
-from softlabel.generation.buckets import Piece, cut_into_pieces, put_back
+from softlabel.generation.buckets import Piece, count_bytes, count_pass_rows, cut_into_pieces, put_back
 from softlabel.generation.config import BadImagePolicy
 from softlabel.generation.ensemble import Members
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
@@ -46,9 +46,6 @@ from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
 _MOST_REGROUPED = 1 << 15  # samples of a window
-_PASS_ON_CPU = 512  # positions, such as tokens, of all samples of a pass
-_PASS_ROWS_ON_CPU = 32
-_UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +145,8 @@ class Lane:
         return [[columns[member][place] for member in sorted(columns)] for place in range(len(batches))]
 
     def pass_rows(self, bucket: int) -> int:
-        """Return how many samples of a length make a forward pass.
-
-        On a CPU fewer than a batch: a small pass is as fast for each position, and every length ends with a pass that
-        is filled up.
-        """
-        if self.members.device.type == "cuda":
-            return self.batch_size
-        return max(1, min(self.batch_size, _PASS_ROWS_ON_CPU, _PASS_ON_CPU // bucket))
+        """Return how many samples of a length make a forward pass."""
+        return count_pass_rows(self.members.device, self.batch_size, bucket)
 
     def share_filled(self, batch: DecodedBatch) -> float:
         """Of what is computed for a batch alone, the share that is its samples': long runs fill nearly all of it."""
@@ -170,15 +161,16 @@ class Lane:
         inputs = [batch.inputs[number] for batch in batches]
         return cut_into_pieces(self.members.transforms[number], inputs, self.pass_rows) if inputs else []
 
-    def scaled_logits(self, batch: DecodedBatch) -> Tensor:
-        """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, on the device.
+    def scaled_logits(self, *batches: DecodedBatch) -> list[Tensor]:
+        """Return combined scaled logits float32 (B, C), or (B, M, C) if members are kept, of each batch, on the device.
 
         Raises:
             TeacherError: a member's logits are not finite.
         """
-        (logits_MBC,) = self.logits([batch])
-        self.check_finite(_find_wrong(logits_MBC, self.run.activation).cpu().numpy(), batch.keys)
-        return self.combine(logits_MBC)
+        found = self.logits(batches)
+        for batch, logits_MBC in zip(batches, found, strict=True):
+            self.check_finite(_find_wrong(logits_MBC, self.run.activation).cpu().numpy(), batch.keys)
+        return [self.combine(logits_MBC) for logits_MBC in found]
 
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
         """Return scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
@@ -312,16 +304,15 @@ class Labeller:
     def batches_together(self, plan: ShardPlan) -> int:
         """Return how many batches of a shard a lane labels at once: one, or as many as fit in memory if members run in
         turn or samples are regrouped by length."""
+        if not (self.members.has_buckets or self.members.in_turn):
+            return 1
+        fitting = max(1, _KEPT_BYTES // (self.batch_size * sum(map(count_bytes, self.reader.transforms))))
         if self.members.has_buckets:
             # Equal windows for the lanes, as large as possible: each length of a window has one batch that is not full.
             rows, (lanes, _) = plan.stop - plan.start, self.tuning.lanes(self.members.device)
-            windows = lanes * math.ceil(rows / _MOST_REGROUPED)
+            windows = lanes * math.ceil(rows / min(_MOST_REGROUPED, fitting * self.batch_size))
             return math.ceil(rows / (self.batch_size * windows))
-        if not self.members.in_turn:
-            return 1
-        examples = [transform.example(1) for transform in self.reader.transforms]
-        sizes = [_UNKNOWN_BYTES if one is None else one.nbytes for one in examples]
-        return max(1, _KEPT_BYTES // (self.batch_size * sum(sizes)))
+        return fitting
 
 
 def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels], progress: Progress) -> LabelledShard:

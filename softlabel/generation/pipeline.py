@@ -172,8 +172,11 @@ def _run_lanes(
 
 
 def _pin_batch(batch: DecodedBatch, labeller: Labeller) -> DecodedBatch:
-    """Copy a batch to page-locked memory for a GPU; members in turn hold too many batches for this."""
-    if labeller.members.device.type == "cpu" or labeller.members.in_turn:
+    """Copy a batch to page-locked memory for a GPU, or, where many are held at once, out of the memory that a process
+    shares: each of its tensors holds a file descriptor."""
+    if labeller.members.in_turn or labeller.members.has_buckets:
+        return replace(batch, inputs=tuple(inputs.map(torch.clone) for inputs in batch.inputs))
+    if labeller.members.device.type == "cpu":
         return batch
     return replace(batch, inputs=pin(batch.inputs))
 

@@ -108,13 +108,14 @@ class Progress:
             )
             self._bar.update(images)
 
-    def add_shard(self, *, rows: int, bad: Sequence[BadRow], correct: int, labelled: int) -> None:
+    def add_shard(self, *, rows: int, bad: Sequence[BadRow], correct: int, labelled: int, truncated: int = 0) -> None:
         """Count a written shard; `count` counts its images."""
         with self._lock:
             self.shards += 1
             self.rows += rows
             self.correct += correct
             self.labelled += labelled
+            self.truncated += truncated
             self.first_bad = self.first_bad or (bad[0] if bad else None)
 
     def pace(self) -> Pace:

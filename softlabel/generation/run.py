@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from softlabel.common.places import absolute_source, absolute_spec
 from softlabel.dataset import Source
-from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.generation.executor import Executor, LocalExecutor
 from softlabel.generation.growth import History, check_same_data, recorded_there
@@ -63,7 +63,11 @@ class GenerationRun:
         missing = self.committer.missing()
         if not missing:
             return None
-        self.job, found = check_run(self.job, self.committer.url, missing)
+        try:
+            self.job, found = check_run(self.job, self.committer.url, missing)
+        except SoftLabelError:
+            self.committer.withdraw()
+            raise
         self._bare_rate = found.bare_rate
         return found
 
@@ -132,6 +136,7 @@ def label_missing(
     executor: Executor | None = None,
     progress: bool | None = None,
     bare_rate: float | None = None,
+    name: str | None = None,
 ) -> GenerateSummary:
     """Label and commit the missing shards of a store, and complete it.
 
@@ -141,12 +146,13 @@ def label_missing(
         executor: labels the shards; None: in this process.
         progress: show a bar; None: if standard error is a terminal.
         bare_rate: images/s of the teachers alone, for the summary.
+        name: of the store in messages; None: its URL.
 
     Raises:
         DataError: no sample could be labelled, in this call or before.
     """
     executor = executor or LocalExecutor()
-    run, missing, out = committer.run, committer.missing(), committer.url
+    run, missing, out = committer.run, committer.missing(), name or committer.url
     before = committer.manifest.totals.rows
     left = sum(plan.stop - plan.start for plan in missing)
     total = run.dataset.rows * run.views.count

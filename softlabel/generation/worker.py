@@ -89,6 +89,7 @@ class Outcome:
         died: whether the shard killed a separate process.
         fatal: whether the whole run must stop.
         correct, labelled: images whose top class is the hard label, and images with a hard label.
+        truncated: rows of samples longer than a teacher takes.
         seconds: duration.
         worker: address of the worker.
     """
@@ -101,6 +102,7 @@ class Outcome:
     fatal: bool = False
     correct: int = 0
     labelled: int = 0
+    truncated: int = 0
     seconds: float = 0.0
     worker: str = ""
 
@@ -182,6 +184,7 @@ def _label_and_write(job: Job, request: Request, number: int, keys: str, started
         record=record,
         correct=shard.correct,
         labelled=shard.labelled,
+        truncated=shard.truncated,
         seconds=time.monotonic() - started,
         worker=worker,
     )

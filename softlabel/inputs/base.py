@@ -17,6 +17,7 @@ from torch import Tensor
 from softlabel.errors import BadImageError
 
 IGNORE = -100  # label of an unlabelled sample
+_SINGLE = "x"  # name of the only tensor of a sample
 
 
 # One text, or a pair of them.
@@ -28,6 +29,8 @@ Raw: TypeAlias = bytes | Text | Image.Image | NDArray[Any] | Tensor | Mapping[st
 Item: TypeAlias = Tensor | dict[str, Tensor] | Text
 # In the shape that a network takes.
 Fitted: TypeAlias = Tensor | dict[str, Tensor]
+# Its shape and type, by the name of each tensor.
+Form: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 # Decoded, uint8: (B, 3, H, W), or B of (3, H, W) of any sizes.
 Images: TypeAlias = Tensor | Sequence[Tensor]
 
@@ -92,7 +95,7 @@ class Inputs:
     @classmethod
     def single(cls, tensor: Tensor) -> Self:
         """The only input of a network; its name does not matter."""
-        return cls({"x": tensor})
+        return cls({_SINGLE: tensor})
 
     @classmethod
     def of(cls, plain: "Tensor | Mapping[str, Tensor]") -> Self:
@@ -123,6 +126,11 @@ class Inputs:
         return tuple(tuple(tensor.shape[1:]) for tensor in self.tensors.values())
 
     @property
+    def form(self) -> Form:
+        """Of each sample; see `form_of`."""
+        return {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.tensors.items()}
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -131,16 +139,12 @@ class Inputs:
         return type(self)({name: change(tensor) for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device) -> Self:
-        """On a device, without waiting; batches of images channels-last, as convolutions take them fastest."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True, memory_format=_layout(tensor)))
-
-    def contiguous(self) -> Self:
-        """In the layout of `to`."""
-        return self.map(lambda tensor: tensor.contiguous(memory_format=_layout(tensor)))
+        """On a device, without waiting, in the same memory layout."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def padded(self, batch_size: int) -> Self:
-        """Filled up with zeros to a batch of this size, in the layout of a whole batch: another one could be computed
-        in another way."""
+        """Filled up with zeros to a batch of this size, in the same memory layout: another one could be computed in
+        another way."""
         return self if len(self) == batch_size else self.map(lambda tensor: _pad(tensor, batch_size))
 
     def call(self, network: Callable[..., Any]) -> Any:
@@ -154,18 +158,18 @@ class Inputs:
         return cls({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-
-
 def _pad(tensor: Tensor, batch_size: int) -> Tensor:
-    shape = (batch_size, *tensor.shape[1:])
-    whole = torch.zeros(shape, dtype=tensor.dtype).contiguous(memory_format=_layout(tensor))
+    is_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last and not tensor.is_contiguous() else torch.contiguous_format
+    whole = torch.zeros((batch_size, *tensor.shape[1:]), dtype=tensor.dtype).contiguous(memory_format=layout)
     whole[: len(tensor)] = tensor
     return whole
 
 
-_ONLY: dict[type, Any] = {}  # kind -> its only object
+def form_of(item: Fitted) -> Form:
+    """Return the shape and type of a fitted sample, by the name of each tensor."""
+    tensors = {_SINGLE: item} if isinstance(item, Tensor) else item
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 class InputKind(ABC):
@@ -188,11 +192,12 @@ class InputKind(ABC):
         """Whether views of its samples may have a step."""
         return cls.view_steps is None or step in cls.view_steps
 
-    def __new__(cls, *args: Any, **named: Any) -> Self:
-        """One object of each kind without parameters, in every process: kinds are compared by identity."""
-        if args or named:
-            return super().__new__(cls)
-        return _ONLY.setdefault(cls, super().__new__(cls))  # type: ignore[no-any-return]
+    def __eq__(self, other: object) -> bool:
+        """Whether both treat samples alike, also after a trip to another process: one class, equal attributes."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     @abstractmethod
     def decode(self, sample: Sample) -> tuple[Item, int]:
@@ -212,6 +217,8 @@ class InputTransform(ABC):
     """How one network takes a sample: brought to its shape on the host, one by one, and finished on the device."""
 
     kind: ClassVar[str]
+    # Of the network's weights. Convolutions are fastest channels-last, other networks may depend on the order of axes.
+    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     # What a user can do where a network does not take the samples as they come out.
     remedy: ClassVar[str]
 

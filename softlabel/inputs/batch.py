@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError
-from softlabel.inputs.base import Fitted, InputKind, Inputs, InputTransform, Item, Sample
+from softlabel.inputs.base import Fitted, Form, InputKind, Inputs, InputTransform, Item, Sample, form_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,7 +66,7 @@ def collate_samples(
     *,
     network: str,
     fixed: bool = False,
-    shape: tuple[int, ...] | None = None,
+    form: Form | None = None,
 ) -> tuple[tuple[Inputs, ...], dict[int, str]]:
     """Bring decoded samples to one shape, once for each transform, and collate them.
 
@@ -76,44 +76,67 @@ def collate_samples(
         transforms: each fits the sample itself, never what another one left of it.
         network: what takes them, "teacher" or "student", for the message.
         fixed: they are views of one size, whose crop was chosen with the view (`InputTransform.fit`).
-        shape: that each must come out with; None: that of the first.
+        form: that each must come out with (`form_of`); None: that of the first.
 
     Returns:
         A batch for each transform, none where no sample fits; and place -> reason of the samples that do not fit one
         of the transforms, which are in none of the batches.
 
     Raises:
-        DataError: samples come out with different shapes.
+        DataError: samples come out with different shapes or types, or are nothing that a transform takes.
     """
-    if isinstance(items, Tensor) and (shape is None or items.shape[1:] == shape):
+    if isinstance(items, Tensor) and form in (None, form_of(items[0])):
         first = items[0]
-        if all(transform.fit(first, fixed=fixed) is first for transform in transforms):
+        if all(_fit(one, first, keys[0], network=network, fixed=fixed) is first for one in transforms):
             return (Inputs.single(items),) * len(transforms), {}
     batches: list[list[Fitted]] = [[] for _ in transforms]
     failed: dict[int, str] = {}
     for place, item in enumerate(items):
         try:
-            fitted = [transform.fit(item, fixed=fixed) for transform in transforms]
+            fitted = [_fit(one, item, keys[place], network=network, fixed=fixed) for one in transforms]
         except BadImageError as error:
             failed[place] = str(error)
             continue
         for transform, batch, one in zip(transforms, batches, fitted, strict=True):
-            expected = shape or shape_of(batch[0] if batch else one)
-            if shape_of(one) != expected:
-                raise DataError(
-                    f"sample {keys[place]!r}: expected {transform.describe(expected)} like those before it, found "
-                    f"{transform.describe(shape_of(one))}; {transform.remedy.format(network=network)}"
-                )
+            _check_form(form_of(one), form or form_of(batch[0] if batch else one), keys[place], transform, network)
             batch.append(one)
     pairs = zip(transforms, batches, strict=True)
     return tuple(transform.collate(batch) for transform, batch in pairs if batch), failed
 
 
-def shape_of(item: Fitted) -> tuple[Any, ...]:
-    """Of a decoded sample; of several arrays, each behind its name."""
-    if isinstance(item, Tensor):
-        return item.shape
-    return tuple((name, *tensor.shape) for name, tensor in item.items())
+def _fit(transform: InputTransform, item: Item, key: str, *, network: str, fixed: bool) -> Fitted:
+    try:
+        return transform.fit(item, fixed=fixed)
+    except BadImageError:
+        raise
+    except DataError as error:
+        raise DataError(f"sample {key!r} for the {network}: {error}") from error
+
+
+def _check_form(found: Form, expected: Form, key: str, transform: InputTransform, network: str) -> None:
+    """Raise DataError where a sample has another shape or type: stacking would convert it by its neighbours."""
+    if found == expected:
+        return
+    shapes = [_shape_of(form) for form in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"sample {key!r}: expected {transform.describe(shapes[0])} like those before it, found "
+            f"{transform.describe(shapes[1])}; {transform.remedy.format(network=network)}"
+        )
+    name = next(name for name in expected if found[name] != expected[name])
+    types = [str(form[name][1]).removeprefix("torch.") for form in (expected, found)]
+    where = f"{name!r} of " if len(expected) > 1 else ""
+    raise DataError(
+        f"sample {key!r}: expected {where}{types[0]} like those before it, found {types[1]}; "
+        "give all samples one type, such as float32"
+    )
+
+
+def _shape_of(form: Form) -> tuple[Any, ...]:
+    """The shape of a single tensor; of several, each behind its name."""
+    if len(form) == 1:
+        return next(iter(form.values()))[0]
+    return tuple((name, *shape) for name, (shape, _) in sorted(form.items()))
 
 
 def refuse_failed(failed: dict[int, str], keys: Sequence[str], *, name: str) -> None:

@@ -65,13 +65,23 @@ def changed_content(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> 
     return found
 
 
-def why_not_comparable(now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64]) -> str | None:
-    """Return why the first incomparable pair of hashes (B,) is so; None if all readable images can be compared."""
+def why_not_comparable(
+    now_B: NDArray[np.uint64], stored_B: NDArray[np.uint64], *, kinds: tuple[str, str] | None = None
+) -> str | None:
+    """Return why the first incomparable pair of hashes (B,) is so; None if all readable samples can be compared.
+
+    Args:
+        now_B: hashes of samples that are given.
+        stored_B: hashes of those that were labelled.
+        kinds: names of the kinds of both, in this order, where they may differ.
+    """
     places = np.flatnonzero((now_B != 0) & ~comparable(now_B, stored_B))
     if not len(places):
         return None
     if not stored_B[places[0]]:
         return "it was labelled without a content hash"
+    if kinds is not None and kinds[0] != kinds[1]:
+        return f"samples of kind {kinds[1]} were labelled, these are of kind {kinds[0]}"
     labelled, given = ("pixels", "files") if _is_of_pixels(stored_B[places[:1]])[0] else ("files", "pixels")
     return f"it was labelled from {labelled}, these are {given}"
 

@@ -41,6 +41,7 @@ class Preprocessing(InputTransform):
     """
 
     kind: ClassVar[str] = "image"
+    memory_format: ClassVar[torch.memory_format] = torch.channels_last
     remedy: ClassVar[str] = "give the {network} the size that it needs, such as '?resize=256&crop=224'"
 
     mean: tuple[float, ...] = _IMAGENET_MEAN
@@ -182,8 +183,8 @@ class Preprocessing(InputTransform):
         return Inputs.single(stack_images(items))  # type: ignore[arg-type]
 
     def finish(self, inputs: Inputs) -> Inputs:
-        """See `normalize`."""
-        return inputs.map(self.normalize)
+        """See `normalize`; channels-last in memory."""
+        return inputs.map(lambda tensor: self.normalize(tensor).contiguous(memory_format=self.memory_format))
 
     def example(self, rows: int) -> Inputs | None:
         """A black image, one that is half white, and random ones."""

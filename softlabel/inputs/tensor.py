@@ -23,7 +23,8 @@ _MOST_BANDS = 64
 class TensorKind(InputKind):
     """Numbers of any shape, or several arrays by the names of a network's inputs.
 
-    Floats of every width, bools and unsigned bytes become float32; other integers int64, as class and token ids are.
+    Floats, bools and unsigned bytes become float32, but float64 stays until the transform of a network; other integers
+    become int64, as class and token ids are.
     """
 
     name: ClassVar[str] = "tensor"
@@ -57,9 +58,10 @@ class TensorKind(InputKind):
 
 
 class BandsKind(InputKind):
-    """Images of 1 to 64 channels: arrays (C, H, W) of uint8, uint16 or floats.
+    """Images of 1 to 64 channels: arrays (C, H, W) of 8 or 16 bits, or floats.
 
-    uint8 stays as it is; uint16 becomes float32 from 0 to 1, floats are taken as they are.
+    uint8 stays as it is; uint16 becomes float32 from 0 to 1; int8, int16 and floats have no agreed range and become
+    float32 as they are.
     """
 
     name: ClassVar[str] = "image"
@@ -78,11 +80,15 @@ class BandsKind(InputKind):
                 f"expected an image of shape (C, H, W) with 1 to {_MOST_BANDS} channels C, found {array.shape}; say "
                 "where they are with '?layout=channels-first' or '?layout=channels-last'"
             )
+        check_bands(array.dtype)
+        content = hash_array(array)
         if array.dtype == np.uint8:
-            return torch.from_numpy(np.array(array)), hash_array(array)
+            return torch.from_numpy(np.array(array)), content
         if array.dtype == np.uint16:
-            return torch.from_numpy(array.astype(np.float32) / 65535), hash_array(array)
-        return _decode(array, None), hash_array(array)
+            return torch.from_numpy(array.astype(np.float32) / 65535), content
+        if array.dtype.kind == "f":
+            _check_finite(array, None)
+        return torch.from_numpy(_narrow(array, None)), content
 
     def content_hash(self, raw: Raw) -> int | None:
         """Of type, shape and values."""
@@ -92,7 +98,21 @@ class BandsKind(InputKind):
 TENSORS, BANDS = TensorKind(), BandsKind()
 
 
+def check_bands(dtype: np.dtype[Any]) -> None:
+    """Check the type of images of many bands.
+
+    Raises:
+        DataError: integers of more than 16 bits.
+    """
+    if dtype.kind in "iu" and dtype.itemsize > 2:
+        raise DataError(
+            f"expected images of uint8, uint16, int8, int16 or floats, found {dtype}; store them as one of these, as "
+            "float32 if nothing else holds their values"
+        )
+
+
 def _array_of(value: Any) -> NDArray[Any]:
+    """In the byte order of this machine."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         # NumPy has no bfloat16; float32 has the same values.
@@ -103,19 +123,41 @@ def _array_of(value: Any) -> NDArray[Any]:
             f"expected an array or tensor of numbers, found {type(value).__name__} of type {array.dtype}; let the "
             "dataset return numbers"
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _decode(array: NDArray[Any], name: object) -> Tensor:
     if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            where = "" if name is None else f" in {name!r}"
-            found = "NaN" if np.isnan(array).any() else "an infinite number"
-            raise BadImageError(f"{found}{where} at {_first_place(~np.isfinite(array))}")
-        return torch.from_numpy(array.astype(np.float32))
+        _check_finite(array, name)
+        # float32 of every network but those that take float64: `TensorTransform.fit`.
+        return torch.from_numpy(array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32))
     if array.dtype.kind == "b" or array.dtype == np.uint8:
         return torch.from_numpy(array.astype(np.float32))
+    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise DataError(
+            f"expected integers below 2^63{_describe_name(name)}, found {array.max()}; store them as int64 or floats"
+        )
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _check_finite(array: NDArray[Any], name: object) -> None:
+    if not np.isfinite(array).all():
+        found = "NaN" if np.isnan(array).any() else "an infinite number"
+        raise BadImageError(f"{found}{_describe_name(name)} at {_first_place(~np.isfinite(array))}")
+
+
+def _narrow(array: NDArray[Any], name: object) -> NDArray[np.float32]:
+    """Finite numbers as float32; raises BadImageError where one is beyond its range."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32)
+    if array.dtype.itemsize > 4 and not (finite := np.isfinite(narrow)).all():
+        found = array[~finite].flat[0]
+        raise BadImageError(f"{found:g}{_describe_name(name)} at {_first_place(~finite)}, beyond the range of float32")
+    return narrow
+
+
+def _describe_name(name: object) -> str:
+    return "" if name is None else f" in {name!r}"
 
 
 def _first_place(wrong: NDArray[np.bool_]) -> str:
@@ -130,6 +172,7 @@ class TensorTransform(InputTransform):
     Attributes:
         mean, std: one number for each place of the first axis (channels, or the columns of a table), or a single one;
             None: the numbers as they are.
+        keep_float64: the network takes float64; False: float64 becomes float32.
     """
 
     kind: ClassVar[str] = "tensor"
@@ -137,6 +180,7 @@ class TensorTransform(InputTransform):
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    keep_float64: bool = False
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -146,8 +190,8 @@ class TensorTransform(InputTransform):
 
     @property
     def shape(self) -> Hashable:
-        """Samples are taken as they come: all members share one batch."""
-        return self.kind
+        """Samples are taken as they come: all members that take the same floats share one batch."""
+        return self.kind, self.keep_float64
 
     @property
     def norm(self) -> Hashable:
@@ -160,9 +204,10 @@ class TensorTransform(InputTransform):
         return False
 
     def fit(self, item: Item, *, fixed: bool = False) -> Fitted:
-        """The sample itself.
+        """The sample itself, float64 as float32 (see `keep_float64`).
 
         Raises:
+            BadImageError: a number is beyond the range of float32.
             DataError: it has another number of channels than mean and std, or several arrays.
         """
         if isinstance(item, str | tuple):
@@ -174,7 +219,9 @@ class TensorTransform(InputTransform):
                 raise DataError(
                     f"expected {len(self.mean)} channels, as mean= has numbers, found shape {tuple(item.shape)}"
                 )
-        return item
+        if self.keep_float64:
+            return item
+        return _as_float32(item, None) if isinstance(item, Tensor) else {k: _as_float32(v, k) for k, v in item.items()}
 
     def collate(self, items: Sequence[Fitted]) -> Inputs:
         """Stacked, by name where there are several arrays."""
@@ -184,12 +231,13 @@ class TensorTransform(InputTransform):
         return Inputs({name: torch.stack([item[name] for item in items]) for name in first})  # type: ignore[index]
 
     def finish(self, inputs: Inputs) -> Inputs:
-        """``(x - mean) / std``, float32."""
+        """``(x - mean) / std``, float32; float64 with `keep_float64`."""
         if self.mean is None or self.std is None:
             return inputs
-        mean, std = _constants(self.mean, self.std, inputs.only.device)
+        dtype = torch.float64 if self.keep_float64 else torch.float32
+        mean, std = _constants(self.mean, self.std, dtype, inputs.only.device)
         axes = (1, -1) + (1,) * (inputs.only.dim() - 2)
-        return inputs.map(lambda tensor: (tensor.float() - mean.view(axes)) / std.view(axes))
+        return inputs.map(lambda tensor: (tensor.to(dtype) - mean.view(axes)) / std.view(axes))
 
     def example(self, rows: int) -> Inputs | None:
         """Not known before a sample is seen."""
@@ -217,7 +265,7 @@ class TensorTransform(InputTransform):
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it; `from_dict` is the inverse."""
         numbers = {} if self.mean is None or self.std is None else {"mean": list(self.mean), "std": list(self.std)}
-        return {"kind": self.kind, **numbers}
+        return {"kind": self.kind, **numbers, **({"keep_float64": True} if self.keep_float64 else {})}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> "TensorTransform":
@@ -230,7 +278,13 @@ class TensorTransform(InputTransform):
             numbers = {name: tuple(float(x) for x in found[name]) for name in ("mean", "std") if name in found}
         except (TypeError, ValueError) as error:
             raise SpecError(f"preprocessing: expected numbers as mean and std, found {error!r}") from error
-        return cls(**numbers)
+        if not isinstance(keep := found.get("keep_float64", False), bool):
+            raise SpecError(f"preprocessing: keep_float64: expected true or false, found {keep!r}")
+        return cls(**numbers, keep_float64=keep)
+
+
+def _as_float32(tensor: Tensor, name: object) -> Tensor:
+    return tensor if tensor.dtype != torch.float64 else torch.from_numpy(_narrow(tensor.numpy(), name))
 
 
 def check_mean_std(mean: Sequence[float], std: Sequence[float]) -> None:
@@ -246,7 +300,9 @@ def check_mean_std(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """On the device: copying them there for every batch would make the host wait for it."""
     with torch.inference_mode(False):
-        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        return torch.tensor(mean, dtype=dtype, device=device), torch.tensor(std, dtype=dtype, device=device)

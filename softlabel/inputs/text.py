@@ -4,6 +4,7 @@ Legend: B batch, L positions.
 """
 
 import hashlib
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -70,15 +71,15 @@ class Tokenizer:
     """What `tokenizer.json` says, as Hugging Face's tokenizers library runs it. It can be pickled.
 
     Attributes:
-        json: the bytes of the file.
+        content: the bytes of the file.
         fingerprint: their SHA-256.
     """
 
-    def __init__(self, json: bytes) -> None:
-        self.json, self.fingerprint = json, hashlib.sha256(json).hexdigest()
+    def __init__(self, content: bytes) -> None:
+        self.content, self.fingerprint = content, hashlib.sha256(content).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"json": self.json, "fingerprint": self.fingerprint}
+        return {"content": self.content, "fingerprint": self.fingerprint}
 
     @cached_property
     def _loaded(self) -> Any:
@@ -87,19 +88,32 @@ class Tokenizer:
         except ImportError as error:
             raise SpecError(f"texts need the tokenizers library ({error}); pip install 'softlabel[hf]'") from error
         try:
-            loaded = tokenizers.Tokenizer.from_str(self.json.decode())
+            loaded = tokenizers.Tokenizer.from_str(self.content.decode())
         except Exception as error:  # the library raises plain Exception
             raise SpecError(f"tokenizer.json: cannot be used: {error}") from error
         # Lengths are those of the transform, whatever the file was saved with.
         loaded.no_padding()
         return loaded
 
-    def encode(self, text: Text, max_length: int) -> tuple[list[int], list[int], bool]:
-        """Token ids and segments of a text, at most `max_length`, and whether it was truncated."""
+    @property
+    def truncation_side(self) -> str:
+        """Where the file says that texts lose their end: ``right`` or ``left``."""
+        return str((json.loads(self.content).get("truncation") or {}).get("direction", "right")).lower()
+
+    def encode(self, text: Text, max_length: int, side: str = "right") -> tuple[list[int], list[int], bool]:
+        """Token ids and segments of a text, at most `max_length`, and whether it was truncated at that side."""
         loaded = self._loaded
         truncation = loaded.truncation
-        if truncation is None or truncation["max_length"] != max_length or truncation["stride"]:
-            loaded.enable_truncation(max_length, strategy="longest_first")
+        if (
+            truncation is None
+            or truncation["stride"]
+            or (truncation["max_length"], truncation["direction"])
+            != (
+                max_length,
+                side,
+            )
+        ):
+            loaded.enable_truncation(max_length, strategy="longest_first", direction=side)
         found = loaded.encode(*((text,) if isinstance(text, str) else text))
         return found.ids, found.type_ids, bool(found.overflowing)
 
@@ -123,6 +137,7 @@ class TextTransform(InputTransform):
         pad_id: of the token that fills up.
         segments: whether the network takes the number of the segment that a token belongs to.
         lengths: the buckets, ascending; the last is `max_length`.
+        truncation_side: where a longer text loses tokens, ``right`` or ``left``.
         vocabulary: how many tokens the network knows.
         tokenizer: absent in a transform out of a manifest, which is compared and not used.
     """
@@ -135,11 +150,14 @@ class TextTransform(InputTransform):
     pad_id: int = 0
     segments: bool = False
     lengths: tuple[int, ...] = ()
+    truncation_side: str = "right"
     tokenizer: Tokenizer | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.max_length < 4:
             raise SpecError(f"max_length: expected at least 4 tokens, found {self.max_length}")
+        if self.truncation_side not in ("right", "left"):
+            raise SpecError(f"truncation_side: expected right or left, found {self.truncation_side!r}")
         lengths = self.lengths or default_buckets(self.max_length)
         if list(lengths) != sorted(set(lengths)) or lengths[0] < 1 or lengths[-1] != self.max_length:
             raise SpecError(
@@ -151,7 +169,10 @@ class TextTransform(InputTransform):
     @property
     def shape(self) -> Hashable:
         """Members with one tokenizer and the same lengths share one batch."""
-        return self.kind, self.fingerprint, self.max_length, self.pad_id, self.segments, self.lengths
+        return (
+            *(self.kind, self.fingerprint, self.max_length, self.pad_id, self.segments, self.lengths),
+            self.truncation_side,
+        )
 
     @property
     def norm(self) -> Hashable:
@@ -169,7 +190,8 @@ class TextTransform(InputTransform):
         return self.lengths
 
     def fit(self, item: Item, *, fixed: bool = False) -> Fitted:
-        """Token ids, padded to `max_length`, and which of them count.
+        """Token ids int32 (L,), padded to `max_length`, and which of them count, uint8 (L,): a cache of texts and a
+        window of them are a quarter of what a network takes, see `finish`.
 
         Raises:
             DataError: it is no text.
@@ -177,16 +199,18 @@ class TextTransform(InputTransform):
         if not isinstance(item, str | tuple):
             raise DataError("the network takes texts, found numbers; give it the data that it was made for")
         assert self.tokenizer is not None, "a transform out of a manifest"
-        ids, segments, truncated = self.tokenizer.encode(item, self.max_length)
-        found = _Tokens(input_ids=self._fill(ids, self.pad_id), attention_mask=self._fill([1] * len(ids), 0))
+        ids, segments, truncated = self.tokenizer.encode(item, self.max_length, self.truncation_side)
+        found = _Tokens(
+            input_ids=self._fill(ids, self.pad_id, np.int32), attention_mask=self._fill([1] * len(ids), 0, np.uint8)
+        )
         if self.segments:
-            found["token_type_ids"] = self._fill(segments, 0)
+            found["token_type_ids"] = self._fill(segments, 0, np.uint8)
         found.truncated = truncated
         return found
 
-    def _fill(self, values: list[int], padding: int) -> Tensor:
+    def _fill(self, values: list[int], padding: int, dtype: type[np.integer[Any]]) -> Tensor:
         # A tensor out of a list takes ten times as long as one out of an array.
-        filled = np.full(self.max_length, padding)
+        filled = np.full(self.max_length, padding, dtype)
         filled[: len(values)] = values
         return torch.from_numpy(filled)
 
@@ -209,8 +233,8 @@ class TextTransform(InputTransform):
         return replace(inputs.map(lambda tensor: tensor[:, :length]), truncated=inputs.truncated)
 
     def finish(self, inputs: Inputs) -> Inputs:
-        """Nothing is left to be done."""
-        return inputs
+        """As int64, which networks take."""
+        return inputs.map(Tensor.long)
 
     def example(self, rows: int) -> Inputs | None:
         """Made-up texts of one token more each."""
@@ -238,6 +262,8 @@ class TextTransform(InputTransform):
             "pad_id": self.pad_id,
             "segments": self.segments,
             "buckets": list(self.lengths),
+            # Left out where it is what nearly all have: stores of today keep their identity.
+            **({} if self.truncation_side == "right" else {"truncation_side": self.truncation_side}),
         }
 
     @classmethod
@@ -250,6 +276,7 @@ class TextTransform(InputTransform):
                 pad_id=int(found["pad_id"]),
                 segments=bool(found["segments"]),
                 lengths=tuple(int(one) for one in found["buckets"]),
+                truncation_side=str(found.get("truncation_side", "right")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SpecError(

@@ -1,13 +1,15 @@
 """The transforms by the kind that they take."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from softlabel.errors import SpecError
-from softlabel.inputs.base import InputKind, InputTransform
+from torch import Tensor
+
+from softlabel.errors import BadImageError, DataError, SpecError, one_line
+from softlabel.inputs.base import InputKind, Inputs, InputTransform, Sample
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.inputs.tensor import TensorTransform
+from softlabel.inputs.tensor import BANDS, TensorTransform
 from softlabel.inputs.text import TEXTS, TextTransform
 
 _TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTransform]] = {
@@ -15,6 +17,9 @@ _TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTr
     TensorTransform.kind: TensorTransform,
     TextTransform.kind: TextTransform,
 }
+
+# In errors of torch about tensors of another type.
+_OF_TYPES = ("same dtype", "scalar type", "should be the same", "not implemented for '", "expected whole numbers")
 
 
 def transform_of(found: Mapping[str, Any]) -> InputTransform:
@@ -29,15 +34,58 @@ def transform_of(found: Mapping[str, Any]) -> InputTransform:
     return _TRANSFORMS[kind].from_dict(found)
 
 
-def default_transform(kind: InputKind) -> InputTransform:
+def describe_failure(transform: InputTransform, inputs: Inputs, error: Exception, *, network: str) -> str:
+    """Say in one line that a network raised an error on a batch, and what a user can do about it.
+
+    Args:
+        transform: the network's.
+        inputs: the batch.
+        error: what it raised.
+        network: "teacher", "student" or "model".
+    """
+    size = " and ".join(map(transform.describe, inputs.shapes))
+    found = f"{type(error).__name__}: {one_line(error)}"
+    return f"the network fails on samples of {size}: {found}; {_find_remedy(transform, inputs, error, network)}"
+
+
+def _find_remedy(transform: InputTransform, inputs: Inputs, error: Exception, network: str) -> str:
+    reason = str(error)
+    if "view size is not compatible" in reason:
+        return "use .reshape or .flatten in the network instead of .view, which depends on the memory layout"
+    if isinstance(transform, TensorTransform) and any(words in reason for words in _OF_TYPES):
+        found = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in inputs.form.values()}))
+        whole = "; '?mean=0&std=1' in its SPEC makes them float32" if found == "int64" else ""
+        return f"its samples are {found}: give the {network} samples of the type that it takes{whole}"
+    return transform.remedy.format(network=network)
+
+
+def default_transform(kind: InputKind, samples: Iterable[Sample]) -> InputTransform:
     """What takes samples of a kind as they are: pixels as numbers from 0 to 1, arrays of numbers unchanged.
+
+    Args:
+        kind: the kind.
+        samples: of the source, of which images of many bands are read until one says how many channels they have.
 
     Raises:
         SpecError: of texts, which only a tokenizer makes numbers of.
     """
-    if kind is TEXTS:
+    if kind == TEXTS:
         raise SpecError(
             "preprocessing: texts need a network's tokenizer; give preprocessing="
             "softlabel.models.teacher.student_preprocessing('text:FOLDER', kind='text')"
         )
-    return Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if kind is IMAGES else TensorTransform()
+    if kind not in (IMAGES, BANDS):
+        return TensorTransform()
+    channels = 3 if kind == IMAGES else _count_channels(samples)
+    return Preprocessing(mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def _count_channels(samples: Iterable[Sample]) -> int:
+    for sample in samples:
+        try:
+            item, _ = BANDS.decode(sample)
+        except BadImageError:
+            continue
+        assert isinstance(item, Tensor)
+        return len(item)
+    raise DataError("preprocessing: no sample can be read that says how many channels they have; give preprocessing=")

@@ -25,7 +25,9 @@ from softlabel.common.multi_hot import Labels, stack_labels, to_multi_hot
 from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
-from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
+from softlabel.inputs.content import changed_content, content_hash, hashes_of, why_not_comparable
+from softlabel.inputs.tensor import BANDS, TENSORS
+from softlabel.inputs.text import TEXTS
 from softlabel.labels.combine import Combination
 from softlabel.loader.hard_labels import find_contradictions, read_hard_labels
 from softlabel.loader.target import make_target
@@ -35,6 +37,8 @@ from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
 log = logging.getLogger("softlabel")
+
+_HASHES = {"image": content_hash, "tensor": TENSORS.content_hash, "text": TEXTS.content_hash}  # by kind of samples
 
 
 class LabelJoin:
@@ -148,20 +152,35 @@ class LabelJoin:
             _refuse_other_labels(self.store, rows_B, labels_B, "batch", "join with the keys of these samples")
         return rows_B
 
-    def _compare(self, keys: Sequence[str], images: Any, rows_B: NDArray[np.int64]) -> None:
-        now_B, stored_B = hashes_of([stored_bytes(image) for image in images]), self.store.content[rows_B]
-        if len(now_B) != len(rows_B):
-            raise DataError(f"batch: expected an image for each of its {len(rows_B)} keys, found {len(now_B)} images")
+    def _compare(self, keys: Sequence[str], given: Any, rows_B: NDArray[np.int64]) -> None:
+        now_B, stored_B = self._hash(given, rows_B), self.store.content[rows_B]
         changed = np.flatnonzero(changed_content(now_B, stored_B))
         if len(changed):
             raise MismatchError(
                 f"batch: sample {keys[int(changed[0])]!r} is not the one that was labelled in {self.store.url} (its "
                 f"content, xxh3-64, differs; {len(changed)} of {len(keys)} in its batch); join before any transform, "
-                "with the keys of these images"
+                "with the keys of these samples"
             )
         if not self._warned and (why := why_not_comparable(now_B, stored_B)) is not None:
             self._warned = True
-            log.warning("warning: %s: images cannot be compared with those of the batches: %s", self.store.url, why)
+            log.warning("warning: %s: samples cannot be compared with those of the batches: %s", self.store.url, why)
+
+    def _hash(self, given: Any, rows_B: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Content hashes of the samples of a batch, as those of the store's kind of samples."""
+        kind = self.store.run.input
+        if isinstance(given, Mapping):  # several arrays by name
+            given = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+        samples = [stored_bytes(sample) for sample in given] if kind == "image" else list(given)
+        if len(samples) != len(rows_B):
+            raise DataError(
+                f"batch: expected a sample for each of its {len(rows_B)} keys, found {len(samples)} of them"
+            )
+        now_B = hashes_of(samples, _HASHES[kind])
+        if kind == "image" and all(isinstance(sample, np.ndarray | Tensor) for sample in samples):
+            # Images of several channels are hashed as (C, H, W), whatever their layout in a file.
+            bands_B = hashes_of(samples, BANDS.content_hash)
+            now_B = np.where(bands_B == self.store.content[rows_B], bands_B, now_B)
+        return now_B
 
     def _part(self, batch: Any, place: str | int, name: Literal["key", "image", "label"]) -> Any:
         try:

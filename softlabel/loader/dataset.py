@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.common.keys import Keys
-from softlabel.dataset import Source, detect_decoding, require_samples
+from softlabel.dataset import Source, detect_decoding, first_samples, require_samples
 from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
-from softlabel.inputs.base import Images, Inputs, InputTransform
+from softlabel.inputs.base import Images, Inputs, InputTransform, form_of
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.inputs.transforms import default_transform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
-from softlabel.loader.cache import SampleCache, layout_of
+from softlabel.loader.cache import SampleCache
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
@@ -91,7 +91,7 @@ class JoinedDataset(Dataset[Batch]):
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
-        self._transform = preprocessing or default_transform(source.inputs)
+        self._transform = preprocessing or default_transform(source.inputs, first_samples(source))
         self._reported = False  # that texts are truncated
         self._augment, self._seed = augment, seed
         require_samples(source)
@@ -116,7 +116,7 @@ class JoinedDataset(Dataset[Batch]):
         else:
             _check_classes(source, store.manifest.run)
             if made is None and views.count not in (None, store.run.views.count):
-                raise UsageError(f"views: the rows of {store.url} are of the images as they are, found {views.count}")
+                raise UsageError(f"views: the rows of {store.url} are of the samples as they are, found {views.count}")
             self.views = store.run.views.count if views.count is None else views.count
             rows_VN = rows_of_views(store, keys, self.views) if made is not None else None
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
@@ -230,13 +230,16 @@ class JoinedDataset(Dataset[Batch]):
         stored = store.content[self.rows[picked]]
         without = int((store.content[self.rows[joined]] == 0).sum())
         if without:
-            why = "their rows have no content hash: they were labelled before images of this kind got one"
-        elif (other := why_not_comparable(hashes, stored)) is not None:
+            why = "their rows have no content hash: they were labelled before samples of this kind got one"
+        elif (
+            other := why_not_comparable(hashes, stored, kinds=(self.source.inputs.name, store.run.input))
+        ) is not None:
             why, without = other, len(joined)
         else:
+            self._report_other_labels(store, joined)
             return
         log.warning(
-            "warning: %s: %d of %d images cannot be compared with those that were labelled in %s (%s); the join rests "
+            "warning: %s: %d of %d samples cannot be compared with those that were labelled in %s (%s); the join rests "
             "on keys and hard labels alone",
             self.source.name,
             without,
@@ -249,8 +252,21 @@ class JoinedDataset(Dataset[Batch]):
         if len(others):
             raise MismatchError(
                 f"{self.source.name}: {len(others)} of {len(joined)} samples have another hard label than in "
-                f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other images; train on the data "
+                f"{store.url}, the first {self.keys(others[:1])[0]!r}: equal keys, other samples; train on the data "
                 "that was labelled"
+            )
+
+    def _report_other_labels(self, store: Store, joined: NDArray[np.int64]) -> None:
+        """Report hard labels that changed since; those of the data count, which a user may have corrected."""
+        others = joined[find_contradictions(self.labels[joined], read_hard_labels(store, self.rows[joined]))]
+        if len(others):
+            log.warning(
+                "warning: %s: %d of %d samples have another hard label than in %s, the first %r; the data's are used",
+                self.source.name,
+                len(others),
+                len(joined),
+                store.url,
+                self.keys(others[:1])[0],
             )
 
     def _new_cache(self, budget: int, workers: int) -> SampleCache | None:
@@ -259,9 +275,8 @@ class JoinedDataset(Dataset[Batch]):
         first = np.zeros(1, dtype=np.int64)
         keys = self.keys(first)
         read = self._read(first, keys) if self._replay is None else Inputs.single(self._decoded(first, keys)[0][None])
-        layout = layout_of(read)
-        fits = SampleCache.fits(len(self), layout, budget=budget, workers=workers)
-        return SampleCache(len(self), layout) if fits else None
+        fits = SampleCache.fits(len(self), read.form, budget=budget, workers=workers)
+        return SampleCache(len(self), read.form) if fits else None
 
     def _inputs(self, positions: Int64s, keys: Sequence[str]) -> Inputs:
         if self._cache is None:
@@ -272,13 +287,13 @@ class JoinedDataset(Dataset[Batch]):
         return self._cache.get(positions)
 
     def _sources(self, positions: Int64s, keys: Sequence[str]) -> Images:
-        """Images as they are in the source, of any sizes; those of the cache's size come from there."""
+        """Images as they are in the source, of any sizes; those of the cache's form come from there."""
         cache = self._cache
         if cache is None:
             return stacked(self._decoded(positions, keys))
         unknown = cache.unknown(positions)
         images = self._decoded(positions[unknown], [keys[place] for place in unknown]) if len(unknown) else []
-        fit = [number for number, image in enumerate(images) if image.shape == cache.shape]
+        fit = [number for number, image in enumerate(images) if form_of(image) == cache.form]
         if fit:
             cache.put(positions[unknown[fit]], Inputs.single(torch.stack([images[number] for number in fit])))
         if len(fit) == len(unknown):
@@ -298,7 +313,7 @@ class JoinedDataset(Dataset[Batch]):
             keys,
             [self._transform],
             network="student",
-            shape=None if self._cache is None else self._cache.shape,
+            form=None if self._cache is None else self._cache.form,
         )
         refuse_failed(failed, keys, name=self.source.name)
         if (truncated := batches[0].truncated) and not self._reported:

@@ -159,4 +159,5 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
             f"sample {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
             "data that was labelled as --data"
         )
-    return job.labeller.lane.scaled_logits(batch).double().cpu().numpy()
+    (scaled,) = job.labeller.lane.scaled_logits(batch)
+    return scaled.double().cpu().numpy()

@@ -3,6 +3,7 @@
 Legend: B batch, C classes, M members, N samples.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,8 @@ from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_tem
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
+
+_TOGETHER = 64  # batches of samples of several lengths, which are regrouped by it
 
 
 @check_arguments
@@ -118,13 +121,14 @@ def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
     with tqdm(
         total=len(labeller.source), unit=labeller.source.inputs.unit, unit_scale=True, desc="calibrating", disable=off
     ) as bar:
-        for batch in batches:
-            if batch.keys:
-                logits.append(labeller.lane.scaled_logits(batch).transpose(0, 1).cpu())
+        while window := list(itertools.islice(batches, _TOGETHER if labeller.members.has_buckets else 1)):
+            full = [batch for batch in window if batch.keys]
+            for batch, scaled in zip(full, labeller.lane.scaled_logits(*full), strict=True):
+                logits.append(scaled.transpose(0, 1).cpu())
                 sigmoid = run.activation == "sigmoid"
                 hard = to_multi_hot(batch.labels, run.num_classes) if sigmoid else batch.labels
                 labels.append(torch.from_numpy(hard))
-            bar.update(len(batch.keys) + len(batch.bad))
+            bar.update(sum(len(batch.keys) + len(batch.bad) for batch in window))
     if not logits:
         raise DataError(f"{labeller.source.name}: none of its {len(labeller.source):,} labelled samples can be decoded")
     return torch.cat(logits, dim=1), torch.cat(labels)

@@ -108,10 +108,11 @@ def extend(
     with opened_beside as committer:
         if committer.resumed:
             check_same_data(beside, job.labeller.reader)
-        summary = label_missing(job, committer, executor=_MemberExecutor(opened, extended), progress=progress)
+        executor = _MemberExecutor(opened, extended)
+        summary = label_missing(job, committer, executor=executor, progress=progress, name=str(store))
     opened.close()
     replace_store(store, beside)
-    return dataclasses.replace(summary, path=str(store))
+    return summary
 
 
 class _MemberExecutor(LocalExecutor):
@@ -135,7 +136,7 @@ class _MemberExecutor(LocalExecutor):
         if unknown is not None and not self._warned:
             self._warned = True
             log.warning(
-                "warning: %s: its images cannot be compared with those of the other members (%s)", store.url, unknown
+                "warning: %s: its samples cannot be compared with those of the other members (%s)", store.url, unknown
             )
         if changed.any():
             key = kept.keys[int(np.flatnonzero(changed)[0])]

@@ -70,6 +70,10 @@ class ExportedProgram(Program):
         upper = None if found is None or not found.upper.is_number or found.upper > 2**31 else int(found.upper)
         return lower, upper
 
+    @property
+    def takes_float64(self) -> bool:
+        return torch.float64 in self._dtypes.values()
+
     def place(self, device: torch.device) -> None:
         from torch.export.passes import move_to_device_pass
 

@@ -33,12 +33,15 @@ _DTYPES = {
 # What a probability of 0 counts as: the smallest normal float32. Every other one is far above it, so softmax gives back
 # the probabilities, and at a temperature of 4 a class without votes still has only 3e-10.
 _LEAST = torch.finfo(torch.float32).tiny
+# Of an independent probability: 1 - p of a float32 is at least half this, and 0 and 1 become logits of -16.6 and 16.6.
+_LEAST_ALONE = torch.finfo(torch.float32).eps / 2
 
 
 class OnnxProgram(Program):
     """An ONNX file: its output `logits`, or `?output=NAME`, or else its first.
 
-    With `?probabilities=true` that output is probabilities, and their logarithm the logits.
+    With `?probabilities=true` that output is probabilities: the logits are their logarithm, or, of independent ones,
+    log p - log(1 - p).
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -76,6 +79,10 @@ class OnnxProgram(Program):
         self.batch = (first, first) if isinstance(first, int) and first > 0 else (1, None)
         self.described = self._metadata()
 
+    @property
+    def takes_float64(self) -> bool:
+        return np.float64 in self._dtypes.values()
+
     def place(self, device: torch.device) -> None:
         wanted: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":
@@ -102,7 +109,7 @@ class OnnxProgram(Program):
         if isinstance(found, list):  # of a ZipMap: a dict of probabilities for each sample
             found = _rows_of_maps(found, self._output)
         output = torch.from_numpy(found).to(device)
-        return self._logarithm(output) if self._probabilities else output
+        return self._invert(output) if self._probabilities else output
 
     def _choose_output(self, outputs: Any) -> str:
         names = [output.name for output in outputs]
@@ -120,16 +127,21 @@ class OnnxProgram(Program):
             )
         return chosen
 
-    def _logarithm(self, probabilities_BC: Tensor) -> Tensor:
-        """Logits whose softmax the probabilities are."""
+    def _invert(self, probabilities_BC: Tensor) -> Tensor:
+        """Logits whose softmax, or sigmoid, the probabilities are."""
+        independent = self.activation == "sigmoid"
         total_B = probabilities_BC.sum(dim=-1)
         # Forests give 1 - p for the other class, which rounds to a little below 0.
-        if not bool((probabilities_BC > -1e-5).all()) or not bool(((total_B - 1).abs() < 1e-3).all()):
+        inside = bool(((probabilities_BC > -1e-5) & (probabilities_BC < 1 + 1e-5)).all())
+        if not inside or not (independent or bool(((total_B - 1).abs() < 1e-3).all())):
             raise TeacherError(
-                f"output {self._output}: expected probabilities that sum to 1, found a row from "
-                f"{float(probabilities_BC.min()):.4g} to {float(probabilities_BC.max()):.4g}; leave probabilities= out "
-                "where they are logits"
+                f"output {self._output}: expected probabilities {'from 0 to 1' if independent else 'that sum to 1'}, "
+                f"found a row from {float(probabilities_BC.min()):.4g} to {float(probabilities_BC.max()):.4g}; leave "
+                "probabilities= out where they are logits"
+                + ("" if independent or not inside else ", or give --activation sigmoid where each stands alone")
             )
+        if independent:  # float64: 1 - p of a float32 has few digits
+            return probabilities_BC.double().clamp(_LEAST_ALONE, 1 - _LEAST_ALONE).logit().float()
         return probabilities_BC.float().clamp(min=_LEAST).log()
 
     def _metadata(self) -> Any:

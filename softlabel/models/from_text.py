@@ -7,6 +7,7 @@ Legend: B batch, C classes, L positions.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def text_transform(spec: Spec) -> TextTransform:
             pad_id=int(pad_id),
             segments=int(config.get("type_vocab_size") or 0) > 1 and _gives_segments(told),
             lengths=_buckets(spec),
+            # As transformers chooses it.
+            truncation_side=str(told.get("truncation_side") or tokenizer.truncation_side),
             tokenizer=tokenizer,
         )
     except SpecError as error:
@@ -156,8 +159,7 @@ def transform_of_run(spec: Spec, recorded: TextTransform) -> TextTransform:
             f"{spec.name}/{TOKENIZER}: expected sha256 {recorded.fingerprint[:12]}..., with which the run was trained, "
             f"found {tokenizer.fingerprint[:12]}...; put the run's own back"
         )
-    fields = {name: getattr(recorded, name) for name in ("fingerprint", "max_length", "pad_id", "segments", "lengths")}
-    return TextTransform(**fields, tokenizer=tokenizer)
+    return replace(recorded, tokenizer=tokenizer)
 
 
 def _gives_segments(told: Mapping[str, Any]) -> bool:

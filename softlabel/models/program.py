@@ -6,12 +6,14 @@ Legend: B batch, C classes or channels, H height, W width.
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softlabel.common.activation import Activation
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.base import InputTransform
@@ -29,6 +31,7 @@ class Program(nn.Module):
         described: the preprocessing that the file itself states, in the words of `InputTransform.to_dict`.
         shapes: of its inputs by name, without the batch; None for sizes that vary.
         channels_last: its images are (B, H, W, C); see `prepare_for`.
+        activation: what its logits are the input of.
     """
 
     spec: Spec
@@ -37,6 +40,7 @@ class Program(nn.Module):
     described: Mapping[str, Any] | None
     shapes: Mapping[str, tuple[int | None, ...]]
     channels_last: bool = False
+    activation: Activation = "softmax"
 
     @abstractmethod
     def run(self, tensors: Mapping[str, Tensor]) -> Any:
@@ -84,6 +88,11 @@ class Program(nn.Module):
         shown = {name: ", ".join(["batch", *(str(size or "any") for size in s)]) for name, s in self.shapes.items()}
         return ", ".join(f"{name} ({sizes})" for name, sizes in shown.items())
 
+    @property
+    @abstractmethod
+    def takes_float64(self) -> bool:
+        """Whether one of its inputs is float64."""
+
     def example(self) -> Mapping[str, Tensor] | None:
         """A batch of one sample of zeros; None where a size of it is not known."""
         if any(size is None for shape in self.shapes.values() for size in shape):
@@ -102,7 +111,9 @@ class Program(nn.Module):
             TeacherError: its inputs are no images, and the samples are.
         """
         if kind == TensorTransform.kind:
-            return TensorTransform() if self.described is None else self._described(kind)
+            found = TensorTransform() if self.described is None else self._described(kind)
+            assert isinstance(found, TensorTransform)
+            return replace(found, keep_float64=True) if self.takes_float64 else found
         shape = next(iter(self.shapes.values()))
         if len(self.shapes) != 1 or len(shape) != 3 or not (3 in (shape[0], shape[2]) or _is_channels(shape[0])):
             raise TeacherError(

@@ -63,7 +63,7 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
     if config is not None:
         fields["config"] = dict(config)
     if isinstance(model, TextClassifier):
-        write_atomically(folder / TOKENIZER, model.tokenizer.json)
+        write_atomically(folder / TOKENIZER, model.tokenizer.content)
     # Last: a folder with a model.json in it is a whole one.
     write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())
 

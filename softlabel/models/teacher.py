@@ -3,7 +3,7 @@
 Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from softlabel.common.activation import Activation
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
-from softlabel.errors import SpecError, TeacherError, one_line
+from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
 from softlabel.inputs.text import TextTransform
-from softlabel.inputs.transforms import transform_of
+from softlabel.inputs.transforms import describe_failure, transform_of
 from softlabel.models import (
     Program,
     build_network,
@@ -34,6 +34,13 @@ from softlabel.models.options import PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
 
+@dataclass(slots=True)
+class _Once:
+    """Whether a check was made."""
+
+    done: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
     """A network that labels. `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files;
@@ -47,6 +54,7 @@ class Teacher:
     device: torch.device
     sha256: str
     class_names: tuple[str, ...] | None = None
+    _checked: _Once = field(default_factory=_Once, repr=False, compare=False)  # for probabilities
 
     def logits(self, inputs: Inputs) -> Tensor:
         """The network's answer to a batch that `preprocessing` has collated.
@@ -74,7 +82,8 @@ class Teacher:
                 except Exception as error:  # user code: what it raises is a fact about this teacher
                     if out_of_memory(error):  # or about the batch: a smaller one may fit
                         raise
-                    raise self._failed(inputs, error) from error
+                    why = describe_failure(self.preprocessing, inputs, error, network="teacher")
+                    raise TeacherError(f"{self.spec.text}: {why}") from error
             logits_BC = logits_of(self.spec.text, output)
             expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
@@ -83,16 +92,11 @@ class Teacher:
                     f"found {tuple(logits_BC.shape)}"
                 )
             # No sample could be tried while it was loaded. A few logits may sum to 1 by chance, those of 4 rows do not.
-            if not self.preprocessing.fixes_size and len(inputs) >= 4:
+            # Once: it waits for the device.
+            if not self.preprocessing.fixes_size and len(inputs) >= 4 and not self._checked.done:
                 _refuse_probabilities(self.spec.text, logits_BC)
+                self._checked.done = True
             return logits_BC.float()
-
-    def _failed(self, inputs: Inputs, error: Exception) -> TeacherError:
-        size = " and ".join(map(self.preprocessing.describe, inputs.shapes))
-        return TeacherError(
-            f"{self.spec.text}: the network fails on samples of {size}: {type(error).__name__}: {one_line(error)}; "
-            f"{self.preprocessing.remedy.format(network='teacher')}"
-        )
 
 
 def load_teacher(
@@ -124,6 +128,8 @@ def load_teacher(
     refuse_random(spec)
     network = build_network(spec, num_classes=num_classes)
     spec, model = network.spec, network.model.eval()
+    if isinstance(model, Program):
+        model.activation = activation
     for parameter in model.parameters():  # a TorchScript program has no requires_grad_ of its own
         parameter.requires_grad_(False)
     refuse_other_heads(spec, model, activation)
@@ -136,7 +142,7 @@ def load_teacher(
     preprocessing = student_preprocessing(spec, model, kind)
     sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)
     device = torch.device(device)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)
     if classes < 2 and activation == "softmax":
         raise TeacherError(
@@ -165,11 +171,8 @@ def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, d
             try:
                 output = preprocessing.finish(example.to(device)).call(model)
             except Exception as error:
-                size = " and ".join(map(preprocessing.describe, example.shapes))
-                raise TeacherError(
-                    f"{spec}: the network fails on a sample of {size}: {error}; "
-                    f"{preprocessing.remedy.format(network='teacher')}"
-                ) from error
+                why = describe_failure(preprocessing, example, error, network="teacher")
+                raise TeacherError(f"{spec}: {why}") from error
         return logits_of(spec, output).shape[1]
     if isinstance(model, Program) and (zeros := model.example()) is not None:  # whose shape the file says
         with torch.inference_mode():

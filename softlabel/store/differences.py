@@ -15,6 +15,7 @@ _FIELD_NAMES = {
     "num_classes": "number of classes",
     "shard_rows": "rows per shard (--shard-rows)",
 }
+_DEFAULTS = {"activation": "softmax", "input": "image"}  # left out of a manifest
 
 
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:
@@ -28,8 +29,8 @@ def differences(path: str, store: Any, run: Any) -> Iterable[str]:
         for position, (one, other) in enumerate(zip(store, run, strict=True), 1):
             yield from differences(f"teacher {position}", one, other)
     elif store != run:
-        if path == "activation":  # left out where it is the usual one
-            store, run = store or "softmax", run or "softmax"
+        usual = _DEFAULTS.get(path)
+        store, run = store or usual, run or usual
         if path == "members":
             store, run = ([member["spec"] for member in side] for side in (store, run))
             path = "teachers"

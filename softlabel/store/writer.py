@@ -114,15 +114,14 @@ class Committer:
     """
 
     def __init__(self, folder: Folder, lease: Lease, manifest: Manifest, records: dict[int, ShardRecord]) -> None:
-        self._folder, self._lease = folder, lease
-        self._manifest = manifest
+        self._folder, self._lease, self._manifest = folder, lease, manifest
         self._records = records
         self.run = manifest.run
-        self.resumed = len(records)  # shards that existed before this run
+        self.resumed = len(records)  # shards that existed before
         self._tail: list[ShardRecord] = []
         self._pending: dict[int, ShardRecord] = {}
         self._published = float("-inf")  # monotonic time when records were last written
-        self._torn = False  # a write failed midway: memory may be behind the disk
+        self._created = self._torn = False  # torn: a write failed midway, memory may be behind the disk
         self._process = os.getpid()
 
     @classmethod
@@ -176,6 +175,7 @@ class Committer:
             self._collect_temporaries()
             self._publish_root(self._manifest)
             self._adopt()
+            self._created = not self._records
             return self
         manifest = decode_root(raw, where)
         if grow and manifest.complete and run.grew_from(manifest.run):
@@ -212,10 +212,16 @@ class Committer:
     def complete(self) -> bool:
         return self._manifest.complete
 
+    def withdraw(self) -> None:
+        """Remove the manifest of a store that this committer created, if it has no rows: another run may come here."""
+        if self._created and not (self._records or self._pending):
+            with writing(self._folder):
+                self._folder.remove(ROOT_NAME)
+
     def missing(self) -> list[ShardPlan]:
         """Return the planned shards that are not committed."""
         there = self._records.keys() | self._pending.keys()
-        return [self.run.shard(number) for number in range(self.run.shard_count) if number not in there]
+        return [self.run.shard(n) for n in range(self.run.shard_count) if n not in there]
 
     def commit(self, *records: ShardRecord) -> int:
         """Record published shards; the first record of a shard wins.

@@ -29,6 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.activation import Activation
+from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.errors import StoreError
 from softlabel.labels.encodings import Reading, encode
 from softlabel.labels.encodings import decode as decode_tensors
@@ -51,16 +53,18 @@ class EncodingCase:
     """Answers of a teacher, and what else an encoding may make of them.
 
     Attributes:
-        scaled_logits: float32 (R, C), divided by the temperature, the row's maximum subtracted.
+        scaled_logits: float32 (R, C), divided by the temperature; of a softmax the row's maximum subtracted.
         temperature: the store's.
         hidden: float32 (R, D), of a teacher whose last layer is `extra`; None where the encoding does not store it.
         extra: float32 arrays that the store keeps once.
+        activation: what the answers are logits of.
     """
 
     scaled_logits: Array
     temperature: float = 4.0
     hidden: Array | None = None
     extra: Mapping[str, Array] = field(default_factory=dict)
+    activation: Activation = "softmax"
 
     @property
     def num_classes(self) -> int:
@@ -173,9 +177,39 @@ class EncodingTests:
         columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
         self.check_decoded(found.reshape(60, 9), columns, encoding, case)
 
+    @pytest.mark.parametrize("format", ["parquet", "hdf5"])
+    @pytest.mark.parametrize("classes", [1, 9])
+    def test_independent_sigmoids_are_stored_or_refused(
+        self, tmp_path: Path, encoding: Encoding, classes: int, format: Literal["parquet", "hdf5"]
+    ) -> None:
+        case = draw_case(encoding, classes=classes, activation="sigmoid")
+        if not encoding.sigmoid:
+            with pytest.raises(ValueError, match=f"encoding '{encoding.name}'.*found independent sigmoids"):
+                write_case(tmp_path / "store", encoding, case, format=format)
+            return
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        write_case(tmp_path / "store", encoding, case, format=format)
+        raw = read_columns(tmp_path / "store")
+        with open_store(tmp_path / "store", verify="full") as store:
+            rows = store.take(range(len(case.scaled_logits)))
+        for name, column in columns.items():
+            np.testing.assert_array_equal(raw[name], column)
+        np.testing.assert_array_equal(raw[MULTI_HOT], _draw_multi_hot(case))
+        np.testing.assert_array_equal(rows.hard_labels, raw[MULTI_HOT])
+        self.check_decoded(rows.scaled_logits, columns, encoding, case)
+        self.test_the_measured_loss_is_that_of_the_decoded_rows(encoding, case)
+        self.test_a_row_does_not_depend_on_its_batch(encoding, case)
+        for name, column in columns.items():
+            if column.dtype.kind == "f":
+                wrong = column.copy()
+                wrong[5, 0] = -np.inf
+                found = encoding.problem({**columns, name: wrong}, num_classes=classes, activation="sigmoid")
+                assert found is not None, f"an infinite number in column {name!r} was not found"
+                assert found.startswith("row 5 of a block")
+
     def test_the_measured_loss_is_that_of_the_decoded_rows(self, encoding: Encoding, case: EncodingCase) -> None:
         columns = case.encode(encoding)
-        meter = FidelityMeter(temperature=case.temperature, encoding=encoding)
+        meter = FidelityMeter(temperature=case.temperature, encoding=encoding, activation=case.activation)
         head = read_at(case).head
         for rows in (slice(0, 15), slice(15, None)):
             part = {name: column[rows] for name, column in columns.items()}
@@ -185,7 +219,7 @@ class EncodingTests:
         arrays = {name: column.numpy() for name, column in columns.items()}
         decoded = encoding.decode(arrays, num_classes=case.num_classes, temperature=case.temperature, extra=case.extra)
         both = (case.scaled_logits, decoded)
-        nats = kl(*(reversed(both) if encoding.drawn else both))
+        nats = binary_kl(*both) if case.activation == "sigmoid" else kl(*(reversed(both) if encoding.drawn else both))
         assert found.worst_t == pytest.approx(nats.max(), rel=0.02, abs=1e-6)
         assert found.mean_t == pytest.approx(nats.mean(), rel=0.02, abs=1e-6)
 
@@ -235,7 +269,9 @@ class EncodingTests:
             assert (p[np.isneginf(scaled_RC)] < 1e-6).all()
 
 
-def draw_case(encoding: Encoding, *, classes: int, rows: int = _ROWS, seed: int = 0) -> EncodingCase:
+def draw_case(
+    encoding: Encoding, *, classes: int, rows: int = _ROWS, seed: int = 0, activation: Activation = "softmax"
+) -> EncodingCase:
     """Draw a teacher's answers; those of a linear layer for an encoding of what enters it."""
     rng, temperature = np.random.default_rng(seed), 4.0
     extra = {name: rng.normal(size=shape).astype(np.float32) for name, shape in encoding.extra_shapes(classes).items()}
@@ -246,8 +282,20 @@ def draw_case(encoding: Encoding, *, classes: int, rows: int = _ROWS, seed: int 
     else:
         logits = rng.normal(0, 4, (rows, classes))
     scaled = logits / temperature
-    scaled = (scaled - scaled.max(axis=1, keepdims=True)).astype(np.float32)
-    return EncodingCase(scaled_logits=scaled, temperature=temperature, hidden=hidden, extra=extra)
+    if activation == "softmax":
+        scaled = scaled - scaled.max(axis=1, keepdims=True)
+    return EncodingCase(
+        scaled_logits=scaled.astype(np.float32),
+        temperature=temperature,
+        hidden=hidden,
+        extra=extra,
+        activation=activation,
+    )
+
+
+def _draw_multi_hot(case: EncodingCase) -> Array:
+    """Hard labels of each class, int8 (R, C)."""
+    return np.random.default_rng(1).integers(-1, 2, case.scaled_logits.shape).astype(np.int8)
 
 
 def read_at(case: EncodingCase) -> Reading:
@@ -277,8 +325,11 @@ def write_case(
         members=(member,) * members,
         dataset=DatasetInfo(kind="test", rows=samples, fingerprint="0" * 32),
         shard_rows=16,
+        activation=case.activation,
     )
     stored = {name: column.reshape(samples, -1).numpy() for name, column in case.encode(encoding).items()}
+    if case.activation == "sigmoid":
+        stored[MULTI_HOT] = _draw_multi_hot(case)
     with Committer.open(root, run) as committer:
         if encoding.extra is not None and case.extra:
             committer.add_extra(encoding.extra, safetensors.numpy.save(dict(case.extra)))
@@ -305,6 +356,14 @@ def read_columns(root: Path) -> dict[str, Array]:
                 raw = {one["name"]: file[one["name"]][:] for one in declared}
         parts.append({one["name"]: raw[one["name"]].view(one["dtype"]).reshape(-1, one["width"]) for one in declared})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def binary_kl(p_logits: Array, q_logits: Array) -> Array:
+    """Mean over the classes of KL(p || q) of two outcomes, of each row in nats, in float64."""
+    p, q = np.float64(p_logits), np.float64(q_logits)
+    log_p, log_not_p, log_q, log_not_q = (-np.logaddexp(0, -x) for x in (p, -p, q, -q))
+    found: Array = (np.exp(log_p) * (log_p - log_q) + np.exp(log_not_p) * (log_not_p - log_not_q)).mean(axis=1)
+    return found
 
 
 def kl(p_logits: Array, q_logits: Array) -> Array:

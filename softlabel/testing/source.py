@@ -3,14 +3,14 @@
     class TestZipSource(SourceTests):
         @pytest.fixture
         def expected(self):
-            return [ExpectedSample(key="cat/1.png", label=0, pixels=..., encoded=...), ...]
+            return [ExpectedSample(key="cat/1.png", label=0, pixels=..., encoded=...), ...]  # or text=...
 
         @pytest.fixture
         def make_source(self, tmp_path, expected):
             write_zip(tmp_path / "images.zip", expected)
             return lambda: ZipSource(tmp_path / "images.zip")
 
-N samples, H and W height and width.
+N samples, C classes, H and W height and width.
 """
 
 import multiprocessing
@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from softlabel.common.multi_hot import is_labelled
 from softlabel.dataset import Source, open_source
-from softlabel.inputs.base import IGNORE, InputKind, Sample
+from softlabel.inputs.base import IGNORE, InputKind, Sample, Text
 from softlabel.inputs.image_decode import IMAGES
 
 
@@ -41,19 +41,30 @@ class ExpectedSample:
     Attributes:
         key: its key.
         pixels: uint8 (H, W, 3), its image decoded; of a source of arrays its numbers, in the type that they have there.
-        label: its class, -100 for none.
+        label: its class, -100 for none; or, where a sample may have several classes, 1, 0 or -1 (unknown) for each.
         encoded: the bytes of its image file; None where the source gives pixels.
+        text: of a source of texts, instead of `pixels`: the text, or the pair of texts.
     """
 
     key: str
-    pixels: NDArray[Any]
-    label: int = IGNORE
+    pixels: NDArray[Any] | None = None
+    label: int | tuple[int, ...] = IGNORE
     encoded: bytes | None = None
+    text: Text | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.pixels is None) != (self.text is None), f"{self.key}: give either `pixels` or `text`"
 
     def hash_content(self) -> int:
         """The content hash that FORMAT.md defines, computed here."""
         if self.encoded is not None:
             return xxhash.xxh3_64_intdigest(self.encoded)
+        if isinstance(self.text, str):
+            return xxhash.xxh3_64_intdigest(self.text.encode())
+        if self.text is not None:
+            first, second = (one.encode() for one in self.text)
+            return xxhash.xxh3_64_intdigest(str(len(first)).encode() + b":" + first + second)
+        assert self.pixels is not None
         shape = "x".join(map(str, self.pixels.shape))
         seed = xxhash.xxh3_64_intdigest(f"{self.pixels.dtype.str} {shape}".encode())
         return xxhash.xxh3_64_intdigest(self.pixels.tobytes(), seed) >> 16 << 16 | 0x7870
@@ -81,19 +92,21 @@ class SourceTests:
         return make_source()
 
     def test_keys_and_labels(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
-        keys, labels = [one.key for one in expected], [one.label for one in expected]
+        keys, labels_N = [one.key for one in expected], np.array([one.label for one in expected])
+        several = labels_N.ndim == 2
         assert isinstance(source, Source)
         assert isinstance(source.kind, str)
         assert isinstance(source.name, str)
         assert len(source) == len(expected)
         assert len(set(keys)) == len(keys), "the keys of `expected` must differ"
         assert source.keys() == source.key_table().to_list() == keys
-        assert source.labels().dtype == np.int64
-        assert source.labels().tolist() == labels
-        assert source.has_labels == any(label != IGNORE for label in labels)
-        assert source.count_labelled() in (None, sum(label != IGNORE for label in labels))
+        assert source.label_width == (labels_N.shape[1] if several else None)
+        assert source.labels().dtype == (np.int8 if several else np.int64)
+        assert source.labels().tolist() == labels_N.tolist()
+        assert source.has_labels == is_labelled(labels_N).any()
+        assert source.count_labelled() in (None, is_labelled(labels_N).sum())
         if source.class_names is not None:
-            assert max(labels) < len(source.class_names)
+            assert (labels_N.shape[1] if several else labels_N.max() + 1) <= len(source.class_names)
 
     def test_ranges_of_keys_and_labels(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         n = len(expected)
@@ -102,7 +115,7 @@ class SourceTests:
             part = expected[start:stop]
             assert source.keys(start, stop) == [one.key for one in part]
             assert source.key_table(start, stop).to_list() == [one.key for one in part]
-            assert source.labels(start, stop).tolist() == [one.label for one in part]
+            assert source.labels(start, stop).tolist() == [_plain(one.label) for one in part]
 
     def test_fingerprint_is_the_hash_of_the_keys(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         keys = [one.key for one in expected]
@@ -149,20 +162,20 @@ class SourceTests:
 
     def test_worker_processes_read_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([0, len(expected) // 2])  # what is open now must not be used by forked children
-        loader = DataLoader(_Samples(source), batch_size=None, num_workers=2)
+        loader = DataLoader(_Samples(source), batch_size=None, num_workers=2, collate_fn=_return_unchanged)
         found = list(loader)
-        assert [(key, label) for key, label, _ in found] == [(one.key, one.label) for one in expected]
+        assert [(key, _plain(label)) for key, label, _ in found] == [(one.key, _plain(one.label)) for one in expected]
         for (_, _, decoded), one in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(decoded.numpy(), one.pixels)
+            _check_decoded(decoded, one)
         check_samples(source.read([len(expected) - 1]), [expected[-1]], source.inputs)
 
     def test_a_process_that_inherits_nothing_reads_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([1])
         found = start_process().submit(sum_pixels, source).result()
-        assert found == [(one.key, float(one.pixels.sum(dtype=np.float64))) for one in expected]
+        assert found == [(one.key, _sum(one.pixels if one.text is None else one.text)) for one in expected]
 
 
-class _Samples(Dataset[tuple[str, Any, Tensor]]):
+class _Samples(Dataset[tuple[str, Any, Any]]):
     """A map-style dataset over a source, for worker processes."""
 
     def __init__(self, source: Source) -> None:
@@ -171,24 +184,42 @@ class _Samples(Dataset[tuple[str, Any, Tensor]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[str, Any, Tensor]:
+    def __getitem__(self, index: int) -> tuple[str, Any, Any]:
         (sample,) = self.source.read([index])
-        return sample.key, sample.label, torch.from_numpy(decode(sample, self.source.inputs))
+        return sample.key, sample.label, decode(sample, self.source.inputs)
 
 
-def decode(sample: Sample, kind: InputKind) -> NDArray[Any]:
-    """Decode a sample as its source's kind does: an image (H, W, 3), or an array."""
+def _return_unchanged(sample: Any) -> Any:
+    return sample
+
+
+def decode(sample: Sample, kind: InputKind) -> NDArray[Any] | Text:
+    """Decode a sample as its source's kind does: an image (H, W, 3), an array, or a text or a pair of them."""
     item, _ = kind.decode(sample)
+    if isinstance(item, str | tuple):
+        return item
     assert isinstance(item, Tensor)
-    return item.permute(1, 2, 0).numpy() if kind is IMAGES else item.numpy()
+    return item.permute(1, 2, 0).numpy() if kind == IMAGES else item.numpy()
 
 
 def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample], kind: InputKind = IMAGES) -> None:
     """Compare what a source of a kind has read: keys, labels, decoded samples and content hashes."""
-    assert [(sample.key, sample.label) for sample in samples] == [(one.key, one.label) for one in expected]
+    found = [(sample.key, _plain(sample.label)) for sample in samples]
+    assert found == [(one.key, _plain(one.label)) for one in expected]
     for sample, one in zip(samples, expected, strict=True):
-        np.testing.assert_array_equal(decode(sample, kind), one.pixels)
-        assert kind.content_hash(sample.raw) == one.hash_content(), f"{one.key}: the image's bytes or pixels differ"
+        _check_decoded(decode(sample, kind), one)
+        assert kind.content_hash(sample.raw) == one.hash_content(), f"{one.key}: the sample's content differs"
+
+
+def _check_decoded(found: Any, one: ExpectedSample) -> None:
+    if one.text is None:
+        np.testing.assert_array_equal(found, one.pixels)
+    else:
+        assert found == one.text
+
+
+def _plain(label: Any) -> Any:
+    return np.asarray(label).tolist()
 
 
 def hash_keys(keys: Iterable[str]) -> str:
@@ -197,10 +228,14 @@ def hash_keys(keys: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(len(key).to_bytes(4, "little") + key for key in encoded))
 
 
-def sum_pixels(source: Source) -> list[tuple[str, float]]:
-    """The keys of all samples and the sums of their numbers, in another process."""
+def sum_pixels(source: Source) -> list[tuple[str, Any]]:
+    """The keys of all samples and the sums of their numbers, or their texts, in another process."""
     samples = source.read(range(len(source)))
-    return [(sample.key, float(decode(sample, source.inputs).sum(dtype=np.float64))) for sample in samples]
+    return [(sample.key, _sum(decode(sample, source.inputs))) for sample in samples]
+
+
+def _sum(decoded: Any) -> Any:
+    return decoded if isinstance(decoded, str | tuple) else float(decoded.sum(dtype=np.float64))
 
 
 @cache

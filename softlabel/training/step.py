@@ -120,7 +120,7 @@ def prepare(
     inputs: dict[Hashable, Inputs] = {}
     for transform in transforms:
         if transform.norm not in inputs:
-            inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs)).contiguous()
+            inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs))
     top_B = teacher_sums = None
     if with_teacher and batch.target is not None:
         top_B, teacher_sums = _sum_teacher(batch)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.common.activation import Activation
+from softlabel.common.device import out_of_memory
 from softlabel.errors import MismatchError, TrainingError, UsageError
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
+from softlabel.inputs.transforms import describe_failure
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
@@ -38,6 +40,7 @@ log = logging.getLogger("softlabel")
 
 # On a GPU every look at a number makes the host wait, and several processes have to agree: look for NaN this often, in
 # steps, and after every epoch.
+_NORMALISES_ONE = "more than 1 value per channel"  # what a batch norm says of a single value
 _LOOK_EVERY = 50
 
 
@@ -74,7 +77,7 @@ class Student:
             model = synchronize(model)
         # Of a student that starts from another run: that one's folder need not stay.
         self._network = network_of(RunModel(student=config.student, num_classes=0, preprocessing={}))
-        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = model.to(self.device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
         self.average = Average(self.model, config.shared.ema) if config.shared.ema is not None else None
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if ranks.several:
@@ -148,13 +151,19 @@ class Student:
                 try:
                     self._backward(work, part, here)
                 except ValueError as error:
-                    if "more than 1 value per channel" not in str(error):
+                    if _NORMALISES_ONE not in str(error):
                         raise
                     rows = part.stop - part.start
+                    images = self.preprocessing.kind == "image"
+                    remedies = [
+                        "a larger --batch-size",
+                        "a smaller --accumulate",
+                        *(["larger images"] if images else []),
+                    ]
                     raise UsageError(
                         f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
-                        f"({rows} row in a forward pass, reduced to 1x1 pixels); use a larger --batch-size, a smaller "
-                        "--accumulate, or larger images"
+                        f"({rows} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
+                        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
                     ) from None
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
@@ -170,10 +179,21 @@ class Student:
             inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
+            if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
+                raise UsageError(
+                    f"mixup: mixes images and other fractional numbers, and student {self.config.student} takes whole "
+                    "numbers; leave out --mixup"
+                )
             share, others = mixup
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
         with computing(self.precision, self.device):
-            logits_BC = inputs.call(self._forward)
+            try:
+                logits_BC = inputs.call(self._forward)
+            except Exception as error:  # user code, or samples that it was not made for
+                if out_of_memory(error) or _NORMALISES_ONE in str(error):
+                    raise
+                why = describe_failure(self.preprocessing, inputs, error, network="student")
+                raise MismatchError(f"student {self.config.student}: {why}") from error
         logits_BC = self._checked(logits_BC).float()
         losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.inputs.base import Images
+from softlabel.inputs.base import Images, form_of
 from softlabel.store.manifest import Run
 from softlabel.store.view_columns import BOX, DIGEST, FLIP, PARTNER, PARTNER_BOX, PARTNER_FLIP, PASTE, WEIGHT
 from softlabel.views.boxes import Boxes
@@ -237,8 +237,8 @@ class Views:
 
 
 def stacked(images: Sequence[Tensor]) -> Images:
-    """Return one tensor if all images have one size, for fast batch operations; else the images."""
-    if isinstance(images, Tensor) or not images or any(image.shape != images[0].shape for image in images):
+    """Return one tensor if all images have one size and type, for fast batch operations; else the images."""
+    if isinstance(images, Tensor) or not images or any(form_of(image) != form_of(images[0]) for image in images):
         return images
     return torch.stack(list(images))
 

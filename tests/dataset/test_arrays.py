@@ -1,11 +1,13 @@
 """Arrays and lists of files: what shapes, labels and keys they take, and what they refuse."""
 
+import tracemalloc
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch.utils.data import IterableDataset
 
 from softlabel.dataset import open_source
@@ -54,6 +56,67 @@ def test_arrays_that_are_no_images(array: np.ndarray, reason: str, tmp_path: Pat
     for name in ("a.npy", "a.npz"):
         with pytest.raises(DataError, match=reason):
             open_source(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "i1", ">i2", "<f4", ">f8", "<f2"])
+def test_bands_of_every_type_and_byte_order(dtype: str, tmp_path: Path) -> None:
+    whole = np.random.default_rng(2).integers(0, 120, (3, 5, 4, 6))
+    bands = (whole * (500 if dtype[1:] == "u2" else 1)).astype(dtype)
+    np.savez(tmp_path / "a.npz", x=bands)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = bands
+    expected = bands.astype(np.float64) / (65535 if dtype[1:] == "u2" else 1)
+    for name in ("a.npz", "a.h5"):
+        source = open_source(f"{tmp_path / name}?inputs=x&layout=channels-first")
+        found = [source.inputs.decode(sample) for sample in source.read(range(3))]
+        np.testing.assert_array_equal(np.stack([item.numpy() for item, _ in found]), expected.astype(np.float32))
+        assert found[0][0].dtype == (torch.uint8 if dtype == "u1" else torch.float32)
+        # The hash is of the little-endian bytes, as FORMAT.md says.
+        plain = np.ascontiguousarray(bands[0].astype(bands.dtype.newbyteorder("<")))
+        seed = xxhash.xxh3_64_intdigest(f"{plain.dtype.str} 5x4x6".encode())
+        assert found[0][1] == xxhash.xxh3_64_intdigest(plain.tobytes(), seed) & ~0xFFFF | 0x7870
+
+
+COMPOUND = np.array([(1, 2.0)] * 6, dtype=[("day", "<i4"), ("rain", "<f4")])
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("inputs=label", "label: expected an array of numbers .* found a compound type of day, rain of shape"),
+        ("images=label", "label: expected uint8 pixels"),
+        (
+            "inputs=wide&layout=channels-first",
+            "wide: expected images of uint8, uint16, int8, int16 or floats, found int",
+        ),
+        ("inputs=x", None),
+    ],
+)
+def test_types_that_are_no_samples(suffix: str, words: str, reason: str | None, tmp_path: Path) -> None:
+    arrays = {"label": COMPOUND, "x": np.ones((6, 2), np.float32), "wide": np.ones((6, 2, 2, 2), np.int32)}
+    if suffix == "npz":
+        np.savez(tmp_path / "a.npz", **arrays)
+    else:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.update(arrays)
+    if reason is None:  # an array of another type beside the samples is no label
+        assert not open_source(f"{tmp_path}/a.{suffix}?{words}").has_labels
+        return
+    with pytest.raises(DataError, match=reason):
+        open_source(f"{tmp_path}/a.{suffix}?{words}")
+
+
+def test_a_compressed_array_is_not_unpacked_to_open_it(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((1 << 18, 16), np.float32), y=np.arange(1 << 18) % 3)
+    tracemalloc.start()
+    try:
+        source = open_source(f"{tmp_path}/a.npz?inputs=x&labels=none")
+        assert len(source) == 1 << 18
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert source.read([5])[0].raw.tolist() == [0.0] * 16  # type: ignore[union-attr]
 
 
 def test_labels_and_keys(tmp_path: Path) -> None:

@@ -3,6 +3,11 @@
 N samples, C classes.
 """
 
+import csv
+import io
+import json
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 from softlabel.common.multi_hot import to_multi_hot
 from softlabel.dataset import open_source
 from softlabel.dataset.concat import SeveralSources
-from softlabel.errors import DataError, MismatchError
+from softlabel.errors import DataError, MismatchError, SoftLabelError
 from tests.support.datasets import make_jpeg
 
 LABELS: list[Any] = [[1, 0, None], [0, 1, 1], None, [None, 0, 0], [1, 1, 1]]
@@ -75,6 +80,107 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
     ragged = write(tmp_path / "ragged.parquet", {"ids": [[0, 1], [1], [0, 1], [1, 1], [0]]})
     with pytest.raises(DataError, match="expected lists of one length, 0 or 1 for each class"):
         open_source(f"{ragged}?label=ids")
+
+
+TABLES = {
+    "csv": (",", ["", "nan", "-1"]),
+    "tsv": ("\t", ["", "-1.0", "-100"]),
+    "jsonl": ("", [None, -1, float("nan")]),
+}
+CLASSES = ("Edema", "Lung Nodule", "none")
+
+
+def write_text_table(path: Path, labels: list[list[int]], *, one_column: bool = False) -> Path:
+    """A row for each label: a path, a text, and a column for each class, or, in JSON lines, one list."""
+    delimiter, unknown = TABLES[path.suffix[1:]]
+    rows: list[dict[str, Any]] = []
+    for row, flags in enumerate(labels):
+        (path.parent / f"{row}.jpg").write_bytes(make_jpeg(row))
+        cells = [unknown[row % 3] if flag == -1 else flag for flag in flags]
+        named = {"findings": cells} if one_column else dict(zip(CLASSES, cells, strict=True))
+        rows.append({"path": f"{row}.jpg", "report": f"text {row}", **named, "label": row})
+    with path.open("w", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", list(TABLES))
+@pytest.mark.parametrize("samples", ["", "text=report&"], ids=["images", "texts"])
+def test_columns_of_plain_files(suffix: str, samples: str, tmp_path: Path) -> None:
+    path = write_text_table(tmp_path / f"t.{suffix}", EXPECTED)
+    asked = f"{path}?{samples}labels={','.join(CLASSES)}"
+    source = open_source(asked)
+    check(source)
+    assert (source.class_names, source.count_labelled()) == (CLASSES, 4)
+    assert source.findings.labels_from == "columns Edema, Lung Nodule, none"
+    check(pickle.loads(pickle.dumps(open_source(f"{asked}&rows=0:5"))))
+    assert not open_source(asked, ignore_labels=True).has_labels
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    for options, reason in {
+        "labels=Edema": "expected (none, or )?several columns",
+        "labels=Edema,none&label=label": "expected several columns",
+        "labels=Edema,absent": "there is no column 'absent'",
+        "labels=Edema,path": "'path': expected 1, 0 or -1 .not known. for a class, found '0|is the path and a label",
+        "labels=Edema,label": "line [0-9]+: column 'label': expected 1, 0 or -1 .not known. for a class, found '2'",
+        f"labels={','.join(CLASSES)}&classes={tmp_path}/names.txt": "differs from the columns of labels=",
+    }.items():
+        with pytest.raises(SoftLabelError, match=reason):
+            open_source(f"{path}?image=path&{options}" if not samples else f"{path}?{samples}{options}")
+
+
+@pytest.mark.parametrize("samples", ["", "text=report&"], ids=["images", "texts"])
+def test_lists_of_json_lines(samples: str, tmp_path: Path) -> None:
+    path = write_text_table(tmp_path / "t.jsonl", EXPECTED, one_column=True)
+    check(open_source(f"{path}?{samples}label=findings"))
+    path.write_text('{"path": "9.jpg", "report": "x", "findings": [0, 1]}\n' + path.read_text())
+    with pytest.raises(DataError, match="sample 1: expected a list of 2 labels, 0 or 1 for each class, as before"):
+        open_source(f"{path}?{samples}label=findings")
+
+
+def test_a_short_line_of_a_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,a,b\n0.jpg,1\n")
+    with pytest.raises(DataError, match=r"line 2: expected 3 columns like the heading, found '0.jpg,1'"):
+        open_source(f"{tmp_path}/t.csv?labels=a,b")
+
+
+@pytest.mark.parametrize("adjacent", [True, False], ids=["adjacent", "behind"])
+def test_fields_of_tar_members(adjacent: bool, tmp_path: Path) -> None:
+    members: list[tuple[str, bytes]] = []
+    for row, flags in enumerate(EXPECTED):
+        members.append((f"{row}.jpg", make_jpeg(row)))
+        # Not known is an absent field, null or -1.
+        known = {name: flag for name, flag in zip(CLASSES, flags, strict=True) if flag >= 0 or row}
+        if row != 2:  # of which nothing is known
+            members.append((f"{row}.json", json.dumps({**known, "age": 60, "free": "text"}).encode()))
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members if adjacent else sorted(members, key=lambda member: member[0].split(".")[1]):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    source = open_source(f"{path}?labels={','.join(CLASSES)}")
+    if adjacent:
+        check(pickle.loads(pickle.dumps(source)))
+    order = [int(key) for key in source.keys(0)]
+    np.testing.assert_array_equal(source.labels(), np.array(EXPECTED)[order])
+    assert (source.class_names, source.count_labelled()) == (CLASSES, 4)
+    assert not open_source(f"{path}?labels={','.join(CLASSES)}", ignore_labels=True).has_labels
+    assert open_source(f"{path}?labels=none,absent").findings.left_out == (
+        "labels=: field 'absent' of the .json members is known of no sample",
+    )
+    for options, reason in {
+        "labels=none": "expected several columns",
+        "labels=none,Edema&label=.cls": "expected several columns",
+        "labels=none,age": "json: column 'age': expected 1, 0 or -1 .not known. for a class, found '60'",
+        "labels=absent,missing": "labels=absent,missing: no sample has a label in fields absent, missing of .json",
+    }.items():
+        with pytest.raises(DataError, match=reason):
+            open_source(f"{path}?{options}")
 
 
 def test_arrays(tmp_path: Path) -> None:

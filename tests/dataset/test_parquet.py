@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-import softlabel.dataset.parquet as parquet
+import softlabel.dataset.table_source as table_source
 from softlabel.dataset import Source, open_source
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
@@ -317,7 +317,7 @@ def test_empty_file(tmp_path: Path) -> None:
 
 
 def test_a_cache_smaller_than_the_file_changes_nothing(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
+    monkeypatch.setattr(table_source, "CACHE_BYTES", 1)
     source = open_source(small)
     order = np.random.default_rng(3).permutation(N)
     assert [sample.raw for sample in source.read(order)] == [payload(i) for i in order]

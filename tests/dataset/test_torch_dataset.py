@@ -165,6 +165,46 @@ def test_subsets_and_tensor_datasets() -> None:
     assert torch.equal(decode_image(source.read([1])[0].raw), images[1])
 
 
+class Counted:
+    """Items of which the number alive at once is counted."""
+
+    alive = most = 0
+
+    class Item(tuple[np.ndarray, int]):
+        def __del__(self) -> None:
+            Counted.alive -= 1
+
+    def __len__(self) -> int:
+        return 2000
+
+    def __getitem__(self, index: int) -> "Counted.Item":
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+        return Counted.Item((np.ones(3, np.float32), index % 7))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1999)])
+def test_labels_are_read_without_holding_all_items(start: int, stop: int | None) -> None:
+    Counted.alive = Counted.most = 0
+    labels_N = open_source(Counted()).labels(start, stop)
+    np.testing.assert_array_equal(labels_N, np.arange(2000)[start:stop] % 7)
+    assert Counted.most < 200
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_labels_of_a_hugging_face_column_are_known_without_reading_items(subset: bool) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    data = datasets.Dataset.from_dict({"text": list("vwxyz"), "label": [0, 1, None, 1, 0]}, features=features)
+    data = data.select([4, 2, 1, 3])
+    source = open_source(Subset(data, [3, 1, 0]) if subset else data)
+    expected = [1, IGNORE, 0] if subset else [0, IGNORE, 1, 1]
+    assert source.count_labelled() == len(expected) - 1  # not None, as of labels that are in the items alone
+    assert source.labels().tolist() == [sample.label for sample in source.read(range(len(source)))] == expected
+    changed = open_source(data.with_transform(lambda rows: {"text": rows["text"], "label": [1] * len(rows["text"])}))
+    assert changed.count_labelled() is None
+    assert changed.labels().tolist() == [1] * 4
+
+
 def test_an_unreadable_image_is_the_only_bad_one(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         (tmp_path / name).parent.mkdir()

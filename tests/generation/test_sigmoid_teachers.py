@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -122,6 +123,26 @@ def test_the_command_line_and_what_it_says(ready: Path, tmp_path: Path) -> None:
     assert "activation: the store has sigmoid, this run softmax" in refused.stderr
 
 
+def test_a_list_of_images_with_a_column_for_each_class(ready: Path, tmp_path: Path) -> None:
+    given = np.load(ready / "data.npz")
+    names = [f"finding {number}" for number in range(C)]
+    lines = [",".join(["Path", "Age", *names])]
+    for row, (image, flags) in enumerate(zip(given["images"], given["labels"], strict=True)):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+        unknown = "-1.0" if row % 2 else ""  # uncertain or not mentioned, as CheXpert writes them
+        lines.append(",".join([f"{row}.png", "60", *(unknown if flag < 0 else f"{flag}.0" for flag in flags)]))
+    (tmp_path / "chest.csv").write_text("\n".join(lines))
+    base = ["generate", "--teacher", spec(ready), "--activation", "sigmoid", "--batch-size", 32]
+    done = run_softlabel(*base, "--data", f"{tmp_path}/chest.csv?labels={','.join(names)}", "--out", tmp_path / "s")
+    right = ((answers(ready) > 0) == (given["labels"] > 0))[given["labels"] >= 0].mean()
+    assert f"accuracy of these labels where a hard label exists: {right:.4f}" in done.stdout
+    store = softlabel.open_store(tmp_path / "s")
+    np.testing.assert_array_equal(store.take(range(N)).hard_labels, given["labels"])
+    assert list(store.run.class_names or ()) == names
+    unlabelled = run_softlabel(*base, "--data", tmp_path / "chest.csv", "--out", tmp_path / "u")
+    assert "'?labels=COLUMN,COLUMN' several classes at once" in unlabelled.stderr
+
+
 @pytest.mark.parametrize("rule", ["logits", "probs"])
 def test_members_are_averaged(ready: Path, tmp_path: Path, rule: str) -> None:
     store = make(ready, tmp_path / "s", 0, 1, combine=rule, weights=[3, 1], encoding="float32")
@@ -230,6 +251,8 @@ def test_what_makes_no_sense_is_refused(ready: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'topk': stores a softmax"):
         convert_store(tmp_path / "s", tmp_path / "x", encoding=TopK(k=2), progress=False)
     softlabel.generate(f"{ready}/more.npz?images=images", teachers=[spec(ready)], out=tmp_path / "soft", progress=False)
+    with pytest.raises(MismatchError, match="has several classes at once, --activation says softmax"):
+        softlabel.evaluate(spec(ready), data(ready), activation="softmax", progress=False)
     with pytest.raises(MismatchError, match="has several classes at once, the store holds a softmax"):
         softlabel.SoftLabelLoader(data(ready), tmp_path / "soft", missing="skip")
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
 import softlabel
-from softlabel.errors import SoftLabelError, UsageError
+from softlabel.errors import MismatchError, SoftLabelError, UsageError
 from softlabel.models.teacher import student_preprocessing
 from tests.support.commands import run_softlabel
 from tests.support.shared_data import find_shared_data
+from tests.support.teachers import write_teacher
 from tests.support.texts import SENTENCES, add_head, minilm, plain_logits, save_classifier
 
 LONG = "never say what they mean " * 2000
@@ -37,6 +41,10 @@ def write_parquet(path: Path, texts: list[str | None]) -> str:
     table = {"id": [f"s{n}" for n in range(len(texts))], "text": texts, "label": [n % 3 for n in range(len(texts))]}
     pq.write_table(pa.table(table), path)
     return str(path)
+
+
+def build_mlp(inputs: int, num_classes: int = 3) -> nn.Module:
+    return nn.Linear(inputs, num_classes)
 
 
 def stored(store: Path | str, view: int = 0) -> tuple[list[str], torch.Tensor]:
@@ -62,7 +70,7 @@ def test_the_command_line_labels_texts_as_transformers_does(teacher: Path, data:
         "generate", "--data", f"{data}?key=id", "--teacher", f"text:{teacher}", "--out", tmp_path / "labels",
         "--encoding", "float32", "--temperature", 1, "--device", "cpu", "--batch-size", 8,
     )  # fmt: skip
-    assert "1 of 45 texts are longer than a teacher takes" in done.stderr.replace(str(len(TEXTS)), "45")
+    assert "1 of 45 texts are longer than a teacher takes" in done.stderr
     assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
     store = softlabel.open_store(tmp_path / "labels")
     assert store.run.input == "text"
@@ -132,11 +140,55 @@ def test_tables_in_plain_files(suffix: str, teacher: Path, tmp_path: Path) -> No
     assert np.array_equal(labels.content, softlabel.open_store(tmp_path / "other").content)
 
 
+def test_equal_keys_of_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("who,text\nann,one\nbob,two\nann,three\n")
+    with pytest.raises(SoftLabelError, match=r"'ann' \(samples 0 and 2\); name another column with '\?key=COLUMN'"):
+        softlabel.open_source(f"{tmp_path}/t.csv?text=text&key=who")
+
+
 def test_a_dataset_in_python(teacher: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     given = datasets.Dataset.from_dict({"idx": list(range(len(TEXTS))), "sentence": TEXTS, "label": LABELS})
     generate(given, teacher, tmp_path / "labels")
     assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS))
+
+
+def test_both_texts_of_a_pair_in_python_are_read_and_others_reported(teacher: Path, tmp_path: Path) -> None:
+    items = [{"question": one, "sentence": other, "note": "x"} for one, other in zip(TEXTS, TEXTS[::-1], strict=True)]
+    generate(items, teacher, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(teacher, TEXTS, TEXTS[::-1]))
+    (left_out,) = softlabel.open_source(items).findings.left_out
+    assert "'note' of an item is not read" in left_out
+
+
+def test_texts_lose_the_side_that_transformers_cuts(teacher: Path, data: str, tmp_path: Path) -> None:
+    folder = tmp_path / "left"
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "truncation_side": "left"}))
+    texts = [f"{LONG} {sentence}" for sentence in SENTENCES]
+    generate(write_parquet(tmp_path / "long.parquet", texts), folder, tmp_path / "labels")
+    assert_logits(tmp_path / "labels", plain_logits(folder, texts))
+    assert not torch.allclose(plain_logits(folder, texts), plain_logits(teacher, texts), atol=1e-3)
+
+
+def test_many_batches_from_workers_do_not_use_up_the_open_files(teacher: Path, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "texts.parquet", [f"{SENTENCES[n % 8]} {n}" for n in range(3000)])
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -n 256; exec "$@"', "bash", sys.executable, "-m", "softlabel", "generate",
+         "--data", path, "--teacher", f"text:{teacher}", "--out", str(tmp_path / "labels"), "--workers", "2",
+         "--batch-size", "16", "--device", "cpu", "--no-preflight"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(softlabel.open_store(tmp_path / "labels")) == 3000
+
+
+def test_a_text_that_is_not_unicode_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (TEXTS[0], "half \ud83d", *TEXTS[2:8])))
+    generate(f"{path}?text=text", teacher, tmp_path / "labels")
+    assert list(softlabel.open_store(tmp_path / "labels").bad) == ["1"]
 
 
 def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path: Path) -> None:
@@ -156,7 +208,8 @@ def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path
 def test_a_missing_text_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "some.parquet", [TEXTS[0], None, *TEXTS[2:8]])
     assert generate(path, teacher, tmp_path / "labels").total_bad == 1
-    assert softlabel.open_store(tmp_path / "labels").bad == {"1": "the row has no text"}
+    reason = "the row has no text, or one that is not valid Unicode"
+    assert softlabel.open_store(tmp_path / "labels").bad == {"1": reason}
 
 
 def test_a_student_of_fewer_layers_becomes_a_teacher(teacher: Path, data: str, tmp_path: Path) -> None:
@@ -232,6 +285,30 @@ def test_what_is_of_images_is_refused(teacher: Path, data: str, tmp_path: Path) 
         generate(data, teacher, tmp_path / "labels", compile=True)
     with pytest.raises(SoftLabelError, match="takes samples of kind text, and these are of kind image"):
         generate("digits", teacher, tmp_path / "labels")
+
+
+def test_a_store_is_of_one_kind_and_one_activation(
+    teacher: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(data, teacher, tmp_path / "labels", batch_size=16)
+    assert "wrong preprocessing (tokenizer, max_length), or classes in another order" in caplog.text
+    with pytest.raises(MismatchError, match="activation: the store has softmax, this run sigmoid"):
+        generate(data, teacher, tmp_path / "labels", activation="sigmoid")
+    columns = {"a": np.arange(len(TEXTS)) / 9, "b": np.ones(len(TEXTS)), "label": LABELS}
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    table = f"{tmp_path}/table.parquet?inputs=a,b"
+    torch.save(build_mlp(2, 3).state_dict(), tmp_path / "mlp.pth")
+    mlp = f"python:{__name__}:build_mlp@{tmp_path}/mlp.pth?inputs=2"
+    with pytest.raises(MismatchError, match="kind of samples: the store has text, this run tensor"):
+        generate(table, mlp, tmp_path / "labels")
+    images = write_teacher(tmp_path / "images.safetensors", num_classes=10)
+    with pytest.raises(MismatchError, match="kind of samples: the store has text, this run image"):
+        generate("digits", images, tmp_path / "labels")
+    done = run_softlabel("verify", tmp_path / "labels", "--data", table, code=3)
+    assert "cannot be compared: samples of kind text were labelled, these are of kind tensor" in done.stdout
+    next((tmp_path / "labels" / "shards").iterdir()).unlink()
+    done = run_softlabel("repair", tmp_path / "labels", "--data", table, "--device", "cpu", code=2)
+    assert "takes samples of kind text, and these are of kind tensor" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["sentence_polarity", "subjectivity"])

@@ -11,6 +11,8 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 from torch import nn
 
 import softlabel
@@ -70,6 +72,22 @@ def test_softmax_of_the_labels_of_a_forest_is_its_probabilities(kind: str, table
     expected = probabilities_of(path, X)
     assert (expected <= 0).any() == (kind == "forest")  # of which the logarithm has no number
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_sigmoid_of_the_labels_of_independent_probabilities_is_them(table: str, tmp_path: Path) -> None:
+    model = OneVsRestClassifier(LogisticRegression(max_iter=50)).fit(X[:, :4] / 100, np.stack([Y, 1 - Y, Y], 1))
+    path = tmp_path / "several.onnx"
+    path.write_bytes(skl2onnx.to_onnx(model, X[:1, :4], options={"zipmap": False}).SerializeToString())
+    pq.write_table(pa.table({name: X[:, place] / 100 for place, name in enumerate(NAMES[:4])}), tmp_path / "t.parquet")
+    softlabel.generate(
+        f"{tmp_path}/t.parquet?inputs={','.join(NAMES[:4])}",
+        teachers=[f"{path}?output=probabilities&probabilities=true"],
+        out=tmp_path / "labels", encoding="float32", temperature=1.0, device="cpu", activation="sigmoid",
+    )  # fmt: skip
+    with softlabel.open_store(tmp_path / "labels") as store:
+        rows = store.take(store.lookup([str(row) for row in range(len(X))]))
+        found = torch.from_numpy(np.array(rows.scaled_logits)).sigmoid().numpy()
+    np.testing.assert_allclose(found, probabilities_of(path, X[:, :4] / 100), atol=1e-6)
 
 
 def test_a_forest_and_a_network_are_combined_by_probabilities(table: str, tmp_path: Path) -> None:

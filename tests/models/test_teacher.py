@@ -376,7 +376,7 @@ def test_a_network_that_wants_another_size(tmp_path: Path) -> None:
     module.build = lambda: linear
     sys.modules["flat_factory_of_a_test"] = module
     try:
-        with pytest.raises(TeacherError, match=r"fails on a sample of 32 x 32 pixels.*resize="):
+        with pytest.raises(TeacherError, match=r"fails on samples of 32 x 32 pixels.*resize="):
             load_teacher("python:flat_factory_of_a_test:build?crop=32")
         assert load_teacher("python:flat_factory_of_a_test:build?crop=16").num_classes == 4
     finally:

@@ -33,10 +33,12 @@ from tests.support import format_reader
 from tests.support.stores import FIDELITY, FORMATS, Samples, make_reference_rows, make_run, read_files, write_store
 
 pytestmark = pytest.mark.parametrize("format", FORMATS)
+both_activations = pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 
 
-def test_what_was_written_is_what_is_read(tmp_path: Path, format: str) -> None:
-    run, bad = make_run(format, views=3), (0, 17, 18, 49)
+@both_activations
+def test_what_was_written_is_what_is_read(tmp_path: Path, format: str, activation: str) -> None:
+    run, bad = make_run(format, views=3, activation=activation), (0, 17, 18, 49)
     samples = write_store(tmp_path / "s", run, bad=bad)
     expected = make_reference_rows(run, samples, bad)
     store = open_store(tmp_path / "s", verify="full")
@@ -47,8 +49,13 @@ def test_what_was_written_is_what_is_read(tmp_path: Path, format: str) -> None:
     for name in ("views", "labels", "content"):
         np.testing.assert_array_equal(getattr(rows, name), expected[name])
         assert getattr(rows, name).dtype == expected[name].dtype
+    np.testing.assert_array_equal(rows.hard_labels, expected["hard"])
     assert rows.scaled_logits.dtype == np.float32
     np.testing.assert_array_equal(rows.scaled_logits, expected["logits"].astype(np.float16))
+    streamed = list(store.stream())
+    np.testing.assert_array_equal(np.concatenate([part.scaled_logits for part in streamed]), rows.scaled_logits)
+    np.testing.assert_array_equal(np.concatenate([part.hard_labels for part in streamed]), expected["hard"])
+    assert verify_store(tmp_path / "s").ok
     totals = store.manifest.totals
     assert (totals.shards, totals.rows, totals.bad) == (12, 138, 12)
     assert totals.fidelity is not None
@@ -66,7 +73,8 @@ def test_formats_hold_the_same_values(tmp_path: Path, format: str) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
-def test_read_by_the_format_document_alone(tmp_path: Path, format: str) -> None:
+@both_activations
+def test_read_by_the_format_document_alone(tmp_path: Path, format: str, activation: str) -> None:
     source = Path(format_reader.__file__).read_text()
     modules = {
         node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
@@ -75,13 +83,14 @@ def test_read_by_the_format_document_alone(tmp_path: Path, format: str) -> None:
     }
     assert {str(name).split(".")[0] for name in modules} <= {"json", "h5py", "numpy", "pyarrow"}
     assert sum(bool(line.strip()) for line in source.splitlines()) < 60
-    run = make_run(format, views=2)
+    run = make_run(format, views=2, activation=activation)
     expected = make_reference_rows(run, write_store(tmp_path / "s", run, bad=(20,)), bad=(20,))
     found = format_reader.read_store(tmp_path / "s")
     assert list(found["key"]) == expected["keys"]
     for name, column in (("views", "view"), ("labels", "label"), ("content", "content")):
         np.testing.assert_array_equal(found[column], expected[name])
     np.testing.assert_array_equal(found["scaled_logits"], expected["logits"].astype(np.float16))
+    np.testing.assert_array_equal(found.get("multi_hot", found["label"]), expected["hard"])
 
 
 def test_lookup_joins_by_key_and_view(tmp_path: Path, format: str) -> None:
@@ -157,8 +166,9 @@ def test_take_and_stream(tmp_path: Path, format: str) -> None:
         list(store.stream(columns=["nothing"]))
 
 
-def test_a_few_rows_come_from_their_shards_alone(tmp_path: Path, format: str) -> None:
-    run = make_run(format, samples=50, views=2, shard_rows=8)
+@both_activations
+def test_a_few_rows_come_from_their_shards_alone(tmp_path: Path, format: str, activation: str) -> None:
+    run = make_run(format, samples=50, views=2, shard_rows=8, activation=activation)
     write_store(tmp_path / "store", run, bad=[3])
     names = ["key", "label", "content", *(column.name for column in run.columns)]
     rows = [1, 2, 9, 60, 61, 97]
@@ -173,7 +183,7 @@ def test_a_few_rows_come_from_their_shards_alone(tmp_path: Path, format: str) ->
         found = sample_rows(store, rows, names)
         assert found.keys == expected.keys
         np.testing.assert_array_equal(found.views, expected.views)
-        np.testing.assert_array_equal(found.labels, expected.labels)
+        np.testing.assert_array_equal(found.hard_labels, expected.hard_labels)
         np.testing.assert_array_equal(found.content, expected.content)
         np.testing.assert_array_equal(found.scaled_logits, expected.scaled_logits)
         with pytest.raises(UsageError, match="was not read"):

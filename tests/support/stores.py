@@ -40,7 +40,8 @@ class Samples:
     """The labels of a whole dataset.
 
     keys: N strings; labels: int64 (N,); content: uint64 (N,); logits: scaled logits (V, N, C), repeated from the start
-    where there are fewer than N; columns: of the encoding, (V, N, W) each, in place of logits in float16.
+    where there are fewer than N; columns: of the encoding, (V, N, W) each, in place of logits in float16; multi_hot:
+    int8 (N, C), of a run of independent sigmoids, whose labels are -100.
     """
 
     keys: Sequence[str]
@@ -48,6 +49,7 @@ class Samples:
     content: np.ndarray[Any, Any]
     logits: np.ndarray[Any, Any]
     columns: Mapping[str, np.ndarray[Any, Any]] | None = None
+    multi_hot: np.ndarray[Any, Any] | None = None
 
     @staticmethod
     def of(run: Run, seed: int = 0, keys: Iterable[str] | None = None) -> "Samples":
@@ -59,6 +61,10 @@ class Samples:
         content = rng.integers(1, 2**64, count, dtype=np.uint64)
         content[::7] = 0
         names = [f"n{position % 10}/bild-{position:05d}-é.jpg" for position in range(count)] if keys is None else keys
+        if run.activation == "sigmoid":
+            hot = rng.integers(-1, 2, (count, run.num_classes)).astype(np.int8)
+            unlabelled = np.full(count, -100)
+            return Samples(keys=list(names), labels=unlabelled, content=content, logits=logits, multi_hot=hot)
         return Samples(
             keys=list(names), labels=labels, content=content, logits=logits - logits.max(axis=-1, keepdims=True)
         )
@@ -71,6 +77,8 @@ class Samples:
             columns = {"logits": self.logits[plan.view, good % self.logits.shape[1]].astype(np.float16)}
         else:
             columns = {name: column[plan.view, good] for name, column in self.columns.items()}
+        if self.multi_hot is not None:
+            columns["multi_hot"] = self.multi_hot[good]
         rows = Rows(
             keys=[self.keys[index] for index in good],
             labels=self.labels[good],
@@ -173,13 +181,14 @@ def read_files(root: Path) -> dict[str, bytes]:
 
 
 def make_reference_rows(run: Run, samples: Samples, bad: Iterable[int] = ()) -> dict[str, Any]:
-    """What a store of these samples must hold, row by row, computed without a store."""
-    good = np.setdiff1d(np.arange(run.dataset.rows), list(bad))
+    """What a store of these samples must hold, row by row, computed without a store; `hard`: as its kind of labels."""
+    good, hot = np.setdiff1d(np.arange(run.dataset.rows), list(bad)), samples.multi_hot
     order = [(view, index) for view in range(run.views.count) for index in good]
     return {
         "keys": [samples.keys[index] for _, index in order],
         "views": np.array([view for view, _ in order], np.int32),
         "labels": np.array([samples.labels[index] for _, index in order], np.int64),
+        "hard": np.array([(samples.labels if hot is None else hot)[index] for _, index in order]),
         "content": np.array([samples.content[index] for _, index in order], np.uint64),
         "logits": np.array([samples.logits[view, index] for view, index in order], np.float32),
     }

@@ -32,6 +32,8 @@ NORMALISATIONS = {
 }
 FEWEST = 32  # labelled images needed for a finding
 _CLEARLY = 3.0  # standard errors
+# By kind of the samples: what a SPEC says about the preprocessing.
+_OPTIONS = {"image": "mean, std, resize, crop", "tensor": "mean, std", "text": "tokenizer, max_length"}
 _CONFIDENT = 0.5
 _REORDERED = 0.1  # minimal gain in accuracy by another order of classes
 
@@ -115,7 +117,7 @@ def _diagnose_teacher(labeller: Labeller, number: int, trial: Trial) -> Diagnosi
         finding = (
             _find_other_order(found, run.class_names)
             or _find_other_normalisation(teacher, labeller, trial)
-            or _describe_chance(found, teacher.num_classes)
+            or _describe_chance(found, teacher)
         )
     return Diagnosis(
         teacher=teacher.spec.text,
@@ -209,12 +211,12 @@ def _compute_gain(other_N: NDArray[np.bool_], own_N: NDArray[np.bool_]) -> float
     return gain if gain >= 0.05 and won - lost >= _CLEARLY * math.sqrt(won + lost) else None
 
 
-def _describe_chance(found: _Predictions, num_classes: int) -> str | None:
-    chance = 1 / num_classes
+def _describe_chance(found: _Predictions, teacher: Teacher) -> str | None:
+    chance = 1 / teacher.num_classes
     if found.accuracy > chance + _CLEARLY * math.sqrt(chance * (1 - chance) / len(found.labels)):
         return None
     sure = float(found.sure.mean()) >= max(_CONFIDENT, 3 * chance)
     return (
         f"it is {'sure of its answers and ' if sure else ''}no better than chance: {'' if sure else 'untrained, '}"
-        "wrong preprocessing (mean, std, resize, crop), or classes in another order than the data's"
+        f"wrong preprocessing ({_OPTIONS[teacher.preprocessing.kind]}), or classes in another order than the data's"
     )

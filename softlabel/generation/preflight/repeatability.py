@@ -100,7 +100,7 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
             changed = float((_decide(once_KC, activation) != _decide(moved_KC, activation)).float().mean())
             decisions = "have another top class" if activation == "softmax" else "of their classes change sides"
             text = (
-                f"{teacher.spec.text}: its logits for an image depend on the others in the batch: in another batch the "
+                f"{teacher.spec.text}: its logits for a sample depend on the others in the batch: in another batch the "
                 f"logits of {len(rows_K)} samples differ by up to {_max_difference(once_KC, moved_KC):.2g}, and "
                 f"{changed:.0%} {decisions} (is it quantised dynamically, or does it normalise over the "
                 "batch?)"
@@ -170,5 +170,11 @@ def _check_range(logits_BC: Tensor, teacher: Teacher, activation: Activation) ->
     found = f"{teacher.spec.text}: expected logits, found values from {lowest:.3g} to {highest:.3g}, none below 0"
     # Of several classes at once most are rare: their logits are below 0, and all probabilities may be small.
     if highest <= 1 and highest - lowest > (_SPREAD if activation == "softmax" else _SPREAD_OF_RARE):
-        raise TeacherError(f"{found} and none above 1, as of a sigmoid; return the input of the sigmoid")
+        # The logits of a single output may all be small; several classes that are never improbable are not likely.
+        if activation == "sigmoid" and logits_BC.shape[1] == 1:
+            return f"{found} and none above 1 (values of a sigmoid?)"
+        raise TeacherError(
+            f"{found} and none above 1, as of a sigmoid; return the input of the sigmoid (of an .onnx file, "
+            "'?probabilities=true'), or give --no-preflight if they are logits"
+        )
     return f"{found} (percentages, probabilities, or the output of a ReLU?)"

@@ -125,7 +125,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         batch = labeller.reader.batch(indices_B.tolist())
         decoded = time.perf_counter()
         if batch.keys:
-            scaled.append(labeller.lane.scaled_logits(batch).cpu())
+            scaled += [one.cpu() for one in labeller.lane.scaled_logits(batch)]
             sigmoid = labeller.run.activation == "sigmoid"
             labels.append(to_multi_hot(batch.labels, labeller.run.num_classes) if sigmoid else batch.labels)
         ended = time.perf_counter()
@@ -133,7 +133,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         alone = len(indices_B) == len(labeller.source)
         if alone and batch.keys:  # no second batch to time: time this one again
             again = time.perf_counter()
-            labeller.lane.scaled_logits(batch).cpu()
+            labeller.lane.scaled_logits(batch)[0].cpu()
             ended = decoded + time.perf_counter() - again
         if number or alone:
             timed, labelled = timed + len(indices_B), labelled + len(batch.keys)

@@ -1,0 +1,164 @@
+"""The contract of sources over every kind of samples but 8-bit images: arrays, images of many bands, and texts."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from softlabel.dataset import Source, open_source
+from softlabel.testing import ExpectedSample, SourceTests
+
+N = 13
+RANDOM = np.random.default_rng(4)
+TABLE = RANDOM.standard_normal((N, 3)).astype(np.float32).astype(np.float64)  # float32 has them exactly
+SPECTRA = RANDOM.standard_normal((N, 2, 5)).astype(np.float16)
+TILES = RANDOM.standard_normal((N, 4, 6, 13)).astype(np.float32)
+LABELS = [row % 3 for row in range(N)]
+SEVERAL = [tuple([1, 0, -1][(row + place) % 3] for place in range(4)) for row in range(N)]
+TEXTS = [
+    "",
+    "naïve — 日本語",
+    'quoted "x", y',
+    "two\nlines",
+    "tab\there",
+    "=1+1",
+    *(f"text {row}" for row in range(6, N)),
+]
+PAIRS = list(zip(TEXTS, TEXTS[::-1], strict=True))
+
+
+class Mapped:
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray[Any, Any], int]:
+        return SPECTRA[index], LABELS[index]
+
+
+def parquet(folder: Path) -> str:
+    columns = {name: TABLE[:, place] for place, name in enumerate("abc")}
+    pq.write_table(pa.table({**columns, "label": LABELS}), folder / "t.parquet", row_group_size=4)
+    return f"{folder}/t.parquet?inputs=a,b,c"
+
+
+def csv_table(folder: Path) -> str:
+    rows = [",".join([*map(repr, row), str(label)]) for row, label in zip(TABLE.tolist(), LABELS, strict=True)]
+    (folder / "t.csv").write_text("\n".join(["a,b,c,label", *rows]))
+    return f"{folder}/t.csv?inputs=*"
+
+
+def lists(folder: Path) -> str:
+    fixed = pa.array(SPECTRA.tolist(), type=pa.list_(pa.list_(pa.float16(), 5), 2))
+    pq.write_table(pa.table({"x": fixed, "label": LABELS}), folder / "t.parquet", row_group_size=4)
+    return f"{folder}/t.parquet?inputs=x"
+
+
+def npz(folder: Path) -> str:
+    np.savez(folder / "t.npz", x=SPECTRA, y=np.array(LABELS))
+    return f"{folder}/t.npz?inputs=x&labels=y"
+
+
+def h5(folder: Path) -> str:
+    with h5py.File(folder / "t.h5", "w") as file:
+        file["bands"], file["y"] = TILES, np.array(LABELS)
+    return f"{folder}/t.h5?inputs=bands&labels=y&layout=channels-last"
+
+
+class Sentences:
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"text": TEXTS[index], "label": LABELS[index]}
+
+
+def write_texts(folder: Path, name: str, columns: dict[str, Any]) -> str:
+    """A table in a file of the form that its suffix says."""
+    path, rows = folder / name, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if name.endswith(".parquet"):
+        pq.write_table(pa.table(columns), path, row_group_size=4)
+    elif name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, columns, delimiter="\t" if name.endswith(".tsv") else ",")
+            table.writeheader()
+            table.writerows(rows)
+    return str(path)
+
+
+def texts(name: str, options: str = "") -> Callable[[Path], str]:
+    return lambda folder: write_texts(folder, name, {"text": TEXTS, "label": LABELS}) + options
+
+
+def pairs(name: str) -> Callable[[Path], str]:
+    columns = {"a": TEXTS, "b": TEXTS[::-1], "label": LABELS}
+    return lambda folder: write_texts(folder, name, columns) + "?text=a&text_pair=b"
+
+
+def findings(name: str) -> Callable[[Path], str]:
+    flags = {
+        place: [None if row[number] < 0 else row[number] for row in SEVERAL] for number, place in enumerate("stuv")
+    }
+    return lambda folder: write_texts(folder, name, {"text": TEXTS, **flags}) + "?text=text&labels=s,t,u,v"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How data are written (into a folder, giving the SOURCE), and what they must be read as."""
+
+    write: Callable[[Path], Any]
+    rows: Sequence[Any]
+    labels: Sequence[Any] = tuple(LABELS)
+
+
+def npz_of_several(folder: Path) -> str:
+    np.savez(folder / "t.npz", x=SPECTRA, y=np.array(SEVERAL, np.int8))
+    return f"{folder}/t.npz?inputs=x&labels=y"
+
+
+CASES = {
+    "table": Case(parquet, TABLE),
+    "csv": Case(csv_table, TABLE),
+    "lists": Case(lists, SPECTRA),
+    "npz": Case(npz, SPECTRA),
+    "npz-several": Case(npz_of_several, SPECTRA, SEVERAL),
+    "bands": Case(h5, np.ascontiguousarray(np.moveaxis(TILES, -1, 1))),
+    "dataset": Case(lambda folder: Mapped(), SPECTRA),
+    "text-parquet": Case(texts("t.parquet"), TEXTS),
+    "text-parquet-several": Case(findings("t.parquet"), TEXTS, SEVERAL),
+    "text-csv-several": Case(findings("t.csv"), TEXTS, SEVERAL),
+    "text-csv": Case(texts("t.csv", "?text=text&label=label"), TEXTS),
+    "text-tsv": Case(texts("t.tsv", "?text=text"), TEXTS),
+    "text-jsonl": Case(texts("t.jsonl", "?text=text"), TEXTS),
+    "text-dataset": Case(lambda folder: Sentences(), TEXTS),
+    "pair-parquet": Case(pairs("t.parquet"), PAIRS),
+    "pair-jsonl": Case(pairs("t.jsonl"), PAIRS),
+}
+
+
+class TestEveryKind(SourceTests):
+    @pytest.fixture(params=list(CASES))
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        return CASES[request.param]
+
+    @pytest.fixture
+    def expected(self, case: Case) -> Sequence[ExpectedSample]:
+        samples = zip(case.rows, case.labels, strict=True)
+        return [
+            ExpectedSample(key=str(number), label=label, **{"text" if isinstance(row, str | tuple) else "pixels": row})
+            for number, (row, label) in enumerate(samples)
+        ]
+
+    @pytest.fixture
+    def make_source(self, case: Case, tmp_path: Path) -> Callable[[], Source]:
+        data = case.write(tmp_path)
+        return lambda: open_source(data)
