@@ -134,12 +134,13 @@ class Noise:
 
     threshold t_j = mean p_j over rows labelled j. A row labelled i is counted in (i, j) where j is the most probable of
     the classes with p_j >= t_j. The joint is that matrix with each row scaled to the number of rows labelled i;
-    `share` is its part off the diagonal. A row is a candidate if it is counted off the diagonal; candidates are ranked
-    by the margin p_label - max of the others (`Example.score`), the most negative first. Only view 0 is judged.
+    `share` is its part off the diagonal. Of each entry (i, j) off the diagonal, rounded to a whole number n, the n rows
+    labelled i of largest p_j - p_i are candidates, where that is above 0 (pruning by noise rate). They are ranked by
+    p_label, the lowest first; `Example.score` is the margin p_label - max of the others. Only view 0 is judged.
 
     Attributes:
-        share: estimated share of wrong labels.
-        candidates: how many rows are off the diagonal.
+        share: estimated share of wrong labels; where the teachers are weak, most of it is their own errors.
+        candidates: how many rows are listed.
         thresholds: C; None for a class without rows.
         pairs: (label, suggestion, count) of the largest entries off the diagonal, at most 50.
         examples: the first ones of the ranking, at most 400.

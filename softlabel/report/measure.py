@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -52,7 +52,7 @@ class StoreFigures:
     views: Views | Absent
     encoding: EncodingCost
     coverage: Coverage
-    ranking: Ranking | None
+    ranking: Ranking | None = field(compare=False, repr=False)
 
 
 def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures:

@@ -2,7 +2,8 @@
 
 Which classes a row may be counted in follows from thresholds that are known after the pass alone. Most rows follow from
 two numbers then: the most probable class is the suggestion if it reaches its threshold, and no class is one if none can
-reach the lowest threshold. The other rows are read again.
+reach the lowest threshold. The other rows are read again, and then all rows whose most probable class is not their
+label, of which as many are listed as the counts estimate.
 
 Legend: N judged rows, R rows of a block, C classes.
 """
@@ -23,6 +24,7 @@ from softlabel.store.reader import Store
 
 I64 = NDArray[np.int64]
 PAIRS, EXAMPLES = 50, 400
+_MOST_KEPT = 1 << 22  # numbers of rows that may be listed
 _ROUNDING = 1e-5  # by which probabilities of a row may add up to more than 1
 
 
@@ -72,25 +74,28 @@ class NoiseMeter:
         labelled_C = np.bincount(labels_N, minlength=classes)
         with np.errstate(invalid="ignore"):
             threshold_C = np.bincount(labels_N, p_label_N, minlength=classes) / labelled_C  # NaN without rows
-        suggestion_N = np.where(p_top_N >= threshold_C[top_N], top_N, -1)
-        margin_N = p_label_N - p_top_N  # right where the label is not the most probable class
+        counted_N = np.where(p_top_N >= threshold_C[top_N], top_N, -1)
         second_N = np.minimum(p_top_N, 1 - p_top_N + _ROUNDING)
-        open_N = np.flatnonzero((suggestion_N < 0) & (second_N >= np.nanmin(threshold_C)))
+        open_N = np.flatnonzero((counted_N < 0) & (second_N >= np.nanmin(threshold_C)))
         for at, p_RC in self._read_again(rows_N, open_N):
-            suggestion_N[at] = _suggest(p_RC, threshold_C)
-            margin_N[at] = _find_margins(p_RC, labels_N[at])
-        counted_N = suggestion_N >= 0
-        numbers = labels_N[counted_N].astype(np.int64) * classes + suggestion_N[counted_N]
-        pairs, counts = np.unique(numbers, return_counts=True)
+            counted_N[at] = _choose_class(p_RC, threshold_C)
+        known_N = counted_N >= 0
+        pairs, counts = np.unique(labels_N[known_N].astype(np.int64) * classes + counted_N[known_N], return_counts=True)
         given, suggested = np.divmod(pairs, classes)
-        wrong_N = np.flatnonzero(counted_N & (suggestion_N != labels_N))
-        ranked = wrong_N[np.lexsort((rows_N[wrong_N], margin_N[wrong_N]))]
-        self.ranking = Ranking(rows=rows_N[ranked], margins=margin_N[ranked], suggestions=suggestion_N[ranked])
-        shown = ranked[:EXAMPLES]
+        # Where the label is the most probable class no other one is more probable than it.
+        doubtful_N = np.flatnonzero(top_N != labels_N)
+        quotas = _Quotas(given, suggested, counts, labelled_C)
+        for at, p_RC in self._read_again(rows_N, doubtful_N):
+            quotas.add(at, labels_N[at], p_RC)
+        wrong_N, suggestion_N = quotas.result()
+        order = np.lexsort((rows_N[wrong_N], p_label_N[wrong_N]))
+        wrong_N, suggestion_N = wrong_N[order], suggestion_N[order]
+        margin_N = p_label_N[wrong_N] - p_top_N[wrong_N]
+        self.ranking = Ranking(rows=rows_N[wrong_N], margins=margin_N, suggestions=suggestion_N)
         off = given != suggested
         largest = np.lexsort((suggested[off], given[off], -counts[off]))[:PAIRS]
         return Noise(
-            share=_estimate_share(given, suggested, counts, labelled_C),
+            share=quotas.share,
             candidates=len(wrong_N),
             judged=len(labels_N),
             thresholds=tuple(None if np.isnan(one) else float(one) for one in threshold_C),
@@ -101,7 +106,9 @@ class NoiseMeter:
                 )
             ),
             examples=examples.read(
-                rows_N[shown].tolist(), scores=margin_N[shown].tolist(), suggestions=suggestion_N[shown].tolist()
+                rows_N[wrong_N[:EXAMPLES]].tolist(),
+                scores=margin_N[:EXAMPLES].tolist(),
+                suggestions=suggestion_N[:EXAMPLES].tolist(),
             ),
         )
 
@@ -126,27 +133,63 @@ class NoiseMeter:
                 start += len(rows)
 
 
-def _suggest(p_RC: NDArray[np.float32], threshold_C: NDArray[np.float64]) -> I64:
+class _Quotas:
+    """How many rows of each label are listed for each other class, and the rows that are.
+
+    Args:
+        given, suggested: label and class of each pair that rows were counted in, ascending, int64 (P,).
+        counts: of the pairs, int64 (P,).
+        labelled_C: rows of each label.
+    """
+
+    def __init__(self, given: I64, suggested: I64, counts: I64, labelled_C: I64) -> None:
+        self._classes = len(labelled_C)
+        counted_C = np.bincount(given, counts, minlength=self._classes)
+        estimated = counts * labelled_C[given] / counted_C[given]
+        off, used_C = given != suggested, counted_C > 0
+        self.share = float(estimated[off].sum() / labelled_C[used_C].sum()) if used_C.any() else 0.0
+        quota = np.rint(estimated[off]).astype(np.int64)
+        self._pairs = (given * self._classes + suggested)[off][quota > 0]
+        self._quota = quota[quota > 0]
+        self._found: list[tuple[I64, NDArray[np.float32], I64]] = []  # pair, p_class - p_label, place of the row
+        self._size = 0
+
+    def add(self, at_R: I64, labels_R: NDArray[np.integer], p_RC: NDArray[np.float32]) -> None:
+        """Take rows: their places, labels and probabilities."""
+        if not len(self._pairs):
+            return
+        excess_RC = p_RC - p_RC[np.arange(len(at_R)), labels_R][:, None]
+        rows, others = np.nonzero(excess_RC > 0)
+        numbers = labels_R[rows].astype(np.int64) * self._classes + others
+        places = np.minimum(np.searchsorted(self._pairs, numbers), len(self._pairs) - 1)
+        kept = self._pairs[places] == numbers
+        self._found.append((places[kept], excess_RC[rows, others][kept], at_R[rows[kept]]))
+        self._size += int(kept.sum())
+        if self._size > _MOST_KEPT:
+            self._found = [self._choose()]
+            self._size = len(self._found[0][0])
+
+    def _choose(self) -> tuple[I64, NDArray[np.float32], I64]:
+        """Return of each pair the rows of largest excess, as many as its quota."""
+        pairs, excess, places = (np.concatenate(one) for one in zip(*self._found, strict=True))
+        order = np.lexsort((places, -excess, pairs))
+        pairs, excess, places = pairs[order], excess[order], places[order]
+        rank = np.arange(len(pairs)) - np.searchsorted(pairs, pairs)
+        kept = rank < self._quota[pairs]
+        return pairs[kept], excess[kept], places[kept]
+
+    def result(self) -> tuple[I64, I64]:
+        """Return places of the listed rows, ascending, and of each the class that it is most likely of."""
+        if not self._found:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        pairs, excess, places = self._choose()
+        order = np.lexsort((pairs, -excess, places))
+        listed, first = np.unique(places[order], return_index=True)
+        return listed, self._pairs[pairs[order][first]] % self._classes
+
+
+def _choose_class(p_RC: NDArray[np.float32], threshold_C: NDArray[np.float64]) -> I64:
     """The most probable of the classes that reach their threshold; -1 where none does."""
     reaching_RC = p_RC >= threshold_C
     best_R = np.where(reaching_RC, p_RC, -1.0).argmax(axis=1)
     return np.where(reaching_RC.any(axis=1), best_R, -1)
-
-
-def _find_margins(p_RC: NDArray[np.float32], labels_R: NDArray[np.integer]) -> NDArray[np.float32]:
-    rows_R = np.arange(len(labels_R))
-    p_label_R = p_RC[rows_R, labels_R]
-    others_RC = p_RC.copy()
-    others_RC[rows_R, labels_R] = -1.0
-    found: NDArray[np.float32] = p_label_R - np.maximum(others_RC.max(axis=1), 0.0)  # 0: there is one class alone
-    return found
-
-
-def _estimate_share(given: I64, suggested: I64, counts: I64, labelled_C: I64) -> float:
-    """The part off the diagonal of the joint: of each label's rows the share that was counted elsewhere."""
-    counted_C = np.bincount(given, counts, minlength=len(labelled_C))
-    wrong_C = np.bincount(given[given != suggested], counts[given != suggested], minlength=len(labelled_C))
-    used_C = counted_C > 0
-    if not used_C.any():
-        return 0.0
-    return float((labelled_C[used_C] * wrong_C[used_C] / counted_C[used_C]).sum() / labelled_C[used_C].sum())

@@ -24,7 +24,7 @@ from softlabel.report.svg import draw_bars, draw_histogram, draw_reliability
 def describe_noise(found: Noise, context: Context) -> Section:
     shown, listed = found.pairs[:15], len(found.examples)
     all_listed = listed == found.candidates
-    which = f"All {listed:,}" if all_listed else f"The {listed:,} with the lowest margin of {found.candidates:,}"
+    which = f"All {listed:,}" if all_listed else f"The {listed:,} with the lowest p(label) of {found.candidates:,}"
     figures = []
     if shown:
         figures.append(

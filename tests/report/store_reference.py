@@ -44,7 +44,6 @@ def learn_confidently(p_NC: F64, labels_N: NDArray[np.int64]) -> dict[str, Any]:
     has = [bool((labels_N == one).any()) for one in range(classes)]
     threshold = [p_NC[labels_N == one, one].mean() if has[one] else np.inf for one in range(classes)]
     counts: Counter[tuple[int, int]] = Counter()
-    wrong = []
     for row, label in enumerate(labels_N.tolist()):
         if label < 0:
             continue
@@ -53,9 +52,6 @@ def learn_confidently(p_NC: F64, labels_N: NDArray[np.int64]) -> dict[str, Any]:
             continue
         suggestion = max(reaching, key=lambda one, row=row: p_NC[row, one])
         counts[label, suggestion] += 1
-        if suggestion != label:
-            others = np.delete(p_NC[row], label)
-            wrong.append((p_NC[row, label] - others.max(), row, suggestion))
     joint = np.zeros((classes, classes))
     for (label, suggestion), count in counts.items():
         joint[label, suggestion] = count
@@ -64,6 +60,17 @@ def learn_confidently(p_NC: F64, labels_N: NDArray[np.int64]) -> dict[str, Any]:
     used = sums > 0
     joint[used] *= (rows_C[used] / sums[used])[:, None]
     total = joint.sum()
+    listed: dict[int, list[tuple[float, int]]] = {}
+    for label, other in zip(*np.nonzero(joint), strict=True):
+        excess = [(p_NC[row, other] - p_NC[row, label], -row) for row in np.flatnonzero(labels_N == label)]
+        quota = 0 if label == other else round(joint[label, other])
+        for value, row in sorted(excess, reverse=True)[:quota]:
+            if value > 0:
+                listed.setdefault(-row, []).append((value, int(other)))
+    wrong = [
+        (p_NC[row, labels_N[row]], p_NC[row, labels_N[row]] - p_NC[row].max(), row, max(found)[1])
+        for row, found in listed.items()
+    ]
     return {
         "thresholds": tuple(one if np.isfinite(one) else None for one in threshold),
         "share": float((total - np.trace(joint)) / total) if total else 0.0,

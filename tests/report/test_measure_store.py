@@ -155,10 +155,12 @@ def test_noise(case: tuple[Store, StoreFigures, reference.Rows]) -> None:
     assert [(-count, label, other) for label, other, count in found.pairs] == expected["pairs"]
     shown = found.examples
     assert len(shown) == min(400, found.candidates)
-    # Margins that differ by less than float32 can tell may stand in either order.
-    assert [one.score for one in shown] == pytest.approx([one[0] for one in expected["wrong"][: len(shown)]], abs=2e-6)
-    assert [one.score for one in shown] == sorted(one.score for one in shown)
-    by_key = {rows.keys[row]: (margin, row, other) for margin, row, other in expected["wrong"]}
+    # Probabilities that differ by less than float32 can tell may stand in either order.
+    assert [one.p_label for one in shown] == pytest.approx(
+        [one[0] for one in expected["wrong"][: len(shown)]], abs=2e-6
+    )
+    assert [one.p_label for one in shown] == sorted(one.p_label for one in shown if one.p_label is not None)
+    by_key = {rows.keys[row]: (margin, row, other) for _, margin, row, other in expected["wrong"]}
     tops_NM = rows.logits_NMC.argmax(axis=2)
     combined_top = rows.p_NC.argmax(axis=1)
     for one in shown:

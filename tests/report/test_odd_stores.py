@@ -201,8 +201,8 @@ def make_multi_hot(root: Path, members: int = 1) -> tuple[Store, NDArray[np.int8
     content = samples.content.copy()
     content[:4] = 1, 1, 2, 2
     hot[0], hot[1] = hot[1], hot[1]
-    stored = {"logits": (logits / 4).reshape(1, N, -1), "multi_hot": hot[None]}
-    write_store(root, run, replace(samples, columns=stored, content=content, labels=np.full(N, -100)))
+    stored = {"logits": (logits / 4).reshape(1, N, -1)}
+    write_store(root, run, replace(samples, columns=stored, content=content, multi_hot=hot, labels=np.full(N, -100)))
     p = 1 / (1 + np.exp(-np.float64(logits)))
     return open_store(root), hot, np.einsum("nmc,m->nc", p, np.array(run.combine.weights or (1.0,)))
 
