@@ -19,7 +19,7 @@ from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.json_lines import iter_objects
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES, suffix_of
-from softlabel.errors import DataError
+from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
 # In order of preference, case-insensitive. Hugging Face's imagefolder uses `file_name`.
@@ -257,14 +257,14 @@ def _choose_columns(heading: list[str], asked: Asked, name: str) -> _Chosen:
     listed = ", ".join(heading)
     for column in (asked.image, asked.label):
         if column is not None and column not in heading:
-            raise DataError(f"{name}: no column {column!r}; the first line has {listed}")
+            raise SpecError(f"{name}: no column {column!r}; the first line has {listed}")
     remedy = "choose with '?label=COLUMN' or '?label=none'"
     label: str | None = asked.label
     others: tuple[str, ...] = ()
     several = () if asked.labels is None else ask_columns(asked.labels, asked.label, heading, name)
     image = asked.image or next(iter(usual_paths(column for column in heading if column not in several)), None)
     if both := next((column for column in (label, *several) if column is not None and column == image), None):
-        raise DataError(f"{name}: column {both!r} is the path and a label; choose others")
+        raise SpecError(f"{name}: column {both!r} is the path and a label; choose others")
     if label is None and not several and not asked.unlabelled:
         label, others = choose_label((column for column in heading if column != image), subject=name, remedy=remedy)
     if image is None:

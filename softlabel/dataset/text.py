@@ -42,6 +42,10 @@ class TextFileSource(ListedSource):
         self.name = name
         asked = {word: options.pop(word, None) for word in ("text", "text_pair", "label", "labels", "key", "classes")}
         chosen = [asked["text"] or "text", *([asked["text_pair"]] if asked["text_pair"] is not None else [])]
+        if len(set(chosen)) < len(chosen):
+            raise SpecError(
+                f"{name}: column {chosen[0]!r} is text= and text_pair=; name another, or leave text_pair= out"
+            )
         heading, rows = _read_table(path, name)
         ignored = ignore_labels or asked["label"] == "none"
         label, others = None if ignored else asked["label"], tuple[str, ...]()
@@ -51,11 +55,15 @@ class TextFileSource(ListedSource):
         elif label is None and not several:
             names = (column for column in heading if column not in chosen)
             label, others = choose_label(names, subject=name, remedy="choose with '?label=COLUMN' or '?label=none'")
+        if both := next((column for column in (label, *several) if column in chosen), None):
+            raise SpecError(
+                f"{name}: column {both!r} is a text and the label; choose another with '?label=COLUMN' or '?label=none'"
+            )
         key = None if asked["key"] == "index" else asked["key"]
         for column in (*chosen, label, key):
             if column is not None and column not in heading:
                 there = f"the file has {', '.join(heading)}" if heading else "the file has no rows"
-                raise DataError(f"{name}: there is no column {column!r}; {there}")
+                raise SpecError(f"{name}: there is no column {column!r}; {there}")
         if asked["classes"] is not None and not ignored:
             self.class_names = read_classes(asked["classes"], subject=name)
         numbers = number_classes(self.class_names)
@@ -84,7 +92,7 @@ class TextFileSource(ListedSource):
         self.class_names = name_several(asked["labels"] if several else None, self.class_names, subject=name)
         check_labels_named(self._labels, self.class_names, subject=name)
         self.has_labels = bool(is_labelled(self._labels).any())
-        self.maybe_repeated_keys = key is not None
+        self.maybe_repeated_keys = self.keys_are_named = key is not None
         columns = f"columns {', '.join(several)}" if several else None if label is None else f"column {label!r}"
         why = "no column name suggests labels" if columns is None else f"{columns} hold{'' if several else 's'} none"
         self.findings = Findings(
