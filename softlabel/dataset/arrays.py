@@ -187,9 +187,9 @@ def _find_kind(shape: tuple[int, ...], dtype: np.dtype[Any], layout: str | None,
     """Return the kind of the rows: images of several bands if a layout is given, else numbers of any shape."""
     if not shape or dtype.kind not in "fiub":
         found = f"a compound type of {', '.join(dtype.names)}" if dtype.names else dtype
-        raise DataError(
-            f"{where}: expected an array of numbers with a row for each sample, found {found} of shape {shape}; write "
-            "the numbers as one array"
+        raise SpecError(
+            f"{where}: expected an array of numbers with a row for each sample, found {found} of shape {shape}; name "
+            "another, or write the numbers as one array"
         )
     if layout is None:
         return TENSORS
@@ -200,7 +200,7 @@ def _find_kind(shape: tuple[int, ...], dtype: np.dtype[Any], layout: str | None,
     try:
         check_bands(dtype)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise SpecError(f"{where}: {error}") from None
     return BANDS
 
 

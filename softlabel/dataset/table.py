@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.errors import BadImageError, SpecError
+from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import Raw
 
 # float32 has every value of these; of the others float64 is what is hashed.

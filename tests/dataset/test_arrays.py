@@ -103,7 +103,7 @@ def test_types_that_are_no_samples(suffix: str, words: str, reason: str | None, 
     if reason is None:  # an array of another type beside the samples is no label
         assert not open_source(f"{tmp_path}/a.{suffix}?{words}").has_labels
         return
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(SpecError, match=reason):
         open_source(f"{tmp_path}/a.{suffix}?{words}")
 
 

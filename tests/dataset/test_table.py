@@ -14,7 +14,7 @@ from torch import nn
 
 import softlabel
 from softlabel.dataset import open_source
-from softlabel.errors import BadImageError, SoftLabelError, SpecError
+from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError
 from softlabel.inputs.base import Sample
 from softlabel.inputs.tensor import TensorTransform
 from tests.inputs.test_tensor_samples import MODULE, TABLE, assert_labels, build_mlp, write_weights
