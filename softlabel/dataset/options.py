@@ -42,6 +42,7 @@ def check_form(options: Mapping[str, str], *, subject: str) -> None:
     Raises:
         SpecError: one is for another form of samples.
     """
+    takes: tuple[str, ...]
     if "inputs" in options:
         if options.keys() & {"image", "text", "text_pair"}:
             return  # `find_columns` says that there can be one form

@@ -15,6 +15,7 @@ from softlabel.common.multi_hot import Labels, is_labelled, one_label
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import check_labels_named, choose_label, name_several, number_classes, read_classes
 from softlabel.dataset.json_lines import iter_objects
+from softlabel.dataset.line_errors import describe_error
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.suffixes import suffix_of
@@ -168,19 +169,37 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
             rows = list(iter_objects(file, path, "text") if suffix == ".jsonl" else _rows(file, suffix, path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a table in UTF-8 with a heading, found: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected a table in UTF-8 with a heading, found: {describe_error(error, path)}"
+        ) from error
     finally:
         csv.field_size_limit(before)
     return list(dict.fromkeys(column for _, row in rows for column in row)), rows
 
 
+def _iter_cells(reader: Any, path: str) -> Iterator[list[str]]:
+    """Yield the rows of a CSV reader."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: the row that begins in line {first} cannot be read: {error}; put a text with a quote into "
+                'double quotes, and write each quote in it twice, as ""'
+            ) from error
+        if cells is None:
+            return
+        yield cells
+
+
 def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
-    heading = next(reader, [])
+    heading = next(_iter_cells(reader, path), [])
     if twice := next((column for column in heading if heading.count(column) > 1), None):
         raise DataError(f"{path}: expected columns of different names, found {twice!r} twice; rename one")
-    for cells in reader:
+    for cells in _iter_cells(reader, path):
         if len(cells) != len(heading) and cells:
             raise DataError(
                 f"{path}: line {reader.line_num}: expected {len(heading)} columns like the heading, found {len(cells)}"

@@ -72,3 +72,20 @@ def test_damaged_data_are_not(folder: Path, tmp_path: Path) -> None:
     for options in ("text=q", "inputs=class"):
         with pytest.raises(DataError):
             open_source(f"{tmp_path}/t.csv?{options}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("t.tsv", b'q\tclass\na\t0\n"b\t1\nc\t0\n', "?text=q", 'row that begins in line 3 .* as ""'),
+        ("t.csv", b"q,class\na,0\ncaf\xe9,1\n", "?text=q", "byte 0xe9 in line 3; convert it"),
+        ("t.csv", b"q,class\nso it is,x,0\n", "", "'[?]text=COLUMN' that of texts"),
+        ("t.txt", b"a text\n", "", "'[?]text=COLUMN' names a column of texts"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(
+    name: str, content: bytes, options: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_source(f"{tmp_path}/{name}{options}")

@@ -142,7 +142,7 @@ def test_keys_labels_and_cells_of_a_file(tmp_path: Path) -> None:
         (b"", "inputs=a", "expected a heading that names the columns, found nothing"),
         (b"a,b\n", "inputs=a", "expected at least one row below the heading"),
         (b"a,a\n1,2\n", "inputs=a", "column 'a': expected a different name for every column"),
-        (b"a\n\xff\n", "inputs=a", "expected a table in UTF-8 with a heading, found: 'utf-8' codec"),
+        (b"a\n\xff\n", "inputs=a", "expected a table in UTF-8 with a heading, found: byte 0xff in line 2; convert"),
         (b"a,k\n1,x\n2,\n", "inputs=a&key=k", "expected a key in every row, found 1 of 2 rows without 'k'"),
         (b"a,k\n1,x\n2,x\n", "inputs=a&key=k", "expected a unique key for every sample, found repeated: 'x'"),
         (b"a,k\n1,x\n2,y\n", "inputs=a&label=k", "expected a class number, found 'x'; class names need"),
