@@ -82,7 +82,8 @@ def generate(
 
     Args:
         data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
-            .npy, .npz), a list of files (.txt, .csv), torchvision:NAME?root=..., or digits; options behind '?', see
+            .npy, .npz), a list of files (.txt, .csv), tables of numbers ('?inputs=COLUMN,COLUMN') or texts
+            ('?text=COLUMN') in .parquet, .csv or .tsv, torchvision:NAME?root=..., or digits; options behind '?', see
             the README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
             FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize,
