@@ -82,7 +82,8 @@ def generate(
 
     Args:
         data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
-            .npy, .npz), a list of files (.txt, .csv), torchvision:NAME?root=..., or digits; options behind '?', see
+            .npy, .npz), a list of files (.txt, .csv), tables of numbers ('?inputs=COLUMN,COLUMN') or texts
+            ('?text=COLUMN') in .parquet, .csv or .tsv, torchvision:NAME?root=..., or digits; options behind '?', see
             the README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
             FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize,
@@ -108,7 +109,7 @@ def generate(
         if not no_preflight and (found := run.preflight()) is not None:
             print_preflight(out, found, cluster=not executor.in_process)
         summary = run.label()
-    print_summary(summary, data)
+    print_summary(summary, data=data, encoding=encoding.name)
     return 0
 
 
@@ -136,6 +137,11 @@ def plan(
 
     if encoding is not None and (odd := set(encoding) - set(Encoding.kinds)):
         raise UsageError(f"encoding: expected some of {', '.join(Encoding.kinds)}, found {sorted(odd)[0]!r}")
+    for name in encoding or ():
+        try:
+            Encoding.kinds[name].check_activation(config.activation)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
     job = load_job(data, teacher, GenerateConfig.of(config, workers=0))
@@ -148,7 +154,7 @@ def plan(
     if found.accuracy is not None:
         print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
     if found.bad:
-        print(f"  {found.bad} {found.noun} of the sample cannot be decoded")
+        print(f"  {found.bad} of the sampled {found.noun} cannot be decoded")
     nats = "nats lost (mean / worst)"
     print(
         f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}"

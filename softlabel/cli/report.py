@@ -31,15 +31,19 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     if found.accuracy is not None:
         each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
         alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""
-        print(f"  accuracy of the labels on {found.labelled:,} {found.noun} of the sample: {found.accuracy:.4f}{alone}")
+        print(
+            f"  accuracy of the labels on {found.labelled:,} of the sampled {found.noun}: {found.accuracy:.4f}{alone}"
+        )
     if found.bad:
         first = found.bad[0]
-        print(f"  {len(found.bad):,} {found.noun} of the sample cannot be decoded; {first.key!r}: {first.reason}")
+        print(f"  {len(found.bad):,} of the sampled {found.noun} cannot be decoded; {first.key!r}: {first.reason}")
     sys.stdout.flush()  # so that a log file has it before the run
 
 
-def print_summary(summary: "GenerateSummary", data: str | None = None) -> None:
-    """Print the result of a run, and the next command for `data`, if given."""
+def print_summary(summary: "GenerateSummary", *, data: str | None = None, encoding: str | None = None) -> None:
+    """Print the result of a run, the next command for `data`, if given, and what would be faster than `encoding`, if it
+    was an option.
+    """
     if not summary.shards_written:
         print(f"{summary.path}: already complete, {summary.total_rows:,} rows; nothing to do")
         return
@@ -55,23 +59,24 @@ def print_summary(summary: "GenerateSummary", data: str | None = None) -> None:
         print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad {summary.noun} were skipped; 'softlabel inspect {summary.path}' lists them")
-    if summary.pace is not None and (hint := _suggest_change(summary.pace)):
+    if summary.pace is not None and (hint := _suggest_change(summary.pace, summary.noun, encoding)):
         print(f"  {hint}")
     if data is not None:
         named = shlex.join(["--data", data, "--labels", summary.path])
         print(f"  next: softlabel train {named} --student SPEC --out RUN")
 
 
-def _suggest_change(pace: "Pace") -> str | None:
+def _suggest_change(pace: "Pace", noun: str, encoding: str | None) -> str | None:
     """Return a suggestion if something other than the teachers took the time."""
     if (share := pace.share("waiting")) >= _SLOW:
-        return (
-            f"waiting for data {share:.0%} of the time: more --workers, or samples that are smaller or already shrunk"
-        )
+        smaller = ", or images that are smaller or already shrunk" if noun == "images" else ""
+        return f"waiting for data {share:.0%} of the time: more --workers{smaller}"
     if (share := pace.share("writing")) >= _SLOW:
-        return f"waiting for the writer {share:.0%} of the time: a faster disk, or a smaller --encoding"
+        smaller = "" if encoding is None else ", or a smaller --encoding"
+        return f"waiting for the writer {share:.0%} of the time: a faster disk{smaller}"
     if (share := pace.share("encoding")) >= _SLOW:
-        return f"encoding took {share:.0%} of the time: --encoding float16 is the fastest"
+        faster = "" if encoding in (None, "float16") else ": --encoding float16 is the fastest"
+        return f"encoding took {share:.0%} of the time{faster}"
     return None
 
 

@@ -11,7 +11,7 @@ BAD_SHOWN = 10
 
 
 def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
-    """Show the content of a store: teachers, temperature, encoding and its cost, rows, bad images.
+    """Show the content of a store: teachers, temperature, encoding and its cost, rows, bad samples.
 
     Also works on an unfinished store.
 
@@ -72,7 +72,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("", f"weights sha256 {member.sha256}"))
         lines.append(("", ", ".join(f"{name} {value}" for name, value in member.preprocessing.items())))
     for key, reason in list(opened.bad.items())[:BAD_SHOWN]:
-        lines.append((f"bad {'image' if run.input == 'image' else 'sample'}", f"{key}: {reason}"))
+        lines.append(("bad sample", f"{key}: {reason}"))
     if len(opened.bad) > BAD_SHOWN:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
     print("\n".join(f"{name:<11}{text}" for name, text in lines))

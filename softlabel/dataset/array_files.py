@@ -163,7 +163,7 @@ class H5(Container):
 
         found = self._file.get().get(array)
         if not isinstance(found, h5py.Dataset):
-            raise DataError(
+            raise SpecError(
                 f"{subject}: no dataset {array!r}; the file has {', '.join(self.arrays(subject)) or 'none'}; "
                 "name it with inputs=, images=, labels= or keys="
             )
@@ -229,7 +229,7 @@ def _open_h5(path: str) -> Any:
 
 def _require_name(names: Sequence[str], wanted: str, subject: str) -> str:
     if wanted not in names:
-        raise DataError(
+        raise SpecError(
             f"{subject}: no array {wanted!r}; the archive has {', '.join(names) or 'none'}; name it with "
             "inputs=, images=, labels= or keys="
         )

@@ -1,9 +1,10 @@
-"""Images as one array: HDF5 datasets, `.npy` files and `.npz` archives.
+"""Samples as the rows of one array: HDF5 datasets, `.npy` files and `.npz` archives.
 
-Legend: N samples, H and W height and width, C channels (1, 3 or 4).
+Legend: N samples, H and W height and width, C channels.
 
-The images are uint8: (N, H, W), (N, H, W, C) or (N, C, H, W). The channels are the last axis if its length is 1, 3 or
-4, else the second one. The content hash is that of the pixels.
+Without ``inputs=`` they are images of uint8: (N, H, W), (N, H, W, C) or (N, C, H, W) with 1, 3 or 4 channels, which are
+the last axis if its length is 1, 3 or 4, else the second one. With ``inputs=`` they are numbers of any type and shape,
+and with ``layout=`` too images of 1 to 64 channels. The content hash is that of the row.
 """
 
 import os
@@ -42,8 +43,8 @@ class ArraySource(ListedSource):
     """Rows of one array. Keys are the row numbers, or the strings of another array.
 
     Raises:
-        SpecError: an option is unknown or contradicts another one.
-        DataError: an array is missing or has the wrong shape or type.
+        SpecError: an option contradicts another one, or names an array that is missing, or of the wrong shape or type.
+        DataError: the file cannot be read, or holds labels or keys that are none.
     """
 
     kind = "array"
@@ -78,7 +79,7 @@ class ArraySource(ListedSource):
         else:
             self._shape, self._channels_first = shape, False
             self.inputs = _find_kind(shape, dtype, layout, f"{name}: {self._images}")
-        ignored = ignore_labels or labels == "none"
+        ignored, named = ignore_labels or labels == "none", labels is not None
         names = container.arrays(name)
         others: tuple[str, ...] = ()
         if ignored:
@@ -87,7 +88,7 @@ class ArraySource(ListedSource):
             # An array with more than one number per row, such as boxes, does not hold labels.
             flat = [one for one in usual_labels(names) if one != self._images and self._is_flat(one)]
             labels, others = choose_label(flat, subject=name, remedy="choose with '?labels=NAME' or '?labels=none'")
-        self._labels_N = self._read_labels(labels)
+        self._labels_N = self._read_labels(labels, named=named)
         if self._labels_N is not None and self._labels_N.ndim == 2:
             self.label_width = self._labels_N.shape[1]
         self.findings = _describe_labels(labels, names, others, ignored)
@@ -103,13 +104,13 @@ class ArraySource(ListedSource):
                 checked_classes(self._labels_N.astype(np.int64), self.class_names, subject=name)
         if keys is not None:
             self._keys = self._read_keys(keys)
-            self.maybe_repeated_keys = True
+            self.maybe_repeated_keys = self.keys_are_named = True
 
     def _is_flat(self, array: str) -> bool:
         shape, dtype = self._container.shape_of(array, self.name)
         return shape in ((len(self),), (len(self), 1)) and dtype.kind in "iufb"
 
-    def _read_labels(self, path: str | None) -> Labels | None:
+    def _read_labels(self, path: str | None, *, named: bool) -> Labels | None:
         if path is None:
             return None
         found = self._container.whole(path, self.name)
@@ -119,7 +120,7 @@ class ArraySource(ListedSource):
         if dtype.kind in "fb" and bool(np.all(np.isnan(found) | (found == np.floor(found)))):
             found = np.nan_to_num(found.astype(np.float64), nan=IGNORE).astype(np.int64)
         if found.dtype.kind not in "iu" or shape not in ((len(self),), (len(self), 1)):
-            raise DataError(
+            raise (SpecError if named else DataError)(
                 f"{self.name}: labels in {path}: expected {len(self)} integers, found {dtype} of shape "
                 f"{shape}; name others with '?labels=' (of several classes at once (N, C) of 0 and 1), or go without "
                 "with '?labels=none'"
@@ -129,7 +130,7 @@ class ArraySource(ListedSource):
     def _read_keys(self, path: str) -> pa.Array:
         found = self._container.whole(path, self.name)
         if found.shape != (len(self),) or found.dtype.kind not in "iuUSO":
-            raise DataError(
+            raise SpecError(
                 f"{self.name}: keys in {path}: expected {len(self)} strings or integers, found {found.dtype} of shape "
                 f"{found.shape}; leave keys= out to number the samples"
             )
@@ -186,9 +187,9 @@ def _find_kind(shape: tuple[int, ...], dtype: np.dtype[Any], layout: str | None,
     """Return the kind of the rows: images of several bands if a layout is given, else numbers of any shape."""
     if not shape or dtype.kind not in "fiub":
         found = f"a compound type of {', '.join(dtype.names)}" if dtype.names else dtype
-        raise DataError(
-            f"{where}: expected an array of numbers with a row for each sample, found {found} of shape {shape}; write "
-            "the numbers as one array"
+        raise SpecError(
+            f"{where}: expected an array of numbers with a row for each sample, found {found} of shape {shape}; name "
+            "another, or write the numbers as one array"
         )
     if layout is None:
         return TENSORS
@@ -199,7 +200,7 @@ def _find_kind(shape: tuple[int, ...], dtype: np.dtype[Any], layout: str | None,
     try:
         check_bands(dtype)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise SpecError(f"{where}: {error}") from None
     return BANDS
 
 
@@ -216,12 +217,10 @@ def _describe_labels(labels: str | None, names: Sequence[str], others: Sequence[
 def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> tuple[tuple[int, ...], bool]:
     """Return the shape, and whether the channels come before height and width."""
     if dtype != np.uint8:
-        why = (
-            "floats have no agreed range, and normalisation belongs to each teacher"
-            if dtype.kind == "f"
-            else "other integers have no agreed range"
+        raise SpecError(
+            f"{where}: expected uint8 pixels from 0 to 255, found {dtype}; take the numbers as they are with "
+            "'?inputs=NAME', and of images of several channels with '&layout=channels-first' or channels-last too"
         )
-        raise DataError(f"{where}: expected uint8 pixels from 0 to 255, found {dtype}; {why}: store them as uint8")
     if len(shape) == 3 or (len(shape) == 4 and shape[3] in _CHANNELS):
         return shape, False
     if len(shape) == 4 and shape[1] in _CHANNELS:

@@ -59,7 +59,8 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
         ignore_labels: read no labels; ``inputs=*`` leaves their columns out all the same.
 
     Raises:
-        DataError: a column is missing, ambiguous or has the wrong type.
+        SpecError: an option names a column that is missing or has the wrong type, or contradicts another one.
+        DataError: without an option, a column is missing, ambiguous or has the wrong type.
     """
     features = _read_features(schema)
     inputs: tuple[str, ...]
@@ -74,7 +75,7 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
     if "key" in asked:
         key = None if asked["key"] == "index" else asked["key"]
     if key is not None and not _is_key(found := plain(_find_field(schema, key, name).type)):
-        raise DataError(
+        raise (SpecError if "key" in asked else DataError)(
             f"{name}: column {key!r}: expected strings or integers for the keys, found {found}; "
             "number the rows with '?key=index'"
         )
@@ -115,7 +116,9 @@ def _text_columns(
     for column in columns:
         kind = plain(_find_field(schema, column, name).type)
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{name}: column {column!r}: expected texts, found {kind}; name theirs with '?text='")
+            raise SpecError(f"{name}: column {column!r}: expected texts, found {kind}; name theirs with '?text='")
+    if len(set(columns)) < len(columns):
+        raise SpecError(f"{name}: column {columns[0]!r} is text= and text_pair=; name another, or leave text_pair= out")
     return columns
 
 
@@ -155,13 +158,13 @@ def _all_numbers(
         left_out |= {*([label] if label else []), *others}
     fields = [field for field in schema if field.name not in left_out and not _INDEX.fullmatch(field.name)]
     if lists := next((field for field in fields if holds_lists(field.type)), None):
-        raise DataError(
+        raise SpecError(
             f"{name}: inputs={ALL}: expected columns of one number each, found {lists.name!r} of {lists.type}; name "
             "the columns with '?inputs=COLUMN,COLUMN'"
         )
     columns = tuple(field.name for field in fields if holds_numbers(field.type))
     if not columns:
-        raise DataError(
+        raise SpecError(
             f"{name}: inputs={ALL}: expected a column of numbers beside key and labels, found none among "
             f"{', '.join(schema.names)}; name columns with '?inputs=COLUMN,COLUMN'"
         )
@@ -182,7 +185,7 @@ def _image_and_key(
     if pa.types.is_struct(field.type):
         inner = {field.type.field(i).name for i in range(field.type.num_fields)}
         if "bytes" not in inner:
-            raise DataError(
+            raise (SpecError if asked else DataError)(
                 f"{name}: column {image!r}: expected a struct with 'bytes', found {', '.join(sorted(inner))}"
             )
         image_path, key = f"{image}.bytes", f"{image}.path" if "path" in inner else None
@@ -190,7 +193,7 @@ def _image_and_key(
         image_path, key = image, None
     kind = _find_field(schema, image_path, name).type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise DataError(
+        raise (SpecError if asked else DataError)(
             f"{name}: column {image_path!r}: expected encoded images as binary, found {kind}; "
             "name theirs with '?image=', or columns of numbers with '?inputs='"
         )
@@ -218,7 +221,7 @@ def _find_field(schema: pa.Schema, path: str, name: str) -> pa.Field:
         struct = schema.field(first).type
         if struct.get_field_index(rest) >= 0:
             return struct.field(rest)
-    raise DataError(f"{name}: no column {path!r}; the file has {', '.join(schema.names)}")
+    raise SpecError(f"{name}: no column {path!r}; the file has {', '.join(schema.names)}")
 
 
 def _image_columns(schema: pa.Schema, features: dict[str, Mapping[str, Any]]) -> list[str]:
@@ -260,7 +263,7 @@ def _find_label_column(
             return None, others
     kind = plain(_find_field(schema, asked, name).type)
     if not _is_label(kind):
-        raise DataError(
+        raise SpecError(
             f"{name}: column {asked!r}: expected class numbers, found {kind}; name another with '?label=COLUMN', or "
             "go without with '?label=none'"
         )

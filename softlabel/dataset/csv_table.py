@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
+from softlabel.dataset.line_errors import describe_error
 from softlabel.dataset.suffixes import suffix_of
 from softlabel.dataset.table_source import TableSource
 from softlabel.errors import DataError, SpecError, one_line
@@ -99,4 +100,6 @@ def _read_heading(path: str, delimiter: str) -> tuple[list[str], int]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a table in UTF-8 with a heading, found: {error}") from error
+        raise DataError(
+            f"{path}: expected a table in UTF-8 with a heading, found: {describe_error(error, path)}"
+        ) from error

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.json_lines import iter_objects
+from softlabel.dataset.line_errors import describe_error
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES, suffix_of
-from softlabel.errors import DataError
+from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
 # In order of preference, case-insensitive. Hugging Face's imagefolder uses `file_name`.
@@ -31,7 +32,7 @@ _FORMS = "expected PATH or PATH,LABEL"
 _QUOTES = "put a path that contains a comma in double quotes, and a path before its label"
 _HEADING = (
     "a heading names columns 'path' and 'label', or '?image=COLUMN&label=COLUMN' names them; '?inputs=COLUMN,COLUMN' "
-    "names those of numbers"
+    "names those of numbers, '?text=COLUMN' that of texts"
 )
 _TAIL = re.compile(r"(.*[^\s,;])\s*[\s,;]\s*([^\s,;]+)", re.DOTALL)
 _QUOTED = re.compile(r'"[^"]*" +[^\s,;]+')
@@ -84,7 +85,7 @@ def read_list(path: str, root: str, asked: Asked, *, name: str) -> ListedImages:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a list of paths in UTF-8, found: {error}") from error
+        raise DataError(f"{path}: expected a list of paths in UTF-8, found: {describe_error(error, path)}") from error
 
 
 def peek_list(path: str) -> list[str] | None:
@@ -138,7 +139,7 @@ def _read_lines(file: Iterable[str], path: str, root: str, asked: Asked, name: s
         at, label_at = (0, 1) if chosen is None else (chosen.path, chosen.label)
         found = cells[at] if at < len(cells) else None
         if not isinstance(found, str) or not found.strip():
-            raise DataError(f"{where}: {_FORMS}, found {_quote_cells(cells)}: no path")
+            raise DataError(f"{where}: {_FORMS}, found {_quote_cells(cells)}: no path; {_HEADING}")
         paths.append(_normalise_path(found, root))
         if heading is not None and chosen is not None and chosen.several:
             labels.append(_parse_several(cells, heading, chosen, where))
@@ -232,7 +233,7 @@ def _split_tail(text: str, root: str, where: str) -> list[str]:
         return [found[1], found[2]]
     raise DataError(
         f"{where}: {_FORMS}, found {text[:80]!r}, and neither {text[:80]!r} nor {found[1][:80]!r} is a file; put a "
-        "comma between path and label, or fix '?root='"
+        "comma between path and label, or fix '?root='; '?text=COLUMN' names a column of texts"
     )
 
 
@@ -257,14 +258,14 @@ def _choose_columns(heading: list[str], asked: Asked, name: str) -> _Chosen:
     listed = ", ".join(heading)
     for column in (asked.image, asked.label):
         if column is not None and column not in heading:
-            raise DataError(f"{name}: no column {column!r}; the first line has {listed}")
+            raise SpecError(f"{name}: no column {column!r}; the first line has {listed}")
     remedy = "choose with '?label=COLUMN' or '?label=none'"
     label: str | None = asked.label
     others: tuple[str, ...] = ()
     several = () if asked.labels is None else ask_columns(asked.labels, asked.label, heading, name)
     image = asked.image or next(iter(usual_paths(column for column in heading if column not in several)), None)
     if both := next((column for column in (label, *several) if column is not None and column == image), None):
-        raise DataError(f"{name}: column {both!r} is the path and a label; choose others")
+        raise SpecError(f"{name}: column {both!r} is the path and a label; choose others")
     if label is None and not several and not asked.unlabelled:
         label, others = choose_label((column for column in heading if column != image), subject=name, remedy=remedy)
     if image is None:

@@ -37,11 +37,11 @@ def checked_classes(labels_N: NDArray[np.int64], class_names: tuple[str, ...] | 
     """Check that every label int64 (N,) has a name.
 
     Raises:
-        DataError: a label has none.
+        SpecError: a label has none.
     """
     largest = int(labels_N.max(initial=IGNORE))
     if class_names is not None and largest >= len(class_names):
-        raise DataError(
+        raise SpecError(
             f"{subject}: expected labels below {len(class_names)}, the number of class names, found {largest}; fix "
             "classes=, or the labels"
         )
@@ -51,10 +51,10 @@ def checked_width(width: int, class_names: tuple[str, ...] | None, *, subject: s
     """Check that multi-label rows have one column per class name.
 
     Raises:
-        DataError: the numbers differ.
+        SpecError: the numbers differ.
     """
     if class_names is not None and len(class_names) != width:
-        raise DataError(
+        raise SpecError(
             f"{subject}: expected {width} class names, one for each class of a label, found {len(class_names)}; "
             "correct classes="
         )
@@ -64,7 +64,7 @@ def check_labels_named(labels: Labels, class_names: tuple[str, ...] | None, *, s
     """Check that labels int64 (N,) or int8 (N, C) fit the class names.
 
     Raises:
-        DataError: they do not.
+        SpecError: they do not.
     """
     if labels.ndim == 2:
         checked_width(labels.shape[1], class_names, subject=subject)

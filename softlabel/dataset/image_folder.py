@@ -121,8 +121,8 @@ def open_folder(
         ignore_labels: leave all samples unlabelled.
 
     Raises:
-        SpecError: an option is wrong.
-        DataError: with ``labels=folders`` an image outside of folders; a folder that `classes` does not name.
+        SpecError: an option is wrong, such as ``labels=folders`` with an image outside of folders, or `classes`
+            without a folder.
     """
     wanted, classes = options.pop("labels", "auto"), options.pop("classes", None)
     if wanted not in ("auto", "folders", "none"):
@@ -139,7 +139,7 @@ def open_folder(
     without = "labels are ignored, as requested" if wanted == "none" else "its images lie in no sub-folders"
     loose = [path for path in paths if "/" not in path]
     if wanted == "folders" and loose and not ignore_labels:
-        raise DataError(f"{name}: labels=folders, but {loose[0]!r} lies in no sub-folder; move it into one")
+        raise SpecError(f"{name}: labels=folders, but {loose[0]!r} lies in no sub-folder; move it into one")
     deep = [path for path in paths if path.count("/") > 1]
     if wanted == "auto":
         wanted = "folders" if named or _are_classes(paths, len(loose), len(deep)) else "none"
@@ -172,7 +172,7 @@ def open_folder(
                 "one per line, with or without images"
             )
     elif odd := sorted(set(holding) - set(named)):
-        raise DataError(
+        raise SpecError(
             f"{name}: classes={classes}: expected a line for each of the {len(holding)} folders with images, found "
             f"none for {some(odd)}; add it, or move the folder away"
         )

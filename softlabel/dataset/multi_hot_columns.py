@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import UNKNOWN, Labels, stack_labels
 from softlabel.dataset.hard_labels import checked_labels, checked_multi_hot, class_number
-from softlabel.errors import DataError
+from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
 
@@ -27,17 +27,17 @@ def ask_columns(labels: str, label: str | None, present: Iterable[str], name: st
         name: the source, for errors.
 
     Raises:
-        DataError: there are fewer than two, one is given twice or missing, or ``label=`` is given too.
+        SpecError: there are fewer than two, one is given twice or missing, or ``label=`` is given too.
     """
     columns, present = tuple(labels.split(",")), list(present)
     if label is not None or len(columns) < 2 or len(set(columns)) < len(columns):
-        raise DataError(
+        raise SpecError(
             f"{name}: labels={labels}: expected several columns, each once and without label=, that say 0 or 1 for a "
             "class each; name a column of class numbers with '?label=COLUMN'"
         )
     for column in columns:
         if column not in present:
-            raise DataError(f"{name}: there is no column {column!r}; the file has {', '.join(present)}")
+            raise SpecError(f"{name}: there is no column {column!r}; the file has {', '.join(present)}")
     return columns
 
 
@@ -106,13 +106,13 @@ def find_multi_hot_columns(kinds: Mapping[str, pa.DataType], asked: Mapping[str,
         name: the source, for errors.
 
     Raises:
-        DataError: a column is missing or holds something else than 0 and 1.
+        SpecError: a column is missing or holds something else than 0 and 1.
     """
     if "labels" in asked:
         columns = ask_columns(asked["labels"], asked.get("label"), kinds, name)
         for column in columns:
             if not _is_flag(kinds[column]):
-                raise DataError(
+                raise SpecError(
                     f"{name}: column {column!r}: expected 0, 1 or null for a class, found {kinds[column]}; leave it "
                     "out of labels="
                 )
@@ -121,7 +121,7 @@ def find_multi_hot_columns(kinds: Mapping[str, pa.DataType], asked: Mapping[str,
     if column not in kinds or not _is_list(kinds[column]):
         return ()
     if not _is_flag(kind := kinds[column].value_type):
-        raise DataError(f"{name}: column {column!r}: expected lists of 0 and 1, one for each class, found {kind}")
+        raise SpecError(f"{name}: column {column!r}: expected lists of 0 and 1, one for each class, found {kind}")
     return (column,)
 
 

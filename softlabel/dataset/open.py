@@ -45,6 +45,7 @@ from softlabel.dataset.discover import is_url, list_source
 from softlabel.dataset.file_list import open_list
 from softlabel.dataset.folds import choose_samples, read_choice
 from softlabel.dataset.image_folder import open_folder
+from softlabel.dataset.options import ARRAY, FOLDER, PARQUET, ROWS, TAR, check_form, check_options
 from softlabel.dataset.parquet import ParquetSource
 from softlabel.dataset.source import Source
 from softlabel.dataset.subset import PartSource
@@ -105,13 +106,12 @@ def _open_named(text: str, ignore_labels: bool, check_keys: bool) -> Source:
     rows, decoding = options.pop("rows", None), read_decoding(options, subject=text)
     choice = read_choice(options, subject=text)
     if name == "digits":
+        check_options(options, (), "digits", subject=text)
         source: Source = open_digits(text, ignore_labels)
     elif name.startswith("torchvision:"):
-        source, options = open_torchvision(text, name.removeprefix("torchvision:"), options, ignore_labels), {}
+        source = open_torchvision(text, name.removeprefix("torchvision:"), options, ignore_labels)
     else:
         source = _open_files(text, name.removeprefix("file://"), options, ignore_labels)
-    if options:
-        raise SpecError(f"{text}: unknown option {', '.join(options)} for a source of kind {source.kind!r}")
     source = _check_keys(_set_decoding(source, decoding), check_keys)
     source = source if rows is None else _take_rows(source, rows)
     return source if choice is None else choose_samples(source, choice, name=text)
@@ -133,20 +133,32 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
         if is_url(name):
             raise SpecError(f"{text}: expected .parquet or .tar files behind a URL, found {suffix}; download it first")
         if os.path.isfile(name):
-            if "inputs" in options and suffix in LIST_SUFFIXES:
-                return CsvTableSource(name, options, name=text, ignore_labels=ignore_labels)
-            if options.keys() & {"text", "text_pair"}:
-                return TextFileSource(name, options, name=text, ignore_labels=ignore_labels)
-            open_one = open_list if suffix in LIST_SUFFIXES else ArraySource
-            return open_one(name, options, name=text, ignore_labels=ignore_labels)
+            return _open_one_file(text, name, suffix, options, ignore_labels)
     found = list_source(name, options, subject=text)
     if found.kind == "parquet":
+        check_options(options, PARQUET, "a Parquet file", subject=text)
         return ParquetSource(found.files, options, name=text, ignore_labels=ignore_labels)
     if found.kind == "tar":
+        check_options(options, TAR, "a tar file", subject=text)
         return TarSource(found.files, options, name=text, ignore_labels=ignore_labels)
+    check_options(options, FOLDER, "a folder of images", subject=text)
     return open_folder(
         Path(name), found.images, text, options, others=found.others, skipped=found.skipped, ignore_labels=ignore_labels
     )
+
+
+def _open_one_file(text: str, name: str, suffix: str, options: dict[str, str], ignore_labels: bool) -> Source:
+    """Open a file of arrays, or one with a line for each sample."""
+    if suffix in ARRAY_SUFFIXES:
+        check_options(options, ARRAY, f"a {suffix} file", subject=text)
+        return ArraySource(name, options, name=text, ignore_labels=ignore_labels)
+    check_options(options, ROWS, f"a {suffix} file", subject=text)
+    check_form(options, subject=text)
+    if "inputs" in options:
+        return CsvTableSource(name, options, name=text, ignore_labels=ignore_labels)
+    if options.keys() & {"text", "text_pair"}:
+        return TextFileSource(name, options, name=text, ignore_labels=ignore_labels)
+    return open_list(name, options, name=text, ignore_labels=ignore_labels)
 
 
 def _take_rows(source: Source, rows: str) -> Source:

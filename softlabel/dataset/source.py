@@ -16,7 +16,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.duplicates import Repeated
 from softlabel.dataset.findings import Findings
-from softlabel.errors import DataError
+from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Sample
 from softlabel.inputs.image_decode import IMAGES
 
@@ -44,6 +44,7 @@ class Source(ABC):
         decoding: how images are decoded.
         inputs: kind of the samples.
         maybe_repeated_keys: whether two keys may be equal, before `fingerprint` checks them.
+        keys_are_named: whether the user named what holds the keys: equal ones are then a wrong option.
         repeated_keys_remedy: what a user can do about equal keys.
     """
 
@@ -57,6 +58,7 @@ class Source(ABC):
     decoding: Decoding = AS_USUAL
     inputs: InputKind = IMAGES
     maybe_repeated_keys: bool = False
+    keys_are_named: bool = False
     repeated_keys_remedy: str = "give a key_fn that distinguishes them"
     _fingerprint: str | None = None
 
@@ -211,7 +213,7 @@ def _refuse_equal(source: Source, hasher: Hasher, hashes: NDArray[np.uint64]) ->
             break
     if twice:
         listed = " and ".join(f"{key!r} (samples {a} and {b})" for key, (a, b) in list(twice.items())[:2])
-        raise DataError(
+        raise (SpecError if source.keys_are_named else DataError)(
             f"{source.name}: expected a unique key for every sample, found repeated: {listed}; "
             f"{source.repeated_keys_remedy}"
         )

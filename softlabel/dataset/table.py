@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from softlabel.errors import BadImageError, DataError
+from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import Raw
 
 # float32 has every value of these; of the others float64 is what is hashed.
@@ -33,17 +33,17 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
     """Check that input columns are numbers, or one column of lists of numbers.
 
     Raises:
-        DataError: they are not.
+        SpecError: they are not.
     """
     for name, kind in zip(names, types, strict=True):
         inner = _innermost(kind)
         if not holds_numbers(inner):
-            raise DataError(
+            raise SpecError(
                 f"{subject}: column {name!r}: expected numbers or lists of numbers for inputs=, found {kind}; write it "
                 "as numbers, or leave it out"
             )
         if _is_list(kind) and len(names) > 1:
-            raise DataError(
+            raise SpecError(
                 f"{subject}: inputs=: expected columns of one number each, or a single column of lists, found "
                 f"{len(names)} columns, {name!r} among them of {kind}; several arrays by name come from a dataset in "
                 "Python"

@@ -92,6 +92,7 @@ class TableSource(Source):
         self._check_labels()
         self._check_integers()
         self.maybe_repeated_keys = self._columns.key is not None
+        self.keys_are_named = self._asks_key
 
     def __len__(self) -> int:
         return int(self._starts_G[-1])

@@ -15,6 +15,7 @@ from softlabel.common.multi_hot import Labels, is_labelled, one_label
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import check_labels_named, choose_label, name_several, number_classes, read_classes
 from softlabel.dataset.json_lines import iter_objects
+from softlabel.dataset.line_errors import describe_error
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.suffixes import suffix_of
@@ -42,6 +43,10 @@ class TextFileSource(ListedSource):
         self.name = name
         asked = {word: options.pop(word, None) for word in ("text", "text_pair", "label", "labels", "key", "classes")}
         chosen = [asked["text"] or "text", *([asked["text_pair"]] if asked["text_pair"] is not None else [])]
+        if len(set(chosen)) < len(chosen):
+            raise SpecError(
+                f"{name}: column {chosen[0]!r} is text= and text_pair=; name another, or leave text_pair= out"
+            )
         heading, rows = _read_table(path, name)
         ignored = ignore_labels or asked["label"] == "none"
         label, others = None if ignored else asked["label"], tuple[str, ...]()
@@ -51,11 +56,15 @@ class TextFileSource(ListedSource):
         elif label is None and not several:
             names = (column for column in heading if column not in chosen)
             label, others = choose_label(names, subject=name, remedy="choose with '?label=COLUMN' or '?label=none'")
+        if both := next((column for column in (label, *several) if column in chosen), None):
+            raise SpecError(
+                f"{name}: column {both!r} is a text and the label; choose another with '?label=COLUMN' or '?label=none'"
+            )
         key = None if asked["key"] == "index" else asked["key"]
         for column in (*chosen, label, key):
             if column is not None and column not in heading:
                 there = f"the file has {', '.join(heading)}" if heading else "the file has no rows"
-                raise DataError(f"{name}: there is no column {column!r}; {there}")
+                raise SpecError(f"{name}: there is no column {column!r}; {there}")
         if asked["classes"] is not None and not ignored:
             self.class_names = read_classes(asked["classes"], subject=name)
         numbers = number_classes(self.class_names)
@@ -84,7 +93,7 @@ class TextFileSource(ListedSource):
         self.class_names = name_several(asked["labels"] if several else None, self.class_names, subject=name)
         check_labels_named(self._labels, self.class_names, subject=name)
         self.has_labels = bool(is_labelled(self._labels).any())
-        self.maybe_repeated_keys = key is not None
+        self.maybe_repeated_keys = self.keys_are_named = key is not None
         columns = f"columns {', '.join(several)}" if several else None if label is None else f"column {label!r}"
         why = "no column name suggests labels" if columns is None else f"{columns} hold{'' if several else 's'} none"
         self.findings = Findings(
@@ -160,19 +169,37 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
             rows = list(iter_objects(file, path, "text") if suffix == ".jsonl" else _rows(file, suffix, path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a table in UTF-8 with a heading, found: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected a table in UTF-8 with a heading, found: {describe_error(error, path)}"
+        ) from error
     finally:
         csv.field_size_limit(before)
     return list(dict.fromkeys(column for _, row in rows for column in row)), rows
 
 
+def _iter_cells(reader: Any, path: str) -> Iterator[list[str]]:
+    """Yield the rows of a CSV reader."""
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}: the row that begins in line {first} cannot be read: {error}; put a text with a quote into "
+                'double quotes, and write each quote in it twice, as ""'
+            ) from error
+        if cells is None:
+            return
+        yield cells
+
+
 def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
-    heading = next(reader, [])
+    heading = next(_iter_cells(reader, path), [])
     if twice := next((column for column in heading if heading.count(column) > 1), None):
         raise DataError(f"{path}: expected columns of different names, found {twice!r} twice; rename one")
-    for cells in reader:
+    for cells in _iter_cells(reader, path):
         if len(cells) != len(heading) and cells:
             raise DataError(
                 f"{path}: line {reader.line_num}: expected {len(heading)} columns like the heading, found {len(cells)}"

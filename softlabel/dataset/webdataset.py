@@ -129,7 +129,7 @@ class TarSource(ListedSource):
             and not self.has_labels
         ):
             offers = "".join(f"; {offer}" for offer in self.findings.left_out)
-            raise DataError(
+            raise SpecError(
                 f"{name}: {f'labels={several}' if asked is None else f'label={asked}'}: "
                 f"{self.findings.without_labels}; by default a .cls member is the label{offers}"
             )
@@ -352,12 +352,12 @@ class _LateLabels:
 
 
 def _report_without_image(lost: list[tuple[str, int]], found: int, wanted: _Wanted, name: str) -> None:
-    """Warn about samples without an image; raise DataError if no sample has one."""
+    """Warn about samples without an image; raise DataError if no sample has one, SpecError if ``image=`` chose them."""
     if not lost:
         return
     number, example = sum(count for _, count in lost), lost[0][0]
     if not found:
-        raise DataError(
+        raise (SpecError if wanted.image else DataError)(
             f"{name}: none of the {number} samples has {f'a .{wanted.image} member' if wanted.image else 'an image'}, "
             f"the first: {example}; name it with '?image=EXTENSION' (WebDataset splits names at the first dot)"
         )

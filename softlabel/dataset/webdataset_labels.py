@@ -39,7 +39,7 @@ class LabelMember:
         """Parse ``label=``: ``none``, ``.EXTENSION`` or a FIELD of `.json`; by default `.cls`; and ``labels=``: FIELDs.
 
         Raises:
-            DataError: ``labels=`` are not several fields, or ``label=`` is given too.
+            SpecError: ``labels=`` are not several fields, or ``label=`` is given too.
         """
         if ignored or label == "none":
             return cls(extension=None)

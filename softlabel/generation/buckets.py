@@ -20,11 +20,12 @@ _UNKNOWN_BYTES = 3 * 256**2  # assumed for a sample of unknown size
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Piece:
-    """Samples of one length, filled up to a whole pass; `rows` are their places in the window.
+    """Samples of one length, filled up to a whole pass.
 
     Attributes:
+        rows: int64 (N,), their places in the window.
+        inputs: the pass, of at least N samples.
         bucket: the length.
-        filled: of the pass, the share that is samples of the window.
     """
 
     rows: NDArray[np.int64]
@@ -33,6 +34,7 @@ class Piece:
 
     @property
     def filled(self) -> float:
+        """The share of the pass that is samples of the window."""
         return len(self.rows) / len(self.inputs)
 
 

@@ -100,7 +100,7 @@ class GenerateConfig(LabelConfig):
         format: file format of the shards.
         shard_rows: samples per shard, the most that a killed run loses.
         grow: label the samples that a store of a smaller dataset lacks; its shards stay.
-        on_bad_image: for an image that cannot be decoded: skip lists it in the manifest, error stops.
+        on_bad_image: for a sample that cannot be decoded: skip lists it in the manifest, error stops.
         compile: compile the teachers with torch.compile.
         stack: run teachers of one architecture as one network; auto: if a timed trial is faster.
         members_in_turn: move teachers to the device one after another; auto: if they do not fit together.

@@ -1,6 +1,6 @@
 """Read a source as batches of network inputs.
 
-    source -> decode -> view -> geometry of each member -> uint8 batch
+    source -> decode -> view -> shape of each member -> batch
 
 The view of a sample depends only on (seed, key, view), never on its batch.
 

@@ -162,8 +162,12 @@ def _check_views(source: Source, views: ViewPolicy) -> None:
     kind = source.inputs
     steps = [str(step.get("op")) for step in views.policy.get("steps", [])]
     if odd := [step for step in steps if not kind.takes(step)]:
-        takes = ", ".join(sorted(kind.view_steps or ())) or "none"
-        raise UsageError(f"augment: {odd[0]!r} is for 8-bit RGB images; {source.name}, of another kind, takes {takes}")
+        if not kind.view_steps:
+            raise UsageError(f"augment: {odd[0]!r} is for images, found {source.name}; leave --augment out")
+        raise UsageError(
+            f"augment: {odd[0]!r} is for 8-bit RGB images; the channels of {source.name} take "
+            f"{' or '.join(sorted(kind.view_steps))}"
+        )
 
 
 def _open_data(

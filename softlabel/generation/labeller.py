@@ -80,7 +80,7 @@ class BatchLabels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """Computes columns from batches of pixels, one at a time. Lanes share only weights.
+    """Computes columns from batches of samples, one at a time. Lanes share only weights.
 
     Attributes:
         run: how logits are combined and encoded.

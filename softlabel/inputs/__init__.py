@@ -1,1 +1,1 @@
-"""Inputs of networks: decoding images, hashing their content, and resizing them."""
+"""What a sample is (an image, an array, a text), its content hash, and how a network takes it."""

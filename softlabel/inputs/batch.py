@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.errors import BadImageError, DataError
+from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import Fitted, Form, InputKind, Inputs, InputTransform, Item, Sample, form_of
 
 
@@ -54,8 +54,8 @@ def decode_samples(samples: Sequence[Sample], kind: InputKind, *, name: str) -> 
             items[place], content[place] = kind.decode(sample)
         except BadImageError as error:
             content[place], failed[place] = kind.content_hash(sample.raw) or 0, str(error)
-        except DataError as error:
-            raise DataError(f"{name}: sample {sample.key!r}: {error}") from error
+        except (DataError, SpecError) as error:
+            raise type(error)(f"{name}: sample {sample.key!r}: {error}") from error
     return DecodedSamples(items=items, content=content, failed=failed)
 
 
@@ -109,8 +109,8 @@ def _fit(transform: InputTransform, item: Item, key: str, *, network: str, fixed
         return transform.fit(item, fixed=fixed)
     except BadImageError:
         raise
-    except DataError as error:
-        raise DataError(f"sample {key!r} for the {network}: {error}") from error
+    except (DataError, SpecError) as error:
+        raise type(error)(f"sample {key!r} for the {network}: {error}") from error
 
 
 def _check_form(found: Form, expected: Form, key: str, transform: InputTransform, network: str) -> None:

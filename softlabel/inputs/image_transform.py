@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from softlabel.errors import BadImageError, DataError, SpecError
+from softlabel.errors import BadImageError, SpecError
 from softlabel.inputs.base import Fitted, Inputs, InputTransform, Item
 from softlabel.inputs.tensor import check_mean_std
 
@@ -101,10 +101,18 @@ class Preprocessing(InputTransform):
     @property
     def in_words(self) -> str:
         """The fields as options of a SPEC."""
+        return self.describe_others(())
+
+    def describe_others(self, given: Container[str]) -> str:
+        """The fields as options of a SPEC, without those that a SPEC gives; `resize` or `crop` alone gives both."""
+        if "resize" in given or "crop" in given:
+            given = {"resize", "crop", *(name for name in ("mean", "std", "interpolation", "squash") if name in given)}
         numbers = {name: ",".join(f"{x:.4g}" for x in getattr(self, name)) for name in ("mean", "std")}
         geometry = {name: getattr(self, name) for name in ("resize", "crop", "interpolation")}
         fields = numbers | geometry | ({"squash": "true"} if self.squash else {})
-        return ", ".join(f"{name}={'none' if value is None else value}" for name, value in fields.items())
+        return ", ".join(
+            f"{name}={'none' if value is None else value}" for name, value in fields.items() if name not in given
+        )
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -150,9 +158,11 @@ class Preprocessing(InputTransform):
         """
         if not isinstance(item, Tensor) or item.shape[0] != len(self.mean):
             found = f"one of shape {tuple(item.shape)}" if isinstance(item, Tensor) else "several arrays"
-            raise DataError(
+            elsewhere = isinstance(item, Tensor) and len(self.mean) in item.shape[1:]
+            layout = ", or the other '&layout=' in the SOURCE, as another axis has so many" if elsewhere else ""
+            raise SpecError(
                 f"expected an image of {len(self.mean)} channels, as mean= and std= have numbers, found {found}; give "
-                "mean= and std= with a number for each channel, of a single one in brackets: mean=[0.5]"
+                f"mean= and std= with a number for each channel, of a single one in brackets: mean=[0.5]{layout}"
             )
         if not fixed or self.crop is None:
             return self.geometry(item)

@@ -67,7 +67,7 @@ class BandsKind(InputKind):
     name: ClassVar[str] = "image"
     unit: ClassVar[str] = "img"
     noun: ClassVar[str] = "images"
-    view_steps: ClassVar[frozenset[str] | None] = frozenset({"crop-flip", "crop", "inception"})
+    view_steps: ClassVar[frozenset[str] | None] = frozenset({"crop-flip", "inception"})
 
     def decode(self, sample: Sample) -> tuple[Item, int]:
         """See `InputKind.decode`."""
@@ -76,7 +76,7 @@ class BandsKind(InputKind):
             raise BadImageError(str(raw)) from raw
         array = _array_of(raw)
         if array.ndim != 3 or not 1 <= array.shape[0] <= _MOST_BANDS:
-            raise DataError(
+            raise SpecError(
                 f"expected an image of shape (C, H, W) with 1 to {_MOST_BANDS} channels C, found {array.shape}; say "
                 "where they are with '?layout=channels-first' or '?layout=channels-last'"
             )
@@ -208,16 +208,20 @@ class TensorTransform(InputTransform):
 
         Raises:
             BadImageError: a number is beyond the range of float32.
-            DataError: it has another number of channels than mean and std, or several arrays.
+            SpecError: it has another number of channels than mean and std, or several arrays.
+            DataError: it is a text.
         """
         if isinstance(item, str | tuple):
             raise DataError("expected arrays of numbers, found a text; give a network of texts")
         if self.mean is not None:
             if not isinstance(item, Tensor):
-                raise DataError(f"mean= and std= are of one array, found {', '.join(item)}; leave them out")
+                raise SpecError(f"mean= and std= are of one array, found {', '.join(item)}; leave them out")
             if len(self.mean) not in (1, item.shape[0] if item.dim() else 1):
-                raise DataError(
-                    f"expected {len(self.mean)} channels, as mean= has numbers, found shape {tuple(item.shape)}"
+                numbers, places = ",".join(f"{number:g}" for number in self.mean), item.shape[0] if item.dim() else 1
+                raise SpecError(
+                    f"expected {len(self.mean)} channels, as mean={numbers} has numbers, found shape "
+                    f"{tuple(item.shape)}; give mean= and std= in its SPEC {places} numbers, or a single one "
+                    "for all"
                 )
         if self.keep_float64:
             return item

@@ -25,6 +25,7 @@ class TextKind(InputKind):
 
     name: ClassVar[str] = "text"
     unit: ClassVar[str] = "text"
+    noun: ClassVar[str] = "texts"
     view_steps: ClassVar[frozenset[str] | None] = frozenset()
 
     def decode(self, sample: Sample) -> tuple[Item, int]:

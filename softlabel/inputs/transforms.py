@@ -56,6 +56,11 @@ def _find_remedy(transform: InputTransform, inputs: Inputs, error: Exception, ne
         found = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in inputs.form.values()}))
         whole = "; '?mean=0&std=1' in its SPEC makes them float32" if found == "int64" else ""
         return f"its samples are {found}: give the {network} samples of the type that it takes{whole}"
+    if isinstance(transform, TensorTransform):
+        if isinstance(error, TypeError) and "argument" in reason:
+            names = ", ".join(inputs.tensors) if len(inputs.tensors) > 1 else "a single array"
+            return f"its samples are {names}: name arrays like the arguments of the network's forward"
+        return f"give the {network} samples of the shape that it takes"
     return transform.remedy.format(network=network)
 
 

@@ -72,6 +72,11 @@ def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:
             spec.name, config=config, use_safetensors=True, output_loading_info=True, **_where(spec)
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if "Unrecognized configuration class" in str(error):  # followed by a list of all others
+            raise SpecError(
+                f"{spec.text}: expected an image classifier, found a network of model type {config.model_type!r}; give "
+                f"text:{spec.name} if it classifies texts"
+            ) from error
         raise SpecError(f"{spec.text}: {describe_error(error)}; {_remedy(spec)}") from error
     # transformers would draw at random what the file lacks, and only warn.
     if missing := sorted(info["missing_keys"]):
@@ -118,6 +123,12 @@ def refuse_other_heads(spec: Spec, model: nn.Module, activation: Activation = "s
     if not isinstance(model, HuggingFaceClassifier):
         return
     problem = getattr(model.network.config, "problem_type", None)
+    if problem == "regression":
+        raise SpecError(
+            f"{spec.text}: expected a classifier, found problem_type=regression in its config: its output is a "
+            "quantity, not a logit, with either --activation; give a classifier. If it was trained with a sigmoid or "
+            "softmax after all, remove problem_type from config.json"
+        )
     if activation == "sigmoid" and problem == "multi_label_classification":
         return
     if activation == "sigmoid" and problem is not None:

@@ -77,12 +77,12 @@ def timm_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocessing:
         interpolation=found["interpolation"],
         squash=found["crop_mode"] == "squash",
     )
-    if spec.checkpoint:
+    if spec.checkpoint and (left := prepared.describe_others(spec.options)):
         log.info(
-            "%s: where the SPEC does not say otherwise its images are prepared as for timm's weights %s: %s",
+            "%s: what the SPEC leaves open is prepared as for timm's weights %s: %s",
             spec.text,
             ".".join(filter(None, (str(config.get("architecture") or spec.name), str(config.get("tag") or "")))),
-            prepared.in_words,
+            left,
         )
     return prepared
 

@@ -127,11 +127,11 @@ def torchvision_preprocessing(spec: Spec, model: nn.Module | None) -> Preprocess
     )
     if not known and not says_everything(spec):
         log.info(
-            "%s: the file is none of torchvision's published weights; where the SPEC does not say otherwise its images "
-            "are prepared as for %s: %s",
+            "%s: the file is none of torchvision's published weights; what the SPEC leaves open is prepared as for "
+            "%s: %s",
             spec.text,
             entry,
-            found.in_words,
+            found.describe_others(spec.options),
         )
     return found
 

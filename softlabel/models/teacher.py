@@ -145,9 +145,9 @@ def load_teacher(
     model = model.to(device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)
     if classes < 2 and activation == "softmax":
-        raise TeacherError(
+        raise SpecError(
             f"{spec_text}: expected logits of at least 2 classes, found a network with one output: its softmax is 1 "
-            "for every image; give --activation sigmoid if it is the logit of one, or return two logits"
+            "for every sample; give --activation sigmoid if it is the logit of one, or return two logits"
         )
     teacher = Teacher(
         spec=spec,

@@ -251,7 +251,7 @@ def _check_combinations(config: TrainConfig) -> None:
         raise UsageError("temperature: soft_weight is 0, so there is no soft term whose temperature it could be")
     if config.mixup and config.labels is not None and soft:
         raise UsageError(
-            "mixup: a mixed image has no soft label in the store; use it with hard labels alone (without --labels, or "
+            "mixup: a mixed sample has no soft label in the store; use it with hard labels alone (without --labels, or "
             "--soft-weight 0)"
         )
     if config.schedule == "one-cycle" and config.warmup_epochs is not None:

@@ -65,7 +65,7 @@ class Texts(Set):
     change = " !"
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.noun, self.unit, self.samples = folder, "samples", "text", TEXTS
+        self.folder, self.noun, self.unit, self.samples = folder, "texts", "text", TEXTS
         self.teachers = [f"text:{save_classifier(folder / str(seed), classes=5, seed=seed)}" for seed in (0, 1)]
         self.student = f"{self.teachers[0]}?layers=1"
         self.data = self.write("data", TEXTS)

@@ -504,7 +504,7 @@ TEACHERS = [
     Case(
         name="one output",
         make=answering("z[:, :1]"),
-        code=1,
+        code=2,
         says=("network_.*: expected logits of at least 2 classes, found a network with one output",),
     ),
     Case(

@@ -61,7 +61,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert source.keys() == ["1.png", "10.png", "2.png"]
     assert (source.has_labels, source.class_names) == (False, None)
     assert source.labels().tolist() == [IGNORE] * 3
-    with pytest.raises(DataError, match=r"'1\.png' lies in no sub-folder"):
+    with pytest.raises(SpecError, match=r"'1\.png' lies in no sub-folder"):
         open_source(f"{tmp_path}?labels=folders")
 
 
@@ -85,7 +85,7 @@ def test_folders_without_images_are_no_classes(classes: Path, caplog: pytest.Log
     named = open_source(f"{classes}?classes={names}")
     assert (named.class_names, named.labels().tolist()) == (("zebra", "cat", "ant", "Bee"), [3, 2, 2, 2, 0])
     names.write_text("zebra\nant\n")
-    with pytest.raises(DataError, match="a line for each of the 3 folders with images, found none for 'Bee'"):
+    with pytest.raises(SpecError, match="a line for each of the 3 folders with images, found none for 'Bee'"):
         open_source(f"{classes}?classes={names}")
     with pytest.raises(SpecError, match="classes= names the class folders, labels=none"):
         open_source(f"{classes}?classes={names}&labels=none")

@@ -20,7 +20,7 @@ import torch
 from softlabel.common.multi_hot import to_multi_hot
 from softlabel.dataset import open_source
 from softlabel.dataset.concat import SeveralSources
-from softlabel.errors import DataError, MismatchError, SoftLabelError
+from softlabel.errors import DataError, MismatchError, SoftLabelError, SpecError
 from tests.support.datasets import make_jpeg
 
 LABELS: list[Any] = [[1, 0, None], [0, 1, 1], None, [None, 0, 0], [1, 1, 1]]
@@ -75,7 +75,7 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         "labels=edema,absent": "there is no column 'absent'",
         "labels=edema": "expected several columns",
     }.items():
-        with pytest.raises(DataError, match=reason):
+        with pytest.raises(DataError if options == "labels=edema,more" else SpecError, match=reason):
             open_source(f"{path}?{options}")
     ragged = write(tmp_path / "ragged.parquet", {"ids": [[0, 1], [1], [0, 1], [1, 1], [0]]})
     with pytest.raises(DataError, match="expected lists of one length, 0 or 1 for each class"):
@@ -179,7 +179,7 @@ def test_fields_of_tar_members(adjacent: bool, tmp_path: Path) -> None:
         "labels=none,age": "json: column 'age': expected 1, 0 or -1 .not known. for a class, found '60'",
         "labels=absent,missing": "labels=absent,missing: no sample has a label in fields absent, missing of .json",
     }.items():
-        with pytest.raises(DataError, match=reason):
+        with pytest.raises(DataError if options == "labels=none,age" else SpecError, match=reason):
             open_source(f"{path}?{options}")
 
 

@@ -87,11 +87,11 @@ def test_labels_from_cls_from_json_and_none_at_all(tmp_path: Path) -> None:
         *("zero", "one", "zwei und mehr", "drei"),
     )
     (tmp_path / "names.txt").write_text("zero\n")
-    with pytest.raises(DataError, match="labels below 1, the number of class names, found 1"):
+    with pytest.raises(SpecError, match="labels below 1, the number of class names, found 1"):
         open_source(f"{path}?classes={tmp_path / 'names.txt'}")
     with pytest.raises(DataError, match=r"a.json: z: expected a class number, found 'cat'; class names need"):
         open_source(f"{path}?label=z")
-    with pytest.raises(DataError, match=r"no sample has a label in field 'nothing' of \.json"):
+    with pytest.raises(SpecError, match=r"no sample has a label in field 'nothing' of \.json"):
         open_source(f"{path}?label=nothing")
     for text in (b"cat", b"", b"1.5", b"9" * 30):
         with pytest.raises(DataError, match=r"a.cls: expected a class number"):
@@ -139,7 +139,7 @@ def test_labels_that_could_be_meant_are_offered(tmp_path: Path, caplog: pytest.L
         assert open_source(f"{path}?label={option}").labels().tolist() == labels
     with pytest.raises(DataError, match="class names need"):
         open_source(f"{path}?label=.caption.txt")
-    with pytest.raises(DataError, match=r"label=id: no sample has a label in field 'id' .*'\?label=\.txt' uses"):
+    with pytest.raises(SpecError, match=r"label=id: no sample has a label in field 'id' .*'\?label=\.txt' uses"):
         open_source(f"{path}?label=id")
 
 

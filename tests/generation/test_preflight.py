@@ -65,7 +65,7 @@ def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path
     assert "160 images, 1 teacher(s), 4 classes" in plan
     assert "in 4 shards" in plan
     assert "encoding float16: 8 bytes a row" in plan
-    accuracy = float(re.search(r"on [0-9]+ images of the sample: ([0-9.]+)", plan)[1])  # type: ignore[index]
+    accuracy = float(re.search(r"on [0-9]+ of the sampled images: ([0-9.]+)", plan)[1])  # type: ignore[index]
     assert 0.9 <= accuracy <= 1
     assert drop_source_lines(done.stderr) == []
     totals = softlabel.open_store(tmp_path / "store").manifest.totals

@@ -220,7 +220,7 @@ def test_one_output(ready: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("healthy\nill\n")
     source = f"{tmp_path}/two.npz?images=images&labels=labels&classes={tmp_path}/names.txt"
     settings: dict[str, Any] = {"teachers": [spec(ready, "one")], "progress": False, "temperature": T}
-    with pytest.raises(TeacherError, match=r"found a network with one output: .* give --activation sigmoid"):
+    with pytest.raises(SpecError, match=r"found a network with one output: .* give --activation sigmoid"):
         softlabel.generate(source, out=tmp_path / "no", **settings)
     softlabel.generate(source, out=tmp_path / "s", activation="sigmoid", encoding="float32", **settings)
     with softlabel.open_store(tmp_path / "s", verify="full") as store:

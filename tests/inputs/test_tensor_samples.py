@@ -415,7 +415,10 @@ def test_a_network_without_preprocessing_sees_bands_from_0_to_1(dtype: str, tmp_
     [
         ("zoo:cnn2@{images}?num_classes=5", "takes images, and the samples are arrays of numbers"),
         ("python:{module}:build_mlp@{weights}?crop=3", "crop= is of images, and the samples are arrays"),
-        ("python:{module}:build_mlp@{weights}?mean=1,2&std=1,1", "expected 2 channels, as mean= has numbers"),
+        (
+            "python:{module}:build_mlp@{weights}?mean=1,2&std=1,1",
+            r"expected 2 channels, as mean=1,2 has numbers, found shape \(6,\); give mean= and std= in its SPEC 6 num",
+        ),
     ],
 )
 def test_what_is_of_images_is_refused_for_arrays(teacher: str, message: str, tmp_path: Path) -> None:

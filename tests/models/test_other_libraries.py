@@ -258,8 +258,12 @@ def test_an_hf_processor_that_does_more_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"problem_type": "multi_label_classification"}, "problem_type=multi_label"), ({"num_labels": 1}, "one output")],
-    ids=["several labels", "one output"],
+    [
+        ({"problem_type": "multi_label_classification"}, "problem_type=multi_label"),
+        ({"problem_type": "regression", "num_labels": 1}, "a quantity, not a logit, with either --activation"),
+        ({"num_labels": 1}, "one output"),
+    ],
+    ids=["several labels", "regression", "one output"],
 )
 def test_hf_networks_that_are_no_classifiers_of_one_class(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     spec = hf_folder(tmp_path, "vit", processors()["vit"], **config)

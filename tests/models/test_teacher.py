@@ -263,7 +263,7 @@ def test_files_for_torchvision_get_the_input_of_its_published_weights(
         found = teacher.logits(Inputs.single(teacher.preprocessing.geometry(image_CHW)[None]))
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())), spec
     assert f"none of torchvision's published weights; .* as for {weights}" in caplog.text.replace(
-        "where the SPEC does not say otherwise its images are prepared", ".*"
+        "what the SPEC leaves open is prepared", ".*"
     )
     caplog.clear()
     load_teacher(f"torchvision:{name}@{tmp_path}/w.pth?crop=299&interpolation=bilinear&mean=0&std=1&resize=310")

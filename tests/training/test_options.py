@@ -104,7 +104,7 @@ def test_mixup_is_of_hard_labels_and_repeats(digits: Path, tmp_path: Path) -> No
         train(make_config(digits, tmp_path / name, mixup=alpha, workers=workers, **rest))
     assert have_equal_weights(tmp_path / "a", tmp_path / "b")
     assert not have_equal_weights(tmp_path / "a", tmp_path / "none")
-    with pytest.raises(UsageError, match="mixup: a mixed image has no soft label"):
+    with pytest.raises(UsageError, match="mixup: a mixed sample has no soft label"):
         make_config(digits, tmp_path / "soft", mixup=0.4)
 
 

@@ -141,7 +141,7 @@ def test_a_timm_network_of_13_bands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("augment", ["trivial", "mixup", "crop-flip+cutmix"])
 def test_views_of_colours_and_mixing_are_refused(augment: str, tmp_path: Path) -> None:
     data, spec, _ = write("four", tmp_path)
-    with pytest.raises(SoftLabelError, match=r"is for 8-bit RGB images; .* takes crop, crop-flip, inception"):
+    with pytest.raises(SoftLabelError, match=r"for 8-bit RGB images; the channels of .* take crop-flip or inception"):
         softlabel.generate(data, teachers=[spec], out=tmp_path / "labels", augment=augment, views=2, device="cpu")
 
 

@@ -100,7 +100,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     job, trial = label_sample(job, seed=job.config.seed)
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
     remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
-    refuse_equal(trial, job.labeller.source.name, run.activation)
+    refuse_equal(trial, job.labeller.source.name, run.activation, job.labeller.source.inputs)
     images = sum(plan.stop - plan.start for plan in missing)
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)

@@ -20,6 +20,8 @@ from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.pipeline import fit_batch
+from softlabel.inputs.base import InputKind
+from softlabel.inputs.image_decode import IMAGES
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to time
@@ -161,7 +163,7 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
     )
 
 
-def refuse_equal(trial: Trial, name: str, activation: Activation) -> None:
+def refuse_equal(trial: Trial, name: str, activation: Activation, kind: InputKind) -> None:
     """Check that the images and rows of a sample differ.
 
     Raises:
@@ -176,9 +178,10 @@ def refuse_equal(trial: Trial, name: str, activation: Activation) -> None:
     # Of several inputs, the one that differs most counts.
     equal = min(_count_equal_inputs([tensors[input] for tensors in full], picked) for input in full[0])
     if equal >= _NEARLY_ALL * len(picked):
+        bits = " (few of 16 bits in use: '?bits=12')" if kind is IMAGES else ""
         raise DataError(
             f"{name}: expected samples that differ, found {equal} of {len(picked)} nearly equal ones; check their "
-            "format (few of 16 bits in use: '?bits=12'), or give --no-preflight if they are right"
+            f"format{bits}, or give --no-preflight if they are right"
         )
     logits = trial.scaled_logits.numpy().reshape(len(trial.scaled_logits), -1, trial.scaled_logits.shape[-1])
     shifts = logits.max(axis=-1, keepdims=True) if activation == "softmax" else 0

@@ -90,13 +90,13 @@ class Encoding(Tagged, ABC):
     def knows(self, temperature: float) -> bool:
         return self.declared is None or find_temperature(self.declared, temperature) is not None
 
-    def check_activation(self, activation: Activation) -> None:
+    @classmethod
+    def check_activation(cls, activation: Activation) -> None:
         """Raises ValueError where a row cannot hold the logits of such outputs."""
-        if activation == "sigmoid" and not self.sigmoid:
-            possible = ", ".join(name for name, kind in self.kinds.items() if kind.sigmoid)
+        if activation == "sigmoid" and not cls.sigmoid:
+            possible = ", ".join(name for name, kind in cls.kinds.items() if kind.sigmoid)
             raise ValueError(
-                f"encoding {self.name!r}: stores a softmax over the classes, found independent sigmoids; take "
-                f"{possible}"
+                f"encoding {cls.name!r}: stores a softmax over the classes, found independent sigmoids; take {possible}"
             )
 
     def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Encoding":
