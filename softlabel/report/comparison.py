@@ -176,7 +176,9 @@ class ComparisonMeter:
             if here.any():
                 self.corners[name].add(score[here], number_K[here], **{key: one[here] for key, one in values.items()})
 
-    def result(self, *, run: str, data: str, held_out: bool, keys: Callable[[I64], Sequence[str]]) -> Comparison:
+    def result(
+        self, *, run: str, data: str, held_out: bool, of_eval_data: bool, keys: Callable[[I64], Sequence[str]]
+    ) -> Comparison:
         """The comparison.
 
         Args:
@@ -189,6 +191,7 @@ class ComparisonMeter:
             run=run,
             data=data,
             held_out=held_out,
+            of_eval_data=of_eval_data,
             samples=self.samples,
             with_teacher=known,
             accuracy=self.student.accuracy,

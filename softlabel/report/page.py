@@ -52,21 +52,19 @@ class _Numbered:
     absent: str
 
 
-def render(
-    report: Report, pictures: Mapping[str, Picture], held_out_pictures: Mapping[str, Picture] | None = None
-) -> str:
+def render(report: Report, pictures: Mapping[str, Picture], eval_pictures: Mapping[str, Picture] | None = None) -> str:
     """Draw a report.
 
     Args:
         report: the figures.
         pictures: of samples by key, as `make_pictures` makes them; a sample without one is shown by its key alone.
-        held_out_pictures: those of the data that students were not trained on.
+        eval_pictures: those of the evaluation data.
 
     Returns:
         The HTML, which refers to nothing outside of it. The figures are in it as JSON, in the script element with the
         id ``figures``. Equal arguments give equal text.
     """
-    environment, context = _environment(), Context(report, pictures, held_out_pictures or {})
+    environment, context = _environment(), Context(report, pictures, eval_pictures or {})
     style, script = (_read(environment, name) for name in ("page.css", "page.js"))
     sections = _make_sections(report, context)
     page = environment.get_template("page.html").render(

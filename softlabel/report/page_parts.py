@@ -102,11 +102,9 @@ class Part:
 class Context:
     """What all sections share: names and words for the samples as the data has them, pictures, and what to type."""
 
-    def __init__(
-        self, report: Report, pictures: Mapping[str, Picture], held_out_pictures: Mapping[str, Picture]
-    ) -> None:
+    def __init__(self, report: Report, pictures: Mapping[str, Picture], eval_pictures: Mapping[str, Picture]) -> None:
         about = report.about if isinstance(report.about, About) else None
-        self.pictures, self.held_out_pictures = pictures, held_out_pictures
+        self.pictures, self.eval_pictures = pictures, eval_pictures
         self.class_names = (about.class_names if about else None) or ()
         self.store, self.data = (about.store, about.data) if about else ("STORE", "DATA")
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
@@ -214,7 +212,7 @@ def make_gallery(
     show: Callable[[float], str] = format_number,
     negative: bool = False,
     controls: bool = False,
-    held_out: bool = False,
+    of_eval_data: bool = False,
 ) -> Gallery:
     """Cards of examples.
 
@@ -224,9 +222,9 @@ def make_gallery(
         show: how the score is written.
         negative: the score is the negative of what it is named after.
         controls: whether the reader filters and sorts.
-        held_out: they are samples of the held-out data, whose keys may be those of other samples.
+        of_eval_data: they are samples of the evaluation data, whose keys may be those of other samples.
     """
-    cards, pictures = [], context.held_out_pictures if held_out else context.pictures
+    cards, pictures = [], context.eval_pictures if of_eval_data else context.pictures
     for one in examples:
         facts = [("p(label)", format_share(one.p_label))] if one.p_label is not None else []
         if one.suggestion != one.label:

@@ -155,7 +155,7 @@ def _compare(found: Comparison, context: Context) -> Part:
             corner.examples,
             context,
             score="",
-            held_out=found.held_out,
+            of_eval_data=found.of_eval_data,
         )
         for corner in found.corners
         if corner.examples and total

@@ -27,6 +27,8 @@ class Comparison:
         run: its folder.
         data: the SOURCE.
         held_out: whether it is other data than the student was trained on.
+        of_eval_data: whether the samples are of the evaluation data; of the labelled data otherwise. Equal keys may be
+            different samples in the two.
         samples: on which the student was measured.
         with_teacher: those of them that have a row in the store, to which the figures about the teacher refer.
         accuracy: of the student, on samples with a hard label.
@@ -44,6 +46,7 @@ class Comparison:
     run: str
     data: str
     held_out: bool
+    of_eval_data: bool
     samples: int
     with_teacher: int
     accuracy: float | None

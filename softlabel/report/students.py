@@ -37,12 +37,12 @@ class _Part:
     Attributes:
         source: the data.
         store: the teacher's labels of it; None where there are none that could be compared.
-        held_out: whether it is evaluation data.
+        is_eval: whether it is evaluation data.
     """
 
     source: Source
     store: Store | None
-    held_out: bool
+    is_eval: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,7 +148,7 @@ def _list_parts(
     opened, opened_eval = (
         one if one is None or isinstance(one, Store) else open_store(one) for one in (store, eval_labels)
     )
-    for given, labels, held_out in ((data, opened, False), (eval_data, opened_eval, True)):
+    for given, labels, is_eval in ((data, opened, False), (eval_data, opened_eval, True)):
         if given is None:
             continue
         source = open_source(given)
@@ -165,7 +165,7 @@ def _list_parts(
                 "students are measured alone; generate with another --encoding to compare them"
             )
             labels = None
-        elif labels is None and held_out:
+        elif labels is None and is_eval:
             notes.append(_write_generate_command(source, opened))
         elif labels is None:
             notes.append(
@@ -173,8 +173,8 @@ def _list_parts(
                 "give the store that they were trained with"
             )
         if labels is not None:
-            notes += _describe_limits(labels, opened if held_out else None)
-        yield _Part(source=source, store=labels, held_out=held_out)
+            notes += _describe_limits(labels, opened if is_eval else None)
+        yield _Part(source=source, store=labels, is_eval=is_eval)
 
 
 def _describe_limits(store: Store, of: Store | None) -> list[str]:
@@ -316,7 +316,8 @@ def _run_pass(part: _Part, students: Sequence[_Student], how: _How, notes: list[
             meter.result(
                 run=os.fspath(student.run.folder),
                 data=part.source.name,
-                held_out=part.held_out and not student.run.was_trained_on(part.source.fingerprint()),
+                held_out=part.is_eval and not student.run.was_trained_on(part.source.fingerprint()),
+                of_eval_data=part.is_eval,
                 keys=loader.dataset.keys,
             )
             for student, meter in zip(students, meters, strict=True)

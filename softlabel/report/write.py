@@ -125,11 +125,11 @@ def write_report(
     report = _join(str(store) if opened is None else opened.url, figures, students)
     page, shown = None if out is None else Path(out), 0
     if page is not None:
-        pictures = _take_pictures(_find_keys(report, held_out=False), source)
-        others = _find_keys(report, held_out=True)
-        held_out = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
-        _write(page, render(report, pictures, held_out))
-        shown = len(pictures) + len(held_out)
+        pictures = _take_pictures(_find_keys(report, of_eval_data=False), source)
+        others = _find_keys(report, of_eval_data=True)
+        evaluated = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
+        _write(page, render(report, pictures, evaluated))
+        shown = len(pictures) + len(evaluated)
     if noise_csv is not None:
         _write(Path(noise_csv), _list_noise(opened, figures))
     if json is not None:
@@ -174,12 +174,12 @@ def _join(name: str, figures: StoreFigures | Absent, students: Students | Absent
     return Report(title=name, summary=summarize(figures, students), students=students, **sections)
 
 
-def _find_keys(report: Report, *, held_out: bool) -> list[str]:
-    """Return the keys of the samples that a report names, of the labelled data or of the held-out data."""
+def _find_keys(report: Report, *, of_eval_data: bool) -> list[str]:
+    """Return the keys of the samples that a report names, of the labelled data or of the evaluation data."""
     sections = [getattr(report, field.name) for field in fields(report)]
-    parts: list[Any] = [] if held_out else [one for one in sections if not isinstance(one, Students)]
+    parts: list[Any] = [] if of_eval_data else [one for one in sections if not isinstance(one, Students)]
     if isinstance(report.students, Students):
-        parts += [one for one in report.students.comparisons if one.held_out == held_out]
+        parts += [one for one in report.students.comparisons if one.of_eval_data == of_eval_data]
     return list(dict.fromkeys(example.key for part in parts for example in _find_examples(part)))
 
 

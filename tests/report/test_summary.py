@@ -91,6 +91,7 @@ def test_students(figures: StoreFigures) -> None:
         run="runs/kd",
         data="test.parquet",
         held_out=True,
+        of_eval_data=True,
         samples=1000,
         with_teacher=1000,
         accuracy=0.8,

@@ -1,0 +1,161 @@
+"""`softlabel report` from end to end: the files that it writes, its exit codes, and whose pictures the page shows.
+
+N samples, C classes.
+"""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+import softlabel
+from softlabel import open_source
+from softlabel.report.pictures import make_pictures
+from softlabel.report.report import report_json
+from tests.report.store_reference import learn_confidently
+from tests.support.commands import run_softlabel
+from tests.support.datasets import write_parquet
+from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.stores import draw_logits, write_logits
+from tests.support.training_runs import STUDENT, make_keys
+
+ROWS, WRONG, COPIES = 120, (5, 40, 77), 2
+LABELS = np.array(make_digit_jpegs()[1][:ROWS])
+
+
+def invert(jpeg: bytes) -> bytes:
+    buffer = io.BytesIO()
+    ImageOps.invert(Image.open(io.BytesIO(jpeg)).convert("RGB")).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def draw_teacher() -> np.ndarray:
+    """Logits (N, C) of a teacher that is almost sure of the true class."""
+    logits_NC = draw_logits(ROWS, 10) / 2
+    logits_NC[np.arange(ROWS), LABELS] += 8
+    return logits_NC
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.parquet with some wrong hard labels and two equal images; test.parquet: other pixels under the same keys.
+
+    With a store of each (labels, test-labels), and a student of the first (runs/student).
+    """
+    folder = tmp_path_factory.mktemp("report")
+    images = make_digit_jpegs()[0][:ROWS]
+    images[1] = images[0]
+    hard = LABELS.copy()
+    hard[list(WRONG)] = (hard[list(WRONG)] + 1) % 10
+    for data, store, files, labels in (
+        ("data", "labels", images, hard.tolist()),
+        ("test", "test-labels", [invert(image) for image in images], LABELS.tolist()),
+    ):
+        write_parquet(folder / f"{data}.parquet", files, keys=make_keys(ROWS), labels=labels, class_names=DIGITS)
+        keys, names = make_keys(ROWS), DIGITS
+        write_logits(folder / store, keys, draw_teacher(), images=files, labels=labels, class_names=names).close()
+    given = ("--data", "data.parquet", "--labels", "labels", "--student", STUDENT, "--out", "runs/student")
+    more = ("--epochs", 1, "--batch-size", 40, "--eval-data", "test.parquet", "--device", "cpu", "--tensorboard=false")
+    run_softlabel("train", *given, *more, cwd=folder)
+    return folder
+
+
+def read_images(text: str) -> set[str]:
+    return set(re.findall(r'src="(data:image[^"]+)"', text))
+
+
+def test_page_json_and_csv_say_the_same_and_the_same_again(folder: Path) -> None:
+    written = []
+    for number in (1, 2):
+        files = (f"page{number}.html", f"figures{number}.json", f"noise{number}.csv")
+        options = [word for pair in zip(("--out", "--json", "--noise-csv"), files, strict=True) for word in pair]
+        done = run_softlabel("report", "labels", "--data", "data.parquet", *options, cwd=folder)
+        assert len(re.findall("^(good |look |act  )", done.stdout, flags=re.MULTILINE)) == 6
+        written.append([(folder / name).read_bytes() for name in files])
+    assert written[0] == written[1]
+    page, figures, table = (data.decode() for data in written[0])
+    found = json.loads(figures)
+
+    p_NC = np.exp(draw_teacher().astype(np.float64))
+    p_NC /= p_NC.sum(axis=1, keepdims=True)
+    hard = LABELS.copy()
+    hard[list(WRONG)] = (hard[list(WRONG)] + 1) % 10
+    assert found["agreement"]["accuracy"] == np.mean(p_NC.argmax(axis=1) == hard)
+    expected = learn_confidently(p_NC, hard)["wrong"]
+    assert found["noise"]["candidates"] == len(expected) > 0
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [row["key"] for row in rows] == [make_keys(ROWS)[one] for _, one, _ in expected]
+    assert found["coverage"]["duplicates"]["samples"] == COPIES
+
+    embedded = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.DOTALL)
+    assert embedded is not None
+    assert json.loads(embedded[1]) == found
+    with softlabel.open_store(folder / "labels") as store:
+        again = softlabel.write_report(store, out=None, progress=False)
+    assert again.path is None
+    assert json.loads(report_json(again.report))["noise"] == found["noise"]
+
+
+def test_samples_of_equal_keys_keep_their_own_pictures(folder: Path) -> None:
+    options = ("--runs", "runs/student", "--eval-data", "test.parquet", "--eval-labels", "test-labels")
+    run_softlabel("report", "labels", "--data", "data.parquet", *options, "--out", "both.html", cwd=folder)
+    page = (folder / "both.html").read_text()
+    store, students = page[page.index('<section id="noise"') :].split('<section id="students"')
+    # What is compared on each dataset begins with its name.
+    _, *parts = re.split(r"\bOn (data|test)\.parquet \(", students)
+    shown = dict(zip(parts[::2], map(read_images, parts[1::2]), strict=True))
+    trained, held_out = (
+        {one.data for one in make_pictures(open_source(str(folder / name)), make_keys(ROWS)).values()}
+        for name in ("data.parquet", "test.parquet")
+    )
+    assert not trained & held_out
+    for found, own in ((read_images(store), trained), (shown["data"], trained), (shown["test"], held_out)):
+        assert found
+        assert found <= own
+
+
+def test_runs_are_reported_without_a_store(folder: Path) -> None:
+    done = run_softlabel("report", "runs", "--out", "runs.html", "--json", "runs.json", cwd=folder)
+    found = json.loads((folder / "runs.json").read_text())
+    assert [one["run"] for one in found["students"]["runs"]] == ["runs/student"]
+    assert found["noise"].keys() == {"reason"}
+    assert re.search(r"runs/student reached [0-9.]+% on its evaluation data", done.stdout)
+
+
+def test_conditions_that_are_true_end_with_3(folder: Path) -> None:
+    conditions = ("noise>0", "duplicates>0", "accuracy<0.5", "missing>=1")
+    options = [word for one in conditions for word in ("--fail-if", one)]
+    done = run_softlabel("report", "labels", *options, "--out", "ci.html", cwd=folder, code=3)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("failed: ")]
+    assert [re.search(r"'(.*)' was to fail", line)[1] for line in failed] == ["noise>0", "duplicates>0"]  # type: ignore[index]
+    assert (folder / "ci.html").is_file()
+    run_softlabel("report", "labels", "--fail-if", "noise>0.5", "--out", "ci.html", cwd=folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("labels", "--fail-if", "noise"), "'noise>0.05'"),
+        (("labels", "--fail-if", "noise>many"), "'noise>0.05'"),
+        (("labels", "--fail-if", "beauty>1"), "candidates"),
+        (("labels", "--fail-if", "student_kl>1"), "was not measured"),
+        (("labels", "--out", "nowhere/report.html"), "nowhere"),
+        (("labels", "--json", "nowhere/report.json"), "nowhere"),
+        (("labels", "--eval-data", "test.parquet"), "--runs"),
+        (("runs", "--noise-csv", "noise.csv"), "--noise-csv"),
+        (("nothing",), "nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_request_is_one_line(folder: Path, arguments: tuple[str, ...], named: str) -> None:
+    more = () if "--out" in arguments else ("--out", "wrong.html")
+    done = run_softlabel("report", *arguments, *more, cwd=folder, code=2)
+    last = [line for line in done.stderr.splitlines() if line.startswith("softlabel: ")]
+    assert len(last) == 1, done.stderr
+    assert named in last[0]
+    assert not done.stdout
