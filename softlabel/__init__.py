@@ -9,6 +9,8 @@ Names are imported when first used, so that `import softlabel` costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from softlabel.common.version import VERSION
+
 if TYPE_CHECKING:
     from softlabel.dataset import Source, open_source
     from softlabel.errors import SoftLabelError
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from softlabel.store.verify import verify_store
     from softlabel.training import TrainConfig, TrainResult, train
     from softlabel.training.crossfit import crossfit
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "DistillationLoss",

@@ -172,6 +172,7 @@ def test_public_names_are_exact_sorted_and_resolve() -> None:
         "Store",
         "TrainConfig",
         "TrainResult",
+        "WrittenReport",
         "calibrate",
         "crossfit",
         "distillation_loss",
@@ -182,6 +183,7 @@ def test_public_names_are_exact_sorted_and_resolve() -> None:
         "train",
         "verify_store",
         "with_soft_labels",
+        "write_report",
     }
     for name in softlabel.__all__:
         assert getattr(softlabel, name).__name__ == name

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from softlabel import __version__
 from softlabel.common.spec import parse_spec
+from softlabel.common.version import VERSION
 from softlabel.errors import SpecError
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
@@ -52,7 +52,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
         noun=noun,
         unit=noun.removesuffix("s"),
         measured=measured,
-        version=__version__,
+        version=VERSION,
         judged_temperature=reader.judged,
     )
 

@@ -89,7 +89,7 @@ def test_page_json_and_csv_say_the_same_and_the_same_again(folder: Path) -> None
     expected = learn_confidently(p_NC, hard)["wrong"]
     assert found["noise"]["candidates"] == len(expected) > 0
     rows = list(csv.DictReader(io.StringIO(table)))
-    assert [row["key"] for row in rows] == [make_keys(ROWS)[one] for _, one, _ in expected]
+    assert [row["key"] for row in rows] == [make_keys(ROWS)[one] for _, _, one, _ in expected]
     assert found["coverage"]["duplicates"]["samples"] == COPIES
 
     embedded = re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, flags=re.DOTALL)
