@@ -211,7 +211,7 @@ def test_labels_without_a_most_probable_class(
     run = make_run(samples=20, views=2, **make_members("keep", SPECS[:2], **changes))
     samples = Samples.of(run)
     stored = {name: np.full((2, 20, 2 * width), 0.25).astype(dtype) for name, (dtype, width) in columns.items()}
-    write_store(tmp_path / "store", run, replace(samples, columns=stored))
+    write_store(tmp_path / "store", run, replace(samples, columns=stored, multi_hot=None))
     store = open_store(tmp_path / "store")
     for found in (measure_members(store), measure_views(store)):
         assert isinstance(found, Absent)
