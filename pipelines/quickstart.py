@@ -1,4 +1,4 @@
-"""The whole way on scikit-learn's handwritten digits: two teachers, their soft labels, two students, one comparison.
+"""The whole way on scikit-learn's handwritten digits: two teachers, their soft labels, two students, one report.
 
 Few digits have a label. The teachers learn from those; their ensemble then labels all digits, labelled or not; one
 student learns from the few hard labels alone, the other from the soft labels of everything.
@@ -113,7 +113,20 @@ def main() -> None:
         print(f"{label:<26}{found.accuracy:>10.4f}{found.cross_entropy:>16.4f}{found.calibration_error:>20.4f}")
 
     picture = plot_runs(students, out / "curves.png", title="The same student, with and without soft labels")
-    print(f"\nstore   {store}      look into it: softlabel inspect {store}")
+    # The teachers' labels of the test digits, so that the students are compared with them there too.
+    checked = out / "test-labels"
+    softlabel.generate(data["test"], teachers=teachers, out=checked, combine="probs", temperature=2.0)
+    softlabel.write_report(
+        store,
+        data=data["all"],
+        runs=list(students.values()),
+        eval_data=data["test"],
+        eval_labels=checked,
+        out=out / "report.html",
+        progress=False,
+    )
+    print(f"\nreport  {out / 'report.html'}      open it in a browser")
+    print(f"store   {store}      look into it: softlabel inspect {store}")
     print(f"runs    {out / 'runs'}")
     print(f"curves  {picture}")
     print(f"done in {time.perf_counter() - started:.0f} s")

@@ -234,3 +234,5 @@ def test_the_quickstart_prints_its_results(tmp_path: Path) -> None:
         assert re.search(rf"^{line} +0\.\d+ +\d+\.\d+ +0\.\d+$", out, flags=re.MULTILINE), out
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "demo" / "labels" / "manifest.json").is_file()
+    assert "report  demo/report.html" in out
+    assert (tmp_path / "demo" / "report.html").read_text().startswith("<!doctype html>")
