@@ -1,4 +1,4 @@
-"""Make the picture of a report that the README shows: the first screen of real labels of CIFAR-10.
+"""Make the picture of a report that the README shows: its first screen, and likely label errors of CIFAR-10.
 
 python -m tests.report.picture --out data/report.png
 """
@@ -15,8 +15,8 @@ import softlabel
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, Browser
 from tests.support.shared_data import require_shared_data
 
-WIDTH, HEIGHT = 1200, 1010
-COLOURS = 128  # of a palette, so that the file stays small
+WIDTH = 1200
+TOP, GAP, BELOW = 624, 24, 680  # heights of the first screen, a gap, and the likely label errors
 TEACHERS = ("resnet20", "resnet56")
 
 
@@ -36,10 +36,16 @@ def main() -> None:
         softlabel.generate(data, teachers=teachers, out="labels/cifar10", combine="keep", temperature=2.0)
         softlabel.write_report("labels/cifar10", data=data, out="report.html")
         with Browser(Path("profile").absolute()) as browser:
-            browser.open(Path("report.html"), width=WIDTH, height=HEIGHT)
-            browser.take_picture(Path("window.png"))
-        with Image.open("window.png") as picture:
-            picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
+            browser.open(Path("report.html"), width=WIDTH, height=TOP)
+            browser.take_picture(Path("top.png"))
+            browser.open(Path("report.html"), width=WIDTH, height=BELOW)
+            browser.run("document.querySelector('#noise .cards').scrollIntoView()")
+            browser.take_picture(Path("below.png"))
+        picture = Image.new("RGB", (WIDTH, TOP + GAP + BELOW), "white")
+        for part, place in (("top.png", 0), ("below.png", TOP + GAP)):
+            with Image.open(part) as window:
+                picture.paste(window.convert("RGB"), (0, place))
+        picture.save(out, optimize=True)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 
