@@ -205,7 +205,7 @@ def test_only_bad_images_make_no_store(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher.safetensors")
     done = run_softlabel("generate", "--data", data, "--teacher", teacher, "--out", tmp_path / "store", code=1)
     assert "a.jpg" in done.stderr
-    with pytest.raises(softlabel.SoftLabelError, match="finish"):
+    with pytest.raises(softlabel.SoftLabelError, match="no store here"):
         softlabel.open_store(tmp_path / "store")
 
 

@@ -170,8 +170,8 @@ def _check_range(logits_BC: Tensor, teacher: Teacher, activation: Activation) ->
     found = f"{teacher.spec.text}: expected logits, found values from {lowest:.3g} to {highest:.3g}, none below 0"
     # Of several classes at once most are rare: their logits are below 0, and all probabilities may be small.
     if highest <= 1 and highest - lowest > (_SPREAD if activation == "softmax" else _SPREAD_OF_RARE):
-        # The logits of a single output may all be small; several classes that are never improbable are not likely.
-        if activation == "sigmoid" and logits_BC.shape[1] == 1:
+        # The logits of one or two outputs may all lie there, in a network that has hardly learnt.
+        if logits_BC.shape[1] <= (2 if activation == "softmax" else 1):
             return f"{found} and none above 1 (values of a sigmoid?)"
         raise TeacherError(
             f"{found} and none above 1, as of a sigmoid; return the input of the sigmoid (of an .onnx file, "
