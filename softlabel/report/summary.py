@@ -178,7 +178,8 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     runs = {one.run for one in chosen}
     where = "held-out samples" if best.held_out else "samples that it was trained on"
     which = f"The best of {len(runs)} students, {best.run}," if len(runs) > 1 else f"Student {best.run}"
-    text = f"{which} is right on {_percent(best.accuracy)} of {best.samples:,} {where}"
+    labelled = best.samples if best.student is None else sum(best.student.counts)
+    text = f"{which} is right on {_percent(best.accuracy)} of {labelled:,} {where}"
     if best.teacher_accuracy is not None:
         text += f", its teacher on {_percent(best.teacher_accuracy)}"
     if best.agreement is not None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from softlabel.common.arguments import check_arguments
 from softlabel.common.atomic_file import write_atomically
 from softlabel.dataset import Source, open_source
-from softlabel.errors import DataError, SoftLabelError, StoreError, StoreNotFoundError, UsageError
+from softlabel.errors import DataError, MismatchError, SoftLabelError, StoreError, StoreNotFoundError, UsageError
+from softlabel.inputs.content import changed_content, hashes_of
 from softlabel.models.precision import Precision
 from softlabel.report.conditions import Condition, find_failures
 from softlabel.report.examples import ExampleReader
@@ -34,6 +36,7 @@ log = logging.getLogger("softlabel")
 MOST_PICTURES = 400
 _NOISE_COLUMNS = ("key", "label", "suggestion", "margin", "p_label", "members_agreeing", "views_agreeing")
 _AT_ONCE = 4096  # rows
+_COMPARED = 32  # samples of the data with those that were labelled
 _NO_STORE = Absent(reason="this is a report of runs alone; give a store to see its labels")
 _NO_RUNS = Absent(reason="no students are compared; give the folders of their runs with --runs")
 
@@ -97,6 +100,9 @@ def write_report(
         DataError: `data` is given and cannot be read, or a folder holds no run.
     """
     conditions = [Condition.parse(text) for text in fail_if]
+    written = [Path(path).absolute() for path in (out, json, noise_csv) if path is not None]
+    if len(set(written)) < len(written):
+        raise UsageError("out, json and noise_csv: expected different files, found one twice; choose other names")
     for path in (out, json, noise_csv):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist; create it first")
@@ -142,7 +148,7 @@ def _open(store: str | Path | Store) -> Store | None:
     if isinstance(store, Store):
         return store
     try:
-        return open_store(store, verify="sizes")
+        return open_store(store)  # every byte is checked, unless this machine has checked these files before
     except StoreNotFoundError:
         folder = Path(store)
         if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
@@ -151,17 +157,45 @@ def _open(store: str | Path | Store) -> Store | None:
 
 
 def _open_data(data: Any, store: Store | None) -> Source | None:
-    """Return the labelled data: as given, or as the store records it where that can still be opened."""
+    """Return the labelled data: as given, or as the store records it where that can still be opened.
+
+    Raises:
+        MismatchError: the data that was given is not what was labelled.
+    """
     if data is not None:
-        return open_source(data)
+        source = open_source(data)
+        if store is not None:
+            _check_data(source, store)
+        return source
     recorded = None if store is None else store.manifest.recorded.get("data")
-    if not isinstance(recorded, str):
+    if store is None or not isinstance(recorded, str):
         return None
     try:
-        return open_source(recorded)
+        source = open_source(recorded)
+        _check_data(source, store)
     except (SoftLabelError, OSError) as error:
         log.warning("warning: the report has no pictures: %s; give the labelled data with --data", error)
         return None
+    return source
+
+
+def _check_data(source: Source, store: Store) -> None:
+    """Compare some samples with those that were labelled.
+
+    Raises:
+        MismatchError: none of them has a row, or one is another sample than was labelled.
+    """
+    picked = np.unique(np.linspace(0, max(0, len(source) - 1), _COMPARED).astype(np.int64))
+    samples = source.read(picked.tolist()) if len(source) else []
+    rows = store.lookup([sample.key for sample in samples], missing="mask")
+    there = np.flatnonzero(rows >= 0)
+    if source.inputs.name != store.run.input or not len(there):
+        raise MismatchError(f"{source.name}: expected the data that was labelled in {store.url}, found other samples")
+    now = hashes_of([samples[place].raw for place in there.tolist()], source.inputs.content_hash)
+    changed = np.flatnonzero(changed_content(now, store.content[rows[there]]))
+    if len(changed):
+        key = samples[int(there[changed[0]])].key
+        raise MismatchError(f"{source.name}: sample {key!r} is not the one that was labelled in {store.url}")
 
 
 def _join(name: str, figures: StoreFigures | Absent, students: Students | Absent) -> Report:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,8 @@ def test_conditions_that_are_true_end_with_3(folder: Path) -> None:
         (("labels", "--eval-data", "test.parquet"), "--runs"),
         (("runs", "--noise-csv", "noise.csv"), "--noise-csv"),
         (("nothing",), "nothing"),
+        (("labels", "--data", "test.parquet"), "is not the one that was labelled"),
+        (("labels", "--json", "wrong.html"), "found one twice"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -159,3 +162,15 @@ def test_a_wrong_request_is_one_line(folder: Path, arguments: tuple[str, ...], n
     assert len(last) == 1, done.stderr
     assert named in last[0]
     assert not done.stdout
+
+
+def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "labels", tmp_path / "labels")
+    (shard,) = (tmp_path / "labels" / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(content)
+    done = run_softlabel("report", "labels", "--data", folder / "data.parquet", cwd=tmp_path, code=1)
+    assert shard.name in done.stderr
+    assert not (tmp_path / "report.html").exists()
