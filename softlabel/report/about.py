@@ -61,6 +61,12 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
     """Whether the teachers were trained on these samples, and the caveat that follows, in one sentence."""
     recorded, run = store.manifest.recorded, store.run
     if folds := recorded.get(CROSSFIT):
+        student = run.members[0].spec.split(":", 2)[-1]  # of crossfit:FOLDS:SPEC
+        if _has_weights(student):
+            return "unknown", (
+                f"The {folds} teachers started from the weights of {student}: if those were trained on these {noun}, "
+                "the confidence is in-sample and hides wrong labels; cross-fit a network without weights."
+            )
         return "out-of-sample", (
             f"Each of the {folds} teachers labelled only {noun} that it was not trained on (cross-fitting), so that "
             "its confidence and the estimate of wrong labels are out-of-sample."
@@ -85,6 +91,14 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
         f"Nothing says whether the teachers were trained on these {noun}: if they were, their confidence is in-sample "
         "and hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample."
     )
+
+
+def _has_weights(spec: str) -> bool:
+    try:
+        parsed = parse_spec(spec)
+    except SpecError:
+        return False
+    return parsed.kind == "run" or parsed.checkpoint is not None
 
 
 def _list_teachers(store: Store) -> list[str]:
