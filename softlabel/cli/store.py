@@ -320,6 +320,8 @@ def report(
     )
     for sentence in found.report.summary:
         print(f"{sentence.level:<5} {sentence.text}")
+    for note in getattr(found.report.students, "notes", ()):
+        print(f"note  {note}")
     assert found.path is not None
     print(f"{found.path}: {found.path.stat().st_size / 1e3:,.0f} kB, pictures of {found.pictures:,} samples")
     for failure in found.failures:

@@ -105,11 +105,7 @@ def compare_students(
         StoreError: a store cannot be read.
     """
     if eval_labels is not None and eval_data is None:
-        raise UsageError("eval_labels: labels of held-out data need that data; give --eval-data SOURCE")
-    if batch_size < 1 or workers < 0:
-        raise UsageError(
-            f"batch_size and workers: expected at least 1 and at least 0, found {batch_size} and {workers}"
-        )
+        raise UsageError("--eval-labels: labels of held-out data need that data; give --eval-data SOURCE")
     found = read_runs(runs)
     grid, grid_notes = make_grid(found)
     notes = [*find_unfinished(found), *grid_notes]

@@ -162,8 +162,9 @@ def _describe_students(about: About | None, students: Students | Absent) -> Sent
     if finals:
         value, run = max(finals, key=lambda one: one[0])
         which = f"The best of {len(finals)} students, {run}," if len(finals) > 1 else f"Student {run}"
+        # No teacher says what could have been reached.
         return Sentence(
-            section="students", level="good", text=f"{which} reached {_percent(value)} on its evaluation data."
+            section="students", level="look", text=f"{which} reached {_percent(value)} on its evaluation data."
         )
     named = "1 student" if len(students.runs) == 1 else f"{len(students.runs)} students"
     text = f"{named} without an accuracy; give labelled --eval-data to measure it."

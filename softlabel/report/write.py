@@ -4,7 +4,7 @@ import csv
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,24 +100,24 @@ def write_report(
         DataError: `data` is given and cannot be read, or a folder holds no run.
     """
     conditions = [Condition.parse(text) for text in fail_if]
-    written = [Path(path).absolute() for path in (out, json, noise_csv) if path is not None]
-    if len(set(written)) < len(written):
-        raise UsageError("out, json and noise_csv: expected different files, found one twice; choose other names")
-    for path in (out, json, noise_csv):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist; create it first")
+    if batch_size < 1 or workers < 0:
+        raise UsageError(f"--batch-size and --workers: expected at least 1 and 0, found {batch_size} and {workers}")
+    _check_paths(out, json, noise_csv)
     opened = _open(store)
     if opened is None:
         runs = [str(store), *runs]
+    if not runs and (eval_data is not None or eval_labels is not None):
+        raise UsageError("--eval-data and --eval-labels are for students; give their folders with --runs")
     source = _open_data(data, opened)
     figures: StoreFigures | Absent = _NO_STORE if opened is None else measure_store(opened, progress=progress)
+    if isinstance(figures, StoreFigures) and isinstance(data, str | Path):
+        figures = replace(figures, about=replace(figures.about, data=str(data)))  # as commands have to name it here
     students: Students | Absent = _NO_RUNS
     if runs:
-        compared = opened is not None and (data is not None or source is not None)
         students = compare_students(
             runs,
             opened,
-            source if compared else None,
+            None if opened is None else source,
             eval_data=eval_data,
             eval_labels=eval_labels,
             batch_size=batch_size,
@@ -126,9 +126,10 @@ def write_report(
             workers=workers,
             progress=progress,
         )
-    elif eval_data is not None or eval_labels is not None:
-        raise UsageError("--eval-data and --eval-labels are for students; give their folders with --runs")
     report = _join(str(store) if opened is None else opened.url, figures, students)
+    # What cannot be answered is refused before anything is written.
+    failures = tuple(find_failures(report, conditions))
+    errors = None if noise_csv is None else _list_noise(opened, figures)
     page, shown = None if out is None else Path(out), 0
     if page is not None:
         pictures = _take_pictures(_find_keys(report, of_eval_data=False), source)
@@ -136,11 +137,27 @@ def write_report(
         evaluated = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
         _write(page, render(report, pictures, evaluated))
         shown = len(pictures) + len(evaluated)
-    if noise_csv is not None:
-        _write(Path(noise_csv), _list_noise(opened, figures))
+    if noise_csv is not None and errors is not None:
+        _write(Path(noise_csv), errors)
     if json is not None:
         _write(Path(json), report_json(report) + "\n")
-    return WrittenReport(report=report, path=page, pictures=shown, failures=tuple(find_failures(report, conditions)))
+    return WrittenReport(report=report, path=page, pictures=shown, failures=failures)
+
+
+def _check_paths(*paths: str | Path | None) -> None:
+    """Check where files are to be written, before anything is measured.
+
+    Raises:
+        UsageError: two are the same, one is a folder, or its folder does not exist.
+    """
+    files = [Path(path).absolute() for path in paths if path is not None]
+    if len(set(files)) < len(files):
+        raise UsageError("--out, --json and --noise-csv: expected different files, found one twice; choose other names")
+    for file in files:
+        if file.is_dir():
+            raise UsageError(f"{file}: expected a file to write, found a folder; add a name")
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: its folder does not exist; create it first")
 
 
 def _open(store: str | Path | Store) -> Store | None:

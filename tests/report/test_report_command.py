@@ -152,6 +152,8 @@ def test_conditions_that_are_true_end_with_3(folder: Path) -> None:
         (("nothing",), "nothing"),
         (("labels", "--data", "test.parquet"), "is not the one that was labelled"),
         (("labels", "--json", "wrong.html"), "found one twice"),
+        (("labels", "--json", "runs"), "found a folder"),
+        (("labels", "--workers", "-1"), "--workers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -162,6 +164,7 @@ def test_a_wrong_request_is_one_line(folder: Path, arguments: tuple[str, ...], n
     assert len(last) == 1, done.stderr
     assert named in last[0]
     assert not done.stdout
+    assert not (folder / "wrong.html").exists()
 
 
 def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:
