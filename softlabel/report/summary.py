@@ -12,6 +12,7 @@ from softlabel.report.student_figures import Comparison, Students
 Level = Literal["good", "look", "act"]
 # From which share on something is worth a look, and has to be done.
 _WRONG = 0.01, 0.05
+_STRONG = 0.8  # accuracy of labels below which the teachers err more often than hard labels do
 _LOST = 1e-3, 1e-2  # nats
 _LARGE = 100e9  # bytes of a store in full size that a smaller encoding is worth a look for
 
@@ -23,7 +24,7 @@ def summarize(figures: StoreFigures | Absent, students: Students | Absent) -> tu
     about = figures.about
     return (
         _describe_agreement(about, figures.agreement),
-        _describe_noise(about, figures.noise),
+        _describe_noise(about, figures.noise, figures.agreement),
         _describe_sharpness(about, figures.sharpness),
         _describe_encoding(about, figures.encoding),
         _describe_coverage(about, figures.coverage),
@@ -46,12 +47,12 @@ def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
         text += f"; the weakest class is {_name(about, worst[1])} with {_percent(worst[0])}"
     if about.seen == "in-sample":
         text += f", on {about.noun} that the teachers were trained on"
-    level: Level = "good" if found.accuracy >= 0.8 else "look" if found.accuracy >= 0.5 else "act"
+    level: Level = "good" if found.accuracy >= _STRONG else "look" if found.accuracy >= 0.5 else "act"
     command = "" if level == "good" else shlex.join(["softlabel", "verify", about.store, "--recompute", "256"])
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
 
 
-def _describe_noise(about: About, found: Noise | Absent) -> Sentence:
+def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | Absent) -> Sentence:
     if isinstance(found, Absent):
         return Sentence(
             section="noise", level="look", text=f"How many hard labels are wrong is not known: {found.reason}."
@@ -64,6 +65,9 @@ def _describe_noise(about: About, found: Noise | Absent) -> Sentence:
         label, other, count = found.pairs[0]
         text += f", most often {_name(about, other)} labelled {_name(about, label)} ({count:,})"
     level: Level = "good" if found.share < _WRONG[0] else "look" if found.share < _WRONG[1] else "act"
+    if isinstance(agreement, Agreement) and agreement.accuracy < _STRONG:
+        text += f"; most of them will be errors of teachers that agree with only {_percent(agreement.accuracy)}"
+        level = "look"
     if about.seen != "out-of-sample":
         were = "were" if about.seen == "in-sample" else "may have been"
         text += f"; the teachers {were} trained on these labels, which hides wrong ones"
