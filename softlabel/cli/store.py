@@ -3,7 +3,7 @@
 from typing import Literal
 
 from softlabel.cli.config import options_of, require_local
-from softlabel.cli.report import print_summary
+from softlabel.cli.report import print_summary, size
 from softlabel.errors import UsageError
 
 DAMAGED = 3  # exit code of `verify`, and of `report` where a condition is true
@@ -323,7 +323,7 @@ def report(
     for note in getattr(found.report.students, "notes", ()):
         print(f"note  {note}")
     assert found.path is not None
-    print(f"{found.path}: {found.path.stat().st_size / 1e3:,.0f} kB, pictures of {found.pictures:,} samples")
+    print(f"{found.path}: {size(found.path.stat().st_size)}, pictures of {found.pictures:,} samples")
     for failure in found.failures:
         print(f"failed: {failure}")
     return DAMAGED if found.failures else 0

@@ -1,6 +1,7 @@
 """Numbers and names as a reader of the page sees them."""
 
 import math
+from collections.abc import Sequence
 
 MISSING = "–"
 
@@ -47,6 +48,12 @@ def format_bytes(value: float) -> str:
 def count_of(value: int, one: str, several: str = "") -> str:
     """A count with its noun: 1 image, 50,000 images."""
     return f"{value:,} {one if value == 1 else several or one + 's'}"
+
+
+def name_class(names: Sequence[str] | None, number: int) -> str:
+    """The name of a class, or its number where it has none."""
+    known = names[number] if names and 0 <= number < len(names) else ""
+    return known or f"class {number}"
 
 
 def shorten(text: str, length: int) -> str:

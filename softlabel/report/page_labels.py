@@ -1,5 +1,7 @@
 """Sections on what the labels say: label errors, calibration, sharpness."""
 
+from shlex import quote
+
 from softlabel.report.figures import Calibrated, Calibration, Noise, Sharpness
 from softlabel.report.number_text import count_of, format_count, format_number, format_share
 from softlabel.report.page_parts import (
@@ -14,7 +16,6 @@ from softlabel.report.page_parts import (
     name_cell,
     number_cell,
     of_all,
-    quote,
     share_cell,
     unknown,
 )

@@ -7,7 +7,7 @@ from typing import Literal
 from markupsafe import Markup
 
 from softlabel.report.figures import About, Example
-from softlabel.report.number_text import MISSING, count_of, format_count, format_number, format_share, shorten
+from softlabel.report.number_text import count_of, format_count, format_number, format_share, name_class, shorten
 from softlabel.report.pictures import Picture
 from softlabel.report.report import Report
 
@@ -115,8 +115,7 @@ class Context:
         """Of a class."""
         if number is None:
             return "no label"
-        known = self.class_names[number] if 0 <= number < len(self.class_names) else ""
-        return known or f"class {number}"
+        return name_class(self.class_names, number)
 
     def pair(self, one: int, other: int, length: int = 0) -> str:
         """Of two classes; cut to a length, if one is given, so that something of both is left."""
@@ -130,12 +129,6 @@ class Context:
     def samples(self, count: int) -> str:
         """So many of them."""
         return count_of(count, self.unit, self.noun)
-
-
-def quote(text: str) -> str:
-    """A word of a command, quoted for a shell where it has to be."""
-    plain = text and all(letter.isalnum() or letter in "@%+=:,./-_" for letter in text)
-    return text if plain else "'" + text.replace("'", "'\"'\"'") + "'"
 
 
 def count_cell(value: float | None) -> Cell:
@@ -267,7 +260,3 @@ def _count_classes(found: Iterable[int | None], context: Context) -> tuple[tuple
         if one is not None:
             counts[one] = counts.get(one, 0) + 1
     return tuple((number, context.name(number), counts[number]) for number in sorted(counts))
-
-
-def or_missing(value: float | None, show: Callable[[float], str]) -> str:
-    return MISSING if value is None else show(value)

@@ -1,5 +1,7 @@
 """Sections on what the store holds: members, views, encoding, coverage."""
 
+from shlex import quote
+
 from softlabel.report.figures import Coverage, EncodingCost, Ensemble, Views
 from softlabel.report.number_text import count_of, format_bytes, format_count, format_number, format_share
 from softlabel.report.page_classes import class_counts_figure
@@ -18,7 +20,6 @@ from softlabel.report.page_parts import (
     matrix_table,
     name_cell,
     number_cell,
-    quote,
     share_cell,
 )
 from softlabel.report.svg import draw_bars, draw_heat_map, draw_histogram

@@ -1,5 +1,7 @@
 """The section on students: runs, their curves, and how each compares with its teacher."""
 
+from shlex import quote
+
 from softlabel.report.figures import Reliability
 from softlabel.report.number_text import count_of, format_count, format_number, format_share
 from softlabel.report.page_parts import (
@@ -18,7 +20,6 @@ from softlabel.report.page_parts import (
     name_cell,
     number_cell,
     of_all,
-    quote,
     share_cell,
 )
 from softlabel.report.student_figures import Comparison, Grid, RunFacts, Students

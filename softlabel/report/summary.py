@@ -6,6 +6,7 @@ from typing import Literal
 
 from softlabel.report.figures import About, Absent, Agreement, Coverage, EncodingCost, Noise, Sharpness
 from softlabel.report.measure import StoreFigures
+from softlabel.report.number_text import format_bytes, format_share, name_class
 from softlabel.report.report import Sentence
 from softlabel.report.student_figures import Comparison, Students
 
@@ -38,13 +39,13 @@ def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
             section="agreement", level="look", text=f"How good the labels are is not known: {found.reason}."
         )
     rows = about.noun if about.views == 1 else "rows"
-    top5 = "" if found.top5 is None else f" (top-5 {_percent(found.top5)})"
-    text = f"The labels agree with the hard labels on {_percent(found.accuracy)}{top5} of {found.labelled:,} {rows}"
+    top5 = "" if found.top5 is None else f" (top-5 {format_share(found.top5)})"
+    text = f"The labels agree with the hard labels on {format_share(found.accuracy)}{top5} of {found.labelled:,} {rows}"
     if about.activation == "sigmoid":
-        text = f"The labels are on the side of the known hard labels in {_percent(found.accuracy)} of all answers"
+        text = f"The labels are on the side of the known hard labels in {format_share(found.accuracy)} of all answers"
     worst = min(((value, place) for place, value in enumerate(found.class_accuracy) if value is not None), default=None)
     if worst is not None and about.classes > 1:
-        text += f"; the weakest class is {_name(about, worst[1])} with {_percent(worst[0])}"
+        text += f"; the weakest class is {name_class(about.class_names, worst[1])} with {format_share(worst[0])}"
     if about.seen == "in-sample":
         text += f", on {about.noun} that the teachers were trained on"
     level: Level = "good" if found.accuracy >= _STRONG else "look" if found.accuracy >= 0.5 else "act"
@@ -58,15 +59,16 @@ def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | 
             section="noise", level="look", text=f"How many hard labels are wrong is not known: {found.reason}."
         )
     text = (
-        f"About {_percent(found.share)} of the hard labels look wrong: {found.candidates:,} of {found.judged:,} "
+        f"About {format_share(found.share)} of the hard labels look wrong: {found.candidates:,} of {found.judged:,} "
         f"{about.noun} look like another class"
     )
     if found.pairs:
         label, other, count = found.pairs[0]
-        text += f", most often {_name(about, other)} labelled {_name(about, label)} ({count:,})"
+        shown, looks_like = (name_class(about.class_names, number) for number in (label, other))
+        text += f", most often {looks_like} labelled {shown} ({count:,})"
     level: Level = "good" if found.share < _WRONG[0] else "look" if found.share < _WRONG[1] else "act"
     if isinstance(agreement, Agreement) and agreement.accuracy < _STRONG:
-        text += f"; most of them will be errors of teachers that agree with only {_percent(agreement.accuracy)}"
+        text += f"; most of them will be errors of teachers that agree with only {format_share(agreement.accuracy)}"
         level = "look"
     if about.seen != "out-of-sample":
         were = "were" if about.seen == "in-sample" else "may have been"
@@ -88,8 +90,8 @@ def _describe_sharpness(about: About, found: Sharpness | Absent) -> Sentence:
     beside = "" if other is None or other is stored else f" ({other.effective_classes:.2f} at T = 1)"
     text = (
         f"At T = {about.temperature:g} {'an' if each == 'answer' else 'a'} {each} spreads over "
-        f"{stored.effective_classes:.2f} classes in the mean{beside}, and {_percent(stored.one_hot)} of the {each}s "
-        "are as good as one-hot"
+        f"{stored.effective_classes:.2f} classes in the mean{beside}, and {format_share(stored.one_hot)} of the "
+        f"{each}s are as good as one-hot"
     )
     if found.suggested_temperature is None:
         return Sentence(section="sharpness", level="good", text=f"{text}.")
@@ -103,7 +105,7 @@ def _describe_sharpness(about: About, found: Sharpness | Absent) -> Sentence:
 
 
 def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
-    text = f"Encoding {found.name} takes {found.row_bytes:,} bytes a row, {_size(found.store_bytes)} in all"
+    text = f"Encoding {found.name} takes {found.row_bytes:,} bytes a row, {format_bytes(found.store_bytes)} in all"
     if found.mean_t is None or found.worst_t is None:
         return Sentence(
             section="encoding",
@@ -168,7 +170,7 @@ def _describe_students(about: About | None, students: Students | Absent) -> Sent
         which = f"The best of {len(finals)} students, {run}," if len(finals) > 1 else f"Student {run}"
         # No teacher says what could have been reached.
         return Sentence(
-            section="students", level="look", text=f"{which} reached {_percent(value)} on its evaluation data."
+            section="students", level="look", text=f"{which} reached {format_share(value)} on its evaluation data."
         )
     named = "1 student" if len(students.runs) == 1 else f"{len(students.runs)} students"
     text = f"{named} without an accuracy; give labelled --eval-data to measure it."
@@ -184,11 +186,11 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     where = "held-out samples" if best.held_out else "samples that it was trained on"
     which = f"The best of {len(runs)} students, {best.run}," if len(runs) > 1 else f"Student {best.run}"
     labelled = best.samples if best.student is None else sum(best.student.counts)
-    text = f"{which} is right on {_percent(best.accuracy)} of {labelled:,} {where}"
+    text = f"{which} is right on {format_share(best.accuracy)} of {labelled:,} {where}"
     if best.teacher_accuracy is not None:
-        text += f", its teacher on {_percent(best.teacher_accuracy)}"
+        text += f", its teacher on {format_share(best.teacher_accuracy)}"
     if best.agreement is not None:
-        text += f"; the two agree on {_percent(best.agreement)}"
+        text += f"; the two agree on {format_share(best.agreement)}"
     behind = best.teacher_accuracy is not None and best.accuracy < best.teacher_accuracy - 0.02
     level: Level = "look" if behind or not best.held_out else "good"
     return Sentence(section="students", level=level, text=f"{text}.")
@@ -219,19 +221,3 @@ def _data(about: About) -> str:
 def _student(about: About) -> str:
     """A network that takes such samples: a small one for images, else one that the user has to name."""
     return "zoo:resnet20" if about.noun == "images" else "STUDENT"
-
-
-def _name(about: About, one: int) -> str:
-    return f"class {one}" if about.class_names is None else about.class_names[one]
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if 0.9995 <= share < 1 or 0 < share < 0.0005 else f"{share:.1%}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
