@@ -6,7 +6,7 @@ Legend: B batch, K rows of it that have a row in the store, C classes, Q bins.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor
 from softlabel.errors import MismatchError
 from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
+from softlabel.report.agreement import divide
 from softlabel.report.figures import Example
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.reliability import ReliabilityMeter
 from softlabel.report.shortlist import Shortlist
-from softlabel.report.student_figures import Comparison, Corner
+from softlabel.report.student_figures import Comparison, Corner, CornerName
 from softlabel.store.reader import Store
 
 F64 = NDArray[np.float64]
@@ -30,7 +31,6 @@ I64 = NDArray[np.int64]
 JOINT_BINS = 20
 ENTROPY_BINS = 10
 CORNER_ROWS = 24
-CornerName = Literal["both right", "teacher alone right", "student alone right", "both wrong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -227,17 +227,13 @@ class _GroupSums:
         self.agreed += np.bincount(group_K, agreed_K, minlength=size)
         self.nats += np.bincount(group_K, nats_K, minlength=size)
 
-    def _mean(self, sums: F64) -> tuple[float | None, ...]:
-        pairs = zip(sums.tolist(), self.count.tolist(), strict=True)
-        return tuple(total / count if count else None for total, count in pairs)
-
     @property
     def agreement(self) -> tuple[float | None, ...]:
-        return self._mean(self.agreed)
+        return divide(self.agreed, self.count)
 
     @property
     def divergence(self) -> tuple[float | None, ...]:
-        return self._mean(self.nats)
+        return divide(self.nats, self.count)
 
 
 def _list_examples(found: Shortlist, keys: Callable[[I64], Sequence[str]]) -> tuple[Example, ...]:

@@ -8,12 +8,14 @@ from typing import Literal
 
 from softlabel.report.figures import Example, Reliability
 
+CornerName = Literal["both right", "teacher alone right", "student alone right", "both wrong"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corner:
     """Rows of one corner of student against teacher: how many, and at most 24 of them."""
 
-    name: Literal["both right", "teacher alone right", "student alone right", "both wrong"]
+    name: CornerName
     count: int
     examples: tuple[Example, ...]
 
