@@ -7,13 +7,13 @@ from typing import Literal
 from softlabel.common.spec import parse_spec
 from softlabel.common.version import VERSION
 from softlabel.errors import SpecError
+from softlabel.labels.combine import normalized_weights
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
 from softlabel.store.reader import Store
-from softlabel.training.run_folder import recorded_identity
+from softlabel.training.run_folder import DATA_KEYS, recorded_identity
 
 CROSSFIT = "crossfit"  # name in `manifest.recorded` of the number of folds
-_KEYS = "data (fingerprint of the keys)"  # what a run's identity calls its data
 _NOUNS = {"image": "images", "text": "texts"}
 
 Seen = Literal["in-sample", "out-of-sample", "unknown"]
@@ -29,7 +29,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
     noun = _NOUNS.get(run.input, "samples")
     seen, note = find_seen(store, noun)
     specs = _list_teachers(store)
-    weights = run.combine.weights or (1.0 / len(run.members),) * len(run.members)
+    weights = normalized_weights(run.combine.weights or None, len(run.members))
     return About(
         store=store.url,
         fingerprint=run.fingerprint(),
@@ -117,7 +117,7 @@ def _read_fingerprint(spec: str) -> str | None:
         return None
     if parsed.kind != "run":
         return None
-    found = recorded_identity(Path(parsed.name)).get(_KEYS)
+    found = recorded_identity(Path(parsed.name)).get(DATA_KEYS)
     return found if isinstance(found, str) else None
 
 

@@ -12,6 +12,7 @@ from softlabel.training.config import GRID
 from softlabel.training.metrics import EpochMetrics, read_csv
 from softlabel.training.run_folder import (
     CHECKPOINT,
+    DATA_KEYS,
     METRICS,
     MODEL,
     is_finished,
@@ -28,9 +29,8 @@ _CURVES = tuple(field.name for field in fields(EpochMetrics) if field.name not i
 _ALWAYS = ("student", "temperature", "soft_weight", "hard_weight", "lr", "epochs")
 _WHERE = ("data", "labels", "eval_data")  # of config.yaml, as given
 # What a run's identity has beside its settings: what the data and the store hold.
-_DATA = "data (fingerprint of the keys)"
 _CONTENT = {
-    _DATA,
+    DATA_KEYS,
     "samples of each source",
     "hard labels (fingerprint)",
     "store",
@@ -77,7 +77,7 @@ class Run:
 
     def was_trained_on(self, fingerprint: str) -> bool:
         """Whether its data had this fingerprint of keys."""
-        return bool(self.identity.get(_DATA) == fingerprint)
+        return bool(self.identity.get(DATA_KEYS) == fingerprint)
 
     def setting(self, name: str) -> Any:
         """A setting as it was used, with defaults filled in, or None."""

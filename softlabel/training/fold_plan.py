@@ -188,7 +188,7 @@ def describe_identity(plan: FoldPlan, how: GenerateConfig) -> dict[str, Any]:
     assert isinstance(how.encoding, Encoding)
     found = {
         "folds": plan.folds,
-        "data (fingerprint of the keys)": plan.source.fingerprint(),
+        run_folder.DATA_KEYS: plan.source.fingerprint(),
         "hard labels (fingerprint)": hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
         **plan.student.identity(),
         "augment": plan.config.augmentation(None, plan.source.inputs),

@@ -38,6 +38,7 @@ CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "con
 MODEL = ("model.json", "model.safetensors")
 TOKENIZER = "tokenizer.json"
 FORMAT = 2  # of a checkpoint
+DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what its data is
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
 

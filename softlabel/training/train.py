@@ -301,7 +301,7 @@ def _identity(
         "augment": config.augmentation(store, source.inputs),
         "precision": precision,
         "classes": num_classes,
-        "data (fingerprint of the keys)": source.fingerprint(),
+        run_folder.DATA_KEYS: source.fingerprint(),
         "samples of each source": [len(one) for one in getattr(source, "sources", [source])],
         "hard labels (fingerprint)": hard_labels,
         "store": None if store is None else store.manifest.store_id,
