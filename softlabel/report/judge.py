@@ -18,7 +18,6 @@ from softlabel.store.columns import Array
 
 F32 = NDArray[np.float32]
 TOP = 5  # of the top-5 accuracy
-SURE = 0.999  # a probability above it is as good as one-hot
 # Numbers of a slice: few enough for the cache, and enough that the calls themselves take no time.
 _SLICE = 1 << 19
 
@@ -62,15 +61,11 @@ class JudgedSigmoids:
         known, right: over the rows, for each class, how many hard labels are known, and of these on which the
             probability is on the label's side of 0.5: int64 (C,).
         p_label: sum over the known ones of the probability of what the label says, float64 (C,).
-        sure: how many answers are nearer than 0.001 to 0 or 1, of R * C.
-        entropy: binary entropy in nats, mean over the classes, float32 (R,).
     """
 
     known: NDArray[np.int64]
     right: NDArray[np.int64]
     p_label: NDArray[np.float64]
-    sure: int
-    entropy: F32
 
 
 class Judge:
@@ -161,16 +156,13 @@ class Judge:
         """
         classes = self._reader.run.num_classes
         known_C, right_C, p_label_C = np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(classes)
-        entropy_R, sure = np.zeros(len(labels_RC), np.float32), 0
         for cut, part in self._slices(columns, len(labels_RC)):
             p_RC = self._reader.read_probabilities(part, self._reader.judged).numpy()
             is_known_RC, is_on_RC = labels_RC[cut] >= 0, labels_RC[cut] == 1
             known_C += is_known_RC.sum(axis=0)
             right_C += (is_known_RC & ((p_RC > 0.5) == is_on_RC)).sum(axis=0)
             p_label_C += np.where(is_known_RC, np.where(is_on_RC, p_RC, 1 - p_RC), 0.0).sum(axis=0, dtype=np.float64)
-            sure += int((np.maximum(p_RC, 1 - p_RC) > SURE).sum())
-            entropy_R[cut] = compute_binary_entropy(p_RC).mean(axis=1)
-        return JudgedSigmoids(known=known_C, right=right_C, p_label=p_label_C, sure=sure, entropy=entropy_R)
+        return JudgedSigmoids(known=known_C, right=right_C, p_label=p_label_C)
 
 
 def _raise(bits: Tensor) -> tuple[F32, F32]:
@@ -191,10 +183,3 @@ def _find_top5(
         # As numbers rather than truth values, which torch adds up slowly.
         above_RC = torch.gt(chosen_RC, of_label_R1, out=chosen_RC)
         found.in_top5[others] = above_RC.sum(dim=1).numpy() < TOP
-
-
-def compute_binary_entropy(p: F32) -> F32:
-    """Of independent probabilities, in nats."""
-    on = torch.from_numpy(p)
-    found: F32 = -(torch.xlogy(on, on) + torch.xlogy(1 - on, 1 - on)).numpy()
-    return found

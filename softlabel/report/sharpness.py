@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from softlabel.report.agreement import explain_drawn
 from softlabel.report.figures import Absent, Histogram, Sharpness, SharpnessAt
-from softlabel.report.judge import SURE, compute_binary_entropy
 from softlabel.report.store_pass import RowSample, choose_samples
 
 BINS = 30
+SURE = 0.999  # a probability above it is as good as one-hot
 TRIED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 20.0)
 ENOUGH = 1.5, 3.0  # effective classes that need no other temperature
 VALUES = 10_000_000  # numbers that are measured: 10,000 rows of 1,000 classes
@@ -64,7 +64,7 @@ def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64]) -
         p_RC = sample.reader.read_probabilities(columns, temperature)
         if run.activation == "sigmoid":
             sure_R = ((p_RC > SURE) | (p_RC < 1 - SURE)).double().mean(dim=1)
-            entropy_R = torch.from_numpy(compute_binary_entropy(p_RC.numpy())).double().mean(dim=1)
+            entropy_R = _compute_binary_entropy(p_RC).double().mean(dim=1)
         else:
             sure_R = (p_RC.amax(dim=1) > SURE).double()
             logs_RC = p_RC.clamp_min(torch.finfo(torch.float32).tiny).log2_()  # 0 * log 0 is 0
@@ -98,3 +98,8 @@ def _suggest(sample: RowSample, stored: SharpnessAt) -> float | None:
     effective = {one: _measure(sample, one, chosen).effective_classes for one in tried}
     best = min(tried, key=lambda one: (abs(math.log(effective[one] / wanted)), one))
     return None if math.isclose(best, run.temperature) else best
+
+
+def _compute_binary_entropy(p: torch.Tensor) -> torch.Tensor:
+    """Of independent probabilities, in nats."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
