@@ -1,7 +1,7 @@
 """Options of the encodings: --encoding, and the parameters of each encoding's `from_options`."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -44,8 +44,7 @@ def _list_parameters(kind: type[Encoding]) -> dict[str, Any]:
     return {name: hints[name] for name in names}
 
 
-def _make_options(kinds: Iterable[type[Encoding]], default: str | None, text: str) -> type[EncodingOptions]:
-    kinds = list(kinds)
+def _make_options(kinds: Sequence[type[Encoding]], default: str | None, text: str) -> type[EncodingOptions]:
     names: Any = Literal[tuple(kind.name for kind in kinds)]
     texts = {"encoding": text}
     for kind in kinds:
@@ -64,18 +63,10 @@ def _make_options(kinds: Iterable[type[Encoding]], default: str | None, text: st
     )
 
 
-OfTeachers = _make_options(
-    Encoding.kinds.values(),
-    "float16",
-    "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats.",
-)
-OfFolds = _make_options(
-    (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
-    "float16",
-    "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats.",
-)
-OfStores = _make_options(
-    (kind for kind in Encoding.kinds.values() if not kind.from_hidden),
-    None,
-    "how logits are stored; the same when absent.",
-)
+_ALL = list(Encoding.kinds.values())
+_OF_LOGITS = [kind for kind in _ALL if not kind.from_hidden]
+_COSTS = "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats."
+
+OfTeachers = _make_options(_ALL, "float16", _COSTS)
+OfFolds = _make_options(_OF_LOGITS, "float16", _COSTS)
+OfStores = _make_options(_OF_LOGITS, None, "how logits are stored; the same when absent.")

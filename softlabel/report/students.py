@@ -23,6 +23,7 @@ from softlabel.loader import SoftLabelLoader
 from softlabel.models import read_run
 from softlabel.models.precision import Precision
 from softlabel.report.comparison import ComparisonMeter, Teacher
+from softlabel.report.probabilities import LabelReader
 from softlabel.report.runs import Run, describe_runs, find_unfinished, make_grid, read_runs
 from softlabel.report.student_figures import Comparison, Students
 from softlabel.store.open import open_store
@@ -186,7 +187,7 @@ def _describe_limits(store: Store, of: Store | None) -> list[str]:
             f"{store.url} holds the teacher's largest classes alone: what it left out counts as spread evenly over the "
             "other classes"
         )
-    if (judged := Teacher(store).judged) != 1:
+    if (judged := LabelReader(store).judged) != 1:
         notes.append(
             f"{store.url} determines the teacher's probabilities at T = {judged:g} alone: p(label) of both is at that "
             "temperature, and the teacher has no calibration curve"
