@@ -63,7 +63,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         costs = "; ".join(f"T = {t:g}: mean {mean:.1e}, worst {worst:.1e}" for t, mean, worst in dict.fromkeys(at))
         lines.append(("cost", f"KL(teacher || stored) in nats at {costs}"))
     if isinstance(folds := manifest.recorded.get("crossfit"), int):
-        lines.append(("crossfit", f"{folds} folds; every row is by a teacher that was not trained on its sample"))
+        lines.append(("crossfit", f"{folds} folds; each was labelled by a teacher that was trained on the others"))
     lines += describe_provenance(manifest)
     weights = run.combine.weights or (1.0,) * len(run.members)
     for number, (member, weight) in enumerate(zip(run.members, weights, strict=True), 1):

@@ -123,7 +123,7 @@ def crossfit(
         )
     if done.total_bad:
         print(f"  {done.total_bad:,} bad samples have no row; 'softlabel inspect {done.path}' lists them")
-    print(f"  teachers: {done.teachers}; every row is by one that was not trained on its sample")
+    print(f"  teachers: {done.teachers}; each was trained on the folds that it did not label")
     return 0
 
 

@@ -53,6 +53,12 @@ class Spec:
         options = {key: value for key, value in self.options.items() if key not in _PLACES}
         return Spec(kind=self.kind, name=name, options=options).text
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether it names weights that were trained already: a run's, a checkpoint, or published ones."""
+        published = (literal(self.options.get(name, "null")) for name in ("weights", "pretrained"))
+        return self.kind == "run" or self.checkpoint is not None or any(published)
+
 
 def parse_spec(text: str) -> Spec:
     """Parse a SPEC.

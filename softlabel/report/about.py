@@ -11,9 +11,9 @@ from softlabel.labels.combine import normalized_weights
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
 from softlabel.store.reader import Store
+from softlabel.training.fold_plan import FOLDS, SETTINGS
 from softlabel.training.run_folder import DATA_KEYS, recorded_identity
 
-CROSSFIT = "crossfit"  # name in `manifest.recorded` of the number of folds
 _NOUNS = {"image": "images", "text": "texts"}
 
 Seen = Literal["in-sample", "out-of-sample", "unknown"]
@@ -44,6 +44,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
             for spec, member, weight in zip(specs, run.members, weights, strict=True)
         ),
         combine=run.combine.rule,
+        made_by=list_options(store),
         temperature=run.temperature,
         encoding=run.encoding.title,
         activation=run.activation,
@@ -60,9 +61,10 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
 def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
     """Whether the teachers were trained on these samples, and the caveat that follows, in one sentence."""
     recorded, run = store.manifest.recorded, store.run
-    if folds := recorded.get(CROSSFIT):
-        student = run.members[0].spec.split(":", 2)[-1]  # of crossfit:FOLDS:SPEC
-        if _has_weights(student):
+    if folds := recorded.get(FOLDS):
+        settings = recorded.get(SETTINGS)
+        student = str(settings.get("student")) if isinstance(settings, dict) else ""
+        if _starts_trained(student):
             return "unknown", (
                 f"The {folds} teachers started from the weights of {student}: if those were trained on these {noun}, "
                 "the confidence is in-sample and hides wrong labels; cross-fit a network without weights."
@@ -93,12 +95,29 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
     )
 
 
-def _has_weights(spec: str) -> bool:
+def list_options(store: Store) -> tuple[str, ...]:
+    """The arguments of `softlabel generate` that label other samples as those of a store were, but for the encoding."""
+    run, recorded = store.run, store.manifest.recorded
+    words = [word for spec in _list_teachers(store) for word in ("--teacher", spec)]
+    words += ["--temperature", f"{run.temperature:g}"]
+    if run.activation != "softmax":
+        words += ["--activation", run.activation]
+    if len(run.members) > 1 or run.kept:
+        words += ["--combine", run.combine.rule]
+        if not run.kept and len(set(run.combine.weights)) > 1:
+            words += ["--weights", *(f"{weight:g}" for weight in run.combine.weights)]
+    if any(member.calibration != 1 for member in run.members):
+        words += ["--calibration", str((recorded.get("options") or {}).get("calibration") or "FILE")]
+    if len(precisions := {member.precision for member in run.members}) == 1 and precisions != {"fp32"}:
+        words += ["--precision", *precisions]
+    return tuple(words)
+
+
+def _starts_trained(spec: str) -> bool:
     try:
-        parsed = parse_spec(spec)
+        return parse_spec(spec).starts_trained
     except SpecError:
         return False
-    return parsed.kind == "run" or parsed.checkpoint is not None
 
 
 def _list_teachers(store: Store) -> list[str]:

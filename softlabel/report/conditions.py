@@ -35,11 +35,15 @@ _METRICS: dict[str, tuple[str, str, Callable[[Any], float | None]]] = {
     "encoding_loss": ("KL(teacher || stored) in nats", "encoding", lambda found: found.mean_t),
     "bad": ("samples that could not be read", "coverage", lambda found: found.bad_count),
     "missing": ("samples of the dataset without a row", "coverage", lambda found: found.missing),
-    "duplicates": ("samples whose content another one has", "coverage", lambda found: found.duplicates.samples),
+    "duplicates": (
+        "samples whose content another one has",
+        "coverage",
+        lambda found: found.duplicates.samples if found.duplicates.compared else None,
+    ),
     "conflicts": (
         "groups of equal samples with different hard labels",
         "coverage",
-        lambda found: found.duplicates.conflicting,
+        lambda found: found.duplicates.conflicting if found.duplicates.compared else None,
     ),
     "student_accuracy": ("of the worst student", "students", lambda found: _worst(found, "accuracy", min)),
     "student_agreement": ("with the teacher, at worst", "students", lambda found: _worst(found, "agreement", min)),

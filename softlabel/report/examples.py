@@ -70,7 +70,7 @@ class ExampleReader:
 
         Args:
             rows: numbers in the store, each once.
-            scores: one a row, by which the section sorts them.
+            scores: one a row, kept as `Example.score`.
             suggestions: a class for each row; None: the most probable one.
         """
         if not len(rows):

@@ -37,7 +37,7 @@ class Example:
         suggestion: the class that the teachers find most probable (or that confident learning suggests).
         p_label: probability of the label; None without one.
         p_suggestion: probability of the suggestion.
-        score: by which the list is sorted, ascending: what it is stands in the section.
+        score: what the section says; lists are sorted by it, ascending, unless it says otherwise.
         members_agreeing: of M, how many have the suggestion as their most probable class; None unless they are kept.
         views_agreeing: of V, in how many the suggestion is the most probable class; None for a single view.
         student: the class that a student finds most probable, where a student is compared.
@@ -77,6 +77,7 @@ class About:
         data: the SOURCE that was labelled.
         rows, samples, views, classes: how many; rows are samples times views, less the bad ones.
         class_names: C names; None where none are known.
+        made_by: arguments of `softlabel generate` that label other samples in the same way, but for the encoding.
         temperature: of the store.
         seen: whether the teachers were trained on these samples. ``out-of-sample``: each row is by teachers that were
             not (cross-fitting, or data without labels); ``in-sample``: they were; ``unknown``: nothing says so.
@@ -99,6 +100,7 @@ class About:
     class_names: tuple[str, ...] | None
     teachers: tuple[TeacherFacts, ...]
     combine: str
+    made_by: tuple[str, ...]
     temperature: float
     encoding: str
     activation: str
@@ -141,8 +143,9 @@ class Noise:
     Attributes:
         share: estimated share of wrong labels; where the teachers are weak, most of it is their own errors.
         candidates: how many rows are listed.
+        judged: rows of view 0 with a hard label.
         thresholds: C; None for a class without rows.
-        pairs: (label, suggestion, count) of the largest entries off the diagonal, at most 50.
+        pairs: (label, suggestion, count) of the candidates, the most frequent first, at most 50.
         examples: the first ones of the ranking, at most 400.
     """
 
@@ -326,7 +329,7 @@ class Duplicates:
     samples: int
     conflicting: int
     examples: tuple[tuple[Example, ...], ...]  # groups, the conflicting ones first, at most 30 groups of at most 8
-    compared: int = 0
+    compared: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

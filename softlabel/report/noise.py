@@ -92,18 +92,16 @@ class NoiseMeter:
         wrong_N, suggestion_N = wrong_N[order], suggestion_N[order]
         margin_N = p_label_N[wrong_N] - p_top_N[wrong_N]
         self.ranking = Ranking(rows=rows_N[wrong_N], margins=margin_N, suggestions=suggestion_N)
-        off = given != suggested
-        largest = np.lexsort((suggested[off], given[off], -counts[off]))[:PAIRS]
+        listed, counts = np.unique(labels_N[wrong_N].astype(np.int64) * classes + suggestion_N, return_counts=True)
+        frequent = np.lexsort((listed, -counts))[:PAIRS]
         return Noise(
             share=quotas.share,
             candidates=len(wrong_N),
             judged=len(labels_N),
             thresholds=tuple(None if np.isnan(one) else float(one) for one in threshold_C),
             pairs=tuple(
-                (int(label), int(other), int(count))
-                for label, other, count in zip(
-                    given[off][largest], suggested[off][largest], counts[off][largest], strict=True
-                )
+                (*divmod(int(pair), classes), int(count))
+                for pair, count in zip(listed[frequent], counts[frequent], strict=True)
             ),
             examples=examples.read(
                 rows_N[wrong_N[:EXAMPLES]].tolist(),

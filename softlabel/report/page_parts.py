@@ -106,7 +106,8 @@ class Context:
         about = report.about if isinstance(report.about, About) else None
         self.pictures, self.eval_pictures = pictures, eval_pictures
         self.class_names = (about.class_names if about else None) or ()
-        self.store, self.data = (about.store, about.data) if about else ("STORE", "DATA")
+        self.store = about.store if about else "STORE"
+        self.data = about.data if about and about.data != "?" else "DATA"  # "?": made by another program
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
         self.sigmoid = about is not None and about.activation == "sigmoid"
         self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")

@@ -275,7 +275,9 @@ def describe_coverage(found: Coverage, context: Context) -> Section:
         differ = "with different labels" if len({one.label for one in group}) > 1 else "with one label"
         groups.append(make_gallery(f"Group {number}: {differ}", "", group, context, score=""))
     doubles = (
-        "no exact duplicates"
+        "duplicates not known, as the store has no content hashes"
+        if not double.compared
+        else "no exact duplicates"
         if not double.groups
         else f"{count_of(double.groups, 'group')} of exact duplicates, {double.conflicting:,} with different labels"
     )

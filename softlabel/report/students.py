@@ -22,6 +22,7 @@ from softlabel.inputs.base import InputTransform
 from softlabel.loader import SoftLabelLoader
 from softlabel.models import read_run
 from softlabel.models.precision import Precision
+from softlabel.report.about import list_options
 from softlabel.report.comparison import ComparisonMeter, Teacher
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.runs import Run, describe_runs, find_unfinished, make_grid, read_runs
@@ -211,27 +212,13 @@ def _write_generate_command(source: Source, store: Store | None) -> str:
     head = f"the teacher's answers to {source.name} are not known, so that the students are measured there alone"
     if store is None:
         return f"{head}; label it with 'softlabel generate' and give the store as --eval-labels"
-    run, recorded = store.run, store.manifest.recorded
-    if recorded.get("derived"):
+    if store.manifest.recorded.get("derived"):
         return (
             f"{head}; {store.url} was made from other stores: make one of {source.name} in the same way and give it as "
             "--eval-labels"
         )
     out = f"{store.url.rstrip('/')}-eval"
-    words = ["softlabel", "generate", "--data", source.name]
-    for spec in recorded.get("teachers") or [member.spec for member in run.members]:
-        words += ["--teacher", str(spec)]
-    words += ["--temperature", f"{run.temperature:g}"]
-    if len(run.members) > 1 or run.kept:
-        words += ["--combine", run.combine.rule]
-        if not run.kept and len(set(run.combine.weights)) > 1:
-            words += ["--weights", *(f"{weight:g}" for weight in run.combine.weights)]
-    calibration = (recorded.get("options") or {}).get("calibration")
-    if any(member.calibration != 1 for member in run.members):
-        words += ["--calibration", str(calibration or "FILE")]
-    if len(precisions := {member.precision for member in run.members}) == 1 and precisions != {"fp32"}:
-        words += ["--precision", *precisions]
-    words += ["--out", out]
+    words = ["softlabel", "generate", "--data", source.name, *list_options(store), "--out", out]
     return f"{head}; give --eval-labels {shlex.quote(out)} after: {shlex.join(words)}"
 
 

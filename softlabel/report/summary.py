@@ -207,11 +207,7 @@ def _train(about: About, *options: str) -> str:
 
 
 def _generate(about: About, *options: str) -> str:
-    teachers = [word for one in about.teachers for word in ("--teacher", one.spec)]
-    words = ["--data", _data(about), *teachers, "--temperature", f"{about.temperature:g}", *options]
-    if about.activation == "sigmoid":
-        words += ["--activation", "sigmoid"]
-    return shlex.join(["softlabel", "generate", *words])
+    return shlex.join(["softlabel", "generate", "--data", _data(about), *about.made_by, *options])
 
 
 def _data(about: About) -> str:

@@ -108,8 +108,7 @@ def make_plan(
     students = students_of(config)
     if len(students) > 1:
         raise UsageError("crossfit: expected one value of each option, found several; cross-fit one after the other")
-    spec = parse_spec(student)
-    if spec.kind == "run" or spec.checkpoint is not None:
+    if parse_spec(student).starts_trained:
         log.warning(
             "warning: student %s: starts from trained weights; if they saw samples of %s, no label is out-of-sample",
             student,

@@ -71,11 +71,12 @@ def learn_confidently(p_NC: F64, labels_N: NDArray[np.int64]) -> dict[str, Any]:
         (p_NC[row, labels_N[row]], p_NC[row, labels_N[row]] - p_NC[row].max(), row, max(found)[1])
         for row, found in listed.items()
     ]
+    pairs = Counter((int(labels_N[row]), other) for _, _, row, other in wrong)
     return {
         "thresholds": tuple(one if np.isfinite(one) else None for one in threshold),
         "share": float((total - np.trace(joint)) / total) if total else 0.0,
         "wrong": sorted(wrong),
-        "pairs": sorted(((-count, *pair) for pair, count in counts.items() if pair[0] != pair[1]))[:50],
+        "pairs": sorted((-count, *pair) for pair, count in pairs.items())[:50],
     }
 
 

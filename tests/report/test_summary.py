@@ -145,6 +145,14 @@ def test_whether_the_teachers_have_seen_the_samples(tmp_path: Path) -> None:
     found = write_recorded(tmp_path / "out", {"teachers": [f"run:{run}"], "crossfit": 4})
     assert found.about.seen == "out-of-sample"
     assert "4 teachers" in found.about.seen_note
+    for student, seen in (
+        ("zoo:resnet20@w.pt", "unknown"),
+        (f"run:{run}", "unknown"),
+        ("zoo:resnet20", "out-of-sample"),
+    ):
+        recorded = {"crossfit": 4, "crossfit_settings": {"student": student}}
+        found = write_recorded(tmp_path / f"fit{len(student)}", recorded)
+        assert found.about.seen == seen, student
     assert write_recorded(tmp_path / "none", {}, has_labels=False).about.seen == "out-of-sample"
     ignored = {"options": {"ignore_labels": True}}
     assert write_recorded(tmp_path / "ignored", ignored, has_labels=False).about.seen == "unknown"

@@ -75,12 +75,12 @@ def make_examples(rng: np.random.Generator, count: int, classes: int, prefix: st
                 suggestion=suggestion,
                 p_label=wrong,
                 p_suggestion=1 - 2 * wrong,
-                score=3 * wrong - 1,
+                score=float(rng.uniform(-1, 0)),
                 members_agreeing=int(rng.integers(1, 5)),
                 views_agreeing=int(rng.integers(1, 4)),
             )
         )
-    return tuple(sorted(found, key=lambda one: one.score))
+    return tuple(sorted(found, key=lambda one: one.p_label or 0))
 
 
 def make_reliability(rng: np.random.Generator, slope: float = 0.85) -> Reliability:
@@ -146,6 +146,7 @@ def make_report(*, classes: int = 10, names: Sequence[str] | None = CIFAR, candi
                 for one in members
             ),
             combine="logits",
+            made_by=("--teacher", "zoo:resnet20@weights.th", "--temperature", "4"),
             temperature=4.0,
             encoding="int8",
             activation="softmax",
@@ -293,7 +294,11 @@ def make_report(*, classes: int = 10, names: Sequence[str] | None = CIFAR, candi
             ),
             missing=0,
             duplicates=Duplicates(
-                groups=40, samples=83, conflicting=12, examples=tuple(make_examples(rng, 2, classes) for _ in range(6))
+                groups=40,
+                samples=83,
+                conflicting=12,
+                examples=tuple(make_examples(rng, 2, classes) for _ in range(6)),
+                compared=50_000,
             ),
         ),
         students=make_students(rng, classes, shares),
@@ -452,7 +457,7 @@ def make_bare_report() -> Report:
             bad_count=0,
             bad=(),
             missing=0,
-            duplicates=Duplicates(groups=0, samples=0, conflicting=0, examples=()),
+            duplicates=Duplicates(groups=0, samples=0, conflicting=0, examples=(), compared=0),
         ),
         students=Students(
             runs=(RunFacts(run="r", settings={}, final={}, curves={"accuracy": ((1.0, 0.5),), "none": ()}),),
