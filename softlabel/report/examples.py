@@ -20,17 +20,16 @@ class RowFinder:
 
     def __init__(self, store: Store) -> None:
         self._firsts: list[int] = []  # row number of each shard
-        self._shards: list[tuple[int, I64]] = []  # view, positions of its samples in the dataset
         self._by_view: dict[int, list[tuple[int, int]]] = {}  # first sample, number of the shard
-        self._spans: list[tuple[int, int, I64]] = []
+        # Of each shard: its view, the positions of its samples in the dataset, and which of them are bad.
+        self._shards: list[tuple[int, int, int, I64]] = []
         first = 0
         for record in store.shards:
             plan = store.run.shard(record.number)
             bad = np.array(sorted(row.index for row in record.bad), np.int64)
-            self._by_view.setdefault(plan.view, []).append((plan.start, len(self._spans)))
+            self._by_view.setdefault(plan.view, []).append((plan.start, len(self._shards)))
             self._firsts.append(first)
-            self._spans.append((plan.start, plan.stop, bad))
-            self._shards.append((plan.view, bad))
+            self._shards.append((plan.view, plan.start, plan.stop, bad))
             first += record.rows
         for starts in self._by_view.values():
             starts.sort()
@@ -38,19 +37,19 @@ class RowFinder:
     def find_sample(self, row: int) -> tuple[int, int]:
         """(Position in the dataset, view) of a row."""
         number = bisect_right(self._firsts, row) - 1
-        start, _, bad = self._spans[number]
+        view, start, _, bad = self._shards[number]
         position = start + row - self._firsts[number]
         for index in bad.tolist():
             position += index <= position
-        return position, self._shards[number][0]
+        return position, view
 
     def find_row(self, sample: int, view: int) -> int | None:
         """The row of a sample in a view; None if it has none."""
         starts = self._by_view.get(view, [])
-        place = bisect_right(starts, (sample, len(self._spans))) - 1
+        place = bisect_right(starts, (sample, len(self._shards))) - 1
         if place < 0:
             return None
-        start, stop, bad = self._spans[starts[place][1]]
+        _, start, stop, bad = self._shards[starts[place][1]]
         if sample >= stop or sample in bad:
             return None
         return self._firsts[starts[place][1]] + sample - start - int((bad < sample).sum())

@@ -58,9 +58,7 @@ def describe_agreement(found: Agreement, context: Context) -> Section:
         )
     if len(found.view_accuracy) > 1:
         figures.append(_view_figure(found))
-    if not found.labelled:
-        statement = "No row has a hard label to compare with."
-    elif context.sigmoid:
+    if context.sigmoid:
         statement = (
             f"The labels are on the side of the known hard label for {format_share(found.accuracy)} of the answers, "
             f"over {count_of(found.labelled, 'labelled row')}."

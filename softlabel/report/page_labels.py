@@ -10,12 +10,14 @@ from softlabel.report.page_parts import (
     Figure,
     Section,
     count_cell,
+    histogram_table,
     lowest,
     make_gallery,
     make_table,
     name_cell,
     number_cell,
     of_all,
+    reliability_table,
     share_cell,
     unknown,
 )
@@ -92,7 +94,6 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
     head = ("labels of", "error before", "after", "cross-entropy before", "after", "fitted temperature")
     # Two members may have one name.
     names = ["stored labels", *(f"member {number}, {one.name}" for number, one in enumerate(found.curves[1:], 1))]
-    names = names[: len(found.curves)]
     rows = [
         (
             name_cell(name),
@@ -104,21 +105,18 @@ def describe_calibration(found: Calibration, context: Context) -> Section:
         )
         for name, curve in zip(names, found.curves, strict=True)
     ]
-    statement = "No labels were judged."
-    if found.curves:
-        first = found.curves[0]
-        statement = (
-            f"The stored labels' confidence is off by {format_share(first.before.calibration_error)} on average "
-            f"(expected calibration error, {count_of(found.rows, 'row')})"
+    first = found.curves[0]
+    statement = (
+        f"The stored labels' confidence is off by {format_share(first.before.calibration_error)} on average "
+        f"(expected calibration error, {count_of(found.rows, 'row')})"
+    )
+    if first.after is not None:
+        statement += (
+            f"; logits divided by {format_number(first.fitted_temperature)} would leave "
+            f"{format_share(first.after.calibration_error)}"
         )
-        if first.after is not None:
-            statement += (
-                f"; logits divided by {format_number(first.fitted_temperature)} would leave "
-                f"{format_share(first.after.calibration_error)}"
-            )
-        statement += "."
     return Section(
-        statement=statement,
+        statement=f"{statement}.",
         figures=tuple(_draw_curve(name, curve, context) for name, curve in zip(names, found.curves, strict=True)),
         tables=(make_table("Calibration before and after the fit", head, rows),),
         advice=(
@@ -145,15 +143,6 @@ def _draw_curve(name: str, curve: Calibrated, context: Context) -> Figure:
     caption += " Good: bars that end on the dashed diagonal; a filled gap is too confident, a dashed one too little."
     if context.sigmoid:
         caption += " Confidence is the probability of a class, accuracy how often it is present."
-    columns = [before.confidence, before.accuracy]
-    head = ["bin", "rows", "confidence", "accuracy"]
-    if after is not None:
-        columns += [after.confidence, after.accuracy]
-        head += ["confidence after", "accuracy after"]
-    rows = [
-        (number_cell(number + 1), count_cell(count), *(share_cell(column[number]) for column in columns))
-        for number, count in enumerate(before.counts)
-    ]
     return Figure(
         title=title,
         plot=draw_reliability(
@@ -164,7 +153,7 @@ def _draw_curve(name: str, curve: Calibrated, context: Context) -> Figure:
             f"number of rows of each bin below. Expected calibration error {error}.",
         ),
         caption=caption,
-        table=make_table(title, head, rows),
+        table=reliability_table(title, before, after),
         small=True,
     )
 
@@ -181,14 +170,14 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
                 share_cell(one.one_hot),
             )
         )
-        edges, counts = one.entropy.edges, one.entropy.counts
         figures.append(
             Figure(
                 title=f"Entropy of the labels at {at}",
                 plot=draw_histogram(
                     one.entropy,
                     title=f"Entropy of the labels at {at}",
-                    desc=f"Histogram in {len(counts)} bins; the mean is {format_number(one.mean_entropy)} nats.",
+                    desc=f"Histogram in {len(one.entropy.counts)} bins; the mean is "
+                    f"{format_number(one.mean_entropy)} nats.",
                     x_label=f"entropy at {at}, nats",
                     y_label="rows",
                     mean=one.mean_entropy,
@@ -196,25 +185,15 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
                 caption=f"At {at}: {format_number(one.effective_classes)} effective classes on average. Good: a "
                 "spread, with most rows away from 0 at the temperature of training. A spike at 0 is labels that say "
                 "no more than a hard label.",
-                table=make_table(
-                    f"Entropy at {at}",
-                    ("from", "to", "rows"),
-                    [
-                        (number_cell(low), number_cell(high), count_cell(count))
-                        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-                    ],
-                ),
+                table=histogram_table(f"Entropy at {at}", one.entropy),
             )
         )
-    statement = "No temperature could be measured."
-    if found.at:
-        last = found.at[-1]
-        spread = f"a label spreads over {format_number(last.effective_classes)} classes on average"
-        sure = "of the rows are as good as one-hot (largest probability above 99.9%)"
-        if context.sigmoid:
-            spread = f"an answer has {format_number(last.mean_entropy)} nats of entropy on average, of at most 0.693"
-            sure = "of the answers are as good as certain (above 99.9% or below 0.1%)"
-        statement = f"At temperature {last.temperature:g} {spread}; {format_share(last.one_hot)} {sure}."
+    last = found.at[-1]
+    spread = f"a label spreads over {format_number(last.effective_classes)} classes on average"
+    sure = "of the rows are as good as one-hot (largest probability above 99.9%)"
+    if context.sigmoid:
+        spread = f"an answer has {format_number(last.mean_entropy)} nats of entropy on average, of at most 0.693"
+        sure = "of the answers are as good as certain (above 99.9% or below 0.1%)"
     if found.suggested_temperature is None:
         advice = Advice(text="The temperature of the store suits its labels; nothing has to be changed.")
     else:
@@ -227,7 +206,7 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
         )
     head = ("temperature", "mean entropy, nats", "effective classes", "one-hot rows")
     return Section(
-        statement=statement,
+        statement=f"At temperature {last.temperature:g} {spread}; {format_share(last.one_hot)} {sure}.",
         figures=tuple(figures),
         tables=(make_table("Sharpness by temperature", head, rows),),
         advice=(advice,),

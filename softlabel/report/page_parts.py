@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from markupsafe import Markup
 
-from softlabel.report.figures import About, Example
+from softlabel.report.figures import About, Example, Histogram, Reliability
 from softlabel.report.number_text import count_of, format_count, format_number, format_share, name_class, shorten
 from softlabel.report.pictures import Picture
 from softlabel.report.report import Report
@@ -95,7 +96,6 @@ class Part:
     title: str
     statement: str
     figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
     galleries: tuple[Gallery, ...] = ()
 
 
@@ -157,14 +157,12 @@ def key_cell(text: str) -> Cell:
     return Cell(text=text, kind="key")
 
 
-def make_table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, noun: str = "rows", most: int = MOST_ROWS
-) -> Table:
+def make_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, noun: str = "rows") -> Table:
     """A table of the first rows; what is left out is said."""
     whole = [tuple(row) for row in rows]
-    left = len(whole) - most
+    left = len(whole) - MOST_ROWS
     sentence = f"{left:,} more {noun} are left out here; all are in the JSON of this page." if left > 0 else ""
-    return Table(caption=caption, head=tuple(head), rows=tuple(whole[:most]), left_out=sentence)
+    return Table(caption=caption, head=tuple(head), rows=tuple(whole[:MOST_ROWS]), left_out=sentence)
 
 
 def matrix_table(
@@ -179,10 +177,30 @@ def matrix_table(
     return make_table(caption, (corner, *columns), rows)
 
 
-def lowest(values: Sequence[float | None], most: int = MOST_BARS, *, reverse: bool = False) -> list[int]:
-    """The numbers of the smallest values (or largest), those without a value left out."""
-    known = [(value, number) for number, value in enumerate(values) if value is not None]
-    known.sort(key=lambda pair: (-pair[0] if reverse else pair[0], pair[1]))
+def histogram_table(caption: str, found: Histogram) -> Table:
+    rows = [
+        (number_cell(low), number_cell(high), count_cell(count))
+        for (low, high), count in zip(pairwise(found.edges), found.counts, strict=True)
+    ]
+    return make_table(caption, ("from", "to", "rows"), rows)
+
+
+def reliability_table(caption: str, before: Reliability, after: Reliability | None = None) -> Table:
+    """Bins of one set of answers, or of two: before and after a fit."""
+    columns, head = [before.confidence, before.accuracy], ["bin", "rows", "confidence", "accuracy"]
+    if after is not None:
+        columns += [after.confidence, after.accuracy]
+        head += ["confidence after", "accuracy after"]
+    rows = [
+        (number_cell(number + 1), count_cell(count), *(share_cell(column[number]) for column in columns))
+        for number, count in enumerate(before.counts)
+    ]
+    return make_table(caption, head, rows)
+
+
+def lowest(values: Sequence[float | None], most: int = MOST_BARS) -> list[int]:
+    """The numbers of the smallest values, those without a value left out."""
+    known = sorted((value, number) for number, value in enumerate(values) if value is not None)
     return [number for _, number in known[:most]]
 
 

@@ -14,6 +14,7 @@ from softlabel.report.page_parts import (
     Section,
     Table,
     count_cell,
+    histogram_table,
     key_cell,
     make_gallery,
     make_table,
@@ -54,8 +55,9 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
         rows,
         noun="members",
     )
+    least = min(min(row) for row in found.agreement)
     matrices = (
-        ("Agreement", found.agreement, format_share, share_cell, 0.0, "rows with the same most probable class",
+        ("Agreement", found.agreement, format_share, share_cell, least * 0.9, "rows with the same most probable class",
          "Good: alike but not the same; members that always agree add nothing to each other."),
         ("KL divergence", found.divergence, format_number, number_cell, 0.0,
          "mean KL(row || column) in nats at T = 1",
@@ -71,7 +73,7 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
                 title=f"{title} of members",
                 desc=f"A cell: {what}, by member in rows and columns.",
                 text=show,
-                low=low if title != "Agreement" else min((min(row) for row in values if row), default=0.0) * 0.9,
+                low=low,
                 letters=22,
             ),
             caption=f"{title}: {what}. {good}",
@@ -79,7 +81,6 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
         )
         for title, values, show, cell, low, what, good in matrices
     ]
-    edges, counts = found.disagreement.edges, found.disagreement.counts
     figures.append(
         Figure(
             title="Disagreement of members",
@@ -93,14 +94,7 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
             ),
             caption="Mutual information H(mean p) - mean H(p): what the members do not agree on. Good: most rows near "
             "0, and a tail of hard samples.",
-            table=make_table(
-                "Disagreement of members",
-                ("from", "to", "rows"),
-                [
-                    (number_cell(low), number_cell(high), count_cell(count))
-                    for low, high, count in zip(edges, edges[1:], counts, strict=False)
-                ],
-            ),
+            table=histogram_table("Disagreement of members", found.disagreement),
         )
     )
     drop = found.droppable
@@ -137,9 +131,9 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
 def describe_views(found: Views, context: Context) -> Section:
     lost = None if found.lost is None else found.lost / max(found.samples, 1)
     rows = [
-        ("all views agree", found.agreement, "of samples"),
-        ("rows unlike the mean", found.flips, "of rows"),
-        ("a view loses the label", lost, "of samples"),
+        ("all views agree", found.agreement, "samples"),
+        ("rows unlike the mean", found.flips, "rows"),
+        ("a view loses the label", lost, "samples"),
     ]
     figure = Figure(
         title="Views of one sample against each other",
@@ -155,7 +149,7 @@ def describe_views(found: Views, context: Context) -> Section:
         table=make_table(
             "Views of one sample against each other",
             ("what", "share", "of"),
-            [(Cell(text=name), share_cell(value), Cell(text=whole[3:])) for name, value, whole in rows],
+            [(Cell(text=name), share_cell(value), Cell(text=whole)) for name, value, whole in rows],
         ),
     )
     gallery = make_gallery(

@@ -20,6 +20,7 @@ from softlabel.report.page_parts import (
     name_cell,
     number_cell,
     of_all,
+    reliability_table,
     share_cell,
 )
 from softlabel.report.student_figures import Comparison, Grid, RunFacts, Students
@@ -273,15 +274,6 @@ def _draw_by_entropy(found: Comparison) -> Figure:
 
 def _draw_calibration(who: str, one: Reliability) -> Figure:
     error = format_share(one.calibration_error)
-    rows = [
-        (
-            number_cell(number + 1),
-            count_cell(count),
-            share_cell(one.confidence[number]),
-            share_cell(one.accuracy[number]),
-        )
-        for number, count in enumerate(one.counts)
-    ]
     return Figure(
         title=f"Reliability of the {who}",
         plot=draw_reliability(
@@ -291,6 +283,6 @@ def _draw_calibration(who: str, one: Reliability) -> Figure:
         ),
         caption=f"The {who}: calibration error {error}, cross-entropy {format_number(one.cross_entropy)}. Good: bars "
         "that end on the dashed diagonal.",
-        table=make_table(f"Reliability of the {who}", ("bin", "rows", "confidence", "accuracy"), rows),
+        table=reliability_table(f"Reliability of the {who}", one),
         small=True,
     )

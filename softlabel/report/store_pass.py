@@ -95,7 +95,6 @@ class RowSample:
         samples: positions in the dataset, int64 (S,).
         labels: as in `Block`, (S,) or (S, C).
         columns: of the encoding, (S, W).
-        whole: whether these are all rows of the store.
     """
 
     reader: LabelReader
@@ -104,7 +103,6 @@ class RowSample:
     samples: I64
     labels: Labels
     columns: dict[str, Array]
-    whole: bool
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -280,5 +278,4 @@ def _gather(store: Store, reader: LabelReader, kept: list[_Kept]) -> RowSample:
         samples=np.concatenate([none, *(part.samples for part in kept)]),
         labels=np.concatenate([labels, *(part.labels for part in kept)]),
         columns=found,
-        whole=len(rows) == len(store),
     )

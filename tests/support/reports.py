@@ -398,7 +398,7 @@ def make_absent_report() -> Report:
 
 
 def make_bare_report() -> Report:
-    """One row without a label and one class: every number that may be missing is."""
+    """As few rows and classes as there can be: every number that may be missing is."""
     row = Example(key="only", view=0, label=None, suggestion=0, p_label=None, p_suggestion=1.0, score=0.0)
     empty = Reliability(
         counts=(0,) * 15, confidence=(None,) * 15, accuracy=(None,) * 15, calibration_error=0.0, cross_entropy=0.0
@@ -413,13 +413,13 @@ def make_bare_report() -> Report:
             about, rows=1, samples=1, views=1, classes=1, teachers=about.teachers[:1], seen="unknown"
         ),
         agreement=Agreement(
-            labelled=0,
+            labelled=1,
             accuracy=0.0,
             top5=None,
-            class_rows=(0,),
-            class_accuracy=(None,),
-            class_p_label=(None,),
-            view_accuracy=(None,),
+            class_rows=(1, 0),
+            class_accuracy=(0.0, None),
+            class_p_label=(0.0, None),
+            view_accuracy=(0.0,),
         ),
         noise=Noise(share=0.0, candidates=0, judged=0, thresholds=(None,), pairs=(), examples=()),
         calibration=Calibration(
