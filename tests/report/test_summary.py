@@ -77,8 +77,7 @@ def test_commands_are_those_of_the_command_line(figures: StoreFigures, capsys: p
     for command in commands:
         program, name, *words = shlex.split(command)
         assert program == "softlabel"
-        if name not in COMMANDS:
-            continue
+        assert name in COMMANDS
         with pytest.raises(SystemExit):
             main([name, "--help"])
         text = capsys.readouterr().out

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -145,11 +145,10 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def press(self, key: str, *, shift: bool = False) -> None:
-        """Press and release a key, such as Tab, Enter, ArrowDown or a letter."""
-        codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowDown": 40}
-        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        named = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0])), "modifiers": 8 if shift else 0}
+    def press(self, key: Literal["Tab", "Enter"]) -> None:
+        """Press and release a key."""
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+        named = {"key": key, "windowsVirtualKeyCode": code}
         self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **named)
         self.send("Input.dispatchKeyEvent", type="keyUp", **named)
 
@@ -165,17 +164,6 @@ class Browser:
         )
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 
-    def take_picture(self, path: Path, *, whole: bool = False) -> None:
-        """Write a PNG of the window, or of the whole page."""
-        if whole:
-            size = self.send("Page.getLayoutMetrics")["cssContentSize"]
-            tall = min(int(size["height"]), 16000)
-            self.send(
-                "Emulation.setDeviceMetricsOverride",
-                width=int(size["width"]),
-                height=tall,
-                deviceScaleFactor=1,
-                mobile=False,
-            )
-            self.run("new Promise((done) => setTimeout(done, 300))")
+    def take_picture(self, path: Path) -> None:
+        """Write a PNG of the window."""
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
