@@ -75,6 +75,9 @@ class SeveralSources(Source):
             parts.append(labels if width == source.label_width else stack_labels(labels.tolist(), width))
         return np.concatenate(parts)
 
+    def highest_label(self) -> int:
+        return max(source.highest_label() for source in self.sources)
+
     def blocks(self) -> list[tuple[int, int]]:
         starts = zip(self.sources, self.edges.tolist(), strict=False)
         return [(edge + first, edge + last) for source, edge in starts for first, last in source.blocks()]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from softlabel.errors import SpecError
 
 _LABELS = ("label", "labels", "classes")
-_EVERYWHERE = ("rows", "exif", "bits")
+_EVERYWHERE = ("rows", "fold", "without_fold", "fold_seed", "labelled", "exif", "bits")
 ARRAY = ("inputs", "layout", "images", "labels", "keys", "classes")
 PARQUET = ("inputs", "text", "text_pair", "image", "key", *_LABELS, "files")
 TAR = ("image", "key", *_LABELS, "files")

@@ -196,14 +196,14 @@ def _iter_cells(reader: Any, path: str) -> Iterator[list[str]]:
 
 def _rows(file: Iterable[str], suffix: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.reader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
-    heading = next(_iter_cells(reader, path), [])
-    if twice := next((column for column in heading if heading.count(column) > 1), None):
+    rows = filter(None, _iter_cells(reader, path))  # without empty lines
+    heading = [name.strip() for name in next(rows, [])]
+    if twice := next((column for column in heading if column and heading.count(column) > 1), None):
         raise DataError(f"{path}: expected columns of different names, found {twice!r} twice; rename one")
-    for cells in _iter_cells(reader, path):
-        if len(cells) != len(heading) and cells:
+    for cells in rows:
+        if len(cells) != len(heading):
             raise DataError(
                 f"{path}: line {reader.line_num}: expected {len(heading)} columns like the heading, found {len(cells)}"
                 "; put a text with a separator, a quote or a line break in it into double quotes"
             )
-        if cells:
-            yield reader.line_num, dict(zip(heading, cells, strict=True))
+        yield reader.line_num, dict(zip(heading, cells, strict=True))

@@ -49,6 +49,7 @@ class DecodedBatch:
     """Up to B samples, decoded and collated for every distinct transform among the members.
 
     `labels` are class numbers or multi-hot, as the source has them. `columns` are the store's that describe the views.
+    `truncated` samples are longer than a member takes.
     """
 
     keys: list[str]
@@ -57,11 +58,7 @@ class DecodedBatch:
     inputs: tuple[Inputs, ...]
     bad: tuple[BadRow, ...]
     columns: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-
-    @property
-    def truncated(self) -> int:
-        """How many of them are longer than a member takes."""
-        return max((inputs.truncated for inputs in self.inputs), default=0)
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +112,7 @@ class InputReader:
                 for place in sorted(reasons)
             ),
             columns={name: column[shapely] for name, column in made.columns.items()},
+            truncated=max((one.truncated for one in inputs), default=0),
         )
 
     def _make_views(self, images: list[Tensor], keys: list[str], view: int) -> Made:

@@ -127,6 +127,8 @@ class Lane:
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
         """Return logits of each batch and member, float32 (len(batch.keys), C)."""
+        if not batches:
+            return []
         if self.members.has_buckets:
             return self._logits_in_buckets(batches)
         answers = self.members.logits([self._pad(batch) for batch in batches])

@@ -182,7 +182,7 @@ def label_missing(
 def _report_bad(done: Progress, out: str, *, any_row: bool) -> None:
     if done.truncated:
         log.warning(
-            "warning: %s: %d of %d texts are longer than a teacher takes and were labelled by their beginning; "
+            "warning: %s: %d of %d texts are longer than a teacher takes and were labelled without the rest; "
             "'?max_length=N' in its SPEC takes more",
             out,
             done.truncated,

@@ -238,10 +238,10 @@ class TextTransform(InputTransform):
         return inputs.map(Tensor.long)
 
     def example(self, rows: int) -> Inputs | None:
-        """Made-up texts of one token more each."""
+        """Made-up texts of one to four words."""
         if self.tokenizer is None:
             return None
-        words = ["one two three four"[: 3 + number % 16] for number in range(rows)]
+        words = [" ".join(("one", "two", "three", "four")[: 1 + number % 4]) for number in range(rows)]
         return self.cut(self.collate([self.fit(word) for word in words]))
 
     def describe(self, shape: Sequence[Any]) -> str:

@@ -91,10 +91,10 @@ class JoinedDataset(Dataset[Batch]):
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
+        require_samples(source)
         self._transform = preprocessing or default_transform(source.inputs, first_samples(source))
         self._reported = False  # that texts are truncated
         self._augment, self._seed = augment, seed
-        require_samples(source)
         if augment is not None and not source.inputs.takes("crop-flip"):
             raise UsageError(
                 f"augment: crops and mirror images are of images, which the samples of {source.name} are not; leave "

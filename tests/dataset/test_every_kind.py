@@ -162,3 +162,13 @@ class TestEveryKind(SourceTests):
     def make_source(self, case: Case, tmp_path: Path) -> Callable[[], Source]:
         data = case.write(tmp_path)
         return lambda: open_source(data)
+
+
+def test_a_fold_beside_other_data_keeps_the_number_of_classes(tmp_path: Path) -> None:
+    """The highest class may be in the other fold alone."""
+    labels = [2, *[0, 1] * 10]
+    pq.write_table(pa.table({"a": np.arange(21.0), "label": labels}), tmp_path / "classes.parquet")
+    pq.write_table(pa.table({"a": np.arange(9.0)}), tmp_path / "more.parquet")
+    folds = [f"{tmp_path}/classes.parquet?inputs=a&label=label&{word}=1/2" for word in ("fold", "without_fold")]
+    for source in folds:
+        assert open_source([source, f"{tmp_path}/more.parquet?inputs=a"]).highest_label() == 2

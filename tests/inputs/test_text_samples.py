@@ -81,10 +81,14 @@ def test_the_command_line_labels_texts_as_transformers_does(teacher: Path, data:
     assert str(teacher) not in json.dumps(recorded)
 
 
-def test_a_label_does_not_depend_on_the_batch(teacher: Path, data: str, tmp_path: Path) -> None:
+def test_a_label_does_not_depend_on_the_batch(
+    teacher: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     generate(data, teacher, tmp_path / "all")
     _, whole = stored(tmp_path / "all")
+    caplog.clear()
     generate(data, teacher, tmp_path / "workers", workers=2, shard_rows=11)
+    assert "1 of 45 texts are longer than a teacher takes" in caplog.text
     assert torch.equal(stored(tmp_path / "workers")[1], whole)
     for number in (0, 1, 9, 12):
         generate(f"{data}?rows={number}:{number + 1}", teacher, tmp_path / f"alone{number}")
@@ -126,7 +130,7 @@ def test_tables_in_plain_files(suffix: str, teacher: Path, tmp_path: Path) -> No
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
             writer = csv.DictWriter(file, ["text", "who", "label"], delimiter="," if suffix == "csv" else "\t")
-            writer.writeheader()
+            writer.writerow({"text": " text", "who": "who ", "label": "label"})
             writer.writerows(rows)
     source = f"{path}?text=text&key=who&classes={tmp_path}/classes.txt"
     opened = softlabel.open_source(source)
@@ -208,6 +212,8 @@ def test_a_changed_byte_is_refused_by_its_key(teacher: Path, data: str, tmp_path
 def test_a_missing_text_is_a_bad_sample(teacher: Path, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "some.parquet", [TEXTS[0], None, *TEXTS[2:8]])
     assert generate(path, teacher, tmp_path / "labels").total_bad == 1
+    whole_shard = write_parquet(tmp_path / "shard.parquet", [*SENTENCES, *[None] * 8])
+    assert generate(whole_shard, teacher, tmp_path / "shards", shard_rows=8).total_bad == 8
     reason = "the row has no text, or one that is not valid Unicode"
     assert softlabel.open_store(tmp_path / "labels").bad == {"1": reason}
 
