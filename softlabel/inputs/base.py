@@ -221,6 +221,8 @@ class InputTransform(ABC):
     memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
     # What a user can do where a network does not take the samples as they come out.
     remedy: ClassVar[str]
+    # What of it a SPEC or its folder chooses.
+    spec_options: ClassVar[str]
 
     @property
     @abstractmethod

@@ -43,6 +43,7 @@ class Preprocessing(InputTransform):
     kind: ClassVar[str] = "image"
     memory_format: ClassVar[torch.memory_format] = torch.channels_last
     remedy: ClassVar[str] = "give the {network} the size that it needs, such as '?resize=256&crop=224'"
+    spec_options: ClassVar[str] = "mean, std, resize, crop"
 
     mean: tuple[float, ...] = _IMAGENET_MEAN
     std: tuple[float, ...] = _IMAGENET_STD
@@ -97,11 +98,6 @@ class Preprocessing(InputTransform):
             raise SpecError(
                 f"preprocessing: expected mean, std, resize, crop, interpolation; found {error!r}"
             ) from error
-
-    @property
-    def in_words(self) -> str:
-        """The fields as options of a SPEC."""
-        return self.describe_others(())
 
     def describe_others(self, given: Container[str]) -> str:
         """The fields as options of a SPEC, without those that a SPEC gives; `resize` or `crop` alone gives both."""

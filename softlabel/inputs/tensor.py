@@ -177,6 +177,7 @@ class TensorTransform(InputTransform):
 
     kind: ClassVar[str] = "tensor"
     remedy: ClassVar[str] = "give the {network} samples of one shape"
+    spec_options: ClassVar[str] = "mean, std"
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -255,16 +256,6 @@ class TensorTransform(InputTransform):
     def fit_in_words(self) -> str:
         """As they are."""
         return "arrays as they are"
-
-    @property
-    def in_words(self) -> str:
-        """As options of a SPEC would say it."""
-        if self.mean is None or self.std is None:
-            return "as they are"
-        return ", ".join(
-            f"{name}={','.join(f'{x:.4g}' for x in values)}"
-            for name, values in (("mean", self.mean), ("std", self.std))
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON keeps it; `from_dict` is the inverse."""

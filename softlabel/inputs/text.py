@@ -145,6 +145,7 @@ class TextTransform(InputTransform):
 
     kind: ClassVar[str] = "text"
     remedy: ClassVar[str] = "give the {network} texts"
+    spec_options: ClassVar[str] = "tokenizer, max_length"
 
     fingerprint: str
     max_length: int

@@ -9,7 +9,7 @@ from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import InputKind, Inputs, InputTransform, Sample
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.inputs.tensor import BANDS, TensorTransform
+from softlabel.inputs.tensor import BANDS, TENSORS, TensorTransform
 from softlabel.inputs.text import TEXTS, TextTransform
 
 _TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTransform]] = {
@@ -17,6 +17,9 @@ _TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTr
     TensorTransform.kind: TensorTransform,
     TextTransform.kind: TextTransform,
 }
+
+# By the name in a manifest.
+KINDS: dict[str, InputKind] = {kind.name: kind for kind in (IMAGES, TENSORS, TEXTS)}
 
 # In errors of torch about tensors of another type.
 _OF_TYPES = ("same dtype", "scalar type", "should be the same", "not implemented for '", "expected whole numbers")

@@ -25,9 +25,9 @@ from softlabel.common.multi_hot import Labels, stack_labels, to_multi_hot
 from softlabel.dataset import listed_labels, stored_bytes
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import IGNORE
-from softlabel.inputs.content import changed_content, content_hash, hashes_of, why_not_comparable
-from softlabel.inputs.tensor import BANDS, TENSORS
-from softlabel.inputs.text import TEXTS
+from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
+from softlabel.inputs.tensor import BANDS
+from softlabel.inputs.transforms import KINDS
 from softlabel.labels.combine import Combination
 from softlabel.loader.hard_labels import find_contradictions, read_hard_labels
 from softlabel.loader.target import make_target
@@ -37,8 +37,6 @@ from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
 log = logging.getLogger("softlabel")
-
-_HASHES = {"image": content_hash, "tensor": TENSORS.content_hash, "text": TEXTS.content_hash}  # by kind of samples
 
 
 class LabelJoin:
@@ -175,11 +173,12 @@ class LabelJoin:
             raise DataError(
                 f"batch: expected a sample for each of its {len(rows_B)} keys, found {len(samples)} of them"
             )
-        now_B = hashes_of(samples, _HASHES[kind])
-        if kind == "image" and all(isinstance(sample, np.ndarray | Tensor) for sample in samples):
+        now_B = hashes_of(samples, KINDS[kind].content_hash)
+        if kind == "image":
             # Images of several channels are hashed as (C, H, W), whatever their layout in a file.
-            bands_B = hashes_of(samples, BANDS.content_hash)
-            now_B = np.where(bands_B == self.store.content[rows_B], bands_B, now_B)
+            changed = np.flatnonzero(changed_content(now_B, self.store.content[rows_B])).tolist()
+            arrays = [place for place in changed if isinstance(samples[place], np.ndarray | Tensor)]
+            now_B[arrays] = hashes_of([samples[place] for place in arrays], BANDS.content_hash)
         return now_B
 
     def _part(self, batch: Any, place: str | int, name: Literal["key", "image", "label"]) -> Any:

@@ -7,6 +7,7 @@ from typing import Literal
 from softlabel.common.spec import parse_spec
 from softlabel.common.version import VERSION
 from softlabel.errors import SpecError
+from softlabel.inputs.transforms import KINDS
 from softlabel.labels.combine import normalized_weights
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
@@ -14,7 +15,6 @@ from softlabel.store.reader import Store
 from softlabel.training.fold_plan import FOLDS, SETTINGS
 from softlabel.training.run_folder import DATA_KEYS, recorded_identity
 
-_NOUNS = {"image": "images", "text": "texts"}
 
 Seen = Literal["in-sample", "out-of-sample", "unknown"]
 
@@ -26,7 +26,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
         measured: rows of the sample.
     """
     run, recorded = store.run, store.manifest.recorded
-    noun = _NOUNS.get(run.input, "samples")
+    noun = KINDS[run.input].noun
     seen, note = find_seen(store, noun)
     specs = _list_teachers(store)
     weights = normalized_weights(run.combine.weights or None, len(run.members))

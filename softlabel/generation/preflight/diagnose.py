@@ -32,8 +32,6 @@ NORMALISATIONS = {
 }
 FEWEST = 32  # labelled images needed for a finding
 _CLEARLY = 3.0  # standard errors
-# By kind of the samples: what a SPEC says about the preprocessing.
-_OPTIONS = {"image": "mean, std, resize, crop", "tensor": "mean, std", "text": "tokenizer, max_length"}
 _CONFIDENT = 0.5
 _REORDERED = 0.1  # minimal gain in accuracy by another order of classes
 
@@ -218,5 +216,5 @@ def _describe_chance(found: _Predictions, teacher: Teacher) -> str | None:
     sure = float(found.sure.mean()) >= max(_CONFIDENT, 3 * chance)
     return (
         f"it is {'sure of its answers and ' if sure else ''}no better than chance: {'' if sure else 'untrained, '}"
-        f"wrong preprocessing ({_OPTIONS[teacher.preprocessing.kind]}), or classes in another order than the data's"
+        f"wrong preprocessing ({teacher.preprocessing.spec_options}), or classes in another order than the data's"
     )

@@ -178,7 +178,7 @@ def refuse_equal(trial: Trial, name: str, activation: Activation, kind: InputKin
     # Of several inputs, the one that differs most counts.
     equal = min(_count_equal_inputs([tensors[input] for tensors in full], picked) for input in full[0])
     if equal >= _NEARLY_ALL * len(picked):
-        bits = " (few of 16 bits in use: '?bits=12')" if kind is IMAGES else ""
+        bits = " (few of 16 bits in use: '?bits=12')" if kind == IMAGES else ""
         raise DataError(
             f"{name}: expected samples that differ, found {equal} of {len(picked)} nearly equal ones; check their "
             f"format{bits}, or give --no-preflight if they are right"
