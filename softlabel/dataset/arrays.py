@@ -21,10 +21,9 @@ from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.array_files import H5, H5_SUFFIXES, Container, Npy, Npz
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import (
-    checked_classes,
+    check_labels_named,
     checked_labels,
     checked_multi_hot,
-    checked_width,
     choose_label,
     read_classes,
     usual_labels,
@@ -98,10 +97,8 @@ class ArraySource(ListedSource):
         classes = options.pop("classes", None)
         if classes is not None and not ignore_labels:
             self.class_names = read_classes(classes, subject=name)
-            if self.label_width is not None:
-                checked_width(self.label_width, self.class_names, subject=name)
-            elif self._labels_N is not None:
-                checked_classes(self._labels_N.astype(np.int64), self.class_names, subject=name)
+            if self._labels_N is not None:
+                check_labels_named(self._labels_N, self.class_names, subject=name)
         if keys is not None:
             self._keys = self._read_keys(keys)
             self.maybe_repeated_keys = self.keys_are_named = True

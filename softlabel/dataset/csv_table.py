@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv as arrow_csv
 
-from softlabel.dataset.line_errors import describe_error
+from softlabel.dataset.line_errors import TABLE, reading_lines
 from softlabel.dataset.suffixes import suffix_of
 from softlabel.dataset.table_source import TableSource
 from softlabel.errors import DataError, SpecError, one_line
@@ -92,14 +92,7 @@ def _read_table(path: str, key: str | None, name: str) -> pa.Table:
 
 def _read_heading(path: str, delimiter: str) -> tuple[list[str], int]:
     """The names of the columns, and the number of lines up to the first row."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True, delimiter=delimiter)
-            names = next((cells for cells in reader if cells), [])
-            return [name.strip() for name in names], reader.line_num
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: expected a table in UTF-8 with a heading, found: {describe_error(error, path)}"
-        ) from error
+    with reading_lines(path, TABLE), open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
+        names = next((cells for cells in reader if cells), [])
+        return [name.strip() for name in names], reader.line_num

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.json_lines import iter_objects
-from softlabel.dataset.line_errors import describe_error
+from softlabel.dataset.line_errors import reading_lines
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label
 from softlabel.dataset.suffixes import IMAGE_SUFFIXES, suffix_of
 from softlabel.errors import DataError, SpecError
@@ -79,13 +79,8 @@ def read_list(path: str, root: str, asked: Asked, *, name: str) -> ListedImages:
     Raises:
         DataError: a line cannot be parsed, or a path has two labels.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return _read_lines(file, path, root, asked, name)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a list of paths in UTF-8, found: {describe_error(error, path)}") from error
+    with reading_lines(path, "a list of paths in UTF-8"), open(path, encoding="utf-8-sig", newline="") as file:
+        return _read_lines(file, path, root, asked, name)
 
 
 def peek_list(path: str) -> list[str] | None:

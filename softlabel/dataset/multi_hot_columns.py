@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import UNKNOWN, Labels, stack_labels
 from softlabel.dataset.hard_labels import checked_labels, checked_multi_hot, class_number
+from softlabel.dataset.table import holds_numbers, is_list
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE
 
@@ -111,16 +112,16 @@ def find_multi_hot_columns(kinds: Mapping[str, pa.DataType], asked: Mapping[str,
     if "labels" in asked:
         columns = ask_columns(asked["labels"], asked.get("label"), kinds, name)
         for column in columns:
-            if not _is_flag(kinds[column]):
+            if not _holds_flags(kinds[column]):
                 raise SpecError(
                     f"{name}: column {column!r}: expected 0, 1 or null for a class, found {kinds[column]}; leave it "
                     "out of labels="
                 )
         return columns
     column = asked.get("label", "none")
-    if column not in kinds or not _is_list(kinds[column]):
+    if column not in kinds or not is_list(kinds[column]):
         return ()
-    if not _is_flag(kind := kinds[column].value_type):
+    if not _holds_flags(kind := kinds[column].value_type):
         raise SpecError(f"{name}: column {column!r}: expected lists of 0 and 1, one for each class, found {kind}")
     return (column,)
 
@@ -154,14 +155,5 @@ def read_multi_hot(columns: Sequence[pa.Array], names: Sequence[str], width: int
     return checked_multi_hot(found, name, where)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _is_flag(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_null(kind)  # nothing is known of this class
-    )
+def _holds_flags(kind: pa.DataType) -> bool:
+    return holds_numbers(kind) or bool(pa.types.is_null(kind))  # null: nothing is known of this class

@@ -24,9 +24,14 @@ def holds_numbers(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column has lists, of any type."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def holds_lists(kind: pa.DataType) -> bool:
     """Whether a column has lists of numbers, or lists of such lists."""
-    return _is_list(kind) and holds_numbers(_innermost(kind))
+    return is_list(kind) and holds_numbers(_innermost(kind))
 
 
 def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subject: str) -> None:
@@ -42,7 +47,7 @@ def check_input_columns(names: Sequence[str], types: Sequence[pa.DataType], subj
                 f"{subject}: column {name!r}: expected numbers or lists of numbers for inputs=, found {kind}; write it "
                 "as numbers, or leave it out"
             )
-        if _is_list(kind) and len(names) > 1:
+        if is_list(kind) and len(names) > 1:
             raise SpecError(
                 f"{subject}: inputs=: expected columns of one number each, or a single column of lists, found "
                 f"{len(names)} columns, {name!r} among them of {kind}; several arrays by name come from a dataset in "
@@ -95,7 +100,7 @@ def read_rows(names: Sequence[str], columns: Sequence[pa.ChunkedArray]) -> list[
         R arrays: of shape (K,), float32 or float64 by the columns' types; or of the lists' shape and type. A null, or
         a number that is not finite, makes its row bad, by its column's name.
     """
-    if _is_list(columns[0].type):
+    if is_list(columns[0].type):
         lists = columns[0].combine_chunks()
         try:
             return list(_array_of(lists))
@@ -133,7 +138,7 @@ def _array_of(values: pa.Array) -> NDArray[Any]:
     """Numbers, or lists of lists of one length, as one array; raises ValueError where they are none."""
     if values.null_count:
         raise ValueError("a null among its numbers")
-    if not _is_list(values.type):
+    if not is_list(values.type):
         found: NDArray[Any] = values.to_numpy(zero_copy_only=False)
         return found
     lengths = pc.unique(pc.list_value_length(values)).to_pylist()
@@ -143,11 +148,7 @@ def _array_of(values: pa.Array) -> NDArray[Any]:
     return inner.reshape(len(values), lengths[0] if lengths else 0, *inner.shape[1:])
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
 def _innermost(kind: pa.DataType) -> pa.DataType:
-    while _is_list(kind):
+    while is_list(kind):
         kind = kind.value_type
     return kind

@@ -15,7 +15,7 @@ from softlabel.common.multi_hot import Labels, is_labelled, one_label
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import check_labels_named, choose_label, name_several, number_classes, read_classes
 from softlabel.dataset.json_lines import iter_objects
-from softlabel.dataset.line_errors import describe_error
+from softlabel.dataset.line_errors import TABLE, reading_lines
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
 from softlabel.dataset.source import ListedSource, span
 from softlabel.dataset.suffixes import suffix_of
@@ -23,7 +23,7 @@ from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Raw, Sample
 from softlabel.inputs.text import TEXTS
 
-NO_TEXT = BadImageError("the row has no text, or one that is not valid Unicode")
+_NO_TEXT = BadImageError("the row has no text, or one that is not valid Unicode")
 _LONGEST_FIELD = 1 << 30  # bytes: the csv module stops at 128 KiB otherwise
 
 
@@ -123,9 +123,9 @@ def text_rows(columns: Sequence[Any]) -> list[Raw]:
     """The texts, or pairs of them, in one or two Arrow columns; a null makes its row bad."""
     first, *second = (column.to_pylist() for column in columns)
     if not second:
-        return [NO_TEXT if text is None else text for text in first]
+        return [_NO_TEXT if text is None else text for text in first]
     pairs = zip(first, second[0], strict=True)
-    return [NO_TEXT if one is None or other is None else (one, other) for one, other in pairs]
+    return [_NO_TEXT if one is None or other is None else (one, other) for one, other in pairs]
 
 
 def _label_of(
@@ -147,9 +147,10 @@ def _label_of(
 def _valid_unicode(text: str | None) -> str | None:
     """Return the text; None for half a surrogate pair, which JSON can hold: its row is a bad sample."""
     try:
-        return text if text is None or text.encode() is not None else None
+        (text or "").encode()
     except UnicodeEncodeError:
         return None
+    return text
 
 
 def _key_of(value: object, where: str) -> str:
@@ -165,14 +166,8 @@ def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, di
         raise SpecError(f"{name}: text= names a column of a .parquet, .csv, .tsv or .jsonl file, found {suffix}")
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with reading_lines(path, TABLE), open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(iter_objects(file, path, "text") if suffix == ".jsonl" else _rows(file, suffix, path))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected a table in UTF-8 with a heading, found: {describe_error(error, path)}"
-        ) from error
     finally:
         csv.field_size_limit(before)
     return list(dict.fromkeys(column for _, row in rows for column in row)), rows

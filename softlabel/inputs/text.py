@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import takewhile
 from typing import Any, ClassVar
 
@@ -78,12 +77,13 @@ class Tokenizer:
 
     def __init__(self, content: bytes) -> None:
         self.content, self.fingerprint = content, hashlib.sha256(content).hexdigest()
+        # By length and side of truncation: threads share them, so that none is changed after it was made.
+        self._loaded: dict[tuple[int, str], Any] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"content": self.content, "fingerprint": self.fingerprint}
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return Tokenizer, (self.content,)
 
-    @cached_property
-    def _loaded(self) -> Any:
+    def _load(self, max_length: int, side: str) -> Any:
         try:
             import tokenizers
         except ImportError as error:
@@ -94,6 +94,7 @@ class Tokenizer:
             raise SpecError(f"tokenizer.json: cannot be used: {error}") from error
         # Lengths are those of the transform, whatever the file was saved with.
         loaded.no_padding()
+        loaded.enable_truncation(max_length, strategy="longest_first", direction=side)
         return loaded
 
     @property
@@ -101,20 +102,10 @@ class Tokenizer:
         """Where the file says that texts lose their end: ``right`` or ``left``."""
         return str((json.loads(self.content).get("truncation") or {}).get("direction", "right")).lower()
 
-    def encode(self, text: Text, max_length: int, side: str = "right") -> tuple[list[int], list[int], bool]:
+    def encode(self, text: Text, max_length: int, side: str) -> tuple[list[int], list[int], bool]:
         """Token ids and segments of a text, at most `max_length`, and whether it was truncated at that side."""
-        loaded = self._loaded
-        truncation = loaded.truncation
-        if (
-            truncation is None
-            or truncation["stride"]
-            or (truncation["max_length"], truncation["direction"])
-            != (
-                max_length,
-                side,
-            )
-        ):
-            loaded.enable_truncation(max_length, strategy="longest_first", direction=side)
+        if (loaded := self._loaded.get((max_length, side))) is None:
+            loaded = self._loaded[max_length, side] = self._load(max_length, side)
         found = loaded.encode(*((text,) if isinstance(text, str) else text))
         return found.ids, found.type_ids, bool(found.overflowing)
 

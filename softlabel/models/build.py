@@ -122,7 +122,7 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     # Its own weights replace those that it started from, which may be gone by now.
     model: nn.Module
     if student.kind == "text" and run.config is not None:
-        model = text_from_config(spec, run.config, run.num_classes, spec.name)
+        model = text_from_config(spec, run.config, run.num_classes)
     elif run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:

@@ -97,9 +97,9 @@ def _is_of_encoder(name: str, inner: str) -> bool:
     return name.startswith(inner) and "pooler" not in name
 
 
-def text_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | None, folder: str) -> TextClassifier:
-    """The architecture that a config describes, with random weights, and the tokenizer of a folder."""
-    tokenizer = _read_tokenizer(Spec(kind=spec.kind, name=folder))
+def text_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | None) -> TextClassifier:
+    """The architecture that a config describes, with random weights, and the tokenizer of the folder."""
+    tokenizer = _read_tokenizer(spec)
     return TextClassifier(network_of_config(spec, config, num_classes, _AUTO), tokenizer)
 
 
