@@ -76,7 +76,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def find_kind(value: Any) -> InputKind:
-    """Return whether items are images, uint8 (H, W) or (H, W, C), or other numbers."""
+    """Return whether items are images, uint8 (H, W) or (H, W, C), texts or pairs of them, or other numbers."""
     if isinstance(value, Mapping):
         return TENSORS
     if isinstance(value, str | tuple):

@@ -7,6 +7,7 @@ order.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -85,6 +86,9 @@ class ParquetSource(TableSource):
     def _reset(self) -> None:
         super()._reset()
         self._open: dict[int, pq.ParquetFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_open"}
 
     def _get_file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:

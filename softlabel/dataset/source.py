@@ -21,9 +21,9 @@ from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Sample
 from softlabel.inputs.image_decode import IMAGES
 
 BLOCK = 4096
-
+TRIED = 100  # samples tried until one can be read
+COLUMN_REMEDY = "name another column with '?key=COLUMN', or number the samples with '?key=index'"  # of repeated keys
 _CHUNK = 65536
-_FIRST = 100  # samples tried until one can be read
 
 
 class Source(ABC):
@@ -244,5 +244,5 @@ class ListedSource(Source):
 
 def first_samples(source: Source) -> Iterator[Sample]:
     """Yield the first samples one by one; a few of them say what all are like, even if some cannot be read."""
-    for index in range(min(len(source), _FIRST)):
+    for index in range(min(len(source), TRIED)):
         yield from source.read([index])

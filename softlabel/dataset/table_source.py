@@ -25,7 +25,7 @@ from softlabel.dataset.columns import ALL, Columns, find_columns
 from softlabel.dataset.findings import Findings, some
 from softlabel.dataset.hard_labels import checked_labels, checked_width, class_number, number_classes, read_classes
 from softlabel.dataset.multi_hot_columns import read_multi_hot
-from softlabel.dataset.source import Source, span
+from softlabel.dataset.source import COLUMN_REMEDY, Source, span
 from softlabel.dataset.table import check_integers, is_wide, read_rows
 from softlabel.dataset.text import text_rows
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
@@ -50,7 +50,7 @@ class TableSource(Source):
 
     _labelled = 0
     _columns: Columns
-    repeated_keys_remedy = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
+    repeated_keys_remedy = COLUMN_REMEDY
 
     @abstractmethod
     def _load_column(self, path: str, group: int) -> pa.ChunkedArray:
@@ -238,7 +238,7 @@ class TableSource(Source):
         self._cached = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_open", "_cache", "_cached")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_cache", "_cached")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

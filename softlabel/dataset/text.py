@@ -17,7 +17,7 @@ from softlabel.dataset.hard_labels import check_labels_named, choose_label, name
 from softlabel.dataset.json_lines import iter_objects
 from softlabel.dataset.line_errors import TABLE, reading_lines
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
-from softlabel.dataset.source import ListedSource, span
+from softlabel.dataset.source import COLUMN_REMEDY, ListedSource, span
 from softlabel.dataset.suffixes import suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Raw, Sample
@@ -37,7 +37,7 @@ class TextFileSource(ListedSource):
 
     kind = "text"
     inputs = TEXTS
-    repeated_keys_remedy = "name another column with '?key=COLUMN', or number the samples with '?key=index'"
+    repeated_keys_remedy = COLUMN_REMEDY
 
     def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name = name

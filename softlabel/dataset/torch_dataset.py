@@ -29,11 +29,10 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_labels
 from softlabel.dataset.huggingface import read_integers, stored_bytes, undecoded
 from softlabel.dataset.image_folder import FolderSource
-from softlabel.dataset.source import ListedSource, Source, span
+from softlabel.dataset.source import TRIED, ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Sample
 
-_TRIED = 100  # items tried until one can be read
 _CHUNK = 64  # items read at once for their labels
 
 
@@ -82,7 +81,7 @@ class DatasetSource(ListedSource):
         first: Any = None
         if kind == "dataset" or (self._labels is None and not ignore_labels):
             # Skip unreadable items.
-            candidates = (self._read_items([index])[0] for index in range(min(self._length, _TRIED)))
+            candidates = (self._read_items([index])[0] for index in range(min(self._length, TRIED)))
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
             self.inputs = find_kind(stored_bytes(split_item(first, self.name)[0]))

@@ -163,7 +163,7 @@ def label_missing(
         done.bare_rate = bare_rate
         if missing:
             executor.label(job, committer, missing, done)
-    _report_bad(done, out, any_row=bool(before + done.rows))
+    _report_problems(done, out, any_row=bool(before + done.rows))
     totals = committer.finish().totals
     return GenerateSummary(
         path=out,
@@ -179,7 +179,7 @@ def label_missing(
     )
 
 
-def _report_bad(done: Progress, out: str, *, any_row: bool) -> None:
+def _report_problems(done: Progress, out: str, *, any_row: bool) -> None:
     if done.truncated:
         log.warning(
             "warning: %s: %d of %d texts are longer than a teacher takes and were labelled without the rest; "

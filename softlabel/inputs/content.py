@@ -1,7 +1,8 @@
-"""Content hashes: 64 bits of an image as the source returned it, stored with its row to detect changed images.
+"""Content hashes: 64 bits of a sample as the source returned it, stored with its row to detect changed samples.
 
     encoded bytes                    their XXH3-64
     PIL image, array or tensor       XXH3-64 of type, shape and values, with a mark in its lower 16 bits
+    text                             XXH3-64 of its UTF-8 bytes; see `TextKind`
 
 The mark separates the two kinds: the hashes of one photo as a file and as pixels cannot be compared. One hash of a file
 in 65,536 carries the mark by chance and counts as a hash of pixels.

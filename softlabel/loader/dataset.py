@@ -132,7 +132,7 @@ class JoinedDataset(Dataset[Batch]):
         self._keys = keys if len(kept) == len(keys) else keys.take(kept)
         self._all_have_rows = bool((self.rows >= 0).all())
         if store is not None:
-            self._check_same_images(store)
+            self._check_same_samples(store)
         if store is not None and targets and len(store):
             store.take([0])  # reads the columns into memory, which forked workers then share
         self._replay: Replay | None = None
@@ -215,8 +215,8 @@ class JoinedDataset(Dataset[Batch]):
         self.skipped_missing = len(drop) - self.skipped_bad
         return np.delete(np.arange(len(keys)), drop)
 
-    def _check_same_images(self, store: Store) -> None:
-        """Compare a few images now, before anything is trained; each is compared when it is read.
+    def _check_same_samples(self, store: Store) -> None:
+        """Compare a few samples now, before anything is trained; each is compared when it is read.
 
         Where no content hash can tell them apart, the hard labels must: keys such as "17" fit any dataset.
         """
@@ -328,7 +328,7 @@ class JoinedDataset(Dataset[Batch]):
         return batches[0]
 
     def _decoded(self, positions: Int64s, keys: Sequence[str]) -> list[Tensor]:
-        """Read, check and decode images, none of them cached: uint8 (3, H, W) each."""
+        """Read, check and decode samples, none of them cached; of images uint8 (3, H, W) each."""
         samples = self.source.read(self.samples[positions].tolist())
         for sample, key, position in zip(samples, keys, positions, strict=True):
             if sample.key != key:
@@ -337,7 +337,7 @@ class JoinedDataset(Dataset[Batch]):
                     "data changed while it was in use, start again"
                 )
         decoded = decode_samples(samples, self.source.inputs, name=self.source.name)
-        # Another image first: that it is damaged too matters less.
+        # Another sample first: that it is damaged too matters less.
         self._check_content(positions, keys, decoded.content)
         refuse_failed(decoded.failed, keys, name=self.source.name)
         return list(decoded.items.values())

@@ -171,7 +171,7 @@ class SourceTests:
 
     def test_a_process_that_inherits_nothing_reads_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([1])
-        found = start_process().submit(sum_pixels, source).result()
+        found = start_process().submit(read_sums, source).result()
         assert found == [(one.key, _sum(one.pixels if one.text is None else one.text)) for one in expected]
 
 
@@ -228,7 +228,7 @@ def hash_keys(keys: Iterable[str]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(len(key).to_bytes(4, "little") + key for key in encoded))
 
 
-def sum_pixels(source: Source) -> list[tuple[str, Any]]:
+def read_sums(source: Source) -> list[tuple[str, Any]]:
     """The keys of all samples and the sums of their numbers, or their texts, in another process."""
     samples = source.read(range(len(source)))
     return [(sample.key, _sum(decode(sample, source.inputs))) for sample in samples]

@@ -33,10 +33,10 @@ from torch import nn
 from softlabel.common.atomic_file import write_atomically as write_whole
 from softlabel.common.spec import quote_path
 from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
+from softlabel.models.from_text import TOKENIZER
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
-TOKENIZER = "tokenizer.json"
 FORMAT = 2  # of a checkpoint
 DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what its data is
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
