@@ -15,7 +15,6 @@ from softlabel.store.reader import Store
 from softlabel.training.fold_plan import FOLDS, SETTINGS
 from softlabel.training.run_folder import DATA_KEYS, recorded_identity
 
-
 Seen = Literal["in-sample", "out-of-sample", "unknown"]
 
 

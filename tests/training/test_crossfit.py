@@ -136,7 +136,7 @@ def test_folds_are_sources_and_functions_of_key_and_seed(digits: Path) -> None:
 def test_the_whole_is_a_store_like_any_other(digits: Path, tmp_path: Path) -> None:
     data, oof = digits / "data.parquet", digits / "oof"
     inspected = run_softlabel("inspect", oof).stdout
-    assert "crossfit   3 folds; every row is by a teacher that was not trained on its sample" in inspected
+    assert "crossfit   3 folds; each was labelled by a teacher that was trained on the others" in inspected
     assert json.loads(run_softlabel("inspect", oof, "--json").stdout)["recorded"]["crossfit"] == FOLDS
     good = tmp_path / "good.parquet"
     table = pq.read_table(data)
