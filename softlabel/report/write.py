@@ -34,6 +34,7 @@ from softlabel.store.reader import Store
 log = logging.getLogger("softlabel")
 
 MOST_PICTURES = 400
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs cells that begin so
 _NOISE_COLUMNS = ("key", "label", "suggestion", "margin", "p_label", "members_agreeing", "views_agreeing")
 _AT_ONCE = 4096  # rows
 _COMPARED = 32  # samples of the data with those that were labelled
@@ -280,8 +281,14 @@ def _list_noise(store: Store | None, figures: StoreFigures | Absent) -> str:
             assert one.label is not None
             named = [number if names is None else names[number] for number in (one.label, one.suggestion)]
             agreeing = ["" if value is None else value for value in (one.members_agreeing, one.views_agreeing)]
-            table.writerow([one.key, *named, f"{one.score:.6f}", f"{one.p_label or 0:.6f}", *agreeing])
+            key, *words = (_escape_formula(cell) for cell in (one.key, *named))
+            table.writerow([key, *words, f"{one.score:.6f}", f"{one.p_label or 0:.6f}", *agreeing])
     return text.getvalue()
+
+
+def _escape_formula(cell: str | int) -> str | int:
+    """A cell that a spreadsheet does not run: keys and class names are a stranger's."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
 def _write(path: Path, text: str) -> None:

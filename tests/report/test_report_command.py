@@ -177,3 +177,16 @@ def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:
     done = run_softlabel("report", "labels", "--data", folder / "data.parquet", cwd=tmp_path, code=1)
     assert shard.name in done.stderr
     assert not (tmp_path / "report.html").exists()
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    """A spreadsheet runs cells that begin with these characters."""
+    keys = [f"{mark}cmd{number}" for number, mark in enumerate("=+-@x" * 8)]
+    labels = np.arange(len(keys)) % 2
+    logits = np.where(np.eye(2)[labels] > 0, 0.0, -9.0).astype(np.float32)
+    labels[:5] = 1 - labels[:5]
+    write_logits(tmp_path / "labels", keys, logits, labels=labels, class_names=["=1+1", "plain"]).close()
+    softlabel.write_report(tmp_path / "labels", out=None, noise_csv=tmp_path / "noise.csv", progress=False)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "noise.csv").read_text())))
+    assert sorted(row["key"] for row in rows) == sorted(["'=cmd0", "'+cmd1", "'-cmd2", "'@cmd3", "xcmd4"])
+    assert {row["label"] for row in rows} | {row["suggestion"] for row in rows} == {"'=1+1", "plain"}
