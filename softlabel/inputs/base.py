@@ -23,8 +23,8 @@ _SINGLE = "x"  # name of the only tensor of a sample
 # One text, or a pair of them.
 Text: TypeAlias = str | tuple[str, str]
 # A sample as a source has it: encoded bytes, pixels or numbers of a dataset that decodes by itself, arrays by the names
-# of a network's inputs, or why it could not be read.
-Raw: TypeAlias = bytes | Text | Image.Image | NDArray[Any] | Tensor | Mapping[str, Any] | BadImageError
+# of a network's inputs, a document, or why it could not be read.
+Raw: TypeAlias = "bytes | Text | Image.Image | NDArray[Any] | Tensor | Mapping[str, Any] | TokenIds | BadImageError"
 # A decoded sample, without a batch axis.
 Item: TypeAlias = Tensor | dict[str, Tensor] | Text
 # In the shape that a network takes.
@@ -63,6 +63,19 @@ class Decoding:
 
 
 AS_USUAL = Decoding()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenIds:
+    """A document as a language model takes it.
+
+    Attributes:
+        ids: int32 (L,), the ids of its tokens, those that a tokenizer adds among them.
+        mask: uint8 (L,), 1 where what comes after the token counts.
+    """
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,19 +7,22 @@ from torch import Tensor
 
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import InputKind, Inputs, InputTransform, Sample
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import BANDS, TENSORS, TensorTransform
 from softlabel.inputs.text import TEXTS, TextTransform
+from softlabel.inputs.tokens import TOKENS, TokenTransform
 
-_TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTransform]] = {
+_TRANSFORMS: dict[str, type[Preprocessing] | type[TensorTransform] | type[TextTransform] | type[TokenTransform]] = {
     Preprocessing.kind: Preprocessing,
     TensorTransform.kind: TensorTransform,
     TextTransform.kind: TextTransform,
+    TokenTransform.kind: TokenTransform,
 }
 
 # By the name in a manifest.
-KINDS: dict[str, InputKind] = {kind.name: kind for kind in (IMAGES, TENSORS, TEXTS)}
+KINDS: dict[str, InputKind] = {kind.name: kind for kind in (IMAGES, TENSORS, TEXTS, CHATS, TOKENS)}
 
 # In errors of torch about tensors of another type.
 _OF_TYPES = ("same dtype", "scalar type", "should be the same", "not implemented for '", "expected whole numbers")
@@ -77,6 +80,10 @@ def default_transform(kind: InputKind, samples: Iterable[Sample]) -> InputTransf
     Raises:
         SpecError: of texts, which only a tokenizer makes numbers of.
     """
+    if kind in (CHATS, TOKENS):
+        raise SpecError(
+            f"preprocessing: {kind.noun} need a language model's vocabulary; give preprocessing= of lm:FOLDER"
+        )
     if kind == TEXTS:
         raise SpecError(
             "preprocessing: texts need a network's tokenizer; give preprocessing="

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
-from softlabel.inputs.text import TextTransform, Tokenizer
+from softlabel.inputs.text import TextTransform
+from softlabel.inputs.tokenizer import Tokenizer
 from softlabel.models.from_hf import (
     HuggingFaceClassifier,
     describe_error,

@@ -1,0 +1,61 @@
+"""Small language models and tokenizers in folders, as transformers writes them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from tests.support.shared_data import find_shared_data
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for message in messages %}\n"
+    "  {%- if message['role'] == 'assistant' %}A: {% generation %}{{ message['content'] }}{% endgeneration %}\n"
+    "  {%- else %}{{ message['role'] | upper }}: {{ message['content'] | tojson }}{% endif %}\n\n"
+    "{% endfor %}"
+)
+
+
+def find_stories() -> Path:
+    """The folder of a trained language model; the test skips where there is none."""
+    folder = find_shared_data()
+    if folder is None or not (folder / "stories260k" / "model.safetensors").is_file():
+        pytest.skip("no stories260k; set SOFTLABEL_DATA to a folder that has it")
+    return folder / "stories260k"
+
+
+def write_tokenizer(
+    folder: Path, *, template: str | None = None, in_config: bool = True, added: Sequence[str] = (), **flags: Any
+) -> Path:
+    """A tokenizer of bytes that adds <s> at the beginning unless its config says otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*special, *alphabet, "ca", "cat"])}
+    built = tokenizers.Tokenizer(models.BPE(vocab, [("c", "a"), ("ca", "t")], unk_token="<unk>"))
+    built.add_special_tokens([*special, *added])
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    built.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "__type": "AddedToken"},
+        "unk_token": "<unk>",
+        **flags,
+    }
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if template is not None and in_config:
+        config["chat_template"] = template
+    elif template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
