@@ -5,15 +5,13 @@ Legend: S rows of a rank's share.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from softlabel.loader.batch import BatchRequest
-from softlabel.loader.order import BlockOrder, EpochOrder
-from softlabel.loader.ranks import RankShare
-from softlabel.loader.ratio_order import RatioOrder
+from softlabel.loader.ranks import Int64s, RankShare
 
 # Working out an order costs a hundred calls of numpy, however short it is.
 _STEPS_AT_ONCE = 64
@@ -35,10 +33,27 @@ class Place:
     begun: bool = False
 
 
+class Order(Protocol):
+    """Which sample stands at which position of which epoch."""
+
+    @property
+    def name(self) -> str:
+        """Which order this is; orders of another name are other orders."""
+        ...
+
+    def count(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        ...
+
+    def at(self, epoch: int, positions: Int64s) -> Int64s:
+        """The samples at these positions of an epoch."""
+        ...
+
+
 class Plan(Sampler[Any]):
     """This rank's requests of one epoch, from position `start` on."""
 
-    def __init__(self, order: EpochOrder | BlockOrder | RatioOrder, shares: RankShare) -> None:
+    def __init__(self, order: Order, shares: RankShare) -> None:
         self.order, self.shares = order, shares
         self.epoch = self.start = 0
 

@@ -3,9 +3,8 @@
 Legend: B rows of a global batch, N samples, S rows of a rank's share.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,17 @@ from torch.utils.data import Dataset
 
 from softlabel.common.arguments import check_arguments
 from softlabel.dataset import Source, open_source, report_source
-from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.errors import MismatchError, UsageError
 from softlabel.inputs.base import InputTransform
 from softlabel.labels.combine import Combination
-from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.batch import Batch
 from softlabel.loader.dataset import JoinedDataset, Missing
-from softlabel.loader.epochs import EpochSampler, Place, Plan
+from softlabel.loader.epoch_loader import EpochLoader
 from softlabel.loader.label_stream import LabelStream, check_same_order
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
 from softlabel.loader.ratio_order import RatioOrder, ratio_order
 from softlabel.loader.replay import ViewChoice, ViewOrder
-from softlabel.loader.workers import BatchMaker, Failure, as_it_is
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.views import CropFlip
@@ -35,7 +33,7 @@ from softlabel.views import CropFlip
 _WINDOW_SAMPLES, _WINDOW_BLOCKS = 16_384, 8
 
 
-class SoftLabelLoader:
+class SoftLabelLoader(EpochLoader[Batch]):
     """Batches of images, hard labels and soft labels, joined by key.
 
         loader = SoftLabelLoader("images.parquet", "labels/cifar10", batch_size=128)
@@ -95,6 +93,8 @@ class SoftLabelLoader:
         SoftLabelError: data or store cannot be opened, or do not belong together (see `JoinedDataset`).
     """
 
+    dataset: JoinedDataset
+
     @check_arguments
     def __init__(
         self,
@@ -134,14 +134,14 @@ class SoftLabelLoader:
             raise UsageError(
                 "source_ratio: data that is read block by block has one order; give the mixture as one source"
             )
-        self.source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
-        if self.source is not data and rank == 0:
-            report_source(self.source)
-        self.store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
-        self.batch_size, self.seed = batch_size, seed
-        self.dataset = JoinedDataset(
-            self.source,
-            self.store,
+        source = open_source(data, key_fn=key_fn, ignore_labels=ignore_labels)
+        if source is not data and rank == 0:
+            report_source(source)
+        store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
+        self.batch_size = batch_size
+        joined = JoinedDataset(
+            source,
+            store,
             preprocessing=preprocessing,
             augment=augment,
             seed=seed,
@@ -153,40 +153,27 @@ class SoftLabelLoader:
             views=chosen_views,
         )
         self._combination = combine
-        self._order: EpochOrder | BlockOrder | RatioOrder
+        order: EpochOrder | BlockOrder | RatioOrder
         self._labels: LabelStream | None = None
         if streaming:
-            self._order = self._block_order(window, shuffle)
-            if self.store is not None:
-                check_same_order(self.store, self.dataset.rows, self.source.name, self._key_at)
-                self._labels = LabelStream(self.store, self._order, self.dataset.rows_of_epoch, combination=combine)
+            order = _order_blocks(joined, seed=seed, window=window, shuffle=shuffle)
+            if store is not None:
+                check_same_order(store, joined.rows, source.name, lambda place: joined.keys(np.array([place]))[0])
+                self._labels = LabelStream(store, order, joined.rows_of_epoch, combination=combine)
         elif source_ratio is not None:
-            self._order = ratio_order(self.source, self.dataset.samples, source_ratio, seed=seed, shuffle=shuffle)
+            order = ratio_order(source, joined.samples, source_ratio, seed=seed, shuffle=shuffle)
         else:
-            self._order = EpochOrder(size=len(self.dataset), seed=seed, shuffle=shuffle)
-        self._shares = replace(shares, samples=self._order.size)
-        self._plan = Plan(self._order, self._shares)
-        self._place = Place()
-        self._live: object = None
-        self._workers, self._pin = workers, pin_memory
-        self._batches = self._new_batches()
-
-    def _new_batches(self) -> BatchMaker:
-        return BatchMaker(self.dataset, self._plan, workers=self._workers, pin_memory=self._pin)
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch; the same on every rank."""
-        return len(self._shares)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in an epoch over all ranks, those of a dropped tail included."""
-        return self._order.size
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that is being iterated, or comes next."""
-        return self._place.epoch
+            order = EpochOrder(size=len(joined), seed=seed, shuffle=shuffle)
+        super().__init__(
+            source=source,
+            store=store,
+            dataset=joined,
+            order=order,
+            shares=shares,
+            seed=seed,
+            workers=workers,
+            pin_memory=pin_memory,
+        )
 
     @property
     def temperature(self) -> float:
@@ -195,137 +182,15 @@ class SoftLabelLoader:
             return self._combination.temperature
         return self.store.manifest.run.temperature if self.store is not None else 1.0
 
-    def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration be this epoch, from this step on. Costs nothing, wherever it is."""
-        if epoch < 0 or not 0 <= step <= len(self):
-            raise UsageError(
-                f"epoch and step: expected step 0 to {len(self)} of epoch 0 or later, found {epoch}, {step}"
-            )
-        self._enter(epoch, self._shares.after(0, step))
-
-    def _enter(self, epoch: int, sample: int) -> None:
-        self._place, self._live = Place(epoch=epoch, sample=sample), None
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches of one epoch: the next one, unless `set_epoch` or `load_state_dict` has said which.
-
-        Which epoch it is shows at the first batch: frameworks set it after they have asked for an iterator.
-
-        Raises:
-            UsageError: this iteration goes on after a newer one, or `set_epoch`, has taken its place.
-        """
-        live = self._begin()
-        epoch, start, left = self._plan.epoch, self._plan.start, len(self._plan)
-        try:
-            for done, batch in enumerate(self._batches, 1):
-                if isinstance(batch, Failure):
-                    self.close()  # the garbage collector would wait 5 seconds for the worker processes
-                    raise batch.error
-                sample = self._shares.after(start, done)
-                batch = self._with_target(batch, epoch, self._shares.after(start, done - 1), sample)
-                self._place = Place(epoch=epoch, sample=sample, begun=True)
-                yield batch
-                if self._live is not live:
-                    if done == left:
-                        return
-                    raise UsageError(
-                        f"loader: this iteration of epoch {epoch} was ended after {done} of {left} batches by a newer "
-                        "one, or by set_epoch; iterate once at a time, or use a second loader"
-                    )
-        except (RuntimeError, OSError, EOFError) as error:
-            self.raise_if_worker_died(error)
-            raise
-        self.set_epoch(epoch + 1)
-
-    def _begin(self) -> object:
-        """Let a new iteration take the place of the one before; returns its identity."""
-        if self._place.begun:
-            self._enter(self._place.epoch + 1, 0)
-        self._plan.epoch, self._plan.start = self._place.epoch, self._place.sample
-        self._live = object()
-        return self._live
-
-    # ---- what frameworks look for ----
-
-    @property
-    def sampler(self) -> EpochSampler:
-        """For Lightning, which calls its `set_epoch`."""
-        return EpochSampler(len(self), self._set_epoch_from_outside, self._requests)
-
-    @property
-    def batch_sampler(self) -> EpochSampler:
-        """For `skip_first_batches` of accelerate."""
-        return self.sampler
-
-    @property
-    def collate_fn(self) -> Callable[[Any], Any]:
-        """The identity: `dataset` gives whole batches."""
-        return as_it_is
-
-    @property
-    def prefetch_factor(self) -> None:
-        """For `skip_first_batches`, whose DataLoader has no worker processes."""
-        return None
-
-    def _set_epoch_from_outside(self, epoch: int) -> None:
-        place = self._place
-        if place.epoch != epoch or place.begun:
-            self.set_epoch(epoch)
-
-    def _requests(self) -> Iterator[BatchRequest]:
-        if self._labels is not None:
-            raise UsageError(
-                "loader: labels that are streamed cannot be skipped from outside; resume with load_state_dict, or "
-                "set_epoch(epoch, step)"
-            )
-        live = self._begin()
-        epoch, start = self._plan.epoch, self._plan.start
-        for done, request in enumerate(self._plan, 1):
-            self._place = Place(epoch=epoch, sample=self._shares.after(start, done), begun=True)
-            yield request
-            if self._live is not live:
-                return
-
-    def _block_order(self, window: int | None, shuffle: bool) -> BlockOrder:
-        # Samples that are left out move the edges: they are places among those that stay.
-        stops = [0, *(stop for _, stop in self.source.blocks())]
-        edges = np.unique(np.searchsorted(self.dataset.samples, stops))
-        if window is None:
-            blocks = len(edges) - 1
-            window = max(_WINDOW_BLOCKS, -(-_WINDOW_SAMPLES * blocks // len(self.dataset)))
-        return BlockOrder(edges, seed=self.seed, window=window, shuffle=shuffle)
-
-    def _key_at(self, position: int) -> str:
-        return self.dataset.keys(np.array([position]))[0]
-
-    def _with_target(self, batch: Batch, epoch: int, start: int, stop: int) -> Batch:
-        """The batch of the positions start to stop, with its labels where these are streamed."""
+    def _complete(self, batch: Batch, epoch: int, start: int, stop: int) -> Batch:
+        """With its labels where these are streamed."""
         if self._labels is None:
             return batch
         target = self._labels.target(epoch, start, stop, batch.rows.numpy())
         return replace(batch, target=target.pin_memory() if self._batches.pin_memory else target)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without worker processes and iterations: a copy makes its own, and goes on with the rest of the epoch."""
-        return {**self.__dict__, "_batches": None, "_live": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # What moves on with the epochs is a copy's own, also where the data is shared.
-        self._plan = Plan(self._order, self._shares)
-        self._labels = None if self._labels is None else copy.copy(self._labels)
-        at_the_end = not self._shares.left(self._place.sample)
-        self._place = replace(self._place, begun=self._place.begun and at_the_end)
-        self._batches = self._new_batches()
-
-    def state_dict(self) -> dict[str, int | str]:
-        """Where the iteration is, after the last batch that was handed out; plain numbers and strings.
-
-        Every rank has the same state: `sample` counts those of all of them.
-        """
+    def _identity(self) -> dict[str, int | str]:
         return {
-            "epoch": self._place.epoch,
-            "sample": self._place.sample,
             "seed": self.seed,
             "samples": len(self.dataset),
             "store": self.store.manifest.store_id if self.store is not None else "",
@@ -333,61 +198,38 @@ class SoftLabelLoader:
             "views": self.dataset.views,
         }
 
-    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continue where `state_dict` was called: with the next sample of the epoch, whatever the batch size, the
-        number of ranks and the number of workers were and are. Where nothing is left of that epoch, the next one
-        begins.
-
-        Raises:
-            MismatchError: the state is of another seed, dataset size, store, order or number of views.
-        """
-        mine = self.state_dict()
-        before = state.get("views", mine["views"])
-        if before != mine["views"]:
+    def _check_state(self, state: Mapping[str, int | str]) -> None:
+        before = state.get("views", self.dataset.views)
+        if before != self.dataset.views:
             raise MismatchError(
-                f"loader state: used {before} views of each sample, found {mine['views']}: the epochs to come would be "
-                f"other ones; go on with SoftLabelLoader(..., views={before})"
+                f"loader state: used {before} views of each sample, found {self.dataset.views}: the epochs to come "
+                f"would be other ones; go on with SoftLabelLoader(..., views={before})"
             )
-        different = [
-            f"{name}: {state.get(name)!r} in the state, {value!r} here"
-            for name, value in mine.items()
-            if name not in ("epoch", "sample", "views") and state.get(name) != value
-        ]
-        if different:
-            raise MismatchError(f"loader state of another loader: {'; '.join(different)}")
-        epoch, sample = state.get("epoch"), state.get("sample")
-        if not (isinstance(epoch, int) and isinstance(sample, int) and epoch >= 0 and 0 <= sample <= self.num_samples):
-            raise MismatchError(
-                f"loader state: expected sample 0 to {self.num_samples} of epoch 0 or later, found {sample!r} of "
-                f"{epoch!r}"
+
+    def _refuse_skipping(self) -> None:
+        if self._labels is not None:
+            raise UsageError(
+                "loader: labels that are streamed cannot be skipped from outside; resume with load_state_dict, or "
+                "set_epoch(epoch, step)"
             )
-        if self._shares.left(sample):
-            self._enter(epoch, sample)
-        else:
-            self._enter(epoch + 1, 0)
 
-    def raise_if_worker_died(self, error: Exception) -> None:
-        """The death of a worker process shows as a RuntimeError wherever the main process happens to be, or as a broken
-        connection: make one clear error of it.
-
-        Raises:
-            DataError: a worker has died.
-        """
-        try:
-            reason = self._batches.death(error)
-        except RuntimeError as death:  # of torch's signal handler, which may raise anywhere after a connection broke
-            reason = self._batches.death(death)
-        if reason is not None:
-            # Until it is forgotten, the dead worker is reported again whenever any child process ends.
-            with contextlib.suppress(RuntimeError):
-                self.close()
-            raise DataError(
-                f"{self.source.name}: a loader process died ({reason}); it may have run out of memory: use fewer "
-                "workers"
-            ) from error
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What moves on with the epochs is a copy's own.
+        self._labels = None if self._labels is None else copy.copy(self._labels)
 
     def close(self) -> None:
         """End the worker processes and the reading of labels. A loader can be iterated again afterwards."""
         if self._labels is not None:
             self._labels.close()
-        self._batches.close()
+        super().close()
+
+
+def _order_blocks(joined: JoinedDataset, *, seed: int, window: int | None, shuffle: bool) -> BlockOrder:
+    # Samples that are left out move the edges: they are places among those that stay.
+    stops = [0, *(stop for _, stop in joined.source.blocks())]
+    edges = np.unique(np.searchsorted(joined.samples, stops))
+    if window is None:
+        blocks = len(edges) - 1
+        window = max(_WINDOW_BLOCKS, -(-_WINDOW_SAMPLES * blocks // len(joined)))
+    return BlockOrder(edges, seed=seed, window=window, shuffle=shuffle)

@@ -51,6 +51,10 @@ class EpochOrder:
         """Which kind of order this is; orders of another name are other orders."""
         return "shuffled" if self.shuffle else "in order"
 
+    def count(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.size
+
     def samples(self, epoch: int, start: int = 0, stop: int | None = None) -> Int64s:
         """The samples at positions start to stop (default: the end) of an epoch, int64."""
         stop = self.size if stop is None else min(stop, self.size)
@@ -138,6 +142,10 @@ class BlockOrder:
         """Which order this is; orders of another name are other orders."""
         how = "shuffled" if self.shuffle else "in order"
         return f"{how}, {len(self.edges) - 1} blocks in {len(self._cuts) - 1} windows"
+
+    def count(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.size
 
     def windows(self, epoch: int) -> Int64s:
         """int64 (windows + 1,): window w is the positions windows[w] to windows[w + 1] of the epoch."""

@@ -22,7 +22,7 @@ Int64s = NDArray[np.int64]
 
 WINDOW = 4096  # documents packed together
 # Part of a key that keeps the order of lines independent of that of documents.
-_OF_LINES = 3
+_OF_LINES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

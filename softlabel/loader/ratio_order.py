@@ -60,6 +60,10 @@ class RatioOrder:
         how = "shuffled" if self.shuffle else "in order"
         return f"{how}, groups of {[order.size for order in self._orders]} mixed {self._parts.tolist()}"
 
+    def count(self, epoch: int) -> int:
+        """Positions of an epoch."""
+        return self.size
+
     def at(self, epoch: int, positions: Int64s) -> Int64s:
         """The samples at these positions of an epoch.
 

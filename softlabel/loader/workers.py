@@ -1,19 +1,30 @@
 """Whole batches made by worker processes, with errors that arrive as they were raised."""
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from softlabel.dataset.worker_init import begin_worker
 from softlabel.errors import SoftLabelError
-from softlabel.loader.batch import Batch, BatchRequest
+from softlabel.loader.batch import BatchRequest
 from softlabel.loader.dataloader_internals import end_workers, worker_processes
-from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.epochs import Plan
+
+
+class Pinnable(Protocol):
+    """A batch."""
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory."""
+        ...
+
+
+B = TypeVar("B", bound=Pinnable)
+B_co = TypeVar("B_co", bound=Pinnable, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +34,20 @@ class Failure:
     error: SoftLabelError
 
 
-class BatchMaker:
+class BatchDataset(Protocol[B_co]):
+    """Makes whole batches on request."""
+
+    def __getitems__(self, wanted: BatchRequest) -> B_co: ...
+
+
+class BatchMaker(Generic[B]):
     """Batches of a plan, in its order, made by so many processes; by this one where there are 0.
 
     Args:
         pin_memory: make them in page-locked memory.
     """
 
-    def __init__(self, dataset: JoinedDataset, plan: Plan, *, workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: BatchDataset[B], plan: Plan, *, workers: int, pin_memory: bool) -> None:
         self._plan, self._guarded = plan, _Guarded(dataset)
         self.pin_memory = pin_memory and torch.cuda.is_available()
         # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
@@ -47,14 +64,14 @@ class BatchMaker:
             multiprocessing_context="fork" if workers and "fork" in multiprocessing.get_all_start_methods() else None,
         )
 
-    def __iter__(self) -> Iterator[Batch | Failure]:
+    def __iter__(self) -> Iterator[B | Failure]:
         if self._batches.num_workers:
             yield from self._batches
             return
         # A DataLoader without workers would only take time.
         for request in self._plan:
             made = self._guarded.__getitems__(request)
-            yield made.pin_memory() if self.pin_memory and isinstance(made, Batch) else made
+            yield made.pin_memory() if self.pin_memory and not isinstance(made, Failure) else made
 
     def death(self, error: Exception) -> str | None:
         """What to say of a worker that has died, which shows as this error; None: no worker has died.
@@ -76,13 +93,13 @@ class BatchMaker:
         end_workers(self._batches)
 
 
-class _Guarded(Dataset[Batch]):
+class _Guarded(Dataset[B]):
     """Hands errors over as values; see `Failure`."""
 
-    def __init__(self, dataset: JoinedDataset) -> None:
+    def __init__(self, dataset: BatchDataset[B]) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, request: BatchRequest | Sequence[int]) -> Batch | Failure:
+    def __getitems__(self, request: BatchRequest) -> B | Failure:
         try:
             return self.dataset.__getitems__(request)
         except SoftLabelError as error:
