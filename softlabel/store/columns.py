@@ -4,30 +4,42 @@ B rows, M members, W elements of one column in one row.
 
 A column is a named array of shape (B, W) and one little-endian dtype. Shards, stream and cache handle columns alike and
 know no encoding; encodings/ turns them into scaled logits. A store that keeps its members has each column M times as
-wide, the members side by side.
+wide, the members side by side. In a store of tokens a column may have W elements per token, or per labelled position,
+of each row: then it has the shape (P, W), the rows' elements one after another; see token_rows.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from softlabel.store.strict_json import OMIT
+
 Array = npt.NDArray[Any]
 Columns = Mapping[str, Array]
 Dtype = Literal["<f2", "<f4", "|i1", "|u1", "<u2", "<i4", "<u8"]
+Per = Literal["row", "token", "position"]
 
 ROW_NAMES = ("key", "view", "label", "content")  # taken by the row itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One array of a shard: `dtype` is numpy's little-endian name ("<f2"), `width` the elements per row."""
+    """One array of a shard.
+
+    Attributes:
+        name: of the array.
+        dtype: numpy's little-endian name ("<f2").
+        width: W, the elements of a row, or of each token or labelled position of it.
+        per: what has `width` elements.
+    """
 
     name: str
     dtype: Dtype
     width: int
+    per: Per = field(default="row", metadata=OMIT)
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -35,6 +47,7 @@ class Column:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of W elements."""
         return self.numpy.itemsize * self.width
 
 

@@ -13,9 +13,13 @@ _FIELD_NAMES = {
     "views.count": "number of views",
     "views.seed": "view seed",
     "num_classes": "number of classes",
+    "tokens.tokenizer": "tokenizer (sha256 of its vocabulary)",
+    "tokens.template": "chat template (sha256)",
+    "tokens.max_length": "longest document (--max-length)",
+    "tokens.positions": "labelled positions (--positions)",
     "shard_rows": "rows per shard (--shard-rows)",
 }
-_DEFAULTS = {"activation": "softmax", "input": "image"}  # left out of a manifest
+_DEFAULTS = {"activation": "softmax", "input": "image", "tokens.positions": "all"}  # left out of a manifest
 
 
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:

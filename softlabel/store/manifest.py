@@ -20,9 +20,10 @@ from softlabel.store.differences import differences
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
+from softlabel.store.token_rows import TokenRun, token_columns
 from softlabel.store.view_columns import view_columns
 
-FORMAT_VERSIONS = (1, 2, 3)  # 2: rows have view columns; 3: independent sigmoids; all other stores are version 1
+FORMAT_VERSIONS = (1, 2, 3, 4)  # 2: rows have view columns; 3: independent sigmoids; 4: tokens; all others are 1
 ROOT_NAME, ROOT_LIMIT = "manifest.json", 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
 SHARD_FILE = re.compile(r"shards/([0-9]{5,12})-([0-9a-f]{32})\.(parquet|h5)")
@@ -131,6 +132,7 @@ class Run(_FingerprintCache):
     shard_rows: int
     class_names: tuple[str, ...] | None = None
     activation: Activation = field(default="softmax", metadata=OMIT)
+    tokens: TokenRun | None = field(default=None, metadata=OMIT)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
@@ -143,6 +145,10 @@ class Run(_FingerprintCache):
         if self.class_names is not None and len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
         self.encoding.check_activation(self.activation)
+        if self.tokens is not None:
+            self._check_tokens(self.tokens)
+        elif self.input == "tokens":
+            raise ValueError("input: 'tokens' needs the field 'tokens'")
         if not self.encoding.knows(self.temperature):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
@@ -157,6 +163,17 @@ class Run(_FingerprintCache):
                 raise ValueError(f"dataset extents must grow by samples or by views, found {sizes} (samples, views)")
         names = [column.name for column in self.columns]
         assert len({*names, *ROW_NAMES}) == len(names) + len(ROW_NAMES)
+
+    def _check_tokens(self, tokens: TokenRun) -> None:
+        if self.input != "tokens":
+            raise ValueError(f"tokens: expected input 'tokens', found {self.input!r}")
+        if self.activation != "softmax" or self.view_columns:
+            raise ValueError(
+                "tokens: expected a softmax over the vocabulary and unchanged documents, found views or sigmoids"
+            )
+        for name, found in (("bos", tokens.bos), ("eos", tokens.eos)):
+            if found is not None and not 0 <= found < self.num_classes:
+                raise ValueError(f"tokens.{name}: expected an id below {self.num_classes}, found {found}")
 
     @property
     def kept(self) -> bool:
@@ -175,12 +192,15 @@ class Run(_FingerprintCache):
 
     @property
     def label_columns(self) -> tuple[Column, ...]:
-        """The encoding's columns."""
-        return self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
+        """The encoding's columns: of each row, or of each labelled position of it."""
+        columns = self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
+        return columns if self.tokens is None else tuple(dataclasses.replace(one, per="position") for one in columns)
 
     @property
     def sample_columns(self) -> tuple[Column, ...]:
-        """What a row has beside the teachers' answers, whatever their encoding: hard labels, and what its view is."""
+        """What a row has beside the teachers' answers, whatever their encoding: tokens, or hard labels and the view."""
+        if self.tokens is not None:
+            return token_columns(self.num_classes)
         if self.activation == "softmax" or not self.dataset.has_labels:
             return self.view_columns
         return (Column(name=MULTI_HOT, dtype="|i1", width=self.num_classes), *self.view_columns)
@@ -193,6 +213,8 @@ class Run(_FingerprintCache):
     @property
     def format_version(self) -> int:
         """Format version of the stores of this run."""
+        if self.tokens is not None:
+            return 4
         return 3 if self.activation == "sigmoid" else 2 if self.view_columns else 1
 
     def fingerprint(self, part: int | None = None) -> str:

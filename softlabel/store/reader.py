@@ -1,6 +1,7 @@
 """Read a store: look up rows by key, take them in any order, or stream them in batches.
 
-N rows of the store in the order of its shards (views in turn, each in dataset order), B rows of a batch.
+N rows of the store in the order of its shards (views in turn, each in dataset order), B rows of a batch. A row of a
+store of tokens is a document; what it has per token or position is gathered by the numbers of its elements.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from softlabel.common.keys import Keys, PickedKeys
 from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
-from softlabel.store.formats.base import OpenShard, ShardRows
+from softlabel.store.formats.base import OpenShard, ShardRows, count_payload
 from softlabel.store.formats.registry import open_shard
 from softlabel.store.gather import Parts, row_numbers
 from softlabel.store.key_index import KeyIndex, rows_in_order
@@ -26,6 +27,7 @@ from softlabel.store.manifest_read import load_manifest, read_extra
 from softlabel.store.storage.base import Folder
 from softlabel.store.storage.open import open_folder
 from softlabel.store.stored_rows import StoredRows, parse_keys, require_read
+from softlabel.store.token_rows import RowSpans, add_counts, list_counts
 
 I64 = npt.NDArray[np.int64]
 MEMORY = 512 << 20
@@ -51,6 +53,7 @@ class Store:
         self._views: npt.NDArray[np.int32] | None = None
         self._parts: dict[str, Parts] = {}
         self._extra: Mapping[str, Array] | None = None
+        self._spans: RowSpans | None = None
 
     @property
     def path(self) -> Path:
@@ -94,7 +97,7 @@ class Store:
 
     def close(self) -> None:
         """Release memory and mapped files; a later call reads them again."""
-        self._index = self._small = self._views = None
+        self._index = self._small = self._views = self._spans = None
         self._parts.clear()
 
     @property
@@ -132,8 +135,20 @@ class Store:
         return self._extra
 
     @property
+    def spans(self) -> RowSpans:
+        """Where the tokens and labelled positions of each row begin among those of all rows."""
+        if self._spans is None:
+            counts = {name: np.empty((len(self), 1), np.int32) for name in list_counts(self.run.columns)}
+            if counts:
+                for rows, _, part in self._read_blocks(list(counts), 0, len(self)):
+                    for name, array in part.columns.items():
+                        counts[name][rows.start : rows.stop] = array
+            self._spans = RowSpans.of(len(self), counts)
+        return self._spans
+
+    @property
     def _payload_bytes(self) -> int:
-        return len(self) * sum(column.row_bytes for column in self.run.columns)
+        return count_payload(self.run.columns, self.spans)
 
     @property
     def _cache(self) -> Cache:
@@ -192,11 +207,13 @@ class Store:
                     if (array := shard.mapped(name)) is not None:
                         mapped[name].append(array)
             return mapped
+        totals = {name: self.spans.total(column.per) for name, column in widths.items()}
         if self._payload_bytes <= self._memory:
-            whole = {name: np.empty((len(self), column.width), column.numpy) for name, column in widths.items()}
+            whole = {name: np.empty((totals[name], column.width), column.numpy) for name, column in widths.items()}
             for rows, _, part in self._read_blocks(names, 0, len(self)):
                 for name, array in part.columns.items():
-                    whole[name][rows.start : rows.stop] = array
+                    start, stop = self.spans.cut(widths[name].per, rows.start, rows.stop)
+                    whole[name][start:stop] = array
             return {name: [array] for name, array in whole.items()}
 
         def build(append: Append) -> None:
@@ -204,7 +221,7 @@ class Store:
                 for name, array in part.columns.items():
                     append(name, array)
 
-        sizes = {f"{name}": column.row_bytes * len(self) for name, column in widths.items()}
+        sizes = {f"{name}": column.row_bytes * totals[name] for name, column in widths.items()}
         found = self._cache.get(sizes, build, check=self._check_cache)
         return {name: [found[name].view(column.numpy).reshape(-1, column.width)] for name, column in widths.items()}
 
@@ -300,7 +317,8 @@ class Store:
 
         Args:
             rows: integers (B,), 0 to len() - 1.
-            columns: names from "key", "label", "content" and the encoding's columns; by default all.
+            columns: names from "key", "label", "content" and the run's columns; by default all. With a column per token
+                or labelled position come their counts, `length` or `positions`.
 
         Raises:
             UsageError: a row is not such a number (a mask, floats), or a column does not exist.
@@ -314,15 +332,21 @@ class Store:
             key_data=PickedKeys(self.keys, rows_B) if "key" in names else None,
             label_data=self.labels[rows_B] if "label" in names else None,
             content_data=self.content[rows_B] if "content" in names else None,
-            columns={name: parts.take(rows_B) for name, parts in payload.items()},
+            columns=self._gather(payload, rows_B),
             extra=self.extra,
         )
+
+    def _gather(self, payload: Mapping[str, Parts], rows_B: I64) -> dict[str, Array]:
+        """Gather the elements of some rows from whole columns."""
+        per = {column.name: column.per for column in self.run.columns if column.name in payload}
+        numbers = {kind: self.spans.numbers(kind, rows_B) for kind in set(per.values())}
+        return {name: parts.take(numbers[per[name]]) for name, parts in payload.items()}
 
     def _check_columns(self, columns: Sequence[str] | None) -> list[str]:
         known = [*ROW_NAMES, *(column.name for column in self.run.columns)]
         if columns is not None and (odd := set(columns) - set(known)):
             raise UsageError(f"{self.url}: no column {sorted(odd)[0]!r}; it has {', '.join(known)}")
-        return known if columns is None else list(columns)
+        return known if columns is None else add_counts(list(columns), self.run.columns)
 
     def stream(
         self, columns: Sequence[str] | None = None, *, start: int = 0, stop: int | None = None

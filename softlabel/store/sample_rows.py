@@ -9,6 +9,7 @@ from softlabel.common.keys import Keys, PickedKeys
 from softlabel.store.formats.base import ShardRows
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
+from softlabel.store.token_rows import add_counts
 
 
 def sample_rows(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], columns: Collection[str]) -> StoredRows:
@@ -22,7 +23,7 @@ def sample_rows(store: Store, rows: Sequence[int] | npt.NDArray[np.int64], colum
     Raises:
         StoreCorruptError: a shard is missing or damaged.
     """
-    rows_B = np.asarray(rows, np.int64)
+    rows_B, columns = np.asarray(rows, np.int64), add_counts(columns, store.run.columns)
     assert len(rows_B)
     assert (np.diff(rows_B) > 0).all()
     found: list[ShardRows] = []

@@ -1,7 +1,7 @@
-"""Rows read from a store. B rows, W elements of a column in one row, C classes, M members."""
+"""Rows read from a store. B rows, L tokens and P labelled positions, W elements of a column, C classes, M members."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN, Labels
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.manifest import Run
+from softlabel.store.token_rows import LENGTH, POSITIONS, RowSpans, list_counts
 
 T = TypeVar("T")
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 class StoredRows:
     """Rows of a store: views int32 (B,), labels int64 (B,), -100 for none, content uint64 (B,), 0 for none, columns of
     the encoding (B, W). Arrays may be read-only.
+
+    Rows of tokens have columns per token (L, W) and per labelled position (P, W), one row's after another's; `spans`
+    says where each row's begin.
 
     Raises:
         UsageError: an attribute was not read.
@@ -54,12 +58,41 @@ class StoredRows:
         return require_read(self.columns.get(MULTI_HOT), MULTI_HOT)
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document, int64 (B,)."""
+        return require_read(self.columns.get(LENGTH), LENGTH).reshape(-1).astype(np.int64)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Labelled positions of each document, int64 (B,)."""
+        return require_read(self.columns.get(POSITIONS), POSITIONS).reshape(-1).astype(np.int64)
+
+    @property
+    def spans(self) -> RowSpans:
+        """Where the elements of each row begin in the columns that were read."""
+        counts = {name: self.columns[name] for name in list_counts(self.run.columns) if name in self.columns}
+        return RowSpans.of(len(self), counts)
+
+    def slice(self, start: int, stop: int) -> "StoredRows":
+        """Return the rows `start` to `stop`, sharing their memory."""
+        spans, per = self.spans, {column.name: column.per for column in self.run.columns}
+        return replace(
+            self,
+            views=self.views[start:stop],
+            key_data=None if self.key_data is None else PickedKeys(self.key_data.get().slice(start, stop)),
+            label_data=None if self.label_data is None else self.label_data[start:stop],
+            content_data=None if self.content_data is None else self.content_data[start:stop],
+            columns={name: array[slice(*spans.cut(per[name], start, stop))] for name, array in self.columns.items()},
+        )
+
+    @property
     def content(self) -> npt.NDArray[np.uint64]:
         return require_read(self.content_data, "content")
 
     @property
     def scaled_logits(self) -> Array:
-        """Logits / temperature, of a softmax up to a constant per row: float32 (B, C), or (B, M, C) of kept members."""
+        """Logits / temperature, of a softmax up to a constant per row: float32 (B, C), or (B, M, C) of kept members; of
+        tokens (P, C) or (P, M, C)."""
         run = self.run
         names = [column.name for column in run.label_columns]
         if missing := [name for name in names if name not in self.columns]:

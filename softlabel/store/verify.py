@@ -13,7 +13,7 @@ from softlabel.common.hashing import U64, Hasher
 from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN
 from softlabel.errors import StoreCorruptError, StoreIncompleteError
 from softlabel.store.columns import ROW_NAMES, Array
-from softlabel.store.formats.base import IGNORE, OpenShard
+from softlabel.store.formats.base import IGNORE, OpenShard, ShardRows
 from softlabel.store.formats.registry import open_shard
 from softlabel.store.hash_scan import hash_and_scan
 from softlabel.store.manifest import Manifest, Run, ShardRecord
@@ -22,6 +22,7 @@ from softlabel.store.origins import describe_remedy
 from softlabel.store.reader import Store
 from softlabel.store.storage.base import Folder, file_xxh3, reading
 from softlabel.store.storage.open import open_folder
+from softlabel.store.token_rows import TokenRun, find_content_problem, find_token_problem
 from softlabel.store.view_columns import view_problem
 
 
@@ -172,7 +173,7 @@ def _hash_file(path: Path, run: Run, shard: OpenShard | None) -> tuple[str, bool
     column = run.encoding.scanned if run.activation == "softmax" else None
     if shard is not None and column is not None and shard.identity.columns == run.columns:
         extents = shard.extents(column)
-        if extents and sum(rows for _, rows in extents) == shard.identity.rows:
+        if extents and sum(rows for _, rows in extents) == shard.spans.total(run.columns[0].per):
             return hash_and_scan(path, extents, run.columns[0], run.members_stored, run.encoding.is_clean)
     return file_xxh3(path), False
 
@@ -211,18 +212,32 @@ def _check_content(
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
             return "a label is negative"
         found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
+        if run.tokens is not None:
+            found = _find_document_problem(run.tokens, run.num_classes, part)
         if not found and MULTI_HOT in part.columns:
             found = _find_multi_hot_problem(part.columns[MULTI_HOT])
         if not (seen or found):
             kept = {name: part.columns[name] for name in labels}
             found = run.encoding.problem(
-                kept, num_classes=run.num_classes, members=run.members_stored, activation=run.activation
+                kept,
+                num_classes=run.num_classes,
+                members=run.members_stored,
+                activation=run.activation,
+                noun="row" if run.tokens is None else "position",
             )
         if found:
             return f"{found} (blocks of {stop - start} rows, this one from row {start})"
     if edges and (edges[0], edges[-1]) != (record.first_key, record.last_key):
         return "its first or last key differs from the manifest's record"
     return ""
+
+
+def _find_document_problem(tokens: TokenRun, num_classes: int, rows: ShardRows) -> str | None:
+    assert rows.labels is not None
+    assert rows.content is not None
+    if (rows.labels != IGNORE).any():
+        return "a document has a hard label"
+    return find_token_problem(tokens, num_classes, rows.columns) or find_content_problem(rows.content, rows.columns)
 
 
 def _find_multi_hot_problem(labels_BC: Array) -> str | None:

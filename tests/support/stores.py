@@ -94,13 +94,13 @@ FIDELITY = Fidelity(mean_t1=1e-7, worst_t1=4e-7, mean_t=2e-7, worst_t=6e-7)
 def write_store(
     root: Path,
     run: Run,
-    samples: Samples | None = None,
+    samples: Any = None,
     bad: Iterable[int] = (),
     *,
     extra: Mapping[str, bytes] | None = None,
     fidelity: Fidelity | None = FIDELITY,
-) -> Samples:
-    """Write what is missing of a store and finish it; the samples that it holds are returned."""
+) -> Any:
+    """Write what is missing of a store of these `Samples` or `Documents` and finish it; they are returned."""
     samples = samples or Samples.of(run)
     with Committer.open(root, run, {"device": "cpu"}) as committer:
         for name, data in (extra or {}).items():

@@ -144,15 +144,21 @@ class Encoding(Tagged, ABC):
         return logits_RC.reshape(-1, members, num_classes) if kept else logits_RC
 
     def problem(
-        self, columns: Columns, *, num_classes: int, members: int = 1, activation: Activation = "softmax"
+        self,
+        columns: Columns,
+        *,
+        num_classes: int,
+        members: int = 1,
+        activation: Activation = "softmax",
+        noun: str = "row",
     ) -> str | None:
-        """What is wrong with stored values, None when nothing."""
+        """What is wrong with stored values, None when nothing; `noun` is what one of them is called."""
         flat = _by_member(columns, members)
         check = self.check_rows if activation == "softmax" else self.check_sigmoid_rows
         if any(len(array) for array in flat.values()):
             for wrong_R, text in check(flat, num_classes):
                 if wrong_R.any():
-                    return f"row {int(wrong_R.argmax()) // members} of a block: {text}"
+                    return f"{noun} {int(wrong_R.argmax()) // members} of a block: {text}"
         return None
 
 

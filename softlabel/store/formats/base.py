@@ -1,7 +1,7 @@
 """One shard: its rows in memory, its identity, and the interface of the file formats.
 
-B rows of a shard, W elements of a column in one row. parquet.py and hdf5.py each have `write(path, identity, rows)` and
-`open_shard(path)`.
+B rows of a shard, L tokens and P labelled positions of them, W elements of a column. parquet.py and hdf5.py each have
+`write(path, identity, rows)` and `open_shard(path)`.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from softlabel.store.columns import Array, Column, Columns
 from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Run, ShardPlan, ShardRecord
 from softlabel.store.storage.base import reading
 from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
+from softlabel.store.token_rows import RowSpans, find_token_problem, lacks_counts, list_counts
 
 _VERSIONS = " or ".join(map(str, FORMAT_VERSIONS))
 
@@ -38,7 +39,7 @@ class Rows:
         keys: B strings, or Keys.
         labels: int64 (B,), -100 for none; None: no row has one.
         content: content hashes uint64 (B,), 0 for none; None: no row has one.
-        columns: the run's columns, (B, W) each.
+        columns: the run's columns, (B, W) each, or (L, W), (P, W): the rows' elements one after another.
     """
 
     keys: Keys | Sequence[str] | npt.NDArray[Any]
@@ -56,6 +57,7 @@ class CheckedRows:
     labels: npt.NDArray[np.int64]
     content: npt.NDArray[np.uint64]
     columns: dict[str, Array]
+    spans: RowSpans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,10 @@ class ShardIdentity:
                 raise SchemaError("rows and bad rows do not add up to its range")
             if any(not 0 < column.width < 2**31 for column in found.columns):
                 raise SchemaError("a column's width is out of range")
+            if lacks_counts(found.columns):
+                raise SchemaError(
+                    f"columns per token or position without their {' and '.join(sorted(list_counts(found.columns)))}"
+                )
         except SchemaError as error:
             raise StoreCorruptError(f"{where}: its identity: {error}") from None
         return found
@@ -128,7 +134,7 @@ class ShardIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ShardRows:
-    """Rows as read: Keys, views int32 (B,), labels int64 (B,), content uint64 (B,), columns (B, W) each.
+    """Rows as read: Keys, views int32 (B,), labels int64 (B,), content uint64 (B,), columns (B, W), (L, W) or (P, W).
 
     Columns that were not requested are None or absent. Arrays may be read-only and share a buffer.
     """
@@ -144,6 +150,7 @@ class OpenShard(Protocol):
     """A shard file open for reading; opening checks its identity and schema, not its bytes."""
 
     identity: ShardIdentity
+    spans: RowSpans
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
         """Return the row ranges to read at once: all rows if only small columns of at most SMALL_BYTES are read."""
@@ -154,33 +161,51 @@ class OpenShard(Protocol):
         ...
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
-        """Return (offset, rows) of the contiguous pieces of a column, in order, for all rows; None if unknown."""
+        """Return (offset, count) of the contiguous pieces of a column, in order, W elements each; None if unknown."""
         ...
 
     def mapped(self, name: str) -> Array | None:
-        """Return a column of the encoding (B, W) as a read-only map of the file; None if not possible."""
+        """Return a column of all rows as a read-only map of the file; None if not possible."""
         ...
 
     def close(self) -> None: ...
 
 
-def group_rows(columns: Sequence[Column]) -> int:
-    """Return the rows of a Parquet row group and of a read: the power of two that fills 8 MiB, at most 65,536."""
-    fitting = max(1, GROUP_BYTES // sum(column.row_bytes for column in columns))
-    return min(GROUP_ROWS, 1 << (fitting.bit_length() - 1))
+def cut_into_groups(columns: Sequence[Column], spans: RowSpans) -> list[int]:
+    """Return the first rows of row groups and of reads, and the number of rows: 8 MiB each, at most 65,536 rows.
+
+    Rows of one size come in powers of two. A row that is larger has a group of its own.
+    """
+    if not spans.offsets:
+        fitting = max(1, GROUP_BYTES // sum(column.row_bytes for column in columns))
+        step = min(GROUP_ROWS, 1 << (fitting.bit_length() - 1))
+        return [*range(0, spans.rows, step), spans.rows]
+    sums = spans.sum_bytes(columns)
+    starts = [0]
+    while (start := starts[-1]) < spans.rows:
+        fitting = int(np.searchsorted(sums, sums[start] + GROUP_BYTES, side="right")) - 1
+        starts.append(min(max(fitting, start + 1), start + GROUP_ROWS, spans.rows))
+    return starts
 
 
-def in_one_go(identity: ShardIdentity, size: int, names: Collection[str]) -> bool:
+def count_payload(columns: Sequence[Column], spans: RowSpans) -> int:
+    """Return the bytes of all columns but the counts of tokens and positions, which are as small as labels."""
+    counts = list_counts(columns)
+    return spans.nbytes(column for column in columns if column.name not in counts)
+
+
+def in_one_go(shard: OpenShard, size: int, names: Collection[str]) -> bool:
     """Whether the columns `names` of a file of `size` bytes are small enough to read at once."""
-    payload = sum(column.row_bytes for column in identity.columns)
-    return size - identity.rows * payload <= SMALL_BYTES and not any(one.name in names for one in identity.columns)
+    columns = shard.identity.columns
+    large = {column.name for column in columns} - list_counts(columns)
+    return large.isdisjoint(names) and size - count_payload(columns, shard.spans) <= SMALL_BYTES
 
 
 def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:
     """Convert rows to little-endian arrays.
 
     Raises:
-        ValueError: a number of rows, shape or dtype is wrong.
+        ValueError: a number of rows, shape, dtype or token is wrong.
         DataError: a key is not Unicode text.
     """
     keys = Keys.of(rows.keys)
@@ -191,21 +216,30 @@ def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> 
         )
     if {column.name for column in run.columns} != set(rows.columns):
         raise ValueError(f"columns: expected {[one.name for one in run.columns]}, found {sorted(rows.columns)}")
+    counts = {name: rows.columns[name] for name in list_counts(run.columns)}
+    if odd := [name for name, array in counts.items() if array.dtype != "<i4" or array.size != count]:
+        raise ValueError(f"column {odd[0]!r}: expected int32 ({count}, 1), found {counts[odd[0]].shape}")
+    spans = RowSpans.of(count, counts)
     columns = {}
     for column in run.columns:
-        array = rows.columns[column.name]
-        if array.dtype != column.numpy or array.size != count * column.width:
+        array, total = rows.columns[column.name], spans.total(column.per)
+        if array.dtype != column.numpy or array.size != total * column.width:
             raise ValueError(
-                f"column {column.name!r}: expected {column.numpy} ({count}, {column.width}), "
+                f"column {column.name!r}: expected {column.numpy} ({total}, {column.width}), "
                 f"found {array.dtype} {array.shape}"
             )
-        columns[column.name] = np.ascontiguousarray(array, column.numpy).reshape(count, column.width)
+        columns[column.name] = np.ascontiguousarray(array, column.numpy).reshape(total, column.width)
     labels = np.full(count, IGNORE, "<i8") if rows.labels is None else np.ascontiguousarray(rows.labels, "<i8")
     content = np.zeros(count, "<u8") if rows.content is None else np.ascontiguousarray(rows.content, "<u8")
     if labels.shape != (count,) or content.shape != (count,):
         raise ValueError(f"labels and content: expected ({count},), found {labels.shape} and {content.shape}")
+    if run.tokens is not None:
+        if (labels != IGNORE).any():
+            raise ValueError("labels: expected none in a store of tokens, whose hard labels are its next tokens")
+        if problem := find_token_problem(run.tokens, run.num_classes, columns):
+            raise ValueError(f"shard {plan.number}: {problem}")
     views = np.full(count, plan.view, "<i4")
-    return CheckedRows(keys=keys, views=views, labels=labels, content=content, columns=columns)
+    return CheckedRows(keys=keys, views=views, labels=labels, content=content, columns=columns, spans=spans)
 
 
 @contextlib.contextmanager

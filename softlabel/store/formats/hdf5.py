@@ -1,10 +1,11 @@
-"""Shards as HDF5 with contiguous datasets, which can be mapped in place. B rows, W elements of a column in one row.
+"""Shards as HDF5 with contiguous datasets, which can be mapped in place. B rows, W elements of a column.
 
 The HDF5 library writes only the structure; we write the numbers at the offsets that it allocated. This is as fast as
 the disk, and a full disk is an ordinary OSError.
 """
 
 import io
+import itertools
 import mmap
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,24 +22,34 @@ from softlabel.store.formats.base import (
     CheckedRows,
     ShardIdentity,
     ShardRows,
-    group_rows,
+    cut_into_groups,
     in_one_go,
     reading_shard,
 )
+from softlabel.store.token_rows import RowSpans, list_counts
 
 _SCALARS = {"view": "<i4", "label": "<i8", "content": "<u8"}
 _PAGE = 4096
 _ALIGN = 64  # bytes; arrays mapped in place are then aligned for any dtype
 
 
-def _list_datasets(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return name -> shape and dtype of every dataset."""
+def _list_row_datasets(identity: ShardIdentity, key_bytes: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return name -> shape and dtype of the datasets whose shape does not follow from others."""
     rows = identity.rows
     return {
         "key": ((key_bytes,), "|u1"),
         "key_offsets": ((rows + 1,), "<i8"),
         **{name: ((rows,), dtype) for name, dtype in _SCALARS.items()},
-        **{column.name: ((rows, column.width), column.dtype) for column in identity.columns},
+        **{one.name: ((rows, one.width), one.dtype) for one in identity.columns if one.per == "row"},
+    }
+
+
+def _list_datasets(identity: ShardIdentity, key_bytes: int, spans: RowSpans) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return name -> shape and dtype of every dataset."""
+    columns = {one.name: ((spans.total(one.per), one.width), one.dtype) for one in identity.columns}
+    return {
+        **{name: kind for name, kind in _list_row_datasets(identity, key_bytes).items() if name not in columns},
+        **columns,
     }
 
 
@@ -56,7 +67,7 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
         "content": rows.content,
         **rows.columns,
     }
-    structure, offsets = _build_structure(identity, _list_datasets(identity, len(rows.keys.data)))
+    structure, offsets = _build_structure(identity, _list_datasets(identity, len(rows.keys.data), rows.spans))
     with open(path, "xb", buffering=0) as file:
         file.truncate(structure.size)
         pieces: list[tuple[int, Any]] = [
@@ -160,17 +171,21 @@ class Hdf5Shard:
                 self._map.madvise(mmap.MADV_SEQUENTIAL)
             # No locking: shards never change once published, and read-only mounts refuse locks.
             with h5py.File(path, "r", locking=False) as file:
-                self._check(h5py, file, len(self._map))
+                self._check(h5py, file)
 
-    def _check(self, h5py: Any, file: Any, size: int) -> None:
+    def _check(self, h5py: Any, file: Any) -> None:
         root = file.id
         if not h5py.h5a.exists(root, IDENTITY_NAME.encode()):
             raise StoreCorruptError(f"{self.path}: HDF5, but not a softlabel shard (no identity in its attributes)")
         attribute = h5py.h5a.open(root, IDENTITY_NAME.encode())
-        if attribute.shape != () or attribute.dtype.kind != "S" or attribute.dtype.itemsize > min(size, IDENTITY_LIMIT):
+        if (
+            attribute.shape != ()
+            or attribute.dtype.kind != "S"
+            or attribute.dtype.itemsize > min(len(self._map), IDENTITY_LIMIT)
+        ):
             raise StoreCorruptError(f"{self.path}: its identity is not a text of at most {IDENTITY_LIMIT} bytes")
         self.identity = identity = ShardIdentity.decode(bytes(file.attrs[IDENTITY_NAME]), self.path)
-        names = _list_datasets(identity, 0)
+        names = {*_list_row_datasets(identity, 0), *(column.name for column in identity.columns)}
         if root.get_num_objs() != len(names) or not all(name.encode() in root for name in names):
             raise StoreCorruptError(f"{self.path}: expected the datasets {sorted(names)}, found {sorted(file)[:20]}")
         data: dict[str, Any] = {}
@@ -182,27 +197,37 @@ class Hdf5Shard:
             data[name] = dataset
         key_bytes = data["key"].shape[0] if data["key"].rank == 1 else 0
         self._places: dict[str, tuple[int, tuple[int, ...], np.dtype[Any]]] = {}
-        for name, (shape, text) in _list_datasets(identity, key_bytes).items():
-            dataset, dtype = data[name], np.dtype(text)
-            plist = dataset.get_create_plist()
-            if dataset.shape != shape or dataset.dtype != dtype:
-                raise StoreCorruptError(
-                    f"{self.path}: {name!r}: expected {text} {shape}, found {dataset.dtype} {dataset.shape}"
-                )
-            if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
-                raise StoreCorruptError(f"{self.path}: {name!r} is not stored contiguously in the file")
-            offset, count = dataset.get_offset(), int(np.prod(shape, dtype=object)) * dtype.itemsize
-            if count and (offset is None or offset < 0 or offset + count > size or dataset.get_storage_size() != count):
-                raise StoreCorruptError(f"{self.path}: {name!r} does not lie inside the file")
-            self._places[name] = (offset or 0, shape, dtype)
+        for name, (shape, text) in _list_row_datasets(identity, key_bytes).items():
+            self._places[name] = self._locate(h5py, name, data[name], shape, np.dtype(text))
+        counts = list_counts(identity.columns)
+        self.spans = RowSpans.of(identity.rows, {name: self._copy_rows(name, 0, identity.rows) for name in counts})
+        for name, (shape, text) in _list_datasets(identity, key_bytes, self.spans).items():
+            if name not in self._places:
+                self._places[name] = self._locate(h5py, name, data[name], shape, np.dtype(text))
+
+    def _locate(
+        self, h5py: Any, name: str, dataset: Any, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+        """Return where a dataset lies in the file, its shape and its type, which are the expected ones."""
+        plist, size = dataset.get_create_plist(), len(self._map)
+        if dataset.shape != shape or dataset.dtype != dtype:
+            raise StoreCorruptError(
+                f"{self.path}: {name!r}: expected {dtype.str} {shape}, found {dataset.dtype} {dataset.shape}"
+            )
+        if plist.get_layout() != h5py.h5d.CONTIGUOUS or plist.get_external_count():
+            raise StoreCorruptError(f"{self.path}: {name!r} is not stored contiguously in the file")
+        offset, count = dataset.get_offset(), int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if count and (offset is None or offset < 0 or offset + count > size or dataset.get_storage_size() != count):
+            raise StoreCorruptError(f"{self.path}: {name!r} does not lie inside the file")
+        return offset or 0, shape, dtype
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
-        rows = self.identity.rows
-        step = max(1, rows) if in_one_go(self.identity, len(self._map), names) else group_rows(self.identity.columns)
-        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        if in_one_go(self, len(self._map), names):
+            return [(0, self.identity.rows)] if self.identity.rows else []
+        return list(itertools.pairwise(cut_into_groups(self.identity.columns, self.spans)))
 
     def _map_rows(self, name: str, start: int, stop: int) -> Array:
-        """Return elements or rows as a view on the mapped file."""
+        """Return elements or rows, numbered in the dataset, as a view on the mapped file."""
         offset, shape, dtype = self._places[name]
         width = int(np.prod(shape[1:]))
         count = (stop - start) * width
@@ -226,7 +251,7 @@ class Hdf5Shard:
                 labels=self._copy_rows("label", start, stop) if "label" in names else None,
                 content=self._copy_rows("content", start, stop) if "content" in names else None,
                 columns={
-                    column.name: self._map_rows(column.name, start, stop)
+                    column.name: self._map_rows(column.name, *self.spans.cut(column.per, start, stop))
                     for column in self.identity.columns
                     if column.name in names
                 },

@@ -1,4 +1,6 @@
-"""Shards as Parquet: one plain fixed_size_binary column per tensor. B rows, W elements of a column in one row.
+"""Shards as Parquet: one plain fixed_size_binary column per tensor; binary where rows differ in size.
+
+B rows, W elements of a column.
 
 Nothing is compressed: logits compress too little to be worth it, and there can be no decompression bomb.
 """
@@ -25,12 +27,15 @@ from softlabel.store.formats.base import (
     CheckedRows,
     ShardIdentity,
     ShardRows,
-    group_rows,
+    count_payload,
+    cut_into_groups,
     in_one_go,
     reading_shard,
 )
+from softlabel.store.token_rows import RowSpans, list_counts
 
 _MAPPED = 64 << 20
+_LARGEST_VALUE = 2**31 - 1  # bytes of a row in a column of type binary
 _ROW_FIELDS = (
     pa.field("key", pa.string(), nullable=False),
     pa.field("view", pa.int32(), nullable=False),
@@ -54,8 +59,8 @@ _ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"
 
 
 def _make_schema(columns: tuple[Column, ...]) -> Any:
-    payload = [pa.field(column.name, pa.binary(column.row_bytes), nullable=False) for column in columns]
-    return pa.schema([*_ROW_FIELDS, *payload])
+    sizes = [(column.name, column.row_bytes if column.per == "row" else -1) for column in columns]
+    return pa.schema([*_ROW_FIELDS, *(pa.field(name, pa.binary(size), nullable=False) for name, size in sizes)])
 
 
 def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
@@ -63,9 +68,9 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
 
     Raises:
         OSError: the disk cannot be written.
+        ValueError: a row has more than 2 GiB in one column.
     """
     schema = _make_schema(identity.columns)
-    step = group_rows(identity.columns)
     with pa.OSFile(str(path), "wb") as sink:
         writer = pq.ParquetWriter(
             sink,
@@ -76,15 +81,13 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
             store_schema=False,
             data_page_size=1 << 18,  # fits the processor's cache
         )
-        for start in range(0, len(rows.labels), step):
-            writer.write_batch(
-                _make_batch(schema, rows, start, min(start + step, len(rows.labels))), row_group_size=step
-            )
+        for start, stop in itertools.pairwise(cut_into_groups(identity.columns, rows.spans)):
+            writer.write_batch(_make_batch(identity.columns, schema, rows, start, stop), row_group_size=stop - start)
         writer.add_key_value_metadata({IDENTITY_NAME: identity.encode().decode()})
         writer.close()
 
 
-def _make_batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
+def _make_batch(columns: tuple[Column, ...], schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
     count = stop - start
     labels, content = rows.labels[start:stop], rows.content[start:stop]
     arrays = [
@@ -93,10 +96,18 @@ def _make_batch(schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
         pa.array(labels, mask=labels == IGNORE),
         pa.array(content, mask=content == 0),
     ]
-    for name in schema.names[len(arrays) :]:
-        kind = schema.field(name).type
-        data = pa.py_buffer(rows.columns[name][start:stop])  # shares the memory: rows are contiguous
-        arrays.append(pa.Array.from_buffers(kind, count, [None, data]))
+    for column in columns:
+        first, last = rows.spans.cut(column.per, start, stop)
+        buffers = [None, pa.py_buffer(rows.columns[column.name][first:last])]  # shares the memory: rows are contiguous
+        if column.per != "row":
+            offsets = (rows.spans.offsets[column.per][start : stop + 1] - first) * column.row_bytes
+            if offsets[-1] > _LARGEST_VALUE:
+                raise ValueError(
+                    f"column {column.name!r}: row {start}: expected at most {_LARGEST_VALUE} bytes in a Parquet value, "
+                    f"found {offsets[-1]}; use format hdf5, or shorter documents"
+                )
+            buffers.insert(1, pa.py_buffer(offsets.astype(np.int32)))
+        arrays.append(pa.Array.from_buffers(schema.field(column.name).type, count, buffers))
     return pa.record_batch(arrays, schema=schema)
 
 
@@ -133,7 +144,7 @@ class ParquetShard:
             raise StoreCorruptError(
                 f"{self.path}: its identity says {identity.rows} rows, its footer {metadata.num_rows}"
             )
-        if identity.rows * sum(column.row_bytes for column in identity.columns) > size:
+        if identity.rows * sum(column.row_bytes for column in identity.columns if column.per == "row") > size:
             raise StoreCorruptError(f"{self.path}: {identity.rows} rows do not fit into its {size} bytes")
         schema, expected = self._file.schema_arrow, _make_schema(identity.columns)
         if not schema.equals(expected):
@@ -155,16 +166,22 @@ class ParquetShard:
                     raise StoreCorruptError(f"{self.path}: row group {group} claims more bytes than the file has")
         if self._starts[-1] != identity.rows:
             raise StoreCorruptError(f"{self.path}: its row groups hold {self._starts[-1]} rows, not {identity.rows}")
+        counts = list_counts(identity.columns)
+        self.spans = RowSpans.of(identity.rows, {name: self._read_column(name, 0, identity.rows) for name in counts})
+        if (payload := count_payload(identity.columns, self.spans)) > size:
+            raise StoreCorruptError(f"{self.path}: {payload} bytes of rows do not fit into its {size} bytes")
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
-        if in_one_go(self.identity, len(self._map), names):
+        if in_one_go(self, len(self._map), names):
             return [(0, self.identity.rows)] if self.identity.rows else []
         return list(itertools.pairwise(self._starts))
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
         with reading_shard(self.path, "Parquet", pa.ArrowException, IndexError):
             row = self._read_row([name for name in ROW_NAMES if name in names], start, stop)
-            columns = {name: self._read_column(name, start, stop) for name in self._columns if name in names}
+            wanted = [column for column in self._columns.values() if column.name in names]
+            columns = {one.name: self._read_column(one.name, start, stop) for one in wanted if one.per == "row"}
+            columns |= self._read_ragged([one for one in wanted if one.per != "row"], start, stop)
         self._since += sum(array.nbytes for array in columns.values())
         if self._since > _MAPPED:  # release pages, to bound resident memory
             self._since = 0
@@ -180,7 +197,7 @@ class ParquetShard:
 
     def _read_row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
         """Read a row's small columns; they are cached, because decoding a few rows takes as long as all."""
-        if not in_one_go(self.identity, len(self._map), names):
+        if not in_one_go(self, len(self._map), names):
             return self._decode_row(names, start, stop)
         if missing := [name for name in names if name not in self._kept]:
             self._kept.update(self._decode_row(missing, 0, self.identity.rows))
@@ -238,9 +255,26 @@ class ParquetShard:
             start, page = until, page + 1
         return raw.view(column.numpy).reshape(-1, column.width)
 
+    def _read_ragged(self, columns: list[Column], start: int, stop: int) -> dict[str, Array]:
+        """Read rows of columns whose rows differ in size; the counts say how large each value is."""
+        if not columns or start == stop:
+            return {one.name: np.empty((0, one.width), one.numpy) for one in columns}
+        chunks = self._read_chunks([one.name for one in columns], start, stop)
+        found = {}
+        for one in columns:
+            sizes = np.diff(self.spans.offsets[one.per][start : stop + 1]) * one.row_bytes
+            parts, at = [], 0
+            for chunk in chunks[one.name]:
+                parts.append(_view_values(chunk, one, sizes[at : at + len(chunk)]))
+                at += len(chunk)
+            found[one.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return found
+
     def extents(self, name: str) -> list[tuple[int, int]] | None:
         """Return (offset, rows) of each page; None unless every page has the layout of `write`."""
         metadata, column = self._file.metadata, self._columns[name]
+        if column.per != "row":
+            return None  # there is a length before each value
         found: list[tuple[int, int]] = []
         known: dict[bytes, tuple[int, int]] = {}  # parsed headers: most pages have the same one
         for group in range(metadata.num_row_groups):
@@ -296,6 +330,23 @@ def _view_chunk(chunk: Any, column: Column) -> Array:
     count = len(chunk) * column.width
     flat = np.frombuffer(chunk.buffers()[1], column.numpy, count, offset=chunk.offset * column.row_bytes)
     return flat.reshape(len(chunk), column.width)
+
+
+def _view_values(chunk: Any, column: Column, sizes_B: Array) -> Array:
+    """Return a chunk's memory as a read-only array (P, W) of values with these bytes."""
+    if chunk.null_count:
+        raise StoreCorruptError(f"column {column.name!r} holds nulls")
+    _, offsets, data = chunk.buffers()
+    ends = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset)
+    if (wrong_B := np.diff(ends) != sizes_B).any():
+        row = int(wrong_B.argmax())
+        found = ends[row + 1] - ends[row]
+        raise StoreCorruptError(
+            f"column {column.name!r}: row {row} of a block: {sizes_B[row]} bytes expected, {found} found"
+        )
+    count = int(ends[-1] - ends[0]) // column.numpy.itemsize
+    flat = np.frombuffer(data, column.numpy, count, int(ends[0])) if count else np.empty(0, column.numpy)
+    return flat.reshape(-1, column.width)
 
 
 def _format_schema(schema: Any) -> str:
