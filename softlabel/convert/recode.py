@@ -16,6 +16,8 @@ from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
 from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Format, Run
+from softlabel.store.manifest_read import find_root
+from softlabel.store.storage.open import open_folder
 from softlabel.store.stored_rows import StoredRows
 
 
@@ -53,7 +55,7 @@ def convert_store(
     opened = open_whole(store, of="convert", out=out)
     run = opened.run
     try:
-        wanted = run.encoding if encoding is None else fitted(encoding, temperature=run.temperature)
+        wanted = run.encoding if encoding is None else _fit_encoding(encoding, run, out)
         new = dataclasses.replace(
             run,
             format=run.format if format is None else format,
@@ -74,6 +76,12 @@ def convert_store(
         _refuse_impossible(str(store), run, wanted)
     recode, truth = convert_recode(samples, new)
     return rewrite(samples, out, new, recode, command="convert", truth=truth, progress=progress, options=options)
+
+
+def _fit_encoding(encoding: Encoding | str, run: Run, out: str | Path) -> Encoding:
+    """Complete the encoding's parameters, with the choices of an unfinished store at `out`, or else of the source."""
+    there = find_root(open_folder(out))
+    return fitted(encoding, temperature=run.temperature, there=(run if there is None else there.run).encoding)
 
 
 def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import to_multi_hot
 from softlabel.dataset import ReorderedSource, Source
-from softlabel.errors import MismatchError, StoreCorruptError, StoreNotFoundError
+from softlabel.errors import MismatchError, StoreCorruptError
 from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
 from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
-from softlabel.store.manifest_read import load_root
+from softlabel.store.manifest_read import find_root
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
@@ -74,9 +74,7 @@ class History:
         Returns:
             None if the store has the source's order.
         """
-        try:
-            manifest = load_root(open_folder(path))
-        except StoreNotFoundError:
+        if (manifest := find_root(open_folder(path))) is None:
             return None
         run = manifest.run
         if not grow and not run.dataset.earlier and views in (None, run.views.count):
@@ -204,14 +202,6 @@ def new_runs(source: Source, known: int) -> list[int] | None:
     edges = np.flatnonzero(np.diff(new_N)) if len(order_N) else np.zeros(0, np.int64)
     counts: list[int] = np.diff([0, *edges.tolist(), len(order_N)]).tolist()
     return counts if len(counts) <= _RUNS else None
-
-
-def recorded_there(path: str | Path) -> dict[str, Any]:
-    """Return `recorded` of a store's manifest; empty if there is no store."""
-    try:
-        return dict(load_root(open_folder(path)).recorded)
-    except StoreNotFoundError:
-        return {}
 
 
 def check_same_data(path: str | Path, reader: InputReader, *, without: Collection[int] = ()) -> None:

@@ -59,6 +59,7 @@ def load_job(
     key_fn: Callable[[int], str | int] | None = None,
     history: History | None = None,
     recorded: Mapping[str, Any] | None = None,
+    encoding_there: Encoding | None = None,
     trusted: DatasetInfo | None = None,
     first_member: int = 0,
 ) -> Job:
@@ -71,6 +72,7 @@ def load_job(
         key_fn: index -> key, for a map-style dataset.
         history: of a store that has grown or will grow.
         recorded: of an unfinished run, whose automatic choices are used again.
+        encoding_there: of the store that is continued, whose choices are used again.
         trusted: dataset whose keys and labels were checked before; they are not read again.
         first_member: number in the store of the first teacher, if others precede it.
 
@@ -113,7 +115,7 @@ def load_job(
         class_names=_check_classes(source, loaded[0].num_classes, config.activation, look=trusted is None),
         activation=config.activation,
         temperature=float(config.temperature),
-        encoding=_fit_encoding(config.encoding, loaded, config),
+        encoding=_fit_encoding(config, loaded, encoding_there),
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
         members=_make_members(loaded, config.calibration, config.activation),
         dataset=DatasetInfo(
@@ -194,11 +196,11 @@ def _record_growths(source: Source, dataset: DatasetInfo, recorded: Mapping[str,
     return found
 
 
-def _fit_encoding(encoding: Encoding | str, members: Sequence[Teacher], config: GenerateConfig) -> Encoding:
+def _fit_encoding(config: GenerateConfig, members: Sequence[Teacher], there: Encoding | None) -> Encoding:
     """Complete the encoding's parameters; the width of a hidden layer is the teacher's."""
     temperature = config.temperature
     try:
-        found = fitted(encoding, temperature=temperature, width=lambda: Head.of(members[0]).width)
+        found = fitted(config.encoding, temperature=temperature, width=lambda: Head.of(members[0]).width, there=there)
         found.check_activation(config.activation)
     except ValueError as error:
         raise UsageError(str(error)) from None

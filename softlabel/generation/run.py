@@ -15,10 +15,12 @@ from softlabel.dataset import Source
 from softlabel.errors import DataError, MismatchError, SoftLabelError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.generation.executor import Executor, LocalExecutor
-from softlabel.generation.growth import History, check_same_data, recorded_there
+from softlabel.generation.growth import History, check_same_data
 from softlabel.generation.job import Job, load_job
 from softlabel.generation.preflight.check import Preflight, check_run
 from softlabel.generation.progress import Pace, Progress
+from softlabel.store.manifest_read import find_root
+from softlabel.store.storage.open import open_folder
 from softlabel.store.writer import Committer
 
 log = logging.getLogger("softlabel")
@@ -100,13 +102,15 @@ def open_run(
             )
         config = replace(config, workers=0)
         data, teachers = absolute_source(str(data)), [absolute_spec(teacher) for teacher in teachers]
+    there = find_root(open_folder(out))
     job = load_job(
         data,
         teachers,
         config,
         key_fn=key_fn,
         history=History.of(out, grow=config.grow, views=config.views),
-        recorded=recorded_there(out),
+        recorded=None if there is None else there.recorded,
+        encoding_there=None if there is None else there.run.encoding,
     )
     if options is not None:
         job.recorded["options"] = dict(options)

@@ -8,7 +8,7 @@ _FIELD_NAMES = {
     "dataset.fingerprint": "dataset keys (fingerprint)",
     "combine.rule": "combine rule",
     "combine.weights": "combine weights",
-    "encoding.name": "encoding",
+    "encoding.draw": "draws (--draw)",
     "input": "kind of samples",
     "views.count": "number of views",
     "views.seed": "view seed",
@@ -19,13 +19,20 @@ _FIELD_NAMES = {
     "tokens.positions": "labelled positions (--positions)",
     "shard_rows": "rows per shard (--shard-rows)",
 }
-_DEFAULTS = {"activation": "softmax", "input": "image", "tokens.positions": "all"}  # left out of a manifest
+_DEFAULTS = {  # left out of a manifest
+    "activation": "softmax",
+    "encoding.draw": "independent",
+    "input": "image",
+    "tokens.positions": "all",
+}
 
 
 def differences(path: str, store: Any, run: Any) -> Iterable[str]:
     """Yield the differences between a store's run and this run, both as JSON values at `path`."""
     if path == "views.policy" and store != run:
         yield f"view policy: the store has {_format_policy(store)}, this run {_format_policy(run)}"
+    elif path == "encoding" and store["name"] != run["name"]:  # one has parameters that the other lacks
+        yield f"{path}: the store has {store['name']}, this run {run['name']}"
     elif isinstance(store, dict) and isinstance(run, dict):
         for name in sorted(store.keys() | run.keys()):
             yield from differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))

@@ -35,6 +35,14 @@ def load_root(folder: Folder) -> Manifest:
     return decode_root(raw, folder.where(ROOT_NAME))
 
 
+def find_root(folder: Folder) -> Manifest | None:
+    """Read the root as `load_root`; None: there is no store."""
+    try:
+        return load_root(folder)
+    except StoreNotFoundError:
+        return None
+
+
 def load_manifest(folder: Folder) -> tuple[Manifest, list[ShardRecord]]:
     """Read the root and all records, sorted by number; retries if a committer replaces the open segment meanwhile.
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_o
 T = TypeVar("T")
 INT_LIMIT = 2**63
 OMIT = {"omit": True}  # metadata of a field that is left out of the JSON if it has its default
+ABSENT = "absent"  # key of the metadata of a field that is left out of the JSON at this value, which is not its default
 
 
 class Tagged:
@@ -46,6 +47,7 @@ def to_json(value: Any) -> Any:
             field.name: to_json(found)
             for field, found in fields
             if not (field.metadata.get("omit") and found == field.default)
+            and not (ABSENT in field.metadata and found == field.metadata[ABSENT])
         }
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
@@ -213,6 +215,7 @@ def _record(kind: Any) -> Callable[[Any], Any]:
     hints = get_type_hints(kind)
     fields = dataclasses.fields(kind)
     decoders = {field.name: _make_decoder(hints[field.name]) for field in fields}
+    absent = {field.name: field.metadata[ABSENT] for field in fields if ABSENT in field.metadata}
     required = {
         field.name
         for field in fields
@@ -223,7 +226,7 @@ def _record(kind: Any) -> Callable[[Any], Any]:
         if type(value) is not dict:
             raise SchemaError(f"expected an object, {_describe_found(value)}")
         step = ""
-        decoded = {}
+        decoded = dict(absent)
         try:
             for step, entry in value.items():
                 if (decoder := decoders.get(step)) is None:

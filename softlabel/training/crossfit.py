@@ -39,6 +39,7 @@ from softlabel.training.fold_plan import (
     check_out,
     describe_dataset,
     describe_identity,
+    find_encoding,
     hold_folder,
     make_plan,
 )
@@ -113,7 +114,14 @@ def crossfit(
     """
     started = time.perf_counter()
     plan = make_plan(data, student, str(out), folds, key_fn, training)
-    how = check_labelling(plan.config, temperature=temperature, encoding=encoding, format=format, shard_rows=shard_rows)
+    how = check_labelling(
+        plan.config,
+        encoding=encoding,
+        there=find_encoding(plan),
+        temperature=temperature,
+        format=format,
+        shard_rows=shard_rows,
+    )
     identity = describe_identity(plan, how)
     totals = check_out(plan.out, identity)
     done: list[FoldSummary] = []

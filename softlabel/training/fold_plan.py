@@ -21,13 +21,13 @@ from softlabel.common.spec import parse_spec, quote_path
 from softlabel.dataset import Source, detect_decoding, open_source, report_source, require_samples
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.folds import Choice, ChosenSource, assign_folds
-from softlabel.errors import DataError, MismatchError, StoreNotFoundError, UsageError
+from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import DatasetInfo, Totals
-from softlabel.store.manifest_read import load_root
+from softlabel.store.manifest_read import find_root
 from softlabel.store.storage.open import open_folder
-from softlabel.store.strict_json import to_json
+from softlabel.store.strict_json import from_json, to_json
 from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.grid import StudentConfig, students_of
@@ -151,11 +151,14 @@ def _count_classes(labels: NDArray[Any], like: NDArray[Any] | None = None) -> ND
     return np.bincount(labels[labels >= 0], minlength=most).astype(np.int64)
 
 
-def check_labelling(config: TrainConfig, *, encoding: Encoding | str, **others: Any) -> GenerateConfig:
-    """Return how folds are labelled; the activation follows from the teacher, once there is one."""
+def check_labelling(
+    config: TrainConfig, *, encoding: Encoding | str, there: Encoding | None, **others: Any
+) -> GenerateConfig:
+    """Return how folds are labelled; the activation follows from the teacher, once there is one. `there` is the
+    encoding of what is continued."""
     temperature = float(others["temperature"])
     try:
-        chosen = fitted(encoding, temperature=temperature)
+        chosen = fitted(encoding, temperature=temperature, there=there)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if chosen.from_hidden:
@@ -172,6 +175,17 @@ def check_labelling(config: TrainConfig, *, encoding: Encoding | str, **others: 
         workers=config.workers,
         compile=config.compile,
     )
+
+
+def find_encoding(plan: FoldPlan) -> Encoding | None:
+    """Return the encoding of the store or the folds that are continued; None: there are none that can be read."""
+    if (manifest := find_root(open_folder(plan.out))) is not None:
+        return manifest.run.encoding
+    try:
+        there = json.loads((plan.folder / _STATE).read_text(encoding="utf-8"))
+        return from_json(Encoding, there["encoding"])  # type: ignore[type-abstract]  # a table of them
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # `hold_folder` reports a file that is damaged
 
 
 def describe_dataset(source: Source) -> DatasetInfo:
@@ -206,9 +220,7 @@ def check_out(out: str, identity: Mapping[str, Any]) -> Totals | None:
     Raises:
         MismatchError: it is another one.
     """
-    try:
-        manifest = load_root(open_folder(out))
-    except StoreNotFoundError:
+    if (manifest := find_root(open_folder(out))) is None:
         return None
     there = manifest.recorded.get(SETTINGS)
     if not isinstance(there, Mapping):

@@ -38,7 +38,7 @@ from tests.support.teachers import write_teacher
 T = 4.0
 F32 = Float32()
 TOPK = TopK(k=4, temperatures=(1.0, T))
-SAMPLED = Sampled(samples=6)
+SAMPLED = Sampled(samples=6, draw="systematic")
 BAD = (3, 20)
 
 Array = np.ndarray[Any, Any]

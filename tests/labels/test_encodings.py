@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from softlabel.labels.encodings import Reading, decode, encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.loss import TopKTarget, distillation_loss
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
+from softlabel.store.encodings.sampled import Draw
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, DatasetInfo, Member
 from softlabel.store.strict_json import from_json, to_json
@@ -90,7 +91,10 @@ class TestTopK(EveryEncodingTests):
 
 
 class TestSampled(EveryEncodingTests):
-    @pytest.fixture(params=[Sampled(samples=12), Sampled(samples=5, proposal=0.8)], ids=["teacher", "flatter"])
+    @pytest.fixture(
+        params=[Sampled(samples=12, draw="systematic"), Sampled(samples=5, proposal=0.8, draw="independent")],
+        ids=["systematic", "independent"],
+    )
     def encoding(self, request: pytest.FixtureRequest) -> Encoding:
         return request.param
 
@@ -131,26 +135,84 @@ def test_the_loss_knows_the_temperatures_that_the_store_knows(temperature: float
         distillation_loss(torch.zeros(3, 7), target, temperature=temperature, soft_weight=1.0, hard_weight=0.0)
 
 
-def test_sampling_is_unbiased_and_follows_from_the_seed_alone() -> None:
-    scaled = torch.from_numpy(draw_logits(3, 30)) / T
-    scaled = scaled - scaled.amax(dim=1, keepdim=True)
-    p = torch.softmax(scaled.double(), dim=1).numpy()
-    for proposal in (None, 0.7):
-        encoding = Sampled(samples=20, proposal=proposal)
-        repeats = 4000
-        seeds = torch.arange(3 * repeats) * 104_729
-        columns = encode(scaled.repeat(repeats, 1), encoding, seeds_R=seeds)
-        mass = torch.zeros(3 * repeats, 30).scatter_add_(1, columns["index"].long(), columns["weight"])
-        mean = mass.reshape(repeats, 3, 30).double().mean(dim=0).numpy()
-        # Five standard errors of a mean of 80,000 draws.
-        assert (np.abs(mean - p) < 5 * np.sqrt(p / (20 * repeats)) * 1.5 + 1e-6).all()
-        assert all(
-            len(set(row[w > 0].tolist())) == int((w > 0).sum())
-            for row, w in zip(columns["index"].long()[:50], columns["weight"][:50], strict=True)
-        )
-        alone = encode(scaled[1:2], encoding, seeds_R=seeds[4:5])
-        for name in alone:
-            assert torch.equal(alone[name][0], columns[name][4])
+def draw_points(seed: int, count: int) -> Any:
+    """float64 (count,): outputs 1, 2, ... of the published SplitMix64, by the integers of Python."""
+    found, limit = [], 1 << 64
+    for step in range(1, count + 1):
+        state = (seed + step * 0x9E3779B97F4A7C15) % limit
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % limit
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % limit
+        found.append(((state ^ (state >> 31)) >> 11) * 2.0**-53)
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("draw", "proposal"), [("independent", 0.7), ("systematic", None), ("systematic", 0.7)])
+def test_draws_are_unbiased_with_the_variance_of_their_kind(draw: Draw, proposal: float | None) -> None:
+    rows, classes, samples, repeats = 50, 25, 12, 20_000
+    scaled_RC = torch.from_numpy(draw_logits(rows, classes)) / 1.5
+    encoding = Sampled(samples=samples, proposal=proposal, draw=draw)
+    p_RC = torch.softmax(scaled_RC.double(), dim=1)
+    q_RC = torch.softmax(scaled_RC.double() * (proposal or 1.0), dim=1)
+    part_RC = samples * q_RC % 1
+    # Of S q expected draws of a class: binomial, or one of the two whole numbers beside it.
+    counts_RC = samples * q_RC * (1 - q_RC) if draw == "independent" else part_RC * (1 - part_RC)
+    variance_RC = (p_RC / q_RC / samples) ** 2 * counts_RC
+    found = []
+    for row in range(rows):
+        seeds = torch.arange(repeats) * 104_729 + row
+        columns = encode(scaled_RC[row].expand(repeats, -1), encoding, seeds_R=seeds)
+        index, weight = columns["index"].long(), columns["weight"].double()
+        mass = torch.zeros(repeats, classes, dtype=torch.float64).scatter_add_(1, index, weight)
+        assert (((mass.mean(dim=0) - p_RC[row]).abs() - 1e-6) < 5 * (variance_RC[row] / repeats).sqrt()).all()
+        assert ((weight > 0).sum(dim=1) == (mass > 0).sum(dim=1)).all(), "a class has two places"
+        found.append(mass.var(dim=0).sum().item())
+    np.testing.assert_allclose(found, variance_RC.sum(dim=1).numpy(), rtol=0.05)
+
+
+def test_systematic_draws_vary_less_than_half_as_much() -> None:
+    scaled_RC = torch.from_numpy(draw_logits(2000, 200))
+    p_RC, seeds_R = torch.softmax(scaled_RC.double(), dim=1), torch.arange(2000)
+    errors = {}
+    for draw in get_args(Draw):
+        columns = encode(scaled_RC, Sampled(samples=50, draw=draw), seeds_R=seeds_R)
+        mass = torch.zeros_like(p_RC).scatter_add_(1, columns["index"].long(), columns["weight"].double())
+        torch.testing.assert_close(mass.sum(dim=1), torch.ones(2000, dtype=torch.float64))
+        errors[draw] = ((mass - p_RC) ** 2).sum().item()
+    assert errors["systematic"] < errors["independent"] / 2
+
+
+@pytest.mark.parametrize("draw", ["independent", "systematic"])
+@pytest.mark.parametrize("samples", [1, 7, 50])
+def test_a_draw_is_where_its_point_lies_on_the_sums_of_the_proposal(draw: Draw, samples: int) -> None:
+    scaled_RC = torch.from_numpy(draw_logits(20, 9))
+    scaled_RC[:, -1] = -torch.inf
+    # The largest random number: 49 and it would round up to 50, the point at which the masked class begins.
+    seeds = [*range(19), find_largest_seed()]
+    columns = encode(scaled_RC, Sampled(samples=samples, draw=draw), seeds_R=torch.tensor(seeds).long())
+    for row, seed in enumerate(seeds):
+        points = draw_points(seed % 2**64, samples)
+        if draw == "systematic":
+            points = np.minimum((np.arange(samples) + points[0]) / samples, np.nextafter(1, 0))
+        upto = np.cumsum(torch.softmax(scaled_RC[row].double(), dim=0).numpy())
+        counts = np.histogram(points * upto[-1], bins=np.concatenate([[0], upto]))[0]
+        index, weight = columns["index"][row].numpy(), columns["weight"][row].numpy()
+        used = int((counts > 0).sum())
+        np.testing.assert_array_equal(index[:used], np.flatnonzero(counts))
+        np.testing.assert_allclose(weight[:used], counts[counts > 0] / samples, rtol=1e-6)
+        assert not index[used:].any()
+        assert not weight[used:].any()
+
+
+def find_largest_seed() -> int:
+    """The seed, as a signed number, whose first output is 2^64 - 1: SplitMix64 backwards."""
+    limit, state = 1 << 64, (1 << 64) - 1
+    state ^= (state >> 31) ^ (state >> 62)
+    for factor, shift in ((0x94D049BB133111EB, 27), (0xBF58476D1CE4E5B9, 30)):
+        state = state * pow(factor, -1, limit) % limit
+        state ^= (state >> shift) ^ (state >> 2 * shift)
+    seed = (state - 0x9E3779B97F4A7C15) % limit
+    assert draw_points(seed, 1)[0] == 1 - 2.0**-53
+    return seed - limit if seed >= limit // 2 else seed
 
 
 def test_ids_reach_the_last_class_of_every_index_type() -> None:
@@ -190,6 +252,13 @@ def test_probabilities_of_extreme_and_masked_logits(encoding: Encoding) -> None:
     torch.testing.assert_close(torch.softmax(decoded, 1), torch.softmax(scaled.double(), 1), atol=1e-4, rtol=0)
 
 
+def test_a_store_that_does_not_name_its_draws_is_of_independent_ones() -> None:
+    old = {"name": "sampled", "samples": 3}
+    assert from_json(Encoding, old) == Sampled(samples=3, draw="independent")
+    assert to_json(Sampled(samples=3, draw="independent")) == old
+    assert to_json(Sampled(samples=3, draw="systematic")) == {**old, "draw": "systematic"}
+
+
 def test_encodings_that_make_no_sense_are_refused() -> None:
     for wrong, why in (
         ({"name": "topk"}, "k: missing field"),
@@ -197,6 +266,7 @@ def test_encodings_that_make_no_sense_are_refused() -> None:
         ({"name": "float16", "k": 3}, "k: unknown field"),
         ({"name": "sampled"}, "samples: missing field"),
         ({"name": "sampled", "samples": 3, "proposal": 0.0}, "proposal: expected above 0"),
+        ({"name": "sampled", "samples": 3, "draw": "random"}, "draw: expected one of independent, systematic"),
         ({"name": "topk", "k": 3, "temperatures": [-1.0]}, "temperatures: expected numbers above 0"),
         ({"name": "head", "width": 3, "hidden": "float64"}, "hidden: expected one of float16, int8"),
         ({"k": 3}, "name: missing field"),
@@ -206,6 +276,10 @@ def test_encodings_that_make_no_sense_are_refused() -> None:
             from_json(Encoding, wrong)
     with pytest.raises(ValueError, match="needs 'width'"):
         make_run(encoding=Head())
+    with pytest.raises(ValueError, match="needs 'draw'"):
+        make_run(encoding=Sampled(samples=3))
+    with pytest.raises(ValueError, match="draw: expected independent or systematic, found 'random'"):
+        Sampled(samples=3, draw="random")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lack 4\.0"):
         make_run(encoding=TopK(k=3, temperatures=(1.0,)))
     with pytest.raises(ValueError, match="one teacher"):

@@ -1,5 +1,6 @@
 """A store over its life: every encoding trains, members are mixed and added, datasets grow, damage is repaired."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -218,6 +219,42 @@ def test_repair_relabels_what_is_damaged_and_nothing_else(ready: Path, tmp_path:
     assert repaired[0] == expected[0]
     np.testing.assert_array_equal(repaired[1], expected[1])
     assert "nothing to repair" in run_softlabel("repair", store).stdout
+
+
+def test_new_stores_draw_systematically_and_old_ones_as_they_did(ready: Path, tmp_path: Path) -> None:
+    def command(store: str, *more: object, rows: int = 24) -> list[object]:
+        data = ["--data", f"{ready / 'data.parquet'}?rows=0:{rows}", "--teacher", spec(ready, 0)]
+        fast = ["--no-preflight", "--batch-size", 8, "--shard-rows", 8]
+        return ["generate", *data, *fast, "--out", tmp_path / store, "--encoding", "sampled", "--samples", 6, *more]
+
+    def recorded(store: str) -> dict[str, object]:
+        found: dict[str, object] = json.loads((tmp_path / store / "manifest.json").read_text())["run"]["encoding"]
+        return found
+
+    run_softlabel(*command("new"))
+    assert recorded("new") == {"name": "sampled", "samples": 6, "draw": "systematic"}
+    old = {"name": "sampled", "samples": 6}  # what stores had before there was a choice
+    run_softlabel(*command("whole", "--draw", "independent"))
+    run_softlabel(*command("old", "--draw", "independent", rows=16))
+    run_softlabel(*command("old", "--grow"))
+    run_softlabel(*command("old"))
+    assert recorded("old") == recorded("whole") == old
+    expected = softlabel.open_store(tmp_path / "whole").take(range(24)).columns
+    for store in ("old", "copy"):
+        if store == "copy":  # naming the encoding that there is does not make it another one
+            again = ["--encoding", "sampled", "--samples", 6, "--shard-rows", 9]
+            run_softlabel("convert", tmp_path / "old", tmp_path / "copy", *again)
+            run_softlabel("convert", tmp_path / "old", tmp_path / "copy", *again)
+        found = softlabel.open_store(tmp_path / store).take(range(24)).columns
+        assert all(np.array_equal(found[name], expected[name]) for name in ("index", "weight"))
+        assert recorded(store) == old
+    for store in ("old", "new"):
+        assert "whole" in run_softlabel("verify", tmp_path / store, "--recompute", 24).stdout
+    refused = run_softlabel(*command("old", "--draw", "systematic"), code=2).stderr
+    assert "draws (--draw): the store has independent, this run systematic" in refused
+    refused = run_softlabel(*command("new", "--draw", "independent"), code=2).stderr
+    assert "draws (--draw): the store has systematic, this run independent" in refused
+    assert "expected independent or systematic" in run_softlabel(*command("else", "--draw", "x"), code=2).stderr
 
 
 def test_repair_refuses_other_teachers_and_other_data(ready: Path, tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def head(at: Place) -> None:
     at.generate("--encoding", "head", "--grow", data="most")
 
 
+SAMPLED = ("--encoding", "sampled", "--samples", 5)
+
+
+def drawn_before(at: Place) -> None:
+    """A store of the time before systematic draws."""
+    at.generate(*SAMPLED, "--draw", "independent")
+    at.generate(*SAMPLED, "--grow", data="most")
+
+
 def combined(at: Place) -> None:
     at.generate("--combine", "keep", out="kept", teachers=(0, 1, 2))
     at.run("combine", "kept", "s", "--members", 3, 1, "--weights", 0.3, 0.6, "--combine", "probs", "--temperature", 3)
@@ -114,7 +123,20 @@ def sources_extended(at: Place) -> None:
 
 
 HISTORIES = [
-    *(grown, more_views, both, extended, head, combined, retempered, merged, converted, sources_grew, sources_extended)
+    *(
+        grown,
+        more_views,
+        both,
+        extended,
+        head,
+        drawn_before,
+        combined,
+        retempered,
+        merged,
+        converted,
+        sources_grew,
+        sources_extended,
+    )
 ]
 
 

@@ -201,7 +201,11 @@ UNLABELLED = DatasetInfo(kind="test", rows=20, fingerprint="0" * 32, has_labels=
             {"logits": ("<f2", CLASSES)},
             "no single most probable class",
         ),
-        ({"encoding": Sampled(samples=4)}, {"index": ("|u1", 4), "weight": ("<f4", 4)}, "classes drawn at random"),
+        (
+            {"encoding": Sampled(samples=4, draw="independent")},
+            {"index": ("|u1", 4), "weight": ("<f4", 4)},
+            "classes drawn at random",
+        ),
     ],
     ids=["independent outputs", "drawn classes"],
 )

@@ -263,10 +263,11 @@ def test_killed_in_every_phase(digits: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_whole_is_made_again_from_the_teachers(digits: Path, tmp_path: Path) -> None:
-    """Also without the stores of the folds; `repair` says so."""
+    """Also without the stores of the folds; `repair` says so. Rows are drawn as they were when it was begun."""
     out, data = tmp_path / "oof", digits / "data.parquet"
-    command = make_command(data, out, shard_rows=50)
-    run_softlabel(*command)
+    command = make_command(data, out, shard_rows=50, encoding="sampled")
+    run_softlabel(*command, "--draw", "independent")
+    assert "already complete" in run_softlabel(*command).stdout
     with open_store(out) as store:
         before = store.take(np.arange(len(store))).scaled_logits
         shard = out / store.shards[2].file

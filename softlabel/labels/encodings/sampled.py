@@ -20,7 +20,7 @@ def encode(encoding: Sampled, answers: Answers) -> dict[str, Tensor]:
     p_RC = torch.softmax(scaled_logits_RC.double(), dim=1)
     q_RC = torch.softmax(scaled_logits_RC.double() * (encoding.proposal or 1.0), dim=1)
     upto_RC = q_RC.cumsum(dim=1)
-    at_RS = _uniform(answers.seeds, samples) * upto_RC[:, -1:]
+    at_RS = _choose_points(encoding, answers.seeds) * upto_RC[:, -1:]
     drawn_RS = torch.searchsorted(upto_RC, at_RS, right=True).clamp_max(num_classes - 1).sort(dim=1).values
     weight_RS = (p_RC.gather(1, drawn_RS) / q_RC.gather(1, drawn_RS)) / samples
     first_RS = torch.ones_like(drawn_RS, dtype=torch.bool)
@@ -29,6 +29,15 @@ def encode(encoding: Sampled, answers: Answers) -> dict[str, Tensor]:
     merged_RS = torch.zeros_like(weight_RS).scatter_add_(1, place_RS, weight_RS)
     index_RS = torch.zeros_like(drawn_RS).scatter_(1, place_RS, drawn_RS)
     return {"index": to_ids(index_RS, num_classes), "weight": merged_RS.float()}
+
+
+def _choose_points(encoding: Sampled, seeds_R: Tensor) -> Tensor:
+    """float64 (R, S) in [0, 1), each uniform: one start and equal distances, or all independent of each other."""
+    if encoding.draw == "independent":
+        return _uniform(seeds_R, encoding.samples)
+    step_S = torch.arange(encoding.samples, device=seeds_R.device, dtype=torch.float64)
+    # The last sum may round up to S, and 1 times the total is no class.
+    return ((step_S + _uniform(seeds_R, 1)) / encoding.samples).clamp_max(1 - 2.0**-53)
 
 
 def _uniform(seeds_R: Tensor, count: int) -> Tensor:

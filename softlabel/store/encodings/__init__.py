@@ -28,7 +28,13 @@ for _kind in (Float32, Float16, Int8, TopK, Sampled, Head):  # the most exact fi
     register(_kind)
 
 
-def fitted(encoding: Encoding | str, *, temperature: float, width: Callable[[], int] | None = None) -> Encoding:
+def fitted(
+    encoding: Encoding | str,
+    *,
+    temperature: float,
+    width: Callable[[], int] | None = None,
+    there: Encoding | None = None,
+) -> Encoding:
     """An encoding, or that of a name, with what was left out of its parameters: see `Encoding.fit`. Raises ValueError
     for a name that is none, or of an encoding with parameters that have to be given."""
     if isinstance(encoding, str):
@@ -38,4 +44,4 @@ def fitted(encoding: Encoding | str, *, temperature: float, width: Callable[[], 
         if missing := [one.name for one in fields(kind) if one.default is MISSING]:
             raise ValueError(f"encoding {encoding!r} needs {missing[0]!r}; give {kind.__name__}({missing[0]}=...)")
         encoding = kind()
-    return encoding.fit(temperature=temperature, width=width)
+    return encoding.fit(temperature=temperature, width=width, there=there)

@@ -99,9 +99,11 @@ class Encoding(Tagged, ABC):
                 f"encoding {cls.name!r}: stores a softmax over the classes, found independent sigmoids; take {possible}"
             )
 
-    def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Encoding":
-        """The encoding with those parameters filled in that were left to the store's temperature or to the `width` of
-        the teacher's last hidden layer."""
+    def fit(
+        self, *, temperature: float, width: Callable[[], int] | None = None, there: "Encoding | None" = None
+    ) -> "Encoding":
+        """The encoding with those parameters filled in that were left to the store's temperature, to the `width` of
+        the teacher's last hidden layer, or to what a store that is continued has `there`."""
         return self
 
     def at_one_temperature(self, temperature: float) -> "Encoding":

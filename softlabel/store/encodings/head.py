@@ -42,7 +42,7 @@ class Head(Encoding):
         """
         return cls(hidden=hidden)
 
-    def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "Head":
+    def fit(self, *, width: Callable[[], int] | None = None, **_: Any) -> "Head":
         return self if self.width is not None or width is None else replace(self, width=width())
 
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:

@@ -3,7 +3,7 @@
 R rows, C classes, K kept classes, E temperatures with a known tail.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -63,7 +63,7 @@ class TopK(Encoding):
     def declared(self) -> tuple[float, ...]:
         return self.temperatures
 
-    def fit(self, *, temperature: float, width: Callable[[], int] | None = None) -> "TopK":
+    def fit(self, *, temperature: float, **_: Any) -> "TopK":
         return self if self.temperatures else self.at_one_temperature(temperature)
 
     def at_one_temperature(self, temperature: float) -> "TopK":

@@ -24,7 +24,7 @@ ENCODINGS = {
     "float16": Float16(),
     "int8": Int8(),
     "topk": TopK(k=3, temperatures=(1.0, T)),
-    "sampled": Sampled(samples=6, proposal=0.9),
+    "sampled": Sampled(samples=6, proposal=0.9, draw="independent"),
     "head-float16": Head(width=4, hidden="float16"),
     "head-int8": Head(width=4, hidden="int8"),
     "keep": Float16(),

@@ -23,7 +23,7 @@ LONG = st.builds(lambda one, count: one * count, TEXT, st.integers(100, 400))
 ENCODINGS = st.one_of(
     st.sampled_from([Float32(), Float16(), Int8()]),
     st.builds(lambda k: TopK(k=k, temperatures=(2.0, 1.0)), st.integers(1, 50_000)),
-    st.builds(lambda s: Sampled(samples=s), st.integers(1, 20)),
+    st.builds(Sampled, samples=st.integers(1, 20), draw=st.sampled_from(["independent", "systematic"])),
 )
 
 
