@@ -1,6 +1,7 @@
 """The distillation loss: targets, one float64 reference, fast paths that equal it, and the other losses."""
 
 from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss, distillation_loss_components
+from softlabel.loss.linear import linear_distillation_loss, linear_distillation_loss_components
 from softlabel.loss.others import (
     decoupled_kd,
     dist_loss,
@@ -28,6 +29,8 @@ __all__ = [
     "distillation_loss",
     "distillation_loss_components",
     "jensen_shannon",
+    "linear_distillation_loss",
+    "linear_distillation_loss_components",
     "mse_logits",
     "reverse_kl",
     "soft_cross_entropy",

@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import MismatchError, UsageError
+from softlabel.loss.rows import Settings
 from softlabel.loss.targets import Target, as_target, flatten_target
 
 __all__ = [
     "GREATEST_TEMPERATURE",
+    "REDUCTIONS",
     "ArrayLike",
     "LossInputs",
     "as_tensor",
+    "check_choice",
     "check_labels",
     "check_logits",
     "check_number",
     "check_temperature",
     "check_weight",
     "loss_inputs",
+    "make_settings",
     "may_look",
     "transforming",
     "widened",
@@ -43,15 +47,16 @@ ArrayLike = Tensor | Array | Sequence[Any]
 # 1e-7, a hundredth is left at a temperature of 300. float64 carries it this far.
 FLOAT32_TEMPERATURE = 50.0
 GREATEST_TEMPERATURE = 1e5
+TAILS = ("ghost", "uniform", "renormalize")
+REDUCTIONS = ("mean", "sum", "none")
 _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """Rows: logits (N, C), target of N rows, labels int64 (N,), weight (N,), soft_mask bool (N,); `shape` is that of
-    the rows as they were given, (N,) or (B, L)."""
+    """Rows: target of N rows, labels int64 (N,), weight (N,), soft_mask bool (N,); `shape` is that of the rows as they
+    were given, (N,) or (B, L)."""
 
-    logits: Tensor
     target: Target
     labels: Tensor | None
     weight: Tensor | None
@@ -60,20 +65,25 @@ class LossInputs:
 
 
 def loss_inputs(
-    logits: Tensor,
     target: Target | ArrayLike,
     labels: ArrayLike | None,
     weight: ArrayLike | None,
     soft_mask: ArrayLike | None,
     *,
+    shape: torch.Size,
+    classes: int,
+    device: torch.device,
     ignore_index: int,
 ) -> LossInputs:
-    """Raises MismatchError for what does not fit together, UsageError for a weight or a label that makes no sense."""
-    check_logits(logits)
-    shape, classes = logits.shape[:-1], logits.shape[-1]
+    """What belongs to student logits (*shape, classes) on `device`, checked.
+
+    Raises:
+        MismatchError: what does not fit together.
+        UsageError: a weight or a label that makes no sense.
+    """
     if not isinstance(target, Target):
-        target = as_tensor("target", target, logits.device)
-        if target.dim() == logits.dim() and target.dim() > 2 and target.shape[:-1] != shape:
+        target = as_tensor("target", target, device)
+        if target.dim() == len(shape) + 1 and target.dim() > 2 and target.shape[:-1] != shape:
             raise MismatchError(
                 f"target: expected shape {(*shape, classes)} as the student's logits, found {tuple(target.shape)}"
             )
@@ -88,7 +98,7 @@ def loss_inputs(
         raise MismatchError(f"target: expected {rows} rows as in the student's logits, found {len(target)}")
     each: dict[str, Tensor | None] = {}
     for name, given in (("labels", labels), ("weight", weight), ("soft_mask", soft_mask)):
-        tensor = None if given is None else as_tensor(name, given, logits.device)
+        tensor = None if given is None else as_tensor(name, given, device)
         if tensor is not None and tensor.shape != shape:
             raise MismatchError(f"{name}: expected shape {tuple(shape)}, one value a row, found {tuple(tensor.shape)}")
         each[name] = tensor if tensor is None or len(shape) == 1 else tensor.reshape(-1)
@@ -101,7 +111,6 @@ def loss_inputs(
     if mask is not None and mask.dtype != torch.bool:
         raise MismatchError(f"soft_mask: expected bool, found {mask.dtype}")
     return LossInputs(
-        logits=logits if len(shape) == 1 else logits.reshape(-1, classes),
         target=target,
         labels=each["labels"],
         weight=each["weight"],
@@ -174,6 +183,38 @@ def _place(row: int, shape: torch.Size | None) -> str:
     if shape is None or len(shape) < 2:
         return str(row)
     return str(tuple(int(number) for number in torch.unravel_index(torch.tensor(row), shape)))
+
+
+def make_settings(
+    *,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    tail: str,
+) -> Settings:
+    """The numbers of a loss, checked; `factor`, which depends on the target, is 1 still."""
+    check_temperature(temperature)
+    check_number("soft_weight", soft_weight)
+    check_number("hard_weight", hard_weight)
+    if not 0 <= label_smoothing <= 1:
+        raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {label_smoothing}")
+    check_choice("tail", tail, TAILS)
+    return Settings(
+        temperature=float(temperature),
+        soft_weight=float(soft_weight),
+        hard_weight=float(hard_weight),
+        label_smoothing=float(label_smoothing),
+        ignore_index=ignore_index,
+        tail=tail,
+        factor=1.0,
+    )
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")
 
 
 def check_number(name: str, value: float) -> None:

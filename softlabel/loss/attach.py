@@ -1,7 +1,8 @@
 """How a gradient that was computed with the loss reaches autograd.
 
-N rows, C classes. Two ways: `FusedLoss` for eager code hands its one (N, C) buffer over as the gradient, and computes
-it again for a second backward; `TracedLoss` is what `torch.compile` can trace.
+N rows, C classes. `FusedLoss` for eager code hands its one (N, C) buffer over as the gradient, and computes it again
+for a second backward; `FusedLinearLoss` does the same with the gradients of hidden states, matrix and bias;
+`TracedLoss` is what `torch.compile` can trace.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FusedLoss", "TracedLoss", "scale_by", "tensors_of"]
+__all__ = ["FusedLinearLoss", "FusedLoss", "TracedLoss", "scale_by", "tensors_of"]
 
 # (logits, want_grad) -> total, soft, hard, gradient of the total's sum in the logits
 Compute = Callable[[Tensor, bool], tuple[Tensor, Tensor, Tensor, Tensor | None]]
 Scale = Callable[[Tensor, Tensor], Tensor]
+Gradients = Sequence[Tensor | None]
+# (hidden states, matrix and bias; which gradients are wanted; a factor (N,) for each row, or None)
+# -> total, soft, hard, gradients of the total's sum
+ComputeLinear = Callable[
+    [Sequence[Tensor | None], tuple[bool, bool, bool], Tensor | None], tuple[Tensor, Tensor, Tensor, Gradients]
+]
 
 _TWICE = (
     "the distillation loss cannot be differentiated twice: its gradient is computed in closed form, without a graph; "
@@ -82,6 +89,53 @@ class FusedLoss(torch.autograd.Function):
             "the distillation loss has no derivative in forward mode outside of torch.func: use torch.func.jvp, or "
             "impl='reference'"
         )
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """total, soft, hard = FusedLinearLoss.apply(hidden, weight, bias, compute, at_once, *tensors compute looks at).
+
+    `at_once`: the gradients are computed with the loss. They cannot be for a total of each row (N,): the matrix's is a
+    sum over rows, which can only be made once each row's factor is known, in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_CD: Tensor,
+        bias_C: Tensor | None,
+        compute: ComputeLinear,
+        at_once: bool,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = [None if one is None else one.detach() for one in (hidden_ND, weight_CD, bias_C)]
+        wanted = ctx.needs_input_grad[:3] if at_once else (False, False, False)
+        total, soft, hard, gradients = compute(given, wanted, None)
+        ctx.gradients, ctx.compute = gradients if at_once else None, compute
+        ctx.save_for_backward(hidden_ND, weight_CD, bias_C, *inputs)
+        ctx.mark_non_differentiable(soft, hard)
+        return total, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        given = ctx.saved_tensors[:3]
+        gradients, ctx.gradients = ctx.gradients, None
+        factor_N = upstream[0] if upstream[0].dim() == 1 else None
+        results: list[Tensor | None] = []
+        with torch.no_grad():
+            if gradients is None:
+                detached = [None if one is None else one.detach() for one in given]
+                gradients = ctx.compute(detached, ctx.needs_input_grad[:3], factor_N)[3]
+            for gradient, of in zip(gradients, given, strict=True):
+                if gradient is not None and factor_N is None:
+                    gradient = scale_by(gradient, upstream[0])
+                results.append(None if gradient is None else gradient.to(of.dtype))
+        if torch.is_grad_enabled():
+            depends_on = tensors_of([*given, upstream[0]])
+            results = [None if one is None else _Once.apply(one, *depends_on) for one in results]
+        return *results, *([None] * (len(ctx.needs_input_grad) - 3))
+
+    jvp = FusedLoss.jvp
 
 
 class TracedLoss(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """The loss and its gradient together, a few rows at a time: plain torch, no compiler, any device.
 
 N rows, C classes, R rows of a chunk, K kept or drawn classes. A chunk is small enough that its buffers stay in the
-cache from the first pass over it to the last; outside of them, only the gradient (N, C) is allocated.
+cache from the first pass over it to the last; outside of them, only the gradient (N, C) is allocated, and not even that
+where it may take the place of the logits.
 
 With x = z - max(z) and u = x / T, a row's terms and their gradients in z are
     hard = log sum e^x - (1 - s) x_y - s mean(x)                         softmax(x) - (1 - s) [y] - s / C
@@ -32,9 +33,10 @@ def chunk_rows(logits_NC: Tensor, buffers: int = 2) -> int:
     return max(1, min(rows, elements // max(classes, 1)))
 
 
-def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool) -> RowLosses:
+def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool, in_place: bool = False) -> RowLosses:
+    """`in_place`: the gradient is written over the logits."""
     with torch.no_grad(), torch.autocast(logits_NC.device.type, enabled=False):
-        return _Chunks(logits_NC, call, want_grad).run()
+        return _Chunks(logits_NC, call, want_grad, in_place).run()
 
 
 class _Chunks:
@@ -43,7 +45,7 @@ class _Chunks:
     A pass leaves sums (N, 1) behind; what follows from them for the losses is done once, for all rows.
     """
 
-    def __init__(self, logits_NC: Tensor, call: LossCall, want_grad: bool) -> None:
+    def __init__(self, logits_NC: Tensor, call: LossCall, want_grad: bool, in_place: bool) -> None:
         target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
         rows, classes = logits_NC.shape
         dtype, device = work_dtype(logits_NC), logits_NC.device
@@ -60,8 +62,8 @@ class _Chunks:
             if self.soft_on:
                 self.blank_N1 &= self.soft_scale_N1 == 0
         self.slope_N1 = self.soft_scale_N1 * settings.temperature
-        self.top_N1, self.sum_1_N1, self.sum_x_N1, self.sum_q_N1, self.sum_p_N1, self.cross_N1 = (
-            torch.zeros((rows, 1), dtype=dtype, device=device) for _ in range(6)
+        self.top_N1, self.sum_1_N1, self.sum_x_N1, self.x_label_N1, self.sum_q_N1, self.sum_p_N1, self.cross_N1 = (
+            torch.zeros((rows, 1), dtype=dtype, device=device) for _ in range(7)
         )
         if self.hard_on:
             assert labels_N is not None
@@ -76,7 +78,9 @@ class _Chunks:
         chunk = (self.step, classes)
         self.x_RC = torch.empty(chunk, dtype=dtype, device=device)
         self.e_RC = torch.empty(chunk, dtype=dtype, device=device) if two else self.x_RC
-        self.grad_NC = torch.empty((rows, classes), dtype=logits_NC.dtype, device=device) if want_grad else None
+        self.grad_NC: Tensor | None = None
+        if want_grad:
+            self.grad_NC = logits_NC if in_place else torch.empty_like(logits_NC, memory_format=torch.contiguous_format)
         # A half-precision gradient is summed in float32 and rounded once.
         narrow = want_grad and logits_NC.dtype != dtype
         self.g_RC = torch.empty(chunk, dtype=dtype, device=device) if narrow else None
@@ -129,6 +133,8 @@ class _Chunks:
     def _hard(self, rows: slice, x_RC: Tensor, h_RC: Tensor, g_RC: Tensor | None) -> None:
         """Exponentials into h, which may be x, or the gradient if nothing is in that yet."""
         smoothing = self.settings.label_smoothing
+        if smoothing < 1:
+            torch.gather(x_RC, 1, self.labels_N1[rows], out=self.x_label_N1[rows])
         if smoothing > 0:
             torch.sum(x_RC, 1, keepdim=True, out=self.sum_x_N1[rows])
         sum_R1 = torch.sum(torch.exp(x_RC, out=h_RC), 1, keepdim=True, out=self.sum_1_N1[rows])
@@ -146,8 +152,7 @@ class _Chunks:
         smoothing = self.settings.label_smoothing
         hard_N1 = self.sum_1_N1.log()
         if smoothing < 1:
-            x_label_N1 = self.logits_NC.gather(1, self.labels_N1).to(hard_N1.dtype) - self.top_N1
-            hard_N1.sub_(x_label_N1, alpha=1.0 - smoothing)
+            hard_N1.sub_(self.x_label_N1, alpha=1.0 - smoothing)
         if smoothing > 0:
             hard_N1.sub_(self.sum_x_N1, alpha=smoothing / self.classes)
         return hard_N1.masked_fill_(self.hard_scale_N1 == 0, 0.0)[:, 0]

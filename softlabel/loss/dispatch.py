@@ -22,7 +22,7 @@ from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
 from softlabel.loss.rows import LossCall, RowLosses, reduce_rows, work_dtype
 from softlabel.loss.targets import blanked
 
-__all__ = ["run_loss"]
+__all__ = ["chunk_losses", "run_loss"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looks for it, does not import it
 Rows = Callable[..., RowLosses]
@@ -99,6 +99,13 @@ def _reduce(logits_NC: Tensor, soft_N: Tensor, hard_N: Tensor, call: LossCall) -
     total = call.settings.soft_weight * soft_N + call.settings.hard_weight * hard_N
     dtype = work_dtype(logits_NC)
     return total.to(dtype), soft_N.detach().to(dtype), hard_N.detach().to(dtype)
+
+
+def chunk_losses(impl: str, device: torch.device) -> Rows:
+    """What computes the losses of logits that nothing else needs: "auto", "torch" or "triton"."""
+    if impl == "triton" or (impl == "auto" and device.type == "cuda" and HAS_TRITON):
+        return _triton_rows()
+    return functools.partial(chunked.row_losses, in_place=True)
 
 
 def _losses_of(impl: str, tracing: bool) -> Losses:

@@ -13,10 +13,17 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from softlabel.errors import UsageError
-from softlabel.loss.arguments import ArrayLike, check_number, check_temperature, loss_inputs, widened
+from softlabel.loss.arguments import (
+    REDUCTIONS,
+    ArrayLike,
+    check_choice,
+    check_logits,
+    loss_inputs,
+    make_settings,
+    widened,
+)
 from softlabel.loss.dispatch import run_loss
-from softlabel.loss.rows import LossCall, Settings, row_shares, work_dtype
+from softlabel.loss.rows import LossCall, row_shares, work_dtype
 from softlabel.loss.sigmoid import sigmoid_loss
 from softlabel.loss.targets import SigmoidTarget, Target, retemper_factor
 
@@ -24,8 +31,6 @@ __all__ = ["DistillationLoss", "Impl", "LossComponents", "distillation_loss", "d
 
 Impl = Literal["auto", "reference", "torch", "compile", "triton"]
 IMPLS = ("auto", "reference", "torch", "compile", "triton")
-TAILS = ("ghost", "uniform", "renormalize")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class LossComponents(NamedTuple):
@@ -125,33 +130,46 @@ def distillation_loss_components(
     Returns:
         `LossComponents`, each a scalar (or (N,), or (B, L)).
     """
-    _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
-    settings = Settings(
-        temperature=float(temperature),
-        soft_weight=float(soft_weight),
-        hard_weight=float(hard_weight),
-        label_smoothing=float(label_smoothing),
+    settings = make_settings(
+        temperature=temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         tail=tail,
-        factor=1.0,
     )
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("impl", impl, IMPLS)
     if isinstance(target, SigmoidTarget):
         settings = replace(settings, factor=retemper_factor(target, temperature))
         given_rows = (student_logits_NC, target, labels, weight, soft_mask)
         return LossComponents(*sigmoid_loss(*given_rows, settings=settings, reduction=reduction, impl=impl))
-    given = loss_inputs(student_logits_NC, target, labels, weight, soft_mask, ignore_index=ignore_index)
+    check_logits(student_logits_NC)
+    shape, classes = student_logits_NC.shape[:-1], student_logits_NC.shape[-1]
+    device = student_logits_NC.device
+    given = loss_inputs(
+        target, labels, weight, soft_mask, shape=shape, classes=classes, device=device, ignore_index=ignore_index
+    )
     settings = replace(settings, factor=retemper_factor(given.target, temperature))
-    logits_NC = widened(given.logits, temperature)
+    rows_NC = student_logits_NC if len(shape) == 1 else student_logits_NC.reshape(-1, classes)
+    logits_NC = widened(rows_NC, temperature)
     shares = row_shares(
-        logits_NC, given.labels, given.weight, given.soft_mask, ignore_index=ignore_index, reduction=reduction
+        given.labels,
+        given.weight,
+        given.soft_mask,
+        rows=len(logits_NC),
+        dtype=work_dtype(logits_NC),
+        device=device,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
     call = LossCall(target=given.target, labels=given.labels, shares=shares, settings=settings, reduction=reduction)
     parts = run_loss(logits_NC, call, impl=impl)
-    if logits_NC is not given.logits:
-        dtype = work_dtype(given.logits)
+    if logits_NC is not rows_NC:
+        dtype = work_dtype(rows_NC)
         parts = (parts[0].to(dtype), parts[1].to(dtype), parts[2].to(dtype))
-    if reduction == "none" and len(given.shape) > 1:
-        parts = (parts[0].reshape(given.shape), parts[1].reshape(given.shape), parts[2].reshape(given.shape))
+    if reduction == "none" and len(shape) > 1:
+        parts = (parts[0].reshape(shape), parts[1].reshape(shape), parts[2].reshape(shape))
     return LossComponents(*parts)
 
 
@@ -176,7 +194,16 @@ class DistillationLoss(nn.Module):
         components: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(temperature, soft_weight, hard_weight, label_smoothing, reduction, tail, impl)
+        make_settings(
+            temperature=temperature,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            tail=tail,
+        )
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("impl", impl, IMPLS)
         self.temperature = temperature
         self.soft_weight = soft_weight
         self.hard_weight = hard_weight
@@ -218,22 +245,3 @@ class DistillationLoss(nn.Module):
             f"label_smoothing={self.label_smoothing:g}, reduction={self.reduction!r}, tail={self.tail!r}, "
             f"impl={self.impl!r}"
         )
-
-
-def _check_options(
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    label_smoothing: float,
-    reduction: str,
-    tail: str,
-    impl: str,
-) -> None:
-    check_temperature(temperature)
-    check_number("soft_weight", soft_weight)
-    check_number("hard_weight", hard_weight)
-    if not 0 <= label_smoothing <= 1:
-        raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {label_smoothing}")
-    for name, value, known in (("reduction", reduction, REDUCTIONS), ("tail", tail, TAILS), ("impl", impl, IMPLS)):
-        if value not in known:
-            raise UsageError(f"{name}: expected one of {', '.join(known)}, found {value!r}")

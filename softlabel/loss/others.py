@@ -229,7 +229,16 @@ def _shares(
 ) -> Shares:
     if weight is not None:
         check_weight(weight)
-    return row_shares(logits_NC, labels, weight, None, ignore_index=ignore_index, reduction=reduction)
+    return row_shares(
+        labels,
+        weight,
+        None,
+        rows=len(logits_NC),
+        dtype=work_dtype(logits_NC),
+        device=logits_NC.device,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
 
 
 def _check_dense(logits_NC: Tensor, target: Target) -> None:

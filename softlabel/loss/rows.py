@@ -87,15 +87,17 @@ def work_dtype(logits: Tensor) -> torch.dtype:
 
 
 def row_shares(
-    logits_NC: Tensor,
     labels_N: Tensor | None,
     weight_N: Tensor | None,
     soft_mask_N: Tensor | None,
     *,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
     ignore_index: int,
     reduction: str,
 ) -> Shares:
-    dtype, device, rows = work_dtype(logits_NC), logits_NC.device, logits_NC.shape[0]
+    """What each of `rows` rows counts, in `dtype` on `device`."""
     each_N = None if weight_N is None else weight_N.detach().to(dtype)
     soft_N = _share_rows(each_N, soft_mask_N, rows, dtype, device, reduction)
     if labels_N is None:

@@ -72,7 +72,16 @@ def sigmoid_loss(
     logits_NC = widened(student_logits_NC.reshape(-1, classes), settings.temperature)
     # -100 and 0 in place of class numbers: whether a row has a label at all.
     known_N = None if labels_NC is None else torch.where((labels_NC >= 0).any(dim=1), 0, settings.ignore_index)
-    shares = row_shares(logits_NC, known_N, weight_N, mask_N, ignore_index=settings.ignore_index, reduction=reduction)
+    shares = row_shares(
+        known_N,
+        weight_N,
+        mask_N,
+        rows=len(logits_NC),
+        dtype=work_dtype(logits_NC),
+        device=device,
+        ignore_index=settings.ignore_index,
+        reduction=reduction,
+    )
     with torch.autocast(device.type, enabled=False):
         z_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, dtype))
         # An empty sum ties the result to the logits, so that a loss without any term still has a gradient: zero.

@@ -497,10 +497,10 @@ def test_importing_the_loss_does_not_import_triton() -> None:
 def test_triton_on_the_cpu_says_what_is_missing() -> None:
     """In a process of its own: whether triton interprets is decided when it is imported."""
     code = (
-        "import torch, softlabel.loss as L\n"
+        "import torch, softlabel.errors, softlabel.loss as L\n"
         "z = torch.randn(2, 3)\n"
         "try:\n    L.distillation_loss(z, z, temperature=1., soft_weight=1., hard_weight=0., impl='triton')\n"
-        "except L.functional.UsageError as error:\n    print(error)"
+        "except softlabel.errors.UsageError as error:\n    print(error)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)

@@ -86,7 +86,8 @@ def test_an_impossible_label_is_not_silent() -> None:
         tail="ghost",
         factor=1.0,
     )
-    shares = row_shares(logits_NC, labels_N, None, None, ignore_index=-100, reduction="mean")
+    like = {"rows": 2, "dtype": torch.float32, "device": logits_NC.device}
+    shares = row_shares(labels_N, None, None, ignore_index=-100, reduction="mean", **like)
     call = LossCall(target=as_target(logits_NC), labels=labels_N, shares=shares, settings=settings, reduction="mean")
     rows = triton_ops.row_losses(logits_NC, call, want_grad=False)
     assert rows.hard.isnan().tolist() == [False, True]

@@ -68,7 +68,7 @@ def _top_k_row(log_q: Tensor, target: TopKTarget, row: int, temperature: float, 
     column = target.tail_temperatures.index(temperature)
     rest = target.tail[row, column].double().exp()
     named = set(places.tolist())
-    others = torch.tensor([c for c in range(classes) if c not in named], dtype=torch.long)
+    others = torch.tensor(sorted(set(range(classes)) - named), dtype=torch.long)
     if tail == "renormalize" or len(others) == 0:
         return kl(kept / kept.sum(), log_q[places])
     whole = kept.sum() + rest
@@ -103,14 +103,14 @@ def distillation(
     """The whole loss: weighted mean over rows with a target, plus weighted mean over labelled rows."""
     terms: list[list[Tensor]] = [[], []]
     masses = [[0.0], [0.0]]
-    for row in range(logits.shape[0]):
+    for row, z in enumerate(logits.unbind(0)):
         w = 1.0 if weight is None else float(weight[row])
         nothing = torch.zeros((), dtype=torch.float64)
         has_soft = soft_weight != 0 and w != 0 and (soft_mask is None or bool(soft_mask[row]))
         has_hard = hard_weight != 0 and w != 0 and labels is not None and int(labels[row]) != ignore_index
-        terms[0].append(w * soft_row(logits[row], target, row, temperature, tail) if has_soft else nothing)
+        terms[0].append(w * soft_row(z, target, row, temperature, tail) if has_soft else nothing)
         terms[1].append(
-            w * hard_row(logits[row], int(labels[row]), label_smoothing) if has_hard and labels is not None else nothing
+            w * hard_row(z, int(labels[row]), label_smoothing) if has_hard and labels is not None else nothing
         )
         masses[0].append(w * has_soft)
         masses[1].append(w * has_hard)
