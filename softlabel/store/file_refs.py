@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 SEGMENT_LIMIT = 32 << 20
 SEGMENT_FILE = re.compile(r"segments/([0-9]{5,12})-([0-9a-f]{32})\.json")
-EXTRA_FILE = re.compile(r"extra/([a-z][a-z0-9_]{0,31})-([0-9a-f]{32})\.safetensors")
+EXTRA_FILE = re.compile(r"extra/([a-z][a-z0-9_]{0,31})-([0-9a-f]{32})\.(safetensors|json)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class SegmentRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtraRef:
-    """A safetensors file written once per store (a teacher's head)."""
+    """A file written once per store: arrays as safetensors (a teacher's head), or JSON (its tokenizer)."""
 
     file: str
     bytes: int
@@ -36,4 +36,4 @@ class ExtraRef:
     def __post_init__(self) -> None:
         found = EXTRA_FILE.fullmatch(self.file)
         if not found or found[2] != self.xxh3:
-            raise ValueError(f"file: expected extra/<name>-<xxh3>.safetensors, found {self.file[:80]!r}")
+            raise ValueError(f"file: expected extra/<name>-<xxh3>.safetensors or .json, found {self.file[:80]!r}")

@@ -13,6 +13,7 @@ from softlabel.store.file_refs import SEGMENT_LIMIT, ExtraRef, SegmentRef
 from softlabel.store.manifest import ROOT_LIMIT, ROOT_NAME, Manifest, ShardRecord
 from softlabel.store.manifest_file import decode_root, decode_segment
 from softlabel.store.storage.base import Folder
+from softlabel.store.token_rows import TOKENIZER
 
 SEGMENT_SHARDS = 256  # records after which a segment is sealed
 SEGMENT_BYTES = 1 << 20  # or bytes, when many bad rows make records long
@@ -114,18 +115,13 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     """
     run = manifest.run
     name = run.encoding.extra
-    ref = next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
+    assert name is not None
+    ref = find_extra(manifest, name)
     if ref is None:
         raise StoreCorruptError(
             f"{folder.where(ROOT_NAME)}: encoding {run.encoding.name!r}: expected extra/{name}, found none"
         )
-    where = folder.where(ref.file)
-    try:
-        raw = folder.read(ref.file, ref.bytes)
-    except FileNotFoundError:
-        raise StoreCorruptError(f"{where}: is missing") from None
-    if (found := xxhash.xxh3_128_hexdigest(raw)) != ref.xxh3:
-        raise StoreCorruptError(f"{where}: xxh3 expected {ref.xxh3}, found {found}")
+    where, raw = folder.where(ref.file), _read_extra_file(folder, ref)
     try:
         arrays = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
@@ -135,6 +131,32 @@ def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
         if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
             raise StoreCorruptError(f"{where}: expected a finite float32 {one!r} of shape {shape}")
     return arrays
+
+
+def read_tokenizer(folder: Folder, manifest: Manifest) -> bytes | None:
+    """Read the tokenizer.json of a store of tokens and check it against its hash; None if the store has none.
+
+    Raises:
+        StoreCorruptError: the file is missing or damaged.
+    """
+    ref = find_extra(manifest, TOKENIZER)
+    return None if ref is None else _read_extra_file(folder, ref)
+
+
+def find_extra(manifest: Manifest, name: str) -> ExtraRef | None:
+    """Return the file of this name that all shards share; None if there is none."""
+    return next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
+
+
+def _read_extra_file(folder: Folder, ref: ExtraRef) -> bytes:
+    where = folder.where(ref.file)
+    try:
+        raw = folder.read(ref.file, ref.bytes)
+    except FileNotFoundError:
+        raise StoreCorruptError(f"{where}: is missing") from None
+    if (found := xxhash.xxh3_128_hexdigest(raw)) != ref.xxh3:
+        raise StoreCorruptError(f"{where}: xxh3 expected {ref.xxh3}, found {found}")
+    return raw
 
 
 def load_for_writing(

@@ -18,12 +18,12 @@ from softlabel.common.keys import Keys, PickedKeys
 from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
-from softlabel.store.formats.base import OpenShard, ShardRows, count_payload
-from softlabel.store.formats.registry import open_shard
+from softlabel.store.formats.base import OpenShard, count_payload
 from softlabel.store.gather import Parts, row_numbers
 from softlabel.store.key_index import KeyIndex, rows_in_order
 from softlabel.store.manifest import Manifest, Run, ShardRecord
-from softlabel.store.manifest_read import load_manifest, read_extra
+from softlabel.store.manifest_read import load_manifest, read_extra, read_tokenizer
+from softlabel.store.shard_files import ShardFiles
 from softlabel.store.storage.base import Folder
 from softlabel.store.storage.open import open_folder
 from softlabel.store.stored_rows import StoredRows, parse_keys, require_read
@@ -47,7 +47,7 @@ class Store:
     ) -> None:
         self._folder, self.manifest, self._records = folder, manifest, records
         self._memory, self._check_cache = memory, check_cache
-        self._starts = np.concatenate([[0], np.cumsum([record.rows for record in records], dtype=np.int64)])
+        self._files = ShardFiles(folder, manifest.run, records)
         self._index: KeyIndex | None = None
         self._small: _SmallColumns | None = None
         self._views: npt.NDArray[np.int32] | None = None
@@ -81,7 +81,7 @@ class Store:
         return {by_index[index].key: by_index[index].reason for index in sorted(by_index)}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._files.starts[-1])
 
     def __repr__(self) -> str:
         return f"Store({self.url!r}, {len(self)} rows, {len(self._records)} shards)"
@@ -110,7 +110,7 @@ class Store:
         """The view of all rows, int32 (N,)."""
         if self._views is None:
             per_shard = [self.run.shard(record.number).view for record in self._records]
-            self._views = np.repeat(np.array(per_shard, np.int32), np.diff(self._starts))
+            self._views = np.repeat(np.array(per_shard, np.int32), np.diff(self._files.starts))
         return self._views
 
     @property
@@ -135,12 +135,21 @@ class Store:
         return self._extra
 
     @property
+    def tokenizer(self) -> bytes | None:
+        """The `tokenizer.json` of the teacher of a store of tokens, read at each access; None if the store has none.
+
+        Raises:
+            StoreCorruptError: the file does not match the manifest.
+        """
+        return read_tokenizer(self._folder, self.manifest)
+
+    @property
     def spans(self) -> RowSpans:
         """Where the tokens and labelled positions of each row begin among those of all rows."""
         if self._spans is None:
             counts = {name: np.empty((len(self), 1), np.int32) for name in list_counts(self.run.columns)}
             if counts:
-                for rows, _, part in self._read_blocks(list(counts), 0, len(self)):
+                for rows, _, part in self._files.read(list(counts), 0, len(self)):
                     for name, array in part.columns.items():
                         counts[name][rows.start : rows.stop] = array
             self._spans = RowSpans.of(len(self), counts)
@@ -178,7 +187,7 @@ class Store:
         """Append keys (with 8 bytes of padding), their offsets, labels and content of all shards."""
         base = 0
         append("key_offsets", np.zeros(1, np.int64))
-        for _, _, part in self._read_blocks(["key", "label", "content"], 0, len(self)):
+        for _, _, part in self._files.read(["key", "label", "content"], 0, len(self)):
             keys = require_read(part.keys, "key")
             try:
                 keys.check()
@@ -210,14 +219,14 @@ class Store:
         totals = {name: self.spans.total(column.per) for name, column in widths.items()}
         if self._payload_bytes <= self._memory:
             whole = {name: np.empty((totals[name], column.width), column.numpy) for name, column in widths.items()}
-            for rows, _, part in self._read_blocks(names, 0, len(self)):
+            for rows, _, part in self._files.read(names, 0, len(self)):
                 for name, array in part.columns.items():
                     start, stop = self.spans.cut(widths[name].per, rows.start, rows.stop)
                     whole[name][start:stop] = array
             return {name: [array] for name, array in whole.items()}
 
         def build(append: Append) -> None:
-            for _, _, part in self._read_blocks(names, 0, len(self)):
+            for _, _, part in self._files.read(names, 0, len(self)):
                 for name, array in part.columns.items():
                     append(name, array)
 
@@ -231,41 +240,7 @@ class Store:
         Raises:
             StoreCorruptError: a shard is missing or not the planned one.
         """
-        stop = len(self) if stop is None else stop
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for number in range(max(0, first), len(self._records)):
-            base = int(self._starts[number])
-            if base >= stop:
-                return
-            if self._records[number].rows:
-                shard = self._open_shard(self._records[number])
-                try:
-                    yield base, shard
-                finally:
-                    shard.close()
-
-    def _read_blocks(self, names: Sequence[str], start: int, stop: int) -> Iterator[tuple[range, int, ShardRows]]:
-        """Yield (rows, view, columns) of each block."""
-        for base, shard in self.open_shards(start, stop):
-            for first, last in shard.blocks(names):
-                first, last = max(first, start - base), min(last, stop - base)
-                if first < last:
-                    yield range(base + first, base + last), shard.identity.view, shard.read(names, first, last)
-
-    def _open_shard(self, record: ShardRecord) -> OpenShard:
-        path = self._folder.where(record.file)
-        try:
-            with self._folder.local(record.file) as local:
-                shard = open_shard(local, self.run.format)
-        except FileNotFoundError:
-            raise StoreCorruptError(f"{path}: missing; run 'softlabel repair {self.url}' to relabel it") from None
-        plan = self.run.shard(record.number)
-        if not shard.identity.belongs(self.run, plan) or shard.identity.rows != record.rows:
-            shard.close()
-            raise StoreCorruptError(
-                f"{path}: a shard of another run or range; run 'softlabel repair {self.url}' to relabel it"
-            )
-        return shard
+        return self._files.open(start, len(self) if stop is None else stop)
 
     def lookup(
         self,
@@ -367,7 +342,7 @@ class Store:
         return self._iter_batches([name for name in names if name != "view"], start, stop)
 
     def _iter_batches(self, names: Sequence[str], start: int, stop: int) -> Iterator[StoredRows]:
-        for rows, view, part in self._read_blocks(names, start, stop):
+        for rows, view, part in self._files.read(names, start, stop):
             yield StoredRows(
                 run=self.run,
                 views=np.full(len(rows), view, np.int32),

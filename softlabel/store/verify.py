@@ -17,7 +17,7 @@ from softlabel.store.formats.base import IGNORE, OpenShard, ShardRows
 from softlabel.store.formats.registry import open_shard
 from softlabel.store.hash_scan import hash_and_scan
 from softlabel.store.manifest import Manifest, Run, ShardRecord
-from softlabel.store.manifest_read import load_manifest, read_extra
+from softlabel.store.manifest_read import load_manifest, read_extra, read_tokenizer
 from softlabel.store.origins import describe_remedy
 from softlabel.store.reader import Store
 from softlabel.store.storage.base import Folder, file_xxh3, reading
@@ -119,6 +119,7 @@ def _check_extra(folder: Folder, manifest: Manifest, remedy: Callable[[], str]) 
     try:
         if manifest.run.encoding.extra:
             read_extra(folder, manifest)
+        read_tokenizer(folder, manifest)
     except StoreCorruptError as error:
         return [f"{error}; {remedy()}"]
     return []

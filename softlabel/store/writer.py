@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import xxhash
 
@@ -37,7 +37,7 @@ from softlabel.store.manifest import (
     shard_file,
 )
 from softlabel.store.manifest_file import decode_root, encode_root, encode_segment
-from softlabel.store.manifest_read import SEGMENT_BYTES, SEGMENT_SHARDS, check_sizes, load_for_writing
+from softlabel.store.manifest_read import SEGMENT_BYTES, SEGMENT_SHARDS, check_sizes, find_extra, load_for_writing
 from softlabel.store.orphans import find_orphans, has_content
 from softlabel.store.storage.base import SUBFOLDERS, TEMPORARY, Folder, Lease, file_xxh3, sync, writing
 from softlabel.store.storage.lease import NoLease
@@ -258,11 +258,11 @@ class Committer:
         with writing(self._folder):
             self._publish_root(self._manifest)
 
-    def add_extra(self, name: str, data: bytes) -> None:
-        """Publish a safetensors file that all shards share (`name` in lower case); idempotent."""
+    def add_extra(self, name: str, data: bytes, suffix: Literal["safetensors", "json"] = "safetensors") -> None:
+        """Publish a file that all shards share (`name` in lower case), in place of another of this name; idempotent."""
         assert _EXTRA_NAME.fullmatch(name)
         xxh3 = xxhash.xxh3_128_hexdigest(data)
-        ref = ExtraRef(file=f"extra/{name}-{xxh3}.safetensors", bytes=len(data), xxh3=xxh3)
+        ref = ExtraRef(file=f"extra/{name}-{xxh3}.{suffix}", bytes=len(data), xxh3=xxh3)
         others = tuple(one for one in self._manifest.extra if not one.file.startswith(f"extra/{name}-"))
         listed = (*others, ref) == self._manifest.extra
         if listed and has_content(self._folder, ref.file, data):
@@ -273,9 +273,6 @@ class Committer:
             if not listed:
                 self._publish_root(dataclasses.replace(self._manifest, extra=(*others, ref)))
 
-    def _has_extra(self, name: str) -> bool:
-        return any(ref.file.startswith(f"extra/{name}-") for ref in self._manifest.extra)
-
     def finish(self, recorded: Json | None = None) -> Manifest:
         """Mark the store complete and remove unlisted files.
 
@@ -284,7 +281,7 @@ class Committer:
         """
         if missing := self.missing():
             raise StoreError(f"{self._folder}: {len(missing)} of {self.run.shard_count} shards are missing")
-        if (extra := self.run.encoding.extra) is not None and not self._has_extra(extra):
+        if (extra := self.run.encoding.extra) is not None and find_extra(self._manifest, extra) is None:
             raise StoreError(f"{self._folder}: encoding {self.run.encoding.name}: extra/{extra} is missing")
         with writing(self._folder):
             if not self._manifest.complete:

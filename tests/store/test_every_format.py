@@ -30,9 +30,11 @@ from softlabel.store.sample_rows import sample_rows
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
+from tests.support.documents import make_samples
 from tests.support.stores import FIDELITY, FORMATS, Samples, make_reference_rows, make_run, read_files, write_store
 
 pytestmark = pytest.mark.parametrize("format", FORMATS)
+both_kinds = pytest.mark.parametrize("kind", ["images", "tokens"])
 both_activations = pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 
 
@@ -265,17 +267,17 @@ def test_masked_classes_survive(tmp_path: Path, format: str) -> None:
     np.testing.assert_array_equal(logits, samples.logits[0].astype(np.float16))
 
 
-def test_writing_is_deterministic_and_idempotent(tmp_path: Path, format: str) -> None:
-    run = make_run(format, views=2)
+@both_kinds
+def test_writing_is_deterministic_and_idempotent(tmp_path: Path, format: str, kind: str) -> None:
+    run, samples = make_samples(kind, format, views=2)
     for name in ("one", "two"):
-        write_store(tmp_path / name, run)
+        write_store(tmp_path / name, run, samples)
     one, two = (
         {name: data for name, data in read_files(tmp_path / name).items() if name != "manifest.json"}
         for name in ("one", "two")
     )
     assert one == two
     before = {path: path.stat().st_ino for path in (tmp_path / "one" / "shards").iterdir()}
-    samples = Samples.of(run)
     for plan in run.plan():
         write_shard(tmp_path / "one", run, plan, *samples.rows(plan), fidelity=FIDELITY)
     assert {path: path.stat().st_ino for path in (tmp_path / "one" / "shards").iterdir()} == before
@@ -392,10 +394,10 @@ def test_a_forked_child_does_not_keep_the_lease(tmp_path: Path, format: str) -> 
         child.join()
 
 
-def test_orphans_are_adopted_or_collected(tmp_path: Path, format: str) -> None:
+@both_kinds
+def test_orphans_are_adopted_or_collected(tmp_path: Path, format: str, kind: str) -> None:
     """A killed run left shards unrecorded: ours is adopted, a damaged one and one of another run are not."""
-    run, root = make_run(format), tmp_path / "s"
-    samples = Samples.of(run)
+    (run, samples), root = make_samples(kind, format), tmp_path / "s"
     with Committer.open(root, run) as committer:
         plans = committer.missing()
         ours, cut = (write_shard(root, run, plan, *samples.rows(plan), fidelity=FIDELITY) for plan in plans[:2])
@@ -435,11 +437,12 @@ def test_resuming_with_a_lost_or_cut_shard_is_refused(tmp_path: Path, format: st
             call(root)
 
 
-def test_a_swapped_or_stale_shard_is_refused(tmp_path: Path, format: str) -> None:
+@both_kinds
+def test_a_swapped_or_stale_shard_is_refused(tmp_path: Path, format: str, kind: str) -> None:
     """Bytes of another shard, or of an older run, under the right name and even with the right length."""
-    run, root, older = make_run(format, samples=64), tmp_path / "s", tmp_path / "older"
-    write_store(root, run)
-    write_store(older, dataclasses.replace(run, temperature=1.0))
+    (run, samples), root, older = make_samples(kind, format, samples=64), tmp_path / "s", tmp_path / "older"
+    write_store(root, run, samples)
+    write_store(older, dataclasses.replace(run, temperature=1.0), samples)
     one, two = sorted((root / "shards").iterdir())[:2]
     stale = next(path for path in (older / "shards").iterdir() if path.name.startswith("00000-"))
     whole = one.read_bytes()
@@ -530,21 +533,18 @@ def test_pickle_reopens(tmp_path: Path, format: str) -> None:
     assert again.take([3, 40]).keys == [samples.keys[3], samples.keys[40]]
 
 
-def test_a_grown_dataset_keeps_its_shards(tmp_path: Path, format: str) -> None:
-    run = make_run(format, samples=40, views=2)
-    small = DatasetInfo(kind="parquet", rows=25, fingerprint="a")
-    first = dataclasses.replace(run, dataset=small)
-    grown = dataclasses.replace(
-        run,
-        dataset=DatasetInfo(kind="parquet", rows=40, fingerprint="b", earlier=(Extent(rows=25, fingerprint="a"),)),
-    )
+@both_kinds
+def test_a_grown_dataset_keeps_its_shards(tmp_path: Path, format: str, kind: str) -> None:
+    run, samples = make_samples(kind, format, samples=40, views=2)
+    first = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, rows=25, fingerprint="a"))
+    extents = (Extent(rows=25, fingerprint="a"),)
+    grown = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, fingerprint="b", earlier=extents))
     assert grown.plan()[: first.shard_count] == first.plan()
     assert [(plan.view, plan.start, plan.stop) for plan in grown.plan()[first.shard_count :]] == [
         (0, 25, 40),
         (1, 25, 40),
     ]
     assert grown.fingerprint(0) == first.fingerprint()
-    samples = Samples.of(grown)
     plan = grown.shard(4)
     with Committer.open(tmp_path / "s", grown) as committer:
         for plan in first.plan():
@@ -556,7 +556,8 @@ def test_a_grown_dataset_keeps_its_shards(tmp_path: Path, format: str) -> None:
     store = open_store(tmp_path / "s", verify="full")
     for view in range(2):
         taken = store.take(store.lookup(samples.keys, view=view))
-        np.testing.assert_array_equal(taken.columns["logits"], samples.logits[view].astype(np.float16))
+        expected = np.concatenate([np.reshape(one, (-1, run.num_classes)) for one in samples.logits[view]])
+        np.testing.assert_array_equal(taken.columns["logits"], expected.astype(np.float16))
 
 
 def test_rows_without_labels_or_content(tmp_path: Path, format: str) -> None:

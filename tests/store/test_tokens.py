@@ -22,6 +22,7 @@ from softlabel.store.formats import base
 from softlabel.store.formats.base import ShardIdentity
 from softlabel.store.manifest import Combine, Member, Run, ViewPolicy
 from softlabel.store.open import open_store
+from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.strict_json import from_json, to_json
 from softlabel.store.token_rows import TokenRun
@@ -310,3 +311,30 @@ def test_fidelity_and_totals_count_documents(tmp_path: Path) -> None:
     write_store(tmp_path / "s", run, Documents.of(run), bad=(3,))
     totals = open_store(tmp_path / "s").manifest.totals
     assert (totals.rows, totals.bad, totals.fidelity.worst_t) == (49, 1, FIDELITY.worst_t)
+
+
+def test_the_tokenizer_is_part_of_the_store(tmp_path: Path) -> None:
+    run, root = make_token_run(), tmp_path / "s"
+    content = json.dumps({"model": {"vocab": {"é": 0}}}, ensure_ascii=False).encode()
+    with Committer.open(root, run) as committer:
+        committer.add_extra("tokenizer", b"{}", "json")
+        committer.add_extra("tokenizer", content, "json")
+    write_store(root, run, Documents.of(run))
+    (file,) = (root / "extra").iterdir()
+    assert file.name == f"tokenizer-{xxhash.xxh3_128_hexdigest(content)}.json"
+    store = open_store(root, verify="full")
+    assert store.tokenizer == file.read_bytes() == content
+    assert store.extra is None
+    file.write_bytes(content.replace(b"0", b"1"))
+    with pytest.raises(StoreCorruptError, match=r"tokenizer-.*xxh3 expected"):
+        _ = open_store(root, verify="sizes").tokenizer
+    report = verify_store(root)
+    assert report.extra
+    assert not report.damaged
+    assert write_and_open(tmp_path / "without").tokenizer is None
+
+
+def write_and_open(root: Path) -> Store:
+    run = make_token_run()
+    write_store(root, run, Documents.of(run))
+    return open_store(root)

@@ -13,7 +13,7 @@ import xxhash
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import BadRow, DatasetInfo, Run, ShardPlan
 from softlabel.store.token_rows import TokenRun
-from tests.support.stores import make_run
+from tests.support.stores import Samples, make_run
 
 Array = np.ndarray[Any, Any]
 LONGEST = 23
@@ -89,3 +89,12 @@ class Documents:
             columns=self.join(plan.view, good),
         )
         return rows, [BadRow(index=index, key=self.keys[index], reason="no tokens") for index in wrong]
+
+
+def make_samples(kind: str, format: str, **changes: Any) -> tuple[Run, Samples | Documents]:
+    """A run of images or tokens, and its samples."""
+    if kind == "tokens":
+        run = make_token_run(format, **changes)
+        return run, Documents.of(run)
+    run = make_run(format, **changes)
+    return run, Samples.of(run)

@@ -1,9 +1,9 @@
 """A process that writes a store and kills itself with SIGKILL at the n-th thing that it asks of the file system.
 
-`python -m tests.store.faults.crash_writer FOLDER FORMAT PACE` writes FOLDER/whole undisturbed, then for n = 1, 2, ...
-FOLDER/n in a forked child that dies at n, until a child lives to the end. After each death a reader looks, and the run
-is resumed. PACE: seconds that records may wait for others. Prints what it saw as JSON. Its own process, because it
-forks, and a test process has threads.
+`python -m tests.store.faults.crash_writer FOLDER KIND FORMAT PACE` writes FOLDER/whole undisturbed, then for n = 1, 2,
+... FOLDER/n in a forked child that dies at n, until a child lives to the end. After each death a reader looks, and the
+run is resumed. KIND: images or tokens. PACE: seconds that records may wait for others. Prints what it saw as JSON. Its
+own process, because it forks, and a test process has threads.
 """
 
 import json
@@ -16,15 +16,17 @@ import h5py  # noqa: F401  imported once, before the forks
 
 from softlabel.errors import StoreIncompleteError, StoreNotFoundError
 from softlabel.store import writer
+from softlabel.store.manifest import Run
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
-from tests.support.stores import Samples, make_run, read_files, write_store
+from tests.support.documents import Documents, make_samples
+from tests.support.stores import Samples, read_files, write_store
 
 EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.truncate", "os.scandir"}
 
 
-def dying_child(root: Path, format: str, at: int) -> bool:
+def dying_child(root: Path, run: Run, samples: Samples | Documents, at: int) -> bool:
     """Write in a child that dies at its `at`-th event under `root`; whether it lived to the end."""
     child = os.fork()
     if child:
@@ -40,22 +42,17 @@ def dying_child(root: Path, format: str, at: int) -> bool:
 
     sys.addaudithook(count)
     try:
-        write_store(root, run_of(format))
+        write_store(root, run, samples)
     finally:
         os._exit(0)
 
 
-def run_of(format: str):  # type: ignore[no-untyped-def]
-    return make_run(format, samples=7, shard_rows=3)
-
-
-def main(folder: Path, format: str) -> None:
-    run = run_of(format)
-    samples = Samples.of(run)
-    write_store(folder / "whole", run)
+def main(folder: Path, kind: str, format: str) -> None:
+    run, samples = make_samples(kind, format, samples=7, shard_rows=3)
+    write_store(folder / "whole", run, samples)
     expected = {name: data for name, data in read_files(folder / "whole").items() if name != "manifest.json"}
     deaths, states, adopted = 0, set(), 0
-    while not dying_child(folder / str(deaths + 1), format, deaths + 1):
+    while not dying_child(folder / str(deaths + 1), run, samples, deaths + 1):
         deaths += 1
         root = folder / str(deaths)
         try:
@@ -73,7 +70,7 @@ def main(folder: Path, format: str) -> None:
             adopted += committer.manifest.totals.shards - committer.resumed
             again = {run.shard(plan.number).number for plan in committer.missing()}
             assert not again & {int(name[:5]) for name in published}, "a whole shard would be computed again"
-        write_store(root, run)
+        write_store(root, run, samples)
         now = {path.name: path.stat().st_ino for path in (root / "shards").iterdir()}
         assert all(now[name] == inode for name, inode in published.items()), "a finished shard was written again"
         assert verify_store(root).ok
@@ -84,5 +81,5 @@ def main(folder: Path, format: str) -> None:
 
 
 if __name__ == "__main__":
-    writer.COMMIT_SECONDS = float(sys.argv[3])
-    main(Path(sys.argv[1]), sys.argv[2])
+    writer.COMMIT_SECONDS = float(sys.argv[4])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

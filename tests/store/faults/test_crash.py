@@ -18,15 +18,22 @@ from tests.support.stores import FORMATS, Samples, make_run, write_store
 
 
 @pytest.mark.parametrize(
-    ("format", "pace", "steps"), [("parquet", 0, 60), ("hdf5", 0, 60), ("parquet", 1, 45), ("hdf5", 1, 45)]
+    ("kind", "format", "pace", "steps"),
+    [
+        ("images", "parquet", 0, 60),
+        ("images", "hdf5", 0, 60),
+        ("images", "parquet", 1, 45),
+        ("images", "hdf5", 1, 45),
+        ("tokens", "parquet", 1, 45),
+    ],
 )
-def test_killed_at_every_step(tmp_path: Path, format: str, pace: int, steps: int) -> None:
+def test_killed_at_every_step(tmp_path: Path, kind: str, format: str, pace: int, steps: int) -> None:
     """SIGKILL at every single file system call of a writer; see crash_writer.py for what is checked after each.
 
     pace 0: every shard is recorded at once; 1: records reach the disk together.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "tests.store.faults.crash_writer", str(tmp_path), format, str(pace)],
+        [sys.executable, "-m", "tests.store.faults.crash_writer", str(tmp_path), kind, format, str(pace)],
         cwd=ROOT,
         capture_output=True,
         text=True,

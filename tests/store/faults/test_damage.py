@@ -23,17 +23,30 @@ from softlabel.store.encodings import Head
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
+from tests.support.documents import Documents, make_token_run
 from tests.support.shared_data import ROOT
 from tests.support.stores import FORMATS, Samples, make_run, read_files, write_head_store, write_store
 
 HEAD = Head(width=4, hidden="float16")
+both_kinds = pytest.mark.parametrize("kind", ["images", "tokens"])
+
+
+def write_every_kind_of_file(root: Path, format: str, kind: str) -> None:
+    """A store with a root, a segment, shards and a file that they share."""
+    if kind == "images":
+        write_head_store(root, make_run(format, samples=40, encoding=HEAD))
+    else:
+        run = make_token_run(format, samples=40, classes=20)
+        with Committer.open(root, run) as committer:
+            committer.add_extra("tokenizer", json.dumps({"model": {"vocab": {"a": 0}}}).encode(), "json")
+        write_store(root, run, Documents.of(run))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_flipped_bit_is_found_and_named(tmp_path: Path, format: str) -> None:
+@both_kinds
+def test_every_flipped_bit_is_found_and_named(tmp_path: Path, format: str, kind: str) -> None:
     root = tmp_path / "s"
-    # A file of every kind: root, segment, shards, extra.
-    write_head_store(root, make_run(format, samples=40, encoding=HEAD))
+    write_every_kind_of_file(root, format, kind)
     assert verify_store(root).ok
     whole = read_files(root)
     rng = np.random.default_rng(7)
@@ -59,9 +72,10 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path, format: str) -> No
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_cut_and_grown_files_are_found_by_a_cheap_open(tmp_path: Path, format: str) -> None:
+@both_kinds
+def test_cut_and_grown_files_are_found_by_a_cheap_open(tmp_path: Path, format: str, kind: str) -> None:
     root = tmp_path / "s"
-    write_head_store(root, make_run(format, samples=40, encoding=HEAD))
+    write_every_kind_of_file(root, format, kind)
     for name, raw in read_files(root).items():
         for wrong in (raw[:-1], raw[: len(raw) // 2], b"", raw + b"x"):
             (root / name).write_bytes(wrong)
