@@ -22,7 +22,7 @@ def absolute_spec(text: str) -> str:
     """Return a SPEC with its local paths made absolute."""
     spec = parse_spec(text)
     name = spec.name
-    if spec.kind in ("run", "hf", "text", *PROGRAMS.values()) and os.path.exists(name):
+    if spec.kind in ("run", "hf", "text", "lm", *PROGRAMS.values()) and os.path.exists(name):
         name = os.path.abspath(name)
     checkpoint = os.path.abspath(spec.checkpoint) if spec.checkpoint else None
     return Spec(kind=spec.kind, name=name, checkpoint=checkpoint, options=_absolute(spec.options)).text

@@ -19,9 +19,9 @@ from urllib.parse import unquote
 
 from softlabel.errors import SpecError
 
-KINDS = ("torchvision", "zoo", "timm", "hf", "text", "python", "run")
+KINDS = ("torchvision", "zoo", "timm", "hf", "text", "lm", "python", "run")
 # Kinds whose name may be a folder, which brings its own weights.
-_FOLDERS = ("run", "hf", "text")
+_FOLDERS = ("run", "hf", "text", "lm")
 # Suffix -> kind of files that hold a whole network, program and weights.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options about where weights come from; they do not change the network.
@@ -48,7 +48,8 @@ class Spec:
     @property
     def identity(self) -> str:
         """The SPEC without the location of its weights: a store is identified by their hash."""
-        local = self.kind in ("run", "text", *PROGRAMS.values()) or (self.kind == "hf" and os.path.isdir(self.name))
+        brings_files = self.kind in ("run", "text", "lm", *PROGRAMS.values())
+        local = brings_files or (self.kind == "hf" and os.path.isdir(self.name))
         name = os.path.basename(os.path.normpath(self.name)) if local else self.name
         options = {key: value for key, value in self.options.items() if key not in _PLACES}
         return Spec(kind=self.kind, name=name, options=options).text

@@ -8,6 +8,8 @@ from typing import Any
 from softlabel.errors import SpecError
 from softlabel.inputs.base import Text
 
+TOKENIZER = "tokenizer.json"
+
 
 class Tokenizer:
     """What `tokenizer.json` says. It can be pickled.

@@ -18,11 +18,10 @@ from typing import Any
 
 from softlabel.errors import SpecError
 from softlabel.inputs.chat import ChatTemplate
-from softlabel.inputs.tokenizer import Tokenizer
+from softlabel.inputs.tokenizer import TOKENIZER, Tokenizer
 
 log = logging.getLogger("softlabel")
 
-TOKENIZER = "tokenizer.json"
 _CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
@@ -52,6 +51,14 @@ class Vocabulary:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Vocabulary, (self.tokenizer, self.template)
+
+    def files(self) -> dict[str, bytes]:
+        """What `read_vocabulary` reads, by the names of the files."""
+        found = {TOKENIZER: self.tokenizer.content}
+        if self.template is not None:
+            found[_TEMPLATE] = self.template.source.encode()
+            found[_CONFIG] = (json.dumps(self.template.special, indent=2) + "\n").encode()
+        return found
 
     @cached_property
     def tokens(self) -> tuple[str | None, ...]:

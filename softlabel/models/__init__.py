@@ -6,17 +6,20 @@ torch cannot read in such a way, has to be trusted by name.
 
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
 from softlabel.models.from_hf import class_names_of, refuse_other_heads
+from softlabel.models.from_lm import LanguageModel, check_packing
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, network_of, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
 
 __all__ = [
+    "LanguageModel",
     "Network",
     "Program",
     "RunModel",
     "build_model",
     "build_network",
+    "check_packing",
     "class_names_of",
     "load_weights",
     "logits_of",

@@ -10,15 +10,24 @@ from torch import nn
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
 from softlabel.inputs.base import InputTransform
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
 from softlabel.inputs.text import TextTransform
-from softlabel.inputs.transforms import transform_of
+from softlabel.inputs.tokens import TokenTransform
+from softlabel.inputs.transforms import KINDS, transform_of
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.factories import accepts, builder, call, classes_of
 from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
+from softlabel.models.from_lm import (
+    build_lm,
+    check_vocabulary,
+    lm_from_config,
+    lm_transform,
+    refuse_untrained,
+)
 from softlabel.models.from_onnx import OnnxProgram
 from softlabel.models.from_text import build_text, refuse_headless, text_from_config, text_transform, transform_of_run
 from softlabel.models.from_timm import timm_preprocessing
@@ -61,6 +70,8 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Networ
         return Network(spec=spec, model=build_hf(spec, num_classes))
     if spec.kind == "text":
         return Network(spec=spec, model=build_text(spec, num_classes))
+    if spec.kind == "lm":
+        return Network(spec=spec, model=build_lm(spec, num_classes))
     if spec.kind in ("pt2", "onnx"):
         return Network(spec=spec, model=ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec))
     options = {k: literal(v) for k, v in spec.options.items() if k not in (*PREPROCESSING_OPTIONS, WEIGHTS_KEY)}
@@ -123,6 +134,8 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     model: nn.Module
     if student.kind == "text" and run.config is not None:
         model = text_from_config(spec, run.config, run.num_classes)
+    elif student.kind == "lm" and run.config is not None:
+        model = lm_from_config(spec, run.config, run.num_classes)
     elif run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:
@@ -141,6 +154,8 @@ def refuse_random(spec: Spec) -> None:
     """
     if spec.kind == "text":
         refuse_headless(spec)
+    if spec.kind == "lm":
+        refuse_untrained(spec)
     asked = {"torchvision": "weights=DEFAULT", "timm": "pretrained=true"}.get(spec.kind)
     option = literal(spec.options.get("pretrained", "null"))
     if spec.kind == "hf" and option is False:
@@ -162,9 +177,17 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
     """
     if spec.kind == "run":
         recorded = transform_of(read_run(spec.name).preprocessing)
+        if isinstance(recorded, TokenTransform):
+            check_vocabulary(spec, recorded)
         return transform_of_run(spec, recorded) if isinstance(recorded, TextTransform) else recorded
     if spec.kind == "text":
         return text_transform(spec)
+    if spec.kind == "lm":
+        return lm_transform(spec)
+    if kind in (TokenTransform.kind, CHATS.name) and spec.kind != "python":
+        raise SpecError(
+            f"{spec.text}: takes images, and the samples are {KINDS[kind].noun}; give a language model, lm:FOLDER"
+        )
     if kind == TextTransform.kind and spec.kind != "python":
         raise SpecError(f"{spec.text}: takes images, and the samples are texts; give a network of these, text:FOLDER")
     if kind == TensorTransform.kind and spec.kind not in ("python", "pt2", "onnx"):

@@ -5,7 +5,6 @@ Nothing is downloaded, no code of a folder is run, and weights are read from saf
 Legend: B batch, C classes, L positions.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from softlabel.common.spec import Spec, literal
+from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
 from softlabel.inputs.text import TextTransform
-from softlabel.inputs.tokenizer import Tokenizer
+from softlabel.inputs.tokenizer import TOKENIZER, Tokenizer
+from softlabel.models.folder_json import read_json
 from softlabel.models.from_hf import (
     HuggingFaceClassifier,
     describe_error,
@@ -24,9 +24,10 @@ from softlabel.models.from_hf import (
     network_of_config,
     refuse_wrong_files,
 )
+from softlabel.models.options import parse_buckets, parse_count
 
-TOKENIZER = "tokenizer.json"
 _AUTO = "AutoModelForSequenceClassification"
+_EXPECTED = f"expected a folder with config.json, model.safetensors and {TOKENIZER}, as save_pretrained writes them"
 _OPTIONS = ("layers", "max_length", "buckets", "num_classes")
 # Tokens of a text where the folder says nothing: what attention costs grows with the square.
 _LONGEST = 512
@@ -55,9 +56,9 @@ def build_text(spec: Spec, num_classes: int | None) -> TextClassifier:
     """
     if unknown := [name for name in spec.options if name not in _OPTIONS]:
         raise SpecError(f"{spec.text}: expected no option but {', '.join(_OPTIONS)}, found {unknown[0]!r}")
-    config, tokenizer = _read_json(spec, "config.json"), _read_tokenizer(spec)
+    config, tokenizer = read_json(spec, "config.json", _EXPECTED), _read_tokenizer(spec)
     transformers = import_transformers(spec)
-    asked = _whole_number(spec, "num_classes")
+    asked = parse_count(spec, "num_classes")
     if asked is not None and num_classes not in (None, asked):
         raise SpecError(f"{spec.text}: num_classes={asked}, but {num_classes} classes are needed here")
     wanted, has_head = num_classes if asked is None else asked, _has_head(config)
@@ -79,10 +80,7 @@ def build_text(spec: Spec, num_classes: int | None) -> TextClassifier:
         finally:
             transformers.utils.logging.set_verbosity(level)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise SpecError(
-            f"{spec.text}: {describe_error(error)}; expected a folder with config.json, model.safetensors and "
-            f"{TOKENIZER}, as save_pretrained writes them"
-        ) from error
+        raise SpecError(f"{spec.text}: {describe_error(error)}; {_EXPECTED}") from error
     inner = f"{network.base_model_prefix}."
     fresh = [] if has_head else [name for name in info["missing_keys"] if not _is_of_encoder(name, inner)]
     if missing := sorted(set(info["missing_keys"]) - set(fresh)):
@@ -106,7 +104,7 @@ def text_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | N
 
 def refuse_headless(spec: Spec) -> None:
     """Raises SpecError for a folder that is no trained classifier, which would label with random numbers."""
-    if not _has_head(_read_json(spec, "config.json")):
+    if not _has_head(read_json(spec, "config.json", _EXPECTED)):
         raise SpecError(
             f"{spec.text}: expected a trained classifier, found an encoder without the weights of a last layer; train "
             "it first ('softlabel train --student'), and give run:FOLDER"
@@ -121,15 +119,15 @@ def text_transform(spec: Spec) -> TextTransform:
     Raises:
         SpecError: the files are not there, or a length that the network does not take.
     """
-    config, tokenizer = _read_json(spec, "config.json"), _read_tokenizer(spec)
+    config, tokenizer = read_json(spec, "config.json", _EXPECTED), _read_tokenizer(spec)
     most = config.get("max_position_embeddings") or config.get("n_positions")
     pad_id = config.get("pad_token_id") or 0
     if most is not None and config.get("model_type") in _SHIFTED:
         most -= pad_id + 1
-    length = _whole_number(spec, "max_length")
+    length = parse_count(spec, "max_length")
     if length is not None and most is not None and length > most:
         raise SpecError(f"{spec.text}: max_length: expected at most {most}, which its positions allow, found {length}")
-    told = _read_json(spec, "tokenizer_config.json", needed=False)
+    told = read_json(spec, "tokenizer_config.json", None)
     if length is None:
         declared = told.get("model_max_length")
         length = int(min(one for one in (most, declared, _LONGEST) if isinstance(one, int | float)))
@@ -139,7 +137,7 @@ def text_transform(spec: Spec) -> TextTransform:
             max_length=length,
             pad_id=int(pad_id),
             segments=int(config.get("type_vocab_size") or 0) > 1 and _gives_segments(told),
-            lengths=_buckets(spec),
+            lengths=parse_buckets(spec),
             # As transformers chooses it.
             truncation_side=str(told.get("truncation_side") or tokenizer.truncation_side),
             tokenizer=tokenizer,
@@ -175,25 +173,10 @@ def _has_head(config: Mapping[str, Any]) -> bool:
 
 
 def _layers(spec: Spec, there: int) -> int:
-    layers = _whole_number(spec, "layers")
+    layers = parse_count(spec, "layers")
     if layers is not None and layers > there:
         raise SpecError(f"{spec.text}: layers: expected at most {there}, which the network has, found {layers}")
     return there if layers is None else layers
-
-
-def _whole_number(spec: Spec, name: str) -> int | None:
-    value = literal(spec.options.get(name, "null"))
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise SpecError(f"{spec.text}: {name}: expected a whole number above 0, found {spec.options[name]!r}")
-    return value
-
-
-def _buckets(spec: Spec) -> tuple[int, ...]:
-    text = spec.options.get("buckets", "")
-    try:
-        return tuple(int(one) for one in text.split(",")) if text else ()
-    except ValueError:
-        raise SpecError(f"{spec.text}: buckets: expected lengths such as 16,32,64, found {text!r}") from None
 
 
 def _read_tokenizer(spec: Spec) -> Tokenizer:
@@ -205,21 +188,3 @@ def _read_tokenizer(spec: Spec) -> Tokenizer:
             f"{spec.text}: {path}: cannot be read ({error.strerror}); save the tokenizer there, as save_pretrained of "
             "a fast tokenizer does"
         ) from error
-
-
-def _read_json(spec: Spec, name: str, *, needed: bool = True) -> dict[str, Any]:
-    path = Path(spec.name) / name
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not needed:
-            return {}
-        raise SpecError(
-            f"{spec.text}: expected a folder with config.json, model.safetensors and {TOKENIZER}, as save_pretrained "
-            f"writes them; found no {path}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise SpecError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found

@@ -1,10 +1,11 @@
-"""Options of a SPEC that say how images are prepared; they are not the builder's."""
+"""Options of a SPEC: which a builder takes, and what their values are."""
 
 from collections.abc import Iterable
 
-from softlabel.common.spec import Spec
+from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
 
+# How images are prepared; they are not the builder's.
 PREPROCESSING_OPTIONS = ("mean", "std", "resize", "crop", "interpolation", "squash")
 # Which set of weights of a checkpoint is meant.
 WEIGHTS_KEY = "weights_key"
@@ -20,3 +21,21 @@ def refuse_others(spec: Spec, known: Iterable[str] = ()) -> None:
 def says_everything(spec: Spec) -> bool:
     """Whether the options leave nothing of the preprocessing open."""
     return {"mean", "std", "resize", "crop", "interpolation"} <= set(spec.options)
+
+
+def parse_count(spec: Spec, name: str, *, least: int = 1) -> int | None:
+    """The whole number that an option has; None without it. Raises SpecError for anything else."""
+    value = literal(spec.options.get(name, "null"))
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        above = "above 0" if least == 1 else f"of at least {least}"
+        raise SpecError(f"{spec.text}: {name}: expected a whole number {above}, found {spec.options[name]!r}")
+    return value
+
+
+def parse_buckets(spec: Spec) -> tuple[int, ...]:
+    """The lengths of ``buckets=``, none without it. Raises SpecError where they are no numbers."""
+    text = spec.options.get("buckets", "")
+    try:
+        return tuple(int(one) for one in text.split(",")) if text else ()
+    except ValueError:
+        raise SpecError(f"{spec.text}: buckets: expected lengths such as 16,32,64, found {text!r}") from None

@@ -14,8 +14,10 @@ from softlabel.common.activation import Activation
 from softlabel.common.atomic_file import write_atomically
 from softlabel.common.spec import parse_spec
 from softlabel.errors import SpecError
+from softlabel.inputs.tokenizer import TOKENIZER
 from softlabel.models.from_hf import HuggingFaceClassifier
-from softlabel.models.from_text import TOKENIZER, TextClassifier
+from softlabel.models.from_lm import LanguageModel
+from softlabel.models.from_text import TextClassifier
 from softlabel.models.weights import plain_names
 
 
@@ -64,6 +66,9 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
         fields["config"] = dict(config)
     if isinstance(model, TextClassifier):
         write_atomically(folder / TOKENIZER, model.tokenizer.content)
+    if isinstance(model, LanguageModel):
+        for name, content in model.vocabulary.files().items():
+            write_atomically(folder / name, content)
     # Last: a folder with a model.json in it is a whole one.
     write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())
 

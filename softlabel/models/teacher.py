@@ -3,6 +3,7 @@
 Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
 from softlabel.inputs.text import TextTransform
+from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.transforms import describe_failure, transform_of
 from softlabel.models import (
+    LanguageModel,
     Program,
     build_network,
     class_names_of,
@@ -68,23 +71,8 @@ class Teacher:
         Raises:
             TeacherError: the network gives something else, or it was set to training mode.
         """
-        # A frozen TorchScript program has no mode any more.
-        if any(getattr(module, "training", False) for module in self.model.modules()):
-            raise TeacherError(
-                f"{self.spec.text}: expected a network in evaluation mode, found one in training mode: its batch norm "
-                "would label by the rest of the batch; call model.eval()"
-            )
         with torch.inference_mode():
-            finished = self.preprocessing.finish(inputs.to(self.device))
-            with computing(self.precision, self.device):
-                try:
-                    output = finished.call(self.model)
-                except Exception as error:  # user code: what it raises is a fact about this teacher
-                    if out_of_memory(error):  # or about the batch: a smaller one may fit
-                        raise
-                    why = describe_failure(self.preprocessing, inputs, error, network="teacher")
-                    raise TeacherError(f"{self.spec.text}: {why}") from error
-            logits_BC = logits_of(self.spec.text, output)
+            logits_BC = logits_of(self.spec.text, self._answer(inputs, self.model))
             expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
                 raise TeacherError(
@@ -97,6 +85,46 @@ class Teacher:
                 _refuse_probabilities(self.spec.text, logits_BC)
                 self._checked.done = True
             return logits_BC.float()
+
+    def hidden(self, inputs: Inputs) -> Tensor:
+        """What goes into the last layer of a language model, for a batch that `preprocessing` has collated and cut.
+
+        Args:
+            inputs: B documents, at the length L of a bucket, on any device.
+
+        Returns:
+            (B, L, D) on the teacher's device, in the precision of the forward pass; `position_logits` takes some of it.
+        """
+        with torch.inference_mode():
+            hidden_BLD: Tensor = self._answer(inputs, self._call_body)
+            return hidden_BLD
+
+    def _call_body(self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        assert isinstance(self.model, LanguageModel)
+        return self.model.hidden(input_ids, attention_mask)
+
+    def position_logits(self, hidden_PD: Tensor) -> Tensor:
+        """Logits float32 (P, V) of a language model at P positions of what `hidden` gave."""
+        assert isinstance(self.model, LanguageModel)
+        with torch.inference_mode(), computing(self.precision, self.device):
+            return self.model.logits(hidden_PD).float()
+
+    def _answer(self, inputs: Inputs, network: Callable[..., Any]) -> Any:
+        # A frozen TorchScript program has no mode any more.
+        if any(getattr(module, "training", False) for module in self.model.modules()):
+            raise TeacherError(
+                f"{self.spec.text}: expected a network in evaluation mode, found one in training mode: its batch norm "
+                "would label by the rest of the batch; call model.eval()"
+            )
+        finished = self.preprocessing.finish(inputs.to(self.device))
+        with computing(self.precision, self.device):
+            try:
+                return finished.call(network)
+            except Exception as error:  # user code: what it raises is a fact about this teacher
+                if out_of_memory(error):  # or about the batch: a smaller one may fit
+                    raise
+                why = describe_failure(self.preprocessing, inputs, error, network="teacher")
+                raise TeacherError(f"{self.spec.text}: {why}") from error
 
 
 def load_teacher(
@@ -115,7 +143,7 @@ def load_teacher(
         device: that it computes on.
         precision: of its forward pass.
         num_classes: how many it has; absent: found out.
-        kind: of the samples that it will label: image, tensor or text.
+        kind: of the samples that it will label: image, tensor, text or tokens.
         activation: what its outputs are the logits of; one single output is a sigmoid's.
 
     Raises:
@@ -159,13 +187,15 @@ def load_teacher(
         sha256=sha256,
         class_names=class_names_of(network.model),
     )
-    if (example := preprocessing.example(2)) is not None:
+    if not isinstance(model, LanguageModel) and (example := preprocessing.example(2)) is not None:
         _refuse_probabilities(spec_text, teacher.logits(example))
     return teacher
 
 
 def _count_classes(spec: str, model: nn.Module, preprocessing: InputTransform, device: torch.device) -> int:
     """How many classes the network has: what it gives for one sample, or else its last linear layer."""
+    if isinstance(model, LanguageModel):
+        return model.vocabulary.size
     if (example := preprocessing.example(1)) is not None:
         with torch.inference_mode(), ieee_float32():
             try:
@@ -207,16 +237,16 @@ def student_preprocessing(
 ) -> InputTransform:
     """The preprocessing that a SPEC stands for: its options over its kind's defaults.
 
-    zoo: resize and crop to 32. torchvision: what `weights=` asks for, or else 256, 224. run: what it was trained
-    with. timm, hf: what their own evaluation does. text: its tokenizer. A .pt2 or .onnx file: what its metadata say,
-    or else the size that it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has
-    one (an `InputTransform` or its dict), or else images of their own size, and arrays as they are.
+    zoo: resize and crop to 32. torchvision: what `weights=` asks for, or else 256, 224. run: what it was trained with.
+    timm, hf: what their own evaluation does. text, lm: its tokenizer. A .pt2 or .onnx file: what its metadata say, or
+    else the size that it takes, and mean and std must be given. python: the `preprocessing` of `model` where it has one
+    (an `InputTransform` or its dict), or else images of their own size, and arrays as they are.
     Mean and std of images are ImageNet's where nothing else says otherwise. `resize` or `crop` given alone sets both.
 
     Args:
         spec: the SPEC.
         model: the network.
-        kind: of the samples: image, tensor or text.
+        kind: of the samples: image, tensor, text or tokens.
 
     Raises:
         SpecError: another kind of samples, or options that make no sense.
@@ -231,7 +261,7 @@ def student_preprocessing(
     given = {name: text for name, text in spec.options.items() if name in PREPROCESSING_OPTIONS}
     if isinstance(own, TensorTransform) and (odd := set(given) - {"mean", "std"}):
         raise SpecError(f"{spec.text}: {min(odd)}= is of images, and the samples are arrays of numbers; leave it out")
-    if isinstance(own, TextTransform):
+    if isinstance(own, TextTransform | TokenTransform):
         if given:
             raise SpecError(f"{spec.text}: {min(given)}= is of images, and the samples are texts; leave it out")
         return own

@@ -33,7 +33,7 @@ from torch import nn
 from softlabel.common.atomic_file import write_atomically as write_whole
 from softlabel.common.spec import quote_path
 from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
-from softlabel.models.from_text import TOKENIZER
+from softlabel.inputs.tokenizer import TOKENIZER
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
+import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.support.shared_data import find_shared_data
@@ -58,4 +60,32 @@ def write_tokenizer(
     elif template is not None:
         (folder / "chat_template.jinja").write_text(template)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_language_model(
+    folder: Path, architecture: str, *, rows: int = 263, template: str | None = None, **fields: Any
+) -> Path:
+    """A small language model of an architecture with random weights, whose last layer has so many rows."""
+    write_tokenizer(folder, template=template)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "vocab_size": rows,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if "n_embd" in fields:
+        sizes = {"vocab_size": rows, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(architecture, **{**sizes, **fields})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in network.parameters():  # biases begin at 0, and nothing would see them
+            torch.nn.init.normal_(parameter, std=0.2)
+    network.save_pretrained(folder)
     return folder
