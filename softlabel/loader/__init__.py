@@ -6,7 +6,8 @@ order -> samples -> images (decoded once, then cached) -> view -> Batch
 
 from softlabel.loader.adapters import LabelJoin, SoftLabelled, with_soft_labels
 from softlabel.loader.batch import Batch
-from softlabel.loader.dataset import JoinedDataset, Missing
+from softlabel.loader.dataset import JoinedDataset
+from softlabel.loader.join import Missing
 from softlabel.loader.loader import SoftLabelLoader
 
 __all__ = [

@@ -5,7 +5,7 @@ Legend: B batch, H and W pixels.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, overload
+from typing import Any, Protocol, Self, overload
 
 import numpy as np
 import torch
@@ -115,8 +115,7 @@ class Batch:
             self,
             inputs=Inputs.of(self.inputs).map(lambda one: one.to(device, non_blocking=non_blocking)).plain,
             labels=self.labels.to(device, non_blocking=non_blocking),
-            target=None if self.target is None else self.target.to(device, non_blocking=non_blocking),
-            has_target=None if self.has_target is None else self.has_target.to(device, non_blocking=non_blocking),
+            **move_target(self, device, non_blocking=non_blocking),
             weight=None if self.weight is None else self.weight.to(device, non_blocking=non_blocking),
         )
 
@@ -126,10 +125,32 @@ class Batch:
             self,
             inputs=Inputs.of(self.inputs).map(Tensor.pin_memory).plain,
             labels=self.labels.pin_memory(),
-            target=None if self.target is None else self.target.pin_memory(),
-            has_target=None if self.has_target is None else self.has_target.pin_memory(),
+            **pin_target(self),
             weight=None if self.weight is None else self.weight.pin_memory(),
         )
+
+
+class _Targeted(Protocol):
+    @property
+    def target(self) -> Target | None: ...
+    @property
+    def has_target(self) -> Tensor | None: ...
+
+
+def move_target(batch: _Targeted, device: torch.device | str, *, non_blocking: bool) -> dict[str, Any]:
+    """The target of a batch, and which rows have one, on another device."""
+    return {
+        "target": None if batch.target is None else batch.target.to(device, non_blocking=non_blocking),
+        "has_target": None if batch.has_target is None else batch.has_target.to(device, non_blocking=non_blocking),
+    }
+
+
+def pin_target(batch: _Targeted) -> dict[str, Any]:
+    """The target of a batch, and which rows have one, in page-locked memory."""
+    return {
+        "target": None if batch.target is None else batch.target.pin_memory(),
+        "has_target": None if batch.has_target is None else batch.has_target.pin_memory(),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

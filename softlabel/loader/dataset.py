@@ -8,7 +8,6 @@ its labels, and nothing per row that Python has to loop over once the images are
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from softlabel.common.keys import Keys
 from softlabel.dataset import Source, detect_decoding, first_samples, require_samples
-from softlabel.errors import DataError, MismatchError, MissingKeyError, UsageError
+from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.inputs.base import Images, Inputs, InputTransform, form_of
 from softlabel.inputs.batch import collate_samples, decode_samples, refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
@@ -27,6 +25,7 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
+from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
@@ -36,12 +35,7 @@ from softlabel.views import CropFlip, Views, stacked
 
 log = logging.getLogger("softlabel")
 
-Missing = Literal["error", "skip", "hard-only"]
-Int64s = NDArray[np.int64]
-
-_CHUNK = 1 << 16  # keys handled at a time
 _COMPARED = 8  # images that are compared before the first batch
-_LISTED = 3  # keys that an error spells out
 _ALL_VIEWS = ViewChoice()
 
 
@@ -100,9 +94,8 @@ class JoinedDataset(Dataset[Batch]):
                 f"augment: crops and mirror images are of images, which the samples of {source.name} are not; leave "
                 "it out"
             )
-        keys = _all_keys(source)
+        keys = read_keys(source)
         labels_N = source.labels()
-        self.skipped_bad = self.skipped_missing = 0
         made = None if store is None else Views.of(store.run)
         if made is not None and augment is not None:
             raise UsageError(
@@ -112,7 +105,7 @@ class JoinedDataset(Dataset[Batch]):
         rows_VN: Int64s | None = None
         self.views = 1
         if store is None:
-            kept, rows_N = np.arange(len(keys)), np.full(len(keys), -1)
+            stay, rows_N = Kept(samples=np.arange(len(keys))), np.full(len(keys), -1)
         else:
             _check_classes(source, store.manifest.run)
             if made is None and views.count not in (None, store.run.views.count):
@@ -120,11 +113,9 @@ class JoinedDataset(Dataset[Batch]):
             self.views = store.run.views.count if views.count is None else views.count
             rows_VN = rows_of_views(store, keys, self.views) if made is not None else None
             rows_N = store.lookup(keys, missing="mask") if rows_VN is None else rows_VN[0]
-            kept = self._kept(store, keys, rows_N, missing)
-        if not len(kept):
-            raise DataError(
-                f"{source.name}: none of its {len(keys):,} samples is in the store; give the data that it was made from"
-            )
+            stay = choose_kept(source, store, keys, rows_N, missing)
+        kept = stay.samples
+        self.skipped_bad, self.skipped_missing = stay.skipped_bad, stay.skipped_missing
         self.samples: Int64s = kept
         self.activation = choose_activation(source, None if store is None else store.run)
         self.labels = convert_labels(labels_N[kept], source, None if store is None else store.run)
@@ -195,25 +186,6 @@ class JoinedDataset(Dataset[Batch]):
 
     def keys(self, positions: Int64s) -> list[str]:
         return self._keys.take(positions).to_list()
-
-    def _kept(self, store: Store, keys: Keys, rows_N: Int64s, missing: Missing) -> Int64s:
-        absent = np.flatnonzero(rows_N < 0)
-        if not len(absent):
-            return np.arange(len(keys))
-        bad = store.bad
-        is_bad = np.array([key in bad for key in keys.take(absent).to_list()]) if bad else np.zeros(len(absent), bool)
-        lost = absent[~is_bad]
-        self.skipped_bad = int(is_bad.sum())
-        if len(lost) and missing == "error":
-            named = ", ".join(repr(key) for key in keys.take(lost[:_LISTED]).to_list())
-            more = f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
-            raise MissingKeyError(
-                f"{self.source.name}: {len(lost)} of {len(keys)} samples have no row in {store.path}: {named}{more}; "
-                "label them ('softlabel generate'), or use --missing skip or --missing hard-only"
-            )
-        drop = absent if missing == "skip" else absent[is_bad]
-        self.skipped_missing = len(drop) - self.skipped_bad
-        return np.delete(np.arange(len(keys)), drop)
 
     def _check_same_samples(self, store: Store) -> None:
         """Compare a few samples now, before anything is trained; each is compared when it is read.
@@ -350,23 +322,13 @@ class JoinedDataset(Dataset[Batch]):
         stored = self.store.content[rows[known]]
         changed = known[changed_content(hashes[known], stored)]
         if len(changed):
-            raise MismatchError(
-                f"{self.source.name}: sample {keys[int(changed[0])]!r} is not the one that was labelled in "
-                f"{self.store.path} (its content, xxh3-64, differs; {len(changed)} of {len(keys)} compared here); use "
-                "the samples that were labelled, in their order where keys are numbers and without a random transform, "
-                "or label these"
-            )
+            raise MismatchError(describe_changed(self.source.name, list(keys), changed, self.store))
 
     def _target(self, store: Store, rows_B: Int64s) -> Target:
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
         stored = store.take(rows_B, self._label_names)
         return make_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
-
-
-def _all_keys(source: Source) -> Keys:
-    chunks = [source.key_table(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
-    return Keys.join(chunks)
 
 
 def _check_classes(source: Source, run: Run) -> None:

@@ -18,8 +18,9 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.inputs.base import InputTransform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch
-from softlabel.loader.dataset import JoinedDataset, Missing
+from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.epoch_loader import EpochLoader
+from softlabel.loader.join import Missing
 from softlabel.loader.label_stream import LabelStream, check_same_order
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
