@@ -73,7 +73,7 @@ class Packing:
             raise ValueError("lengths: expected documents of at least 1 position each")
         if (longest := int(self.lengths.max())) > self.length:
             raise UsageError(
-                f"pack: a document has {longest} tokens, a line {self.length}; give --pack {longest} or more, or label "
+                f"pack: the longest document has {longest} tokens, a line {self.length}; give --pack {longest} or more, or label "
                 f"with --max-length {self.length}"
             )
 

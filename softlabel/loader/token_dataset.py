@@ -99,7 +99,8 @@ class TokenDataset(Dataset[TokenBatch]):
         packed, length = self.lines(wanted.view), self.packing.length
         lines = [packed.line(number) for number in wanted.positions.tolist()]
         # Filler lines repeat others and count for nothing: they stay empty.
-        lines[wanted.counted :] = [line[:0] for line in lines[wanted.counted :]]
+        counted = len(lines) if wanted.counted is None else wanted.counted
+        lines[counted:] = [line[:0] for line in lines[counted:]]
         documents = np.concatenate(lines)
         keys = BatchKeys(self._keys, documents)
         ids = self._read(documents, keys)

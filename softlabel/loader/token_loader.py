@@ -1,4 +1,4 @@
-"""The loader of a language model's training loop: lines of documents, joined to the labels of their positions by key."""
+"""The loader of a language model: lines of documents, joined to the labels of their positions by key."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -53,5 +53,5 @@ def test_a_document_alone_in_a_line() -> None:
 
 
 def test_a_document_longer_than_a_line_is_refused() -> None:
-    with pytest.raises(UsageError, match="a document has 9 tokens, a line 8"):
+    with pytest.raises(UsageError, match="the longest document has 9 tokens, a line 8"):
         Packing(lengths=np.array([3, 9]), length=8)
