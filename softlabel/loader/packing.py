@@ -73,8 +73,8 @@ class Packing:
             raise ValueError("lengths: expected documents of at least 1 position each")
         if (longest := int(self.lengths.max())) > self.length:
             raise UsageError(
-                f"pack: the longest document has {longest} tokens, a line {self.length}; give --pack {longest} or more, "
-                f"or label with --max-length {self.length}"
+                f"pack: the longest document has {longest} tokens, a line {self.length}; give --pack {longest} or "
+                f"more, or label with --max-length {self.length}"
             )
 
     def pack(self, epoch: int) -> PackedEpoch:
