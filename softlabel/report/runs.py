@@ -104,7 +104,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise UsageError(f"runs: {given} is not a folder; expected what --out of 'softlabel train' was")
-        below = _find_runs(folder)
+        below = find_run_folders(folder)
         if not below:
             raise DataError(
                 f"{given}: expected the folder of a run of 'softlabel train', or of several students, found no "
@@ -114,13 +114,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return [_read_run(folder) for folder in found]
 
 
-def _find_runs(folder: Path, depth: int = 2) -> list[Path]:
+def find_run_folders(folder: Path, depth: int = 2) -> list[Path]:
+    """The folder of a run itself, or those of the runs in it, to some depth."""
     if any((folder / name).exists() for name in (METRICS, CHECKPOINT, *MODEL)) or read_failure(folder) is not None:
         return [folder]
     if not depth:
         return []
     inner = student_folders(folder) or sorted(one for one in folder.iterdir() if one.is_dir())
-    return [run for one in inner for run in _find_runs(one, depth - 1)]
+    return [run for one in inner for run in find_run_folders(one, depth - 1)]
 
 
 def _read_run(folder: Path) -> Run:

@@ -21,6 +21,7 @@ from softlabel.report.conditions import Condition, find_failures
 from softlabel.report.examples import ExampleReader
 from softlabel.report.figures import Absent, Example
 from softlabel.report.measure import StoreFigures, measure_store
+from softlabel.report.output_files import check_outputs, keep_data, keep_runs, keep_store
 from softlabel.report.page import render
 from softlabel.report.pictures import Picture, make_pictures
 from softlabel.report.probabilities import LabelReader
@@ -96,17 +97,22 @@ def write_report(
         progress: show bars; None: if standard error is a terminal.
 
     Raises:
-        UsageError: an argument is wrong, or a condition is about something that was not measured.
+        UsageError: an argument is wrong, a file would lie in the store, a run or the data, or a condition is about
+            something that was not measured.
         StoreError: the store cannot be read.
         DataError: `data` is given and cannot be read, or a folder holds no run.
     """
     conditions = [Condition.parse(text) for text in fail_if]
     if batch_size < 1 or workers < 0:
         raise UsageError(f"--batch-size and --workers: expected at least 1 and 0, found {batch_size} and {workers}")
-    _check_paths(out, json, noise_csv)
+    outputs = {"--out": out, "--json": json, "--noise-csv": noise_csv}
+    kept = [*keep_store(store), *keep_store(eval_labels), *keep_runs(runs), *keep_data(data), *keep_data(eval_data)]
+    check_outputs(outputs, kept)
     opened = _open(store)
     if opened is None:
         runs = [str(store), *runs]
+    else:
+        check_outputs(outputs, keep_data(opened.manifest.recorded.get("data")))
     if not runs and (eval_data is not None or eval_labels is not None):
         raise UsageError("--eval-data and --eval-labels are for students; give their folders with --runs")
     source = _open_data(data, opened)
@@ -143,22 +149,6 @@ def write_report(
     if json is not None:
         _write(Path(json), report_json(report) + "\n")
     return WrittenReport(report=report, path=page, pictures=shown, failures=failures)
-
-
-def _check_paths(*paths: str | Path | None) -> None:
-    """Check where files are to be written, before anything is measured.
-
-    Raises:
-        UsageError: two are the same, one is a folder, or its folder does not exist.
-    """
-    files = [Path(path).absolute() for path in paths if path is not None]
-    if len(set(files)) < len(files):
-        raise UsageError("--out, --json and --noise-csv: expected different files, found one twice; choose other names")
-    for file in files:
-        if file.is_dir():
-            raise UsageError(f"{file}: expected a file to write, found a folder; add a name")
-        if not file.parent.is_dir():
-            raise UsageError(f"{file}: its folder does not exist; create it first")
 
 
 def _open(store: str | Path | Store) -> Store | None:

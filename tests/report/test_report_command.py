@@ -16,13 +16,15 @@ from PIL import Image, ImageOps
 
 import softlabel
 from softlabel import open_source
+from softlabel.errors import UsageError
 from softlabel.report.pictures import make_pictures
 from softlabel.report.report import report_json
 from tests.report.store_reference import learn_confidently
+from tests.report.test_summary import write_recorded
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
-from tests.support.stores import draw_logits, write_logits
+from tests.support.stores import draw_logits, read_files, write_logits
 from tests.support.training_runs import STUDENT, make_keys
 
 ROWS, WRONG, COPIES = 120, (5, 40, 77), 2
@@ -165,6 +167,56 @@ def test_a_wrong_request_is_one_line(folder: Path, arguments: tuple[str, ...], n
     assert named in last[0]
     assert not done.stdout
     assert not (folder / "wrong.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("--json", "labels/manifest.json"), "the store labels"),
+        (("--out", "labels/shards/new.html"), "the store labels"),
+        (("--out", "link/model.json"), "the run runs/student"),
+        (("--noise-csv", "runs/../data.parquet"), "the data data.parquet"),
+        (("--json", "linked.json"), "the data test.parquet"),
+        (("--json", "test-labels/manifest.json"), "the store test-labels"),
+        (("--json", "runs/../wrong.html"), "found one twice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_a_report_is_about_is_never_overwritten(folder: Path, options: tuple[str, ...], kept: str) -> None:
+    if not (folder / "link").exists():
+        (folder / "link").symlink_to("runs/student")
+        (folder / "linked.json").symlink_to("test.parquet")
+    before = read_files(folder)
+    given = ("labels", "--data", "data.parquet", "--runs", "runs", "--eval-data", "test.parquet?key=index")
+    more = () if "--out" in options else ("--out", "wrong.html")
+    done = run_softlabel("report", *given, "--eval-labels", "test-labels", *options, *more, cwd=folder, code=2)
+    assert kept in done.stderr.splitlines()[-1]
+    assert read_files(folder) == before
+
+
+def test_files_that_a_source_names_in_other_ways_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("images/a.jpg", "list.csv", "part-0.tar", "x.npy", "y.npy", "grid/T1/metrics.csv"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"x")
+    Path("grid/students.json").write_text('{"T1": {}}')
+    write_recorded(Path("labels"), {"data": str(tmp_path / "x.npy")})
+    before = read_files(tmp_path)
+    for given, out in (
+        ({"data": "list.csv"}, "images/a.jpg"),
+        ({"data": "part-*.tar"}, "part-0.tar"),
+        ({"data": "part-{0..0}.tar"}, "part-0.tar"),
+        ({"data": "x.npy?labels=y.npy"}, "y.npy"),
+        ({"data": Path("images")}, "images/page.html"),
+        ({"runs": ["grid"], "eval_data": ["x.npy", "list.csv"]}, "list.csv"),
+        ({"runs": ["grid"]}, "grid/students.json"),
+        ({}, "x.npy"),  # the store records it
+    ):
+        with pytest.raises(UsageError, match="outside of what the report is about"):
+            softlabel.write_report("labels", **given, out=out, progress=False)  # type: ignore[arg-type]
+    assert read_files(tmp_path) == before
 
 
 def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:
