@@ -110,12 +110,15 @@ class _LinearChunks:
         if self.half and hidden_ND.dtype == torch.float16 and self.want_grad:
             self.range = self._half_range()
 
-        counted = counted_rows(call).nonzero()[:, 0]  # a device has to say how many there are: the one wait for it
-        rows, classes = len(counted), len(weight_CD)
-        self.counted = None if rows == len(hidden_ND) else counted
+        rows, classes = len(hidden_ND), len(weight_CD)
+        self.counted: Tensor | None = None
         self.gaps = call.shares.gaps
-        if self.gaps and device.type == "cpu" and call.settings.soft_weight != 0:
-            self.gaps = not bool(call.shares.soft[counted].all())
+        if self.gaps or call.settings.soft_weight == 0:
+            counted = counted_rows(call).nonzero()[:, 0]  # the one wait for a device, which knows how many there are
+            self.counted = None if len(counted) == rows else counted
+            rows = len(counted)
+            if device.type == "cpu" and call.settings.soft_weight != 0:
+                self.gaps = not bool(call.shares.soft[counted].all())
         self.rows, self.step = rows, self._chunk_rows(rows, classes, device)
         chunk = (self.step, classes)
         self.z_RC = torch.empty(chunk, dtype=dtype, device=device)

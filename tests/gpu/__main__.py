@@ -78,6 +78,7 @@ PARTS = (
     _pytest("tests", "tests/gpu", marks="gpu", seconds=120),
     _benchmark("bench_generate_gpu", 100),
     _benchmark("bench_loss_gpu", 75),
+    _benchmark("bench_linear_loss_gpu", 40),
     _benchmark("bench_student_gpu", 60),
     _pytest("kernels", "tests/loss/triton_interpreter.py", marks="not slow", seconds=90),
     _benchmark("bench_decode_gpu", 30),

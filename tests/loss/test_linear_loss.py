@@ -228,6 +228,25 @@ def test_logits_of_all_rows_never_exist(kind: str) -> None:
     assert largest.elements == 6 * 2000
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_large_head_is_its_logits(dtype: torch.dtype) -> None:
+    """One whose matrix is larger than a chunk, and has to be multiplied part by part in half precision."""
+    generator = torch.Generator().manual_seed(2)
+    hidden_ND, weight_CD = torch.randn(3, 200, generator=generator), torch.randn(100_000, 200, generator=generator) / 10
+    head = HeadTarget(
+        hidden=hidden_ND.to(dtype), weight=weight_CD.to(dtype), bias=torch.randn(100_000, generator=generator)
+    )
+    logits_NC = F.linear(head.hidden.double(), head.weight.double(), head.bias.double())
+    given = (
+        torch.randn(3, 4, generator=generator).requires_grad_(),
+        torch.randn(100_000, 4, generator=generator),
+        None,
+    )
+    found, expected = (linear_distillation_loss(*given, target, None, **KD) for target in (head, logits_NC))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, given[0]), torch.autograd.grad(expected, given[0]))
+
+
 @pytest.mark.parametrize("kind", ["dense16", "head"])
 def test_sequences_are_their_positions(kind: str) -> None:
     case = Case(kind)

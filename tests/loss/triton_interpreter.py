@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from softlabel.loss import DistillationLoss, distillation_loss
+from softlabel.loss import DistillationLoss, distillation_loss, linear_distillation_loss
 from softlabel.loss.rows import LossCall, Settings, row_shares
 from softlabel.loss.targets import as_target
-from tests.support.loss_cases import Case, compare_with_reference, make_full_cases, make_quick_cases
+from tests.support.loss_cases import Case, compare_with_reference, make_full_cases, make_quick_cases, make_target
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -99,3 +99,19 @@ def test_an_impossible_label_is_not_silent() -> None:
 def test_half_gradients_of_many_small_rows() -> None:
     compare_with_reference(Case(rows=333, classes=3, dtype=torch.float16), "triton", device=DEVICE)
     compare_with_reference(Case(rows=65, classes=33, kind="sampled"), "triton", device=DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["dense16", "topk", "head"])
+def test_rows_of_a_fused_linear_loss(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, labels_N = make_target(kind, 7, 40, 2.0, generator), torch.tensor([0, 39, -100, 5, 5, -100, 1])
+    leaves = [torch.randn(size, generator=generator).to(DEVICE).requires_grad_() for size in ((7, 6), (40, 6), (40,))]
+    given = (*leaves, target.to(DEVICE), labels_N.to(DEVICE))
+    options = {"temperature": 2.0, "soft_weight": 0.7, "hard_weight": 0.4, "chunk_rows": 3, "softcap": 4.0}
+    options["weight"] = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 1.0], device=DEVICE)
+    found = linear_distillation_loss(*given, **options, impl="triton")
+    expected = linear_distillation_loss(*given, **options, impl="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), rtol=1e-4, atol=1e-5
+    )
