@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from softlabel.common.arguments import check_arguments
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_rows, open_whole, rewrite
+from softlabel.convert.answers import StoredAnswers
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_answers, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import combine, normalized_weights, retemperable
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
 from softlabel.store.manifest import Combine, Member, Run
-from softlabel.store.stored_rows import StoredRows
 
 LOWEST_HALF = -65504.0  # of float16
 
@@ -86,7 +86,7 @@ def combine_store(
 
 
 def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = None) -> tuple[Recode, Truth]:
-    """Return the function that converts rows of a store to those of `new`, and how their cost is known.
+    """Return the function that converts answers of a store to those of `new`, and how their cost is known.
 
     Args:
         samples: of the store.
@@ -99,8 +99,8 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
     if run.kept:
         mixed = _find_positions(run.members, new.members) if chosen is None else chosen
 
-        def average(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-            scaled_BMC = torch.from_numpy(_rescale(rows, wanted))
+        def average(answers: StoredAnswers, meter: FidelityMeter) -> dict[str, Array]:
+            scaled_BMC = torch.from_numpy(_rescale(answers, wanted))
             # They are already divided by the temperature.
             mixed_BC = combine(
                 [scaled_BMC[:, m] for m in mixed],
@@ -109,14 +109,14 @@ def combine_recode(samples: Samples, new: Run, chosen: Sequence[int] | None = No
                 weights=new.combine.weights,
                 activation=run.activation,
             )
-            return encode_rows(mixed_BC, rows, new, meter)
+            return encode_answers(mixed_BC, answers, new, meter)
 
         return average, measured
 
-    def retemper(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        columns = run.encoding.retemper(rows.columns, run.temperature / wanted)
+    def retemper(answers: StoredAnswers, meter: FidelityMeter) -> dict[str, Array]:
+        columns = run.encoding.retemper(answers.columns, run.temperature / wanted)
         if columns is None:
-            return encode_rows(torch.from_numpy(_rescale(rows, wanted)), rows, new, meter)
+            return encode_answers(torch.from_numpy(_rescale(answers, wanted)), answers, new, meter)
         return {one.name: _narrow(columns[one.name], one.numpy) for one in run.label_columns}
 
     return retemper, measured
@@ -171,13 +171,12 @@ def _make_retempered_run(store: str, run: Run, wanted: float, rule: str | None) 
     return dataclasses.replace(run, temperature=wanted)
 
 
-def _rescale(rows: StoredRows, wanted: float) -> Array:
-    """Return scaled logits at another temperature that the rows support: float32 (B, C), or (B, M, C)."""
-    run = rows.run
+def _rescale(answers: StoredAnswers, wanted: float) -> Array:
+    """Return scaled logits at another temperature that the answers support: float32 (B, C), or (B, M, C)."""
+    run = answers.run
     factor = run.temperature / wanted
-    stored = {one.name: rows.columns[one.name] for one in run.label_columns}
-    if (columns := run.encoding.retemper(stored, factor)) is None:
-        return rows.scaled_logits * np.float32(factor) if factor != 1 else rows.scaled_logits
+    if (columns := run.encoding.retemper(answers.columns, factor)) is None:
+        return answers.scaled_logits * np.float32(factor) if factor != 1 else answers.scaled_logits
     return run.encoding.decode(
         columns, num_classes=run.num_classes, temperature=wanted, members=run.members_stored, kept=run.kept
     )

@@ -40,8 +40,12 @@ def export_store(
     `view_flip`, ...). The schema's metadata has everything else under `softlabel` as JSON; `_softlabel-export.json`,
     which readers of Parquet folders ignore, has the same and whether the export is complete.
 
+    In a store of tokens a row is a document: `scaled_logits`, or `index`, `value` and so on, have one such list for
+    each of its labelled positions, and `length`, `positions`, `tokens` list<int> and `mask` list<uint8> follow.
+
     ``npz`` is one file with arrays of N rows under the same names (`label` -100 if unlabelled, members as a second
-    axis) and the JSON as array `softlabel`; it loads with ``allow_pickle=False``.
+    axis) and the JSON as array `softlabel`; it loads with ``allow_pickle=False``. Arrays per token or labelled position
+    have the documents one after another; the running sums of `length` and `positions` say where each begins.
 
     Args:
         store: folder of a finished store.

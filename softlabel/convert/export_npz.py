@@ -32,6 +32,7 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
     widths = widths_of(run.encoding, run.num_classes)
     longest = max((len(key) for rows in store.stream(["key"]) for key in rows.keys), default=1)
     temporary = out.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    answers = count if run.tokens is None else store.spans.total("position")
     with writing(out), bar_of(count * len(widths), progress) as bar:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -59,10 +60,10 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
                 for column in run.sample_columns:
                     inner = (column.width,) if column.width > 1 else ()
                     parts = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
-                    _write_stream(archive, column.name, (count, *inner), column.numpy, parts)
+                    _write_stream(archive, column.name, (store.spans.total(column.per), *inner), column.numpy, parts)
                 payload = [column.name for column in run.label_columns]
                 for name, width in widths.items():
-                    shape = (count, run.members_stored, width) if run.kept else (count, width)
+                    shape = (answers, run.members_stored, width) if run.kept else (answers, width)
                     dtype = np.dtype("<i4") if name == "index" else np.dtype("<f4")
                     _write_stream(archive, name, shape, dtype, _iter_column(store, payload, name, bar))
             sync(temporary)

@@ -1,6 +1,6 @@
 """Export a store as a folder of Parquet files with plain columns.
 
-Legend: B rows of a batch, W numbers of a column in a row.
+Legend: B rows of a batch, P labelled positions of documents, W numbers of a column.
 """
 
 import json
@@ -98,10 +98,12 @@ def _make_schema(store: Store) -> Any:
     fields = [("key", pa.string()), ("view", pa.int32()), ("label", pa.int64())]
     for name in widths_of(run.encoding, run.num_classes):
         kind = pa.list_(pa.int32() if name == "index" else pa.float32())
+        kind = kind if run.tokens is None else pa.list_(kind)
         fields += [(one, kind) for one in _list_names(name, run.members_stored if run.kept else 0)]
     for column in run.sample_columns:
         one = pa.from_numpy_dtype(column.numpy)
-        fields.append((column.name, one if column.width == 1 else pa.list_(one)))
+        plain_number = column.width == 1 and column.per == "row"
+        fields.append((column.name, one if plain_number else pa.list_(one)))
     return pa.schema(fields)
 
 
@@ -121,12 +123,17 @@ def _make_table(rows: StoredRows, schema: Any) -> Any:
     arrays = plain(rows)
     used = arrays["weight"] > 0 if "weight" in arrays else None  # an unused draw has weight 0
     kept = rows.run.members_stored if rows.run.kept else 0
+    offsets = rows.spans.offsets
     for name, array in arrays.items():
         for member, column in enumerate(_list_names(name, kept)):
-            columns[column] = _make_lists(array[:, member], None if used is None else used[:, member])
+            lists = _make_lists(array[:, member], None if used is None else used[:, member])
+            columns[column] = lists if rows.run.tokens is None else _wrap_lists(offsets["position"], lists)
     for one in rows.run.sample_columns:
         values = rows.columns[one.name]
-        columns[one.name] = pa.array(values[:, 0]) if one.width == 1 else _make_lists(values, None)
+        if one.per == "row":
+            columns[one.name] = pa.array(values[:, 0]) if one.width == 1 else _make_lists(values, None)
+        else:
+            columns[one.name] = _wrap_lists(offsets[one.per], pa.array(values[:, 0]))
     return pa.table([columns[field.name] for field in schema], schema=schema)
 
 
@@ -135,6 +142,11 @@ def _make_lists(array_BW: Array, used_BW: Array | None) -> Any:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     values = np.ascontiguousarray(array_BW).reshape(-1) if used_BW is None else array_BW[used_BW]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _wrap_lists(offsets_B1: Array, values: Any) -> Any:
+    """Return one list of the values of each document."""
+    return pa.ListArray.from_arrays(pa.array(offsets_B1.astype(np.int32)), values)
 
 
 def _encode_about(about: dict[str, Any], options: Mapping[str, Any] | None, *, complete: bool) -> bytes:

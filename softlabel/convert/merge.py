@@ -8,10 +8,11 @@ from typing import Any
 import xxhash
 
 from softlabel.common.keys import Keys
-from softlabel.convert.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
+from softlabel.convert.rewrite import RewriteSummary, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.manifest import DatasetInfo, Run
+from softlabel.store.manifest_read import find_extra
 from softlabel.store.reader import Store
 
 
@@ -63,7 +64,7 @@ def merge_stores(
         samples,
         out,
         run,
-        keep_columns,
+        None,
         command="merge",
         truth="carried",
         progress=progress,
@@ -85,8 +86,10 @@ def refuse_difference(url: str, run: Run, other_url: str, other: Run) -> None:
 
 
 def _refuse_other_head(first: Store, other: Store) -> None:
-    hashes = [[ref.xxh3 for ref in store.manifest.extra] for store in (first, other)]
-    if hashes[0] != hashes[1]:
+    if (name := first.run.encoding.extra) is None:
+        return
+    one, two = (find_extra(store.manifest, name) for store in (first, other))
+    if one != two:
         raise MismatchError(f"{first.url} and {other.url}: their heads (extra/) differ, so their teachers differ")
 
 

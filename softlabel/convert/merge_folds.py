@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys, PickedKeys
+from softlabel.convert.answers import NUMBERS
 from softlabel.convert.merge import compute_fingerprint, refuse_difference
-from softlabel.convert.rewrite import RewriteSummary, keep_columns, open_whole, rewrite
-from softlabel.convert.sample_index import NUMBERS, Samples
+from softlabel.convert.rewrite import RewriteSummary, open_whole, rewrite
+from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError
 from softlabel.store.manifest import BadRow, DatasetInfo, Fidelity, Member, Run
 from softlabel.store.origins import CROSSFIT
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
+from softlabel.store.token_rows import RowSpans, list_counts
 
 
 class FoldedSamples(Samples):
@@ -122,7 +124,7 @@ def merge_folds(
         samples,
         out,
         runs[0],
-        keep_columns,
+        None,
         command=CROSSFIT,
         truth="carried",
         progress=progress,
@@ -138,6 +140,10 @@ def _merged_run(store: Store, dataset: DatasetInfo, spec: str, sha256: str) -> R
 
 def _take_rows(parts: Sequence[StoredRows], order_B: NDArray[np.int64]) -> StoredRows:
     """Join rows and put them in another order; all columns were read."""
+    run, count = parts[0].run, len(order_B)
+    joined = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+    spans = RowSpans.of(count, {name: joined[name] for name in list_counts(run.columns)})
+    per = {column.name: column.per for column in run.columns}
     keys = []
     for part in parts:
         assert part.key_data is not None
@@ -148,5 +154,5 @@ def _take_rows(parts: Sequence[StoredRows], order_B: NDArray[np.int64]) -> Store
         key_data=PickedKeys(Keys.join(keys).take(order_B)),
         label_data=np.concatenate([part.labels for part in parts])[order_B],
         content_data=np.concatenate([part.content for part in parts])[order_B],
-        columns={name: np.concatenate([part.columns[name] for part in parts])[order_B] for name in parts[0].columns},
+        columns={name: array[spans.numbers(per[name], order_B)] for name, array in joined.items()},
     )

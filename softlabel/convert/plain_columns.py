@@ -1,4 +1,7 @@
-"""Rows of a store in standard types, and their metadata. Legend: B rows, M members, W numbers of a column."""
+"""Rows of a store in standard types, and their metadata.
+
+Legend: B rows (of documents: labelled positions), M members, W numbers of a column.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from softlabel.convert.sample_index import NUMBERS, split
+from softlabel.convert.answers import NUMBERS
 from softlabel.store.columns import Array
 from softlabel.store.encodings import Encoding
 from softlabel.store.reader import Store
@@ -22,6 +25,7 @@ def describe(store: Store) -> dict[str, Any]:
         "store_id": store.manifest.store_id,
         "temperature": run.temperature,
         **({} if run.activation == "softmax" else {"activation": run.activation}),
+        **({} if run.tokens is None else {"tokens": to_json(run.tokens)}),
         "combine": to_json(run.combine),
         "encoding": to_json(run.encoding),
         "num_classes": run.num_classes,
@@ -36,13 +40,15 @@ def plain(rows: StoredRows) -> dict[str, Array]:
     """Return name -> int32 or float32 (B, M, W), with M = 1 if members are combined."""
     run = rows.run
     if not run.encoding.sparse:
-        scaled = rows.scaled_logits.reshape(len(rows), run.members_stored, run.num_classes)
+        scaled = rows.scaled_logits.reshape(-1, run.members_stored, run.num_classes)
         shifts = scaled.max(axis=-1, keepdims=True) if run.activation == "softmax" else np.float32(0)
         return {"scaled_logits": scaled - shifts}
     return {
-        name: array.astype(np.int32 if name == "index" else np.float32).reshape(len(rows), run.members_stored, -1)
-        for name, array in rows.columns.items()
-        if not name.startswith("view_")
+        one.name: rows.columns[one.name]
+        .astype(np.int32 if one.name == "index" else np.float32)
+        .reshape(-1, run.members_stored, one.width // run.members_stored)
+        for one in run.label_columns
+        if one.name in rows.columns
     }
 
 
@@ -56,10 +62,16 @@ def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
 def batches(
     store: Store, start: int = 0, stop: int | None = None, *, needs: list[str] | None = None
 ) -> Iterator[StoredRows]:
-    """Yield rows `start` to `stop` in batches of bounded decoded size; `needs` are the columns."""
+    """Yield rows `start` to `stop` in batches of bounded decoded size, at least one row; `needs` are the columns."""
     limit = max(1, NUMBERS // (store.run.num_classes * store.run.members_stored))
     for rows in store.stream(needs, start=start, stop=stop):
-        yield from split(rows, limit)
+        answers = rows.spans.offsets.get("position", np.arange(len(rows) + 1))
+        first = 0
+        while first < len(rows):
+            last = int(np.searchsorted(answers, answers[first] + limit, side="right")) - 1
+            last = min(max(last, first + 1), len(rows))
+            yield rows if last - first == len(rows) else rows.slice(first, last)
+            first = last
 
 
 def bar_of(total: int, progress: bool | None) -> "tqdm[Any]":

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from softlabel.common.arguments import check_arguments
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_rows, keep_columns, open_whole, rewrite
+from softlabel.convert.answers import StoredAnswers
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, encode_answers, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.labels.combine import retemperable
@@ -18,7 +19,6 @@ from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Format, Run
 from softlabel.store.manifest_read import find_root
 from softlabel.store.storage.open import open_folder
-from softlabel.store.stored_rows import StoredRows
 
 
 @check_arguments
@@ -84,14 +84,14 @@ def _fit_encoding(encoding: Encoding | str, run: Run, out: str | Path) -> Encodi
     return fitted(encoding, temperature=run.temperature, there=(run if there is None else there.run).encoding)
 
 
-def convert_recode(samples: Samples, new: Run) -> tuple[Recode, Truth]:
-    """Return the function that converts rows of a store to those of `new`, and how their cost is known."""
+def convert_recode(samples: Samples, new: Run) -> tuple[Recode | None, Truth]:
+    """Return the function that converts answers of a store to those of `new`, and how their cost is known."""
     run = samples.stores[0].run
     if new.encoding == run.encoding:
-        return keep_columns, "carried"
+        return None, "carried"
 
-    def recode(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-        return encode_rows(torch.from_numpy(rows.scaled_logits), rows, new, meter)
+    def recode(answers: StoredAnswers, meter: FidelityMeter) -> dict[str, Array]:
+        return encode_answers(torch.from_numpy(answers.scaled_logits), answers, new, meter)
 
     return recode, "measured" if run.encoding.exact and samples.measured else "unknown"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from softlabel.convert.combine import combine_recode
 from softlabel.convert.recode import convert_recode
-from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, keep_columns, rewrite
+from softlabel.convert.rewrite import Recode, RewriteSummary, Truth, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError
 from softlabel.store.manifest_read import load_root
@@ -47,7 +47,7 @@ def redo_store(
         for one, origin in zip(opened, origins, strict=True)
     ]
     samples = Samples(opened, counts=[count for count in counts if count is not None])
-    recode: Recode = keep_columns
+    recode: Recode | None = None
     truth: Truth = "carried"
     if command == "convert":
         recode, truth = convert_recode(samples, manifest.run)

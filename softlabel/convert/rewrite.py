@@ -1,6 +1,6 @@
 """Make a store from others: each shard of the new plan is read, recoded, written and committed in turn.
 
-Legend: B rows of a batch, R = B * M rows of single members, C classes, M members.
+Legend: B rows of a batch or labelled positions, R = B * M of single members, C classes, M members.
 
 Only one shard is in memory; a killed run loses at most that shard, and the same command resumes.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT
+from softlabel.convert.answers import StoredAnswers, iter_answers
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, StoreNotFoundError, UsageError
 from softlabel.labels.combine import subtract_maximum
@@ -27,15 +27,15 @@ from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Fidelity, Run
+from softlabel.store.manifest import Fidelity, Run, ShardPlan
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
-from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
+from softlabel.store.token_rows import TOKENIZER
 from softlabel.store.writer import Committer, write_shard
 
-# Converts rows to columns of the new store, and adds their cost to the meter.
-Recode = Callable[[StoredRows, FidelityMeter], dict[str, Array]]
+# Converts answers to columns of the new store, and adds their cost to the meter.
+Recode = Callable[[StoredAnswers, FidelityMeter], dict[str, Array]]
 # KL(teacher || decoded) of the new store: that of its sources, measured now, or unknown.
 Truth = Literal["carried", "measured", "unknown"]
 
@@ -75,7 +75,7 @@ def rewrite(
     samples: Samples,
     out: str | Path,
     run: Run,
-    recode: Recode,
+    recode: Recode | None,
     *,
     command: str,
     truth: Truth,
@@ -90,7 +90,7 @@ def rewrite(
         samples: of the source stores.
         out: folder of the new store.
         run: its identity.
-        recode: converts rows.
+        recode: converts answers; None: they are copied.
         command: for messages and the manifest.
         truth: how the cost of the new rows is known.
         progress: show a bar; None: if standard error is a terminal.
@@ -123,12 +123,14 @@ def rewrite(
             name, arrays = run.encoding.extra, samples.stores[0].extra  # reading it checks its hash
             if name is not None and arrays is not None:
                 committer.add_extra(name, safetensors.numpy.save(dict(arrays)))
+            if (tokenizer := next(filter(None, (store.tokenizer for store in samples.stores)), None)) is not None:
+                committer.add_extra(TOKENIZER, tokenizer, "json")
         total = run.dataset.rows * run.views.count
         left = sum(plan.stop - plan.start for plan in missing)
         with _make_bar(command, total, total - left, progress) as bar:
             for plan in missing:
                 meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
-                rows = _gather(samples, run, plan.view, plan.start, plan.stop, recode, meter, bar)
+                rows = _gather(samples, run, plan, recode, meter, bar)
                 steps.append((meter.rows, meter.result()))
                 match truth:
                     case "carried":
@@ -158,38 +160,22 @@ def rewrite(
     )
 
 
-def keep_columns(rows: StoredRows, meter: FidelityMeter) -> dict[str, Array]:
-    """Return the columns unchanged."""
-    return rows.columns
-
-
-def encode_rows(scaled_logits: Tensor, rows: StoredRows, run: Run, meter: FidelityMeter) -> dict[str, Array]:
+def encode_answers(scaled_logits: Tensor, answers: StoredAnswers, run: Run, meter: FidelityMeter) -> dict[str, Array]:
     """Encode scaled logits (B, C), or (B, M, C) if members are kept, as columns of `run`, and measure the cost."""
     scaled_RC = scaled_logits.reshape(-1, run.num_classes)
     if run.activation == "softmax":
         scaled_RC = subtract_maximum(scaled_RC)
-    seeds_R = _row_seeds(run, rows) if run.encoding.drawn else None
+    seeds_R = None if answers.seeds is None else torch.from_numpy(answers.seeds)
     columns = encode(scaled_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R)
     meter.add(scaled_RC, columns)
     return {
-        column.name: columns[column.name].numpy().astype(column.numpy, copy=False).reshape(len(rows), column.width)
+        column.name: columns[column.name].numpy().astype(column.numpy, copy=False).reshape(-1, column.width)
         for column in run.label_columns
     }
 
 
-def _row_seeds(run: Run, rows: StoredRows) -> Tensor:
-    """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member) as in `generation.labeller`."""
-    assert rows.key_data is not None
-    hashes_B = np.empty(len(rows), np.int64)
-    for view in np.unique(rows.views):
-        at = np.flatnonzero(rows.views == view)
-        hashes_B[at] = Hasher(run.views.seed)(rows.key_data.get().take(at), int(view)).view(np.int64)
-    members_M = np.arange(run.members_stored, dtype=np.int64)
-    return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1))
-
-
 def _gather(
-    samples: Samples, run: Run, view: int, start: int, stop: int, recode: Recode, meter: FidelityMeter, bar: "tqdm[Any]"
+    samples: Samples, run: Run, plan: ShardPlan, recode: Recode | None, meter: FidelityMeter, bar: "tqdm[Any]"
 ) -> Rows:
     """Collect the rows of one shard of the new store."""
     keys: list[Keys] = []
@@ -197,16 +183,18 @@ def _gather(
     columns: dict[str, list[Array]] = {
         column.name: [np.zeros((0, column.width), column.numpy)] for column in run.columns
     }
-    for rows in samples.read(view, start, stop):
+    for rows in samples.read(plan.view, plan.start, plan.stop):
         assert rows.key_data is not None
         keys.append(rows.key_data.get())
         labels.append(rows.labels)
         content.append(rows.content)
-        own = {column.name: rows.columns[column.name] for column in run.view_columns}
-        if MULTI_HOT in columns:
-            own[MULTI_HOT] = rows.hard_labels
-        for name, array in {**recode(rows, meter), **own}.items():
-            columns[name].append(array)
+        kept = run.columns if recode is None else run.sample_columns
+        for column in kept:
+            columns[column.name].append(rows.hard_labels if column.name == MULTI_HOT else rows.columns[column.name])
+        if recode is not None:
+            for answers in iter_answers(rows, run):
+                for name, array in recode(answers, meter).items():
+                    columns[name].append(array)
         bar.update(len(rows))
     return Rows(
         keys=Keys.join(keys) if keys else Keys.of([]),

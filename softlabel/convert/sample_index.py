@@ -9,8 +9,6 @@ from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 
-NUMBERS = 1 << 20  # decoded logits held at once
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ShardSpan:
@@ -80,13 +78,10 @@ class Samples:
         return all(record.fidelity is not None for store in self.stores for record in store.shards if record.rows)
 
     def read(self, view: int, start: int, stop: int, *, columns: Sequence[str] | None = None) -> Iterator[StoredRows]:
-        """Yield the rows of samples `start` to `stop`, in order, in batches of bounded size."""
+        """Yield the rows of samples `start` to `stop`, in order, in batches of bounded size, each of one view."""
         for piece in self._pieces:
-            run = piece.store.run
-            limit = max(1, NUMBERS // (run.num_classes * run.members_stored))
             for _, first, last in piece.overlapping(view, start, stop):
-                for rows in piece.store.stream(columns, start=first, stop=last):
-                    yield from split(rows, limit)
+                yield from piece.store.stream(columns, start=first, stop=last)
 
     def bad(self, view: int, start: int, stop: int) -> list[BadRow]:
         """Return the samples among `start` to `stop` without a row, with positions among all samples."""
@@ -132,21 +127,3 @@ class Samples:
                 while waiting is not None:
                     yield waiting.key
                     waiting = next(bad, None)
-
-
-def split(rows: StoredRows, limit: int) -> Iterator[StoredRows]:
-    """Split rows into parts of at most `limit`: small stored rows may be large when decoded."""
-    if len(rows) <= limit:
-        yield rows
-        return
-    keys = None if rows.key_data is None else rows.key_data.get()
-    for start in range(0, len(rows), limit):
-        part = slice(start, min(start + limit, len(rows)))
-        yield dataclasses.replace(
-            rows,
-            views=rows.views[part],
-            key_data=None if keys is None else type(rows.key_data)(keys.slice(part.start, part.stop)),  # type: ignore[misc]
-            label_data=None if rows.label_data is None else rows.label_data[part],
-            content_data=None if rows.content_data is None else rows.content_data[part],
-            columns={name: array[part] for name, array in rows.columns.items()},
-        )

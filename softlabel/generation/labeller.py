@@ -23,7 +23,6 @@ from torch import Tensor
 
 from softlabel.common.activation import Activation
 from softlabel.common.device import Tuning
-from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT, Labels, is_labelled, to_multi_hot
 from softlabel.dataset import Source
@@ -38,6 +37,7 @@ from softlabel.inputs.base import Inputs
 from softlabel.labels.combine import combine
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
+from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
 from softlabel.store.formats.base import Rows
@@ -252,10 +252,9 @@ class Lane:
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
         """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member)."""
-        run = self.run
-        hashes_B = Hasher(run.views.seed)(Keys.of(keys), plan.view).view(np.int64)
-        members_M = self.first_member + np.arange(run.members_stored, dtype=np.int64)
-        return torch.from_numpy((hashes_B[:, None] + members_M).reshape(-1)).to(device, non_blocking=True)
+        members = range(self.first_member, self.first_member + self.run.members_stored)
+        seeds_R = make_row_seeds(Keys.of(keys), plan.view, seed=self.run.views.seed, members=members)
+        return torch.from_numpy(seeds_R).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.replace import replace_store
+from softlabel.store.token_rows import TOKENIZER
 from softlabel.store.writer import Committer
 from softlabel.views import changed as changed_libraries
 
@@ -106,6 +107,8 @@ def extend(
             "folder"
         ) from None
     with opened_beside as committer:
+        if (tokenizer := opened.tokenizer) is not None:
+            committer.add_extra(TOKENIZER, tokenizer, "json")
         if committer.resumed:
             check_same_data(beside, job.labeller.reader)
         executor = _MemberExecutor(opened, extended)
@@ -154,7 +157,8 @@ class _MemberExecutor(LocalExecutor):
                 columns[column.name] = stored
                 continue
             if (wrong := (stored != shard.rows.columns[column.name]).any(axis=1)).any():
-                key = kept.keys[int(np.flatnonzero(wrong)[0])]
+                row, _ = kept.spans.row_of(column.per, int(np.flatnonzero(wrong)[0]))
+                key = kept.keys[row]
                 raise MismatchError(
                     f"sample {key!r}: view {shard.plan.view} ({column.name}) differs from the one that other members "
                     f"of {store.path} labelled; {changed_libraries(store.manifest.recorded.get('libraries'))}"
