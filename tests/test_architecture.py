@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "loss": ("errors", "torch triton"),
     "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
     "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime"),
-    "dataset": (GROUND, "torch torchvision pyarrow h5py fsspec numpy xxhash PIL sklearn"),
+    "dataset": (GROUND, "torch torchvision pyarrow h5py fsspec numpy xxhash PIL sklearn tqdm"),
     "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL yaml"),
     "labels": ("errors common store", "torch numpy"),
     "loader": (f"{LABELS} loss", "torch numpy"),

@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from softlabel.dataset.documents import check_types, chosen_columns, holds_messages
 from softlabel.dataset.hard_labels import choose_label, usual_labels
 from softlabel.dataset.multi_hot_columns import find_multi_hot_columns
 from softlabel.dataset.table import check_input_columns, holds_lists, holds_numbers
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import InputKind
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
 from softlabel.inputs.text import TEXTS
@@ -54,7 +56,8 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
 
     Args:
         schema: the file's schema.
-        asked: the user's ``image``, ``inputs``, ``text``, ``text_pair``, ``key``, ``label`` and ``labels``.
+        asked: the user's ``image``, ``inputs``, ``text``, ``text_pair``, ``messages``, ``tokens``, ``mask``, ``key``,
+            ``label`` and ``labels``.
         name: the source, for errors.
         ignore_labels: read no labels; ``inputs=*`` leaves their columns out all the same.
 
@@ -65,7 +68,9 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
     features = _read_features(schema)
     inputs: tuple[str, ...]
     kind: InputKind
-    if "inputs" in asked:
+    if documents := _document_columns(schema, features, asked, name):
+        (inputs, kind), key, ignore_labels = documents, None, True
+    elif "inputs" in asked:
         inputs, key, kind = _input_columns(schema, features, asked, name), None, TENSORS
     elif texts := _text_columns(schema, features, asked, name):
         inputs, key, kind = texts, None, TEXTS
@@ -98,6 +103,20 @@ def find_columns(schema: pa.Schema, asked: Mapping[str, str], name: str, *, igno
         candidates=tuple(candidates) if label is None else (),
         multi_hot=several,
     )
+
+
+def _document_columns(
+    schema: pa.Schema, features: dict[str, Mapping[str, Any]], asked: Mapping[str, str], name: str
+) -> tuple[tuple[str, ...], InputKind] | None:
+    """The columns of chats or token ids, and which of these; None where the file has other samples."""
+    if found := chosen_columns(asked, name):
+        columns, kind = found
+        check_types(columns, [_find_field(schema, column, name).type for column in columns], kind, name)
+        return found
+    others = {"image", "inputs", "text", "text_pair", "label", "labels"} & asked.keys()
+    if others or "messages" not in schema.names or "text" in schema.names or _image_columns(schema, features):
+        return None
+    return (("messages",), CHATS) if holds_messages(schema.field("messages").type) else None
 
 
 def _text_columns(

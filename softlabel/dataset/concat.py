@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, stack_labels
-from softlabel.dataset.source import Source, check_keys, span
+from softlabel.dataset.source import FileStamp, Source, check_keys, span
 from softlabel.errors import MismatchError
 from softlabel.inputs.base import AS_USUAL, Sample
 
@@ -55,8 +55,16 @@ class SeveralSources(Source):
         # int64 (sources + 1,): source i is the samples edges[i] to edges[i + 1].
         self.edges = np.cumsum([0, *(len(source) for source in sources)])
 
+        lengths = [one.lengths for one in sources if one.lengths is not None]
+        self.lengths = np.concatenate(lengths) if len(lengths) == len(sources) else None
+
     def __len__(self) -> int:
         return int(self.edges[-1])
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        stamps = [source.stamp() for source in self.sources]
+        known = [stamp for stamp in stamps if stamp is not None]
+        return tuple(one for stamp in known for one in stamp) if len(known) == len(stamps) else None
 
     def parts(self) -> tuple[Source, ...]:
         return tuple(part for source in self.sources for part in source.parts())

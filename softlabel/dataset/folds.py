@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.common.spec import quote_path
-from softlabel.dataset.source import Source, span
+from softlabel.dataset.source import FileStamp, Source, span
 from softlabel.errors import SpecError
 from softlabel.inputs.base import Sample
 
@@ -60,6 +60,7 @@ class ChosenSource(Source):
     def __init__(self, base: Source, rows_N: NDArray[np.int64], choice: Choice, *, name: str) -> None:
         self.base, self.rows_N, self.choice = base, rows_N, choice
         self.copy_attributes(base)
+        self.lengths = None if base.lengths is None else base.lengths[rows_N]
         self.name = name
         self._keys = base.key_table().take(rows_N)
         labels = base.labels()
@@ -68,6 +69,9 @@ class ChosenSource(Source):
 
     def __len__(self) -> int:
         return len(self.rows_N)
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        return self.base.stamp()
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         return self.key_table(start, stop).to_list()

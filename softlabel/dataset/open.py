@@ -7,7 +7,13 @@
                                         are all columns of numbers but key and labels. FILE.csv and .tsv likewise
     FILE.parquet?text=COLUMN[&text_pair=COLUMN&label=COLUMN|none&key=COLUMN|index&classes=FILE]
                                         texts, or pairs of them; FILE.csv, .tsv and .jsonl likewise. A Parquet file
-                                        without images whose column is called text needs no word
+                                        without images whose column is called text needs no word, nor does such a .jsonl
+    FILE.parquet?messages=COLUMN[&key=COLUMN|index]
+                                        chats, lists of {role, content}, for language models; FILE.jsonl likewise. A
+                                        file whose column is called messages needs no word
+    FILE.parquet?tokens=COLUMN[&mask=COLUMN&key=COLUMN|index]
+                                        lists of token ids, and which tokens count (0 or 1); FILE.jsonl likewise. Of
+                                        documents, id=COLUMN means key=COLUMN
     FILE.tar[?image=EXT&label=FIELD|.EXT|none&labels=FIELD,FIELD...&key=shard|index&classes=FILE]
                                         a WebDataset shard: the label is `.cls`, FIELD of `.json`, or the member `.EXT`
     FILE.h5[?images=NAME&labels=NAME|none&keys=NAME&classes=FILE]      uint8 arrays in HDF5; FILE.npz likewise
@@ -42,15 +48,16 @@ from softlabel.dataset.concat import SeveralSources
 from softlabel.dataset.csv_table import CsvTableSource
 from softlabel.dataset.decoding import DecodedSource, read_decoding
 from softlabel.dataset.discover import is_url, list_source
+from softlabel.dataset.documents import peek_documents
 from softlabel.dataset.file_list import open_list
 from softlabel.dataset.folds import choose_samples, read_choice
 from softlabel.dataset.image_folder import open_folder
-from softlabel.dataset.options import ARRAY, FOLDER, PARQUET, ROWS, TAR, check_form, check_options
+from softlabel.dataset.options import ARRAY, FOLDER, PARQUET, ROWS, TAR, check_form, check_options, name_keys
 from softlabel.dataset.parquet import ParquetSource
 from softlabel.dataset.source import Source
 from softlabel.dataset.subset import PartSource
 from softlabel.dataset.suffixes import LIST_SUFFIXES
-from softlabel.dataset.text import TextFileSource
+from softlabel.dataset.text import FORMS, TextFileSource
 from softlabel.dataset.torch_dataset import DatasetSource, open_digits, open_torchvision
 from softlabel.dataset.webdataset import TarSource
 from softlabel.errors import SpecError
@@ -128,6 +135,7 @@ def _set_decoding(source: Source, decoding: Decoding) -> Source:
 
 
 def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
+    name_keys(options, subject=text)
     suffix = os.path.splitext(name)[1].lower()
     if suffix in ARRAY_SUFFIXES | LIST_SUFFIXES:
         if is_url(name):
@@ -153,10 +161,12 @@ def _open_one_file(text: str, name: str, suffix: str, options: dict[str, str], i
         check_options(options, ARRAY, f"a {suffix} file", subject=text)
         return ArraySource(name, options, name=text, ignore_labels=ignore_labels)
     check_options(options, ROWS, f"a {suffix} file", subject=text)
+    if suffix == ".jsonl" and not options.keys() & {"image", "root", "inputs", *FORMS}:
+        options.update(peek_documents(name) or {})
     check_form(options, subject=text)
     if "inputs" in options:
         return CsvTableSource(name, options, name=text, ignore_labels=ignore_labels)
-    if options.keys() & {"text", "text_pair"}:
+    if options.keys() & set(FORMS):
         return TextFileSource(name, options, name=text, ignore_labels=ignore_labels)
     return open_list(name, options, name=text, ignore_labels=ignore_labels)
 

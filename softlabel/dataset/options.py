@@ -7,14 +7,17 @@ from softlabel.errors import SpecError
 _LABELS = ("label", "labels", "classes")
 _EVERYWHERE = ("rows", "fold", "without_fold", "fold_seed", "labelled", "exif", "bits")
 ARRAY = ("inputs", "layout", "images", "labels", "keys", "classes")
-PARQUET = ("inputs", "text", "text_pair", "image", "key", *_LABELS, "files")
+_DOCUMENTS = ("messages", "tokens", "mask")
+PARQUET = ("inputs", "text", "text_pair", *_DOCUMENTS, "image", "key", *_LABELS, "files")
 TAR = ("image", "key", *_LABELS, "files")
 FOLDER = ("labels", "classes", "files")
 # Of a file with a row for each sample.
 TABLE = ("inputs", "key", *_LABELS)
 TEXT = ("text", "text_pair", "key", *_LABELS)
 LIST = ("image", "root", *_LABELS)
-ROWS = tuple(dict.fromkeys((*TABLE, *TEXT, *LIST)))
+CHAT = ("messages", "key")
+TOKEN = ("tokens", "mask", "key")
+ROWS = tuple(dict.fromkeys((*TABLE, *TEXT, *_DOCUMENTS, *LIST)))
 
 
 def check_options(options: Mapping[str, str], takes: Iterable[str], what: str, *, subject: str) -> None:
@@ -44,9 +47,13 @@ def check_form(options: Mapping[str, str], *, subject: str) -> None:
     """
     takes: tuple[str, ...]
     if "inputs" in options:
-        if options.keys() & {"image", "text", "text_pair"}:
+        if options.keys() & {"image", "text", "text_pair", *_DOCUMENTS}:
             return  # `find_columns` says that there can be one form
         takes, form = TABLE, "a table of numbers (inputs=)"
+    elif "messages" in options:
+        takes, form = CHAT, "a table of chats (messages=)"
+    elif options.keys() & set(_DOCUMENTS):
+        takes, form = TOKEN, "a table of token ids (tokens=)"
     elif options.keys() & {"text", "text_pair"}:
         takes, form = TEXT, "a table of texts (text=)"
     else:
@@ -54,5 +61,18 @@ def check_form(options: Mapping[str, str], *, subject: str) -> None:
     if odd := next((option for option in options if option not in takes), None):
         raise SpecError(
             f"{subject}: {odd}= is not an option of {form}, which takes {', '.join(takes)}; leave it out, or choose "
-            "the form of the samples with inputs= (numbers) or text="
+            "the form of the samples with inputs= (numbers), text=, messages= or tokens="
         )
+
+
+def name_keys(options: dict[str, str], *, subject: str) -> None:
+    """Take ``id=COLUMN`` of documents, which is what their data sets call it, as ``key=COLUMN``.
+
+    Raises:
+        SpecError: both are given.
+    """
+    if "id" not in options or not options.keys() & {"text", *_DOCUMENTS}:
+        return
+    if "key" in options:
+        raise SpecError(f"{subject}: id= and key= both name the column of the keys; leave one of them out")
+    options["key"] = options.pop("id")

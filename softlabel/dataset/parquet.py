@@ -5,6 +5,7 @@ Columns are read by row group: a file that fits into the cache is read once in a
 order.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from softlabel.dataset.source import FileStamp, stamp_files
 from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.dataset.table_source import TableSource
 from softlabel.errors import DataError, one_line
@@ -47,6 +49,11 @@ class ParquetSource(TableSource):
         groups = [(n, g, f.row_group(g).num_rows) for n, f in enumerate(footers) for g in range(f.num_row_groups)]
         self._groups = tuple((number, group) for number, group, _ in groups)
         self._check_rows([rows for *_, rows in groups])
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        if not self._files.is_local:
+            return None
+        return stamp_files([os.path.abspath(self._files.where(number)) for number in range(len(self._files))])
 
     def _load_column(self, path: str, group: int) -> pa.ChunkedArray:
         """Return a decompressed column of a row group."""

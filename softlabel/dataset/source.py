@@ -3,8 +3,10 @@
 Legend: N samples. Labels are int64, `IGNORE` for none, or multi-hot.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,19 @@ BLOCK = 4096
 TRIED = 100  # samples tried until one can be read
 COLUMN_REMEDY = "name another column with '?key=COLUMN', or number the samples with '?key=index'"  # of repeated keys
 _CHUNK = 65536
+
+
+# Path, bytes and time of the last change in nanoseconds.
+FileStamp: TypeAlias = tuple[str, int, int]
+
+
+def stamp_files(paths: Sequence[str]) -> tuple[FileStamp, ...] | None:
+    """Return the stamps of files; None if one cannot be found."""
+    try:
+        found = [(path, os.stat(path)) for path in paths]
+    except OSError:
+        return None
+    return tuple((path, status.st_size, status.st_mtime_ns) for path, status in found)
 
 
 class Source(ABC):
@@ -46,6 +61,7 @@ class Source(ABC):
         maybe_repeated_keys: whether two keys may be equal, before `fingerprint` checks them.
         keys_are_named: whether the user named what holds the keys: equal ones are then a wrong option.
         repeated_keys_remedy: what a user can do about equal keys.
+        lengths: of documents of tokens, int32 (N,): how many tokens each has, 0 for a bad one; None for other samples.
     """
 
     kind: str
@@ -60,6 +76,7 @@ class Source(ABC):
     maybe_repeated_keys: bool = False
     keys_are_named: bool = False
     repeated_keys_remedy: str = "give a key_fn that distinguishes them"
+    lengths: NDArray[np.int32] | None = None
     _fingerprint: str | None = None
 
     def copy_attributes(self, base: "Source") -> None:
@@ -134,6 +151,10 @@ class Source(ABC):
         if self._fingerprint is None:
             self._fingerprint = check_keys(self)
         return self._fingerprint
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        """Return what changes when the data do, without reading them; None where only reading says it."""
+        return None
 
     def digest(self, start: int, stop: int) -> str:
         """Return the same hash for samples `start` to `stop`, without checking."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset.folds import ChosenSource
-from softlabel.dataset.source import Source, runs, span
+from softlabel.dataset.source import FileStamp, Source, runs, span
 from softlabel.errors import DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample
 
@@ -23,6 +23,7 @@ class PartSource(Source):
         self.start, self.stop = span(start, stop, len(base))
         self.ignore_labels = ignore_labels
         self.copy_attributes(base)
+        self.lengths = None if base.lengths is None else base.lengths[self.start : self.stop]
         self.class_names = None if ignore_labels else base.class_names
         self.label_width = None if ignore_labels else base.label_width
         whole = len(self) == len(base) and not ignore_labels  # then labels, which may be costly to read, need no check
@@ -30,6 +31,9 @@ class PartSource(Source):
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        return self.base.stamp()
 
     def count_labelled(self) -> int | None:
         return super().count_labelled() if self.base.count_labelled() is not None else None
@@ -65,9 +69,13 @@ class ReorderedSource(Source):
     def __init__(self, base: Source, order_N: NDArray[np.int64]) -> None:
         self.base, self.order_N = base, order_N
         self.copy_attributes(base)
+        self.lengths = None if base.lengths is None else base.lengths[order_N]
 
     def __len__(self) -> int:
         return len(self.order_N)
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        return self.base.stamp()
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         start, stop = span(start, stop, len(self))
@@ -94,9 +102,13 @@ class LockedSource(Source):
     def __init__(self, source: Source) -> None:
         self._source, self._reading = source, threading.Lock()
         self.copy_attributes(source)
+        self.lengths = source.lengths
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        return self._source.stamp()
 
     def keys(self, start: int = 0, stop: int | None = None) -> list[str]:
         with self._reading:

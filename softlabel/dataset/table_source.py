@@ -22,20 +22,23 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled, stack_labels
 from softlabel.common.spec import replace_option
 from softlabel.dataset.columns import ALL, Columns, find_columns
+from softlabel.dataset.documents import NO_LABELS, WORDS, chosen_columns, document_rows
 from softlabel.dataset.findings import Findings, some
 from softlabel.dataset.hard_labels import checked_labels, checked_width, class_number, number_classes, read_classes
 from softlabel.dataset.multi_hot_columns import read_multi_hot
 from softlabel.dataset.source import COLUMN_REMEDY, Source, span
 from softlabel.dataset.table import check_integers, is_wide, read_rows
-from softlabel.dataset.text import text_rows
+from softlabel.dataset.text import FORMS, text_rows
 from softlabel.errors import BadImageError, DataError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Raw, Sample
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.tensor import TENSORS
 from softlabel.inputs.text import TEXTS
+from softlabel.inputs.tokens import TOKENS
 
 CACHE_BYTES = 1 << 30
 _NO_BYTES = BadImageError("the row has no image bytes")
-_ASKED = ("image", "inputs", "text", "text_pair", "key", "label", "labels")
+_ASKED = ("image", "inputs", *FORMS, "key", "label", "labels")
 
 
 class TableSource(Source):
@@ -68,7 +71,8 @@ class TableSource(Source):
     def _choose_columns(self, schema: pa.Schema, options: dict[str, str], ignore_labels: bool) -> None:
         """Find the columns in a schema; the options used are removed."""
         asked = {word: options.pop(word) for word in _ASKED if word in options}
-        classes = options.pop("classes", None)
+        if (classes := options.pop("classes", None)) is not None and asked.keys() & set(WORDS):
+            chosen_columns({**asked, "classes": classes}, self.name)  # refuses it
         self._ignored = ignore_labels or asked.get("label") == "none"
         self._asks_key = "key" in asked
         self._columns = find_columns(schema, asked, self.name, ignore_labels=self._ignored)
@@ -171,6 +175,8 @@ class TableSource(Source):
             return read_rows(self._columns.inputs, taken)
         if self.inputs == TEXTS:
             return text_rows(taken)
+        if self.inputs in (CHATS, TOKENS):
+            return document_rows(taken, self.inputs)
         return [_NO_BYTES if image is None else image for image in taken[0].to_pylist()]
 
     def _read_keys(self, group: int, rows: "slice | NDArray[np.int64]") -> list[str]:
@@ -291,6 +297,7 @@ class TableSource(Source):
                 if self._ignored
                 else f"{unfit or 'no column is called label'}{listed}"
             )
+            why = NO_LABELS if self.inputs in (CHATS, TOKENS) else why
             self.findings = Findings(without_labels=why, left_out=others, notes=self.findings.notes)
             return
         if columns.multi_hot:

@@ -1,9 +1,10 @@
-"""Texts as the rows of a table in a file: `.csv`, `.tsv` or `.jsonl`.
+"""Texts, chats or token ids as the rows of a table in a file: `.csv`, `.tsv` or `.jsonl`.
 
 Legend: N samples.
 """
 
 import csv
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import Labels, is_labelled, one_label
+from softlabel.dataset.documents import NO_LABELS, WORDS, chosen_columns, document_rows, parse_cell, store_cells
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import check_labels_named, choose_label, name_several, number_classes, read_classes
 from softlabel.dataset.json_lines import iter_objects
 from softlabel.dataset.line_errors import TABLE, reading_lines
 from softlabel.dataset.multi_hot_columns import ask_columns, parse_flags, parse_label, stack_parsed
-from softlabel.dataset.source import COLUMN_REMEDY, ListedSource, span
+from softlabel.dataset.source import COLUMN_REMEDY, FileStamp, ListedSource, span, stamp_files
 from softlabel.dataset.suffixes import suffix_of
 from softlabel.errors import BadImageError, DataError, SpecError
-from softlabel.inputs.base import IGNORE, Raw, Sample
+from softlabel.inputs.base import IGNORE, InputKind, Raw, Sample
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.text import TEXTS
+from softlabel.inputs.tokens import TOKENS
 
+# The options that name what a sample is.
+FORMS = ("text", "text_pair", *WORDS)
 _NO_TEXT = BadImageError("the row has no text, or one that is not valid Unicode")
 _LONGEST_FIELD = 1 << 30  # bytes: the csv module stops at 128 KiB otherwise
 
@@ -32,23 +38,20 @@ class TextFileSource(ListedSource):
 
     ``?text=COLUMN`` names the texts, ``text_pair=COLUMN`` the second of each pair, ``label=COLUMN|none`` their classes,
     as numbers, or by the names that ``classes=FILE`` lists, ``labels=COLUMN,COLUMN`` columns of several classes at
-    once, and ``key=COLUMN|index`` their keys.
+    once, and ``key=COLUMN|index`` their keys. ``messages=COLUMN`` names chats instead, ``tokens=COLUMN`` token ids and
+    ``mask=COLUMN`` which of them count.
     """
 
     kind = "text"
-    inputs = TEXTS
     repeated_keys_remedy = COLUMN_REMEDY
 
     def __init__(self, path: str, options: dict[str, str], *, name: str, ignore_labels: bool = False) -> None:
         self.name = name
-        asked = {word: options.pop(word, None) for word in ("text", "text_pair", "label", "labels", "key", "classes")}
-        chosen = [asked["text"] or "text", *([asked["text_pair"]] if asked["text_pair"] is not None else [])]
-        if len(set(chosen)) < len(chosen):
-            raise SpecError(
-                f"{name}: column {chosen[0]!r} is text= and text_pair=; name another, or leave text_pair= out"
-            )
-        heading, rows = _read_table(path, name)
-        ignored = ignore_labels or asked["label"] == "none"
+        self._path = os.path.abspath(path)
+        asked = {word: options.pop(word, None) for word in (*FORMS, "label", "labels", "key", "classes")}
+        chosen, self.inputs = chosen_columns(asked, name) or (_text_columns(asked, name), TEXTS)
+        heading, rows = _read_table(path, name, self.inputs)
+        ignored = ignore_labels or asked["label"] == "none" or self.inputs != TEXTS
         label, others = None if ignored else asked["label"], tuple[str, ...]()
         several = () if asked["labels"] is None else ask_columns(asked["labels"], asked["label"], heading, name)
         if ignored:
@@ -69,19 +72,16 @@ class TextFileSource(ListedSource):
             self.class_names = read_classes(asked["classes"], subject=name)
         numbers = number_classes(self.class_names)
         labels: list[int | list[int]] = []
-        texts: list[list[str | None]] = [[] for _ in chosen]
+        cells: list[list[Any]] = [[] for _ in chosen]
         keys: list[str] = []
         for line, row in rows:
             where = f"{name}: line {line}"
-            for column, values in zip(chosen, texts, strict=True):
-                value = row.get(column)
-                if value is not None and not isinstance(value, str):
-                    raise DataError(f"{where}: column {column!r}: expected a text, found {str(value)[:40]!r}")
-                values.append(_valid_unicode(value))
+            for place, (column, values) in enumerate(zip(chosen, cells, strict=True)):
+                values.append(_cell_of(row.get(column), self.inputs, place, f"{where}: column {column!r}"))
             if key is not None:
                 keys.append(_key_of(row.get(key), f"{where}: column {key!r}"))
             labels.append(_label_of(row, label, several, numbers, where))
-        self._texts = [pa.array(values, type=pa.large_string()) for values in texts]
+        self._cells = [store_cells(values, self.inputs, name) for values in cells]
         try:
             self._keys = None if key is None else pa.array(keys, type=pa.large_string())
         except UnicodeEncodeError as error:
@@ -96,14 +96,18 @@ class TextFileSource(ListedSource):
         self.maybe_repeated_keys = self.keys_are_named = key is not None
         columns = f"columns {', '.join(several)}" if several else None if label is None else f"column {label!r}"
         why = "no column name suggests labels" if columns is None else f"{columns} hold{'' if several else 's'} none"
+        why = why if self.inputs == TEXTS else NO_LABELS
         self.findings = Findings(
             labels_from=columns,
-            without_labels="labels are ignored, as requested" if ignored else why,
+            without_labels="labels are ignored, as requested" if ignored and self.inputs == TEXTS else why,
             left_out=tuple(f"column {one!r} may hold labels too; '?label={one}' takes it" for one in others),
         )
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def stamp(self) -> tuple[FileStamp, ...] | None:
+        return stamp_files([self._path])
 
     def labels(self, start: int = 0, stop: int | None = None) -> Labels:
         start, stop = span(start, stop, len(self))
@@ -112,11 +116,29 @@ class TextFileSource(ListedSource):
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         rows_B = np.asarray(indices, dtype=np.int64)
         assert not len(rows_B) or (rows_B.min() >= 0 and rows_B.max() < len(self)), (rows_B.min(), rows_B.max())
-        raws = text_rows([column.take(pa.array(rows_B)) for column in self._texts])
+        taken = [column.take(pa.array(rows_B)) for column in self._cells]
+        raws = text_rows(taken) if self.inputs == TEXTS else document_rows(taken, self.inputs)
         return [
             Sample(key=self.key_at(row), raw=raw, label=one_label(self._labels, row))
             for row, raw in zip(rows_B.tolist(), raws, strict=True)
         ]
+
+
+def _text_columns(asked: Mapping[str, str | None], name: str) -> tuple[str, ...]:
+    text, pair = asked["text"] or "text", asked["text_pair"]
+    if text == pair:
+        raise SpecError(f"{name}: column {text!r} is text= and text_pair=; name another, or leave text_pair= out")
+    return (text,) if pair is None else (text, pair)
+
+
+def _cell_of(value: Any, kind: InputKind, place: int, where: str) -> Any:
+    """A cell as it is kept in memory."""
+    found = parse_cell(value, kind, place, where) if kind != TEXTS else value
+    if kind == TOKENS:
+        return found
+    if found is not None and not isinstance(found, str):
+        raise DataError(f"{where}: expected a text, found {str(found)[:40]!r}")
+    return _valid_unicode(found)
 
 
 def text_rows(columns: Sequence[Any]) -> list[Raw]:
@@ -159,9 +181,14 @@ def _key_of(value: object, where: str) -> str:
     return str(value)
 
 
-def _read_table(path: str, name: str) -> tuple[list[str], Iterable[tuple[int, dict[str, Any]]]]:
+def _read_table(path: str, name: str, kind: InputKind) -> tuple[list[str], Iterable[tuple[int, dict[str, Any]]]]:
     """The columns, and each row with the number of its line."""
     suffix = suffix_of(path)
+    if kind != TEXTS and suffix != ".jsonl":
+        word = "messages" if kind == CHATS else "tokens"
+        raise SpecError(
+            f"{name}: {word}= names a column of a .parquet or .jsonl file, which can hold lists, found {suffix}"
+        )
     if suffix not in (".csv", ".tsv", ".jsonl"):
         raise SpecError(f"{name}: text= names a column of a .parquet, .csv, .tsv or .jsonl file, found {suffix}")
     before = csv.field_size_limit(_LONGEST_FIELD)

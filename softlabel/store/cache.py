@@ -16,21 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from softlabel.common.cache_folder import VARIABLE, cache_folder
 from softlabel.store.columns import Array
 from softlabel.store.storage.base import TEMPORARY, file_xxh3, writing
-
-VARIABLE = "SOFTLABEL_CACHE"
 
 
 class Append(Protocol):
     def __call__(self, name: str, data: Any) -> None: ...
-
-
-def cache_folder() -> Path:
-    """Return $SOFTLABEL_CACHE, or softlabel/ in the user's cache folder."""
-    if chosen := os.environ.get(VARIABLE):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softlabel"
 
 
 class Cache:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import xxhash
 
+from softlabel.common.cache_folder import cache_folder
 from softlabel.errors import StoreCorruptError
-from softlabel.store.cache import cache_folder
 from softlabel.store.manifest import ROOT_NAME, Manifest, ShardRecord
 from softlabel.store.storage.base import TEMPORARY, Folder
 from softlabel.store.verify import verify_store

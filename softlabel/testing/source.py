@@ -43,7 +43,9 @@ class ExpectedSample:
         pixels: uint8 (H, W, 3), its image decoded; of a source of arrays its numbers, in the type that they have there.
         label: its class, -100 for none; or, where a sample may have several classes, 1, 0 or -1 (unknown) for each.
         encoded: the bytes of its image file; None where the source gives pixels.
-        text: of a source of texts, instead of `pixels`: the text, or the pair of texts.
+        text: of a source of texts, instead of `pixels`: the text, or the pair; of chats the JSON of their messages.
+        ids: of a source of documents, instead of `pixels`: the ids of the tokens.
+        counts: of such, which of its positions count; None for all.
     """
 
     key: str
@@ -51,14 +53,27 @@ class ExpectedSample:
     label: int | tuple[int, ...] = IGNORE
     encoded: bytes | None = None
     text: Text | None = None
+    ids: Sequence[int] | None = None
+    counts: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        assert (self.pixels is None) != (self.text is None), f"{self.key}: give either `pixels` or `text`"
+        given = sum(one is not None for one in (self.pixels, self.text, self.ids))
+        assert given == 1, f"{self.key}: give one of `pixels`, `text` and `ids`"
+
+    @property
+    def decoded(self) -> Any:
+        """What `decode` gives."""
+        if self.ids is not None:
+            counts = [1] * len(self.ids) if self.counts is None else self.counts
+            return np.array([list(self.ids), list(counts)])
+        return self.pixels if self.text is None else self.text
 
     def hash_content(self) -> int:
         """The content hash that FORMAT.md defines, computed here."""
         if self.encoded is not None:
             return xxhash.xxh3_64_intdigest(self.encoded)
+        if self.ids is not None:
+            return xxhash.xxh3_64_intdigest(np.array(self.ids, "<i4").tobytes())
         if isinstance(self.text, str):
             return xxhash.xxh3_64_intdigest(self.text.encode())
         if self.text is not None:
@@ -172,7 +187,7 @@ class SourceTests:
     def test_a_process_that_inherits_nothing_reads_it(self, source: Source, expected: Sequence[ExpectedSample]) -> None:
         source.read([1])
         found = start_process().submit(read_sums, source).result()
-        assert found == [(one.key, _sum(one.pixels if one.text is None else one.text)) for one in expected]
+        assert found == [(one.key, _sum(one.decoded)) for one in expected]
 
 
 class _Samples(Dataset[tuple[str, Any, Any]]):
@@ -194,10 +209,13 @@ def _return_unchanged(sample: Any) -> Any:
 
 
 def decode(sample: Sample, kind: InputKind) -> NDArray[Any] | Text:
-    """Decode a sample as its source's kind does: an image (H, W, 3), an array, or a text or a pair of them."""
+    """Decode a sample as its source's kind does: an image (H, W, 3), an array, a text or a pair of them, or a document,
+    (2, L) of ids and of which positions count."""
     item, _ = kind.decode(sample)
     if isinstance(item, str | tuple):
         return item
+    if isinstance(item, dict):
+        return np.stack([item["input_ids"].numpy(), item["mask"].numpy()])
     assert isinstance(item, Tensor)
     return item.permute(1, 2, 0).numpy() if kind == IMAGES else item.numpy()
 
@@ -213,7 +231,7 @@ def check_samples(samples: Sequence[Sample], expected: Sequence[ExpectedSample],
 
 def _check_decoded(found: Any, one: ExpectedSample) -> None:
     if one.text is None:
-        np.testing.assert_array_equal(found, one.pixels)
+        np.testing.assert_array_equal(found, one.decoded)
     else:
         assert found == one.text
 

@@ -1,10 +1,12 @@
-"""The contract of sources over every kind of samples but 8-bit images: arrays, images of many bands, and texts."""
+"""The contract of sources over every kind of samples but 8-bit images: arrays, images of many bands, texts, chats, and
+documents of token ids."""
 
 import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import h5py
@@ -12,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
-from softlabel.dataset import Source, open_source
+from softlabel.dataset import Source, open_source, tokenize_source
+from softlabel.inputs.vocabulary import read_vocabulary
 from softlabel.testing import ExpectedSample, SourceTests
+from tests.support.language_models import write_tokenizer
 
 N = 13
 RANDOM = np.random.default_rng(4)
@@ -22,6 +27,7 @@ TABLE = RANDOM.standard_normal((N, 3)).astype(np.float32).astype(np.float64)  # 
 SPECTRA = RANDOM.standard_normal((N, 2, 5)).astype(np.float16)
 TILES = RANDOM.standard_normal((N, 4, 6, 13)).astype(np.float32)
 LABELS = [row % 3 for row in range(N)]
+NONE = [-100] * N
 SEVERAL = [tuple([1, 0, -1][(row + place) % 3] for place in range(4)) for row in range(N)]
 TEXTS = [
     "",
@@ -111,6 +117,37 @@ def findings(name: str) -> Callable[[Path], str]:
     return lambda folder: write_texts(folder, name, {"text": TEXTS, **flags}) + "?text=text&labels=s,t,u,v"
 
 
+CHATS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": f"{number} …", **({"n": 1} if number else {})}]
+    for number, text in enumerate(TEXTS)
+]
+IDS = [list(range(number + 1)) for number in range(N)]
+MASKS = [[(number + place) % 2 for place in range(number + 1)] for number in range(N)]
+# What follows a token counts at its position.
+COUNTS = [[*mask[1:], 0] for mask in MASKS]
+
+
+def columns_of(name: str, columns: dict[str, Any], options: str = "") -> Callable[[Path], str]:
+    return lambda folder: write_texts(folder, name, columns) + options
+
+
+def tokenised(folder: Path) -> Source:
+    vocabulary = read_vocabulary(write_tokenizer(folder / "tokenizer"))
+    return tokenize_source(open_source(texts("t.parquet")(folder)), vocabulary, max_length=8)
+
+
+def tokenised_ids(folder: Path) -> Source:
+    vocabulary = read_vocabulary(write_tokenizer(folder / "tokenizer"))
+    data = columns_of("t.jsonl", {"x": IDS, "m": MASKS}, "?tokens=x&mask=m")(folder)
+    return tokenize_source(open_source(data), vocabulary, max_length=100)
+
+
+def plain_ids() -> list[list[int]]:
+    with TemporaryDirectory() as folder:
+        path = write_tokenizer(Path(folder)) / "tokenizer.json"
+        return [tokenizers.Tokenizer.from_file(str(path)).encode(text).ids[:8] for text in TEXTS]
+
+
 @dataclass(frozen=True)
 class Case:
     """How data are written (into a folder, giving the SOURCE), and what they must be read as."""
@@ -118,6 +155,7 @@ class Case:
     write: Callable[[Path], Any]
     rows: Sequence[Any]
     labels: Sequence[Any] = tuple(LABELS)
+    counts: Sequence[Any] | None = None
 
 
 def npz_of_several(folder: Path) -> str:
@@ -142,7 +180,21 @@ CASES = {
     "text-dataset": Case(lambda folder: Sentences(), TEXTS),
     "pair-parquet": Case(pairs("t.parquet"), PAIRS),
     "pair-jsonl": Case(pairs("t.jsonl"), PAIRS),
+    "chat-jsonl": Case(columns_of("t.jsonl", {"messages": CHATS}), CHATS, NONE),
+    "chat-parquet": Case(columns_of("t.parquet", {"c": CHATS, "label": LABELS}, "?messages=c"), CHATS, NONE),
+    "ids-jsonl": Case(columns_of("t.jsonl", {"x": IDS, "m": MASKS}, "?tokens=x&mask=m"), IDS, NONE, COUNTS),
+    "ids-parquet": Case(columns_of("t.parquet", {"x": IDS, "m": MASKS}, "?tokens=x&mask=m"), IDS, NONE, COUNTS),
+    "ids-parquet-all": Case(columns_of("t.parquet", {"x": IDS}, "?tokens=x"), IDS, NONE),
+    "tokenised": Case(tokenised, plain_ids(), NONE),
+    "tokenised-ids": Case(tokenised_ids, IDS, NONE, COUNTS),
 }
+
+
+def describe(row: Any) -> dict[str, Any]:
+    """What a sample is, by the name that `ExpectedSample` has for it."""
+    if isinstance(row, list):
+        return {"ids": row} if isinstance(row[0], int) else {"text": json.dumps(row, ensure_ascii=False)}
+    return {"text" if isinstance(row, str | tuple) else "pixels": row}
 
 
 class TestEveryKind(SourceTests):
@@ -152,10 +204,10 @@ class TestEveryKind(SourceTests):
 
     @pytest.fixture
     def expected(self, case: Case) -> Sequence[ExpectedSample]:
-        samples = zip(case.rows, case.labels, strict=True)
+        samples = enumerate(zip(case.rows, case.labels, case.counts or [None] * N, strict=True))
         return [
-            ExpectedSample(key=str(number), label=label, **{"text" if isinstance(row, str | tuple) else "pixels": row})
-            for number, (row, label) in enumerate(samples)
+            ExpectedSample(key=str(number), label=label, counts=counts, **describe(row))
+            for number, (row, label, counts) in samples
         ]
 
     @pytest.fixture
