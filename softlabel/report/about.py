@@ -11,9 +11,9 @@ from softlabel.inputs.transforms import KINDS
 from softlabel.labels.combine import normalized_weights
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
+from softlabel.report.training_data import Overlap, StoredSamples, count_trained
 from softlabel.store.reader import Store
 from softlabel.training.fold_plan import FOLDS, SETTINGS
-from softlabel.training.run_folder import DATA_KEYS, recorded_identity
 
 Seen = Literal["in-sample", "out-of-sample", "unknown"]
 
@@ -26,7 +26,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
     """
     run, recorded = store.run, store.manifest.recorded
     noun = KINDS[run.input].noun
-    seen, note = find_seen(store, noun)
+    seen, note, seen_samples = find_seen(store, noun)
     specs = _list_teachers(store)
     weights = normalized_weights(run.combine.weights or None, len(run.members))
     return About(
@@ -49,6 +49,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
         activation=run.activation,
         seen=seen,
         seen_note=note,
+        seen_samples=seen_samples,
         noun=noun,
         unit=noun.removesuffix("s"),
         measured=measured,
@@ -57,40 +58,70 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
     )
 
 
-def find_seen(store: Store, noun: str) -> tuple[Seen, str]:
-    """Whether the teachers were trained on these samples, and the caveat that follows, in one sentence."""
+def find_seen(store: Store, noun: str) -> tuple[Seen, str, int | None]:
+    """Whether the teachers were trained on these samples, the caveat that follows, in one sentence, and on how many of
+    the samples one teacher was trained, where that is known."""
     recorded, run = store.manifest.recorded, store.run
     if folds := recorded.get(FOLDS):
         settings = recorded.get(SETTINGS)
         student = str(settings.get("student")) if isinstance(settings, dict) else ""
         if _starts_trained(student):
-            return "unknown", (
+            return (
+                "unknown",
                 f"The {folds} teachers started from the weights of {student}: if those were trained on these {noun}, "
-                "the confidence is in-sample and hides wrong labels; cross-fit a network without weights."
+                "the confidence is in-sample and hides wrong labels; cross-fit a network without weights.",
+                None,
             )
-        return "out-of-sample", (
+        return (
+            "out-of-sample",
             f"Each of the {folds} teachers labelled only {noun} that it was not trained on (cross-fitting), so that "
-            "its confidence and the estimate of wrong labels are out-of-sample."
+            "its confidence and the estimate of wrong labels are out-of-sample.",
+            0,
         )
     listed = _list_teachers(store)
-    trained = [_read_fingerprint(str(spec)) for spec in listed]
-    if run.dataset.fingerprint in trained:
-        spec = listed[trained.index(run.dataset.fingerprint)]
-        return "in-sample", (
-            f"Teacher {spec} was trained on these very {noun}: its confidence is in-sample and hides wrong labels, so "
+    overlaps = _compare_teachers(store, listed)
+    known = [one for one in overlaps if one is not None and one.trained is not None]
+    worst = max(known, key=lambda one: ((one.trained or 0) - one.by_keys, one.by_keys), default=None)
+    if worst is not None and worst.trained:
+        spec = listed[overlaps.index(worst)]
+        if worst.trained == worst.by_keys:
+            return (
+                "unknown",
+                f"Teacher {spec} was trained on data with the same keys, and nothing else is known of it: if it was "
+                f"these {noun}, the confidence is in-sample and hides wrong labels; 'softlabel crossfit' makes labels "
+                "that are out-of-sample.",
+                None,
+            )
+        labelled = len(store) // store.run.views.count
+        which = "these very" if worst.trained >= labelled else f"{worst.trained:,} of these {labelled:,}"
+        return (
+            "in-sample",
+            f"Teacher {spec} was trained on {which} {noun}: its confidence is in-sample and hides wrong labels, so "
             "that accuracy looks better and wrong labels look fewer than they are; 'softlabel crossfit' makes labels "
-            "that are out-of-sample."
+            "that are out-of-sample.",
+            worst.trained,
+        )
+    if len(known) == len(listed) and not any(one.untold for one in known):
+        return (
+            "out-of-sample",
+            f"By the data of their runs, no teacher was trained on one of these {noun}: the confidence is "
+            "out-of-sample.",
+            0,
         )
     options = recorded.get("options")
     ignored = isinstance(options, dict) and bool(options.get("ignore_labels"))
     if not run.dataset.has_labels and not ignored:
-        return "out-of-sample", (
+        return (
+            "out-of-sample",
             f"The {noun} have no hard labels, so that no teacher was trained on labels of theirs: its confidence is "
-            "out-of-sample."
+            "out-of-sample.",
+            None,
         )
-    return "unknown", (
+    return (
+        "unknown",
         f"Nothing says whether the teachers were trained on these {noun}: if they were, their confidence is in-sample "
-        "and hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample."
+        "and hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample.",
+        None,
     )
 
 
@@ -127,16 +158,22 @@ def _list_teachers(store: Store) -> list[str]:
     return [member.spec for member in members]
 
 
-def _read_fingerprint(spec: str) -> str | None:
-    """The fingerprint of the data that a teacher was trained on, where its run folder has it."""
-    try:
-        parsed = parse_spec(spec)
-    except SpecError:
-        return None
-    if parsed.kind != "run":
-        return None
-    found = recorded_identity(Path(parsed.name)).get(DATA_KEYS)
-    return found if isinstance(found, str) else None
+def _compare_teachers(store: Store, specs: Sequence[str]) -> list[Overlap | None]:
+    """How many of the labelled samples each teacher was trained on, of those that are runs."""
+    samples: StoredSamples | None = None
+    found: list[Overlap | None] = []
+    for text in specs:
+        try:
+            spec = parse_spec(text)
+        except SpecError:
+            found.append(None)
+            continue
+        if spec.kind != "run":
+            found.append(None)
+            continue
+        samples = samples or StoredSamples(store)
+        found.append(count_trained(Path(spec.name), samples, stores=[store]))
+    return found
 
 
 def describe_encoding(store: Store) -> EncodingCost:

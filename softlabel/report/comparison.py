@@ -23,6 +23,7 @@ from softlabel.report.probabilities import LabelReader
 from softlabel.report.reliability import ReliabilityMeter
 from softlabel.report.shortlist import Shortlist
 from softlabel.report.student_figures import Comparison, Corner, CornerName
+from softlabel.report.training_data import Overlap
 from softlabel.store.reader import Store
 
 F64 = NDArray[np.float64]
@@ -177,11 +178,12 @@ class ComparisonMeter:
                 self.corners[name].add(score[here], number_K[here], **{key: one[here] for key, one in values.items()})
 
     def result(
-        self, *, run: str, data: str, held_out: bool, of_eval_data: bool, keys: Callable[[I64], Sequence[str]]
+        self, *, run: str, data: str, overlap: Overlap, of_eval_data: bool, keys: Callable[[I64], Sequence[str]]
     ) -> Comparison:
         """The comparison.
 
         Args:
+            overlap: with the training data of the student.
             keys: of samples by their place in the data, in the order in which they were added.
         """
         known = self.with_teacher
@@ -190,7 +192,9 @@ class ComparisonMeter:
         return Comparison(
             run=run,
             data=data,
-            held_out=held_out,
+            held_out=None if overlap.trained is None else not overlap.trained,
+            trained_on=overlap.trained,
+            by_keys=overlap.by_keys,
             of_eval_data=of_eval_data,
             samples=self.samples,
             with_teacher=known,

@@ -82,6 +82,8 @@ class About:
         seen: whether the teachers were trained on these samples. ``out-of-sample``: each row is by teachers that were
             not (cross-fitting, or data without labels); ``in-sample``: they were; ``unknown``: nothing says so.
         seen_note: the caveat in one sentence.
+        seen_samples: on how many of the samples a teacher was trained, the one that was on most; None where that is not
+            known.
         noun, unit: of the kind of samples, such as images, image.
         measured: how many rows the dear figures (calibration, sharpness, confusion, members) are from; all if they are
             few. Calibration may use fewer, see there.
@@ -106,6 +108,7 @@ class About:
     activation: str
     seen: Literal["in-sample", "out-of-sample", "unknown"]
     seen_note: str
+    seen_samples: int | None
     noun: str
     unit: str
     measured: int

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from softlabel.report.student_figures import Comparison
+
 MISSING = "–"
 
 
@@ -54,6 +56,27 @@ def name_class(names: Sequence[str] | None, number: int) -> str:
     """The name of a class, or its number where it has none."""
     known = names[number] if names and 0 <= number < len(names) else ""
     return known or f"class {number}"
+
+
+def describe_samples(shown: int, found: Comparison, *, noun: str = "samples") -> str:
+    """Samples that a student was measured on, and how many of all of them it was trained on.
+
+    Args:
+        shown: how many a figure is from.
+    """
+    trained, samples = found.trained_on, found.samples
+    if trained is None:
+        return f"{shown:,} {noun} (whether it was trained on them is not known)"
+    if not trained:
+        return f"{shown:,} held-out {noun}"
+    same = "were in"
+    if found.by_keys:
+        same = "have keys of" if found.by_keys == trained else "were in, or have keys of,"
+    if trained < samples:
+        return f"{shown:,} {noun} ({trained:,} of {samples:,} {same} its training data)"
+    if found.by_keys:
+        return f"{shown:,} {noun} with the same keys as its training data"
+    return f"{shown:,} {noun} that it was trained on"
 
 
 def shorten(text: str, length: int) -> str:

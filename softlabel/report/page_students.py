@@ -3,7 +3,7 @@
 from shlex import quote
 
 from softlabel.report.figures import Reliability
-from softlabel.report.number_text import count_of, format_count, format_number, format_share
+from softlabel.report.number_text import count_of, describe_samples, format_count, format_number, format_share
 from softlabel.report.page_parts import (
     Advice,
     Cell,
@@ -61,10 +61,10 @@ def _sum_up(found: Students) -> str:
     shown = next((one for one in found.comparisons if one.held_out), None) or next(iter(found.comparisons), None)
     if shown is None:
         return f"{runs}; none was compared with a teacher."
-    where = "held-out data" if shown.held_out else "the data it was trained on"
     said = []
     if shown.accuracy is not None:
         teacher = "" if shown.teacher_accuracy is None else f" (its teacher for {format_share(shown.teacher_accuracy)})"
+        where = describe_samples(shown.samples if shown.student is None else sum(shown.student.counts), shown)
         said.append(f"is right for {format_share(shown.accuracy)} of {where}{teacher}")
     if shown.agreement is not None:
         said.append(f"agrees with its teacher for {format_share(shown.agreement)}")
@@ -167,8 +167,7 @@ def _compare(found: Comparison, context: Context) -> Part:
 
 
 def _describe_comparison(found: Comparison, context: Context) -> str:
-    where = "held-out data" if found.held_out else "the data it was trained on"
-    sentences = [f"On {found.data} ({where}, {context.samples(found.samples)})."]
+    sentences = [f"On {found.data}: {describe_samples(found.samples, found, noun=context.noun)}."]
     if found.accuracy is not None:
         teacher = "" if found.teacher_accuracy is None else f", the teacher for {format_share(found.teacher_accuracy)}"
         sentences.append(f"The student is right for {format_share(found.accuracy)}{teacher}.")

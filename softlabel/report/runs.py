@@ -75,10 +75,6 @@ class Run:
             return max(measured, key=lambda epoch: epoch.score or 0.0)
         return self.history[-1] if self.history else None
 
-    def was_trained_on(self, fingerprint: str) -> bool:
-        """Whether its data had this fingerprint of keys."""
-        return bool(self.identity.get(DATA_KEYS) == fingerprint)
-
     def setting(self, name: str) -> Any:
         """A setting as it was used, with defaults filled in, or None."""
         value = self.identity.get(name, self.config.get(name))

@@ -28,7 +28,9 @@ class Comparison:
     Attributes:
         run: its folder.
         data: the SOURCE.
-        held_out: whether it is other data than the student was trained on.
+        held_out: whether the student was trained on none of the samples; None where that is not known.
+        trained_on: on how many of them it was trained; None where that is not known.
+        by_keys: how many of these are known by equal keys alone, as no content hashes could be compared.
         of_eval_data: whether the samples are of the evaluation data; of the labelled data otherwise. Equal keys may be
             different samples in the two.
         samples: on which the student was measured.
@@ -47,7 +49,9 @@ class Comparison:
 
     run: str
     data: str
-    held_out: bool
+    held_out: bool | None
+    trained_on: int | None
+    by_keys: int
     of_eval_data: bool
     samples: int
     with_teacher: int

@@ -27,6 +27,7 @@ from softlabel.report.comparison import ComparisonMeter, Teacher
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.runs import Run, describe_runs, find_unfinished, make_grid, read_runs
 from softlabel.report.student_figures import Comparison, Students
+from softlabel.report.training_data import ReadSamples, count_trained
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.views import Views
@@ -40,11 +41,14 @@ class _Part:
         source: the data.
         store: the teacher's labels of it; None where there are none that could be compared.
         is_eval: whether it is evaluation data.
+        sources, stores: all that are open, one of which a student may have been trained with.
     """
 
     source: Source
     store: Store | None
     is_eval: bool
+    sources: Sequence[Source]
+    stores: Sequence[Store]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -146,6 +150,8 @@ def _list_parts(
     opened, opened_eval = (
         one if one is None or isinstance(one, Store) else open_store(one) for one in (store, eval_labels)
     )
+    stores = tuple(one for one in (opened, opened_eval) if one is not None)
+    sources: list[Source] = []
     for given, labels, is_eval in ((data, opened, False), (eval_data, opened_eval, True)):
         if given is None:
             continue
@@ -153,6 +159,7 @@ def _list_parts(
         require_samples(source)
         if source is not given:
             report_source(source)
+        sources.append(source)
         outputs = {read_run(run.folder).activation for run in runs}
         if source.label_width is not None or "sigmoid" in outputs | {one.run.activation for one in (labels,) if one}:
             notes.append(_refuse_sigmoid(source, labels, runs))
@@ -172,7 +179,7 @@ def _list_parts(
             )
         if labels is not None:
             notes += _describe_limits(labels, opened if is_eval else None)
-        yield _Part(source=source, store=labels, is_eval=is_eval)
+        yield _Part(source=source, store=labels, is_eval=is_eval, sources=tuple(sources), stores=stores)
 
 
 def _describe_limits(store: Store, of: Store | None) -> list[str]:
@@ -296,11 +303,12 @@ def _run_pass(part: _Part, students: Sequence[_Student], how: _How, notes: list[
                 except MismatchError as error:
                     raise MismatchError(f"{student.run.folder}: {error}; give data of its classes") from None
         _report_missing(part, meters[0], loader, notes)
+        samples = ReadSamples(part.source, part.store, loader.dataset.samples)
         return [
             meter.result(
                 run=os.fspath(student.run.folder),
                 data=part.source.name,
-                held_out=part.is_eval and not student.run.was_trained_on(part.source.fingerprint()),
+                overlap=count_trained(student.run.folder, samples, stores=part.stores, sources=part.sources),
                 of_eval_data=part.is_eval,
                 keys=loader.dataset.keys,
             )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from softlabel.report.figures import About, Absent, Agreement, Coverage, EncodingCost, Noise, Sharpness
 from softlabel.report.measure import StoreFigures
-from softlabel.report.number_text import format_bytes, format_share, name_class
+from softlabel.report.number_text import describe_samples, format_bytes, format_share, name_class
 from softlabel.report.report import Sentence
 from softlabel.report.student_figures import Comparison, Students
 
@@ -47,7 +47,11 @@ def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
     if worst is not None and about.classes > 1:
         text += f"; the weakest class is {name_class(about.class_names, worst[1])} with {format_share(worst[0])}"
     if about.seen == "in-sample":
-        text += f", on {about.noun} that the teachers were trained on"
+        text += (
+            f", on {about.noun} that the teachers were trained on"
+            if _saw_all(about)
+            else (f"; a teacher was trained on {about.seen_samples:,} of these {about.noun}")
+        )
     level: Level = "good" if found.accuracy >= _STRONG else "look" if found.accuracy >= 0.5 else "act"
     command = "" if level == "good" else shlex.join(["softlabel", "verify", about.store, "--recompute", "256"])
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
@@ -71,8 +75,11 @@ def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | 
         text += f"; most of them will be errors of teachers that agree with only {format_share(agreement.accuracy)}"
         level = "look"
     if about.seen != "out-of-sample":
-        were = "were" if about.seen == "in-sample" else "may have been"
-        text += f"; the teachers {were} trained on these labels, which hides wrong ones"
+        trained = "the teachers may have been trained on these labels"
+        if about.seen == "in-sample":
+            trained = "the teachers were trained on these labels"
+            trained = trained if _saw_all(about) else f"a teacher was trained on {about.seen_samples:,} of these labels"
+        text += f"; {trained}, which hides wrong ones"
         level = "look" if level == "good" else level
         return Sentence(section="noise", level=level, text=f"{text}.", command=_crossfit(about))
     command = "" if level == "good" else _train(about, "--soft-weight", "1", "--hard-weight", "0")
@@ -183,10 +190,9 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     best = max(chosen, key=lambda one: one.accuracy or 0.0)
     assert best.accuracy is not None
     runs = {one.run for one in chosen}
-    where = "held-out samples" if best.held_out else "samples that it was trained on"
     which = f"The best of {len(runs)} students, {best.run}," if len(runs) > 1 else f"Student {best.run}"
     labelled = best.samples if best.student is None else sum(best.student.counts)
-    text = f"{which} is right on {format_share(best.accuracy)} of {labelled:,} {where}"
+    text = f"{which} is right on {format_share(best.accuracy)} of {describe_samples(labelled, best)}"
     if best.teacher_accuracy is not None:
         text += f", its teacher on {format_share(best.teacher_accuracy)}"
     if best.agreement is not None:
@@ -194,6 +200,11 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     behind = best.teacher_accuracy is not None and best.accuracy < best.teacher_accuracy - 0.02
     level: Level = "look" if behind or not best.held_out else "good"
     return Sentence(section="students", level=level, text=f"{text}.")
+
+
+def _saw_all(about: About) -> bool:
+    """Whether a teacher that has seen some of the samples has seen all."""
+    return about.seen_samples is None or about.seen_samples >= about.rows // about.views
 
 
 def _crossfit(about: About) -> str:

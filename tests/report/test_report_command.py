@@ -110,7 +110,7 @@ def test_samples_of_equal_keys_keep_their_own_pictures(folder: Path) -> None:
     page = (folder / "both.html").read_text()
     store, students = page[page.index('<section id="noise"') :].split('<section id="students"')
     # What is compared on each dataset begins with its name.
-    _, *parts = re.split(r"\bOn (data|test)\.parquet \(", students)
+    _, *parts = re.split(r"\bOn (data|test)\.parquet: ", students)
     shown = dict(zip(parts[::2], map(read_images, parts[1::2]), strict=True))
     trained, held_out = (
         {one.data for one in make_pictures(open_source(str(folder / name)), make_keys(ROWS)).values()}

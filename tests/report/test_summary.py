@@ -94,6 +94,8 @@ def test_students(figures: StoreFigures) -> None:
         run="runs/kd",
         data="test.parquet",
         held_out=True,
+        trained_on=0,
+        by_keys=0,
         of_eval_data=True,
         samples=1000,
         with_teacher=1000,
@@ -109,7 +111,7 @@ def test_students(figures: StoreFigures) -> None:
         teacher=None,
         corners=(),
     )
-    on_training = replace(compared, run="runs/other", held_out=False, accuracy=0.99)
+    on_training = replace(compared, run="runs/other", held_out=False, trained_on=1000, accuracy=0.99)
     found = sentences(figures, replace(facts, comparisons=(on_training, compared)))["students"]
     assert found.level == "look"
     assert found.text == (
@@ -134,10 +136,10 @@ def test_whether_the_teachers_have_seen_the_samples(tmp_path: Path) -> None:
     (run / "run.json").write_text(json.dumps({"data (fingerprint of the keys)": "ab"}))
     (run / "model.json").write_text("{}")
     found = write_recorded(tmp_path / "in", {"teachers": [f"run:{run}"]})
-    assert found.about.seen == "in-sample"
-    assert f"run:{run}" in found.about.seen_note
+    assert found.about.seen == "unknown"
+    assert f"Teacher run:{run} was trained on data with the same keys" in found.about.seen_note
     assert found.about.teachers[0].spec == f"run:{run}"
-    assert "were trained on these labels" in sentences(found)["noise"].text
+    assert "may have been trained on these labels" in sentences(found)["noise"].text
     assert sentences(found)["noise"].command.startswith("softlabel crossfit --data DATA")
     (run / "run.json").write_text(json.dumps({"data (fingerprint of the keys)": "cd"}))
     assert write_recorded(tmp_path / "other", {"teachers": [f"run:{run}"]}).about.seen == "unknown"
