@@ -1,10 +1,13 @@
 """Commands about one store: inspect, verify, repair, extend, report."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import options_of, require_local
 from softlabel.cli.report import print_summary, size
 from softlabel.errors import UsageError
+
+if TYPE_CHECKING:
+    from softlabel.store.reader import Store
 
 DAMAGED = 3  # exit code of `verify`, and of `report` where a condition is true
 BAD_SHOWN = 10
@@ -38,22 +41,33 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     if json:
         found = dataclasses.asdict(manifest)
         found["run"]["encoding"] = to_json(manifest.run.encoding)
+        if manifest.run.tokens is None:
+            del found["run"]["tokens"]
         print(dumps(found, indent=2))
         return 0
     run, totals = manifest.run, manifest.totals
     state = "complete" if manifest.complete else f"NOT COMPLETE, {totals.shards} of {run.shard_count} shards"
-    per_row = sum(column.row_bytes for column in run.columns)
+    per_row = sum(column.row_bytes for column in (run.columns if run.tokens is None else run.label_columns))
+    samples, answer = ("samples", "row") if run.tokens is None else ("documents", "labelled position")
     lines = [
         ("store", f"{opened.path}  ({state})"),
         (
             "rows",
-            f"{totals.rows:,} of {run.dataset.rows:,} samples x {run.views.count} view(s), {totals.shards} shards",
+            f"{totals.rows:,} of {run.dataset.rows:,} {samples} x {run.views.count} view(s), {totals.shards} shards",
         ),
         ("size", f"{totals.bytes:,} bytes in {run.format} files"),
         ("data", f"{manifest.recorded.get('data', '?')}  ({run.dataset.kind}, fingerprint {run.dataset.fingerprint})"),
-        ("labels", "hard labels stored" if run.dataset.has_labels else "no hard labels"),
+        *_describe_tokens(opened),
+        (
+            "labels",
+            "hard labels stored"
+            if run.dataset.has_labels
+            else "no hard labels"
+            if run.tokens is None
+            else "the next tokens",
+        ),
         ("classes", _format_classes(run.num_classes, run.class_names)),
-        ("encoding", f"{run.encoding.name}, {per_row:,} bytes a row"),
+        ("encoding", f"{run.encoding.name}, {per_row:,} bytes a {answer}"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
         *([("activation", "sigmoid, of each class by itself")] if run.activation == "sigmoid" else []),
         *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
@@ -77,6 +91,27 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
     print("\n".join(f"{name:<11}{text}" for name, text in lines))
     return 0
+
+
+def _describe_tokens(store: "Store") -> list[tuple[str, str]]:
+    """Return lines about the tokens of a store of tokens; none for another store."""
+    from softlabel.store.token_totals import count_tokens
+
+    if (tokens := store.run.tokens) is None:
+        return []
+    found = count_tokens(store)
+    about = "" if found.exact else "about "
+    mean = found.tokens / max(1, len(store))
+    each = store.manifest.totals.bytes / max(1, found.tokens)
+    ends = [f"{name} {id}" for name, id in (("bos", tokens.bos), ("eos", tokens.eos)) if id is not None]
+    content = store.tokenizer
+    kept = "its tokenizer.json is not in the store" if content is None else f"tokenizer.json of {len(content):,} bytes"
+    lines = [
+        ("tokens", f"{about}{found.tokens:,}, {found.positions:,} positions labelled ({tokens.positions})"),
+        ("", f"{mean:,.1f} tokens a document, at most {tokens.max_length:,}; {each:,.1f} bytes a token"),
+        ("tokenizer", ", ".join([f"sha256 {tokens.tokenizer}", *ends, kept])),
+    ]
+    return lines if tokens.template is None else [*lines, ("", f"chat template sha256 {tokens.template}")]
 
 
 def verify(

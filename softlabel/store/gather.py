@@ -68,6 +68,24 @@ class Parts:
         places_B = self._offsets[part_B] + (rows_B - self._starts[part_B]) * self._row_bytes
         return self._span[places_B].view(first.dtype).reshape(len(rows_B), *first.shape[1:])
 
+    def take_ranges(self, starts_B: npt.NDArray[np.int64], stops_B: npt.NDArray[np.int64]) -> Array:
+        """Copy the rows `starts_B[i]` to `stops_B[i]`, each within one part, one range after another, into a new array.
+
+        Ranges that follow each other are copied at once; a slice is copied faster than its rows are gathered.
+        """
+        first = self._parts[0]
+        if not len(starts_B):
+            return first[:0].copy()
+        part_B = np.minimum(np.searchsorted(self._starts, starts_B, side="right") - 1, len(self._parts) - 1)
+        begins_B = np.ones(len(starts_B), np.bool_)
+        begins_B[1:] = (starts_B[1:] != stops_B[:-1]) | (part_B[1:] != part_B[:-1])
+        begins = np.flatnonzero(begins_B)
+        parts = part_B[begins]
+        bases = self._starts[parts]
+        stops = stops_B[np.append(begins[1:] - 1, len(stops_B) - 1)] - bases
+        runs = zip(parts.tolist(), (starts_B[begins] - bases).tolist(), stops.tolist(), strict=True)
+        return np.concatenate([self._parts[part][start:stop] for part, start, stop in runs])
+
 
 def row_numbers(rows: Any, count: int, *, where: str) -> npt.NDArray[np.int64]:
     """Return a caller's row numbers as int64 (B,).

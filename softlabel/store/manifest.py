@@ -20,7 +20,7 @@ from softlabel.store.differences import differences
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
-from softlabel.store.token_rows import TokenRun, token_columns
+from softlabel.store.token_rows import TokenRun, per_position, token_columns
 from softlabel.store.view_columns import view_columns
 
 FORMAT_VERSIONS = (1, 2, 3, 4)  # 2: rows have view columns; 3: independent sigmoids; 4: tokens; all others are 1
@@ -194,7 +194,7 @@ class Run(_FingerprintCache):
     def label_columns(self) -> tuple[Column, ...]:
         """The encoding's columns: of each row, or of each labelled position of it."""
         columns = self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
-        return columns if self.tokens is None else tuple(dataclasses.replace(one, per="position") for one in columns)
+        return columns if self.tokens is None else per_position(columns)
 
     @property
     def sample_columns(self) -> tuple[Column, ...]:

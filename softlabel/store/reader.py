@@ -1,7 +1,7 @@
 """Read a store: look up rows by key, take them in any order, or stream them in batches.
 
 N rows of the store in the order of its shards (views in turn, each in dataset order), B rows of a batch. A row of a
-store of tokens is a document; what it has per token or position is gathered by the numbers of its elements.
+store of tokens is a document; what it has per token or position lies at the running sums of the documents' counts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -313,9 +313,15 @@ class Store:
 
     def _gather(self, payload: Mapping[str, Parts], rows_B: I64) -> dict[str, Array]:
         """Gather the elements of some rows from whole columns."""
-        per = {column.name: column.per for column in self.run.columns if column.name in payload}
-        numbers = {kind: self.spans.numbers(kind, rows_B) for kind in set(per.values())}
-        return {name: parts.take(numbers[per[name]]) for name, parts in payload.items()}
+        found = {}
+        for column in self.run.columns:
+            if (parts := payload.get(column.name)) is not None:
+                if column.per == "row":
+                    found[column.name] = parts.take(rows_B)
+                else:
+                    offsets = self.spans.offsets[column.per]
+                    found[column.name] = parts.take_ranges(offsets[rows_B], offsets[rows_B + 1])
+        return found
 
     def _check_columns(self, columns: Sequence[str] | None) -> list[str]:
         known = [*ROW_NAMES, *(column.name for column in self.run.columns)]

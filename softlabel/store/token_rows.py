@@ -7,9 +7,10 @@ per token or per position lie one after another in the order of the rows: (L, W)
 follows from the running sums of `length` or `positions`.
 """
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -60,6 +61,13 @@ class TokenRun:
             raise ValueError(f"tokens.positions: expected 'all' or 'masked', found {self.positions!r}")
 
 
+@functools.cache  # requested with every batch
+def per_position(columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    """Return columns of rows as columns of labelled positions."""
+    return tuple(replace(column, per="position") for column in columns)
+
+
+@functools.cache
 def token_columns(num_classes: int) -> tuple[Column, ...]:
     """Return the columns of a row of tokens beside the teachers' answers."""
     return (

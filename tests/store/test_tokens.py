@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
+from softlabel.cli.main import main
 from softlabel.errors import StoreCorruptError
 from softlabel.store.encodings import TopK
 from softlabel.store.formats import base
@@ -338,3 +339,24 @@ def write_and_open(root: Path) -> Store:
     run = make_token_run()
     write_store(root, run, Documents.of(run))
     return open_store(root)
+
+
+@of_every_format
+def test_inspect_shows_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
+    run, root = make_token_run(format, positions="masked"), tmp_path / "s"
+    documents = write_store(root, run, Documents.of(run), bad=(3,))
+    assert main(["inspect", str(root)]) == 0
+    printed = capsys.readouterr().out
+    good = [n for n in range(50) if n != 3]
+    tokens = sum(len(documents.ids[n]) for n in good)
+    size = sum(path.stat().st_size for path in (root / "shards").iterdir())
+    for line in (
+        "rows       49 of 50 documents x 1 view(s), 4 shards",
+        f"tokens     {tokens:,}, {sum(int(documents.masks[n].sum()) for n in good):,} positions labelled (masked)",
+        f"           {tokens / 49:.1f} tokens a document, at most 23; {size / tokens:,.1f} bytes a token",
+        f"tokenizer  sha256 {'ab' * 32}, bos 1, its tokenizer.json is not in the store",
+        "encoding   float16, 600 bytes a labelled position",
+    ):
+        assert line in printed.splitlines()
+    assert main(["inspect", "--json", str(root)]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["tokens"]["positions"] == "masked"
