@@ -83,11 +83,12 @@ def generate(
     Args:
         data: Parquet or tar files (one, a folder, data-{000..127}.tar, s3://...), a folder of images, arrays (.h5,
             .npy, .npz), a list of files (.txt, .csv), tables of numbers ('?inputs=COLUMN,COLUMN') or texts
-            ('?text=COLUMN') in .parquet, .csv or .tsv, torchvision:NAME?root=..., or digits; options behind '?', see
-            the README.
+            ('?text=COLUMN') in .parquet, .csv, .tsv or .jsonl, chats ('?messages=COLUMN') or token ids
+            ('?tokens=COLUMN') in .parquet or .jsonl, torchvision:NAME?root=..., or digits; options behind '?', see the
+            README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
-            FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize,
-            crop, interpolation, squash, weights, pretrained, download, trust. Several make an ensemble.
+            lm:FOLDER, FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean,
+            std, resize, crop, interpolation, squash, weights, pretrained, download, trust. Several make an ensemble.
         out: folder of the store.
         no_preflight: skip labelling two batches first, which shows the plan, checks the disk and warns about suspicious
             results.
