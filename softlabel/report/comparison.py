@@ -5,7 +5,7 @@ Legend: B batch, K rows of it that have a row in the store, C classes, Q bins.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -44,6 +44,7 @@ class TeacherAnswers:
         log_p_store: at the temperature of the store, float64 (K, C).
         top: the most probable class, int64 (K,).
         entropy: at `LabelReader.judged`, in nats, float64 (K,).
+        non_finite: rows that hold numbers which are not finite; here they are uniform.
     """
 
     known: Tensor
@@ -51,6 +52,7 @@ class TeacherAnswers:
     log_p_store: Tensor
     top: Tensor
     entropy: Tensor
+    non_finite: int
 
 
 class Teacher:
@@ -70,13 +72,18 @@ class Teacher:
         stored = self._store.take(rows_B[known_B], self._reader.columns)
         log_p_KC = self._log_probs(stored.columns, self.judged).to(device)
         same = self.judged == self.temperature
+        store_KC = log_p_KC if same else self._log_probs(stored.columns, self.temperature).to(device)
+        broken_K = log_p_KC.isnan().any(dim=1) | store_KC.isnan().any(dim=1)
+        if broken_K.any():
+            log_p_KC[broken_K] = store_KC[broken_K] = -math.log(log_p_KC.shape[1])
         p_KC = log_p_KC.exp()
         return TeacherAnswers(
             known=torch.from_numpy(known_B).to(device),
             log_p=log_p_KC,
-            log_p_store=log_p_KC if same else self._log_probs(stored.columns, self.temperature).to(device),
+            log_p_store=store_KC,
             top=log_p_KC.argmax(dim=1),
             entropy=-torch.where(p_KC > 0, p_KC * log_p_KC, 0.0).sum(dim=1),
+            non_finite=int(broken_K.sum()),
         )
 
     def _log_probs(self, columns: dict[str, Any], temperature: float) -> Tensor:
@@ -98,7 +105,7 @@ class ComparisonMeter:
 
     def __init__(self, classes: int, *, temperature: float | None, judged: float) -> None:
         self.classes, self.temperature, self.judged = classes, temperature, judged
-        self.samples = self.with_teacher = self.agreed = 0
+        self.samples = self.with_teacher = self.agreed = self.non_finite = self.teacher_non_finite = 0
         self.nats = 0.0
         self.student, self.teacher = ReliabilityMeter(), ReliabilityMeter()
         self.joint = np.zeros((JOINT_BINS, JOINT_BINS), np.int64)
@@ -122,11 +129,18 @@ class ComparisonMeter:
         labels_B = batch.labels
         number_B = np.arange(self.samples, self.samples + len(batch))
         self.samples += len(batch)
-        self.student.add(F.log_softmax(logits_BC, dim=1), labels_B)
+        log_q_BC = F.log_softmax(logits_BC, dim=1)
+        broken_B = log_q_BC.isnan().any(dim=1)
+        if count := int(broken_B.sum()):
+            self.non_finite += count
+            logits_BC[broken_B] = 0.0  # what follows is not shown then
+            log_q_BC = F.log_softmax(logits_BC, dim=1)
+        self.student.add(log_q_BC, labels_B)
         if teacher is None:
             return
         assert self.temperature is not None
         known_B = teacher.known
+        self.teacher_non_finite += teacher.non_finite
         student_KC, labels_K = logits_BC[known_B], labels_B[known_B]
         top_K, teacher_top_K = student_KC.argmax(dim=1), teacher.top
         agreed_K = _to_numpy(top_K == teacher_top_K).astype(np.float64)
@@ -189,7 +203,7 @@ class ComparisonMeter:
         known = self.with_teacher
         groups = self.by_label if self.by_label.count.any() else self.by_top
         student, teacher = self.student.result(), self.teacher.result()
-        return Comparison(
+        found = Comparison(
             run=run,
             data=data,
             held_out=None if overlap.trained is None else not overlap.trained,
@@ -197,6 +211,7 @@ class ComparisonMeter:
             by_keys=overlap.by_keys,
             of_eval_data=of_eval_data,
             samples=self.samples,
+            non_finite=self.non_finite,
             with_teacher=known,
             accuracy=self.student.accuracy,
             teacher_accuracy=self.teacher.accuracy,
@@ -211,6 +226,26 @@ class ComparisonMeter:
             teacher=teacher if self.judged == 1 else None,
             corners=self._list_corners(keys) if teacher is not None else (),
         )
+        return self._blank(found) if self.non_finite or self.teacher_non_finite else found
+
+    def _blank(self, found: Comparison) -> Comparison:
+        """Without what follows from numbers that are not finite."""
+        none_C = (None,) * self.classes
+        found = replace(
+            found,
+            agreement=None if found.agreement is None else math.nan,
+            divergence=None if found.divergence is None else math.nan,
+            joint=None,
+            class_agreement=none_C,
+            class_divergence=none_C,
+            divergence_by_entropy=(None,) * ENTROPY_BINS,
+            corners=(),
+        )
+        if self.non_finite:
+            found = replace(found, accuracy=None if found.accuracy is None else math.nan, student=None)
+        if self.teacher_non_finite:
+            found = replace(found, teacher_accuracy=None if found.teacher_accuracy is None else math.nan, teacher=None)
+        return found
 
     def _list_corners(self, keys: Callable[[I64], Sequence[str]]) -> tuple[Corner, ...]:
         return tuple(

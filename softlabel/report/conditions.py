@@ -1,5 +1,6 @@
 """Conditions on the figures of a report, such as ``noise>0.05``, for use in continuous integration."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 def _worst(students: Students, name: str, choose: Callable[[list[float]], float]) -> float | None:
     values = [getattr(one, name) for one in students.comparisons]
     known = [value for value in values if value is not None]
+    if not all(map(math.isfinite, known)):
+        return math.nan
     return choose(known) if known else None
 
 
@@ -83,7 +86,7 @@ class Condition:
         """Return the value of the metric if the condition is true of a report, None if it is not.
 
         Raises:
-            UsageError: the metric was not measured.
+            UsageError: the metric was not measured, or is not finite.
         """
         _, section, measure = _METRICS[self.metric]
         found = getattr(report, section)
@@ -91,6 +94,11 @@ class Condition:
         if value is None:
             why = found.reason if isinstance(found, Absent) else f"the section '{section}' does not have it"
             raise UsageError(f"--fail-if {self.text!r}: {self.metric} was not measured: {why}")
+        if not math.isfinite(value):
+            raise UsageError(
+                f"--fail-if {self.text!r}: {self.metric} is not finite; a report without this condition says why, in "
+                f"section '{section}'"
+            )
         return value if _COMPARE[self.sign](value, self.limit) else None
 
 
@@ -98,7 +106,7 @@ def find_failures(report: Report, conditions: Iterable[Condition]) -> list[str]:
     """Return a sentence for each condition that is true of a report.
 
     Raises:
-        UsageError: a metric was not measured.
+        UsageError: a metric was not measured, or is not finite.
     """
     return [
         f"{one.metric} is {value:.6g}, and {one.text!r} was to fail"

@@ -18,6 +18,7 @@ class CoverageMeter:
         self._store = store
         self._rows_V = np.zeros(store.run.views.count, np.int64)
         self._with_label = 0
+        self.non_finite = 0  # rows
         self._samples_C = np.zeros(store.run.num_classes, np.int64)
         self._rows: list[NDArray[np.int64]] = []  # of those with a hash
         self._content: list[NDArray[np.uint64]] = []
@@ -27,6 +28,10 @@ class CoverageMeter:
 
     def add(self, block: Block) -> None:
         self._rows_V[block.view] += len(block)
+        if block.judged is not None:
+            self.non_finite += int(np.isnan(block.judged.p_top).sum())
+        elif block.sigmoids is not None:
+            self.non_finite += block.sigmoids.non_finite
         if block.view:
             return
         if block.labels.ndim == 1:
@@ -55,6 +60,7 @@ class CoverageMeter:
             bad_count=len(bad),
             bad=tuple(list(bad.items())[:BAD_LISTED]),
             missing=max(0, run.dataset.rows - len(bad) - int(self._rows_V.min())),
+            non_finite=self.non_finite,
             duplicates=self._find_duplicates(examples),
         )
 

@@ -337,7 +337,13 @@ class Duplicates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """What has labels. `bad`: (key, reason), at most 100 of `bad_count`; `class_samples`: C, by hard label."""
+    """What has labels.
+
+    Attributes:
+        class_samples: C, by hard label.
+        bad: (key, reason), at most 100 of `bad_count`.
+        non_finite: rows with numbers that are not finite; nothing else is measured of such a store.
+    """
 
     samples: int
     with_hard_label: int
@@ -345,4 +351,5 @@ class Coverage:
     bad_count: int
     bad: tuple[tuple[str, str], ...]
     missing: int
+    non_finite: int
     duplicates: Duplicates

@@ -58,11 +58,13 @@ class JudgedSigmoids:
     """Of independent sigmoids, at `LabelReader.judged`.
 
     Attributes:
+        non_finite: rows of which a probability is not a number.
         known, right: over the rows, for each class, how many hard labels are known, and of these on which the
             probability is on the label's side of 0.5: int64 (C,).
         p_label: sum over the known ones of the probability of what the label says, float64 (C,).
     """
 
+    non_finite: int
     known: NDArray[np.int64]
     right: NDArray[np.int64]
     p_label: NDArray[np.float64]
@@ -113,7 +115,8 @@ class Judge:
         top_R = bits_RC.argmax(axis=1)
         highest_R = bits_RC[np.arange(rows), top_R]
         if highest_R.any():
-            bits_RC -= highest_R[:, None]
+            with np.errstate(invalid="ignore"):  # +inf, of a damaged store, becomes NaN
+                bits_RC -= highest_R[:, None]
         return bits, top_R
 
     def _judge_one(self, columns: Mapping[str, Array], labels_R: NDArray[np.int64], found: Judged) -> None:
@@ -156,13 +159,15 @@ class Judge:
         """
         classes = self._reader.run.num_classes
         known_C, right_C, p_label_C = np.zeros(classes, np.int64), np.zeros(classes, np.int64), np.zeros(classes)
+        non_finite = 0
         for cut, part in self._slices(columns, len(labels_RC)):
             p_RC = self._reader.read_probabilities(part, self._reader.judged).numpy()
+            non_finite += int(np.isnan(p_RC).any(axis=1).sum())
             is_known_RC, is_on_RC = labels_RC[cut] >= 0, labels_RC[cut] == 1
             known_C += is_known_RC.sum(axis=0)
             right_C += (is_known_RC & ((p_RC > 0.5) == is_on_RC)).sum(axis=0)
             p_label_C += np.where(is_known_RC, np.where(is_on_RC, p_RC, 1 - p_RC), 0.0).sum(axis=0, dtype=np.float64)
-        return JudgedSigmoids(known=known_C, right=right_C, p_label=p_label_C)
+        return JudgedSigmoids(non_finite=non_finite, known=known_C, right=right_C, p_label=p_label_C)
 
 
 def _raise(bits: Tensor) -> tuple[F32, F32]:

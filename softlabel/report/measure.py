@@ -75,8 +75,27 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
     sample = run_pass(store, reader, [agreement, noise, coverage, views], progress=progress)
     with _use_one_thread():
         examples = ExampleReader(store, reader)
+        about, found = describe_store(store, reader, measured=len(sample)), coverage.result(examples)
+        if found.non_finite:
+            why = Absent(
+                reason=f"{found.non_finite:,} of {len(store):,} rows of the store hold numbers that are not finite; "
+                f"'softlabel verify {store.url}' names them"
+            )
+            return StoreFigures(
+                about=about,
+                agreement=why,
+                noise=why,
+                calibration=why,
+                sharpness=why,
+                confusion=why,
+                ensemble=why,
+                views=why,
+                encoding=describe_encoding(store),
+                coverage=found,
+                ranking=None,
+            )
         return StoreFigures(
-            about=describe_store(store, reader, measured=len(sample)),
+            about=about,
             agreement=agreement.result(),
             noise=noise.result(examples),
             calibration=measure_calibration(sample),
@@ -85,7 +104,7 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
             ensemble=measure_ensemble(sample, examples),
             views=views.result(sample, examples),
             encoding=describe_encoding(store),
-            coverage=coverage.result(examples),
+            coverage=found,
             ranking=noise.ranking,
         )
 

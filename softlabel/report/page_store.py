@@ -275,9 +275,10 @@ def describe_coverage(found: Coverage, context: Context) -> Section:
         if not double.groups
         else f"{count_of(double.groups, 'group')} of exact duplicates, {double.conflicting:,} with different labels"
     )
+    broken = f" {count_of(found.non_finite, 'row')} with numbers that are not finite." if found.non_finite else ""
     return Section(
         statement=f"{format_share(found.with_hard_label / max(found.samples, 1))} of {context.samples(found.samples)} "
-        f"with a hard label; {found.missing:,} missing, {found.bad_count:,} bad, {doubles}.",
+        f"with a hard label; {found.missing:,} missing, {found.bad_count:,} bad, {doubles}.{broken}",
         figures=tuple(figures),
         tables=tables,
         groups=tuple(groups),

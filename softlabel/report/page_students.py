@@ -1,5 +1,6 @@
 """The section on students: runs, their curves, and how each compares with its teacher."""
 
+import math
 from shlex import quote
 
 from softlabel.report.figures import Reliability
@@ -58,15 +59,18 @@ def describe_students(found: Students, context: Context) -> Section:
 
 def _sum_up(found: Students) -> str:
     runs = count_of(len(found.runs), "student")
-    shown = next((one for one in found.comparisons if one.held_out), None) or next(iter(found.comparisons), None)
+    sound = [one for one in found.comparisons if not one.non_finite]
+    shown = next((one for one in sound if one.held_out), None) or next(iter(sound), None)
     if shown is None:
+        if found.comparisons:
+            return f"{runs}; the answers of {found.comparisons[0].run} are not finite numbers."
         return f"{runs}; none was compared with a teacher."
     said = []
     if shown.accuracy is not None:
         teacher = "" if shown.teacher_accuracy is None else f" (its teacher for {format_share(shown.teacher_accuracy)})"
         where = describe_samples(shown.samples if shown.student is None else sum(shown.student.counts), shown)
         said.append(f"is right for {format_share(shown.accuracy)} of {where}{teacher}")
-    if shown.agreement is not None:
+    if shown.agreement is not None and math.isfinite(shown.agreement):
         said.append(f"agrees with its teacher for {format_share(shown.agreement)}")
     return f"{runs}. {shown.run} {' and '.join(said)}." if said else f"{runs}; {shown.run} could not be judged."
 
@@ -168,10 +172,15 @@ def _compare(found: Comparison, context: Context) -> Part:
 
 def _describe_comparison(found: Comparison, context: Context) -> str:
     sentences = [f"On {found.data}: {describe_samples(found.samples, found, noun=context.noun)}."]
-    if found.accuracy is not None:
+    if found.non_finite:
+        sentences.append(
+            f"The student answers {context.samples(found.non_finite)} with numbers that are not finite, so that "
+            "nothing is measured of it here: its weights are broken."
+        )
+    elif found.accuracy is not None:
         teacher = "" if found.teacher_accuracy is None else f", the teacher for {format_share(found.teacher_accuracy)}"
         sentences.append(f"The student is right for {format_share(found.accuracy)}{teacher}.")
-    if found.agreement is not None:
+    if found.agreement is not None and math.isfinite(found.agreement):
         sentences.append(
             f"Of {context.samples(found.with_teacher)} with its teacher's labels, both have the same most probable "
             f"class for {format_share(found.agreement)}; KL(teacher || student) is "

@@ -34,6 +34,8 @@ class Comparison:
         of_eval_data: whether the samples are of the evaluation data; of the labelled data otherwise. Equal keys may be
             different samples in the two.
         samples: on which the student was measured.
+        non_finite: samples that the student answers with numbers that are not finite. Where there is one, its accuracy,
+            agreement and divergence are NaN, and what is about its single answers is None or empty.
         with_teacher: those of them that have a row in the store, to which the figures about the teacher refer.
         accuracy: of the student, on samples with a hard label.
         teacher_accuracy: on samples with a hard label and a row.
@@ -54,6 +56,7 @@ class Comparison:
     by_keys: int
     of_eval_data: bool
     samples: int
+    non_finite: int
     with_teacher: int
     accuracy: float | None
     teacher_accuracy: float | None

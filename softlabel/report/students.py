@@ -303,6 +303,13 @@ def _run_pass(part: _Part, students: Sequence[_Student], how: _How, notes: list[
                 except MismatchError as error:
                     raise MismatchError(f"{student.run.folder}: {error}; give data of its classes") from None
         _report_missing(part, meters[0], loader, notes)
+        for student, meter in zip(students, meters, strict=True):
+            if meter.non_finite:
+                notes.append(
+                    f"{student.run.folder} answers {meter.non_finite:,} of {meter.samples:,} samples of "
+                    f"{part.source.name} with numbers that are not finite; its figures there are left out: train it "
+                    "again with --overwrite"
+                )
         samples = ReadSamples(part.source, part.store, loader.dataset.samples)
         return [
             meter.result(
@@ -323,6 +330,11 @@ def _report_missing(part: _Part, meter: ComparisonMeter, loader: SoftLabelLoader
         raise DataError(
             f"{part.source.name}: none of its {meter.samples:,} samples has a row in {part.store.url}; give the data "
             "that it was made from"
+        )
+    if meter.teacher_non_finite:
+        notes.append(
+            f"{meter.teacher_non_finite:,} rows of {part.store.url} hold numbers that are not finite; students are not "
+            f"compared with them: 'softlabel verify {part.store.url}' names them"
         )
     if without := meter.samples - meter.with_teacher:
         notes.append(

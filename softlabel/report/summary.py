@@ -1,6 +1,7 @@
 """Six sentences that sum a report up: how good the labels are, how many hard labels look wrong, how sharp the labels
 are, what the encoding costs, what is missing or double, and what the students got."""
 
+import math
 import shlex
 from typing import Literal
 
@@ -134,7 +135,10 @@ def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
 
 def _describe_coverage(about: About, found: Coverage) -> Sentence:
     covered = found.samples - found.missing - found.bad_count
-    parts = [f"{covered:,} of {found.samples:,} {about.noun} have soft labels"]
+    parts = []
+    if found.non_finite:
+        parts.append(f"{found.non_finite:,} rows hold numbers that are not finite, so that the labels cannot be judged")
+    parts += [f"{covered:,} of {found.samples:,} {about.noun} have soft labels"]
     if found.missing:
         parts.append(f"{found.missing:,} are missing")
     if found.bad_count:
@@ -151,7 +155,9 @@ def _describe_coverage(about: About, found: Coverage) -> Sentence:
         parts.append(f"{unlabelled:,} have no hard label")
     level: Level = "good"
     command = ""
-    if found.missing:
+    if found.non_finite:
+        level, command = "act", shlex.join(["softlabel", "verify", about.store])
+    elif found.missing:
         level, command = "act", shlex.join(["softlabel", "verify", about.store, "--data", _data(about)])
     elif same.conflicting:
         level = "act"
@@ -168,7 +174,14 @@ def _describe_students(about: About | None, students: Students | Absent) -> Sent
         return Sentence(
             section="students", level="look", text=f"No student was measured: {students.reason}.", command=command
         )
-    measured = [one for one in students.comparisons if one.accuracy is not None]
+    broken = {one.run: one for one in students.comparisons if one.non_finite}
+    measured = [one for one in students.comparisons if one.accuracy is not None and one.run not in broken]
+    if broken:
+        names = ", ".join(broken)
+        text = f"{'Student' if len(broken) == 1 else 'Students'} {names}: answers that are not finite numbers"
+        text += f" for {next(iter(broken.values())).non_finite:,} samples" if len(broken) == 1 else ""
+        best = f"; of the others: {_describe_best(measured).text}" if measured else "."
+        return Sentence(section="students", level="act", text=f"{text}; train again with --overwrite{best}")
     if measured:
         return _describe_best(measured)
     finals = [(one.final["eval_accuracy"], one.run) for one in students.runs if "eval_accuracy" in one.final]
@@ -193,9 +206,9 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     which = f"The best of {len(runs)} students, {best.run}," if len(runs) > 1 else f"Student {best.run}"
     labelled = best.samples if best.student is None else sum(best.student.counts)
     text = f"{which} is right on {format_share(best.accuracy)} of {describe_samples(labelled, best)}"
-    if best.teacher_accuracy is not None:
+    if best.teacher_accuracy is not None and math.isfinite(best.teacher_accuracy):
         text += f", its teacher on {format_share(best.teacher_accuracy)}"
-    if best.agreement is not None:
+    if best.agreement is not None and math.isfinite(best.agreement):
         text += f"; the two agree on {format_share(best.agreement)}"
     behind = best.teacher_accuracy is not None and best.accuracy < best.teacher_accuracy - 0.02
     level: Level = "look" if behind or not best.held_out else "good"

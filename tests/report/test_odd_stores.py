@@ -9,11 +9,12 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import log_loss
 
+import softlabel
 from softlabel.convert import convert_store
-from softlabel.errors import MismatchError
+from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.report import store_pass
 from softlabel.report.confusion import link
-from softlabel.report.figures import Absent, Confusion
+from softlabel.report.figures import Absent, Confusion, Coverage
 from softlabel.report.measure import StoreFigures, measure_store
 from softlabel.store.encodings import Float32, Sampled
 from softlabel.store.manifest import Combine, DatasetInfo
@@ -246,3 +247,29 @@ def test_independent_sigmoids(tmp_path: Path, members: int) -> None:
     assert (found.coverage.duplicates.groups, found.coverage.duplicates.conflicting) == (2, 1)
     store = open_store(tmp_path / "store")
     assert measure(store) == found
+
+
+@pytest.mark.parametrize(("activation", "wrong"), [("softmax", np.nan), ("softmax", np.inf), ("sigmoid", np.nan)])
+def test_labels_that_are_not_finite_are_named_and_nothing_is_measured_of_them(
+    tmp_path: Path, activation: str, wrong: float
+) -> None:
+    """Of a store that was opened without a check of its values; with one it is refused."""
+    run = make_run(samples=20, classes=4, activation=activation)
+    logits = np.zeros((1, 20, 4), np.float16)
+    logits[0, 3:5, 1] = wrong
+    hot = {"multi_hot": np.ones((20, 4), np.int8), "labels": np.full(20, -100)} if activation == "sigmoid" else {}
+    write_store(tmp_path / "labels", run, replace(Samples.of(run), columns={"logits": logits}, **hot))
+    page = tmp_path / "page.html"
+    with pytest.raises(StoreCorruptError):
+        softlabel.write_report(tmp_path / "labels", out=page, progress=False)
+    store = open_store(tmp_path / "labels", verify="sizes")
+    found = softlabel.write_report(store, out=page, progress=False).report
+    assert isinstance(found.coverage, Coverage)
+    assert found.coverage.non_finite == 2
+    assert isinstance(found.agreement, Absent)
+    (sentence,) = [one for one in found.summary if one.section == "coverage"]
+    assert sentence.level == "act"
+    assert sentence.text.startswith("2 rows hold numbers that are not finite")
+    assert "2 of 20 rows of the store hold numbers that are not finite" in page.read_text()
+    with pytest.raises(UsageError, match="accuracy was not measured: 2 of 20 rows"):
+        softlabel.write_report(store, out=page, fail_if=["accuracy<0.9"], progress=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 import softlabel
 from softlabel import open_source
@@ -217,6 +218,30 @@ def test_files_that_a_source_names_in_other_ways_are_not_overwritten(
         with pytest.raises(UsageError, match="outside of what the report is about"):
             softlabel.write_report("labels", **given, out=out, progress=False)  # type: ignore[arg-type]
     assert read_files(tmp_path) == before
+
+
+def test_a_student_with_answers_that_are_not_finite_is_named_and_fulfils_no_condition(
+    folder: Path, tmp_path: Path
+) -> None:
+    for run in ("nan", "sound"):
+        shutil.copytree(folder / "runs/student", tmp_path / run)
+    weights = load_file(tmp_path / "nan/model.safetensors")
+    save_file({name: one * float("nan") for name, one in weights.items()}, tmp_path / "nan/model.safetensors")
+    given = ("report", folder / "labels", "--data", folder / "data.parquet", "--out", "page.html", "--runs", "nan")
+    for metric in ("student_kl>0.1", "student_accuracy<0.1", "student_agreement<0.1"):
+        done = run_softlabel(*given, "sound", "--fail-if", metric, cwd=tmp_path, code=2)
+        assert "is not finite" in done.stderr.splitlines()[-1]
+    done = run_softlabel(*given, "--json", "alone.json", cwd=tmp_path)
+    assert "act   Student nan: answers that are not finite numbers for 120 samples" in done.stdout
+    assert "Warning" not in done.stderr
+    assert "right on" not in done.stdout
+    run_softlabel(*given, "sound", "--json", "both.json", cwd=tmp_path)
+    page, found = (tmp_path / "page.html").read_text(), json.loads((tmp_path / "both.json").read_text())
+    broken, sound = found["students"]["comparisons"]
+    assert (broken["non_finite"], sound["non_finite"]) == (ROWS, 0)
+    assert [broken[name] for name in ("accuracy", "agreement", "divergence")] == [None] * 3
+    assert sound["accuracy"] is not None
+    assert "The student answers 120 images with numbers that are not finite" in page
 
 
 def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:

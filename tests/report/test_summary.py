@@ -98,6 +98,7 @@ def test_students(figures: StoreFigures) -> None:
         by_keys=0,
         of_eval_data=True,
         samples=1000,
+        non_finite=0,
         with_teacher=1000,
         accuracy=0.8,
         teacher_accuracy=0.9,

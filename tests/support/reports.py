@@ -294,6 +294,7 @@ def make_report(*, classes: int = 10, names: Sequence[str] | None = CIFAR, candi
                 ("train/00019_3.jpg", "truncated"),
             ),
             missing=0,
+            non_finite=0,
             duplicates=Duplicates(
                 groups=40,
                 samples=83,
@@ -340,6 +341,7 @@ def make_students(rng: np.random.Generator, classes: int, shares: tuple[float, .
         by_keys=0,
         of_eval_data=True,
         samples=10_000,
+        non_finite=0,
         with_teacher=10_000,
         accuracy=0.902,
         teacher_accuracy=0.893,
@@ -460,6 +462,7 @@ def make_bare_report() -> Report:
             bad_count=0,
             bad=(),
             missing=0,
+            non_finite=0,
             duplicates=Duplicates(groups=0, samples=0, conflicting=0, examples=(), compared=0),
         ),
         students=Students(
@@ -475,6 +478,7 @@ def make_bare_report() -> Report:
                     by_keys=0,
                     of_eval_data=False,
                     samples=1,
+                    non_finite=0,
                     with_teacher=1,
                     accuracy=None,
                     teacher_accuracy=None,
