@@ -183,7 +183,7 @@ def linear_distillation_loss_components(
     run = _run_whole if impl == "reference" or transforming() else _run_fused
     if torch.compiler.is_compiling() and run is _run_fused:
         run = torch.compiler.disable(  # type: ignore[no-untyped-call]
-            _run_fused, reason="the fused linear distillation loss cannot be traced; impl='reference' can"
+            _run_fused, reason="the fused linear distillation loss cannot be traced; compile without fullgraph"
         )
     parts = run(Parameters(rows_ND, head_weight_CD, head_bias_C), call, logit_settings, impl)
     dtype = work_dtype(hidden_ND)
