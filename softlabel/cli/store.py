@@ -48,7 +48,9 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     run, totals = manifest.run, manifest.totals
     state = "complete" if manifest.complete else f"NOT COMPLETE, {totals.shards} of {run.shard_count} shards"
     per_row = sum(column.row_bytes for column in (run.columns if run.tokens is None else run.label_columns))
-    samples, answer = ("samples", "row") if run.tokens is None else ("documents", "labelled position")
+    samples, answer, hard = "samples", "row", "no hard labels"
+    if run.tokens is not None:
+        samples, answer, hard = "documents", "labelled position", "the next tokens"
     lines = [
         ("store", f"{opened.path}  ({state})"),
         (
@@ -58,14 +60,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         ("size", f"{totals.bytes:,} bytes in {run.format} files"),
         ("data", f"{manifest.recorded.get('data', '?')}  ({run.dataset.kind}, fingerprint {run.dataset.fingerprint})"),
         *_describe_tokens(opened),
-        (
-            "labels",
-            "hard labels stored"
-            if run.dataset.has_labels
-            else "no hard labels"
-            if run.tokens is None
-            else "the next tokens",
-        ),
+        ("labels", "hard labels stored" if run.dataset.has_labels else hard),
         ("classes", _format_classes(run.num_classes, run.class_names)),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a {answer}"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),

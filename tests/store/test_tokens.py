@@ -6,6 +6,7 @@ L tokens and P labelled positions of several documents, C classes, M members.
 import dataclasses
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.strict_json import from_json, to_json
 from softlabel.store.token_rows import TokenRun
+from softlabel.store.token_totals import count_tokens
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
@@ -60,7 +62,8 @@ def test_documents_are_read_as_they_were_written(
 ) -> None:
     monkeypatch.setattr(base, "GROUP_BYTES", group_bytes)
     run = make_token_run(format, positions=positions, views=2)
-    documents = write_store(tmp_path / "s", run, Documents.of(run), bad=(0, 17, 49))
+    shortest = 0 if positions == "masked" else 1  # documents without tokens or labelled positions
+    documents = write_store(tmp_path / "s", run, Documents.of(run, shortest=shortest), bad=(0, 17, 49))
     good = [n for n in range(50) if n not in (0, 17, 49)]
     store = open_store(tmp_path / "s", verify="full")
     assert (run.format_version, len(store)) == (4, 94)
@@ -360,3 +363,17 @@ def test_inspect_shows_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert line in printed.splitlines()
     assert main(["inspect", "--json", str(root)]) == 0
     assert json.loads(capsys.readouterr().out)["run"]["tokens"]["positions"] == "masked"
+
+
+def test_documents_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTLABEL_CACHE", str(tmp_path / "cache"))
+    run, url = make_token_run("hdf5"), f"memory://tokens-{uuid.uuid4().hex}"
+    documents = write_store(url, run, Documents.of(run))
+    for memory in (1 << 20, 100):
+        with open_store(url, verify="full", memory=memory) as store:
+            found = store.take([30, 2])
+            for name, array in documents.join(0, [30, 2]).items():
+                np.testing.assert_array_equal(found.columns[name], array, err_msg=name)
+            totals = count_tokens(store)
+            assert not totals.exact
+            assert 0.3 < totals.tokens / sum(map(len, documents.ids)) < 3

@@ -23,7 +23,7 @@ from softlabel.store.encodings import Head
 from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer, write_shard
-from tests.support.documents import Documents, make_token_run
+from tests.support.documents import Documents, make_samples, make_token_run
 from tests.support.shared_data import ROOT
 from tests.support.stores import FORMATS, Samples, make_run, read_files, write_head_store, write_store
 
@@ -347,9 +347,10 @@ def read_hostile(root: str, format: str, shards: list[bytes], errors: Any) -> No
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_hostile_shards_with_right_hashes(tmp_path: Path, format: str) -> None:
+@both_kinds
+def test_hostile_shards_with_right_hashes(tmp_path: Path, format: str, kind: str) -> None:
     root = tmp_path / "s"
-    write_store(root, make_run(format))
+    write_store(root, *make_samples(kind, format, classes=7))
     good = next(path for path in (root / "shards").iterdir() if path.name.startswith("00000-")).read_bytes()
     shards = hostile_shards(format, good) + (hostile_hdf5(good, tmp_path) if format == "hdf5" else [])
     context = multiprocessing.get_context("spawn")
