@@ -58,7 +58,8 @@ class Spec:
     def starts_trained(self) -> bool:
         """Whether it names weights that were trained already: a run's, a checkpoint, or published ones."""
         published = (literal(self.options.get(name, "null")) for name in ("weights", "pretrained"))
-        return self.kind == "run" or self.checkpoint is not None or any(published)
+        is_trained_lm = self.kind == "lm" and "init" not in self.options
+        return self.kind == "run" or self.checkpoint is not None or any(published) or is_trained_lm
 
 
 def parse_spec(text: str) -> Spec:

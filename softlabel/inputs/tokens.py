@@ -5,6 +5,10 @@
     TOKENS.decode(sample)                       {"input_ids": int32 (L,), "mask": uint8 (L,)} and the content hash
     TokenTransform.fit, .collate, .cut          the same and "attention_mask", padded to (B, L) of a bucket
 
+    teacher = load_teacher("lm:FOLDER", kind="tokens")                        softlabel/models/teacher.py
+    hidden_BLD = teacher.hidden(inputs)
+    logits_PV = teacher.position_logits(hidden_BLD[inputs.tensors["mask"] != 0])      some positions at a time
+
 Position t of a document is what a network says after its tokens 0 to t: nothing is shifted. `mask[t]` is 1 where what
 comes after token t counts.
 

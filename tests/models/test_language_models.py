@@ -12,8 +12,10 @@ import transformers
 from torch import Tensor
 
 from softlabel.common.spec import parse_spec
+from softlabel.dataset import open_source, tokenize_source
 from softlabel.errors import SpecError
 from softlabel.inputs.base import Sample, TokenIds
+from softlabel.inputs.batch import collate_samples, decode_samples
 from softlabel.inputs.tokens import TOKENS
 from softlabel.inputs.vocabulary import read_vocabulary
 from softlabel.models import RunModel, build_model, check_packing, save_run
@@ -77,6 +79,27 @@ def test_a_real_model_gives_the_logits_of_transformers_alone_padded_and_in_other
             assert (one - reference).abs().max() <= 1e-4
 
 
+def test_from_a_file_of_texts_to_the_likelihood_that_is_published_with_the_model(tmp_path: Path) -> None:
+    folder = find_stories()
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play with her toys in the park. One day, "
+        "she saw a big red ball."
+    )
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in (text[:30], text)))
+    teacher = load_teacher(f"lm:{folder}?max_length=100", kind="tokens")
+    source = tokenize_source(open_source(f"{tmp_path}/t.jsonl"), read_vocabulary(folder), max_length=100)
+    decoded = decode_samples(source.read([0, 1]), source.inputs, name=source.name)
+    (inputs,), _ = collate_samples(list(decoded.items.values()), source.keys(), [teacher.preprocessing], network="lm")
+    inputs = teacher.preprocessing.cut(inputs)
+    hidden_BLD = teacher.hidden(inputs)
+    logits_PV = teacher.position_logits(hidden_BLD[inputs.tensors["mask"] != 0])
+    assert len(logits_PV) == source.counted.sum() == source.lengths.sum()
+    ids_L = source.read([1])[0].raw.ids  # type: ignore[union-attr]
+    log_probs = logits_PV[-len(ids_L) :].log_softmax(dim=1)
+    loss = torch.nn.functional.nll_loss(log_probs[:-1], torch.from_numpy(ids_L[1:]).long())
+    assert (len(ids_L) - 1, round(float(loss), 5)) == (43, 0.39189)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_architectures_are_taken_apart_into_body_and_last_layer(tmp_path: Path, architecture: str) -> None:
     fields = ARCHITECTURES[architecture]
@@ -92,6 +115,13 @@ def test_architectures_are_taken_apart_into_body_and_last_layer(tmp_path: Path, 
     assert model.logit_scale == {"cohere": 0.25, "granite": 0.125}.get(architecture, 1.0)
     assert model.softcap == fields.get("final_logit_softcapping")
     assert len(model.head_weight) == 300
+
+
+def test_networks_that_mix_documents_are_refused_for_packing(tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path, "bloom")
+    spec = parse_spec(f"lm:{folder}")
+    with pytest.raises(SpecError, match=r"documents in one row .* model type 'bloom' see each other"):
+        check_packing(spec, build_model(spec))
 
 
 def test_documents_side_by_side_do_not_see_each_other(tmp_path: Path) -> None:
@@ -127,6 +157,19 @@ def test_students_are_drawn_at_random_from_a_config_alone(tmp_path: Path) -> Non
     assert not torch.equal(build_model(f"lm:{folder}?init=random").head_weight, first)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [("gpt2", ARCHITECTURES["gpt2"]), ("gemma2", {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 6})],
+)
+def test_sizes_have_the_same_words_for_every_architecture(
+    tmp_path: Path, architecture: str, fields: dict[str, Any]
+) -> None:
+    folder = write_language_model(tmp_path, architecture, **fields)
+    for options, width, layers in (("?layers=1", 32, 1), ("?init=random&hidden=48&heads=6&layers=3", 48, 3)):
+        model = build_model(f"lm:{folder}{options}")
+        assert (model.head_weight.shape, model.network.config.num_hidden_layers) == ((263, width), layers)
+
+
 def test_a_student_may_begin_with_the_first_layers(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path, "llama")
     whole, part = (build_model(f"lm:{folder}{options}").network.model.layers for options in ("", "?layers=1"))
@@ -158,6 +201,8 @@ def test_a_run_folder_is_whole(tmp_path: Path) -> None:
 
 def test_teachers_without_trained_weights_are_refused(tmp_path: Path) -> None:
     folder = write_language_model(tmp_path, "llama")
+    assert parse_spec(f"lm:{folder}").starts_trained
+    assert not parse_spec(f"lm:{folder}?init=random").starts_trained
     for option, message in (("init=random", "random weights label nothing"), ("layers=1", "has not learnt yet")):
         with pytest.raises(SpecError, match=message):
             load_teacher(f"lm:{folder}?{option}", kind="tokens")
