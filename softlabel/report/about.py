@@ -1,8 +1,8 @@
 """What a report is about, and whether the teachers were trained on the samples that they label."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from softlabel.common.spec import parse_spec
 from softlabel.common.version import VERSION
@@ -12,6 +12,7 @@ from softlabel.labels.combine import normalized_weights
 from softlabel.report.figures import About, EncodingCost, TeacherFacts
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.training_data import Overlap, StoredSamples, count_trained
+from softlabel.store.origins import origins_of
 from softlabel.store.reader import Store
 from softlabel.training.fold_plan import FOLDS, SETTINGS
 
@@ -44,6 +45,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
         ),
         combine=run.combine.rule,
         made_by=list_options(store),
+        derived="" if (origins := origins_of(store.manifest)) is None else origins[0],
         temperature=run.temperature,
         encoding=run.encoding.title,
         activation=run.activation,
@@ -177,15 +179,27 @@ def _compare_teachers(store: Store, specs: Sequence[str]) -> list[Overlap | None
 
 
 def describe_encoding(store: Store) -> EncodingCost:
-    """What the labels take and what they have lost, from the totals of the manifest."""
+    """What the labels take and what they have lost, from the totals of the manifest; of a store that was made from
+    lossy ones, what its own step lost."""
     totals, run = store.manifest.totals, store.run
-    lost = totals.fidelity
+    lost, step = totals.fidelity, None
+    if lost is None and isinstance(made := store.manifest.recorded.get("derived"), Mapping):
+        step = made.get("step")
+    found = _read_losses(lost if lost is not None else step)
     return EncodingCost(
         name=run.encoding.title,
         row_bytes=sum(column.row_bytes for column in run.columns),
         store_bytes=totals.bytes,
-        mean_t1=None if lost is None else lost.mean_t1,
-        worst_t1=None if lost is None else lost.worst_t1,
-        mean_t=None if lost is None else lost.mean_t,
-        worst_t=None if lost is None else lost.worst_t,
+        mean_t1=found[0],
+        worst_t1=found[1],
+        mean_t=found[2],
+        worst_t=found[3],
+        of="teachers" if lost is not None or found[2] is None else "sources",
     )
+
+
+def _read_losses(found: Any) -> list[float | None]:
+    """(mean and worst at T = 1, mean and worst at the store's T), None where there is none."""
+    names = ("mean_t1", "worst_t1", "mean_t", "worst_t")
+    values = [found.get(name) if isinstance(found, Mapping) else getattr(found, name, None) for name in names]
+    return [float(value) if isinstance(value, int | float) else None for value in values]

@@ -35,7 +35,11 @@ _METRICS: dict[str, tuple[str, str, Callable[[Any], float | None]]] = {
     "candidates": ("hard labels that are likely wrong", "noise", lambda found: found.candidates),
     "calibration_error": ("of the labels", "calibration", lambda found: found.curves[0].before.calibration_error),
     "one_hot": ("share of rows with a probability above 0.999", "sharpness", lambda found: found.at[0].one_hot),
-    "encoding_loss": ("KL(teacher || stored) in nats", "encoding", lambda found: found.mean_t),
+    "encoding_loss": (
+        "KL(teacher || stored) in nats",
+        "encoding",
+        lambda found: found.mean_t if found.of == "teachers" else None,
+    ),
     "bad": ("samples that could not be read", "coverage", lambda found: found.bad_count),
     "missing": ("samples of the dataset without a row", "coverage", lambda found: found.missing),
     "duplicates": (

@@ -78,6 +78,8 @@ class About:
         rows, samples, views, classes: how many; rows are samples times views, less the bad ones.
         class_names: C names; None where none are known.
         made_by: arguments of `softlabel generate` that label other samples in the same way, but for the encoding.
+        derived: the command that made it from other stores (convert, merge, combine, crossfit); '' if teachers labelled
+            it. Only of the latter can rows be computed again.
         temperature: of the store.
         seen: whether the teachers were trained on these samples. ``out-of-sample``: each row is by teachers that were
             not (cross-fitting, or data without labels); ``in-sample``: they were; ``unknown``: nothing says so.
@@ -103,6 +105,7 @@ class About:
     teachers: tuple[TeacherFacts, ...]
     combine: str
     made_by: tuple[str, ...]
+    derived: str
     temperature: float
     encoding: str
     activation: str
@@ -312,7 +315,9 @@ class Views:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingCost:
-    """Bytes of a row and of the whole store, and KL(teacher || stored) in nats as measured when it was written."""
+    """Bytes of a row and of the whole store, and KL(teacher || stored) in nats as measured when it was written; with
+    `of` "sources" KL(source || stored) instead, of a store that was made from others which had lost something before.
+    """
 
     name: str
     row_bytes: int
@@ -321,6 +326,7 @@ class EncodingCost:
     worst_t1: float | None
     mean_t: float | None
     worst_t: float | None
+    of: Literal["teachers", "sources"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,11 +76,7 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
     with _use_one_thread():
         examples = ExampleReader(store, reader)
         about, found = describe_store(store, reader, measured=len(sample)), coverage.result(examples)
-        if found.non_finite:
-            why = Absent(
-                reason=f"{found.non_finite:,} of {len(store):,} rows of the store hold numbers that are not finite; "
-                f"'softlabel verify {store.url}' names them"
-            )
+        if (why := _find_obstacle(store, found)) is not None:
             return StoreFigures(
                 about=about,
                 agreement=why,
@@ -107,6 +103,20 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
             coverage=found,
             ranking=noise.ranking,
         )
+
+
+def _find_obstacle(store: Store, found: Coverage) -> Absent | None:
+    """Why nothing can be measured of the labels; None where it can."""
+    if found.bad_count == found.samples:
+        return Absent(
+            reason=f"none of the {found.samples:,} samples could be read; 'softlabel inspect {store.url}' says why"
+        )
+    if found.non_finite:
+        return Absent(
+            reason=f"{found.non_finite:,} of {len(store):,} rows of the store hold numbers that are not finite; "
+            f"'softlabel verify {store.url}' names them"
+        )
+    return None
 
 
 @contextmanager

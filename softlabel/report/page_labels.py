@@ -21,6 +21,7 @@ from softlabel.report.page_parts import (
     share_cell,
     unknown,
 )
+from softlabel.report.summary import STRONG
 from softlabel.report.svg import draw_bars, draw_histogram, draw_reliability
 
 
@@ -78,15 +79,31 @@ def describe_noise(found: Noise, context: Context) -> Section:
         figures=tuple(figures),
         tables=(thresholds,),
         galleries=(gallery,) if found.examples else (),
-        advice=(
-            Advice(
-                text="Look through the first candidates. Where most of them are real errors, correct the labels "
-                "(--noise-csv FILE lists them all) or lower hard_weight in training, so that the soft labels outvote "
-                "them. Where the teachers were trained on these very "
-                "samples, they have learnt the errors too: teachers that did not see a sample find more of them.",
-                command=f"softlabel crossfit --data {quote(context.data)} --student STUDENT --folds 4 --out labels/oof",
-            ),
-        ),
+        advice=(_advise_on_noise(found, context),),
+    )
+
+
+def _advise_on_noise(found: Noise, context: Context) -> Advice:
+    """What to do, which depends on whether the teachers are to be trusted more than the hard labels."""
+    if not found.candidates:
+        text = "No label is listed, so that there is nothing to look through."
+    elif context.accuracy is not None and context.accuracy < STRONG:
+        text = (
+            "Look through the first candidates. Teachers that agree with so few of the hard labels err more often than "
+            "these do: label with better ones before a label is corrected, and do not train on soft labels alone."
+        )
+    else:
+        text = (
+            "Look through the first candidates. Where most of them are real errors, correct the labels (--noise-csv "
+            "FILE lists them all) or lower hard_weight in training, so that the soft labels outvote them."
+        )
+    if context.seen == "out-of-sample":
+        return Advice(text=text)
+    trained = "Where the teachers were" if context.seen == "unknown" else "As teachers were"
+    return Advice(
+        text=f"{text} {trained} trained on these very samples, they have learnt errors too: teachers that did not see "
+        "a sample find more of them.",
+        command=f"softlabel crossfit --data {quote(context.data)} --student STUDENT --folds 4 --out labels/oof",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from softlabel.report.figures import About, Example, Histogram, Reliability
+from softlabel.report.figures import About, Agreement, Example, Histogram, Reliability
 from softlabel.report.number_text import count_of, format_count, format_number, format_share, name_class, shorten
 from softlabel.report.pictures import Picture
 from softlabel.report.report import Report
@@ -108,6 +108,9 @@ class Context:
         self.class_names = (about.class_names if about else None) or ()
         self.store = about.store if about else "STORE"
         self.data = about.data if about and about.data != "?" else "DATA"  # "?": made by another program
+        self.derived = about.derived if about else ""
+        self.seen = about.seen if about else "unknown"
+        self.accuracy = report.agreement.accuracy if isinstance(report.agreement, Agreement) else None
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
         self.sigmoid = about is not None and about.activation == "sigmoid"
         self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")

@@ -24,6 +24,7 @@ from softlabel.report.page_parts import (
     share_cell,
 )
 from softlabel.report.svg import draw_bars, draw_heat_map, draw_histogram
+from softlabel.store.origins import CROSSFIT
 
 
 def describe_ensemble(found: Ensemble, context: Context) -> Section:
@@ -186,6 +187,7 @@ def describe_encoding(found: EncodingCost, context: Context) -> Section:
         ("store's T, mean", found.mean_t),
         ("store's T, worst", found.worst_t),
     ]
+    loss = "KL(teacher || stored)" if found.of == "teachers" else "KL(source || stored)"
     known = [(name, value) for name, value in costs if value is not None]
     figures: tuple[Figure, ...] = ()
     if known:
@@ -196,21 +198,22 @@ def describe_encoding(found: EncodingCost, context: Context) -> Section:
                     [name for name, _ in known],
                     [value for _, value in known],
                     title="What the encoding costs",
-                    desc="Bars of KL(teacher || stored) in nats on a logarithmic scale: mean and worst row.",
+                    desc=f"Bars of {loss} in nats on a logarithmic scale: mean and worst row.",
                     text=lambda value: f"{format_number(value)} nats",
                     logarithmic=True,
                 ),
-                caption="KL(teacher || stored), logarithmic. Good: a mean below 0.001 nats, far less than two teachers "
-                "differ by.",
+                caption=f"{loss}, logarithmic. Good: a mean below 0.001 nats, far less than two teachers differ by.",
                 table=make_table(
                     "What the encoding costs",
-                    ("KL(teacher || stored)", "nats"),
+                    (loss, "nats"),
                     [(Cell(text=name), number_cell(value)) for name, value in costs],
                 ),
             ),
         )
     mean = found.mean_t if found.mean_t is not None else found.mean_t1
     cost = "; its cost was not measured" if mean is None else f" and costs {format_number(mean)} nats on average"
+    if found.of == "sources":
+        cost += ", of what its sources had; what these had lost before was not measured"
     store = quote(context.store)
     return Section(
         statement=f"{found.name} takes {found.row_bytes:,} bytes a row, {format_bytes(found.store_bytes)} in all"
@@ -275,6 +278,16 @@ def describe_coverage(found: Coverage, context: Context) -> Section:
         if not double.groups
         else f"{count_of(double.groups, 'group')} of exact duplicates, {double.conflicting:,} with different labels"
     )
+    store = quote(context.store)
+    missing, command = (
+        "Missing and damaged shards are labelled again by repair.",
+        f"softlabel repair {store} --data {quote(context.data)}",
+    )
+    if context.derived == CROSSFIT:
+        missing = "Damaged shards of a cross-fitted store are made again by the 'softlabel crossfit' that made it."
+        command = f"softlabel verify {store}"
+    elif context.derived:
+        missing, command = "Damaged shards are made again from the store's sources.", f"softlabel repair {store}"
     broken = f" {count_of(found.non_finite, 'row')} with numbers that are not finite." if found.non_finite else ""
     return Section(
         statement=f"{format_share(found.with_hard_label / max(found.samples, 1))} of {context.samples(found.samples)} "
@@ -284,10 +297,10 @@ def describe_coverage(found: Coverage, context: Context) -> Section:
         groups=tuple(groups),
         advice=(
             Advice(
-                text="Missing and damaged shards are labelled again by repair. Bad samples have to be replaced in the "
-                "data, or left out. Of exact duplicates with different labels at least one label is wrong: correct or "
-                "drop them; duplicates between training and test data make the test look better than it is.",
-                command=f"softlabel repair {quote(context.store)} --data {quote(context.data)}",
+                text=f"{missing} Bad samples have to be replaced in the data, or left out. Of exact duplicates with "
+                "different labels at least one label is wrong: correct or drop them; duplicates between training and "
+                "test data make the test look better than it is.",
+                command=command,
             ),
         ),
     )

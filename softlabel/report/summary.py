@@ -14,7 +14,7 @@ from softlabel.report.student_figures import Comparison, Students
 Level = Literal["good", "look", "act"]
 # From which share on something is worth a look, and has to be done.
 _WRONG = 0.01, 0.05
-_STRONG = 0.8  # accuracy of labels below which the teachers err more often than hard labels do
+STRONG = 0.8  # accuracy of labels below which the teachers err more often than hard labels do
 _LOST = 1e-3, 1e-2  # nats
 _LARGE = 100e9  # bytes of a store in full size that a smaller encoding is worth a look for
 
@@ -53,8 +53,8 @@ def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
             if _saw_all(about)
             else (f"; a teacher was trained on {about.seen_samples:,} of these {about.noun}")
         )
-    level: Level = "good" if found.accuracy >= _STRONG else "look" if found.accuracy >= 0.5 else "act"
-    command = "" if level == "good" else shlex.join(["softlabel", "verify", about.store, "--recompute", "256"])
+    level: Level = "good" if found.accuracy >= STRONG else "look" if found.accuracy >= 0.5 else "act"
+    command = "" if level == "good" else _verify(about)
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
 
 
@@ -72,7 +72,9 @@ def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | 
         shown, looks_like = (name_class(about.class_names, number) for number in (label, other))
         text += f", most often {looks_like} labelled {shown} ({count:,})"
     level: Level = "good" if found.share < _WRONG[0] else "look" if found.share < _WRONG[1] else "act"
-    if isinstance(agreement, Agreement) and agreement.accuracy < _STRONG:
+    weak = isinstance(agreement, Agreement) and agreement.accuracy < STRONG
+    if weak and found.candidates:
+        assert isinstance(agreement, Agreement)
         text += f"; most of them will be errors of teachers that agree with only {format_share(agreement.accuracy)}"
         level = "look"
     if about.seen != "out-of-sample":
@@ -84,6 +86,8 @@ def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | 
         level = "look" if level == "good" else level
         return Sentence(section="noise", level=level, text=f"{text}.", command=_crossfit(about))
     command = "" if level == "good" else _train(about, "--soft-weight", "1", "--hard-weight", "0")
+    if weak:  # then the soft labels are worse than the hard ones
+        command = "" if level == "good" else _verify(about)
     return Sentence(section="noise", level=level, text=f"{text}.", command=command)
 
 
@@ -122,7 +126,13 @@ def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
             command=shlex.join(["softlabel", "inspect", about.store]),
         )
     text += f", and loses {found.mean_t:.1e} nats of a row in the mean, {found.worst_t:.1e} at worst"
+    if found.of == "sources":
+        text += ", of what the stores had that it was made from; what these had lost was not measured"
     level: Level = "good" if found.mean_t < _LOST[0] else "look" if found.mean_t < _LOST[1] else "act"
+    if level != "good" and about.derived:
+        text += "; make it again from its sources with a finer encoding"
+        command = shlex.join(["softlabel", "inspect", about.store])
+        return Sentence(section="encoding", level=level, text=f"{text}.", command=command)
     if level != "good":
         options = ["--encoding", "float16", "--out", f"{about.store}-float16"]
         return Sentence(section="encoding", level=level, text=f"{text}.", command=_generate(about, *options))
@@ -136,17 +146,21 @@ def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
 def _describe_coverage(about: About, found: Coverage) -> Sentence:
     covered = found.samples - found.missing - found.bad_count
     parts = []
+    if all_bad := found.bad_count == found.samples:
+        parts.append(f"none of the {about.noun} could be read")
     if found.non_finite:
         parts.append(f"{found.non_finite:,} rows hold numbers that are not finite, so that the labels cannot be judged")
     parts += [f"{covered:,} of {found.samples:,} {about.noun} have soft labels"]
     if found.missing:
         parts.append(f"{found.missing:,} are missing")
-    if found.bad_count:
+    if found.bad_count and not all_bad:
         parts.append(f"{found.bad_count:,} could not be read")
     same = found.duplicates
     if same.groups:
         differ = f", {same.conflicting:,} of which have different hard labels" if same.conflicting else ""
         parts.append(f"{same.samples:,} {about.noun} are exact duplicates, in {same.groups:,} groups{differ}")
+    elif all_bad:
+        pass
     elif same.compared:
         parts.append("none is an exact duplicate of another")
     else:
@@ -162,7 +176,7 @@ def _describe_coverage(about: About, found: Coverage) -> Sentence:
     elif same.conflicting:
         level = "act"
     elif found.bad_count:
-        level, command = "look", shlex.join(["softlabel", "inspect", about.store])
+        level, command = "act" if all_bad else "look", shlex.join(["softlabel", "inspect", about.store])
     elif same.groups:
         level = "look"
     return Sentence(section="coverage", level=level, text=f"{'; '.join(parts)}.", command=command)
@@ -213,6 +227,12 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     behind = best.teacher_accuracy is not None and best.accuracy < best.teacher_accuracy - 0.02
     level: Level = "look" if behind or not best.held_out else "good"
     return Sentence(section="students", level=level, text=f"{text}.")
+
+
+def _verify(about: About) -> str:
+    """Compute rows again; of a store that was made from others, compare with the data."""
+    how = ["--data", _data(about)] if about.derived else ["--recompute", "256"]
+    return shlex.join(["softlabel", "verify", about.store, *how])
 
 
 def _saw_all(about: About) -> bool:

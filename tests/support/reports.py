@@ -147,6 +147,7 @@ def make_report(*, classes: int = 10, names: Sequence[str] | None = CIFAR, candi
             ),
             combine="logits",
             made_by=("--teacher", "zoo:resnet20@weights.th", "--temperature", "4"),
+            derived="",
             temperature=4.0,
             encoding="int8",
             activation="softmax",
@@ -282,6 +283,7 @@ def make_report(*, classes: int = 10, names: Sequence[str] | None = CIFAR, candi
             worst_t1=1.7e-4,
             mean_t=1.4e-5,
             worst_t=2.6e-5,
+            of="teachers",
         ),
         coverage=Coverage(
             samples=50_000,
@@ -453,7 +455,14 @@ def make_bare_report() -> Report:
         ),
         views=Views(samples=1, agreement=1.0, flips=0.0, divergence=0.0, lost=None, sampled=1, examples=(row,)),
         encoding=EncodingCost(
-            name="float32", row_bytes=4, store_bytes=4, mean_t1=None, worst_t1=None, mean_t=0.0, worst_t=None
+            name="float32",
+            row_bytes=4,
+            store_bytes=4,
+            mean_t1=None,
+            worst_t1=None,
+            mean_t=0.0,
+            worst_t=None,
+            of="teachers",
         ),
         coverage=Coverage(
             samples=1,

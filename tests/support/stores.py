@@ -99,10 +99,11 @@ def write_store(
     *,
     extra: Mapping[str, bytes] | None = None,
     fidelity: Fidelity | None = FIDELITY,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Any:
     """Write what is missing of a store of these `Samples` or `Documents` and finish it; they are returned."""
     samples = samples or Samples.of(run)
-    with Committer.open(root, run, {"device": "cpu"}) as committer:
+    with Committer.open(root, run, {"device": "cpu", **(recorded or {})}) as committer:
         for name, data in (extra or {}).items():
             committer.add_extra(name, data)
         for plan in committer.missing():
