@@ -154,14 +154,21 @@ def write_report(
 def _open(store: str | Path | Store) -> Store | None:
     """Return the store; None for a folder of runs."""
     if isinstance(store, Store):
-        return store
-    try:
-        return open_store(store)  # every byte is checked, unless this machine has checked these files before
-    except StoreNotFoundError:
-        folder = Path(store)
-        if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
-            return None
-        raise
+        opened = store
+    else:
+        try:
+            opened = open_store(store)  # every byte is checked, unless this machine has checked these files before
+        except StoreNotFoundError:
+            folder = Path(store)
+            if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
+                return None
+            raise
+    if opened.run.tokens is not None:
+        raise UsageError(
+            f"{opened.url}: report: expected labels of one answer a sample, found documents with one a token; see "
+            "'softlabel inspect'"
+        )
+    return opened
 
 
 def _open_data(data: Any, store: Store | None) -> Source | None:

@@ -16,66 +16,32 @@ N samples, M members, R = N * M rows, C classes, W elements of a column in one r
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import safetensors.numpy
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from softlabel.common.activation import Activation
 from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.errors import StoreError
-from softlabel.labels.encodings import Reading, encode
 from softlabel.labels.encodings import decode as decode_tensors
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.encodings import Encoding
-from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
 from softlabel.store.open import open_store
 from softlabel.store.strict_json import from_json, to_json
 from softlabel.store.verify import verify_store
-from softlabel.store.writer import Committer, write_shard
-
-Array = NDArray[Any]
-
-_ROWS = 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EncodingCase:
-    """Answers of a teacher, and what else an encoding may make of them.
-
-    Attributes:
-        scaled_logits: float32 (R, C), divided by the temperature; of a softmax the row's maximum subtracted.
-        temperature: the store's.
-        hidden: float32 (R, D), of a teacher whose last layer is `extra`; None where the encoding does not store it.
-        extra: float32 arrays that the store keeps once.
-        activation: what the answers are logits of.
-    """
-
-    scaled_logits: Array
-    temperature: float = 4.0
-    hidden: Array | None = None
-    extra: Mapping[str, Array] = field(default_factory=dict)
-    activation: Activation = "softmax"
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.scaled_logits.shape[1])
-
-    def encode(self, encoding: Encoding, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Columns (R, W) of these rows, as the pipeline makes them."""
-        seeds_R = torch.arange(len(self.scaled_logits)) * 7919
-        hidden_RD = None if self.hidden is None else torch.from_numpy(self.hidden)[rows]
-        scaled_RC = torch.from_numpy(self.scaled_logits)[rows]
-        return encode(scaled_RC, encoding, temperature=self.temperature, seeds_R=seeds_R[rows], hidden_RD=hidden_RD)
+from softlabel.testing.encoding_case import (
+    Array,
+    EncodingCase,
+    draw_case,
+    draw_multi_hot,
+    read_at,
+    read_columns,
+    write_case,
+    write_documents,
+)
 
 
 class EncodingTests:
@@ -178,6 +144,25 @@ class EncodingTests:
         self.check_decoded(found.reshape(60, 9), columns, encoding, case)
 
     @pytest.mark.parametrize("format", ["parquet", "hdf5"])
+    def test_each_position_of_a_document_has_an_answer(
+        self, tmp_path: Path, encoding: Encoding, format: Literal["parquet", "hdf5"]
+    ) -> None:
+        case = draw_case(encoding, classes=9)
+        write_documents(tmp_path / "store", encoding, case, [1, 5, 0, 17, 4, 13], format=format)
+        raw = read_columns(tmp_path / "store")
+        columns = {name: column.numpy() for name, column in case.encode(encoding).items()}
+        with open_store(tmp_path / "store", verify="full") as store:
+            rows = store.take(range(6))
+            last = store.take([5, 2, 1])
+        for name, column in columns.items():
+            np.testing.assert_array_equal(raw[name], column)
+            np.testing.assert_array_equal(rows.columns[name], column)
+        assert rows.positions.tolist() == [1, 5, 0, 17, 4, 13]
+        self.check_decoded(rows.scaled_logits, columns, encoding, case)
+        picked = np.concatenate([rows.scaled_logits[27:], rows.scaled_logits[1:6]])
+        np.testing.assert_allclose(last.scaled_logits, picked, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("format", ["parquet", "hdf5"])
     @pytest.mark.parametrize("classes", [1, 9])
     def test_independent_sigmoids_are_stored_or_refused(
         self, tmp_path: Path, encoding: Encoding, classes: int, format: Literal["parquet", "hdf5"]
@@ -194,7 +179,7 @@ class EncodingTests:
             rows = store.take(range(len(case.scaled_logits)))
         for name, column in columns.items():
             np.testing.assert_array_equal(raw[name], column)
-        np.testing.assert_array_equal(raw[MULTI_HOT], _draw_multi_hot(case))
+        np.testing.assert_array_equal(raw[MULTI_HOT], draw_multi_hot(case))
         np.testing.assert_array_equal(rows.hard_labels, raw[MULTI_HOT])
         self.check_decoded(rows.scaled_logits, columns, encoding, case)
         self.test_the_measured_loss_is_that_of_the_decoded_rows(encoding, case)
@@ -267,95 +252,6 @@ class EncodingTests:
         if not encoding.sparse:
             p = np.exp(decoded - np.logaddexp.reduce(decoded, axis=1, keepdims=True))
             assert (p[np.isneginf(scaled_RC)] < 1e-6).all()
-
-
-def draw_case(
-    encoding: Encoding, *, classes: int, rows: int = _ROWS, seed: int = 0, activation: Activation = "softmax"
-) -> EncodingCase:
-    """Draw a teacher's answers; those of a linear layer for an encoding of what enters it."""
-    rng, temperature = np.random.default_rng(seed), 4.0
-    extra = {name: rng.normal(size=shape).astype(np.float32) for name, shape in encoding.extra_shapes(classes).items()}
-    hidden = None
-    if encoding.from_hidden:
-        hidden = rng.normal(0, 2, (rows, extra["weight"].shape[1])).astype(np.float32)
-        logits = hidden @ extra["weight"].T + extra["bias"]
-    else:
-        logits = rng.normal(0, 4, (rows, classes))
-    scaled = logits / temperature
-    if activation == "softmax":
-        scaled = scaled - scaled.max(axis=1, keepdims=True)
-    return EncodingCase(
-        scaled_logits=scaled.astype(np.float32),
-        temperature=temperature,
-        hidden=hidden,
-        extra=extra,
-        activation=activation,
-    )
-
-
-def _draw_multi_hot(case: EncodingCase) -> Array:
-    """Hard labels of each class, int8 (R, C)."""
-    return np.random.default_rng(1).integers(-1, 2, case.scaled_logits.shape).astype(np.int8)
-
-
-def read_at(case: EncodingCase) -> Reading:
-    head = None
-    if case.hidden is not None:
-        head = (torch.from_numpy(case.extra["weight"]), torch.from_numpy(case.extra["bias"]))
-    return Reading(num_classes=case.num_classes, temperature=case.temperature, at=case.temperature, head=head)
-
-
-def write_case(
-    root: Path,
-    encoding: Encoding,
-    case: EncodingCase,
-    *,
-    members: int = 1,
-    format: Literal["parquet", "hdf5"] = "parquet",
-) -> None:
-    """Write a store of these answers, in shards of 16 samples."""
-    samples = len(case.scaled_logits) // members
-    member = Member(spec="test", sha256="0" * 64, num_classes=case.num_classes)
-    run = Run(
-        format=format,
-        num_classes=case.num_classes,
-        temperature=case.temperature,
-        encoding=encoding,
-        combine=Combine(rule="keep", weights=(1 / members,) * members) if members > 1 else Combine(),
-        members=(member,) * members,
-        dataset=DatasetInfo(kind="test", rows=samples, fingerprint="0" * 32),
-        shard_rows=16,
-        activation=case.activation,
-    )
-    stored = {name: column.reshape(samples, -1).numpy() for name, column in case.encode(encoding).items()}
-    if case.activation == "sigmoid":
-        stored[MULTI_HOT] = _draw_multi_hot(case)
-    with Committer.open(root, run) as committer:
-        if encoding.extra is not None and case.extra:
-            committer.add_extra(encoding.extra, safetensors.numpy.save(dict(case.extra)))
-        for plan in committer.missing():
-            rows = Rows(
-                keys=[f"{index}.jpg" for index in range(plan.start, plan.stop)],
-                columns={name: column[plan.start : plan.stop] for name, column in stored.items()},
-            )
-            committer.commit(write_shard(root, run, plan, rows))
-        committer.finish()
-
-
-def read_columns(root: Path) -> dict[str, Array]:
-    """The label columns of a store as FORMAT.md describes them, by pyarrow or h5py alone: (N, W) each."""
-    parts = []
-    for path in sorted((root / "shards").iterdir()):
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
-            declared, table = json.loads(file.metadata.metadata[b"softlabel"])["columns"], file.read()
-            raw = {one["name"]: np.frombuffer(b"".join(table[one["name"]].to_pylist()), np.uint8) for one in declared}
-        else:
-            with h5py.File(path, "r") as file:
-                declared = json.loads(file.attrs["softlabel"])["columns"]
-                raw = {one["name"]: file[one["name"]][:] for one in declared}
-        parts.append({one["name"]: raw[one["name"]].view(one["dtype"]).reshape(-1, one["width"]) for one in declared})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def binary_kl(p_logits: Array, q_logits: Array) -> Array:
