@@ -130,8 +130,10 @@ def plan(
         encoding: show only these; all when absent.
         seconds: duration of the sample.
     """
+    from softlabel.dataset.tokenize import TokenizedSource
     from softlabel.errors import UsageError
     from softlabel.generation.config import GenerateConfig
+    from softlabel.generation.documents import count_positions
     from softlabel.generation.job import load_job
     from softlabel.generation.preflight.estimate import plan as run
     from softlabel.store.encodings import Encoding
@@ -156,10 +158,11 @@ def plan(
         print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
     if found.bad:
         print(f"  {found.bad} of the sampled {found.noun} cannot be decoded")
-    nats = "nats lost (mean / worst)"
-    print(
-        f"\n{'encoding':<12}{'bytes/row':>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}"
-    )
+    nats, unit = "nats lost (mean / worst)", "bytes/row"
+    if isinstance(source := job.labeller.source, TokenizedSource):
+        positions, unit = count_positions(source, config.positions), "bytes/pos."
+        print(f"  {int(source.lengths.sum()):,} tokens, {positions:,} labelled positions")
+    print(f"\n{'encoding':<12}{unit:>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}")
     for offer in found.offers:
         if encoding is None or offer.name.split()[0] in encoding:
             cost = offer.fidelity

@@ -23,12 +23,14 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     )
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
     print(f"  about {size(found.store_bytes)} in {found.shards:,} shards; {free}")
-    cost = found.offer.fidelity
+    cost, unit = found.offer.fidelity, "row" if found.alignment is None else "position"
     print(
-        f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a row, loses {cost.mean_t:.1e} nats in the "
+        f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a {unit}, loses {cost.mean_t:.1e} nats in the "
         f"mean, {cost.worst_t:.1e} at worst"
     )
-    if found.accuracy is not None:
+    if found.alignment is not None:
+        print(f"  next token's NLL under these labels: {found.alignment}: aligned")
+    elif found.accuracy is not None:
         each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
         alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""
         print(
@@ -56,7 +58,8 @@ def print_summary(summary: "GenerateSummary", *, data: str | None = None, encodi
         f"{against}; {summary.shards_written} shards written"
     )
     if summary.teacher_accuracy is not None:
-        print(f"  accuracy of these labels where a hard label exists: {summary.teacher_accuracy:.4f}")
+        what = "next tokens" if summary.noun == "documents" else "these labels where a hard label exists"
+        print(f"  accuracy of {what}: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad {summary.noun} were skipped; 'softlabel inspect {summary.path}' lists them")
     if summary.pace is not None and (hint := _suggest_change(summary.pace, summary.noun, encoding)):

@@ -39,6 +39,9 @@ class LabelConfig:
         augment: the augmentation of views: center (the unchanged image), crop-flip, inception, trivial, randaugment,
             mixup or cutmix, with options as in inception?size=160, several joined by '+', or a YAML file with a list of
             these and of transforms in torchvision.transforms.v2.
+        max_length: of language models: tokens of a document, the rest is left out; when absent, what all teachers take.
+        positions: of language models: which positions are labelled: all, or those after which a token counts (of chats
+            the answers).
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
@@ -56,12 +59,16 @@ class LabelConfig:
     ignore_labels: bool = False
     views: int = 1
     augment: str | ViewPolicy = "center"
+    max_length: int | None = None
+    positions: Literal["all", "masked"] = "all"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         hints = {name: hint for name, hint in get_type_hints(type(self)).items() if is_plain(hint)}
         check_values({name: getattr(self, name) for name in hints}, hints)
         self._check_above_zero("temperature", "views", *(["batch_size"] if self.batch_size != "auto" else []))
+        if self.max_length is not None:
+            self._check_above_zero("max_length")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed: expected at least 0, found {self.seed}")
         if self.combine == "keep" and self.weights is not None:
@@ -99,6 +106,8 @@ class GenerateConfig(LabelConfig):
             the cost of each in bytes and nats.
         format: file format of the shards.
         shard_rows: samples per shard, the most that a killed run loses.
+        shard_positions: of language models: labelled positions per shard on average, 4 million when absent; a shard has
+            `shard_rows` documents at most.
         grow: label the samples that a store of a smaller dataset lacks; its shards stay.
         on_bad_image: for a sample that cannot be decoded: skip lists it in the manifest, error stops.
         compile: compile the teachers with torch.compile.
@@ -114,6 +123,7 @@ class GenerateConfig(LabelConfig):
     encoding: Encoding | str = "float16"
     format: Format = "parquet"
     shard_rows: int = 16384
+    shard_positions: int | None = None
     grow: bool = False
     on_bad_image: BadImagePolicy = "skip"
     compile: bool = False
@@ -124,7 +134,7 @@ class GenerateConfig(LabelConfig):
 
     def __post_init__(self) -> None:
         LabelConfig.__post_init__(self)  # super() fails in a dataclass with slots, which is a new class
-        self._check_above_zero("shard_rows")
+        self._check_above_zero("shard_rows", *(["shard_positions"] if self.shard_positions is not None else []))
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers: expected at least 0, found {self.workers}")
 

@@ -17,10 +17,18 @@ from softlabel.dataset import Source, detect_decoding, open_source, report_sourc
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.batch_size import find_batch_size
 from softlabel.generation.config import GenerateConfig
+from softlabel.generation.documents import (
+    choose_shard_rows,
+    describe_documents,
+    has_language_models,
+    read_documents,
+    refuse_token_options,
+)
 from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
 from softlabel.generation.growth import GROWN, History, new_runs
 from softlabel.generation.input_reader import InputReader
 from softlabel.generation.labeller import Labeller, Lane
+from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
 from softlabel.models.head import Head
@@ -99,6 +107,15 @@ def load_job(
         ]
 
     loaded, in_turn = load_members(load, device, tuning, len(teachers))
+    documents = tokens = None
+    if has_language_models(loaded):
+        if in_turn:
+            raise UsageError("teachers: language models do not run in turn; use a device with more memory, or fewer")
+        documents, loaded = read_documents(source, loaded, config)
+        source = documents
+        tokens = describe_documents(documents, config)
+    else:
+        refuse_token_options(config)
     for teacher in loaded:
         if (takes := teacher.preprocessing.kind) != source.inputs.name:
             raise MismatchError(
@@ -127,7 +144,8 @@ def load_job(
         ),
         input=source.inputs.name,
         views=views,
-        shard_rows=config.shard_rows,
+        shard_rows=config.shard_rows if documents is None else choose_shard_rows(documents, config, recorded),
+        tokens=tokens,
     )
     if tuning.compile:
         compile_members(loaded, head=run.encoding.from_hidden)
@@ -148,11 +166,14 @@ def load_job(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
+    if documents is not None:
+        now["shard_rows"] = run.shard_rows  # a store that grows keeps it
     if earlier and (grown := _record_growths(source, run.dataset, recorded)):
         now[GROWN] = grown
+    lane = Lane if documents is None else TokenLane
     labeller = Labeller(
         reader=reader,
-        lane=Lane.of(run, members, batch_size=size, first_member=first_member),
+        lane=lane.of(run, members, batch_size=size, first_member=first_member),
         on_bad_image=config.on_bad_image,
         tuning=tuning,
     )

@@ -12,7 +12,7 @@ Legend: B batch, C classes, H height, M members, R rows (B, or B * M where membe
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -66,13 +66,16 @@ class LabelledShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLabels:
-    """A labelled batch whose columns and checks are being copied to main memory; None if all images are bad."""
+    """A labelled batch whose columns and checks are being copied to main memory; None if all samples are bad.
+
+    `beside` are the columns that teachers do not answer.
+    """
 
     keys: list[str]
     labels: Labels
     content: NDArray[np.uint64]
     bad: tuple[BadRow, ...]
-    views: dict[str, NDArray[Any]]
+    beside: dict[str, NDArray[Any]]
     columns: Download | None
     checks: Download | None
     truncated: int = 0
@@ -123,7 +126,7 @@ class Lane:
                 answers, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
         with progress.spend("encoding"), torch.inference_mode():
             encoded = iter([self._encode(plan, *each) for each in zip(full, answers, hidden, strict=True)])
-            return [next(encoded) if batch.keys else _make_labels(batch, None, None) for batch in batches]
+            return [next(encoded) if batch.keys else make_labels(batch, None, None) for batch in batches]
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
         """Return logits of each batch and member, float32 (len(batch.keys), C)."""
@@ -171,8 +174,12 @@ class Lane:
         """
         found = self.logits(batches)
         for batch, logits_MBC in zip(batches, found, strict=True):
-            self.check_finite(_find_wrong(logits_MBC, self.run.activation).cpu().numpy(), batch.keys)
+            self.check_finite(find_wrong(logits_MBC, self.run.activation).cpu().numpy(), batch.keys)
         return [self.combine(logits_MBC) for logits_MBC in found]
+
+    def hard_labels(self, batch: DecodedBatch) -> Labels:
+        """What the answers to a batch are compared with: its labels."""
+        return batch.labels
 
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
         """Return scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
@@ -183,7 +190,7 @@ class Lane:
         """
         assert self.head is not None
         ((logits_BC, hidden_BD),) = self._compute_hidden([batch])
-        self.check_finite(_find_wrong([logits_BC], self.run.activation).cpu().numpy(), batch.keys)
+        self.check_finite(find_wrong([logits_BC], self.run.activation).cpu().numpy(), batch.keys)
         if not self.head.explains(logits_BC, hidden_BD):
             self.head.refuse()
         return self.combine([logits_BC]), hidden_BD
@@ -236,7 +243,7 @@ class Lane:
         scaled_logits = self.combine(logits_MBC)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
-        checks = {"wrong": _find_wrong(logits_MBC, run.activation)}
+        checks = {"wrong": find_wrong(logits_MBC, run.activation)}
         seeds_R = self._row_seeds(plan, batch.keys, flat_RC.device) if run.encoding.drawn else None
         columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_BD)
         checks["nats"] = meter.measure(
@@ -248,7 +255,7 @@ class Lane:
             mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
         rows = {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}
-        return _make_labels(batch, Download(rows), Download(checks))
+        return make_labels(batch, Download(rows), Download(checks))
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
         """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member)."""
@@ -326,11 +333,8 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
     run = labeller.run
     fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
     parts: list[BatchLabels] = []
-    # Allocate whole columns: joining parts at the end would copy them again.
-    columns: dict[str, NDArray[Any]] = {
-        column.name: np.empty((plan.stop - plan.start, column.width), column.numpy) for column in run.columns
-    }
-    correct = labelled = at = 0
+    gathered = _Columns(run, plan.stop - plan.start)
+    correct = labelled = 0
     for part in batches:
         parts.append(part)
         if part.bad and labeller.on_bad_image == "error":
@@ -341,16 +345,16 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         with progress.spend("forward"):  # the host waits for a GPU here
             arrived, checks = part.columns.get(), part.checks.get()
         labeller.lane.check_finite(checks["wrong"], part.keys)
-        if labeller.lane.head is not None and not checks["explained"][0]:
+        if labeller.lane.head is not None and "explained" in checks and not checks["explained"][0]:
             labeller.lane.head.refuse()
         sigmoid = run.activation == "sigmoid"
         labels = to_multi_hot(part.labels, run.num_classes) if sigmoid else part.labels
         with progress.spend("encoding"):
-            for name, values in (arrived | part.views | {MULTI_HOT: labels}).items():
-                if name in columns:
-                    columns[name][at : at + len(part.keys)] = values
-        at += len(part.keys)
-        fidelity.add_measured(checks["nats"])
+            gathered.add(arrived | part.beside | {MULTI_HOT: labels}, len(part.keys))
+        if "nats" in checks:
+            fidelity.add_measured(checks["nats"])
+        if "known" in checks:  # counted where the answers are
+            correct, labelled = correct + int(checks["right"]), labelled + int(checks["known"])
         labelled += int((labels >= 0).sum())
         if "top" in checks:
             correct += int((checks["top"] == labels).sum())
@@ -358,7 +362,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
         keys=[key for part in parts for key in part.keys],
         labels=None if run.activation == "sigmoid" else np.concatenate([part.labels for part in parts]),
         content=np.concatenate([part.content for part in parts]),
-        columns={name: column[:at] for name, column in columns.items()},
+        columns=gathered.get(),
     )
     return LabelledShard(
         plan=plan,
@@ -371,20 +375,54 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
     )
 
 
-def _make_labels(batch: DecodedBatch, columns: Download | None, checks: Download | None) -> BatchLabels:
+class _Columns:
+    """The columns of a shard, batch after batch."""
+
+    def __init__(self, run: Run, rows: int) -> None:
+        # Whole columns where their size is known: joining parts at the end would copy them again.
+        self._whole = {
+            column.name: np.empty((rows, column.width), column.numpy) for column in run.columns if column.per == "row"
+        }
+        self._ragged = {column.name: column for column in run.columns if column.per != "row"}
+        self._parts: dict[str, list[NDArray[Any]]] = {
+            name: [np.empty((0, column.width), column.numpy)] for name, column in self._ragged.items()
+        }
+        self._rows = 0
+
+    def add(self, columns: Mapping[str, NDArray[Any]], rows: int) -> None:
+        for name, values in columns.items():
+            if name in self._whole:
+                self._whole[name][self._rows : self._rows + rows] = values
+            elif name in self._parts:
+                self._parts[name].append(values.astype(self._ragged[name].numpy, copy=False))
+        self._rows += rows
+
+    def get(self) -> dict[str, NDArray[Any]]:
+        whole = {name: column[: self._rows] for name, column in self._whole.items()}
+        return whole | {name: np.concatenate(parts) for name, parts in self._parts.items()}
+
+
+def make_labels(
+    batch: DecodedBatch,
+    answers: Download | None,
+    checks: Download | None,
+    *,
+    columns: dict[str, NDArray[Any]] | None = None,
+) -> BatchLabels:
+    """A batch and what the teachers answered; `columns` are those beside the answers, by default those of its views."""
     return BatchLabels(
         keys=batch.keys,
         labels=batch.labels,
         content=batch.content,
         bad=batch.bad,
-        views=batch.columns,
-        columns=columns,
+        beside=batch.columns if columns is None else columns,
+        columns=answers,
         checks=checks,
         truncated=batch.truncated,
     )
 
 
-def _find_wrong(logits_MBC: Sequence[Tensor], activation: Activation) -> Tensor:
+def find_wrong(logits_MBC: Sequence[Tensor], activation: Activation) -> Tensor:
     """Return bool (M, B), on the device, whether a row has NaN, +inf, or only -inf; of independent sigmoids any inf."""
     if activation == "sigmoid":
         return torch.stack([~logits_BC.isfinite().all(dim=-1) for logits_BC in logits_MBC])

@@ -33,6 +33,8 @@ def config_of(manifest: Manifest) -> GenerateConfig:
         encoding=run.encoding,
         format=run.format,
         shard_rows=run.shard_rows,
+        max_length=None if run.tokens is None else run.tokens.max_length,
+        positions="all" if run.tokens is None else run.tokens.positions,
         compile=bool(recorded.get("compile", False)),
     )
 

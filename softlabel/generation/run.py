@@ -19,6 +19,7 @@ from softlabel.generation.growth import History, check_same_data
 from softlabel.generation.job import Job, load_job
 from softlabel.generation.preflight.check import Preflight, check_run
 from softlabel.generation.progress import Pace, Progress
+from softlabel.models import LanguageModel
 from softlabel.store.manifest_read import find_root
 from softlabel.store.storage.open import open_folder
 from softlabel.store.writer import Committer
@@ -120,17 +121,20 @@ def open_run(
                 f"{out}: made from other stores, so teachers cannot add to it: if it is unfinished, rerun the command "
                 "that began it; else label new samples into another folder and merge the two"
             )
-        add_head(job, committer)
+        add_extra(job, committer)
         if committer.resumed:
             check_same_data(out, job.labeller.reader)
         yield GenerationRun(job, committer, executor)
 
 
-def add_head(job: Job, committer: Committer) -> None:
-    """Store the teacher's last layer, if the encoding stores its inputs."""
+def add_extra(job: Job, committer: Committer) -> None:
+    """Store the teacher's last layer, if the encoding stores its inputs, and the tokenizer of language models."""
     head, name = job.labeller.lane.head, job.run.encoding.extra
     if head is not None and name is not None:
         committer.add_extra(name, head.safetensors())
+    model = job.labeller.teachers[0].model
+    if isinstance(model, LanguageModel):
+        committer.add_extra("tokenizer", model.vocabulary.tokenizer.content, "json")
 
 
 def label_missing(

@@ -14,7 +14,7 @@ from softlabel.dataset import Source
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.generation.growth import check_same_data
 from softlabel.generation.reload import config_of, reload_job
-from softlabel.generation.run import GenerateSummary, add_head, label_missing
+from softlabel.generation.run import GenerateSummary, add_extra, label_missing
 from softlabel.store.manifest import ROOT_NAME
 from softlabel.store.manifest_read import load_manifest, load_root
 from softlabel.store.origins import CROSSFIT, origins_of
@@ -133,5 +133,5 @@ def _relabel(
     # Before the damaged shards are dropped: a refused repair must not change the store.
     check_same_data(store, job.labeller.reader, without=damaged)
     with Committer.open(store, job.run, relabel=damaged) as committer:
-        add_head(job, committer)
+        add_extra(job, committer)
         return label_missing(job, committer, progress=progress)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from softlabel.errors import UsageError
 from softlabel.inputs.base import Inputs
+from softlabel.models import LanguageModel
 from softlabel.models.teacher import Teacher
 
 # How far W h + b may lie from the output, relative to the batch's largest logit: another order of sums, or the
@@ -27,15 +28,27 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last linear layer of a teacher: weight (C, D) and bias (C,), both divided by the teacher's calibration."""
+    """The last linear layer of a teacher: weight (C, D) and bias (C,), both divided by the teacher's calibration.
+
+    Of a language model without the rows that no token has, and times the scale of its logits.
+    """
 
     teacher: Teacher
     layer: nn.Linear
     calibration: float = 1.0
+    scale: float = 1.0
 
     @classmethod
     def of(cls, teacher: Teacher, calibration: float = 1.0) -> "Head":
         """Raises UsageError where a teacher has no linear layer that could give its logits."""
+        if isinstance(teacher.model, LanguageModel):
+            model, layer = teacher.model, teacher.model.network.get_output_embeddings()
+            if model.softcap is not None or not isinstance(layer, nn.Linear):
+                raise UsageError(
+                    f"encoding head: {teacher.spec.text}: expected logits that are the answer of a linear layer, found "
+                    f"{'a cap on them' if model.softcap is not None else type(layer).__name__}; use another --encoding"
+                )
+            return cls(teacher=teacher, layer=layer, calibration=calibration, scale=model.logit_scale)
         layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
         if not layers or layers[-1].out_features != teacher.num_classes:
             found = f"one with {layers[-1].out_features} outputs" if layers else "none"
@@ -51,14 +64,15 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        return self.layer.weight.detach().float() / self.calibration
+        return self._take(self.layer.weight)
 
     @property
     def bias(self) -> Tensor:
-        bias = self.layer.bias
-        return (
-            self.weight.new_zeros(self.layer.out_features) if bias is None else bias.detach().float() / self.calibration
-        )
+        weight, bias = self.layer.weight, self.layer.bias
+        return self._take(weight.new_zeros(len(weight)) if bias is None else bias)
+
+    def _take(self, rows: Tensor) -> Tensor:
+        return rows.detach()[: self.teacher.num_classes].float() * self.scale / self.calibration
 
     def safetensors(self) -> bytes:
         """The file that the store shares: float32 `weight` (C, D) and `bias` (C,)."""

@@ -15,9 +15,10 @@ from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError, TeacherError
 from softlabel.inputs.base import Inputs, InputTransform
+from softlabel.inputs.chat import ChatKind
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.inputs.tensor import TensorTransform
-from softlabel.inputs.text import TextTransform
+from softlabel.inputs.text import TextKind, TextTransform
 from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.transforms import describe_failure, transform_of
 from softlabel.models import (
@@ -35,6 +36,8 @@ from softlabel.models import (
 )
 from softlabel.models.options import PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
+
+_TOKENIZED = (TextKind.name, ChatKind.name)
 
 
 @dataclass(slots=True)
@@ -253,7 +256,9 @@ def student_preprocessing(
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     own = own_preprocessing(spec, model, kind)
-    if own.kind != kind:
+    # Texts and chats become documents of the network's own tokens.
+    takes = (own.kind, *(_TOKENIZED if isinstance(own, TokenTransform) else ()))
+    if kind not in takes:
         raise SpecError(
             f"{spec.text}: takes samples of kind {own.kind}, and these are of kind {kind}; give a network of these"
         )

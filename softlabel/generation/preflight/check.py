@@ -13,16 +13,17 @@ from softlabel.errors import StoreError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Labeller
+from softlabel.generation.preflight.alignment import Alignment, check_alignment
 from softlabel.generation.preflight.diagnose import Diagnosis, compare_names, diagnose
-from softlabel.generation.preflight.estimate import Offer, offer
+from softlabel.generation.preflight.estimate import ROW_BYTES, Offer, estimate_key_bytes, offer
 from softlabel.generation.preflight.repeatability import check_repeatable
-from softlabel.generation.preflight.sample import Trial, label_sample, refuse_equal
+from softlabel.generation.preflight.sample import label_sample, refuse_equal
+from softlabel.generation.token_lane import TokenLane
 from softlabel.store.manifest import BadRow, ShardPlan
 
 log = logging.getLogger("softlabel")
 
 _PADDING = 1.5  # ratio of padded to needed forward passes from which the shard size is reported
-_ROW_BYTES = 24  # a row's label, view, content hash and key offset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Preflight:
         diagnoses: of each teacher, if there are labels.
         remarks: further findings about the teachers.
         noun: what the samples are.
+        alignment: of the labels of language models with the tokens of the data; None of other teachers.
     """
 
     images: int
@@ -67,6 +69,7 @@ class Preflight:
     diagnoses: tuple[Diagnosis, ...]
     remarks: tuple[str, ...] = ()
     noun: str = "images"
+    alignment: Alignment | None = None
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -101,10 +104,12 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
     remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
     refuse_equal(trial, job.labeller.source.name, run.activation, job.labeller.source.inputs)
-    images = sum(plan.stop - plan.start for plan in missing)
+    images, lane = sum(plan.stop - plan.start for plan in missing), job.labeller.lane
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.view_columns)
-    need = images * (found.row_bytes + of_views + _ROW_BYTES + _estimate_key_bytes(trial))
+    need = images * (found.row_bytes + of_views + ROW_BYTES + estimate_key_bytes(trial))
+    if run.tokens is not None:
+        need = found.total_bytes * images // (run.dataset.rows * run.views.count)
     free = free_bytes(out)
     if free is not None and need > free:
         raise StoreError(
@@ -140,6 +145,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         diagnoses=diagnose(job.labeller, trial),
         remarks=remarks,
         noun=job.labeller.source.inputs.noun,
+        alignment=check_alignment(lane, trial.batches) if isinstance(lane, TokenLane) else None,
     )
     for finding in report.findings:
         log.warning("warning: %s", finding)
@@ -171,8 +177,3 @@ def free_bytes(out: str | Path) -> int | None:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def _estimate_key_bytes(trial: Trial) -> int:
-    keys = [key for batch in trial.batches for key in batch.keys]
-    return -(-sum(len(key.encode()) for key in keys) // len(keys))

@@ -7,9 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from softlabel.dataset.tokenize import TokenizedSource
 from softlabel.errors import UsageError
+from softlabel.generation.documents import count_positions
 from softlabel.generation.job import Job
 from softlabel.generation.labeller import Lane
 from softlabel.generation.preflight.sample import Trial, label_sample
@@ -19,12 +22,16 @@ from softlabel.models.head import Head
 from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Combine, Fidelity
 
+ROW_BYTES = 24  # a row's label, view, content hash and key offset
 SECONDS = 5.0  # duration of the sample, without warm-up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """One encoding: its title, bytes per row and in all, and loss."""
+    """One encoding: its title, bytes per row and in all, and loss.
+
+    Of documents, bytes per labelled position, with everything else that a document has, and the loss of a position.
+    """
 
     name: str
     row_bytes: int
@@ -102,7 +109,21 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     fidelity = meter.result()
     assert fidelity is not None
     rows = run.dataset.rows * run.views.count
-    return Offer(name=encoding.title, row_bytes=row_bytes, total_bytes=row_bytes * rows, fidelity=fidelity)
+    total = row_bytes * rows
+    if isinstance(source := job.labeller.source, TokenizedSource) and run.tokens is not None:
+        positions = count_positions(source, run.tokens.positions) * run.views.count
+        tokens = int(source.lengths.sum(dtype=np.int64)) * run.views.count
+        beside = {per: sum(one.row_bytes for one in run.columns if one.per == per) for per in ("token", "row")}
+        of_rows = beside["row"] + ROW_BYTES + estimate_key_bytes(trial)
+        total = row_bytes * positions + beside["token"] * tokens + of_rows * rows
+        row_bytes = round(total / max(1, positions))
+    return Offer(name=encoding.title, row_bytes=row_bytes, total_bytes=total, fidelity=fidelity)
+
+
+def estimate_key_bytes(trial: Trial) -> int:
+    """Bytes of a key, of the sample's in the mean."""
+    keys = [key for batch in trial.batches for key in batch.keys]
+    return -(-sum(len(key.encode()) for key in keys) // len(keys))
 
 
 def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
@@ -125,4 +146,4 @@ def _make_head_lane(job: Job, encoding: Encoding) -> Lane:
     if job.run.encoding == encoding:
         return lane
     run = dataclasses.replace(job.run, encoding=encoding, combine=Combine(rule="logits", weights=(1.0,)))
-    return Lane.of(run, lane.members, batch_size=lane.batch_size)
+    return type(lane).of(run, lane.members, batch_size=lane.batch_size)

@@ -129,7 +129,8 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         if batch.keys:
             scaled += [one.cpu() for one in labeller.lane.scaled_logits(batch)]
             sigmoid = labeller.run.activation == "sigmoid"
-            labels.append(to_multi_hot(batch.labels, labeller.run.num_classes) if sigmoid else batch.labels)
+            found = labeller.lane.hard_labels(batch)
+            labels.append(to_multi_hot(found, labeller.run.num_classes) if sigmoid else found)
         ended = time.perf_counter()
         sampled, bad = sampled + len(indices_B), [*bad, *batch.bad]
         alone = len(indices_B) == len(labeller.source)

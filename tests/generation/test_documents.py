@@ -1,0 +1,255 @@
+"""Labels of every position of documents: what a plain forward pass says, and nothing that depends on the batch.
+
+L positions of a document, P positions of several, K kept classes, C tokens of the vocabulary.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+import transformers
+import xxhash
+
+import softlabel
+from softlabel.errors import MismatchError, TeacherError, UsageError
+from softlabel.store.verify import verify_store
+from tests.support.commands import run_softlabel
+from tests.support.language_models import find_stories, write_language_model
+from tests.support.llama_reference import compute_logits, describe, read_llama, write_unpermuted
+from tests.support.teachers import make_pixel_teacher_spec
+
+WORDS = ["a cat", "", "the cat sat on a mat and looked at the cat ", "x", "cats and cats, " * 9, "z " * 40, "ünï"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_language_model(tmp_path_factory.mktemp("lm"), "llama", rows=320)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    texts = [f"{word} {number}" if word else "" for number in range(3) for word in WORDS]
+    path.write_text("".join(json.dumps({"id": f"k{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
+    return path
+
+
+def generate(data: Path | str, *teachers: Path | str, out: Path, **changes: Any) -> Any:
+    options = {"temperature": 1.0, "preflight": False, "max_length": 48, **changes}
+    specs = [one if isinstance(one, str) else f"lm:{one}" for one in teachers]
+    return softlabel.generate(data, teachers=specs, out=out, **options)
+
+
+def read_documents(root: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The key and the columns of each document, cut by the numbers of its tokens and positions."""
+    with softlabel.open_store(root) as store:
+        rows = store.take(np.arange(len(store)))
+        per = {column.name: column.per for column in store.run.columns}
+    edges = {"token": np.cumsum([0, *rows.lengths]), "position": np.cumsum([0, *rows.positions])}
+    for number, key in enumerate(rows.keys):
+        columns = {}
+        for name, column in rows.columns.items():
+            if per[name] == "row":
+                columns[name] = column[number]
+            else:
+                start, stop = edges[per[name]][number : number + 2]
+                columns[name] = column[start:stop]
+        yield key, {**columns, "content": rows.content[number]}
+
+
+@torch.no_grad()
+def forward(folder: Path, ids: np.ndarray) -> np.ndarray:
+    """Logits (L, C) of a plain forward pass of transformers, without the rows that no token has."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    return model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, :, :size].numpy()
+
+
+@pytest.mark.parametrize("documents", [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_command_line_labels_stories_as_numpy_does(documents: int, tmp_path: Path) -> None:
+    stories = find_stories()
+    data = f"{stories}/test.jsonl?rows=0:{documents}"
+    options = ("--temperature", 1, "--temperatures", 1, 2, "--encoding", "topk", "--top-k", 32, "--batch-size", 8)
+    printed = run_softlabel(
+        *("generate", "--data", data, "--teacher", f"lm:{stories}", "--max-length", 320, *options),
+        *("--out", tmp_path / "labels"),
+    ).stdout
+    assert "one later" in printed
+    assert "aligned" in printed
+    model, tokenizer = read_llama(stories), tokenizers.Tokenizer.from_file(str(stories / "tokenizer.json"))
+    lines = [json.loads(line) for line in (stories / "test.jsonl").read_text().splitlines()[:documents]]
+    found = dict(read_documents(tmp_path / "labels"))
+    assert list(found) == [str(line["id"]) for line in lines]
+    for line in lines:
+        columns, ids = found[str(line["id"])], np.array(tokenizer.encode(line["text"]).ids, "<i4")
+        assert columns["tokens"][:, 0].tolist() == ids.tolist()
+        assert (columns["mask"] == 1).all()
+        assert columns["content"] == xxhash.xxh3_64_intdigest(ids.tobytes())
+        logits_LC = compute_logits(model, ids.tolist())
+        for place, temperature in enumerate((1.0, 2.0)):
+            expected = describe(logits_LC, k=32, temperature=temperature)
+            np.testing.assert_allclose(columns["tail"][:, place], expected.tail, atol=2e-4)
+            if temperature == 1:
+                np.testing.assert_allclose(columns["value"], expected.value, rtol=1e-3, atol=2e-3)
+                # Classes that are equal up to the rounding of float32 may change places.
+                others = columns["index"] != expected.index
+                assert others.mean() < 1e-3
+                near = np.take_along_axis(logits_LC, columns["index"].astype(int), 1)
+                np.testing.assert_allclose(near, np.take_along_axis(logits_LC, expected.index, 1), atol=1e-4)
+    assert verify_store(tmp_path / "labels").ok
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_every_position_is_a_plain_forward_pass(architecture: str, data: Path, tmp_path: Path) -> None:
+    fields = {"num_key_value_heads": 2, "head_dim": 8} if architecture == "gemma2" else {}
+    folder = write_language_model(tmp_path / "lm", architecture, rows=300, **fields)
+    summary = generate(data, folder, out=tmp_path / "labels", encoding="float32", temperature=2.0)
+    assert (summary.total_rows, summary.total_bad) == (21, 0)
+    for _, columns in read_documents(tmp_path / "labels"):
+        logits = forward(folder, columns["tokens"][:, 0]) / 2
+        assert columns["logits"].shape == logits.shape
+        np.testing.assert_allclose(columns["logits"], logits - logits.max(axis=1, keepdims=True), atol=1e-4)
+
+
+def test_a_label_does_not_depend_on_the_batch(teacher: Path, data: Path, tmp_path: Path) -> None:
+    generate(data, teacher, out=tmp_path / "all")
+    whole = dict(read_documents(tmp_path / "all"))
+    for name, changes in {
+        "workers": {"workers": 2, "shard_rows": 4},
+        "small": {"batch_size": 2, "shard_positions": 60, "format": "hdf5"},
+    }.items():
+        generate(data, teacher, out=tmp_path / name, **changes)
+        assert len(list((tmp_path / name / "shards").iterdir())) > 3
+        for key, columns in read_documents(tmp_path / name):
+            assert all(np.array_equal(columns[one], whole[key][one]) for one in columns), (name, key)
+    generate(f"{data}?rows=9:10", teacher, out=tmp_path / "alone")
+    ((key, columns),) = read_documents(tmp_path / "alone")
+    assert np.array_equal(columns["logits"], whole[key]["logits"])
+
+
+def test_positions_that_count_alone(teacher: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(5, 260, length).tolist() for length in (9, 1, 30, 12)]
+    learnt = [[place % 3 == 1 for place in range(len(one))] for one in ids]
+    learnt[3] = [False] * 12
+    pq.write_table(pa.table({"ids": ids, "learn": learnt}), tmp_path / "ids.parquet")
+    data = f"{tmp_path}/ids.parquet?tokens=ids&mask=learn"
+    generate(data, teacher, out=tmp_path / "all")
+    generate(data, teacher, out=tmp_path / "some", positions="masked")
+    for (_, every), (_, some), one, of in zip(
+        read_documents(tmp_path / "all"), read_documents(tmp_path / "some"), ids, learnt, strict=True
+    ):
+        counts = [*of[1:], False]  # what counts at a position is the token after it
+        assert some["tokens"][:, 0].tolist() == one
+        assert some["mask"][:, 0].tolist() == [int(count) for count in counts]
+        assert np.array_equal(some["logits"], every["logits"][np.array(counts)])
+    assert verify_store(tmp_path / "some").ok
+
+
+@pytest.mark.parametrize("rule", ["logits", "probs", "keep"])
+def test_an_ensemble(rule: str, teacher: Path, data: Path, tmp_path: Path) -> None:
+    other = write_language_model(tmp_path / "other", "gpt2", rows=263, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    generate(data, teacher, other, out=tmp_path / "labels", combine=rule, encoding="float32", temperature=2.0)
+    for _, columns in read_documents(tmp_path / "labels"):
+        ids = columns["tokens"][:, 0]
+        scaled = [forward(folder, ids).astype(np.float64) / 2 for folder in (teacher, other)]
+        logs = [one - np.logaddexp.reduce(one, axis=1, keepdims=True) for one in scaled]
+        if rule == "keep":
+            expected = np.stack(scaled, axis=1)
+        else:
+            expected = (scaled[0] + scaled[1]) / 2 if rule == "logits" else np.logaddexp(*logs)
+        expected = expected - expected.max(axis=-1, keepdims=True)
+        np.testing.assert_allclose(columns["logits"].reshape(expected.shape), expected, atol=1e-4)
+
+
+def test_the_last_layer_is_stored_once(teacher: Path, data: Path, tmp_path: Path) -> None:
+    generate(data, teacher, out=tmp_path / "labels", encoding="head")
+    with softlabel.open_store(tmp_path / "labels") as store:
+        rows = store.take(np.arange(len(store)))
+        assert store.tokenizer == (teacher / "tokenizer.json").read_bytes()
+    start = 0
+    for _, columns in read_documents(tmp_path / "labels"):
+        assert columns["hidden"].shape == (len(columns["tokens"]), 32)
+        logits = forward(teacher, columns["tokens"][:, 0])
+        stored = rows.scaled_logits[start : start + len(logits)]
+        shifts = stored - logits
+        np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1], shifts.shape), atol=2e-2)
+        start += len(logits)
+    capped = write_language_model(tmp_path / "capped", "gemma2", num_key_value_heads=2, head_dim=8)
+    with pytest.raises(UsageError, match=r"encoding head: .*a cap on them"):
+        generate(data, capped, out=tmp_path / "refused", encoding="head")
+
+
+def test_faults_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stories = find_stories()
+    data = f"{stories}/test.jsonl?rows=0:40"
+    with pytest.raises(TeacherError, match=r"predicts better the more of a document.*query and key"):
+        generate(data, write_unpermuted(stories, tmp_path / "unpermuted"), out=tmp_path / "a", preflight=True)
+    plain = transformers.LlamaModel.forward
+
+    def shifted(self: Any, *args: Any, **named: Any) -> Any:
+        found = plain(self, *args, **named)
+        found.last_hidden_state = found.last_hidden_state.roll(1, dims=1)
+        return found
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", shifted)
+    with pytest.raises(TeacherError, match="off by a position"):
+        generate(data, stories, out=tmp_path / "b", preflight=True)
+
+
+def test_another_tokenizer_does_not_go_on(teacher: Path, data: Path, tmp_path: Path) -> None:
+    generate(data, teacher, out=tmp_path / "labels")
+    other = write_language_model(tmp_path / "other", "llama", rows=320)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["b"], vocab["c"] = vocab["c"], vocab["b"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match="tokenizer"):
+        generate(data, other, out=tmp_path / "labels")
+    with pytest.raises(MismatchError, match=f"id {vocab['c']} is 'b' and 'c'"):
+        generate(data, teacher, other, out=tmp_path / "both")
+
+
+def test_options_of_language_models(teacher: Path, data: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"max_length": 65}, "max_length: expected at most 64"),
+        ({"batch_size": "auto"}, "batch_size: auto is for samples of one size"),
+        ({"members_in_turn": "yes"}, "members_in_turn"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            generate(data, teacher, out=tmp_path / "labels", **changes)
+    for changes in ({"max_length": 8}, {"shard_positions": 9}, {"positions": "masked"}):
+        with pytest.raises(UsageError, match="is for language models"):
+            generate(
+                "digits?rows=0:8", make_pixel_teacher_spec(8), out=tmp_path / "x", **{"max_length": None, **changes}
+            )
+
+
+def test_a_store_is_repaired_and_grows(teacher: Path, data: Path, tmp_path: Path) -> None:
+    lines = data.read_text().splitlines(keepends=True)
+    growing = tmp_path / "growing.jsonl"
+    growing.write_text("".join(lines[:12]))
+    generate(growing, teacher, out=tmp_path / "labels", shard_positions=100)
+    growing.write_text("".join(lines))
+    generate(growing, teacher, out=tmp_path / "labels", grow=True)
+    generate(growing, teacher, out=tmp_path / "whole")
+    whole = dict(read_documents(tmp_path / "whole"))
+    victim = next((tmp_path / "labels" / "shards").iterdir())
+    victim.write_bytes(b"")
+    run_softlabel("repair", tmp_path / "labels")
+    run_softlabel("verify", tmp_path / "labels", "--data", growing, "--recompute", 21)
+    found = dict(read_documents(tmp_path / "labels"))
+    assert found.keys() == whole.keys()
+    assert all(np.array_equal(found[key]["logits"], whole[key]["logits"]) for key in whole)
