@@ -104,6 +104,29 @@ class TokenLane(Lane):
         (found,) = self._probe_batches([batch])
         return self.combine(found.logits), found.hidden
 
+    def sample_labels(
+        self, batch: DecodedBatch, most: int
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
+        """Yield (documents, ordinals, scaled logits) of some labelled positions of a batch, evenly spread.
+
+        Args:
+            most: positions of a document.
+
+        Returns:
+            int64 (P,), int64 (P,): which of the document's labelled positions, and (P, C) or (P, M, C) on the device.
+        """
+
+        def choose(inputs: Inputs) -> Tensor:
+            labelled_BL = self._choose_labelled(inputs)
+            step_B1 = -(-labelled_BL.sum(dim=1, keepdim=True) // most)
+            return labelled_BL & ((labelled_BL.cumsum(dim=1) - 1) % step_B1.clamp_min(1) == 0)
+
+        ordinals_BL = self._choose_labelled(batch.inputs[0]).cumsum(dim=1) - 1
+        with torch.inference_mode():
+            for found in self.iter_positions([batch], choose):
+                ordinals_P = ordinals_BL[found.documents, found.places].numpy()
+                yield found.documents.numpy(), ordinals_P, self.combine(found.logits)
+
     def pass_rows(self, bucket: int) -> int:
         """Return how many documents of a length make a forward pass."""
         if self.members.device.type == "cuda":

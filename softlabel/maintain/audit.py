@@ -3,22 +3,27 @@
 Legend: B rows, C classes, M members.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError, UsageError
+from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
+from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.content import changed_content
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
+from softlabel.store.stored_rows import StoredRows
+from softlabel.store.token_rows import COUNTS
 
 # Tolerances of `recompute`: how much lower today's logit of the stored top class may be, relative to the largest logit
 # (another device, half precision); share of rows beyond that; nats, in addition to the loss of the encoding.
 _ROUNDING = 0.02
+_POSITIONS = 8  # of a document that are compared at most
 _MOST_OTHERS = 0.01
 _ALLOWED = {"fp32": 1e-3}
 _ALLOWED_BELOW = 1e-2  # in lower precision
@@ -73,17 +78,11 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     if rows < 1:
         raise UsageError(f"recompute: expected at least 1 row, found {rows}")
     drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
-    asked = sample_rows(store, drawn_B, ["key", "content", *(column.name for column in store.run.label_columns)])
+    beside = [] if store.run.tokens is None else list(COUNTS.values())
+    asked = sample_rows(store, drawn_B, ["key", "content", *beside, *(one.name for one in store.run.label_columns)])
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
     wanted_B = np.array([position[key] for key in asked.keys], np.int64)
-    size = job.labeller.batch_size
-    stored = np.asarray(asked.scaled_logits, dtype=np.float64)
-    now = np.empty_like(stored)
-    for view in np.unique(asked.views).tolist():
-        places = np.flatnonzero(asked.views == view)
-        for start in range(0, len(places), size):
-            part = places[start : start + size]
-            now[part] = _scaled_logits(job, wanted_B[part].tolist(), view, asked.content[part])
+    stored, now = (_label_rows if store.run.tokens is None else _label_positions)(job, asked, wanted_B)
     if store.run.activation == "sigmoid":
         return _compare_sigmoids(stored, now, _choose_allowed(store.run, store.manifest.totals.fidelity))
     stored -= stored.max(axis=-1, keepdims=True)
@@ -99,7 +98,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     finite = np.isfinite(stored) & np.isfinite(now)
     difference = np.abs(np.where(finite, stored - now, 0.0))
     return Recomputed(
-        rows=len(drawn_B),
+        rows=len(stored),
         mean_difference=float(difference.mean()),
         worst_difference=float(difference.max()),
         top1_disagreement=float((stored.argmax(axis=-1) != now.argmax(axis=-1)).mean()),
@@ -147,7 +146,54 @@ def _log_softmax(scaled_logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return logs
 
 
-def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> NDArray[np.float64]:
+def _iter_batches(
+    job: Job, asked: StoredRows, wanted_B: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], DecodedBatch]]:
+    """Yield (places among the rows, their samples) of batches of one view.
+
+    Raises:
+        MismatchError: a sample is not the one that was labelled.
+    """
+    size = job.labeller.batch_size
+    for view in np.unique(asked.views).tolist():
+        places = np.flatnonzero(asked.views == view)
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            yield part, _read_batch(job, wanted_B[part].tolist(), view, asked.content[part])
+
+
+def _label_rows(
+    job: Job, asked: StoredRows, wanted_B: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scaled logits as stored and as the teachers give them now."""
+    stored = np.asarray(asked.scaled_logits, dtype=np.float64)
+    now = np.empty_like(stored)
+    for part, batch in _iter_batches(job, asked, wanted_B):
+        (scaled,) = job.labeller.lane.scaled_logits(batch)
+        now[part] = scaled.double().cpu().numpy()
+    return stored, now
+
+
+def _label_positions(
+    job: Job, asked: StoredRows, wanted_B: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same of a few positions of each document."""
+    lane = job.labeller.lane
+    assert isinstance(lane, TokenLane)
+    starts_B = np.cumsum([0, *asked.positions])
+    stored, now = [], []
+    for part, batch in _iter_batches(job, asked, wanted_B):
+        for documents_P, ordinals_P, scaled in lane.sample_labels(batch, _POSITIONS):
+            rows_P = starts_B[part[documents_P]] + ordinals_P
+            columns = {one.name: asked.columns[one.name][rows_P] for one in asked.run.label_columns}
+            stored.append(replace(asked, columns=columns).scaled_logits.astype(np.float64))
+            now.append(scaled.double().cpu().numpy())
+    if not stored:
+        raise UsageError("recompute: the chosen documents have no labelled position; give a larger number of rows")
+    return np.concatenate(stored), np.concatenate(now)
+
+
+def _read_batch(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> DecodedBatch:
     batch = job.labeller.reader.batch(samples, view=view)
     if batch.bad:
         raise MismatchError(
@@ -159,5 +205,4 @@ def _scaled_logits(job: Job, samples: Sequence[int], view: int, stored_B: NDArra
             f"sample {batch.keys[int(changed[0])]!r} is not the one that was labelled (its content differs); give the "
             "data that was labelled as --data"
         )
-    (scaled,) = job.labeller.lane.scaled_logits(batch)
-    return scaled.double().cpu().numpy()
+    return batch

@@ -9,6 +9,7 @@ from softlabel.common.multi_hot import stack_labels
 from softlabel.dataset import Source, open_source, report_source
 from softlabel.inputs.content import changed_content, comparable, hashes_of, why_not_comparable
 from softlabel.loader.hard_labels import convert_labels, find_contradictions, read_hard_labels
+from softlabel.maintain.documents import tokenize_as_stored
 from softlabel.store.reader import Store
 
 CHUNK = 4096  # samples read at a time
@@ -49,6 +50,7 @@ def coverage(store: Store, data: str | Source, *, progress: bool | None = None) 
     """Check that a store has rows for exactly the samples of a source, of the same content and hard labels."""
     source = open_source(data)
     report_source(source)
+    source = tokenize_as_stored(source, store)
     bad = store.bad
     missing: list[str] = []
     changed: list[str] = []
