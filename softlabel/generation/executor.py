@@ -5,8 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Protocol
 
+from softlabel.generation.assemble import LabelledShard
 from softlabel.generation.job import Job
-from softlabel.generation.labeller import LabelledShard
 from softlabel.generation.pipeline import label_shards
 from softlabel.generation.progress import Progress
 from softlabel.store.manifest import ShardPlan

@@ -16,10 +16,10 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.dataset import Source
 from softlabel.errors import MismatchError, UsageError
+from softlabel.generation.assemble import LabelledShard
 from softlabel.generation.executor import LocalExecutor
 from softlabel.generation.growth import History, check_same_data
 from softlabel.generation.job import load_job
-from softlabel.generation.labeller import LabelledShard
 from softlabel.generation.reload import config_of, recorded_place, refuse_derived
 from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import changed_content, why_not_comparable
