@@ -11,6 +11,7 @@ from softlabel.common.multi_hot import UNKNOWN
 from softlabel.dataset.hard_labels import checked_labels, checked_multi_hot, choose_label
 from softlabel.errors import DataError
 from softlabel.inputs.base import IGNORE, InputKind
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.inputs.tensor import TENSORS
 from softlabel.inputs.text import TEXTS
@@ -39,11 +40,13 @@ def split_item(item: Any, name: str) -> tuple[Any, Any]:
             return item[holding], label
         if texts := _find_texts(item):
             return item[texts[0]] if len(texts) == 1 else tuple(item[name] for name in texts), label
+        if _is_chat(item.get("messages")):
+            return item["messages"], NO_LABEL
         inputs = {key: value for key, value in item.items() if key != chosen}
         if not inputs or not all(_is_numbers(value) and not _is_pixels(value) for value in inputs.values()):
             raise DataError(
-                f"{name}: expected items with 'image', 'text', or arrays named like a network's inputs, found "
-                f"{', '.join(map(str, item))}"
+                f"{name}: expected items with 'image', 'text', 'messages', or arrays named like a network's inputs, "
+                f"found {', '.join(map(str, item))}"
             )
         return inputs, label
     if isinstance(item, tuple | list):
@@ -71,12 +74,18 @@ def find_unread_texts(first: Any, name: str) -> tuple[str, ...]:
     )
 
 
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+
+
 def _is_numbers(value: Any) -> bool:
     return isinstance(value, np.ndarray | Tensor | int | float | np.number)
 
 
 def find_kind(value: Any) -> InputKind:
-    """Return whether items are images, uint8 (H, W) or (H, W, C), texts or pairs of them, or other numbers."""
+    """Return whether items are images, uint8 (H, W) or (H, W, C), texts or pairs of them, chats, or other numbers."""
+    if _is_chat(value):
+        return CHATS
     if isinstance(value, Mapping):
         return TENSORS
     if isinstance(value, str | tuple):

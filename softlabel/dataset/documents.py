@@ -120,7 +120,7 @@ def store_cells(cells: Sequence[Any], kind: InputKind, name: str) -> pa.Array:
 def document_rows(columns: Sequence[Any], kind: InputKind) -> list[Raw]:
     """The samples in Arrow columns: JSON texts of chats, or token ids; what cannot be used makes its row bad."""
     if kind == CHATS:
-        return [_chat_of(cell) for cell in columns[0].to_pylist()]
+        return [read_chat(cell) for cell in columns[0].to_pylist()]
     tokens, *masks = columns
     found: list[Raw] = []
     for row in range(len(tokens)):
@@ -129,7 +129,8 @@ def document_rows(columns: Sequence[Any], kind: InputKind) -> list[Raw]:
     return found
 
 
-def _chat_of(cell: Any) -> Raw:
+def read_chat(cell: Any) -> Raw:
+    """The JSON text of a chat, or why there is none."""
     if isinstance(cell, str):  # dumped while it was read
         return cell
     try:

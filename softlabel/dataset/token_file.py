@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class TokenWriter:
     def __init__(self, path: Path, dtype: str) -> None:
         self._path, self._dtype = path, np.dtype(dtype)
         self._parts = [path.with_name(f"{path.name}.{os.getpid()}.{word}.tmp") for word in ("ids", "mask")]
-        self._lengths: list[int] = []
+        self._lengths = array("i")
         self._all_count = True
 
     def __enter__(self) -> Self:
@@ -143,7 +144,7 @@ class TokenWriter:
             mask.seek(0)
             while block := mask.read(_BLOCK):
                 whole.write(block)
-        whole.write(np.array(self._lengths, "<i4").data)
+        whole.write(np.frombuffer(self._lengths, np.intc).astype("<i4").data)
         digest, size = xxhash.xxh3_128(), whole.tell()
         whole.seek(0)
         while block := whole.read(_BLOCK):
@@ -185,6 +186,8 @@ def locked_path(name: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for stale in folder.glob(f"{name}.bin.*.tmp"):  # of a process that was killed
+                stale.unlink(missing_ok=True)
             yield folder / f"{name}.bin"
     except OSError as error:
         raise DataError(

@@ -25,6 +25,7 @@ from softlabel.dataset.dataset_items import (
     parse_item_label,
     split_item,
 )
+from softlabel.dataset.documents import NO_LABELS, read_chat
 from softlabel.dataset.findings import Findings
 from softlabel.dataset.hard_labels import checked_labels
 from softlabel.dataset.huggingface import read_integers, stored_bytes, undecoded
@@ -32,6 +33,7 @@ from softlabel.dataset.image_folder import FolderSource
 from softlabel.dataset.source import TRIED, ListedSource, Source, span
 from softlabel.errors import BadImageError, DataError, SoftLabelError, SpecError, one_line
 from softlabel.inputs.base import IGNORE, Sample
+from softlabel.inputs.chat import CHATS
 
 _CHUNK = 64  # items read at once for their labels
 
@@ -85,6 +87,9 @@ class DatasetSource(ListedSource):
             first = next((item for item in candidates if not isinstance(item, BadImageError)), None)
         if kind == "dataset" and first is not None:
             self.inputs = find_kind(stored_bytes(split_item(first, self.name)[0]))
+        if self.inputs == CHATS:  # the next token is the label
+            self._ignore_labels, self._labels = True, None
+            ignore_labels = True
         listed = self._labels is not None
         if not ignore_labels and not listed and isinstance(first, Mapping):
             column = read_integers(self.dataset, choose_item_label(tuple(first), self.name)[0])
@@ -107,6 +112,7 @@ class DatasetSource(ListedSource):
             if isinstance(first, Mapping):
                 why = f"its items have no 'label', they have {', '.join(map(str, first))}"
             why = "labels are ignored, as requested" if ignore_labels else why
+            why = NO_LABELS if self.inputs == CHATS else why
             return Findings(without_labels=why, left_out=left_out)
         if listed:
             return Findings(labels_from="the dataset's list of labels", left_out=left_out)
@@ -168,6 +174,8 @@ class DatasetSource(ListedSource):
                 continue
             image, raw = split_item(item, self.name)
             image = stored_bytes(image)
+            if self.inputs == CHATS:
+                image = read_chat(image)
             if image is None:
                 image = BadImageError("the dataset returns None as its image")
             label: Any = IGNORE if self._ignore_labels else parse_item_label(raw, self.name, key, self.label_width)

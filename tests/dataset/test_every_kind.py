@@ -127,6 +127,14 @@ MASKS = [[(number + place) % 2 for place in range(number + 1)] for number in ran
 COUNTS = [[*mask[1:], 0] for mask in MASKS]
 
 
+class Conversations:
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"id": index, "messages": CHATS[index], "label": LABELS[index]}
+
+
 def columns_of(name: str, columns: dict[str, Any], options: str = "") -> Callable[[Path], str]:
     return lambda folder: write_texts(folder, name, columns) + options
 
@@ -182,6 +190,7 @@ CASES = {
     "pair-jsonl": Case(pairs("t.jsonl"), PAIRS),
     "chat-jsonl": Case(columns_of("t.jsonl", {"messages": CHATS}), CHATS, NONE),
     "chat-parquet": Case(columns_of("t.parquet", {"c": CHATS, "label": LABELS}, "?messages=c"), CHATS, NONE),
+    "chat-dataset": Case(lambda folder: Conversations(), CHATS, NONE),
     "ids-jsonl": Case(columns_of("t.jsonl", {"x": IDS, "m": MASKS}, "?tokens=x&mask=m"), IDS, NONE, COUNTS),
     "ids-parquet": Case(columns_of("t.parquet", {"x": IDS, "m": MASKS}, "?tokens=x&mask=m"), IDS, NONE, COUNTS),
     "ids-parquet-all": Case(columns_of("t.parquet", {"x": IDS}, "?tokens=x"), IDS, NONE),

@@ -178,6 +178,7 @@ def test_documents_are_kept_until_the_data_change(tmp_path: Path, vocabulary: Vo
         == first[1]
     )
 
+    (cache / f"{file.name}.77.ids.tmp").write_bytes(b"of a process that was killed")
     for damage in ("flip", "cut", "empty"):
         content = bytearray(file.read_bytes())
         content[3] ^= 1
