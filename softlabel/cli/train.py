@@ -132,7 +132,7 @@ def evaluate(
     data: str,
     model: str,
     labels: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     missing: Literal["error", "skip", "hard-only"] = "error",
     workers: int = 0,
@@ -143,15 +143,16 @@ def evaluate(
     """Measure a model: accuracy, cross-entropy, calibration error, agreement with the teacher of a store.
 
     Of a model with several labels at once: mAP, AUROC and F1 in place of the accuracy.
+    Of a language model: NLL and perplexity, accuracy and calibration error of the next tokens.
 
     Example:
         softlabel evaluate --data test.parquet --model runs/kd
 
     Args:
-        data: a SOURCE with hard labels.
+        data: a SOURCE with hard labels, or with texts, chats or tokens for a language model.
         model: the folder of a run, or a SPEC with a checkpoint.
         labels: a store of the same data, to compare the model with.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass, absent: 256; of a language model tokens, absent: 8192.
         precision: of the forward pass.
         missing: what to do with samples without a row in the store.
         workers: decoding processes.

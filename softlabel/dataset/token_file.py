@@ -77,6 +77,11 @@ class TokenFile:
         self._open()
 
     @property
+    def checksum(self) -> str:
+        """XXH3-128 of ids, mask and lengths."""
+        return str(self._footer["xxh3"])
+
+    @property
     def left(self) -> Left:
         found = self._footer["left"]
         bad = {int(number): reason for number, reason in found["bad"].items()}

@@ -84,6 +84,11 @@ class TokenizedSource(Source):
         self.truncated = self._left.truncated
         self.counted = self._count()
 
+    @property
+    def checksum(self) -> str:
+        """The XXH3-128 of all ids, masks and lengths."""
+        return self._file.checksum
+
     def _count(self) -> NDArray[np.int32]:
         if self._file.mask is None:
             return self.lengths

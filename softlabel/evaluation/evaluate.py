@@ -18,14 +18,16 @@ from softlabel.common.arguments import check_arguments
 from softlabel.common.device import resolve_device
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source, first_samples, open_source, report_source, require_samples
-from softlabel.errors import MismatchError
+from softlabel.errors import MismatchError, UsageError
+from softlabel.evaluation.language import evaluate_language_model
 from softlabel.evaluation.metrics import Evaluation, Totals
 from softlabel.evaluation.multi_label import MultiLabelTotals
 from softlabel.evaluation.network import build_network, compute_logits, evaluating, spec_of
 from softlabel.inputs.base import InputTransform
+from softlabel.inputs.tokens import TOKENS
 from softlabel.inputs.transforms import default_transform
 from softlabel.loader import Batch, Missing, SoftLabelLoader
-from softlabel.models import RunModel, read_run
+from softlabel.models import LanguageModel, RunModel, names_language_model, read_run
 from softlabel.models.precision import Precision
 from softlabel.models.program import Program
 from softlabel.store.open import open_store
@@ -39,7 +41,7 @@ def evaluate(
     labels: str | Path | Store | None = None,
     *,
     preprocessing: InputTransform | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: Precision = "fp32",
     device: str = "auto",
     workers: int = 0,
@@ -57,7 +59,7 @@ def evaluate(
             teacher_kl and teacher_accuracy are measured on view 0, in a pass of their own; all else on the images as
             they are.
         preprocessing: how images are prepared; absent: the model's own, or for a module [0, 1] as they are.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass, absent: 256; of a language model tokens, absent: 8192.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto, cpu, cuda or cuda:N.
         workers: processes that decode.
@@ -67,25 +69,49 @@ def evaluate(
         activation: softmax, or sigmoid of independent outputs (several labels at once, or one single output), which
             give a `MultiLabelEvaluation`; absent: that of the store, of the run, or what the labels are.
 
+    Returns:
+        The figures; those of a language model are a `TokenEvaluation`.
+
     Raises:
         SpecError: the model cannot be built.
+        UsageError: an option that a language model does not have.
         MismatchError: the model's classes are not those of the data or the store.
         DataError, StoreError: data or store cannot be read.
     """
     target = resolve_device(device)
     source = open_source(data, key_fn=key_fn)
     require_samples(source)
+    store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
+    spec = None if isinstance(model, nn.Module) else spec_of(model)
+    if isinstance(model, LanguageModel) or (spec is not None and names_language_model(parse_spec(spec))):
+        if activation == "sigmoid":
+            raise UsageError(f"activation: expected softmax for a language model, found {activation}; leave it out")
+        chosen, transform = (model, preprocessing) if spec is None else build_network(spec, TOKENS.name, precision)
+        assert isinstance(chosen, LanguageModel)
+        report_source(source)
+        return evaluate_language_model(
+            spec or "the network",
+            chosen,
+            source,
+            store,
+            transform=transform,
+            batch_tokens=batch_size or 8192,
+            precision=precision,
+            device=target,
+            workers=workers,
+            missing=missing,
+            progress=progress,
+        )
     if isinstance(model, nn.Module):
         module = model
         if preprocessing is None:
             preprocessing = default_transform(source.inputs, first_samples(source))
     else:
-        spec = spec_of(model)
+        assert spec is not None
         module, own = build_network(spec, source.inputs.name, precision)
         preprocessing = preprocessing or own
     report_source(source)
-    store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
-    activation = _choose_activation(activation, None if isinstance(model, nn.Module) else spec, source, store)
+    activation = _choose_activation(activation, spec, source, store)
     if isinstance(module, Program):
         module.activation = activation
 
@@ -93,7 +119,7 @@ def evaluate(
         loader = SoftLabelLoader(
             source,
             store,
-            batch_size=batch_size,
+            batch_size=batch_size or 256,
             shuffle=False,
             preprocessing=preprocessing,
             missing=missing,

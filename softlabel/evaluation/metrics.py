@@ -69,10 +69,14 @@ class Evaluation:
             ("accuracy of the teacher", self.teacher_accuracy),
         )
 
+    @property
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """What is printed before the figures."""
+        labelled = (("labelled", self.labelled),) if self.labelled != self.samples else ()
+        return (("samples", self.samples), *labelled)
+
     def __str__(self) -> str:
-        lines = [("samples", f"{self.samples:,}")]
-        if self.labelled != self.samples:
-            lines.append(("labelled", f"{self.labelled:,}"))
+        lines = [(name, f"{value:,}") for name, value in self.counts]
         lines += [(name, f"{value:.4f}") for name, value in self.figures if value is not None]
         lines += [("teacher", self.note)] if self.note is not None else []
         width = max(len(name) for name, _ in lines)
@@ -92,7 +96,7 @@ def calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
 class Totals:
     """Sums over batches, float64."""
 
-    NAMES = (
+    NAMES: ClassVar[tuple[str, ...]] = (
         *("samples", "labelled", "correct", "nats"),
         *("known", "agreed", "known_labelled", "known_correct", "comparable", "teacher_nats"),
     )
@@ -104,9 +108,17 @@ class Totals:
         self.unknown = 0.0  # images whose soft labels do not determine a most probable class
 
     def add(self, logits_BC: Tensor, batch: Batch) -> None:
+        """Take in a batch; rows of weight 0 do not count."""
         counts_B = torch.ones_like(batch.labels, dtype=torch.bool) if batch.weight is None else batch.weight > 0
-        labelled_B = (batch.labels != IGNORE) & counts_B
-        labels_B = batch.labels[labelled_B]
+        known_B = counts_B if batch.has_target is None else counts_B & batch.has_target
+        self._add_rows(logits_BC, batch.labels, counts_B, batch.target, known_B)
+
+    def _add_rows(
+        self, logits_BC: Tensor, all_labels_B: Tensor, counts_B: Tensor, target: Target | None, known_B: Tensor
+    ) -> None:
+        """Take in the rows that count; those that are known have a target."""
+        labelled_B = (all_labels_B != IGNORE) & counts_B
+        labels_B = all_labels_B[labelled_B]
         if len(labels_B) and int(labels_B.max()) >= logits_BC.shape[1]:
             raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the data has label {int(labels_B.max())}")
         log_probs_BC = F.log_softmax(logits_BC, dim=1)
@@ -120,9 +132,8 @@ class Totals:
             correct=correct_B.sum(),
             nats=F.nll_loss(log_probs_BC[labelled_B], labels_B, reduction="sum"),
         )
-        if batch.target is not None:
-            known_B = counts_B if batch.has_target is None else counts_B & batch.has_target
-            self._add_teacher(logits_BC[known_B], best_B[known_B], batch.target.take(known_B), batch.labels[known_B])
+        if target is not None:
+            self._add_teacher(logits_BC[known_B], best_B[known_B], target.take(known_B), all_labels_B[known_B])
 
     def _add_teacher(self, logits_BC: Tensor, best_B: Tensor, target: Target, labels_B: Tensor) -> None:
         if target.num_classes != logits_BC.shape[1]:
@@ -139,20 +150,29 @@ class Totals:
             known_labelled=labelled_B.sum(),
             known_correct=(teacher_B == labels_B)[labelled_B].sum(),
         )
-        if isinstance(target, DenseTarget | Int8Target | HeadTarget):
-            log_p_BC = teacher_log_probs(target, torch.float64)
-            log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
-            p_BC = log_p_BC.exp()
-            self._sum(
-                comparable=len(best_B),
-                teacher_nats=torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum(),
-            )
+        nats = self._sum_divergence(logits_BC, target)
+        if nats is not None:
+            self._sum(comparable=len(best_B), teacher_nats=nats)
+
+    def _sum_divergence(self, logits_BC: Tensor, target: Target) -> Tensor | None:
+        """KL(teacher || model) at the target's temperature, summed over rows; None where the target does not say it."""
+        if not isinstance(target, DenseTarget | Int8Target | HeadTarget):
+            return None
+        log_p_BC = teacher_log_probs(target, torch.float64)
+        log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
+        p_BC = log_p_BC.exp()
+        return torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum()
 
     def _sum(self, **values: float | Tensor) -> None:
         for name, value in values.items():
             self.sums[name] += float(value)
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None) -> Evaluation:
+        """The figures; `reduce` adds up a tensor over processes, each of which has other samples."""
+        return Evaluation(**self._summarize(reduce)[0])
+
+    def _summarize(self, reduce: Callable[[Tensor], Tensor] | None) -> tuple[dict[str, Any], dict[str, float]]:
+        """The fields of an `Evaluation`, and the sums that they follow from."""
         sums, bins_3K, unknown = self.sums, self.bins_3K, self.unknown
         if reduce is not None:
             flat = torch.tensor([*sums.values(), unknown], dtype=torch.float64)
@@ -168,19 +188,20 @@ class Totals:
             note = "the store holds classes drawn from the teacher, which do not determine its most probable one"
         elif sums["known"] and not sums["comparable"]:
             note = "the store holds the teacher's largest classes alone: no KL divergence over all of them"
-        return Evaluation(
-            samples=int(sums["samples"]),
-            labelled=int(sums["labelled"]),
-            accuracy=mean("correct", "labelled"),
-            cross_entropy=mean("nats", "labelled"),
-            calibration_error=expected_calibration_error(*bins_3K) if sums["labelled"] else None,
-            with_teacher=int(sums["known"]),
-            agreement=mean("agreed", "known"),
-            teacher_kl=mean("teacher_nats", "comparable"),
-            teacher_accuracy=mean("known_correct", "known_labelled"),
-            temperature=self.temperature,
-            note=note,
-        )
+        figures = {
+            "samples": int(sums["samples"]),
+            "labelled": int(sums["labelled"]),
+            "accuracy": mean("correct", "labelled"),
+            "cross_entropy": mean("nats", "labelled"),
+            "calibration_error": expected_calibration_error(*bins_3K) if sums["labelled"] else None,
+            "with_teacher": int(sums["known"]),
+            "agreement": mean("agreed", "known"),
+            "teacher_kl": mean("teacher_nats", "comparable"),
+            "teacher_accuracy": mean("known_correct", "known_labelled"),
+            "temperature": self.temperature,
+            "note": note,
+        }
+        return figures, sums
 
 
 def count_bins(confidence_N: Tensor, correct_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

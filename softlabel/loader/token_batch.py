@@ -72,6 +72,26 @@ class TokenBatch:
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
         return (same_BLL & causal_LL)[:, None]
 
+    def take(self, lines: slice, places: slice) -> Self:
+        """Some of the lines, without keys, samples and rows.
+
+        Args:
+            lines: which.
+            places: of all that count, those in the lines; their number follows from `places`, which the CPU would have
+                to wait for where the batch is on a GPU.
+        """
+        length = self.tokens.shape[1]
+        return replace(
+            self,
+            **{name: getattr(self, name)[lines] for name in ("tokens", "position_ids", "segments", "labels", "weight")},
+            places=self.places[places] - lines.start * length,
+            target=None if self.target is None else self.target.take(places),
+            has_target=None if self.has_target is None else self.has_target[places],
+            keys=(),
+            samples=self.samples[:0],
+            rows=self.rows[:0],
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on another device; `samples` and `rows` are for the reader and stay where they are."""
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _MOVED}

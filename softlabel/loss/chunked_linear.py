@@ -79,15 +79,19 @@ def linear_losses(
     settings: LogitSettings,
     rows_of: Rows,
     wanted: tuple[bool, bool, bool],
+    observe: Callable[[slice | Tensor, Tensor, Target | None], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor, LinearGradients]:
     """total, soft and hard, reduced as the call says, and the gradients of the total's sum over rows.
 
     Args:
         rows_of: losses and gradient of logits (R, C), see `softlabel.loss.rows.RowLosses`; it may write over them.
         wanted: whether the gradients of hidden states, matrix and bias are.
+        observe: is called with rows, logits and target (None without a soft term) of each chunk.
     """
     with torch.no_grad(), torch.autocast(given.hidden.device.type, enabled=False):
-        return _LinearChunks(given, call, settings, rows_of, wanted).run()
+        chunks = _LinearChunks(given, call, settings, rows_of, wanted)
+        chunks.observe = observe
+        return chunks.run()
 
 
 class _LinearChunks:
@@ -106,6 +110,7 @@ class _LinearChunks:
         self.grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wanted[0] else None
         self.grad_CD = torch.zeros(weight_CD.shape, dtype=dtype, device=device) if wanted[1] else None
         self.grad_C = torch.zeros(len(weight_CD), dtype=dtype, device=device) if wanted[2] else None
+        self.observe: Callable[[slice | Tensor, Tensor, Target | None], None] | None = None
         self.range: Tensor | None = None
         if self.half and hidden_ND.dtype == torch.float16 and self.want_grad:
             self.range = self._half_range()
@@ -158,9 +163,10 @@ class _LinearChunks:
         if not self.half:
             hidden_RD = hidden_RD.to(self.dtype)
         z_RC = self._logits(hidden_RD, self.z_RC[:count])
-        losses = self.rows_of(
-            widened(z_RC, self.call.settings.temperature), self._call_of(rows, count), want_grad=self.want_grad
-        )
+        call = self._call_of(rows, count)
+        if self.observe is not None:
+            self.observe(rows, z_RC, call.target if call.settings.soft_weight != 0 else None)
+        losses = self.rows_of(widened(z_RC, call.settings.temperature), call, want_grad=self.want_grad)
         self.soft_N[rows], self.hard_N[rows] = losses.soft, losses.hard
         if losses.grad is None:
             return

@@ -7,7 +7,7 @@ all of them; the gradients of h, W and b are computed with the loss and handed o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -39,10 +39,12 @@ from softlabel.loss.functional import LossComponents
 from softlabel.loss.rows import LossCall, Shares, row_shares, work_dtype
 from softlabel.loss.targets import SampledTarget, SigmoidTarget, Target, retemper_factor
 
-__all__ = ["LinearImpl", "linear_distillation_loss", "linear_distillation_loss_components"]
+__all__ = ["LinearImpl", "Observe", "linear_distillation_loss", "linear_distillation_loss_components"]
 
 LinearImpl = Literal["auto", "reference", "torch", "triton"]
 IMPLS = ("auto", "reference", "torch", "triton")
+# Rows of a chunk (a slice or int64 positions), their logits and their target (None without a soft term).
+Observe = Callable[[slice | Tensor, Tensor, Target | None], None]
 
 
 def linear_distillation_loss(
@@ -138,8 +140,14 @@ def linear_distillation_loss_components(
     softcap: float | None = None,
     chunk_rows: int | None = None,
     impl: LinearImpl = "auto",
+    observe: Observe | None = None,
 ) -> LossComponents:
     """`linear_distillation_loss` with its two terms beside it; arguments and errors are the same.
+
+    Args:
+        observe: is given the logits of each chunk of rows while they exist, without gradient, for figures such as the
+            accuracy, which need no second product so; it must not change them. Rows that count for nothing are left
+            out.
 
     Returns:
         `LossComponents`, each a scalar (or (N,), or (B, L)).
@@ -185,7 +193,7 @@ def linear_distillation_loss_components(
         run = torch.compiler.disable(  # type: ignore[no-untyped-call]
             _run_fused, reason="the fused linear distillation loss cannot be traced; compile without fullgraph"
         )
-    parts = run(Parameters(rows_ND, head_weight_CD, head_bias_C), call, logit_settings, impl)
+    parts = run(Parameters(rows_ND, head_weight_CD, head_bias_C), call, logit_settings, impl, observe)
     dtype = work_dtype(hidden_ND)
     parts = (parts[0].to(dtype), parts[1].to(dtype), parts[2].to(dtype))
     if reduction == "none" and len(shape) > 1:
@@ -193,18 +201,28 @@ def linear_distillation_loss_components(
     return LossComponents(*parts)
 
 
-def _run_whole(given: Parameters, call: LossCall, settings: LogitSettings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _run_whole(
+    given: Parameters, call: LossCall, settings: LogitSettings, impl: str, observe: Observe | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of all rows in float64, plain differentiable torch."""
     bias_C = None if given.bias is None else given.bias.double()
     with torch.autocast(given.hidden.device.type, enabled=False):
-        hidden_ND = torch.where(counted_rows(call)[:, None], given.hidden, 0.0).double()
+        counted_N = counted_rows(call)
+        hidden_ND = torch.where(counted_N[:, None], given.hidden, 0.0).double()
         logits_NC = cap_logits(F.linear(hidden_ND, given.weight.double(), bias_C), settings)
+        if observe is not None:
+            rows = counted_N.nonzero()[:, 0]
+            target = call.target.take(rows) if call.settings.soft_weight != 0 else None
+            observe(rows, logits_NC.detach()[rows], target)
         return run_loss(logits_NC, call, impl="reference")
 
 
-def _run_fused(given: Parameters, call: LossCall, settings: LogitSettings, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def _run_fused(
+    given: Parameters, call: LossCall, settings: LogitSettings, impl: str, observe: Observe | None
+) -> tuple[Tensor, Tensor, Tensor]:
     device = given.hidden.device
     rows_of = chunk_losses(impl, device)
+    observers = [observe]  # of the first pass: a backward pass may compute all of it once more
     # What autocast would do with the product; the loss itself is never in half precision.
     half = torch.get_autocast_dtype(device.type) if _is_autocast(given.hidden) and device.type == "cuda" else None
 
@@ -221,7 +239,8 @@ def _run_fused(given: Parameters, call: LossCall, settings: LogitSettings, impl:
             factor_N = factor_N.to(shares.soft.dtype)
             shares = Shares(soft=shares.soft * factor_N, hard=shares.hard * factor_N, gaps=True)
         rows = Parameters(hidden_ND, weight_CD, bias_C)
-        return linear_losses(rows, replace(call, shares=shares), settings, rows_of, wanted)
+        watching = observers.pop() if observers else None
+        return linear_losses(rows, replace(call, shares=shares), settings, rows_of, wanted, watching)
 
     parts = [getattr(call.target, name) for name in call.target.__slots__]
     inputs = tensors_of([call.labels, call.shares.soft, call.shares.hard, *parts])

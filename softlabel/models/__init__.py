@@ -9,7 +9,7 @@ from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_lm import LanguageModel, check_packing
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
 from softlabel.models.program import Program, logits_of, refuse_precision
-from softlabel.models.runs import RunModel, network_of, read_run, save_run
+from softlabel.models.runs import RunModel, names_language_model, network_of, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "class_names_of",
     "load_weights",
     "logits_of",
+    "names_language_model",
     "network_of",
     "own_preprocessing",
     "published_weights",

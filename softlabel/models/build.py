@@ -22,6 +22,7 @@ from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
 from softlabel.models.from_lm import (
+    LanguageModel,
     build_lm,
     check_vocabulary,
     lm_from_config,
@@ -143,7 +144,7 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
         options |= {k: str(v) for k, v in size_of_weights(student, weights).items() if k not in options}
         bare = Spec(kind=student.kind, name=student.name, options=options)
         model = build_model(bare, num_classes=run.num_classes)
-    fill(spec, model, weights)
+    fill(spec, model.network if isinstance(model, LanguageModel) else model, weights)
     return model
 
 

@@ -14,6 +14,7 @@ downloaded, no code of a folder is run, and weights are read from safetensors al
 Legend: B batch, D width, L positions, P some positions, V tokens.
 """
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -146,6 +147,12 @@ def lm_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | Non
             f"{vocabulary.size}; put the run's own back"
         )
     return LanguageModel(lm_of_config(Spec(kind=spec.kind, name=spec.name), config).float(), vocabulary)
+
+
+def describe_network(model: LanguageModel) -> bytes:
+    """The network as transformers' config.json has it."""
+    fields = {**json.loads(model.network.config.to_json_string()), "architectures": [type(model.network).__name__]}
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _load(spec: Spec) -> Any:

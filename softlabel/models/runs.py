@@ -12,11 +12,11 @@ from torch import nn
 
 from softlabel.common.activation import Activation
 from softlabel.common.atomic_file import write_atomically
-from softlabel.common.spec import parse_spec
+from softlabel.common.spec import Spec, parse_spec
 from softlabel.errors import SpecError
 from softlabel.inputs.tokenizer import TOKENIZER
 from softlabel.models.from_hf import HuggingFaceClassifier
-from softlabel.models.from_lm import LanguageModel
+from softlabel.models.from_lm import LanguageModel, describe_network
 from softlabel.models.from_text import TextClassifier
 from softlabel.models.weights import plain_names
 
@@ -47,10 +47,18 @@ def network_of(run: RunModel) -> RunModel:
     return run
 
 
+def names_language_model(spec: Spec) -> bool:
+    """Whether the network of a SPEC is a language model, or a run that trained one."""
+    if spec.kind == "run":
+        spec = parse_spec(network_of(read_run(spec.name)).student)
+    return spec.kind == "lm"
+
+
 def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunModel) -> None:
     """Write `model.safetensors` and `model.json` into a run folder, so that ``run:FOLDER`` is a SPEC."""
     folder = Path(folder)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    saved = model.network if isinstance(model, LanguageModel) else model
+    state = {name: value.detach().cpu().contiguous() for name, value in saved.state_dict().items()}
     # safetensors refuses tensors that share memory, as tied weights do.
     state = {name: value.clone() for name, value in state.items()}
     write_atomically(folder / "model.safetensors", save(plain_names(state)))
@@ -67,7 +75,8 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
     if isinstance(model, TextClassifier):
         write_atomically(folder / TOKENIZER, model.tokenizer.content)
     if isinstance(model, LanguageModel):
-        for name, content in model.vocabulary.files().items():
+        # With the names of the network's own weights above, transformers reads the folder too.
+        for name, content in {**model.vocabulary.files(), "config.json": describe_network(model)}.items():
             write_atomically(folder / name, content)
     # Last: a folder with a model.json in it is a whole one.
     write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())

@@ -31,7 +31,11 @@ class TrainConfig:
         streaming: read images and labels block by block, each once an epoch, for data that is not in memory; the order
             is then shuffled within windows of blocks.
         epochs: passes over the data.
-        batch_size: samples a step, over all processes together.
+        batch_size: samples a step, over all processes together; absent: 128.
+        pack: of a language model: positions of a line, which takes as many documents as fit; they do not see each
+            other.
+        pad: of a language model: positions of a line, which takes one document and is filled up; in place of `pack`.
+        batch_tokens: of a language model: positions a step, in whole lines, over all processes together; absent: 8192.
         accumulate: parts into which a batch is cut, one forward and backward pass each.
         temperature: of the soft term; absent: that of the store.
         combine: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
@@ -41,7 +45,7 @@ class TrainConfig:
         hard_weight: of the hard term; absent: 0.1 beside a soft term, 1 without.
         label_smoothing: of the hard term.
         mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
-        optimizer: sgd (with momentum) or adamw.
+        optimizer: sgd (with momentum) or adamw; absent: adamw for a language model, sgd for others.
         lr: the highest learning rate; absent: 0.1 for sgd, 0.001 for adamw.
         momentum: of sgd.
         nesterov: whether sgd looks ahead.
@@ -89,7 +93,10 @@ class TrainConfig:
     source_ratio: str | None = None
     streaming: bool = False
     epochs: int = 10
-    batch_size: int = 128
+    batch_size: int | None = None
+    pack: int | None = None
+    pad: int | None = None
+    batch_tokens: int | None = None
     accumulate: int = 1
     temperature: float | list[float] | None = None
     combine: Literal["logits", "probs"] | None = None
@@ -98,7 +105,7 @@ class TrainConfig:
     hard_weight: float | list[float] | None = None
     label_smoothing: float | list[float] = 0.0
     mixup: float = 0.0
-    optimizer: Literal["sgd", "adamw"] | list[Literal["sgd", "adamw"]] = "sgd"
+    optimizer: Literal["sgd", "adamw"] | list[Literal["sgd", "adamw"]] | None = None
     lr: float | list[float] | None = None
     momentum: float = 0.9
     nesterov: bool = True
@@ -143,7 +150,25 @@ class TrainConfig:
                 if len(value) == 1:  # one value of an option that takes several
                     object.__setattr__(self, name, value[0])
         _check_numbers(self)
+        _check_lines(self)
+        has_lines = self.line is not None
+        if has_lines and self.batch_tokens is None:
+            object.__setattr__(self, "batch_tokens", 8192)
+        if not self.of_documents and self.batch_size is None:
+            object.__setattr__(self, "batch_size", 128)
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "adamw" if has_lines else "sgd")
         _check_combinations(self)
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether the options of a language model's batches are given."""
+        return (self.pack, self.pad, self.batch_tokens) != (None, None, None)
+
+    @property
+    def line(self) -> int | None:
+        """Positions of a line of a language model's batches."""
+        return self.pad if self.pack is None else self.pack
 
     @property
     def source_counts(self) -> tuple[int, ...] | None:
@@ -174,7 +199,9 @@ class TrainConfig:
 
     def shared_identity(self) -> dict[str, Any]:
         """The settings that all students have in common and that decide what their weights become."""
-        return {name: value for name, value in asdict(self).items() if name not in (*_NOT_IDENTITY, *GRID)}
+        found = {name: value for name, value in asdict(self).items() if name not in (*_NOT_IDENTITY, *GRID)}
+        unused = ("batch_size",) if self.of_documents else ("pack", "pad", "batch_tokens")
+        return {name: value for name, value in found.items() if name not in unused}
 
 
 # Whose several values make several students, in the order in which their names have them.
@@ -193,6 +220,9 @@ _NOT_IDENTITY = {"data", "out", "labels", "eval_data", "device", "workers", "cac
 _AT_LEAST: Mapping[str, float] = {
     "epochs": 1,
     "batch_size": 1,
+    "pack": 1,
+    "pad": 1,
+    "batch_tokens": 1,
     "accumulate": 1,
     "soft_weight": 0,
     "hard_weight": 0,
@@ -233,6 +263,20 @@ def _check_numbers(config: TrainConfig) -> None:
             raise UsageError(f"{name}: expected different values, found {values}")
 
 
+def _check_lines(config: TrainConfig) -> None:
+    """The options of a language model's batches fit each other."""
+    if config.pack is not None and config.pad is not None:
+        raise UsageError(
+            f"pack and pad: expected one of them, the positions of a line, found {config.pack} and {config.pad}; give "
+            "--pack for several documents a line, or --pad for one"
+        )
+    if config.of_documents and config.batch_size is not None:
+        raise UsageError(
+            f"batch_size: {config.batch_size} counts samples, a language model's batches are counted in tokens; give "
+            "--batch-tokens alone"
+        )
+
+
 def _check_combinations(config: TrainConfig) -> None:
     """Options that need another one, or exclude it: nothing that was asked for is ignored."""
     soft = [weight for weight in config.values("soft_weight") if weight != 0]  # None stands for 0.9 with a store
@@ -266,5 +310,7 @@ def _check_combinations(config: TrainConfig) -> None:
         raise UsageError(
             "source_ratio: data that is read block by block has one order; leave --source-ratio or --streaming out"
         )
-    if config.accumulate > config.batch_size:
-        raise UsageError(f"accumulate: a batch of {config.batch_size} cannot be cut into {config.accumulate} parts")
+    size = config.batch_size or (config.batch_tokens or 1) // (config.line or 1)
+    if config.accumulate > size:
+        lines = " lines" if config.of_documents else ""
+        raise UsageError(f"accumulate: a batch of {size}{lines} cannot be cut into {config.accumulate} parts")

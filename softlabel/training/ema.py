@@ -27,10 +27,12 @@ class Average:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         mine, theirs = self.model.state_dict(), model.state_dict()
-        floating = [name for name, value in mine.items() if value.is_floating_point()]
+        # By parameter: one that has two names, as tied embeddings have, is averaged once.
+        own = {id(value): name for name, value in self.model.state_dict(keep_vars=True).items()}.values()
+        floating = [name for name in own if mine[name].is_floating_point()]
         averages: list[Tensor] = [mine[name] for name in floating]
         torch._foreach_lerp_(averages, [theirs[name] for name in floating], 1 - decay)
-        for name in mine.keys() - set(floating):
+        for name in set(own) - set(floating):
             mine[name].copy_(theirs[name])
 
     def state_dict(self) -> dict[str, Any]:

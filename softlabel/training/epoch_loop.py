@@ -14,9 +14,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from softlabel.evaluation.evaluate import Measurement
 from softlabel.evaluation.metrics import Evaluation
-from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.models.precision import ieee_float32
 from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
@@ -24,8 +22,9 @@ from softlabel.training.distributed import Ranks
 from softlabel.training.interrupts import Interrupts
 from softlabel.training.metrics import write_csv
 from softlabel.training.parallel_students import ParallelStudents
-from softlabel.training.step import Counts, Step, cut, prepare, without_filler
+from softlabel.training.step import Counts, Step
 from softlabel.training.student import Student
+from softlabel.training.task import Loader, Task
 from softlabel.training.trackers import Trackers
 
 log = logging.getLogger("softlabel")
@@ -36,26 +35,25 @@ class Pass:
 
     Args:
         students: those that are not finished; resumed from their checkpoints already.
-        num_classes: of all of them.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         ranks: Ranks,
-        loader: SoftLabelLoader,
-        eval_loader: SoftLabelLoader | None,
+        task: Task,
+        loader: Loader,
+        eval_loader: Loader | None,
         students: Sequence[Student],
-        num_classes: int,
     ) -> None:
-        self.config, self.ranks, self.loader, self.eval_loader = config, ranks, loader, eval_loader
-        self.students, self.num_classes = students, num_classes
+        self.config, self.ranks, self.task, self.loader, self.eval_loader = config, ranks, task, loader, eval_loader
+        self.students = students
         self._active = [student for student in students if student.failure is None]
         self._saved = time.perf_counter()
 
     def run(self) -> None:
         """All that is left to do. Raises KeyboardInterrupt after saving where every student is."""
-        steps = len(self.loader)
+        units, steps = self.task.count_units(self.loader), len(self.loader)
         for student in list(self._active):
             if student.is_done:
                 self._publish(student)
@@ -64,9 +62,9 @@ class Pass:
         epoch, step = min(student.place for student in self._active)
         shown = self.config.progress if self.ranks.is_first else False
         bar = tqdm(
-            total=self.config.epochs * steps * self.config.batch_size,
-            initial=(epoch * steps + step) * self.config.batch_size,
-            unit=self.loader.dataset.source.inputs.unit,
+            total=self.config.epochs * units,
+            initial=epoch * units + step * units // steps,
+            unit=self.task.unit,
             unit_scale=True,
             desc=self.students[0].config.student if len(self.students) == 1 else f"{len(self.students)} students",
             disable=None if shown is None else not shown,
@@ -75,7 +73,7 @@ class Pass:
             bar,
             ieee_float32(),
             logging_redirect_tqdm(),
-            Trackers(self.config, self._active if self.ranks.is_first else [], steps) as trackers,
+            Trackers(self.config, self._active if self.ranks.is_first else []) as trackers,
             Interrupts() as interrupts,
             ParallelStudents(self._at_once()) as workers,
         ):
@@ -99,8 +97,10 @@ class Pass:
     def _epoch(
         self, epoch: int, step: int, workers: ParallelStudents, bar: "tqdm[Any]", interrupts: Interrupts
     ) -> None:
-        steps = len(self.loader)
         self.loader.set_epoch(epoch, step)
+        steps = len(self.loader)
+        for student in self._active:
+            student.steps = steps if student.epoch == epoch else student.steps
         last = time.perf_counter()
         for batch in self.loader:
             work, stop, due = self._work(batch, epoch, step, interrupts)
@@ -112,7 +112,7 @@ class Pass:
             for student in self._active:
                 student.seconds += now - last if student.epoch == epoch else 0.0
             last = now
-            bar.update(work.whole.rows)
+            bar.update(work.whole.units)
             self._give_up()
             if step == steps or not self._active:
                 break
@@ -128,23 +128,16 @@ class Pass:
                 self._saved = time.perf_counter()
         workers.drain()
 
-    def _work(self, batch: Batch, epoch: int, step: int, interrupts: Interrupts) -> tuple[Step, bool, bool]:
+    def _work(self, batch: Any, epoch: int, step: int, interrupts: Interrupts) -> tuple[Step, bool, bool]:
         """The step for all students; whether to stop after it, and whether to save: what any process says, all do."""
-        batch, counts_B = without_filler(batch)
-        parts = cut(batch, counts_B, self.config.accumulate)
+        batch, parts = self.task.cut(batch)
         due = time.perf_counter() - self._saved > 60 * self.config.checkpoint_minutes
-        totals = [sum(getattr(counts, name) for _, counts in parts) for name in ("rows", "soft", "hard")]
-        rows, soft, hard, stop, save = self.ranks.sum([*totals, interrupts.pending, due])
-        whole = Counts(rows=int(rows), soft=int(soft), hard=int(hard))
-        work = prepare(
-            batch.to(self.ranks.device, non_blocking=True),
-            parts,
-            whole,
-            [student.preprocessing for student in self._active],
-            epoch=epoch,
-            step=step,
-            with_teacher=any(student.config.soft_weight > 0 for student in self._active),
-        )
+        totals = [sum(getattr(counts, name) for _, counts in parts) for name in ("rows", "soft", "hard", "units")]
+        *totals, stop, save = self.ranks.sum([*totals, interrupts.pending, due])
+        rows, soft, hard, units = map(int, totals)
+        whole = Counts(rows=rows, soft=soft, hard=hard, units=units)
+        moved = batch.to(self.ranks.device, non_blocking=True)
+        work = self.task.prepare(moved, parts, whole, self._active, epoch=epoch, step=step)
         return work, bool(stop), bool(save)
 
     def _give_up(self) -> None:
@@ -158,7 +151,7 @@ class Pass:
                     log.warning("%s is given up: %s", student.config.name, student.failure)
 
     def _finish_epoch(self, epoch: int, trackers: Trackers) -> None:
-        ended = [student for student in self._active if student.place == (epoch, len(self.loader))]
+        ended = [student for student in self._active if student.place == (epoch, student.steps)]
         for student in ended:
             student.look()
         self._give_up()
@@ -171,7 +164,7 @@ class Pass:
             metrics = student.finish_epoch(found.get(id(student)), seconds)
             named = f"{student.config.name}: " if len(self.students) > 1 else ""
             if self.ranks.is_first:
-                log.info("%s%s", named, metrics.line(self.config.epochs, self.loader.dataset.source.inputs.unit))
+                log.info("%s%s", named, metrics.line(self.config.epochs, self.task.unit))
                 trackers.write(student, metrics)
         self._save(ended)
         self._write_metrics()
@@ -187,14 +180,7 @@ class Pass:
         measurements = {}
         for student in students:
             self.ranks.broadcast_buffers(student.evaluated)
-            measurements[id(student)] = Measurement(
-                student.evaluated.eval(),
-                preprocessing=student.preprocessing,
-                device=self.ranks.device,
-                precision=student.precision,
-                source=loader.source,
-                activation=self.loader.dataset.activation,
-            )
+            measurements[id(student)] = self.task.measure(student, loader)
         loader.set_epoch(0)
         for batch in loader:
             moved = batch.to(self.ranks.device, non_blocking=True)
@@ -216,11 +202,11 @@ class Pass:
     def _publish(self, student: Student) -> None:
         self._active.remove(student)
         if self.ranks.is_first:
-            student.publish(self.num_classes, self.loader.dataset.activation)
+            student.publish(self.task.num_classes, self.task.activation)
 
 
 @contextlib.contextmanager
-def closing_loader(loader: SoftLabelLoader, ranks: Ranks) -> Iterator[None]:
+def closing_loader(loader: Loader, ranks: Ranks) -> Iterator[None]:
     """End the loader's workers afterwards, and say clearly when one of them, or another process, has died."""
     with contextlib.closing(loader):
         try:

@@ -38,6 +38,7 @@ log = logging.getLogger("softlabel")
 _OTHERS = {"labels", "temperature", "combine", "weights", "soft_weight", "hard_weight", "view_order", "check_views"} | {
     *("missing", "ignore_labels", "source_ratio", "students_at_once", "sync_batchnorm", "overwrite"),
     *("data", "student", "out"),
+    *("pack", "pad", "batch_tokens"),
 }
 TRAINING = tuple(field.name for field in fields(TrainConfig) if field.name not in _OTHERS)
 FOLDS = "crossfit"  # name in `manifest.recorded` of the number of folds
@@ -165,6 +166,7 @@ def check_labelling(
         raise UsageError(
             f"encoding {chosen.name}: stores the last layer of one teacher, found several, one a fold; use another one"
         )
+    assert config.batch_size is not None
     return GenerateConfig(
         **others,
         encoding=chosen,

@@ -15,7 +15,8 @@ from softlabel.training.run_folder import write_atomically
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochMetrics:
-    """One epoch. What was not measured is None.
+    """One epoch. What was not measured is None. Of language models, samples are positions that count, and the label of
+    one is the next token.
 
     Attributes:
         epoch: from 1.
@@ -26,7 +27,7 @@ class EpochMetrics:
         hard_loss: cross-entropy with the hard labels, mean over labelled samples.
         train_accuracy: on the augmented images, while the weights changed.
         seconds: wall time, evaluation included.
-        images_per_second: of training alone.
+        images_per_second: of training alone; of language models tokens, without padding.
         eval_accuracy, eval_cross_entropy, eval_calibration_error: on the evaluation data.
         teacher_accuracy: of the soft labels, on the rows that were trained on and have a hard label too.
         teacher_agreement: rows where the student's most probable class, on the augmented image, is the teacher's.
@@ -74,8 +75,8 @@ class EpochMetrics:
 class Sums:
     """Running totals of an epoch, on the device, so that a step waits for nothing."""
 
-    NAMES = ("samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
-    TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `Step.teacher_sums` holds
+    NAMES = ("units", "samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
+    TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `RowStep.teacher_sums` holds
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
         count = len(self.NAMES) + len(self.TEACHER)
@@ -90,7 +91,8 @@ class Sums:
             self.values[len(self.NAMES) :] += teacher_sums
 
     @property
-    def samples(self) -> float:
+    def units(self) -> float:
+        """What the log counts by the second."""
         return float(self.values[0])
 
     def means(self, *, soft: bool) -> dict[str, float | None]:

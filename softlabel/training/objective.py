@@ -17,6 +17,20 @@ from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Counts
 
 
+def weigh_terms(config: StudentConfig, here: Counts, whole: Counts, world_size: int) -> tuple[float, float]:
+    """The weights of the soft and of the hard term of some rows, by which the gradients of all, averaged over processes
+    and summed over parts, become that of the whole batch: the soft mean over its rows with soft labels, the hard mean
+    over its labelled rows.
+
+    Args:
+        config: of the student.
+        here, whole: what counts among these rows, and in the batch over all parts and processes.
+        world_size: processes over whose batches the mean is taken.
+    """
+    soft_weight = config.soft_weight * (here.soft * world_size / max(whole.soft, 1))
+    return soft_weight, config.hard_weight * (here.hard * world_size / max(whole.hard, 1))
+
+
 class Objective:
     """The soft and hard loss of one student.
 
@@ -33,16 +47,14 @@ class Objective:
     def losses(
         self, logits_BC: Tensor, batch: Batch, here: Counts, whole: Counts, mixup: tuple[float, Tensor] | None
     ) -> LossComponents:
-        """The loss of the rows here, weighted so that its gradient, averaged over processes and summed over parts, is
-        that of the whole batch: the soft mean over its rows with soft labels, the hard mean over its labelled rows.
+        """The loss of the rows here, weighted as `weigh_terms` says.
 
         Args:
             here, whole: what counts among these rows, and in the batch over all parts and processes.
             mixup: what `mixup` drew, if there is mixup.
         """
         config = self.config
-        soft_weight = config.soft_weight * (here.soft * self.world_size / max(whole.soft, 1))
-        hard_weight = config.hard_weight * (here.hard * self.world_size / max(whole.hard, 1))
+        soft_weight, hard_weight = weigh_terms(config, here, whole, self.world_size)
         if config.soft_weight > 0:
             assert batch.target is not None
             return distillation_loss_components(

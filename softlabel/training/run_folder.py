@@ -8,7 +8,7 @@ best.safetensors    the weights of the best evaluation so far
 failed.json         why the student was given up
 tracker.json        its id at --tracker, so that a resumed run goes on there
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
-tokenizer.json      of a student that takes texts
+tokenizer.json      of a student that takes texts; a language model has config.json beside it, for transformers
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them.
 """
@@ -37,10 +37,11 @@ from softlabel.inputs.tokenizer import TOKENIZER
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
 MODEL = ("model.json", "model.safetensors")
-FORMAT = 2  # of a checkpoint
+FORMAT = 3  # of a checkpoint
 DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what its data is
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
+OF_TRANSFORMERS = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -260,6 +261,6 @@ def _to_go_on(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]) 
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, TOKENIZER, *MODEL):
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, TOKENIZER, *OF_TRANSFORMERS, *MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)

@@ -8,12 +8,12 @@ from softlabel.training.config import TrainConfig
 _RISE, _START, _END = 0.3, 25.0, 1e4
 
 
-def learning_rate(config: TrainConfig, peak: float, step: int, steps_per_epoch: int) -> float:
+def learning_rate(config: TrainConfig, peak: float, step: float, steps_per_epoch: int) -> float:
     """The learning rate of a step.
 
     Args:
         peak: the highest learning rate.
-        step: from 0, over the whole run.
+        step: from 0, over the whole run; between two of them where an epoch has more steps than `steps_per_epoch`.
         steps_per_epoch: optimiser steps.
     """
     total = config.epochs * steps_per_epoch
@@ -30,7 +30,7 @@ def learning_rate(config: TrainConfig, peak: float, step: int, steps_per_epoch: 
     return peak
 
 
-def _one_cycle(peak: float, step: int, total: int) -> float:
+def _one_cycle(peak: float, step: float, total: int) -> float:
     start, end = peak / _START, peak / _START / _END
     top = max(_RISE * total - 1, 1.0)
     if step <= top:

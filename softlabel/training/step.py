@@ -1,10 +1,13 @@
 """What all students of a pass share of one step: its inputs, normalised; how many rows count; what the teacher says.
 
+Rows are samples, or positions of documents.
+
 Legend: B batch, C classes.
 """
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +20,13 @@ from softlabel.loss.signals import top_class_and_entropy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Rows of a batch: all that count, those with soft labels, those with a hard label."""
+    """Rows of a batch: all that count, those with soft labels, those with a hard label; and the units that the log
+    counts by the second, which are samples, or tokens."""
 
     rows: int
     soft: int
     hard: int
+    units: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,21 +35,30 @@ class Step:
 
     Attributes:
         epoch, step: which one, from 0.
+        parts: what of the batch goes forward and backward one after the other, with what counts in each.
+        whole: rows of the batch over all processes, by which means are taken.
+    """
+
+    epoch: int
+    step: int
+    parts: tuple[tuple[Any, Counts], ...]
+    whole: Counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowStep(Step):
+    """One step of samples that have one label each; its parts are slices of the batch.
+
+    Attributes:
         batch: on the device; rows of weight 0 have neither a hard label nor soft labels.
         inputs: what a network takes, for each way to normalise (`InputTransform.norm`).
-        parts: slices of the batch that go forward and backward one after the other, with what counts in each.
-        whole: rows of the batch over all processes, by which means are taken.
         top: int64 (B,), the teacher's most probable class, -1 where there is none; None: unknown for all.
         teacher_sums: sums over the rows with soft labels, float64 (4,): rows with `top`, such rows with a hard
             label, those where the two agree, and the entropy of the target in nats.
     """
 
-    epoch: int
-    step: int
     batch: Batch
     inputs: dict[Hashable, Inputs]
-    parts: tuple[tuple[slice, Counts], ...]
-    whole: Counts
     top: Tensor | None
     teacher_sums: Tensor | None
 
@@ -81,7 +95,8 @@ def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts
             soft = 0
         else:
             soft = counted if batch.has_target is None else int(batch.has_target[part].sum())
-        found.append((part, Counts(rows=counted, soft=soft, hard=int(labelled_rows(batch.labels[part]).sum()))))
+        hard = int(labelled_rows(batch.labels[part]).sum())
+        found.append((part, Counts(rows=counted, soft=soft, hard=hard, units=counted)))
     return tuple(found)
 
 
@@ -108,12 +123,12 @@ def prepare(
     epoch: int,
     step: int,
     with_teacher: bool,
-) -> Step:
+) -> RowStep:
     """Do once what all students need.
 
     Args:
         batch: on the device, without filler.
-        parts, whole: see `Step`.
+        parts, whole: see `RowStep`.
         transforms: those of the students.
         with_teacher: whether to look at the teacher's classes too.
     """
@@ -124,7 +139,7 @@ def prepare(
     top_B = teacher_sums = None
     if with_teacher and batch.target is not None:
         top_B, teacher_sums = _sum_teacher(batch)
-    return Step(
+    return RowStep(
         epoch=epoch,
         step=step,
         batch=batch,

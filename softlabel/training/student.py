@@ -1,6 +1,6 @@
 """One student of a pass: its weights, its steps, its metrics, its checkpoints.
 
-Legend: B batch, C classes, H and W pixels.
+What a step computes is `RowStudent`'s, of samples with one label each, or `TokenStudent`'s, of documents.
 
 A student is a sequence of steps, each a pure function of (weights, optimiser state, step): the loader gives the batch
 of a step, the configuration its learning rate. So a student that was interrupted anywhere goes on from its checkpoint
@@ -10,41 +10,37 @@ as if nothing had happened, bit for bit on one kind of processor with the same n
 import contextlib
 import logging
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softlabel.common.activation import Activation
-from softlabel.common.device import out_of_memory
-from softlabel.errors import MismatchError, TrainingError, UsageError
+from softlabel.errors import TrainingError
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
-from softlabel.inputs.transforms import describe_failure
 from softlabel.models import RunModel, network_of, save_run
-from softlabel.models.precision import computing
 from softlabel.training import rng, run_folder
 from softlabel.training.distributed import Ranks
 from softlabel.training.ema import Average
 from softlabel.training.grid import StudentConfig
 from softlabel.training.metrics import EpochMetrics, Sums
-from softlabel.training.objective import Objective
 from softlabel.training.schedule import learning_rate
-from softlabel.training.step import Counts, Step, take
+from softlabel.training.step import Counts, Step
 from softlabel.training.sync_batchnorm import synchronize
 
 log = logging.getLogger("softlabel")
 
 # On a GPU every look at a number makes the host wait, and several processes have to agree: look for NaN this often, in
 # steps, and after every epoch.
-_NORMALISES_ONE = "more than 1 value per channel"  # what a batch norm says of a single value
 _LOOK_EVERY = 50
 
 
-class Student:
+class Student(ABC):
     """A student in training.
 
     Args:
@@ -54,7 +50,7 @@ class Student:
         ranks: the processes that train it together.
         precision: fp32, bf16 or fp16.
         temperature: of the soft term.
-        steps: of an epoch.
+        steps: of the first epoch, by which the schedule counts; those of another one may be more or fewer.
     """
 
     def __init__(
@@ -69,9 +65,9 @@ class Student:
         steps: int,
     ) -> None:
         self.config, self.preprocessing, self.ranks = config, preprocessing, ranks
-        self.shared, self.device, self.precision, self.steps = config.shared, ranks.device, precision, steps
+        self.shared, self.device, self.precision = config.shared, ranks.device, precision
+        self.steps = self._scheduled_steps = steps  # of the epoch at hand
         self.temperature = temperature
-        self._objective = Objective(config, temperature=temperature, world_size=ranks.world_size, rank=ranks.rank)
         self.folder = Path(config.out)
         if ranks.several and config.shared.sync_batchnorm:
             model = synchronize(model)
@@ -82,8 +78,8 @@ class Student:
         self._parallel: nn.parallel.DistributedDataParallel | None = None
         if ranks.several:
             places = [self.device] if self.device.type == "cuda" else None
-            self._parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=places)
-        forward: Any = self._parallel or self.model
+            self._parallel = nn.parallel.DistributedDataParallel(self._make_forward(), device_ids=places)
+        forward: Any = self._parallel or self._make_forward()
         self._forward = torch.compile(forward) if config.shared.compile else forward
         self._optimizer = _optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -97,12 +93,21 @@ class Student:
         self.seconds = 0.0  # of the unfinished epoch
         self._sums = Sums(self.device)
 
+    def _make_forward(self) -> nn.Module:
+        """What is called in a step: the model, or a module around it."""
+        return self.model
+
     # ---- steps ----
 
     @property
     def place(self) -> tuple[int, int]:
         """Epochs done, and steps done of the next one."""
         return self.epoch, self.step
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the start of the run."""
+        return (self.history[-1].step if self.history else 0) + self.step
 
     @property
     def is_done(self) -> bool:
@@ -140,7 +145,7 @@ class Student:
 
     def _advance(self, work: Step) -> None:
         self.model.train()
-        rate = learning_rate(self.shared, self.config.lr, self.epoch * self.steps + self.step, self.steps)
+        rate = self._learning_rate(self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -148,23 +153,7 @@ class Student:
             # Of several parts only the last one's backward pass sends gradients.
             wait = self._parallel is not None and part != work.parts[-1][0]
             with self._parallel.no_sync() if wait and self._parallel is not None else contextlib.nullcontext():
-                try:
-                    self._backward(work, part, here)
-                except ValueError as error:
-                    if _NORMALISES_ONE not in str(error):
-                        raise
-                    rows = part.stop - part.start
-                    images = self.preprocessing.kind == "image"
-                    remedies = [
-                        "a larger --batch-size",
-                        "a smaller --accumulate",
-                        *(["larger images"] if images else []),
-                    ]
-                    raise UsageError(
-                        f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
-                        f"({rows} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
-                        f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
-                    ) from None
+                self._backward(work, part, here)
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
@@ -173,53 +162,15 @@ class Student:
         if self.average is not None:
             self.average.update(self.model)
 
-    def _backward(self, work: Step, part: slice, here: Counts) -> None:
-        inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
-        if len(work.parts) > 1:
-            inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
-        mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
-        if mixup is not None:
-            if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
-                raise UsageError(
-                    f"mixup: mixes images and other fractional numbers, and student {self.config.student} takes whole "
-                    "numbers; leave out --mixup"
-                )
-            share, others = mixup
-            inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
-        with computing(self.precision, self.device):
-            try:
-                logits_BC = inputs.call(self._forward)
-            except Exception as error:  # user code, or samples that it was not made for
-                if out_of_memory(error) or _NORMALISES_ONE in str(error):
-                    raise
-                why = describe_failure(self.preprocessing, inputs, error, network="student")
-                raise MismatchError(f"student {self.config.student}: {why}") from error
-        logits_BC = self._checked(logits_BC).float()
-        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
-        self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            best_B = logits_BC.argmax(dim=1)
-            correct_B = (
-                best_B == batch.labels if batch.labels.dim() == 1 else _measure_share_right(logits_BC, batch.labels)
-            )
-            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
-            self._sums.add(
-                here.rows,
-                losses.total * (work.whole.rows / self.ranks.world_size),
-                here.soft,
-                losses.soft * here.soft,
-                here.hard,
-                losses.hard * here.hard,
-                correct_B.sum(),
-                0 if top_B is None else (best_B == top_B).sum(),
-                teacher_sums=work.teacher_sums if part.start == 0 else None,
-            )
+    def _learning_rate(self, step: int) -> float:
+        """Of a step of the epoch at hand."""
+        steps = self._scheduled_steps
+        done = step if self.steps == steps else step * steps / self.steps
+        return learning_rate(self.shared, self.config.lr, self.epoch * steps + done, steps)
 
-    def _checked(self, logits_BC: Any) -> Tensor:
-        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
-            shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
-            raise MismatchError(f"student {self.config.student}: expected logits (B, C), found {shape}")
-        return logits_BC
+    @abstractmethod
+    def _backward(self, work: Any, part: Any, here: Counts) -> None:
+        """The forward and backward pass of a part of a step, and what the epoch's sums get from it."""
 
     def look(self) -> None:
         """Note that the student has failed, if its loss is not a number any more."""
@@ -241,15 +192,14 @@ class Student:
         """Close the epoch whose last step was made."""
         sums = Sums(torch.device("cpu"), self.ranks.sum_tensor(self._sums.values).tolist())
         means = sums.means(soft=self.config.soft_weight > 0)
-        done = (self.epoch + 1) * self.steps
         metrics = EpochMetrics(
             epoch=self.epoch + 1,
-            step=done,
-            lr=learning_rate(self.shared, self.config.lr, done - 1, self.steps),
+            step=self.steps_done,
+            lr=self._learning_rate(self.steps - 1),
             loss=means.pop("loss") or 0.0,
             **means,
             seconds=self.seconds + eval_seconds,
-            images_per_second=sums.samples / self.seconds if self.seconds else math.nan,
+            images_per_second=sums.units / self.seconds if self.seconds else math.nan,
             eval_accuracy=evaluation.accuracy if evaluation is not None else None,
             eval_cross_entropy=evaluation.cross_entropy if evaluation is not None else None,
             eval_calibration_error=evaluation.calibration_error if evaluation is not None else None,
@@ -328,13 +278,6 @@ class Student:
             raise TrainingError(
                 f"{self.folder}: the student cannot be written: {error}; the same command resumes"
             ) from error
-
-
-def _measure_share_right(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
-    """Of each row the share of its known labels that the outputs hit at probability 0.5, 0 without any: (B,)."""
-    known_BC = labels_BC >= 0
-    right_BC = known_BC & ((logits_BC > 0) == (labels_BC > 0))
-    return right_BC.sum(dim=1) / known_BC.sum(dim=1).clamp_min(1)
 
 
 def _optimizer(config: StudentConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softlabel.errors import UsageError
-from softlabel.loader import SoftLabelLoader
 from softlabel.training import run_folder
-from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.metrics import EpochMetrics
 from softlabel.training.student import Student
+from softlabel.training.task import Loader, Task
 
 log = logging.getLogger("softlabel")
 
@@ -128,7 +127,7 @@ def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
     run_folder.write_atomically(folder / RESULTS, text.getvalue().encode())
 
 
-def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, students: Sequence[Student]) -> None:
+def announce(ranks: Ranks, task: Task, loader: Loader, students: Sequence[Student]) -> None:
     """Say what is about to happen."""
     together = f", {ranks.world_size} processes" if ranks.several else ""
     for student in students:
@@ -143,13 +142,8 @@ def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, student
             student.precision,
             together,
         )
-    log.info(
-        "data %s: %s samples, %d steps of %d an epoch",
-        loader.source.name,
-        f"{loader.num_samples:,}",
-        len(loader),
-        config.batch_size,
-    )
+    for line in task.describe_data(loader):
+        log.info("%s", line)
     if loader.store is not None:
         terms = {
             f"T = {student.temperature:g}, soft weight {student.config.soft_weight:g}, hard weight "
@@ -159,17 +153,8 @@ def announce(config: TrainConfig, ranks: Ranks, loader: SoftLabelLoader, student
             for student in students
         }
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
-        views, chosen = loader.store.run.views, config.augmentation(loader.store, loader.dataset.source.inputs)
-        if loader.store.run.view_columns:
-            used = loader.dataset.views
-            which = f"epoch e uses view e mod {used}" if config.view_order == "cycle" else "each sample its own"
-            log.info("views %s: %d of each image, as the teacher saw them; %s", views.policy["name"], used, which)
-            if used < views.count:
-                log.info(
-                    "the store has %d views now; this run keeps to the first %d, with which it began", views.count, used
-                )
-        elif chosen != "none":
-            log.info("augmentation %s: the soft labels are those of the un-augmented images", chosen)
+        for line in task.describe_labels(loader):
+            log.info("%s", line)
     for count, why in (
         (loader.dataset.skipped_bad, "could not be read when the store was made"),
         (loader.dataset.skipped_missing, "have no row in the store"),

@@ -29,21 +29,19 @@ class Trackers:
 
     Args:
         students: none for a process that does not write.
-        steps: of an epoch.
 
     Raises:
         UsageError: the tracker's package is not installed.
     """
 
-    def __init__(self, config: TrainConfig, students: Sequence[Student], steps: int) -> None:
+    def __init__(self, config: TrainConfig, students: Sequence[Student]) -> None:
         self._stack = contextlib.ExitStack()
         self._of: dict[int, list[Tracker]] = {}
         with contextlib.ExitStack() as stack:
             for student in students:
                 mine: list[Tracker] = []
                 if config.tensorboard:
-                    done = student.epoch * steps + student.step
-                    mine.append(_Board(student.folder / run_folder.BOARD, resume_step=done))
+                    mine.append(_Board(student.folder / run_folder.BOARD, resume_step=student.steps_done))
                 if config.tracker is not None:
                     mine.append(_WandB(student) if config.tracker == "wandb" else _MLflow(student))
                 for tracker in mine:

@@ -11,8 +11,8 @@ from softlabel.models import build_model
 from softlabel.models.teacher import Teacher, student_preprocessing
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import students_of
-from softlabel.training.step import Counts, Step, cut, prepare, without_filler
-from softlabel.training.student import Student
+from softlabel.training.row_student import RowStudent
+from softlabel.training.step import Counts, RowStep, cut, prepare, without_filler
 from softlabel.views import CropFlip
 
 TEMPERATURE = 4.0
@@ -38,7 +38,7 @@ def build_steps(
     students = {}
     for kind, store in (("hard", None), ("soft", labels), ("online", labels)):
         config = softlabel.TrainConfig(data="unused", student=student, out="unused", labels=store)
-        students[kind] = Student(
+        students[kind] = RowStudent(
             students_of(config)[0],
             build_model(student, num_classes=classes),
             preprocessing,
@@ -48,7 +48,7 @@ def build_steps(
             steps=count,
         )
 
-    def works(kind: str) -> Iterator[Step]:
+    def works(kind: str) -> Iterator[RowStep]:
         loader = loaders["soft" if kind == "soft" else "hard"]
         loader.set_epoch(0)
         for step, images in zip(range(count), loader, strict=False):
@@ -59,8 +59,8 @@ def build_steps(
                 logits_BC = teacher.logits(Inputs.single(made.inputs))
                 target = DenseTarget(scaled_logits=logits_BC / TEMPERATURE, temperature=TEMPERATURE, retemperable=True)
                 made = replace(made, target=target)
-            whole = Counts(rows=batch, soft=0 if made.target is None else batch, hard=batch)
-            yield prepare(made, parts, whole, [preprocessing], epoch=0, step=step, listen=kind != "hard")
+            whole = Counts(rows=batch, soft=0 if made.target is None else batch, hard=batch, units=batch)
+            yield prepare(made, parts, whole, [preprocessing], epoch=0, step=step, with_teacher=kind != "hard")
 
     def run(kind: str) -> None:
         student = students[kind]

@@ -1,0 +1,290 @@
+"""How good a language model is: what it says at every position that counts, against the next token and the teacher.
+
+Logits exist for a chunk of positions at a time, in float64.
+
+Legend: B lines, L positions of a line, P positions that count, R of a chunk, D width, V tokens of the vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from softlabel.common.spec import Spec
+from softlabel.dataset import Source
+from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
+from softlabel.errors import MismatchError, SpecError
+from softlabel.evaluation.metrics import BINS, Evaluation, Totals
+from softlabel.evaluation.network import evaluating
+from softlabel.inputs.base import InputTransform
+from softlabel.inputs.chat import CHATS
+from softlabel.inputs.text import TEXTS
+from softlabel.inputs.tokenizer import Tokenizer
+from softlabel.inputs.tokens import TokenTransform
+from softlabel.inputs.vocabulary import Vocabulary
+from softlabel.loader import Missing
+from softlabel.loader.token_batch import TokenBatch
+from softlabel.loader.token_loader import TokenLoader
+from softlabel.loss import distillation_loss
+from softlabel.loss.targets import Target, TopKTarget
+from softlabel.models import LanguageModel, check_packing
+from softlabel.models.lm_config import find_longest
+from softlabel.models.precision import Precision, computing
+from softlabel.store.reader import Store
+
+_CHUNK = 1 << 22  # logits that exist at a time
+_UNNAMED = Spec(kind="lm", name="model")  # where no message is shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvaluation(Evaluation):
+    """What was measured of a language model: `samples` are documents, what is labelled are positions whose next token
+    counts, to which `accuracy`, `cross_entropy` (the NLL, in nats a token) and `calibration_error` refer; those with a
+    teacher are labelled positions of the store.
+
+    Attributes:
+        tokens: of all documents.
+        perplexity: exp(cross_entropy).
+        teacher_kl_kind: exact where the store has every token's probability; bucketed where it has those of the most
+            probable tokens: the others are then one outcome, and the divergence is at most the exact one.
+    """
+
+    tokens: int = 0
+    perplexity: float | None = None
+    teacher_kl_kind: Literal["exact", "bucketed"] | None = None
+
+    @property
+    def figures(self) -> tuple[tuple[str, float | None], ...]:
+        """See `Evaluation`."""
+        kind = "" if self.teacher_kl_kind in (None, "exact") else f" ({self.teacher_kl_kind})"
+        return (
+            ("NLL (nats a token)", self.cross_entropy),
+            ("perplexity", self.perplexity),
+            ("next-token accuracy", self.accuracy),
+            (f"calibration error ({BINS} bins)", self.calibration_error),
+            ("agreement with the teacher", self.agreement),
+            (f"KL(teacher || model) at T = {self.temperature or 1:g}{kind}", self.teacher_kl),
+            ("next-token accuracy of the teacher", self.teacher_accuracy),
+        )
+
+    @property
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """See `Evaluation`."""
+        return (("documents", self.samples), ("tokens", self.tokens), ("predicted", self.labelled))
+
+
+class TokenTotals(Totals):
+    """Sums over positions, float64."""
+
+    NAMES = (*Totals.NAMES, "documents", "tokens", "bucketed")
+
+    def add_positions(self, logits_RV: Tensor, labels_R: Tensor, target: Target | None, known_R: Tensor | None) -> None:
+        """Take in positions that count.
+
+        Args:
+            logits_RV: float64.
+            labels_R: the next tokens, -100 for none.
+            target: of all of them, filler where it is not known.
+            known_R: bool, which have a target; None: all.
+        """
+        counts_R = torch.ones_like(labels_R, dtype=torch.bool)
+        self._add_rows(logits_RV, labels_R, counts_R, target, counts_R if known_R is None else known_R)
+
+    def add_documents(self, batch: TokenBatch) -> None:
+        """Count the documents of a batch."""
+        self._sum(documents=len(batch.keys), tokens=(batch.segments > 0).sum())
+
+    def _sum_divergence(self, logits_RV: Tensor, target: Target) -> Tensor | None:
+        if not isinstance(target, TopKTarget):
+            return super()._sum_divergence(logits_RV, target)
+        if target.index.shape[1] < target.num_classes:
+            self._sum(bucketed=len(logits_RV))
+        t = target.temperature
+        settings = {"temperature": t, "soft_weight": 1.0, "hard_weight": 0.0}
+        return distillation_loss(logits_RV, target, reduction="sum", **settings) / t**2  # type: ignore[arg-type]
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None) -> TokenEvaluation:
+        """See `Totals.result`."""
+        figures, sums = self._summarize(reduce)
+        nll = figures["cross_entropy"]
+        kind: Literal["exact", "bucketed"] = "bucketed" if sums["bucketed"] else "exact"
+        return TokenEvaluation(
+            **{**figures, "samples": int(sums["documents"])},
+            tokens=int(sums["tokens"]),
+            perplexity=None if nll is None else (math.exp(nll) if nll < 700 else math.inf),
+            teacher_kl_kind=None if figures["teacher_kl"] is None else kind,
+        )
+
+
+class TokenMeasurement:
+    """What measures a language model batch by batch; see `softlabel.evaluation.evaluate.Measurement`.
+
+    Args:
+        model: on `device` and in eval mode.
+        packed: whether a line may have several documents.
+    """
+
+    def __init__(self, model: LanguageModel, *, device: torch.device, precision: str, packed: bool) -> None:
+        self._model, self._device, self._precision, self._packed = model, device, precision, packed
+        self._totals = TokenTotals()
+
+    @torch.inference_mode()
+    def add(self, batch: TokenBatch) -> None:
+        """A batch on the device."""
+        self._totals.add_documents(batch)
+        labels_P, target, has_target_P = batch.hard_labels, batch.target, batch.has_target
+        with computing(self._precision, self._device):
+            hidden_PD = compute_hidden(self._model, batch, packed=self._packed)
+            step = max(1, _CHUNK // self._model.vocabulary.size)
+            for start in range(0, len(hidden_PD), step):
+                rows = slice(start, start + step)
+                self._totals.add_positions(
+                    self._model.logits(hidden_PD[rows]).double(),
+                    labels_P[rows],
+                    None if target is None else target.take(rows),
+                    None if has_target_P is None else has_target_P[rows],
+                )
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> TokenEvaluation:
+        """Of all batches so far."""
+        return self._totals.result(reduce)
+
+
+def compute_hidden(model: LanguageModel, batch: TokenBatch, *, packed: bool) -> Tensor:
+    """What goes into the last layer at the positions that count, (P, D).
+
+    Args:
+        packed: whether a line may have several documents, which must not see each other. One alone sees nothing of the
+            padding behind it anyway.
+    """
+    return batch.at_places(model.hidden(batch.tokens, None, batch.position_ids if packed else None))
+
+
+def tokenize_for(
+    subject: str, source: Source, model: LanguageModel, store: Store | None, *, max_length: int
+) -> TokenizedSource:
+    """The documents of a source for a language model, as those of a store were made.
+
+    Args:
+        subject: who asks, for messages, such as "student lm:FOLDER".
+        source: of texts, chats or token ids.
+        model: whose tokenizer is used.
+        store: of labels; None: there are none.
+        max_length: tokens of a document.
+
+    Raises:
+        MismatchError: the store is not of tokens, or its documents were made with another vocabulary, other tokens at
+            their ends or another chat template.
+        SpecError, DataError: see `tokenize_source`.
+    """
+    if store is not None:
+        _check_vocabulary(subject, store, model.vocabulary)
+    found = tokenize_source(source, model.vocabulary, max_length=max_length)
+    if store is not None:
+        _check_tokenization(subject, store, found, model.vocabulary)
+    return found
+
+
+def _check_vocabulary(subject: str, store: Store, vocabulary: Vocabulary) -> None:
+    if store.run.tokens is None:
+        raise MismatchError(
+            f"{store.path}: has one label a sample, a language model learns from one a token; label the data with an "
+            "lm: teacher"
+        )
+    if store.run.tokens.tokenizer == vocabulary.fingerprint:
+        return
+    content = store.tokenizer
+    difference = None if content is None else Vocabulary(Tokenizer(content)).find_difference(vocabulary)
+    where = "" if difference is None else f": {difference}"
+    raise MismatchError(
+        f"{subject}: expected the vocabulary of the labels {store.path}, found another one{where}; give a network with "
+        "the tokenizer that the data was labelled with"
+    )
+
+
+def _check_tokenization(subject: str, store: Store, source: TokenizedSource, vocabulary: Vocabulary) -> None:
+    """Raise where documents differ from those that were labelled by something that has a name; what else may differ
+    shows in the content hashes."""
+    stored, made = store.run.tokens, source.tokenization
+    assert stored is not None
+
+    def name(number: int | None) -> str:
+        return "no token" if number is None else repr(vocabulary.tokens[number])
+
+    if source.base.inputs == TEXTS:
+        for where, there, here in (("beginning", stored.bos, made.bos), ("end", stored.eos, made.eos)):
+            if there != here:
+                raise MismatchError(
+                    f"{subject}: expected {name(there)} at the {where} of a text, as when {store.path} was made, found "
+                    f"that its tokenizer adds {name(here)}; give a network with the tokenizer of the labels"
+                )
+    if source.base.inputs == CHATS and stored.template != made.template:
+        raise MismatchError(
+            f"{subject}: expected the chat template that {store.path} was made with, found another one; give a network "
+            "with the tokenizer of the labels"
+        )
+
+
+def evaluate_language_model(
+    name: str,
+    model: LanguageModel,
+    source: Source,
+    store: Store | None,
+    *,
+    transform: InputTransform | None,
+    batch_tokens: int,
+    precision: Precision,
+    device: torch.device,
+    workers: int,
+    missing: Missing,
+    progress: bool | None,
+) -> TokenEvaluation:
+    """Measure a language model on the documents of a source; see `softlabel.evaluate`.
+
+    Args:
+        name: of the model, for messages.
+        transform: how long its documents are; None: as long as its positions allow, at most 2048.
+    """
+    most = find_longest(_UNNAMED, model.config)
+    if store is not None and store.run.tokens is not None:
+        max_length = store.run.tokens.max_length
+    else:
+        max_length = transform.max_length if isinstance(transform, TokenTransform) else min(most or 2048, 2048)
+    documents = tokenize_for(f"model {name}", source, model, store, max_length=max_length)
+    longest = int(documents.lengths.max(initial=1))
+    if most is not None and longest > most:
+        raise MismatchError(
+            f"model {name}: takes at most {most} tokens, the longest document has {longest}; give one of more positions"
+        )
+    packed = _keeps_documents_apart(model)
+    loader = TokenLoader(
+        documents,
+        store,
+        batch_tokens=max(batch_tokens, longest),
+        pack=longest if packed else None,
+        pad=None if packed else longest,
+        shuffle=False,
+        missing=missing,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = tqdm(loader, desc="evaluating", unit="batch", disable=None if progress is None else not progress)
+    with evaluating(model.to(device)), contextlib.closing(loader):
+        measurement = TokenMeasurement(model, device=device, precision=precision, packed=packed)
+        for batch in batches:
+            measurement.add(batch.to(device, non_blocking=True))
+    return measurement.result()
+
+
+def _keeps_documents_apart(model: LanguageModel) -> bool:
+    """Whether documents of one line do not see each other."""
+    try:
+        check_packing(_UNNAMED, model)
+    except SpecError:
+        return False
+    return True

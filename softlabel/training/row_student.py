@@ -1,0 +1,100 @@
+"""A student of samples that have one label each: images, texts, arrays of numbers.
+
+Legend: B batch, C classes, H and W pixels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softlabel.common.device import out_of_memory
+from softlabel.errors import MismatchError, UsageError
+from softlabel.inputs.transforms import describe_failure
+from softlabel.models.precision import computing
+from softlabel.training.objective import Objective
+from softlabel.training.step import Counts, RowStep, take
+from softlabel.training.student import Student
+
+_NORMALISES_ONE = "more than 1 value per channel"  # what a batch norm says of a single value
+
+
+class RowStudent(Student):
+    """See `Student`."""
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._objective = Objective(
+            self.config, temperature=self.temperature, world_size=self.ranks.world_size, rank=self.ranks.rank
+        )
+
+    def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
+        try:
+            self._compute(work, part, here)
+        except ValueError as error:
+            if _NORMALISES_ONE not in str(error):
+                raise
+            rows = part.stop - part.start
+            images = self.preprocessing.kind == "image"
+            remedies = ["a larger --batch-size", "a smaller --accumulate", *(["larger images"] if images else [])]
+            raise UsageError(
+                f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
+                f"({rows} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
+                f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
+            ) from None
+
+    def _compute(self, work: RowStep, part: slice, here: Counts) -> None:
+        inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
+        if len(work.parts) > 1:
+            inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
+        mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
+        if mixup is not None:
+            if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
+                raise UsageError(
+                    f"mixup: mixes images and other fractional numbers, and student {self.config.student} takes whole "
+                    "numbers; leave out --mixup"
+                )
+            share, others = mixup
+            inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
+        with computing(self.precision, self.device):
+            try:
+                logits_BC = inputs.call(self._forward)
+            except Exception as error:  # user code, or samples that it was not made for
+                if out_of_memory(error) or _NORMALISES_ONE in str(error):
+                    raise
+                why = describe_failure(self.preprocessing, inputs, error, network="student")
+                raise MismatchError(f"student {self.config.student}: {why}") from error
+        logits_BC = self._checked(logits_BC).float()
+        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
+        self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            best_B = logits_BC.argmax(dim=1)
+            correct_B = (
+                best_B == batch.labels if batch.labels.dim() == 1 else _measure_share_right(logits_BC, batch.labels)
+            )
+            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
+            self._sums.add(
+                here.units,
+                here.rows,
+                losses.total * (work.whole.rows / self.ranks.world_size),
+                here.soft,
+                losses.soft * here.soft,
+                here.hard,
+                losses.hard * here.hard,
+                correct_B.sum(),
+                0 if top_B is None else (best_B == top_B).sum(),
+                teacher_sums=work.teacher_sums if part.start == 0 else None,
+            )
+
+    def _checked(self, logits_BC: Any) -> Tensor:
+        if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:
+            shape = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+            raise MismatchError(f"student {self.config.student}: expected logits (B, C), found {shape}")
+        return logits_BC
+
+
+def _measure_share_right(logits_BC: Tensor, labels_BC: Tensor) -> Tensor:
+    """Of each row the share of its known labels that the outputs hit at probability 0.5, 0 without any: (B,)."""
+    known_BC = labels_BC >= 0
+    right_BC = known_BC & ((logits_BC > 0) == (labels_BC > 0))
+    return right_BC.sum(dim=1) / known_BC.sum(dim=1).clamp_min(1)

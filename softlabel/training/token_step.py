@@ -1,0 +1,51 @@
+"""A step of documents: lines of a batch that go forward one part after the other, and what counts in each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from softlabel.inputs.base import IGNORE
+from softlabel.loader.token_batch import TokenBatch
+from softlabel.training.step import Counts, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPart:
+    """Some lines of a batch, and which of its places lie in them."""
+
+    lines: slice
+    places: slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenStep(Step):
+    """One step of documents; its parts are `TokenPart`s.
+
+    Attributes:
+        batch: on the device.
+    """
+
+    batch: TokenBatch
+
+
+def cut_lines(batch: TokenBatch, parts: int) -> tuple[tuple[TokenPart, Counts], ...]:
+    """A batch on the CPU in parts of about as many lines, each of at least one, with what counts in each."""
+    lines, length = batch.tokens.shape
+    edges = sorted({lines * number // parts for number in range(parts + 1)})
+    at = np.searchsorted(batch.places.numpy(), np.array(edges) * length).tolist()
+    labels_P, found = batch.hard_labels, []
+    for number in range(len(edges) - 1):
+        here, places = slice(edges[number], edges[number + 1]), slice(at[number], at[number + 1])
+        counted = places.stop - places.start
+        if batch.target is None:
+            soft = 0
+        else:
+            soft = counted if batch.has_target is None else int(batch.has_target[places].sum())
+        counts = Counts(
+            rows=counted,
+            soft=soft,
+            hard=int((labels_P[places] != IGNORE).sum()),
+            units=int((batch.segments[here] > 0).sum()),
+        )
+        found.append((TokenPart(lines=here, places=places), counts))
+    return tuple(found)

@@ -1,0 +1,137 @@
+"""A student that is a language model: it learns from every position of documents that counts.
+
+Its logits exist for a chunk of positions at a time, where the loss, its gradient and the figures of the epoch are
+computed from them (`softlabel.loss.linear`).
+
+Legend: B lines, L positions of a line, P positions that count, R of a chunk, V tokens of the vocabulary, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softlabel.evaluation.language import compute_hidden
+from softlabel.inputs.base import IGNORE
+from softlabel.loader.token_batch import TokenBatch
+from softlabel.loss import LossComponents
+from softlabel.loss.linear import Observe, linear_distillation_loss_components
+from softlabel.loss.signals import top_class_and_entropy
+from softlabel.loss.targets import Target
+from softlabel.models import LanguageModel
+from softlabel.models.precision import computing
+from softlabel.training.metrics import Sums
+from softlabel.training.objective import weigh_terms
+from softlabel.training.step import Counts
+from softlabel.training.student import Student
+from softlabel.training.token_step import TokenPart, TokenStep
+
+
+class _TokenLoss(nn.Module):
+    """The loss of a language model on a batch: all of its parameters are used within one call, as
+    DistributedDataParallel wants it."""
+
+    def __init__(self, model: LanguageModel, *, packed: bool) -> None:
+        super().__init__()
+        self.model, self._packed = model, packed
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        *,
+        temperature: float,
+        soft_weight: float,
+        hard_weight: float,
+        label_smoothing: float,
+        observe: Observe,
+    ) -> LossComponents:
+        model, size = self.model, self.model.vocabulary.size
+        weight, bias = model.head_weight, model.head_bias
+        if len(weight) > size:  # rows that no token has
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        return linear_distillation_loss_components(
+            compute_hidden(model, batch, packed=self._packed),
+            weight,
+            bias,
+            batch.target if soft_weight > 0 else None,
+            batch.hard_labels,
+            temperature=temperature,
+            soft_weight=soft_weight,
+            hard_weight=hard_weight,
+            label_smoothing=label_smoothing,
+            soft_mask=batch.has_target if soft_weight > 0 else None,
+            logit_scale=model.logit_scale,
+            softcap=model.softcap,
+            observe=observe,
+        )
+
+
+class TokenStudent(Student):
+    """See `Student`.
+
+    Args:
+        packed: whether a line may have several documents.
+    """
+
+    model: LanguageModel
+
+    def __init__(self, *given: Any, packed: bool, **settings: Any) -> None:
+        self._packed = packed
+        super().__init__(*given, **settings)
+
+    def _make_forward(self) -> nn.Module:
+        return _TokenLoss(self.model, packed=self._packed)
+
+    def _backward(self, work: TokenStep, part: TokenPart, here: Counts) -> None:
+        batch = work.batch.take(part.lines, part.places) if len(work.parts) > 1 else work.batch
+        soft_weight, hard_weight = weigh_terms(self.config, here, work.whole, self.ranks.world_size)
+        figures = _Figures(batch, self.device)
+        with computing(self.precision, self.device):
+            losses: LossComponents = self._forward(
+                batch,
+                temperature=self.temperature,
+                soft_weight=soft_weight,
+                hard_weight=hard_weight,
+                label_smoothing=self.config.label_smoothing,
+                observe=figures.add,
+            )
+        self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
+            self._sums.add(
+                here.units,
+                here.rows,
+                losses.total * (work.whole.rows / self.ranks.world_size),
+                here.soft,
+                losses.soft * here.soft,
+                here.hard,
+                losses.hard * here.hard,
+                *figures.of_student,
+                teacher_sums=figures.of_teacher,
+            )
+
+
+class _Figures:
+    """Sums over the positions of a part of a batch: where the student's most probable token is the next one, and where
+    it is the teacher's; and what `Sums.TEACHER` names."""
+
+    def __init__(self, batch: TokenBatch, device: torch.device) -> None:
+        self._labels_P, self._has_target_P = batch.hard_labels, batch.has_target
+        self.of_student = torch.zeros(2, dtype=torch.float64, device=device)
+        self.of_teacher = torch.zeros(len(Sums.TEACHER), dtype=torch.float64, device=device)
+
+    def add(self, rows: slice | Tensor, logits_RV: Tensor, target: Target | None) -> None:
+        """Count a chunk; see `Observe`."""
+        best_R, labels_R = logits_RV.argmax(dim=1), self._labels_P[rows]
+        found = None if target is None else top_class_and_entropy(target)
+        agreed = torch.zeros((), device=best_R.device)
+        if found is not None:
+            top_R, entropy_R = found
+            if self._has_target_P is not None:
+                known_R = self._has_target_P[rows]
+                top_R, entropy_R = top_R.where(known_R, -1), entropy_R.where(known_R, 0.0)
+            both_R = (top_R >= 0) & (labels_R != IGNORE)
+            sums = ((top_R >= 0).sum(), both_R.sum(), (both_R & (top_R == labels_R)).sum(), entropy_R.double().sum())
+            self.of_teacher += torch.stack([one.double() for one in sums])
+            agreed = (best_R == top_R).sum()
+        self.of_student += torch.stack([(best_R == labels_R).sum().double(), agreed.double()])
