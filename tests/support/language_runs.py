@@ -23,7 +23,7 @@ from softlabel.store.writer import Committer
 from tests.support.documents import Documents, make_token_run
 from tests.support.stores import write_store
 
-WORDS = "the cat sat on a mat and saw two small birds in its own tree".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "small", "birds", "in", "its", "own", "tree"]
 LONGEST = 48
 T = 2.0
 

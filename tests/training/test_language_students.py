@@ -5,25 +5,39 @@ N documents, B lines, L positions of a line, P positions that count, V tokens.
 
 import json
 import math
-import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import logsumexp, softmax
 
 import softlabel
 from softlabel import train
 from softlabel.dataset import open_source
 from softlabel.dataset.tokenize import tokenize_source
-from softlabel.errors import MismatchError, SpecError, UsageError
+from softlabel.errors import MismatchError, UsageError
+from softlabel.evaluation.language import TokenEvaluation
+from softlabel.inputs.vocabulary import read_vocabulary
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.models import build_model
 from softlabel.models.from_lm import LanguageModel
-from tests.support.language_models import write_language_model, write_tokenizer
-from tests.support.language_runs import LONGEST, T, make_config, make_settings, write_documents, write_labels
+from softlabel.store.token_rows import TokenRun
+from tests.support.documents import Documents, make_token_run
+from tests.support.language_models import write_language_model
+from tests.support.language_runs import (
+    LONGEST,
+    T,
+    compute_answers,
+    make_config,
+    make_settings,
+    write_documents,
+    write_labels,
+)
+from tests.support.stores import write_store
 from tests.support.training_runs import (
-    finish_training,
     have_equal_weights,
     read_history,
     read_weights,
@@ -67,7 +81,9 @@ def test_equals_a_plain_loop(stories: Path, tmp_path: Path, lines: dict[str, int
     for epoch in range(2):
         for step, batch in enumerate(loader):
             done = epoch * steps + step
-            share = (done + 1) / (warmup + 1) if done < warmup else math.cos(math.pi * (done - warmup) / steps) / 2 + 0.5
+            share = (
+                (done + 1) / (warmup + 1) if done < warmup else math.cos(math.pi * (done - warmup) / steps) / 2 + 0.5
+            )
             optimiser.param_groups[0]["lr"] = given.lr * share
             z, next_token = [], []
             for sample in batch.samples.tolist():
@@ -97,3 +113,188 @@ def test_equals_a_plain_loop(stories: Path, tmp_path: Path, lines: dict[str, int
     assert last.loss == pytest.approx(0.9 * last.soft_loss + 0.1 * last.hard_loss, rel=1e-3)
     assert last.teacher_agreement == pytest.approx(agreed / positions, abs=0.01)
     assert last.train_accuracy == pytest.approx(right / (positions - len(source)), abs=0.01)
+
+
+def test_packing_and_padding_learn_the_same(stories: Path, tmp_path: Path) -> None:
+    """One batch of all documents: what is beside a document changes nothing, nor does how the batch is cut."""
+    given = {"batch_tokens": 4096, "epochs": 2, "optimizer": "sgd", "lr": 0.1, "ema": 0.9}
+    runs = {"packed": {}, "padded": {"pack": None, "pad": 48}, "cut": {"pack": 100, "accumulate": 3}}
+    histories = {
+        name: train(make_config(stories, tmp_path / name, **given, **rest)).history for name, rest in runs.items()
+    }
+    for name in ("padded", "cut"):
+        for one, other in zip(histories["packed"], histories[name], strict=True):
+            for figure in ("loss", "soft_loss", "hard_loss", "target_entropy"):
+                assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=1e-5), (name, figure)
+        for weight, expected in read_weights(tmp_path / "packed").items():
+            assert torch.allclose(read_weights(tmp_path / name)[weight], expected, atol=1e-5), (name, weight)
+
+
+def test_positions_that_do_not_count_change_nothing(stories: Path, tmp_path: Path) -> None:
+    """Other labels of masked positions, which a store of all positions has too."""
+    vocabulary = read_vocabulary(stories / "teacher")
+    tokens = TokenRun(tokenizer=vocabulary.fingerprint, max_length=LONGEST)
+    documents = Documents.of(make_token_run(samples=20, classes=vocabulary.size, tokens=tokens), seed=4)
+    for mask in documents.masks:
+        mask[-1] = 0
+    rows = zip(documents.keys, documents.ids, documents.masks, strict=True)
+    # A position counts where the token after it does.
+    lines = [{"id": key, "tokens": ids.tolist(), "mask": [0, *mask.tolist()[:-1]]} for key, ids, mask in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, moved in (("some", 0), ("others", 5)):
+        logits = [one.copy() for one in documents.logits[0]]
+        for one, mask in zip(logits, documents.masks, strict=True):
+            one[mask == 0] = np.roll(one[mask == 0], moved, axis=1)
+        write_store(tmp_path / name, documents.run, replace(documents, logits=[logits]), fidelity=None)
+        data = f"{tmp_path / 'data.jsonl'}?tokens=tokens&mask=mask&key=id"
+        train(make_config(stories, tmp_path / f"of-{name}", data=data, labels=tmp_path / name, epochs=1))
+    assert have_equal_weights(tmp_path / "of-some", tmp_path / "of-others")
+    assert read_history(tmp_path / "of-some") == read_history(tmp_path / "of-others")
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stories: Path, tmp_path: Path) -> None:
+    rest = {"epochs": 6, "checkpoint_minutes": 1e-4, "ema": 0.99, "batch_tokens": 128}
+    killed = make_settings(stories, tmp_path / "killed", **rest)
+    process = start_training(killed)
+    for _ in range(2):
+        checkpoint = tmp_path / "killed" / "checkpoint.pt"
+        wait_for_file(checkpoint, process, checkpoint.read_bytes() if checkpoint.exists() else b"")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as many as the other process had
+    try:
+        resumed = train(make_config(stories, tmp_path / "killed", **rest))
+        train(make_config(stories, tmp_path / "straight", **rest))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(resumed.history) == 6
+    assert have_equal_weights(tmp_path / "straight", tmp_path / "killed")
+    assert read_history(tmp_path / "straight") == read_history(tmp_path / "killed")
+
+
+def test_several_students_of_one_pass_are_those_of_passes_of_their_own(stories: Path, tmp_path: Path) -> None:
+    rest = {"epochs": 2, "labels": stories / "top8", "eval_data": f"{stories / 'data.jsonl'}?key=id"}
+    together = train(make_config(stories, tmp_path / "both", lr=[0.003, 0.001], **rest))
+    alone = train(make_config(stories, tmp_path / "alone", lr=0.001, **rest))
+    assert have_equal_weights(tmp_path / "both" / "lr0.001", tmp_path / "alone")
+    assert [student.name for student in together.students] == ["lr0.003", "lr0.001"]
+    last = alone.history[-1]
+    assert last.eval_cross_entropy is not None
+    assert last.teacher_accuracy is not None
+
+
+# ---- what it leaves behind ----
+
+
+def test_a_run_is_a_teacher_and_a_folder_of_transformers(stories: Path, tmp_path: Path) -> None:
+    train(make_config(stories, tmp_path / "run", epochs=1))
+    model = build_model(f"run:{tmp_path / 'run'}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids, torch.ones_like(ids)), theirs(input_ids=ids).logits[..., :263], atol=1e-5)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == (stories / "teacher" / "tokenizer.json").read_bytes()
+    recorded = json.loads((tmp_path / "run" / "model.json").read_text())
+    assert recorded["preprocessing"]["max_length"] == LONGEST
+    more = train(make_config(stories, tmp_path / "more", student=f"run:{tmp_path / 'run'}", epochs=1))
+    assert more.history[-1].loss < 10
+
+
+# ---- how it is measured ----
+
+
+@pytest.mark.parametrize("labels", ["labels", "top8"])
+def test_evaluation_against_transformers_in_float64(stories: Path, tmp_path: Path, labels: str) -> None:
+    model = build_model(f"lm:{stories / 'teacher'}?init=random&layers=1&seed=3")
+    assert isinstance(model, LanguageModel)
+    source = tokenize_source(open_source(f"{stories / 'data.jsonl'}?key=id"), model.vocabulary, max_length=LONGEST)
+    found = softlabel.evaluate(
+        model, f"{stories / 'data.jsonl'}?key=id", stories / labels, batch_size=128, device="cpu", progress=False
+    )
+    assert isinstance(found, TokenEvaluation)
+    ids = [one.raw.ids for one in source.read(range(len(source)))]
+    ours = [one - logsumexp(one, axis=1, keepdims=True) for one in compute_answers(model, ids)]
+    teacher = build_model(f"lm:{stories / 'teacher'}")
+    assert isinstance(teacher, LanguageModel)
+    theirs = compute_answers(teacher, ids)
+    nats, right, confident = [], [], []
+    for one, log_q in zip(ids, ours, strict=True):
+        nats += (-log_q[np.arange(len(one) - 1), one[1:]]).tolist()
+        right += (log_q[:-1].argmax(axis=1) == one[1:]).tolist()
+        confident += np.exp(log_q[:-1].max(axis=1)).tolist()
+    assert (found.samples, found.tokens, found.labelled) == (40, sum(map(len, ids)), len(nats))
+    assert found.cross_entropy == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found.perplexity == pytest.approx(np.exp(np.mean(nats)), rel=1e-4)
+    assert found.accuracy == pytest.approx(np.mean(right), abs=1e-9)
+    bins = np.ceil(np.array(confident) * 15)
+    off = [abs(sum(np.array(right)[bins == b]) - sum(np.array(confident)[bins == b])) for b in np.unique(bins)]
+    assert found.calibration_error == pytest.approx(sum(off) / len(nats), abs=1e-5)
+    q, t = np.concatenate(ours), np.concatenate(theirs)
+    p = softmax(t / T, axis=1)
+    q = softmax(q / T, axis=1)
+    if labels == "top8":
+        kept = np.argsort(-p, axis=1, kind="stable")[:, :8]
+        p, q = (np.take_along_axis(one, kept, axis=1) for one in (p, q))
+        p, q = (np.concatenate([one, 1 - one.sum(axis=1, keepdims=True)], axis=1) for one in (p, q))
+    assert found.teacher_kl == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=2e-3)
+    assert found.teacher_kl_kind == ("exact" if labels == "labels" else "bucketed")
+    assert found.with_teacher == found.tokens
+    assert found.agreement == pytest.approx((t.argmax(axis=1) == np.concatenate(ours).argmax(axis=1)).mean(), abs=2e-3)
+    assert json.loads(json.dumps(found.to_dict()))["perplexity"] == found.perplexity
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pack": None}, "pack and pad: expected one of them for a language model"),
+        ({"pad": 48}, "pack and pad: expected one of them, the positions of a line, found 64 and 48"),
+        ({"batch_size": 8}, "batch_size: 8 counts samples"),
+        ({"augment": "crop"}, "augment: crop is of images; leave --augment out"),
+        ({"compile": True}, "compile: True compiles a whole network"),
+        ({"mixup": 0.2, "labels": None}, "mixup: 0.2 is of images"),
+        ({"streaming": True}, "streaming: True is of data"),
+        ({"accumulate": 5}, "a batch of 4 lines cannot be cut into 5 parts"),
+        ({"pack": 16}, "the longest document has .* tokens, a line 16"),
+        ({"student": "zoo:resnet8"}, "has a label for each token, which language models learn from"),
+        ({"student": ["lm:x", "zoo:resnet8"]}, "student lm:x: is a language model, and zoo:resnet8 is none"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    stories: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(make_config(stories, tmp_path / "run", **changes))
+
+
+def test_options_of_language_models_are_refused_for_others(stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pack: 64 is for language models"):
+        train(make_config(stories, tmp_path / "run", student="zoo:resnet8", labels=None))
+
+
+def test_another_vocabulary_is_refused_by_its_first_id(stories: Path, tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "other", "llama", rows=270)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    first = min(vocab["A"], vocab["B"])
+    message = f"student .*: expected the vocabulary of the labels .*: id {first} is 'A' and 'B'; give a network with"
+    with pytest.raises(MismatchError, match=message):
+        train(make_config(stories, tmp_path / "run", student=f"lm:{folder}"))
+    with pytest.raises(MismatchError, match=f"model .*: id {first} is 'A' and 'B'"):
+        softlabel.evaluate(f"lm:{folder}", f"{stories / 'data.jsonl'}?key=id", stories / "labels", progress=False)
+
+
+def test_another_token_at_the_beginning_is_refused(stories: Path, tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "other", "llama", rows=270)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match=r"expected '<s>' at the beginning of a text.*adds no token; give"):
+        train(make_config(stories, tmp_path / "run", student=f"lm:{folder}"))
