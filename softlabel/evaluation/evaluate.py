@@ -88,7 +88,6 @@ def evaluate(
             raise UsageError(f"activation: expected softmax for a language model, found {activation}; leave it out")
         chosen, transform = (model, preprocessing) if spec is None else build_network(spec, TOKENS.name, precision)
         assert isinstance(chosen, LanguageModel)
-        report_source(source)
         return evaluate_language_model(
             spec or "the network",
             chosen,

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from softlabel.common.spec import Spec
-from softlabel.dataset import Source
+from softlabel.dataset import Source, report_source
 from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
 from softlabel.errors import MismatchError, SpecError
 from softlabel.evaluation.metrics import BINS, Evaluation, Totals
@@ -256,6 +256,7 @@ def evaluate_language_model(
     else:
         max_length = transform.max_length if isinstance(transform, TokenTransform) else min(most or 2048, 2048)
     documents = tokenize_for(f"model {name}", source, model, store, max_length=max_length)
+    report_source(documents)
     longest = int(documents.lengths.max(initial=1))
     if most is not None and longest > most:
         raise MismatchError(

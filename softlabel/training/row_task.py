@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from softlabel.common.activation import Activation
-from softlabel.dataset import Source
+from softlabel.dataset import Source, report_source
 from softlabel.errors import DataError, MismatchError, SpecError, UsageError
 from softlabel.evaluation.evaluate import Measurement
 from softlabel.inputs.base import InputKind, InputTransform
@@ -34,6 +34,8 @@ class RowTask(Task):
     def __init__(self, *given: Any, **settings: Any) -> None:
         super().__init__(*given, **settings)
         config, source, store = self.config, self.source, self.store
+        if self.report:
+            report_source(source)
         if store is not None and store.run.tokens is not None:
             raise MismatchError(
                 f"{store.path}: has a label for each token, which language models learn from; give --student lm:FOLDER"

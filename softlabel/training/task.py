@@ -49,6 +49,7 @@ class Task(ABC):
         source: of the samples.
         store: of the labels; None: hard labels alone.
         precision: fp32, bf16 or fp16.
+        report: whether to log what the data are.
 
     Attributes:
         source: of the samples as they are trained on.
@@ -67,9 +68,11 @@ class Task(ABC):
         source: Source,
         store: Store | None,
         precision: Precision,
+        *,
+        report: bool,
     ) -> None:
         self.config, self.configs, self.source, self.store = config, configs, source, store
-        self.precision = precision
+        self.precision, self.report = precision, report
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -105,7 +105,10 @@ class TokenTask(Task):
 
     def _tokenize(self, source: Source) -> TokenizedSource:
         subject, model = f"student {self.configs[0].student}", self._models[0][0]
-        return tokenize_for(subject, source, model, self.store, max_length=self._max_length)
+        found = tokenize_for(subject, source, model, self.store, max_length=self._max_length)
+        if self.report:
+            report_source(found)
+        return found
 
     def identity(self) -> dict[str, Any]:
         source = self._documents
@@ -158,8 +161,6 @@ class TokenTask(Task):
             return
         source = open_source(chosen)
         require_samples(source)
-        if ranks.is_first:
-            report_source(source)
         loader = self._open(
             self._tokenize(source),
             ranks,

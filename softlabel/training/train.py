@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from softlabel.common.device import decoders
-from softlabel.dataset import Source, open_source, report_source, require_samples
+from softlabel.dataset import Source, open_source, require_samples
 from softlabel.errors import TrainingError, UsageError
 from softlabel.models.precision import Precision
 from softlabel.store.open import open_store
@@ -77,12 +77,10 @@ def _train(
     precision = _precision(config, ranks.device)
     source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
     require_samples(source)
-    if ranks.is_first:
-        report_source(source)
     store = open_store(config.labels) if config.labels is not None else None
     configs = students_of(config)
     make = TokenTask if are_language_models(configs) else RowTask
-    task: Task = make(config, configs, source, store, precision)
+    task: Task = make(config, configs, source, store, precision, report=ranks.is_first)
     shared = task.identity()
     views = ranks.first(lambda: _choose_views(config, configs, task.count_views()))
     shared |= {} if views is None else {VIEWS: views}

@@ -247,6 +247,35 @@ def test_a_large_head_is_its_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.autograd.grad(found, given[0]), torch.autograd.grad(expected, given[0]))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["dense16", "head", "hard"])
+def test_logits_are_observed_once_and_change_nothing(kind: str, impl: str) -> None:
+    case = Case(kind)
+    settings = HARD if kind == "hard" else KD
+    found: dict[int, Tensor] = {}
+    targets = []
+
+    def observe(rows: slice | Tensor, logits_RC: Tensor, target: object) -> None:
+        places = torch.arange(9)[rows].tolist()
+        assert not found.keys() & set(places)
+        found.update(zip(places, logits_RC.clone(), strict=True))
+        targets.append(0 if target is None else len(target))  # type: ignore[arg-type]
+
+    leaves = case.leaves()
+    given = {**settings, **case.rows, "chunk_rows": 2, "impl": impl}
+    loss = linear_distillation_loss_components(*leaves, case.target, case.labels_N, observe=observe, **given).total
+    plain = linear_distillation_loss(*case.leaves(), case.target, case.labels_N, **given)
+    assert loss.equal(plain)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    counted = [row for row in range(9) if row not in ((0, 1, 3) if kind == "hard" else (0, 3))]
+    assert sorted(found) == counted
+    assert sum(targets) == (0 if kind == "hard" else len(counted))
+    hidden_ND, weight_CD, bias_C = case.given
+    for row, logits_C in found.items():
+        assert torch.allclose(logits_C.float(), F.linear(hidden_ND[row], weight_CD, bias_C), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dense16", "head"])
 def test_sequences_are_their_positions(kind: str) -> None:
     case = Case(kind)

@@ -1,6 +1,8 @@
 """Training runs on a small dataset of digits and its store: settings, results, and processes that can be killed."""
 
 import csv
+import os
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -93,3 +95,19 @@ def finish_training(given: dict[str, object]) -> None:
     process = start_training(given)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+
+
+def train_in_ranks(given: dict[str, object], *, ranks: int) -> None:
+    """Train in several processes with the variables that torchrun sets, forked, which start sooner."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [Process(_train_as_rank, given, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * ranks, errors
+
+
+def _train_as_rank(given: dict[str, object], environment: dict[str, object]) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    _train(given)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softlabel import TrainConfig, train
+from softlabel import train
 from tests.support.commands import make_environment
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
-from tests.support.processes import Process
 from tests.support.training_runs import (
     ROWS,
     STUDENT,
@@ -25,6 +23,7 @@ from tests.support.training_runs import (
     make_settings,
     read_history,
     read_weights,
+    train_in_ranks,
     wait_for_file,
     write_digits,
 )
@@ -61,25 +60,6 @@ def run(given: dict[str, object], ranks: int, log: Path) -> None:
     assert process.wait() == 0, log.read_text()
 
 
-def run_forked(given: dict[str, object], ranks: int, port: int) -> None:
-    """As `run`, in forked processes with the variables that torchrun sets, which start sooner."""
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [Process(rank_main, given, {**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(ranks)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, errors
-
-
-def rank_main(given: dict[str, object], environment: dict[str, object]) -> None:
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    train(TrainConfig(**given))  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def close(one: Path, other: Path) -> None:
     """The same curves, up to rounding."""
     first, second = read_history(one), read_history(other)
@@ -114,7 +94,7 @@ def test_two_processes_learn_what_one_learns(
     if "sync_batchnorm" in changes:
         run(two, 2, tmp_path / "log")
     else:
-        run_forked(two, 2, free_port())
+        train_in_ranks(two, ranks=2)
     for name in ("T1", "T4") if "temperature" in changes else ("",):
         close(tmp_path / "one" / name, tmp_path / "two" / name)
 

@@ -42,6 +42,7 @@ from tests.support.training_runs import (
     read_history,
     read_weights,
     start_training,
+    train_in_ranks,
     wait_for_file,
 )
 
@@ -172,6 +173,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stories: Path, tmp_path
     assert len(resumed.history) == 6
     assert have_equal_weights(tmp_path / "straight", tmp_path / "killed")
     assert read_history(tmp_path / "straight") == read_history(tmp_path / "killed")
+
+
+def test_two_processes_train_as_one(stories: Path, tmp_path: Path) -> None:
+    """Also where a batch has fewer lines than processes, and some documents have no row in the store."""
+    lines = (stories / "data.jsonl").read_text() + json.dumps({"id": "another", "text": "the cat and the mat"}) + "\n"
+    (tmp_path / "more.jsonl").write_text(lines)
+    data = f"{tmp_path / 'more.jsonl'}?key=id"
+    rest = {"data": data, "missing": "hard-only", "accumulate": 2, "epochs": 2, "batch_tokens": 320, "eval_data": data}
+    train(make_config(stories, tmp_path / "one", **rest))
+    train_in_ranks(make_settings(stories, tmp_path / "two", **rest), ranks=2)
+    for one, two in zip(read_history(tmp_path / "one"), read_history(tmp_path / "two"), strict=True):
+        for name, value in one.items():
+            assert (value == "") == (two[name] == ""), name
+            assert value == "" or float(value) == pytest.approx(float(two[name]), rel=2e-4, abs=2e-5), name
+    ours, theirs = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    for name, weight in ours.items():
+        assert torch.allclose(weight, theirs[name], atol=1e-4), name
 
 
 def test_several_students_of_one_pass_are_those_of_passes_of_their_own(stories: Path, tmp_path: Path) -> None:
