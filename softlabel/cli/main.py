@@ -29,6 +29,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter 
 
 import softlabel
 from softlabel.cli import convert, generate, store, train
+from softlabel.cli.arrange import arrange_arguments
 from softlabel.common.arguments import check_values, describe, is_plain
 from softlabel.errors import SoftLabelError, UsageError
 
@@ -51,6 +52,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": train.evaluate,
     "report": store.report,
 }
+# Commands that keep nothing of what they did before they were interrupted.
+_UNKEPT = {"plan", "calibrate", "inspect", "verify", "evaluate", "report"}
 # Dataclasses in annotations of commands, imported only when the command runs.
 LATE = {
     "train": {"TrainConfig": "softlabel.training.TrainConfig"},
@@ -67,7 +70,6 @@ LATE = {
     "convert": {"EncodingOptions": "softlabel.cli.encoding_options.OfStores"},
 }
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off")
 
 
 class _Help(DefaultHelpFormatter):
@@ -170,6 +172,10 @@ class _Options:
         """Return the flags with a value of true or false."""
         return {_make_flag(name) for name in self.parameters if _list_choices(self.hints[name]) == ("true", "false")}
 
+    def positional(self) -> list[str]:
+        """Return the names of the arguments without an option."""
+        return [name for name, one in self.parameters.items() if one.kind is POSITIONAL]
+
     def parser(self) -> _Parser:
         examples = "\n".join(
             f"  {line.strip()}" for e in self.doc.examples for line in (e.description or "").splitlines()
@@ -214,7 +220,7 @@ class _Options:
             values[parameter] = group(**{field: values[field] for field in fields})
         taken = {field for _, fields in self.groups.values() for field in fields}
         values = {name: value for name, value in values.items() if name not in taken}
-        positional = [values.pop(name) for name, p in self.parameters.items() if p.kind is POSITIONAL]
+        positional = [values.pop(name) for name in self.positional()]
         return self.command(*positional, **values)
 
 
@@ -261,32 +267,6 @@ def _get_element(hint: Any) -> Any:
     return None
 
 
-def _arrange_arguments(arguments: Sequence[str], repeatable: set[str], booleans: set[str]) -> list[str]:
-    """Rewrite arguments for the parser.
-
-    ``--teacher A --teacher B`` becomes ``--teacher A B``; a bare ``--flag`` becomes ``--flag=true``, so that it does
-    not take the next argument as its value.
-    """
-    arranged: list[str] = []
-    values: dict[str, list[str]] = {}
-    collecting: list[str] | None = None
-    for number, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in repeatable:
-            if name not in values:
-                arranged.append(name)
-            collecting = values.setdefault(name, [])
-            if equals:
-                collecting.append(value)
-        elif collecting is not None and not argument.startswith("--"):
-            collecting.append(argument)
-        else:
-            collecting = None
-            bare = argument in booleans and "".join(arguments[number + 1 : number + 2]).lower() not in _BOOLEANS
-            arranged.append(f"{argument}=true" if bare else argument)
-    return [part for argument in arranged for part in (argument, *values.get(argument, ()))]
-
-
 def _make_parser(chosen: _Options | None, name: str) -> ArgumentParser:
     parser = _Parser(
         prog="softlabel",
@@ -294,7 +274,7 @@ def _make_parser(chosen: _Options | None, name: str) -> ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softlabel {softlabel.__version__}", help="show it")
     if chosen is not None:
-        parser.positional = frozenset(name for name, one in chosen.parameters.items() if one.kind is POSITIONAL)
+        parser.positional = frozenset(chosen.positional())
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     for other, command in COMMANDS.items():
         # Build only the chosen command's options: some need torch, which `softlabel --help` should not import.
@@ -357,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _Options(name) if name in COMMANDS else None
         if chosen is not None:
-            arguments = _arrange_arguments(arguments, chosen.lists(), chosen.booleans())
+            arguments = arrange_arguments(arguments, chosen.lists(), chosen.booleans(), chosen.positional())
         parsed = _make_parser(chosen, name).parse_args(arguments)
         assert chosen is not None, "the parser exits without a known command"
         with _raising_on_sigterm():
@@ -376,7 +356,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UsageError.exit_code
     except KeyboardInterrupt as error:
         ended, code = ("terminated", TERMINATED) if isinstance(error, _Terminated) else ("interrupted", INTERRUPTED)
-        print(f"softlabel: {ended}; finished work is kept, rerun the command to resume", file=sys.stderr)
+        kept = (
+            f"{name} keeps nothing, rerun it"
+            if name in _UNKEPT
+            else "finished work is kept, rerun the command to resume"
+        )
+        print(f"softlabel: {ended}; {kept}", file=sys.stderr)
         return code
     except BrokenPipeError:
         # The reader of our output has exited (`| head`), which is not an error.

@@ -6,8 +6,12 @@ N samples, C classes.
 import csv
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +26,7 @@ from softlabel.report.pictures import make_pictures
 from softlabel.report.report import report_json
 from tests.report.store_reference import learn_confidently
 from tests.report.test_summary import write_recorded
-from tests.support.commands import run_softlabel
+from tests.support.commands import make_environment, run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
 from tests.support.stores import draw_logits, read_files, write_logits
@@ -142,6 +146,38 @@ def test_conditions_that_are_true_end_with_3(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--fail-if", "noise>0.5", "labels"),
+        ("--out", "ci.html", "--fail-if", "noise>0.5", "missing>0", "labels", "--device", "cpu"),
+        ("--fail-if", "noise>0.5", "labels", "--fail-if", "missing>0"),
+        ("--fail-if=noise>0.5", "--fail-if", "missing>0", "labels"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_with_several_values_may_stand_before_the_store(folder: Path, arguments: tuple[str, ...]) -> None:
+    more = () if "--out" in arguments else ("--out", "ci.html")
+    done = run_softlabel("report", *more, *arguments, cwd=folder)
+    assert "ci.html: " in done.stdout
+    true = [one.replace("noise>0.5", "accuracy<=1") for one in arguments]
+    run_softlabel("report", *more, *true, cwd=folder, code=3)
+
+
+def test_an_interrupted_report_says_that_nothing_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    os.mkfifo(tmp_path / "labels/manifest.json")
+    words = [sys.executable, "-m", "softlabel", "report", "labels"]
+    with (
+        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=make_environment()) as process,
+        (tmp_path / "labels/manifest.json").open("wb"),  # waits until it is read
+    ):
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "softlabel: interrupted; report keeps nothing, rerun it"
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (("labels", "--fail-if", "noise"), "'noise>0.05'"),
@@ -157,6 +193,7 @@ def test_conditions_that_are_true_end_with_3(folder: Path) -> None:
         (("labels", "--json", "wrong.html"), "found one twice"),
         (("labels", "--json", "runs"), "found a folder"),
         (("labels", "--workers", "-1"), "--workers"),
+        (("--runs", "a", "b", "--fail-if", "noise>1", "labels"), "--runs took 'b' or --fail-if took 'labels'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
