@@ -31,6 +31,7 @@ import softlabel
 from softlabel.cli import convert, generate, store, train
 from softlabel.cli.arrange import arrange_arguments
 from softlabel.common.arguments import check_values, describe, is_plain
+from softlabel.common.plain_text import show_plainly
 from softlabel.errors import SoftLabelError, UsageError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -320,7 +321,7 @@ class _BesideBars(logging.StreamHandler[Any]):
         from tqdm import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(show_plainly(self.format(record), lines=True), file=sys.stderr)
         except Exception:
             self.handleError(record)
 
@@ -343,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _raising_on_sigterm():
             return chosen.run({key: value for key, value in parsed[name].as_dict().items() if key != "config"})
     except SoftLabelError as error:
-        print(f"softlabel: {error}", file=sys.stderr)
+        print(f"softlabel: {show_plainly(str(error), lines=True)}", file=sys.stderr)
         return error.exit_code
     except UnicodeError as error:
         if sys.getfilesystemencoding().lower() == "utf-8":

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import options_of, require_local
 from softlabel.cli.report import print_summary, size
+from softlabel.common.plain_text import show_plainly
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("bad sample", f"{key}: {reason}"))
     if len(opened.bad) > BAD_SHOWN:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
-    print("\n".join(f"{name:<11}{text}" for name, text in lines))
+    print("\n".join(f"{name:<11}{show_plainly(text)}" for name, text in lines))
     return 0
 
 
@@ -153,7 +154,7 @@ def verify(
     seconds = time.perf_counter() - started
     if not report.ok:
         for problem in report.problems:
-            print(f"damaged: {problem}")
+            print(f"damaged: {show_plainly(problem)}")
         print(f"{store}: DAMAGED, {len(report.problems)} problem(s) found")
         return DAMAGED
     print(f"{store}: whole. {report.rows:,} rows in {report.shards} shards, {report.bytes:,} bytes, {seconds:.1f} s")
@@ -178,7 +179,7 @@ def _print_coverage(store: str, data: str) -> bool:
         (found.relabelled_count, found.relabelled, "samples have another hard label than in the store"),
     ):
         if count:
-            print(f"  {count:,} {what}: {', '.join(keys)}" if keys else f"  {count:,} {what}")
+            print(f"  {count:,} {what}: {show_plainly(', '.join(keys))}" if keys else f"  {count:,} {what}")
     if found.ok and not found.compared:
         print(f"  nothing was compared: the samples of {data} may differ from the labelled ones")
         return False
@@ -349,9 +350,9 @@ def report(
         workers=workers,
     )
     for sentence in found.report.summary:
-        print(f"{sentence.level:<5} {sentence.text}")
+        print(f"{sentence.level:<5} {show_plainly(sentence.text)}")
     for note in getattr(found.report.students, "notes", ()):
-        print(f"note  {note}")
+        print(f"note  {show_plainly(note)}")
     assert found.path is not None
     print(f"{found.path}: {size(found.path.stat().st_size)}, pictures of {found.pictures:,} samples")
     for failure in found.failures:

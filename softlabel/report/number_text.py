@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from softlabel.common.plain_text import show_plainly
 from softlabel.report.student_figures import Comparison
 
 MISSING = "–"
@@ -55,7 +56,7 @@ def count_of(value: int, one: str, several: str = "") -> str:
 def name_class(names: Sequence[str] | None, number: int) -> str:
     """The name of a class, or its number where it has none."""
     known = names[number] if names and 0 <= number < len(names) else ""
-    return known or f"class {number}"
+    return show_plainly(known) or f"class {number}"
 
 
 def describe_samples(shown: int, found: Comparison, *, noun: str = "samples") -> str:

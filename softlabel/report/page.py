@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from softlabel.common.plain_text import show_plainly
 from softlabel.report.figures import About, Absent
 from softlabel.report.number_text import count_of, format_number
 from softlabel.report.page_classes import describe_agreement, describe_confusion
@@ -79,8 +80,9 @@ def render(report: Report, pictures: Mapping[str, Picture], eval_pictures: Mappi
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
         figures=_embed_json(report_json(report)),
     )
-    # A lone surrogate of a file name cannot be written as UTF-8.
-    return page.encode("utf-8", "replace").decode()
+    # A lone surrogate of a file name cannot be written as UTF-8. Beside it, what strangers named must not turn or
+    # hide the text around it.
+    return show_plainly(page, lines=True).encode("utf-8", "replace").decode()
 
 
 @cache

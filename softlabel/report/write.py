@@ -5,6 +5,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from softlabel.store.reader import Store
 
 log = logging.getLogger("softlabel")
 
-MOST_PICTURES = 400
+MOST_PICTURES = 400  # of all sections together
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet runs cells that begin so
 _NOISE_COLUMNS = ("key", "label", "suggestion", "margin", "p_label", "members_agreeing", "views_agreeing")
 _AT_ONCE = 4096  # rows
@@ -139,8 +140,8 @@ def write_report(
     errors = None if noise_csv is None else _list_noise(opened, figures)
     page, shown = None if out is None else Path(out), 0
     if page is not None:
-        pictures = _take_pictures(_find_keys(report, of_eval_data=False), source)
-        others = _find_keys(report, of_eval_data=True)
+        keys, others = _choose_samples(report)
+        pictures = _take_pictures(keys, source)
         evaluated = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
         _write(page, render(report, pictures, evaluated))
         shown = len(pictures) + len(evaluated)
@@ -223,13 +224,36 @@ def _join(name: str, figures: StoreFigures | Absent, students: Students | Absent
     return Report(title=name, summary=summarize(figures, students), students=students, **sections)
 
 
-def _find_keys(report: Report, *, of_eval_data: bool) -> list[str]:
-    """Return the keys of the samples that a report names, of the labelled data or of the evaluation data."""
-    sections = [getattr(report, field.name) for field in fields(report)]
-    parts: list[Any] = [] if of_eval_data else [one for one in sections if not isinstance(one, Students)]
-    if isinstance(report.students, Students):
-        parts += [one for one in report.students.comparisons if one.of_eval_data == of_eval_data]
-    return list(dict.fromkeys(example.key for part in parts for example in _find_examples(part)))
+def _choose_samples(report: Report) -> tuple[list[str], list[str]]:
+    """Return the keys of the samples that are shown with a picture, of the labelled and of the evaluation data.
+
+    The sections take turns, so that no one leaves the others without pictures; within one the first samples come first,
+    of students the first ones of each corner.
+    """
+    queues: list[Iterator[tuple[bool, str]]] = []
+    for field in fields(report):
+        found = getattr(report, field.name)
+        if not isinstance(found, Students):
+            queues.append((False, one.key) for one in _find_examples(found))
+            continue
+        corners = [
+            [(compared.of_eval_data, one.key) for one in corner.examples]
+            for compared in found.comparisons
+            for corner in compared.corners
+        ]
+        queues.append(one for turn in zip_longest(*corners) for one in turn if one is not None)
+    chosen: dict[tuple[bool, str], None] = {}
+    while queues and len(chosen) < MOST_PICTURES:
+        for queue in list(queues):
+            new = next((one for one in queue if one not in chosen), None)
+            if new is None:
+                queues.remove(queue)
+            elif len(chosen) < MOST_PICTURES:
+                chosen[new] = None
+    keys: tuple[list[str], list[str]] = ([], [])
+    for of_eval_data, key in chosen:
+        keys[of_eval_data].append(key)
+    return keys
 
 
 def _find_examples(part: Any) -> Iterator[Example]:
@@ -244,11 +268,11 @@ def _find_examples(part: Any) -> Iterator[Example]:
 
 
 def _take_pictures(keys: Sequence[str], source: Source | None) -> dict[str, Picture]:
-    """Return pictures of samples, at most `MOST_PICTURES`."""
+    """Return pictures of samples; none where they cannot be read."""
     if source is None or not keys:
         return {}
     try:
-        return make_pictures(source, keys[:MOST_PICTURES])
+        return make_pictures(source, keys)
     except DataError as error:
         log.warning("warning: the report has no pictures: %s", error)
         return {}

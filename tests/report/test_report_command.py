@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import softlabel
 from softlabel import open_source
 from softlabel.errors import UsageError
+from softlabel.report import write
 from softlabel.report.pictures import make_pictures
 from softlabel.report.report import report_json
 from tests.report.store_reference import learn_confidently
@@ -291,6 +292,42 @@ def test_a_damaged_store_is_no_report(folder: Path, tmp_path: Path) -> None:
     done = run_softlabel("report", "labels", "--data", folder / "data.parquet", cwd=tmp_path, code=1)
     assert shard.name in done.stderr
     assert not (tmp_path / "report.html").exists()
+
+
+HOSTILE = "\u202efdp.\x1b[2J\rcat\nact"
+
+
+def test_names_neither_turn_nor_erase_what_stands_beside_them(tmp_path: Path) -> None:
+    """Of classes and keys, in the terminal and on the page."""
+    keys = [f"{HOSTILE}{number}" for number in range(40)]
+    labels = np.arange(len(keys)) % 2
+    logits = np.where(np.eye(2)[labels] > 0, 0.0, -9.0).astype(np.float32)
+    labels[:5] = 1 - labels[:5]
+    names = (HOSTILE, "plain")
+    write_logits(tmp_path / "labels", keys, logits, labels=labels, class_names=names, bad=[f"{HOSTILE}bad"]).close()
+    shown = [run_softlabel(*words, cwd=tmp_path).stdout for words in (("inspect", "labels"), ("report", "labels"))]
+    for text in (*shown, (tmp_path / "report.html").read_text()):
+        assert "\ufffdfdp.\ufffd[2J\ufffdcat\ufffdact" in text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    assert len(shown[1].splitlines()) == 7
+
+
+def test_every_section_has_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More candidates than pictures leave some to duplicates."""
+    monkeypatch.setattr(write, "MOST_PICTURES", 12)
+    images, labels = (list(one[:ROWS]) for one in make_digit_jpegs())
+    images[100:120:2] = images[101:120:2]
+    hard = [(one + number % 2) % 10 for number, one in enumerate(labels)]
+    keys = make_keys(ROWS)
+    write_parquet(tmp_path / "data.parquet", images, keys=keys, labels=hard, class_names=DIGITS)
+    write_logits(tmp_path / "labels", keys, draw_teacher(), images=images, labels=hard, class_names=DIGITS).close()
+    page = tmp_path / "page.html"
+    done = softlabel.write_report(tmp_path / "labels", data=tmp_path / "data.parquet", out=page, progress=False)
+    assert done.report.noise.candidates > 12  # type: ignore[union-attr]
+    assert done.pictures == 12
+    noise, rest = page.read_text().split('<section id="calibration"')
+    assert len(re.findall("<img ", noise)) >= 6
+    assert len(re.findall("<img ", rest)) >= 6
 
 
 def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
