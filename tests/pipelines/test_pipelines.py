@@ -13,6 +13,8 @@ import softlabel
 from tests.support.commands import make_environment, run_script
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.language_runs import make_config as make_language_config
+from tests.support.language_runs import write_documents
 from tests.support.shared_data import ROOT
 from tests.support.stores import draw_logits, write_logits
 from tests.support.texts import save_classifier
@@ -99,3 +101,28 @@ def test_a_small_text_student_learns_from_hard_and_from_soft_labels(tmp_path: Pa
     assert re.search(r"teacher: accuracy 0\.\d|teacher: accuracy 1\.0", done.stdout)
     assert re.search(r"hard labels: accuracy [01]\.\d+ \+- .*\nsoft labels: accuracy [01]\.\d+ \+- ", done.stdout)
     assert softlabel.open_store(tmp_path / "out" / "labels").run.dataset.rows == 60
+
+
+def test_a_small_language_model_learns_from_next_tokens_and_from_a_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    from tests.support.language_models import write_language_model
+
+    network = write_language_model(tmp_path / "network", "llama", rows=270, tie_word_embeddings=True)
+    write_documents(tmp_path / "data.jsonl", count=60)
+    teacher = tmp_path / "teacher"
+    taught = make_language_config(tmp_path, teacher, student=f"lm:{network}", labels=None, lr=0.01, epochs=20)
+    softlabel.train(taught)
+    script, data = ROOT / "pipelines" / "lm_student.py", f"{tmp_path / 'data.jsonl'}?key=id"
+    assert len(script.read_text().splitlines()) < 150
+    done = run_script(
+        script, "--teacher", teacher, "--data", data, "--eval-data", data, "--out", tmp_path / "out", "--layers", 1,
+        "--max-length", 64, "--pack", 64, "--batch-tokens", 256, "--top-k", 200, "--epochs", 8, "--lr", 0.01,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pattern = r"^(hard|soft) labels: NLL ([0-9.]+), .*KL\(teacher \|\| student\) ([0-9.]+)"
+    found = re.findall(pattern, done.stdout, flags=re.MULTILINE)
+    assert [name for name, _, _ in found] == ["hard", "soft"]
+    assert all(float(divergence) < 1.5 for _, _, divergence in found)
+    evaluated = softlabel.evaluate(tmp_path / "out" / "soft", data, device="cpu", progress=False)
+    assert f"{evaluated.cross_entropy:.4f}" == found[1][1]
