@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from softlabel.common.hashing import Hasher
 from softlabel.common.keys import Keys
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import BatchLabels, Lane, find_wrong, make_labels
@@ -28,14 +27,15 @@ from softlabel.generation.transfer import Download
 from softlabel.inputs.base import Inputs
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
+from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.store.manifest import ShardPlan
 from softlabel.store.token_rows import LENGTH, MASK, POSITIONS, TOKENS
 
 IGNORE = -100
 # Bytes of the logits of a chunk: enough positions for a matrix product, and few for the memory.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
+_POSITIONS_ON_CPU = 2048  # of a pass: more do not stay in the cache
 _POSITIONS_A_SAMPLE = 64  # a pass on a GPU has as many positions as a batch of samples has times this
-_SEED_STEP = np.uint64(0x9E3779B97F4A7C15)
 
 # Which positions of a pass are wanted: its inputs on the host -> bool (B, L).
 Choice = Callable[[Inputs], Tensor]
@@ -129,9 +129,9 @@ class TokenLane(Lane):
 
     def pass_rows(self, bucket: int) -> int:
         """Return how many documents of a length make a forward pass."""
-        if self.members.device.type == "cuda":
-            return max(1, self.batch_size * _POSITIONS_A_SAMPLE // bucket)
-        return Lane.pass_rows(self, bucket)
+        is_cuda = self.members.device.type == "cuda"
+        positions = self.batch_size * _POSITIONS_A_SAMPLE if is_cuda else _POSITIONS_ON_CPU
+        return max(1, positions // bucket)
 
     def iter_positions(self, batches: Sequence[DecodedBatch], choose: Choice) -> Iterator[Positions]:
         """Yield the positions of documents that are wanted, in chunks, documents of one length after another."""
@@ -220,13 +220,11 @@ class TokenLane(Lane):
 
     def _position_seeds(self, plan: ShardPlan, chunk: Positions, keys: Sequence[str], device: torch.device) -> Tensor:
         """Return seeds of random draws, int64 (R,), a function of (seed, key, view, position, member)."""
-        run = self.run
-        hashes_N = Hasher(run.views.seed)(Keys.of(keys), plan.view)
-        # One step a position, as a generator of random numbers takes them, far from those of the draws within a row.
-        places_P = (chunk.places.numpy().astype(np.uint64) + np.uint64(1)) << np.uint64(20)
-        seeds_P = (hashes_N[chunk.documents.numpy()] + places_P * _SEED_STEP).view(np.int64)
-        members_M = self.first_member + np.arange(run.members_stored, dtype=np.int64)
-        return torch.from_numpy((seeds_P[:, None] + members_M).reshape(-1)).to(device, non_blocking=True)
+        keys_P = Keys.of(keys).take(chunk.documents.numpy())
+        members = range(self.first_member, self.first_member + self.run.members_stored)
+        spots = np.ones(len(chunk), np.int64), chunk.places.numpy()
+        seeds_R = make_row_seeds(keys_P, plan.view, seed=self.run.views.seed, members=members, spots=spots)
+        return torch.from_numpy(seeds_R).to(device, non_blocking=True)
 
     def _split(self, batches: Sequence[DecodedBatch], parts: Sequence["_Encoded"]) -> list[BatchLabels]:
         """Put the positions into the order of the documents, and cut them into the batches of the window."""

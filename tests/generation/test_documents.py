@@ -18,7 +18,9 @@ import transformers
 import xxhash
 
 import softlabel
+from softlabel.convert.recode import convert_store
 from softlabel.errors import MismatchError, TeacherError, UsageError
+from softlabel.store.encodings import Sampled
 from softlabel.store.verify import verify_store
 from tests.support.commands import run_softlabel
 from tests.support.language_models import find_stories, write_language_model
@@ -190,6 +192,20 @@ def test_the_last_layer_is_stored_once(teacher: Path, data: Path, tmp_path: Path
     capped = write_language_model(tmp_path / "capped", "gemma2", num_key_value_heads=2, head_dim=8)
     with pytest.raises(UsageError, match=r"encoding head: .*a cap on them"):
         generate(data, capped, out=tmp_path / "refused", encoding="head")
+
+
+def test_draws_follow_from_the_position(teacher: Path, data: Path, tmp_path: Path) -> None:
+    generate(data, teacher, out=tmp_path / "all", encoding=Sampled(samples=8))
+    generate(data, teacher, out=tmp_path / "small", encoding=Sampled(samples=8), shard_rows=4, batch_size=2)
+    generate(data, teacher, out=tmp_path / "dense", encoding="float32")
+    convert_store(tmp_path / "dense", tmp_path / "drawn", encoding=Sampled(samples=8))
+    drawn = [dict(read_documents(tmp_path / name)) for name in ("all", "small", "drawn")]
+    assert all(
+        np.array_equal(drawn[0][key][name], other[key][name])
+        for other in drawn[1:]
+        for key in drawn[0]
+        for name in ("index", "weight")
+    )
 
 
 def test_faults_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
