@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "loader": (f"{LABELS} loss", "torch numpy"),
     "generation": (LABELS, "torch numpy tqdm"),
     "evaluation": (f"{LABELS} loss loader", "torch numpy tqdm matplotlib sklearn"),
-    "convert": ("errors common store labels", "torch numpy pyarrow safetensors tqdm xxhash"),
+    "convert": (f"{GROUND} store labels", "torch numpy pyarrow safetensors tqdm xxhash"),
     "cluster": (f"{LABELS} generation", "dask distributed tqdm"),
     # A store that was made from other stores is repaired from those.
     "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),

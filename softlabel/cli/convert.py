@@ -95,18 +95,19 @@ def convert(
     return _print_summary(done)
 
 
-def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
+def export(store: str, out: str, /, *, to: Literal["hf", "npz", "distillkit", "axolotl"]) -> int:
     """Write a store as Parquet with plain columns for any tool (hf), or as NumPy arrays (npz).
 
-    pandas, polars, DuckDB and Hugging Face datasets read the Parquet files.
+    pandas, polars, DuckDB and Hugging Face datasets read the Parquet files. Stores of tokens in encoding topk are
+    written for DistillKit and axolotl, too, as log-probabilities at temperature 1.
 
     Example:
         softlabel export labels/resnet50 exported --to hf
 
     Args:
         store: folder of the store.
-        out: a folder for hf, a file name that ends in .npz for npz.
-        to: a folder of Parquet files, or one file of NumPy arrays.
+        out: a folder, for npz a file name that ends in .npz.
+        to: a folder of Parquet files, one file of NumPy arrays, or a data set for a trainer of language models.
     """
     options = dict(locals())
     from softlabel.convert import export_store
@@ -116,6 +117,11 @@ def export(store: str, out: str, /, *, to: Literal["hf", "npz"]) -> int:
         print(f"{done.path}: already exported, {done.total_rows:,} rows; nothing to do")
     else:
         print(f"{done.path}: {done.total_rows:,} rows, {done.bytes:,} bytes, in {done.seconds:.1f} s")
+    if done.left_out:
+        print(
+            f"  {done.left_out:,} of them left out: their text has other tokens than the store, or no position of them "
+            "counts"
+        )
     return 0
 
 

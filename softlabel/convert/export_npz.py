@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from softlabel.convert.export_folder import Written
 from softlabel.convert.plain_columns import bar_of, batches, describe, plain, widths_of
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.columns import Array
@@ -19,14 +20,14 @@ from softlabel.store.reader import Store
 from softlabel.store.storage.base import TEMPORARY, sync, writing
 
 
-def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> tuple[int, int]:
-    """Write an export; return (files written, bytes). For arguments and errors see `export_store`."""
+def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[str, Any] | None) -> Written:
+    """Write an export. For arguments and errors see `export_store`."""
     if out.suffix != ".npz":
         raise UsageError(f"export: with --to npz, expected a file name that ends in .npz, found {out.name!r}")
     about = describe(store)
     if out.exists():
         _refuse_other_npz(out, about)
-        return 0, out.stat().st_size
+        return Written(files=0, bytes=out.stat().st_size)
     open_store(store.url, verify="full").close()
     run, count = store.run, len(store)
     widths = widths_of(run.encoding, run.num_classes)
@@ -71,7 +72,7 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
             sync(out.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    return 1, out.stat().st_size
+    return Written(files=1, bytes=out.stat().st_size)
 
 
 def _iter_column(store: Store, payload: list[str], name: str, bar: "tqdm[Any]") -> Iterator[Array]:

@@ -646,7 +646,7 @@ def test_export_refuses_what_is_there(tmp_path: Path) -> None:
         (MismatchError, "expected an export of store .*found another", "hf", "hf"),
         (MismatchError, "found another; choose another name", "x.npz", "npz"),
         (UsageError, "ends in .npz", "plain", "npz"),
-        (UsageError, "expected --to hf or npz", "plain", "csv"),
+        (UsageError, "expected --to hf, npz", "plain", "csv"),
         (UsageError, "found the store itself", "a", "hf"),
         (UsageError, "a local path", "memory://x", "hf"),
     ]:
