@@ -23,6 +23,7 @@ from softlabel.dataset.findings import Findings
 from softlabel.dataset.folds import Choice, ChosenSource, assign_folds
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
+from softlabel.models import names_language_model
 from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import DatasetInfo, Totals
 from softlabel.store.manifest_read import find_root
@@ -109,6 +110,11 @@ def make_plan(
     students = students_of(config)
     if len(students) > 1:
         raise UsageError("crossfit: expected one value of each option, found several; cross-fit one after the other")
+    if names_language_model(parse_spec(student)):
+        raise UsageError(
+            f"student {student}: expected a classifier, found a language model, whose documents have no class to be "
+            "held out; train it on a part of the data ('?without_fold=2/4'), and label the rest with it ('?fold=2/4')"
+        )
     if parse_spec(student).starts_trained:
         log.warning(
             "warning: student %s: starts from trained weights; if they saw samples of %s, no label is out-of-sample",

@@ -321,6 +321,7 @@ def test_what_makes_no_sense_is_refused(digits: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "oof.folds").exists()
 
     refuse(UsageError, "folds: expected 2 to 1000, found 1", folds=1)
+    refuse(UsageError, "student lm:x: expected a classifier, found a language model", student="lm:x")
     refuse(UsageError, "soft_weight: expected an option of crossfit", soft_weight=0.5)
     refuse(UsageError, "expected one value of each option", lr=[0.1, 0.2])
     refuse(UsageError, "encoding head: stores the last layer of one teacher", encoding="head")

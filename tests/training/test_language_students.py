@@ -25,8 +25,9 @@ from softlabel.loader.token_loader import TokenLoader
 from softlabel.models import build_model
 from softlabel.models.from_lm import LanguageModel
 from softlabel.store.token_rows import TokenRun
+from softlabel.training.ema import Average
 from tests.support.documents import Documents, make_token_run
-from tests.support.language_models import write_language_model
+from tests.support.language_models import MARKED, write_language_model
 from tests.support.language_runs import (
     LONGEST,
     T,
@@ -173,6 +174,59 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(stories: Path, tmp_path
     assert len(resumed.history) == 6
     assert have_equal_weights(tmp_path / "straight", tmp_path / "killed")
     assert read_history(tmp_path / "straight") == read_history(tmp_path / "killed")
+
+
+def test_the_labels_of_chats_are_those_of_all_or_of_the_positions_that_count(tmp_path: Path) -> None:
+    """From the chats to the weights: a store of masked positions is as good as one of all of them, bit for bit."""
+    teacher = write_language_model(tmp_path / "teacher", "llama", rows=270, template=MARKED)
+    turns = [[("user", "hi " * (1 + n % 3)), ("assistant", "the cat"[n % 5 :]), ("user", "more")] for n in range(20)]
+    chats = [[{"role": role, "content": text} for role, text in one] for one in turns]
+    lines = [{"id": f"chat-{number}", "messages": one} for number, one in enumerate(chats)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = f"{tmp_path / 'chats.jsonl'}?messages=messages&key=id"
+    for positions in ("all", "masked"):
+        softlabel.generate(
+            data,
+            teachers=[f"lm:{teacher}"],
+            out=tmp_path / positions,
+            positions=positions,
+            max_length=64,
+            preflight=False,  # a random teacher knows no chats
+            progress=False,
+        )
+        train(make_config(tmp_path, tmp_path / f"of-{positions}", data=data, labels=tmp_path / positions, epochs=1))
+    assert have_equal_weights(tmp_path / "of-all", tmp_path / "of-masked")
+    assert read_history(tmp_path / "of-all") == read_history(tmp_path / "of-masked")
+
+
+def test_epochs_of_different_numbers_of_steps_share_one_schedule(stories: Path, tmp_path: Path) -> None:
+    """Documents of another window of the packing fill more or fewer lines; the rate still ends where it is to end."""
+    lengths = np.random.default_rng(0).integers(3, 8, 4600).tolist()
+    lines = [json.dumps({"id": str(number), "tokens": [1] * length}) for number, length in enumerate(lengths)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    rest = {
+        "data": f"{tmp_path / 'data.jsonl'}?tokens=tokens&key=id",
+        "labels": None,
+        "batch_tokens": 369 * 7,
+        "pack": 7,
+    }
+    history = train(make_config(stories, tmp_path / "run", epochs=2, **rest)).history
+    assert [epoch.step for epoch in history] == [10, 10 + 9]
+    last = 0.003 * (1 + math.cos(math.pi * 8 / 9)) / 2
+    assert [epoch.lr for epoch in history] == pytest.approx([0.003 * 10 / 11, last])
+
+
+def test_weights_with_two_names_are_averaged_once() -> None:
+    tied, plain = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+    model = torch.nn.Sequential(tied, plain, torch.nn.Linear(3, 3, bias=False))
+    model[2].weight = tied.weight
+    average = Average(model, 0.9)
+    before = tied.weight.detach().clone()
+    with torch.no_grad():
+        tied.weight += 1
+    average.update(model)
+    assert torch.allclose(average.model[2].weight, before + (1 - 2 / 11), atol=1e-6)
+    assert average.model[2].weight is average.model[0].weight
 
 
 def test_two_processes_train_as_one(stories: Path, tmp_path: Path) -> None:
