@@ -36,8 +36,9 @@ def train(config: "TrainConfig") -> int:
         return 0
     last = result.history[-1]
     print(f"{result.out}: trained for {last.epoch} epochs, {last.step:,} steps, in {result.seconds:.1f} s")
-    if last.score is not None:
-        print(f"  {'mAP' if last.eval_accuracy is None else 'accuracy'} on {config.eval_data}: {last.score:.4f}")
+    if last.headline is not None:
+        name, value = last.headline
+        print(f"  {name} on {config.eval_data}: {value:.4f}")
     print(f"  measure it with: softlabel evaluate {_evaluate_arguments(config, result.out)}")
     return 0
 

@@ -25,7 +25,7 @@ class TrainConfig:
         student: a SPEC; without a checkpoint it starts from random weights.
         out: the run folder; of several students, the folder of their run folders.
         labels: the store with the teacher's soft labels; absent: hard labels only.
-        eval_data: a SOURCE on which accuracy is measured.
+        eval_data: a SOURCE on which accuracy is measured, and the perplexity of language models.
         source_ratio: of several sources, how many samples of each there are for one another, such as 1:7; an epoch then
             ends where the first source has been seen once. Absent: an epoch is every sample of all of them.
         streaming: read images and labels block by block, each once an epoch, for data that is not in memory; the order
@@ -67,7 +67,8 @@ class TrainConfig:
         missing: samples without a row in the store: error, skip, or hard-only.
         ignore_labels: do not use hard labels even if the data has them.
         eval_every: epochs from one evaluation to the next; the last epoch is always evaluated.
-        patience: stop once the accuracy has not risen for so many evaluations; absent: never.
+        patience: stop once the accuracy (of language models the perplexity) has not improved for so many evaluations;
+            absent: never.
         select: which weights the finished student has: those of the last epoch, or of the best evaluation.
         seed: of the student's weights, the order and the augmentation.
         precision: bf16 and fp16 use autocast; auto is fp32 on the CPU, bf16 on CUDA devices that have it, else fp16.

@@ -34,6 +34,7 @@ class EpochMetrics:
         target_entropy: of the soft labels at the store's temperature, mean in nats.
         eval_map: mean average precision on the evaluation data, of students with independent outputs, whose
             `train_accuracy` is the share of known labels that are hit, mean over labelled samples.
+        eval_perplexity: of the next tokens of the evaluation data, of language models.
     """
 
     epoch: int
@@ -52,11 +53,21 @@ class EpochMetrics:
     teacher_agreement: float | None = None
     target_entropy: float | None = None
     eval_map: float | None = None
+    eval_perplexity: float | None = None
+
+    @property
+    def headline(self) -> tuple[str, float] | None:
+        """Name and value of what evaluations are compared by: perplexity, accuracy or mAP."""
+        named = (("perplexity", self.eval_perplexity), ("accuracy", self.eval_accuracy), ("mAP", self.eval_map))
+        return next(((name, value) for name, value in named if value is not None), None)
 
     @property
     def score(self) -> float | None:
-        """By which evaluations are compared: the accuracy, or mAP."""
-        return self.eval_map if self.eval_accuracy is None else self.eval_accuracy
+        """The same as a number of which more is better."""
+        if self.headline is None:
+            return None
+        name, value = self.headline
+        return -value if name == "perplexity" else value
 
     def line(self, epochs: int, unit: str = "img") -> str:
         """One line of the log; `unit` is that of the samples' kind."""
@@ -66,6 +77,7 @@ class EpochMetrics:
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"eval {self.eval_accuracy:.4f}"] if self.eval_accuracy is not None else []
+        parts += [f"perplexity {self.eval_perplexity:.4f}"] if self.eval_perplexity is not None else []
         parts += [f"mAP {self.eval_map:.4f}"] if self.eval_map is not None else []
         return "  ".join(
             [*parts, f"lr {self.lr:.4g}", f"{self.images_per_second:,.0f} {unit}/s", f"{self.seconds:.1f} s"]
@@ -117,8 +129,9 @@ def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
     """The whole history; the file is replaced, so that it never holds an epoch that a resumed run does again."""
     text = io.StringIO()
     names = [field.name for field in fields(EpochMetrics)]
-    if all(epoch.eval_map is None for epoch in history):
-        names.remove("eval_map")  # of other students than those that have it
+    for name in ("eval_map", "eval_perplexity"):
+        if all(getattr(epoch, name) is None for epoch in history):
+            names.remove(name)  # of other students than those that have it
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: _cell(getattr(epoch, k)) for k in names} for epoch in history)

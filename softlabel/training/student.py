@@ -20,6 +20,7 @@ from torch import nn
 
 from softlabel.common.activation import Activation
 from softlabel.errors import TrainingError
+from softlabel.evaluation.language import TokenEvaluation
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
@@ -204,6 +205,7 @@ class Student(ABC):
             eval_cross_entropy=evaluation.cross_entropy if evaluation is not None else None,
             eval_calibration_error=evaluation.calibration_error if evaluation is not None else None,
             eval_map=evaluation.mean_average_precision if isinstance(evaluation, MultiLabelEvaluation) else None,
+            eval_perplexity=evaluation.perplexity if isinstance(evaluation, TokenEvaluation) else None,
         )
         self.history.append(metrics)
         if metrics.score is not None:

@@ -41,7 +41,7 @@ class StudentResult:
 
     @property
     def best(self) -> EpochMetrics | None:
-        """The epoch with the highest evaluation accuracy, or mAP."""
+        """The epoch with the highest evaluation accuracy, or mAP, or the lowest perplexity."""
         measured = [epoch for epoch in self.history if epoch.score is not None]
         return max(measured, key=lambda epoch: epoch.score or 0.0, default=None)
 
@@ -99,6 +99,7 @@ class TrainResult:
 
 def _row(student: StudentResult) -> dict[str, str]:
     last = student.history[-1] if student.history else None
+    best = student.best.headline if student.best is not None else None
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
@@ -109,7 +110,8 @@ def _row(student: StudentResult) -> dict[str, str]:
         "epochs": str(last.epoch) if last is not None else "0",
         "accuracy": number(last.eval_accuracy if last is not None else None),
         **({} if last is None or last.eval_map is None else {"mAP": number(last.eval_map)}),
-        "best": number(student.best.score if student.best is not None else None),
+        **({} if last is None or last.eval_perplexity is None else {"perplexity": number(last.eval_perplexity)}),
+        "best": number(best[1] if best is not None else None),
         "agreement": number(last.teacher_agreement if last is not None else None),
         "loss": number(last.loss if last is not None else None),
         "soft": number(last.soft_loss if last is not None else None),

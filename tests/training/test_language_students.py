@@ -5,6 +5,7 @@ N documents, B lines, L positions of a line, P positions that count, V tokens.
 
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -253,8 +254,13 @@ def test_several_students_of_one_pass_are_those_of_passes_of_their_own(stories: 
     assert have_equal_weights(tmp_path / "both" / "lr0.001", tmp_path / "alone")
     assert [student.name for student in together.students] == ["lr0.003", "lr0.001"]
     last = alone.history[-1]
-    assert last.eval_cross_entropy is not None
+    assert last.headline == ("perplexity", last.eval_perplexity)
+    assert last.eval_perplexity == pytest.approx(np.exp(last.eval_cross_entropy))
+    assert alone.student.best == last
     assert last.teacher_accuracy is not None
+    (both,) = [student for student in together.students if student.name == "lr0.001"]
+    assert both.history[-1].eval_perplexity == last.eval_perplexity
+    assert re.search(rf"lr0.001 .* {last.eval_perplexity:.4f} +{last.eval_perplexity:.4f} ", together.table())
 
 
 # ---- what it leaves behind ----
