@@ -30,6 +30,7 @@ from softlabel.inputs.tensor import BANDS
 from softlabel.inputs.transforms import KINDS
 from softlabel.labels.combine import Combination
 from softlabel.loader.hard_labels import find_contradictions, read_hard_labels
+from softlabel.loader.join import refuse_positions
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
 from softlabel.store.manifest import Run
@@ -54,6 +55,7 @@ class LabelJoin:
     Raises:
         StoreError: the store cannot be opened.
         UsageError: its rows are views of images, which only `SoftLabelLoader` replays.
+        MismatchError: its rows are documents, which `TokenLoader` joins.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class LabelJoin:
         self.store = labels if isinstance(labels, Store) else open_store(labels)
         self.key, self.name, self._combination, self.image, self.label = key, target, combine, image, label
         self._warned = False
+        refuse_positions(self.store)
         if self.store.run.views.count > 1 or self.store.run.view_columns:
             raise UsageError(
                 f"{self.store.url}: its rows are views of the images; SoftLabelLoader shows the student the same "

@@ -25,7 +25,7 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
-from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys
+from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
@@ -86,6 +86,8 @@ class JoinedDataset(Dataset[Batch]):
         self._targets = targets
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
         require_samples(source)
+        if store is not None:
+            refuse_positions(store)
         self._transform = preprocessing or default_transform(source.inputs, first_samples(source))
         self._reported = False  # that texts are truncated
         self._augment, self._seed = augment, seed

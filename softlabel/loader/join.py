@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.keys import Keys
 from softlabel.dataset import Source
-from softlabel.errors import DataError, MissingKeyError
+from softlabel.errors import DataError, MismatchError, MissingKeyError
 from softlabel.store.reader import Store
 
 Missing = Literal["error", "skip", "hard-only"]
@@ -34,6 +34,15 @@ class Kept:
     samples: Int64s
     skipped_bad: int = 0
     skipped_missing: int = 0
+
+
+def refuse_positions(store: Store) -> None:
+    """Raise MismatchError for a store whose rows are documents with a label for each position."""
+    if store.run.tokens is not None:
+        raise MismatchError(
+            f"{store.url}: has a label for every position of a document, expected one a sample; "
+            "softlabel.loader.token_loader.TokenLoader joins documents"
+        )
 
 
 def read_keys(source: Source) -> Keys:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import softlabel
 from softlabel.dataset.source import Source
 from softlabel.errors import MismatchError, MissingKeyError, UsageError
 from softlabel.inputs.base import Sample, TokenIds
@@ -170,3 +171,13 @@ def test_wrong_numbers_are_refused(documents: Documents) -> None:
         with pytest.raises(UsageError, match=message):
             TokenLoader(source, **options)  # type: ignore[arg-type]
     assert isinstance(documents.run.encoding, Float16)
+
+
+def test_loaders_of_whole_samples_refuse_labels_of_positions(tmp_path: Path, documents: Documents) -> None:
+    write_store(tmp_path / "labels", documents.run, documents)
+    for join in (
+        lambda: softlabel.SoftLabelLoader("digits?rows=0:40", tmp_path / "labels"),
+        lambda: softlabel.LabelJoin(tmp_path / "labels"),
+    ):
+        with pytest.raises(MismatchError, match="has a label for every position of a document"):
+            join()
