@@ -65,8 +65,25 @@ class BatchKeys(Sequence[str]):
         return BatchKeys, (taken, np.arange(len(taken)))
 
 
+class NamedFields:
+    """`batch["labels"]` and `"labels" in batch`, for loops that look into their batches as into a dict."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: object) -> bool:
+        return any(one.name == name and getattr(self, one.name) is not None for one in fields(self))  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    # A batch is no sequence: without this, Python would ask for item 0.
+    __iter__ = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Batch:
+class Batch(NamedFields):
     """B samples on their way into a student.
 
     `batch["labels"]` and `"labels" in batch` work as well: loops that expect a dict, such as the Trainer of
@@ -97,17 +114,6 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __contains__(self, name: object) -> bool:
-        return any(field.name == name and getattr(self, field.name) is not None for field in fields(self))
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self:
-            raise KeyError(name)
-        return getattr(self, name)
-
-    # A batch is no sequence: without this, Python would ask for item 0.
-    __iter__ = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch on another device; `samples` and `rows` are for the reader and stay where they are."""

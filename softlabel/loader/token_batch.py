@@ -10,12 +10,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from softlabel.loader.batch import move_target, pin_target
+from softlabel.loader.batch import NamedFields, move_target, pin_target
 from softlabel.loss.targets import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TokenBatch:
+class TokenBatch(NamedFields):
     """Lines of documents, packed or padded.
 
     A document must not see the others of its line: `segments` says which positions belong together, `position_ids`
@@ -66,7 +66,11 @@ class TokenBatch:
     @property
     def attention_mask(self) -> Tensor:
         """bool (B, 1, L, L): whether a position sees another one, of its own document and not after it. Positions
-        without a token see themselves, so that no row of a softmax is empty."""
+        without a token see each other, so that no row of a softmax is empty.
+
+        For networks that take no `position_ids`. transformers takes such a mask as it is, without the sliding window
+        that some of its networks have: give these `position_ids` instead.
+        """
         same_BLL = self.segments[:, :, None] == self.segments[:, None, :]
         length = self.segments.shape[1]
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()

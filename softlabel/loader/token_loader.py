@@ -22,8 +22,11 @@ class TokenLoader(EpochLoader[TokenBatch]):
 
         loader = TokenLoader(source, "labels/stories", batch_tokens=8192, pack=512)
         for batch in loader:
-            hidden_BLD = student(batch.tokens, batch.attention_mask, batch.position_ids)
-            loss = linear_distillation_loss(batch.at_places(hidden_BLD), head, None, batch.target, batch.hard_labels)
+            hidden_BLD = student.hidden(batch.tokens, None, batch.position_ids)
+            loss = linear_distillation_loss(
+                *(batch.at_places(hidden_BLD), student.head_weight, None, batch.target, batch.hard_labels),
+                temperature=loader.temperature, soft_weight=0.9, hard_weight=0.1,
+            )
 
     Iterating, epochs, states and ranks work as in `SoftLabelLoader`; what is counted are lines. How documents are
     packed is a pure function of (seed, epoch, lengths), so a loop resumes at any step, on any number of ranks.

@@ -1,5 +1,6 @@
 """The recipes in pipelines/ that train in loops of other libraries, run as a user runs them."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -126,3 +127,16 @@ def test_a_small_language_model_learns_from_next_tokens_and_from_a_teacher(tmp_p
     assert all(float(divergence) < 1.5 for _, _, divergence in found)
     evaluated = softlabel.evaluate(tmp_path / "out" / "soft", data, device="cpu", progress=False)
     assert f"{evaluated.cross_entropy:.4f}" == found[1][1]
+    if importlib.util.find_spec("accelerate") is None:
+        return
+    recipe = ROOT / "pipelines" / "hf_lm_trainer.py"
+    assert len(recipe.read_text().splitlines()) < 150
+    done = run_script(
+        recipe, "--teacher", teacher, "--data", data, "--labels", tmp_path / "out" / "labels", "--out",
+        tmp_path / "hf", "--layers", 1, "--pack", 64, "--batch-tokens", 256, "--epochs", 4, "--lr", 0.01,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps, loss = re.search(r"hf: (\d+) steps, loss ([0-9.]+)", done.stdout).groups()  # type: ignore[union-attr]
+    assert int(steps) > 8
+    assert float(loss) < 5.5  # ln 270 = 5.6 in the beginning
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
