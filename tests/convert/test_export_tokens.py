@@ -30,7 +30,7 @@ from tests.support.stores import Samples, make_run, read_files, write_store
 
 F64 = NDArray[np.float64]
 
-DOCUMENTS, K = 20, 16
+DOCUMENTS, K = 10, 16
 # Of axolotl's chat_template strategy: the contents one after another.
 PASS_ON = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CHATS = [
@@ -60,7 +60,7 @@ def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         encoding=TopK(k=K, temperatures=(1.0, 2.0)),
         temperature=request.param,
         max_length=320,
-        shard_positions=2000,
+        shard_positions=1000,
         preflight=False,
     )
     return folder, out
@@ -240,6 +240,24 @@ def test_documents_of_other_tokens_are_left_out_and_counted(tmp_path: Path) -> N
     assert {name: after[name] for name in after if "data" in name} == {n: before[n] for n in before if "data" in n}
     with pytest.raises(MismatchError, match=r"expected an export of store .* --to distillkit, found another"):
         export_store(tmp_path / "labels", out, to="distillkit")
+
+
+def test_a_masked_token_stays_a_number(tmp_path: Path) -> None:
+    run = make_token_run("parquet", samples=6, classes=30, encoding=Float32(), temperature=1.0)
+    documents = Documents.of(run)
+    answers = [[one.copy() for one in view] for view in documents.logits]
+    for one in answers[0]:
+        one[:, 3:] = -np.inf
+        one -= one.max(axis=1, keepdims=True)
+    masks = [np.ones_like(one) for one in documents.masks]
+    changes = {"columns": {"logits": answers}, "masks": masks}
+    write_store(tmp_path / "dense", run, Documents(**{**fields_of(documents), **changes}))
+    convert_store(tmp_path / "dense", tmp_path / "top", encoding=TopK(k=5))
+    export_store(tmp_path / "top", tmp_path / "out", to="distillkit")
+    table = pq.read_table(tmp_path / "out" / "data").to_pydict()
+    values_PK = np.concatenate([np.array(one) for one in table["top_values"]])
+    assert np.array_equal(values_PK[:, 3:], np.full((len(values_PK), 2), np.float32(-1e9)))
+    np.testing.assert_allclose(np.exp(values_PK).sum(axis=1), 1, atol=1e-6)
 
 
 def write_unsuited(root: Path, what: str) -> Path:

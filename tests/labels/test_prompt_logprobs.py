@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import torch
 import xxhash
 
 import softlabel
+from softlabel.convert import export_store
 from softlabel.errors import DataError
 from softlabel.labels.encodings import encode
 from softlabel.labels.prompt_logprobs import convert_prompt_logprobs
@@ -135,6 +137,14 @@ def test_a_store_holds_them_without_the_last_position(
     with softlabel.open_store(tmp_path / "labels") as store:
         rows = store.take(range(len(ids)))
     assert rows.positions.tolist() == [len(one) - 1 for one in ids]
+    # And other trainers get no token without an answer.
+    export_store(tmp_path / "labels", tmp_path / "out", to="distillkit")
+    table = pq.read_table(tmp_path / "out" / "data").to_pydict()
+    assert table["input_ids"] == [one[:-1] for one in ids]
+    for values, columns, (_, entries) in zip(table["top_values"], found, read_recorded(path), strict=True):
+        largest = [max(of["logprob"] for of in entry.values()) for entry in entries[1:] if entry is not None]
+        np.testing.assert_allclose(np.array(values)[:, 0], largest, atol=2e-3)
+        np.testing.assert_allclose(np.diff(values), np.diff(columns["value"].astype(np.float64)), atol=1e-5)
 
 
 def shift(ids: list[int], entries: list[Any]) -> tuple[list[int], list[Any]]:
