@@ -230,6 +230,7 @@ def test_weights_with_two_names_are_averaged_once() -> None:
     assert average.model[2].weight is average.model[0].weight
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(stories: Path, tmp_path: Path) -> None:
     """Also where a batch has fewer lines than processes, and some documents have no row in the store."""
     lines = (stories / "data.jsonl").read_text() + json.dumps({"id": "another", "text": "the cat and the mat"}) + "\n"
