@@ -6,17 +6,26 @@ from typing import Any
 
 import numpy as np
 
+from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source
 from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.inputs.tokens import TOKENS, TokenTransform
-from softlabel.models import LanguageModel
+from softlabel.models import LanguageModel, read_run
 from softlabel.models.lm_config import find_longest
 from softlabel.models.teacher import Teacher
 from softlabel.store.token_rows import TokenRun
 
 _SHARD_POSITIONS = 1 << 22
+
+
+def is_language_model(spec_text: str) -> bool:
+    """Whether a SPEC is that of a network that labels the positions of documents."""
+    spec = parse_spec(spec_text)
+    if spec.kind == "run":
+        spec = parse_spec(read_run(spec.name).student)
+    return spec.kind == "lm"
 
 
 def has_language_models(teachers: Sequence[Teacher]) -> bool:

@@ -104,16 +104,11 @@ class TokenLane(Lane):
         (found,) = self._probe_batches([batch])
         return self.combine(found.logits), found.hidden
 
-    def sample_labels(
-        self, batch: DecodedBatch, most: int
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
-        """Yield (documents, ordinals, scaled logits) of some labelled positions of a batch, evenly spread.
+    def sample_positions(self, batch: DecodedBatch, most: int) -> Iterator[tuple[Positions, NDArray[np.int64]]]:
+        """Yield some labelled positions of a batch, evenly spread, and which of its document's labelled ones each is.
 
         Args:
             most: positions of a document.
-
-        Returns:
-            int64 (P,), int64 (P,): which of the document's labelled positions, and (P, C) or (P, M, C) on the device.
         """
 
         def choose(inputs: Inputs) -> Tensor:
@@ -124,8 +119,7 @@ class TokenLane(Lane):
         ordinals_BL = self._choose_labelled(batch.inputs[0]).cumsum(dim=1) - 1
         with torch.inference_mode():
             for found in self.iter_positions([batch], choose):
-                ordinals_P = ordinals_BL[found.documents, found.places].numpy()
-                yield found.documents.numpy(), ordinals_P, self.combine(found.logits)
+                yield found, ordinals_BL[found.documents, found.places].numpy()
 
     def pass_rows(self, bucket: int) -> int:
         """Return how many documents of a length make a forward pass."""

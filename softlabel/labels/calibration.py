@@ -50,6 +50,13 @@ class Calibrated:
             raise ValueError(f"temperature: expected {LOWEST:g} to {HIGHEST:g}, found {self.temperature}")
 
 
+def _identify(preprocessing: Json) -> Json:
+    """What of a preprocessing a temperature depends on: of documents not how long they may be."""
+    if preprocessing.get("kind") != "tokens":
+        return preprocessing
+    return {name: value for name, value in preprocessing.items() if name not in ("max_length", "buckets")}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """What `softlabel calibrate` found: the file that `generate --calibration` takes.
@@ -89,7 +96,7 @@ class Calibration:
 
     def _temperature(self, member: Member, where: object) -> float:
         same = [one for one in self.members if one.sha256 == member.sha256]
-        fitting = [one for one in same if one.preprocessing == member.preprocessing]
+        fitting = [one for one in same if _identify(one.preprocessing) == _identify(member.preprocessing)]
         if fitting:
             return fitting[0].temperature
         if same:

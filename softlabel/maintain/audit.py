@@ -183,11 +183,11 @@ def _label_positions(
     starts_B = np.cumsum([0, *asked.positions])
     stored, now = [], []
     for part, batch in _iter_batches(job, asked, wanted_B):
-        for documents_P, ordinals_P, scaled in lane.sample_labels(batch, _POSITIONS):
-            rows_P = starts_B[part[documents_P]] + ordinals_P
+        for found, ordinals_P in lane.sample_positions(batch, _POSITIONS):
+            rows_P = starts_B[part[found.documents.numpy()]] + ordinals_P
             columns = {one.name: asked.columns[one.name][rows_P] for one in asked.run.label_columns}
             stored.append(replace(asked, columns=columns).scaled_logits.astype(np.float64))
-            now.append(scaled.double().cpu().numpy())
+            now.append(lane.combine(found.logits).double().cpu().numpy())
     if not stored:
         raise UsageError("recompute: the chosen documents have no labelled position; give a larger number of rows")
     return np.concatenate(stored), np.concatenate(now)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,12 +22,15 @@ from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluation.metrics import calibration_error
 from softlabel.generation.config import GenerateConfig
+from softlabel.generation.documents import is_language_model
 from softlabel.generation.job import Job, load_job
+from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+_POSITIONS = 16  # of a document at most
 _TOGETHER = 64  # batches of samples of several lengths, which are regrouped by it
 
 
@@ -48,10 +52,11 @@ def calibrate(
 ) -> Calibration:
     """Fit a temperature to each teacher by the likelihood of the labels (Guo et al. 2017).
 
-    All logits are held in memory: 4 bytes x samples x classes x teachers.
+    All logits are held in memory: 4 bytes x samples x classes x teachers. Language models are calibrated by the next
+    tokens at up to 16 positions of each document.
 
     Args:
-        data: labelled samples that the teachers were not trained on: a SOURCE, or a map-style dataset.
+        data: labelled samples, or documents, that the teachers were not trained on: a SOURCE, or a map-style dataset.
         teachers: SPECs.
         activation: what their outputs are logits of: a softmax over the classes, or a sigmoid of each class by itself,
             which may have several labels at once.
@@ -85,7 +90,8 @@ def calibrate(
         seed=seed,
         device=device,
     )
-    job = load_job(_choose_labelled(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
+    choose = _choose_samples if any(map(is_language_model, teachers)) else _choose_labelled
+    job = load_job(choose(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
     logits_MNC, labels = _compute_logits(job, progress)
     found = Calibration(
         data=job.labeller.source.name,
@@ -106,6 +112,15 @@ def _choose_labelled(source: Source, samples: int | None, seed: int) -> Source:
     chosen_N = np.flatnonzero(is_labelled(source.labels()))
     if not len(chosen_N):
         raise DataError(f"{source.name}: expected labelled samples to calibrate on, found none")
+    return _draw(source, chosen_N, samples, seed)
+
+
+def _choose_samples(source: Source, samples: int | None, seed: int) -> Source:
+    """Choose documents, in order: the labels of language models are the next tokens."""
+    return _draw(source, np.arange(len(source)), samples, seed)
+
+
+def _draw(source: Source, chosen_N: NDArray[np.int64], samples: int | None, seed: int) -> Source:
     if samples is not None and samples < len(chosen_N):
         chosen_N = np.sort(np.random.default_rng(seed).choice(chosen_N, size=samples, replace=False))
     return source if len(chosen_N) == len(source) else ReorderedSource(source, chosen_N)
@@ -123,6 +138,12 @@ def _compute_logits(job: Job, progress: bool | None) -> tuple[Tensor, Tensor]:
     ) as bar:
         while window := list(itertools.islice(batches, _TOGETHER if labeller.members.has_buckets else 1)):
             full = [batch for batch in window if batch.keys]
+            if isinstance(lane := labeller.lane, TokenLane):
+                for found in (found for batch in full for found, _ in lane.sample_positions(batch, _POSITIONS)):
+                    known_P = torch.nonzero(found.following >= 0).reshape(-1)
+                    logits.append(lane.combine(found.logits).transpose(0, 1).cpu()[:, known_P])
+                    labels.append(found.following[known_P])
+                full = []
             for batch, scaled in zip(full, labeller.lane.scaled_logits(*full), strict=True):
                 logits.append(scaled.transpose(0, 1).cpu())
                 sigmoid = run.activation == "sigmoid"

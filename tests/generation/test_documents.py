@@ -270,3 +270,21 @@ def test_a_store_is_repaired_and_grows(teacher: Path, data: Path, tmp_path: Path
     found = dict(read_documents(tmp_path / "labels"))
     assert found.keys() == whole.keys()
     assert all(np.array_equal(found[key]["logits"], whole[key]["logits"]) for key in whole)
+
+
+def test_language_models_are_calibrated_by_their_next_tokens(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """All positions of documents of at most 16 tokens count."""
+    found = softlabel.calibrate(f"{data}?rows=0:2", teachers=[f"lm:{teacher}"], out=tmp_path / "calibration.json")
+    ids = [tokenizers.Tokenizer.from_file(str(teacher / "tokenizer.json")).encode("a cat 0").ids, [1]]
+    logits = torch.from_numpy(np.concatenate([forward(teacher, np.array(one))[:-1] for one in ids])).double()
+    labels = torch.tensor([token for one in ids for token in one[1:]])
+    best = min(
+        (float(torch.nn.functional.cross_entropy(logits / at, labels)), at) for at in np.geomspace(0.05, 50, 4000)
+    )
+    (member,) = found.members
+    assert member.nll_before == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), abs=1e-4)
+    assert member.temperature == pytest.approx(best[1], rel=5e-3)
+    generate(data, teacher, out=tmp_path / "labels", calibration=tmp_path / "calibration.json", encoding="float32")
+    for _, columns in read_documents(tmp_path / "labels"):
+        expected = forward(teacher, columns["tokens"][:, 0]) / member.temperature
+        np.testing.assert_allclose(columns["logits"], expected - expected.max(axis=1, keepdims=True), atol=1e-3)
