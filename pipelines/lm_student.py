@@ -66,7 +66,7 @@ def train(options: argparse.Namespace, labels: softlabel.Store | None, out: Path
             rate = options.lr * min(1.0, done * 20 + 0.01) * (1 + math.cos(math.pi * done)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            # Documents of a line are told apart by their positions, which begin at 0 in each.
+            # Positions begin at 0 in each document of a line, which keeps them apart.
             hidden_BLD = model.hidden(batch.tokens, None, batch.position_ids)
             loss = linear_distillation_loss(
                 batch.at_places(hidden_BLD),
