@@ -66,7 +66,8 @@ def print_summary(summary: "GenerateSummary", *, data: str | None = None, encodi
         print(f"  {hint}")
     if data is not None:
         named = shlex.join(["--data", data, "--labels", summary.path])
-        print(f"  next: softlabel train {named} --student SPEC --out RUN")
+        student = "lm:FOLDER --pack LENGTH" if summary.noun == "documents" else "SPEC"
+        print(f"  next: softlabel train {named} --student {student} --out RUN")
 
 
 def _suggest_change(pace: "Pace", noun: str, encoding: str | None) -> str | None:

@@ -186,13 +186,16 @@ class _TextWriter:
     """
 
     def __init__(self, tokenizer: Tokenizer, store: Store) -> None:
-        self._loaded, self._tokens = tokenizer.load(), store.run.tokens
+        self._loaded, tokens = tokenizer.load(), store.run.tokens
+        assert tokens is not None
+        added = self._loaded.get_added_tokens_decoder()
+        self._special = {number for number, one in added.items() if one.special} | {tokens.bos, tokens.eos}
 
     def __call__(self, ids: list[int], mask_L: Array) -> list[dict[str, str]] | None:
         """Return the messages; None where the tokenizer gives other tokens for this text."""
-        assert self._tokens is not None
-        first = 1 if ids[0] == self._tokens.bos else 0
-        last = len(ids) - 1 if ids[-1] == self._tokens.eos and len(ids) > first else len(ids)
+        # Of chats and token ids the ends are those of the template: any special token.
+        first = 1 if ids[0] in self._special else 0
+        last = len(ids) - 1 if ids[-1] in self._special and len(ids) > first else len(ids)
         # The ends apart: some decoders write a space after them, or drop one at the beginning of a text.
         ends = [self._loaded.id_to_token(one) for one in (*ids[:first], *ids[last:])]
         text = self._loaded.decode(ids[first:last], skip_special_tokens=False)

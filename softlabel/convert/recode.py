@@ -107,6 +107,11 @@ def _refuse_impossible(store: str, run: Run, wanted: Encoding) -> None:
             f"{store}: random draws equal the teacher's softmax only in expectation, so another encoding would be "
             "wrong; generate with that encoding"
         )
+    if run.encoding.sparse and not wanted.sparse:
+        raise MismatchError(
+            f"{store}: {run.encoding.name} has the sum of most classes alone, so that {wanted.name} would "
+            "make them up, and be wrong at every other temperature; generate with it"
+        )
     if others := [t for t in wanted.declared or () if t != run.temperature]:
         listed = ", ".join(f"{t:g}" for t in others)
         if run.encoding.sparse:

@@ -9,7 +9,7 @@ import numpy as np
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source
 from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
-from softlabel.errors import MismatchError, UsageError
+from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.inputs.tokens import TOKENS, TokenTransform
 from softlabel.models import LanguageModel, read_run
@@ -69,10 +69,13 @@ def read_documents(
             )
     lengths = transforms[0].lengths if length == transforms[0].max_length else ()
     shared = replace(transforms[0], max_length=length, lengths=lengths)
-    return (
-        tokenize_source(source, first, max_length=length),
-        [replace(teacher, preprocessing=shared) for teacher in teachers],
-    )
+    documents = tokenize_source(source, first, max_length=length)
+    if not count_positions(documents, config.positions):
+        raise DataError(
+            f"{source.name}: expected positions to label, found none in {len(documents):,} documents"
+            + ("; check mask=, or what the chat template marks as answers" if config.positions == "masked" else "")
+        )
+    return documents, [replace(teacher, preprocessing=shared) for teacher in teachers]
 
 
 def describe_documents(source: TokenizedSource, config: GenerateConfig) -> TokenRun:

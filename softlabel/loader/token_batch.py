@@ -19,7 +19,7 @@ class TokenBatch(NamedFields):
     """Lines of documents, packed or padded.
 
     A document must not see the others of its line: `segments` says which positions belong together, `position_ids`
-    counts from 0 in each document.
+    counts from 0 in each document: networks of transformers keep documents apart by them, with `use_cache=False`.
 
         logits_PV = batch.at_places(model(...).logits)
         loss = distillation_loss(logits_PV, batch.target, batch.hard_labels)

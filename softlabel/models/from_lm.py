@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from softlabel.common.spec import Spec
@@ -183,7 +184,7 @@ def _load(spec: Spec) -> Any:
             )
         finally:
             transformers.utils.logging.set_verbosity(level)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise _describe_failure(spec, error, kind) from error
     if missing := sorted(info["missing_keys"]):
         raise SpecError(

@@ -311,6 +311,11 @@ def _check_combinations(config: TrainConfig) -> None:
         raise UsageError(
             "source_ratio: data that is read block by block has one order; leave --source-ratio or --streaming out"
         )
+    if config.line is not None and (config.batch_tokens or 0) < config.line:
+        raise UsageError(
+            f"batch_tokens: expected at least a line of {config.line} positions, found {config.batch_tokens}; a batch "
+            "is whole lines"
+        )
     size = config.batch_size or (config.batch_tokens or 1) // (config.line or 1)
     if config.accumulate > size:
         lines = " lines" if config.of_documents else ""

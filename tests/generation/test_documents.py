@@ -4,6 +4,7 @@ L positions of a document, P positions of several, K kept classes, C tokens of t
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import xxhash
 
 import softlabel
 from softlabel.convert.recode import convert_store
-from softlabel.errors import MismatchError, TeacherError, UsageError
-from softlabel.store.encodings import Sampled
+from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
+from softlabel.store.encodings import Sampled, TopK
 from softlabel.store.verify import verify_store
 from tests.support.commands import run_softlabel
 from tests.support.language_models import find_stories, write_language_model
@@ -158,6 +159,9 @@ def test_positions_that_count_alone(teacher: Path, tmp_path: Path) -> None:
         assert some["mask"][:, 0].tolist() == [int(count) for count in counts]
         assert np.array_equal(some["logits"], every["logits"][np.array(counts)])
     assert verify_store(tmp_path / "some").ok
+    pq.write_table(pa.table({"ids": ids, "learn": [[False] * len(one) for one in ids]}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match="expected positions to label, found none in 4 documents; check mask="):
+        generate(f"{tmp_path}/none.parquet?tokens=ids&mask=learn", teacher, out=tmp_path / "no", positions="masked")
 
 
 @pytest.mark.parametrize("rule", ["logits", "probs", "keep"])
@@ -192,6 +196,20 @@ def test_the_last_layer_is_stored_once(teacher: Path, data: Path, tmp_path: Path
     capped = write_language_model(tmp_path / "capped", "gemma2", num_key_value_heads=2, head_dim=8)
     with pytest.raises(UsageError, match=r"encoding head: .*a cap on them"):
         generate(data, capped, out=tmp_path / "refused", encoding="head")
+
+
+def test_truncated_labels_do_not_become_labels_of_all_classes(teacher: Path, data: Path, tmp_path: Path) -> None:
+    generate(data, teacher, out=tmp_path / "labels", encoding=TopK(k=8))
+    with pytest.raises(MismatchError, match="the sum of most classes alone"):
+        convert_store(tmp_path / "labels", tmp_path / "dense", encoding="float16")
+
+
+def test_damaged_weights_are_one_line(teacher: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(SpecError, match="damaged"):
+        generate(data, tmp_path / "damaged", out=tmp_path / "labels")
 
 
 def test_draws_follow_from_the_position(teacher: Path, data: Path, tmp_path: Path) -> None:
