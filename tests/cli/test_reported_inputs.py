@@ -622,7 +622,7 @@ COMMANDS: list[Case] = [
             ("overwrite: true", HOLDS_ANOTHER, "--overwrite=false"),
             ("epochs: true", "--epochs: expected a whole number, found 'True'"),
             ("lr: [0.1, fast]", "--lr: expected a number, found 'fast'"),
-            ("batch_size: null", "batch_size: expected a whole number, found nothing"),
+            ("accumulate: null", "accumulate: expected a whole number, found nothing"),
             ("ignore_labels: 'off'\nselect: first", "--select: expected last or best, found 'first'"),
         )
     ),

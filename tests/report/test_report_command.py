@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -172,9 +173,10 @@ def test_an_interrupted_report_says_that_nothing_is_kept(tmp_path: Path) -> None
         subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=make_environment()) as process,
         (tmp_path / "labels/manifest.json").open("wb"),  # waits until it is read
     ):
+        time.sleep(0.5)  # until it waits for what is in the file
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.splitlines()[-1] == "softlabel: interrupted; report keeps nothing, rerun it"
 
 
