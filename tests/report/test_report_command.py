@@ -166,12 +166,11 @@ def test_an_option_with_several_values_may_stand_before_the_store(folder: Path, 
 
 
 def test_an_interrupted_report_says_that_nothing_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "labels").mkdir()
-    os.mkfifo(tmp_path / "labels/manifest.json")
-    words = [sys.executable, "-m", "softlabel", "report", "labels"]
+    os.mkfifo(tmp_path / "options.yaml")
+    words = [sys.executable, "-m", "softlabel", "report", "labels", "--config", "options.yaml"]
     with (
         subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=make_environment()) as process,
-        (tmp_path / "labels/manifest.json").open("wb"),  # waits until it is read
+        (tmp_path / "options.yaml").open("wb"),  # waits until it is read
     ):
         time.sleep(0.5)  # until it waits for what is in the file
         process.send_signal(signal.SIGINT)
