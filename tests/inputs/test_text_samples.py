@@ -176,6 +176,7 @@ def test_texts_lose_the_side_that_transformers_cuts(teacher: Path, data: str, tm
     assert not torch.allclose(plain_logits(folder, texts), plain_logits(teacher, texts), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_many_batches_from_workers_do_not_use_up_the_open_files(teacher: Path, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "texts.parquet", [f"{SENTENCES[n % 8]} {n}" for n in range(3000)])
     done = subprocess.run(

@@ -73,7 +73,7 @@ def test_gradcheck(impl: str, kind: str) -> None:
         assert torch.autograd.gradcheck(loss, (logits_NC,))
 
 
-@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("compile", marks=needs_compiler)])
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("compile", marks=[needs_compiler, pytest.mark.slow])])
 def test_backward_twice_gives_the_same_gradient(impl: str) -> None:
     student_NC, teacher_NC, labels_N = batch()
     loss = distillation_loss(student_NC, teacher_NC, labels_N, **KD, impl=impl)

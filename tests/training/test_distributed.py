@@ -78,7 +78,7 @@ def close(one: Path, other: Path) -> None:
     ("student", "changes"),
     [
         (SMOOTH, {"data": "some.parquet", "missing": "hard-only", "accumulate": 2, "clip_norm": 1.0, "batch_size": 31}),
-        (STUDENT, {"sync_batchnorm": True, "temperature": [1.0, 4.0], "ema": 0.9}),
+        pytest.param(STUDENT, {"sync_batchnorm": True, "temperature": [1.0, 4.0], "ema": 0.9}, marks=pytest.mark.slow),
     ],
     ids=["some labels, some soft labels, parts", "batch norm, two students"],
 )
