@@ -55,8 +55,6 @@ def train(options: argparse.Namespace, labels: softlabel.Store | None, out: Path
         source, labels, batch_tokens=options.batch_tokens, pack=options.pack, seed=options.seed, tail="drop"
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01, betas=(0.9, 0.95))
-    size = model.vocabulary.size  # of the last layer, which may be padded
-    bias = None if model.head_bias is None else model.head_bias[:size]
     for epoch in range(options.epochs):
         loader.set_epoch(epoch)  # an epoch may have a step more or fewer than another one
         total = tokens = 0.0
@@ -70,8 +68,8 @@ def train(options: argparse.Namespace, labels: softlabel.Store | None, out: Path
             hidden_BLD = model.hidden(batch.tokens, None, batch.position_ids)
             loss = linear_distillation_loss(
                 batch.at_places(hidden_BLD),
-                model.head_weight[:size],
-                bias,
+                model.head_weight,
+                model.head_bias,
                 batch.target,
                 batch.hard_labels,
                 temperature=1.0,
@@ -89,7 +87,7 @@ def train(options: argparse.Namespace, labels: softlabel.Store | None, out: Path
         print(f"{out.name}: epoch {epoch + 1}/{options.epochs}  loss {total / tokens:.4f}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     transform = student_preprocessing(spec, model, "tokens").to_dict()
-    save_run(out, model, RunModel(student=spec, num_classes=size, preprocessing=transform))
+    save_run(out, model, RunModel(student=spec, num_classes=model.vocabulary.size, preprocessing=transform))
 
 
 def main() -> None:

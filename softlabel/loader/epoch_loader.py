@@ -11,6 +11,7 @@ from typing import Any, Generic
 
 from softlabel.dataset import Source
 from softlabel.errors import DataError, MismatchError, UsageError
+from softlabel.labels.combine import Combination
 from softlabel.loader.batch import BatchRequest
 from softlabel.loader.epochs import EpochSampler, Order, Place, Plan
 from softlabel.loader.ranks import RankShare
@@ -30,6 +31,7 @@ class EpochLoader(ABC, Generic[B]):
         seed: of the order.
         workers: processes that make batches; 0: this one.
         pin_memory: hand out batches in page-locked memory.
+        combine: how the members of a store that keeps them become one teacher.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class EpochLoader(ABC, Generic[B]):
         seed: int,
         workers: int,
         pin_memory: bool,
+        combine: Combination | None,
     ) -> None:
         self.source, self.store, self.dataset, self.seed = source, store, dataset, seed
-        self._order, self._shares = order, shares
+        self._order, self._shares, self._combination = order, shares, combine
         self._plan = Plan(order, self._shares_of(0))
         self._place = Place()
         self._live: object = None
@@ -86,6 +89,13 @@ class EpochLoader(ABC, Generic[B]):
     def epoch(self) -> int:
         """The epoch that is being iterated, or comes next."""
         return self._place.epoch
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the labels, at which the loss needs no conversion; 1 without a store."""
+        if self._combination is not None and self._combination.temperature is not None:
+            return self._combination.temperature
+        return self.store.run.temperature if self.store is not None else 1.0
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
         """Let the next iteration be this epoch, from this step on. Costs nothing, wherever it is."""

@@ -153,7 +153,6 @@ class SoftLabelLoader(EpochLoader[Batch]):
             targets=not streaming,
             views=chosen_views,
         )
-        self._combination = combine
         order: EpochOrder | BlockOrder | RatioOrder
         self._labels: LabelStream | None = None
         if streaming:
@@ -174,14 +173,8 @@ class SoftLabelLoader(EpochLoader[Batch]):
             seed=seed,
             workers=workers,
             pin_memory=pin_memory,
+            combine=combine,
         )
-
-    @property
-    def temperature(self) -> float:
-        """The temperature of the labels, at which the loss needs no conversion; 1 without a store."""
-        if self._combination is not None and self._combination.temperature is not None:
-            return self._combination.temperature
-        return self.store.manifest.run.temperature if self.store is not None else 1.0
 
     def _complete(self, batch: Batch, epoch: int, start: int, stop: int) -> Batch:
         """With its labels where these are streamed."""

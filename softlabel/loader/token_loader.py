@@ -24,7 +24,7 @@ class TokenLoader(EpochLoader[TokenBatch]):
         for batch in loader:
             hidden_BLD = student.hidden(batch.tokens, None, batch.position_ids)
             loss = linear_distillation_loss(
-                *(batch.at_places(hidden_BLD), student.head_weight, None, batch.target, batch.hard_labels),
+                *(batch.at_places(hidden_BLD), student.head_weight, student.head_bias, batch.target, batch.hard_labels),
                 temperature=loader.temperature, soft_weight=0.9, hard_weight=0.1,
             )
 
@@ -96,7 +96,6 @@ class TokenLoader(EpochLoader[TokenBatch]):
             combine=combine,
         )
         self.batch_tokens, self.length = batch_tokens, length
-        self._combination = combine
         super().__init__(
             source=source,
             store=store,
@@ -106,14 +105,8 @@ class TokenLoader(EpochLoader[TokenBatch]):
             seed=seed,
             workers=workers,
             pin_memory=pin_memory,
+            combine=combine,
         )
-
-    @property
-    def temperature(self) -> float:
-        """The temperature of the labels, at which the loss needs no conversion; 1 without a store."""
-        if self._combination is not None and self._combination.temperature is not None:
-            return self._combination.temperature
-        return self.store.run.temperature if self.store is not None else 1.0
 
     def _identity(self) -> dict[str, int | str]:
         return {

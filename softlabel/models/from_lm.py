@@ -78,20 +78,21 @@ class LanguageModel(HuggingFaceClassifier):
 
     @property
     def head_weight(self) -> Tensor:
-        """(rows, D), of which the first V are those of the vocabulary; the rest is padding."""
-        weight: Tensor = self.network.get_output_embeddings().weight
-        return weight
+        """(V, D), without the rows to which a last layer is padded."""
+        return self._cut(self.network.get_output_embeddings().weight)
 
     @property
     def head_bias(self) -> Tensor | None:
-        """(rows,), or None."""
+        """(V,), or None."""
         bias: Tensor | None = self.network.get_output_embeddings().bias
-        return bias
+        return None if bias is None else self._cut(bias)
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        return rows if len(rows) == self.vocabulary.size else rows[: self.vocabulary.size]
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """Logits (P, V) of the vocabulary's tokens, or (..., V) of (..., D)."""
-        size, bias = self.vocabulary.size, self.head_bias
-        logits = F.linear(hidden_PD, self.head_weight[:size], None if bias is None else bias[:size])
+        logits = F.linear(hidden_PD, self.head_weight, self.head_bias)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -202,7 +203,7 @@ def _describe_failure(spec: Spec, error: Exception, kind: str) -> SpecError:
 
 def _check_parts(spec: Spec, model: LanguageModel) -> LanguageModel:
     """Raises SpecError where the parts are not the whole: another way to the logits, or one that sees later tokens."""
-    rows, size = len(model.head_weight), model.vocabulary.size
+    rows, size = len(model.network.get_output_embeddings().weight), model.vocabulary.size
     if rows < size:
         raise SpecError(
             f"{spec.text}: expected a last layer of at least {size} rows, one for each token of {TOKENIZER}, found "

@@ -72,19 +72,9 @@ class RowStudent(Student):
             correct_B = (
                 best_B == batch.labels if batch.labels.dim() == 1 else _measure_share_right(logits_BC, batch.labels)
             )
-            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
-            self._sums.add(
-                here.units,
-                here.rows,
-                losses.total * (work.whole.rows / self.ranks.world_size),
-                here.soft,
-                losses.soft * here.soft,
-                here.hard,
-                losses.hard * here.hard,
-                correct_B.sum(),
-                0 if top_B is None else (best_B == top_B).sum(),
-                teacher_sums=work.teacher_sums if part.start == 0 else None,
-            )
+            agreed = 0 if top_B is None else (best_B == top_B).sum()
+            teacher_sums = work.teacher_sums if part.start == 0 else None
+            self._add_sums(losses, here, work.whole, correct_B.sum(), agreed, teacher_sums=teacher_sums)
 
     def _checked(self, logits_BC: Any) -> Tensor:
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softlabel.common.activation import Activation
 from softlabel.errors import TrainingError
@@ -24,6 +24,7 @@ from softlabel.evaluation.language import TokenEvaluation
 from softlabel.evaluation.metrics import Evaluation
 from softlabel.evaluation.multi_label import MultiLabelEvaluation
 from softlabel.inputs.base import InputTransform
+from softlabel.loss import LossComponents
 from softlabel.models import RunModel, network_of, save_run
 from softlabel.training import rng, run_folder
 from softlabel.training.distributed import Ranks
@@ -218,6 +219,35 @@ class Student(ABC):
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self._sums = Sums(self.device)
         return metrics
+
+    @torch.no_grad()
+    def _add_sums(
+        self,
+        losses: LossComponents,
+        here: Counts,
+        whole: Counts,
+        correct: Tensor,
+        agreed: Tensor | int,
+        *,
+        teacher_sums: Tensor | None,
+    ) -> None:
+        """Take a part of a step into the figures of the epoch.
+
+        Its losses are means over the part, times what they are means of: summed over parts and processes they are the
+        whole's.
+        """
+        self._sums.add(
+            here.units,
+            here.rows,
+            losses.total * (whole.rows / self.ranks.world_size),
+            here.soft,
+            losses.soft * here.soft,
+            here.hard,
+            losses.hard * here.hard,
+            correct,
+            agreed,
+            teacher_sums=teacher_sums,
+        )
 
     # ---- files ----
 

@@ -45,14 +45,11 @@ class _TokenLoss(nn.Module):
         label_smoothing: float,
         observe: Observe,
     ) -> LossComponents:
-        model, size = self.model, self.model.vocabulary.size
-        weight, bias = model.head_weight, model.head_bias
-        if len(weight) > size:  # rows that no token has
-            weight, bias = weight[:size], None if bias is None else bias[:size]
+        model = self.model
         return linear_distillation_loss_components(
             compute_hidden(model, batch, packed=self._packed),
-            weight,
-            bias,
+            model.head_weight,
+            model.head_bias,
             batch.target if soft_weight > 0 else None,
             batch.hard_labels,
             temperature=temperature,
@@ -96,19 +93,7 @@ class TokenStudent(Student):
                 observe=figures.add,
             )
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            # Means over a part, times what they are means of: summed over parts and processes they are the whole's.
-            self._sums.add(
-                here.units,
-                here.rows,
-                losses.total * (work.whole.rows / self.ranks.world_size),
-                here.soft,
-                losses.soft * here.soft,
-                here.hard,
-                losses.hard * here.hard,
-                *figures.of_student,
-                teacher_sums=figures.of_teacher,
-            )
+        self._add_sums(losses, here, work.whole, *figures.of_student, teacher_sums=figures.of_teacher)
 
 
 class _Figures:
