@@ -196,11 +196,12 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
     opened = open_store(store, verify="sizes")
     config = replace(config_of(opened.manifest), device=device)
     one = opened.run.activation == "softmax"
-    differ, what = ("top-1 differs", "rows") if one else ("answers change sides", "classes of all rows")
+    noun = "rows" if opened.run.tokens is None else "positions"
+    differ, what = ("top-1 differs", noun) if one else ("answers change sides", "classes of all rows")
     answer = "class" if one else "answer"
     found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
     print(
-        f"  {found.rows:,} rows recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
+        f"  {found.rows:,} {noun} recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
         f"{found.worst_difference:.1e} at worst; {differ} in {found.top1_disagreement:.4%} of the {what}"
     )
     if not found.ok:

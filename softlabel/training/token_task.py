@@ -197,7 +197,7 @@ class TokenTask(Task):
         return [
             f"data {loader.source.name}: {len(loader.dataset):,} documents, {tokens:,} tokens in {lines:,} lines of "
             f"{self._line} ({how}{tokens / (lines * self._line):.0%} full), {len(loader)} steps of "
-            f"{self._batch_tokens // self._line} lines an epoch"
+            f"at most {self._batch_tokens // self._line} lines an epoch"
         ]
 
     def cut(self, batch: TokenBatch) -> tuple[TokenBatch, tuple[tuple[TokenPart, Counts], ...]]:
