@@ -1,31 +1,23 @@
 """What a run of language models adds to any other run: the data become documents of the teachers' common vocabulary."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source
 from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
 from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.inputs.tokens import TOKENS, TokenTransform
-from softlabel.models import LanguageModel, read_run
+from softlabel.models import LanguageModel
 from softlabel.models.lm_config import find_longest
 from softlabel.models.teacher import Teacher
+from softlabel.store.encodings import Encoding
+from softlabel.store.manifest import Run
 from softlabel.store.token_rows import TokenRun
 
-_SHARD_POSITIONS = 1 << 22
-
-
-def is_language_model(spec_text: str) -> bool:
-    """Whether a SPEC is that of a network that labels the positions of documents."""
-    spec = parse_spec(spec_text)
-    if spec.kind == "run":
-        spec = parse_spec(read_run(spec.name).student)
-    return spec.kind == "lm"
+_SHARD_POSITIONS, _SHARD_BYTES = 1 << 22, 1 << 31  # of a shard at most, where nothing is asked for
 
 
 def has_language_models(teachers: Sequence[Teacher]) -> bool:
@@ -91,16 +83,23 @@ def describe_documents(source: TokenizedSource, config: GenerateConfig) -> Token
     )
 
 
-def choose_shard_rows(source: TokenizedSource, config: GenerateConfig, recorded: Mapping[str, Any]) -> int:
+def choose_shard_rows(
+    source: TokenizedSource, config: GenerateConfig, encoding: Encoding, num_classes: int, there: Run | None
+) -> int:
     """How many documents a shard has: those that fill its positions on average. A store keeps its number as it grows.
 
     A number of documents rather than of positions: the plan of shards then follows from the run alone.
+
+    Args:
+        encoding: fitted to the teachers.
+        there: of the store that is continued.
     """
-    if config.shard_positions is None and isinstance(known := recorded.get("shard_rows"), int):
-        return known
-    positions = count_positions(source, config.positions)
-    wanted = (config.shard_positions or _SHARD_POSITIONS) * len(source) / max(1, positions)
-    return max(1, min(config.shard_rows, round(wanted)))
+    if config.shard_positions is None and there is not None:
+        return there.shard_rows
+    row_bytes = sum(column.row_bytes for column in encoding.columns(num_classes=num_classes, members=1))
+    wanted = config.shard_positions or min(_SHARD_POSITIONS, max(1, _SHARD_BYTES // row_bytes))
+    documents = wanted * len(source) / max(1, count_positions(source, config.positions))
+    return max(1, min(config.shard_rows, round(documents)))
 
 
 def count_positions(source: TokenizedSource, positions: str) -> int:

@@ -67,7 +67,7 @@ def load_job(
     key_fn: Callable[[int], str | int] | None = None,
     history: History | None = None,
     recorded: Mapping[str, Any] | None = None,
-    encoding_there: Encoding | None = None,
+    there: Run | None = None,
     trusted: DatasetInfo | None = None,
     first_member: int = 0,
 ) -> Job:
@@ -80,7 +80,7 @@ def load_job(
         key_fn: index -> key, for a map-style dataset.
         history: of a store that has grown or will grow.
         recorded: of an unfinished run, whose automatic choices are used again.
-        encoding_there: of the store that is continued, whose choices are used again.
+        there: of the store that is continued, whose choices of encoding and shards are used again.
         trusted: dataset whose keys and labels were checked before; they are not read again.
         first_member: number in the store of the first teacher, if others precede it.
 
@@ -126,13 +126,14 @@ def load_job(
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
+    encoding = _fit_encoding(config, loaded, None if there is None else there.encoding)
     run = Run(
         format=config.format,
         num_classes=loaded[0].num_classes,
         class_names=_check_classes(source, loaded[0].num_classes, config.activation, look=trusted is None),
         activation=config.activation,
         temperature=float(config.temperature),
-        encoding=_fit_encoding(config, loaded, encoding_there),
+        encoding=encoding,
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
         members=_make_members(loaded, config.calibration, config.activation),
         dataset=DatasetInfo(
@@ -144,7 +145,9 @@ def load_job(
         ),
         input=source.inputs.name,
         views=views,
-        shard_rows=config.shard_rows if documents is None else choose_shard_rows(documents, config, recorded),
+        shard_rows=config.shard_rows
+        if documents is None
+        else choose_shard_rows(documents, config, encoding, loaded[0].num_classes, there),
         tokens=tokens,
     )
     if tuning.compile:
@@ -166,8 +169,6 @@ def load_job(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
-    if documents is not None:
-        now["shard_rows"] = run.shard_rows  # a store that grows keeps it
     if earlier and (grown := _record_growths(source, run.dataset, recorded)):
         now[GROWN] = grown
     lane = Lane if documents is None else TokenLane

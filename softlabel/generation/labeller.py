@@ -297,7 +297,10 @@ class Labeller:
         turn or samples are regrouped by length."""
         if not (self.members.has_buckets or self.members.in_turn):
             return 1
-        fitting = max(1, _KEPT_BYTES // (self.batch_size * sum(map(count_bytes, self.reader.transforms))))
+        sample_bytes = sum(map(count_bytes, self.reader.transforms))
+        if (tokens := self.run.tokens) is not None:  # the answers of a window are kept too, one for each position
+            sample_bytes += tokens.max_length * sum(column.row_bytes for column in self.run.label_columns)
+        fitting = max(1, _KEPT_BYTES // (self.batch_size * sample_bytes))
         if self.members.has_buckets:
             # Equal windows for the lanes, as large as possible: each length of a window has one batch that is not full.
             rows, (lanes, _) = plan.stop - plan.start, self.tuning.lanes(self.members.device)

@@ -78,6 +78,7 @@ def reload_job(
         history=History.of(where, damaged=damaged),
         recorded=manifest.recorded,
         trusted=run.dataset if trust_keys else None,
+        there=run,
     )
     if differences := run.differences(job.run):
         raise MismatchError(

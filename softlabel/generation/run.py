@@ -111,7 +111,7 @@ def open_run(
         key_fn=key_fn,
         history=History.of(out, grow=config.grow, views=config.views),
         recorded=None if there is None else there.recorded,
-        encoding_there=None if there is None else there.run.encoding,
+        there=None if there is None else there.run,
     )
     if options is not None:
         job.recorded["options"] = dict(options)

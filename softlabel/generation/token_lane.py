@@ -43,7 +43,7 @@ Choice = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Positions:
-    """Some positions of documents, on the device.
+    """Some positions of documents, on the host; their logits and hidden states on the device.
 
     Attributes:
         documents: int64 (P,), the document of each in its window.

@@ -122,37 +122,6 @@ class Vocabulary:
         """The id that the tokenizer puts behind a text; None for none."""
         return self._ends[1]
 
-    @cached_property
-    def _alphabet(self) -> dict[str, int] | None:
-        """The bytes that characters of a byte-level tokenizer stand for; None of another tokenizer."""
-        content = json.loads(self.tokenizer.content)
-        parts = [content.get(name) or {} for name in ("decoder", "pre_tokenizer")]
-        parts += [one for part in parts for one in (*part.get("pretokenizers", ()), *part.get("decoders", ()))]
-        return _byte_alphabet() if any(part.get("type") == "ByteLevel" for part in parts) else None
-
-    @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.load().get_added_tokens_decoder())
-
-    def token_bytes(self, number: int) -> bytes:
-        """The bytes of text that an id stands for; of an added token its name, of an id without a token none."""
-        token = self.tokens[number]
-        if token is None or number in self._added:
-            return (token or "").encode()
-        if self._alphabet is not None:
-            return bytes(self._alphabet[one] for one in token if one in self._alphabet)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace("▁", " ").encode("utf-8", "replace")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """How byte-level tokenizers write bytes as printable characters (Radford et al. 2019)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    written = [*((chr(byte), byte) for byte in printable)]
-    return dict([*written, *((chr(256 + place), byte) for place, byte in enumerate(others))])
-
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
     """The vocabulary of a folder as transformers' save_pretrained writes it.

@@ -18,14 +18,15 @@ from tqdm import tqdm
 from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_arguments
 from softlabel.common.multi_hot import is_labelled, to_multi_hot
+from softlabel.common.spec import parse_spec
 from softlabel.dataset import ReorderedSource, Source, open_source
 from softlabel.errors import DataError, UsageError
 from softlabel.evaluation.metrics import calibration_error
 from softlabel.generation.config import GenerateConfig
-from softlabel.generation.documents import is_language_model
 from softlabel.generation.job import Job, load_job
 from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import CHUNK, Calibrated, Calibration, fit_temperature, write_calibration
+from softlabel.models.runs import names_language_model
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -90,7 +91,9 @@ def calibrate(
         seed=seed,
         device=device,
     )
-    choose = _choose_samples if any(map(is_language_model, teachers)) else _choose_labelled
+    choose = (
+        _choose_samples if any(names_language_model(parse_spec(teacher)) for teacher in teachers) else _choose_labelled
+    )
     job = load_job(choose(open_source(data, key_fn=key_fn), samples, seed), teachers, config)
     logits_MNC, labels = _compute_logits(job, progress)
     found = Calibration(

@@ -86,6 +86,7 @@ def extend(
         ),
         history=History.of(store),
         recorded={"decoding": manifest.recorded.get("decoding", {})},
+        there=run,
         first_member=len(run.members),
     )
     (member,) = job.run.members

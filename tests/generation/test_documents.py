@@ -306,3 +306,15 @@ def test_language_models_are_calibrated_by_their_next_tokens(teacher: Path, data
     for _, columns in read_documents(tmp_path / "labels"):
         expected = forward(teacher, columns["tokens"][:, 0]) / member.temperature
         np.testing.assert_allclose(columns["logits"], expected - expected.max(axis=1, keepdims=True), atol=1e-3)
+
+
+def test_a_store_of_documents_gets_another_member(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Also one whose shards are not what a new store would have."""
+    other = write_language_model(tmp_path / "other", "gpt2", rows=263, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    generate(data, teacher, out=tmp_path / "labels", combine="keep", encoding="float32", shard_positions=100)
+    run_softlabel("extend", tmp_path / "labels", "--teacher", f"lm:{other}")
+    generate(data, teacher, other, out=tmp_path / "both", combine="keep", encoding="float32")
+    both = dict(read_documents(tmp_path / "both"))
+    assert len(list((tmp_path / "labels" / "shards").iterdir())) > 3
+    for key, columns in read_documents(tmp_path / "labels"):
+        np.testing.assert_allclose(columns["logits"], both[key]["logits"], atol=1e-5)

@@ -62,13 +62,6 @@ def test_a_real_vocabulary() -> None:
     assert (vocabulary.size, vocabulary.bos, vocabulary.eos) == (512, 1, None)
     text = "Once upon a time, there was a little girl — naïve."
     assert ids_of(vocabulary, text) == tokenizer(text)["input_ids"]
-    assert b"".join(map(vocabulary.token_bytes, ids_of(vocabulary, text)[1:])) == b" " + text.encode()
-
-
-def test_bytes_of_a_byte_level_tokenizer(tmp_path: Path) -> None:
-    vocabulary = read_vocabulary(write_tokenizer(tmp_path))
-    text = "naïve — 日本語 \n\t\x00 x"
-    assert b"".join(map(vocabulary.token_bytes, ids_of(vocabulary, text)[1:])) == text.encode()
 
 
 def test_a_difference_is_named_by_its_id_and_tokens(tmp_path: Path) -> None:

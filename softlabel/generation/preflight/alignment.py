@@ -63,18 +63,19 @@ def check_alignment(lane: TokenLane, batches: Sequence[DecodedBatch]) -> Alignme
         TeacherError: the labels of a teacher, or all of them together, are not those of their positions, or a teacher
             predicts worse the more it has seen.
     """
-    batches = [batch for batch in batches if batch.keys][:1]
-    tokens = [batch.inputs[0][: min(len(batch.keys), _DOCUMENTS)].tensors for batch in batches]
-    if not tokens:
+    batch = next((batch for batch in batches if batch.keys), None)
+    if batch is None:
         return None
-    ids_BL, there_BL = tokens[0]["input_ids"].long(), tokens[0]["attention_mask"] != 0
+    few = _first(batch, _DOCUMENTS)
+    ids_BL, there_BL = few.inputs[0].tensors["input_ids"].long(), few.inputs[0].tensors["attention_mask"] != 0
     lengths_B = there_BL.sum(dim=1)
     if int(lengths_B.max()) < 3:
         return None
-    names = ["the combined labels", *(teacher.spec.text for teacher in lane.members.teachers)]
+    teachers = lane.members.teachers
+    # The labels of one teacher are its own.
+    names = [*(["the combined labels"] if len(teachers) > 1 else []), *(teacher.spec.text for teacher in teachers)]
     sums, count = np.zeros((len(names), 3)), 0
     nll_MBL = torch.full((len(names), *ids_BL.shape), math.nan)
-    few = _first(batches[0], len(ids_BL))
     with torch.inference_mode():
         for chunk in lane.iter_positions([few], lambda inputs: inputs.tensors["attention_mask"] != 0):
             kept = torch.nonzero(chunk.places + 2 < lengths_B[chunk.documents]).reshape(-1)
@@ -82,13 +83,13 @@ def check_alignment(lane: TokenLane, batches: Sequence[DecodedBatch]) -> Alignme
                 continue
             documents_P, places_P = chunk.documents[kept], chunk.places[kept]
             count += len(kept)
-            for number, logits_PC in enumerate(_list_logits(lane, chunk)):
-                log_probs_PC = torch.log_softmax(logits_PC[kept.to(logits_PC.device)].float(), dim=-1).cpu()
-                for place, shift in enumerate((1, 0, 2)):
-                    found_P = -log_probs_PC.gather(1, ids_BL[documents_P, places_P + shift][:, None])[:, 0]
-                    sums[number, place] += float(found_P.sum())
-                    if not place:
-                        nll_MBL[number, documents_P, places_P] = found_P
+            # The next token, the one at the position itself, and the one after the next.
+            asked_P3 = ids_BL[documents_P[:, None], places_P[:, None] + torch.tensor([1, 0, 2])]
+            combined = [_combine(lane, chunk)] if len(teachers) > 1 else []
+            for number, logits_PC in enumerate([*combined, *chunk.logits]):
+                found_P3 = _measure_nll(logits_PC[kept.to(logits_PC.device)], asked_P3)
+                sums[number] += found_P3.sum(dim=0).double().numpy()
+                nll_MBL[number, documents_P, places_P] = found_P3[:, 0]
     found = [Alignment(here=a, earlier=b, later=c, positions=count) for a, b, c in (sums / count).tolist()]
     for name, one in reversed(list(zip(names, found, strict=True))):
         if not one.here <= _BEST * min(one.earlier, one.later):
@@ -97,15 +98,21 @@ def check_alignment(lane: TokenLane, batches: Sequence[DecodedBatch]) -> Alignme
                 ": they are off by a position, or the network knows nothing of these documents; check the network, its "
                 "tokenizer and the data, or give --no-preflight if they are right"
             )
-    for teacher, nll_BL in zip(lane.members.teachers, nll_MBL[1:], strict=True):
+    for teacher, nll_BL in zip(teachers, nll_MBL[-len(teachers) :], strict=True):
         _check_context(teacher, ids_BL, nll_BL)
     return found[0]
 
 
-def _list_logits(lane: TokenLane, chunk: Positions) -> list[Tensor]:
-    """At temperature 1, of the combined labels first."""
+def _combine(lane: TokenLane, chunk: Positions) -> Tensor:
+    """The combined labels at temperature 1, (P, C)."""
     combined = lane.combine(chunk.logits) * lane.run.temperature
-    return [combined.mean(dim=1) if combined.dim() == 3 else combined, *chunk.logits]
+    return combined.mean(dim=1) if combined.dim() == 3 else combined
+
+
+def _measure_nll(logits_PC: Tensor, asked_PK: Tensor) -> Tensor:
+    """Negative log likelihood of K tokens under each of P labels, float32 (P, K), on the host."""
+    asked_PK = asked_PK.to(logits_PC.device)
+    return (logits_PC.logsumexp(dim=1, keepdim=True) - logits_PC.gather(1, asked_PK)).float().cpu()
 
 
 def _check_context(teacher: Teacher, ids_BL: Tensor, nll_BL: Tensor) -> None:
@@ -122,9 +129,8 @@ def _check_context(teacher: Teacher, ids_BL: Tensor, nll_BL: Tensor) -> None:
     inputs = transform.cut(
         transform.collate([transform.fit({"input_ids": ids.int(), "mask": ones}) for ids in short_PK])
     )
-    logits_PC = teacher.position_logits(teacher.hidden(inputs)[:, _CONTEXT - 1]).cpu()
-    following_P = ids_BL[documents_P, places_P + 1]
-    short_P = -torch.log_softmax(logits_PC, dim=-1).gather(1, following_P[:, None])[:, 0]
+    logits_PC = teacher.position_logits(teacher.hidden(inputs)[:, _CONTEXT - 1])
+    short_P = _measure_nll(logits_PC, ids_BL[documents_P, places_P + 1][:, None])[:, 0]
     worse_P: NDArray[np.float64] = (nll_BL[documents_P, places_P] - short_P).double().numpy()
     error = float(worse_P.std(ddof=1)) / math.sqrt(len(worse_P))
     if float(worse_P.mean()) > _SIGMAS * error:
