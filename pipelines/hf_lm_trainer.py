@@ -78,6 +78,9 @@ def main() -> None:
     )
     loader = TokenLoader(source, store, batch_tokens=options.batch_tokens, pack=options.pack, tail="drop")
     config = AutoConfig.from_pretrained(options.teacher, num_hidden_layers=options.layers, local_files_only=True)
+    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping"):
+        if getattr(config, name, None) not in (None, 1.0):
+            parser.error(f"--teacher: its config has {name}; give logit_scale= or softcap= to the loss above")
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     arguments = TrainingArguments(
         output_dir=options.out, num_train_epochs=options.epochs, learning_rate=options.lr, seed=0, report_to=[],

@@ -58,8 +58,8 @@ def evaluate(
         labels: a store of the same data, with which the model is compared too. Where its rows are views, agreement,
             teacher_kl and teacher_accuracy are measured on view 0, in a pass of their own; all else on the images as
             they are.
-        preprocessing: how images are prepared; absent: the model's own, or for a module [0, 1] as they are.
-        batch_size: images a forward pass, absent: 256; of a language model tokens, absent: 8192.
+        preprocessing: how samples are prepared; absent: the model's own, or for a module [0, 1] as they are.
+        batch_size: samples a forward pass, absent: 256; of a language model tokens, absent: 8192.
         precision: fp32, bf16 or fp16 (autocast).
         device: auto, cpu, cuda or cuda:N.
         workers: processes that decode.
@@ -78,6 +78,8 @@ def evaluate(
         MismatchError: the model's classes are not those of the data or the store.
         DataError, StoreError: data or store cannot be read.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size: expected at least 1, found {batch_size}")
     target = resolve_device(device)
     source = open_source(data, key_fn=key_fn)
     require_samples(source)
@@ -86,15 +88,15 @@ def evaluate(
     if isinstance(model, LanguageModel) or (spec is not None and names_language_model(parse_spec(spec))):
         if activation == "sigmoid":
             raise UsageError(f"activation: expected softmax for a language model, found {activation}; leave it out")
-        chosen, transform = (model, preprocessing) if spec is None else build_network(spec, TOKENS.name, precision)
+        chosen, own = (model, None) if spec is None else build_network(spec, TOKENS.name, precision)
         assert isinstance(chosen, LanguageModel)
         return evaluate_language_model(
             spec or "the network",
             chosen,
             source,
             store,
-            transform=transform,
-            batch_tokens=batch_size or 8192,
+            transform=preprocessing or own,
+            batch_tokens=8192 if batch_size is None else batch_size,
             precision=precision,
             device=target,
             workers=workers,
@@ -118,7 +120,7 @@ def evaluate(
         loader = SoftLabelLoader(
             source,
             store,
-            batch_size=batch_size or 256,
+            batch_size=256 if batch_size is None else batch_size,
             shuffle=False,
             preprocessing=preprocessing,
             missing=missing,

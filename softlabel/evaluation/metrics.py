@@ -25,20 +25,20 @@ class Evaluation:
     """What was measured; None where there was nothing to measure it on.
 
     Attributes:
-        samples: images.
-        labelled: images with a hard label, to which accuracy, cross_entropy and calibration_error refer.
-        accuracy: share of images whose most probable class is the label.
+        samples: how many were measured.
+        labelled: samples with a hard label, to which accuracy, cross_entropy and calibration_error refer.
+        accuracy: share of samples whose most probable class is the label.
         cross_entropy: mean of -log p(label), in nats.
         calibration_error: expected calibration error, 15 bins of equal width (Guo et al. 2017).
-        with_teacher: images with a row in the store, to which the following refer.
-        agreement: share of images whose most probable class is the teacher's.
+        with_teacher: samples with a row in the store, to which the following refer.
+        agreement: share of samples whose most probable class is the teacher's.
         teacher_kl: mean KL(teacher || model) in nats, both at the store's temperature.
-        teacher_accuracy: of the teacher's labels, on the images that have both.
+        teacher_accuracy: of the teacher's labels, on the samples that have both.
         temperature: of the store.
         note: which figures about the teacher its labels cannot give, and why.
     """
 
-    # What hard labels tell: of a store of views it is measured on the images as they are.
+    # What hard labels tell: of a store of views it is measured on the samples as they are.
     HARD: ClassVar[tuple[str, ...]] = ("samples", "labelled", "accuracy", "cross_entropy", "calibration_error")
 
     samples: int
@@ -105,7 +105,7 @@ class Totals:
         self.sums = dict.fromkeys(self.NAMES, 0.0)
         self.bins_3K = torch.zeros(3, BINS, dtype=torch.float64)
         self.temperature: float | None = None
-        self.unknown = 0.0  # images whose soft labels do not determine a most probable class
+        self.unknown = 0.0  # samples whose soft labels do not determine a most probable class
 
     def add(self, logits_BC: Tensor, batch: Batch) -> None:
         """Take in a batch; rows of weight 0 do not count."""

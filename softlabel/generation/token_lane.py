@@ -24,14 +24,13 @@ from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import BatchLabels, Lane, find_wrong, make_labels
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
-from softlabel.inputs.base import Inputs
+from softlabel.inputs.base import IGNORE, Inputs
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.store.manifest import ShardPlan
 from softlabel.store.token_rows import LENGTH, MASK, POSITIONS, TOKENS
 
-IGNORE = -100
 # Bytes of the logits of a chunk: enough positions for a matrix product, and few for the memory.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 _POSITIONS_ON_CPU = 2048  # of a pass: more do not stay in the cache

@@ -98,7 +98,7 @@ class EpochLoader(ABC, Generic[B]):
         return self.store.run.temperature if self.store is not None else 1.0
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration be this epoch, from this step on. Costs nothing, wherever it is."""
+        """Let the next iteration be this epoch, from this step on. Reads nothing, wherever it is."""
         steps = len(self._shares_of(max(epoch, 0)))
         if epoch < 0 or not 0 <= step <= steps:
             raise UsageError(f"epoch and step: expected step 0 to {steps} of epoch 0 or later, found {epoch}, {step}")

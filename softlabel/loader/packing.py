@@ -72,20 +72,20 @@ class Packing:
         if not len(self.lengths) or self.lengths.min() < 1:
             raise ValueError("lengths: expected documents of at least 1 position each")
         if (longest := int(self.lengths.max())) > self.length:
+            option = "pad" if self.alone else "pack"
             raise UsageError(
-                f"pack: the longest document has {longest} tokens, a line {self.length}; give --pack {longest} or "
-                f"more, or label with --max-length {self.length}"
+                f"{option}: the longest document has {longest} tokens, a line {self.length}; give --{option} {longest} "
+                f"or more, or label with --max-length {self.length}"
             )
 
     def pack(self, epoch: int) -> PackedEpoch:
         """The lines of an epoch."""
         order_N = self._documents.samples(epoch)
-        lines: list[Int64s] = []
         if self.alone:
-            lines = list(order_N[:, None])
-        else:
-            for first in range(0, len(order_N), self.window):
-                lines += self._pack_window(order_N[first : first + self.window])
+            return PackedEpoch(documents=order_N, edges=np.arange(len(order_N) + 1))
+        lines: list[Int64s] = []
+        for first in range(0, len(order_N), self.window):
+            lines += self._pack_window(order_N[first : first + self.window])
         number = replace(self._documents, size=len(lines), seed=int(stream_key(self.seed, _OF_LINES)))
         lines = [lines[place] for place in number.samples(epoch).tolist()]
         return PackedEpoch(documents=np.concatenate(lines), edges=np.cumsum([0, *map(len, lines)], dtype=np.int64))

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from softlabel.dataset import Source
 from softlabel.errors import DataError, MismatchError
-from softlabel.inputs.base import TokenIds
+from softlabel.inputs.base import IGNORE, TokenIds
 from softlabel.inputs.batch import refuse_failed
 from softlabel.inputs.content import changed_content, hashes_of
 from softlabel.labels.combine import Combination
@@ -24,8 +24,6 @@ from softlabel.loader.token_batch import TokenBatch
 from softlabel.loss.targets import Target
 from softlabel.store.reader import Store
 from softlabel.store.token_rows import LENGTH, MASK, POSITIONS
-
-IGNORE = -100
 
 
 class TokenDataset(Dataset[TokenBatch]):
@@ -63,11 +61,7 @@ class TokenDataset(Dataset[TokenBatch]):
         keys = read_keys(source)
         kept, rows_N = Kept(samples=np.arange(len(keys))), np.full(len(keys), -1)
         if store is not None:
-            if store.run.tokens is None:
-                raise MismatchError(
-                    f"{store.url}: has one label a sample, a language model learns from one a token; label the data "
-                    "with an lm: teacher"
-                )
+            _check_store(source, store)
             rows_N = store.lookup(keys, missing="mask")
             kept = choose_kept(source, store, keys, rows_N, missing)
         lengths_N = _read_lengths(source)
@@ -90,6 +84,7 @@ class TokenDataset(Dataset[TokenBatch]):
 
     def lines(self, epoch: int) -> PackedEpoch:
         """The lines of an epoch; the last one asked for is kept."""
+        epoch = epoch if self.packing.shuffle else 0  # all are equal
         if self._packed is None or self._packed[0] != epoch:
             self._packed = epoch, self.packing.pack(epoch)
         return self._packed[1]
@@ -155,8 +150,7 @@ class TokenDataset(Dataset[TokenBatch]):
         assert store.run.tokens is not None
         rows = self.rows[documents]
         names = [column.name for column in store.run.label_columns]
-        # A row besides: filler where no document of the batch has one.
-        stored = store.take(np.append(rows[rows >= 0], 0), [*names, LENGTH, POSITIONS, MASK])
+        stored = store.take(rows[rows >= 0], [*names, LENGTH, POSITIONS, MASK])
         counts = iter(np.split(np.arange(int(stored.positions.sum())), np.cumsum(stored.positions)[:-1]))
         masks = iter(np.split(stored.columns[MASK].reshape(-1), np.cumsum(stored.lengths)[:-1]))
         places: list[NDArray[np.int64]] = []
@@ -171,7 +165,13 @@ class TokenDataset(Dataset[TokenBatch]):
             places.append(of_L[one.mask != 0])
         place_P = np.concatenate([np.zeros(0, np.int64), *places])
         has_P = place_P >= 0
-        chosen = {name: stored.columns[name][np.maximum(place_P, 0)] for name in names}
+        # A position without a label gets another's as filler, or zeros where no document of the batch has one.
+        chosen = {
+            name: column[np.maximum(place_P, 0)]
+            if len(column)
+            else np.zeros((len(place_P), *column.shape[1:]), column.dtype)
+            for name, column in ((name, stored.columns[name]) for name in names)
+        }
         target = make_target(store.run, chosen, extra=store.extra, combination=self._combination)
         return target, None if has_P.all() else torch.from_numpy(has_P)
 
@@ -184,3 +184,18 @@ def _read_lengths(source: Source) -> Int64s:
             f"{source.name}: expected documents of tokens, found {source.inputs.noun}; tokenise them first"
         )
     return np.asarray(lengths, np.int64)
+
+
+def _check_store(source: Source, store: Store) -> None:
+    tokens = store.run.tokens
+    if tokens is None:
+        raise MismatchError(
+            f"{store.url}: has one label a sample, a language model learns from one a token; label the data with an "
+            "lm: teacher"
+        )
+    made = getattr(source, "tokenization", None)  # of documents that were tokenised here
+    if made is not None and made.vocabulary != tokens.tokenizer:
+        raise MismatchError(
+            f"{source.name}: its documents are of another vocabulary ({made.vocabulary[:12]}...) than the labels of "
+            f"{store.url} ({tokens.tokenizer[:12]}...); tokenise with the teacher's"
+        )

@@ -48,7 +48,7 @@ class Student(ABC):
     Args:
         config: its settings.
         model: with the weights that it starts from.
-        preprocessing: how its images are prepared.
+        preprocessing: how its samples are prepared.
         ranks: the processes that train it together.
         precision: fp32, bf16 or fp16.
         temperature: of the soft term.

@@ -109,8 +109,8 @@ def _row(student: StudentResult) -> dict[str, str]:
         "state": "failed" if student.failure is not None else "done",
         "epochs": str(last.epoch) if last is not None else "0",
         "accuracy": number(last.eval_accuracy if last is not None else None),
-        **({} if last is None or last.eval_map is None else {"mAP": number(last.eval_map)}),
-        **({} if last is None or last.eval_perplexity is None else {"perplexity": number(last.eval_perplexity)}),
+        "mAP": number(last.eval_map if last is not None else None),
+        "perplexity": number(last.eval_perplexity if last is not None else None),
         "best": number(best[1] if best is not None else None),
         "agreement": number(last.teacher_agreement if last is not None else None),
         "loss": number(last.loss if last is not None else None),
@@ -123,7 +123,9 @@ def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
     """The table as `results.csv`."""
     text = io.StringIO()
     rows = [_row(student) | {"out": student.out, "failure": student.failure or ""} for student in students]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    # Figures that some kinds of students alone have are a column where a student has them.
+    columns = [name for name in rows[0] if name not in ("mAP", "perplexity") or any(row[name] for row in rows)]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     run_folder.write_atomically(folder / RESULTS, text.getvalue().encode())

@@ -15,7 +15,6 @@ from softlabel.inputs.base import Sample, TokenIds
 from softlabel.inputs.tokens import TOKENS
 from softlabel.loader.token_batch import TokenBatch
 from softlabel.loader.token_loader import TokenLoader
-from softlabel.store.encodings import Float16
 from tests.support.documents import Documents, make_token_run
 from tests.support.stores import write_store
 
@@ -165,12 +164,12 @@ def test_wrong_numbers_are_refused(documents: Documents) -> None:
         ({}, "pack and pad: expected one of them"),
         ({"pack": 64, "pad": 64}, "pack and pad: expected one of them"),
         ({"pack": 16}, "the longest document has 22 tokens, a line 16"),
+        ({"pad": 16}, "give --pad 22 or more"),
         ({"pack": 64, "batch_tokens": 63}, "batch_tokens: expected at least a line of 64"),
         ({"pack": 64, "batch_tokens": 64, "world_size": 2, "tail": "drop"}, "for each of 2 ranks"),
     ):
         with pytest.raises(UsageError, match=message):
             TokenLoader(source, **options)  # type: ignore[arg-type]
-    assert isinstance(documents.run.encoding, Float16)
 
 
 def test_loaders_of_whole_samples_refuse_labels_of_positions(tmp_path: Path, documents: Documents) -> None:
@@ -181,3 +180,19 @@ def test_loaders_of_whole_samples_refuse_labels_of_positions(tmp_path: Path, doc
     ):
         with pytest.raises(MismatchError, match="has a label for every position of a document"):
             join()
+
+
+def test_a_batch_in_which_no_position_has_a_label(tmp_path: Path) -> None:
+    """The first document of the store has no labelled position, and the only other one has no row."""
+    run = make_token_run(samples=1, positions="masked")
+    first = Documents.of(run, seed=3)
+    first.masks[0][:] = 0
+    bare = replace(first, logits=[[np.zeros((0, run.num_classes), np.float32)]])
+    write_store(tmp_path / "labels", run, bare)
+    both = Documents.of(make_token_run(samples=2), seed=3)
+    both = replace(both, ids=[first.ids[0], both.ids[1]], masks=[first.masks[0], np.ones_like(both.ids[1], np.uint8)])
+    loader = TokenLoader(DocumentSource(both, range(2)), tmp_path / "labels", pack=64, missing="hard-only")
+    (batch,) = loader
+    assert len(batch.places) == len(both.ids[1])
+    assert batch.has_target is not None
+    assert not batch.has_target.any()

@@ -15,6 +15,8 @@ from softlabel import TrainConfig, train
 from softlabel.errors import TrainingError, UsageError
 from softlabel.store.reader import Store
 from softlabel.training.grid import students_of
+from softlabel.training.metrics import EpochMetrics
+from softlabel.training.summary import StudentResult, TrainResult, write_summary
 from tests.support.commands import run_softlabel
 from tests.support.digits import decode_by_pillow
 from tests.support.training_runs import (
@@ -207,3 +209,20 @@ def test_names_say_what_differs() -> None:
         "T1-soft0.5",
         "T4-soft0.5",
     ]
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_a_table_of_students_of_which_one_was_given_up(order: slice, tmp_path: Path) -> None:
+    """Whatever the others were measured by, and whichever of them is the first."""
+    epoch = EpochMetrics(
+        epoch=1, step=1, lr=0.1, loss=2.0, soft_loss=None, hard_loss=2.0, train_accuracy=0.5, seconds=1.0,
+        images_per_second=1.0, eval_perplexity=3.25,
+    )  # fmt: skip
+    students = (
+        StudentResult(name="lost", out="lost", history=(), failure="loss is not finite"),
+        StudentResult(name="sound", out="sound", history=(epoch,)),
+    )[order]
+    assert "3.2500" in TrainResult(out="grid", students=students, seconds=1.0).table()
+    write_summary(tmp_path, students)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert {row["student"]: row["perplexity"] for row in csv.DictReader(file)} == {"lost": "", "sound": "3.2500"}
