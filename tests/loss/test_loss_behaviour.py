@@ -464,6 +464,7 @@ def test_transforms_that_a_fast_path_has_no_rules_for_are_refused() -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph() -> None:
     """`torch.compile(fullgraph=True)` over a user's own model and the module's default implementation."""
     torch.compiler.reset()
