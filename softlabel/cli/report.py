@@ -23,7 +23,7 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     )
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
     print(f"  about {size(found.store_bytes)} in {found.shards:,} shards; {free}")
-    cost, unit = found.offer.fidelity, "row" if found.alignment is None else "position"
+    cost, unit = found.offer.fidelity, found.answer
     print(
         f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a {unit}, loses {cost.mean_t:.1e} nats in the "
         f"mean, {cost.worst_t:.1e} at worst"

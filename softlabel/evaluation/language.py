@@ -37,7 +37,7 @@ from softlabel.models.lm_config import find_longest
 from softlabel.models.precision import Precision, computing
 from softlabel.store.reader import Store
 
-_CHUNK = 1 << 22  # logits that exist at a time
+_CHUNK, _CHUNK_ON_DEVICE = 1 << 22, 1 << 25  # logits that exist at a time, in float64
 _UNNAMED = Spec(kind="lm", name="model")  # where no message is shown
 
 
@@ -140,7 +140,8 @@ class TokenMeasurement:
         labels_P, target, has_target_P = batch.hard_labels, batch.target, batch.has_target
         with computing(self._precision, self._device):
             hidden_PD = compute_hidden(self._model, batch, packed=self._packed)
-            step = max(1, _CHUNK // self._model.vocabulary.size)
+            values = _CHUNK if self._device.type == "cpu" else _CHUNK_ON_DEVICE
+            step = max(1, values // self._model.vocabulary.size)
             for start in range(0, len(hidden_PD), step):
                 rows = slice(start, start + step)
                 self._totals.add_positions(

@@ -37,7 +37,7 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
 
     Raises:
         TeacherError, UsageError: as `Lane.scaled_logits` and `Lane.hidden`.
-        DataError: an image is bad and `on_bad_image` is ``error``.
+        DataError: a sample is bad and `on_bad_image` is ``error``.
     """
     run = labeller.run
     fidelity = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)

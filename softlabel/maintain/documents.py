@@ -6,6 +6,7 @@ from softlabel.dataset.tokenize import tokenize_source
 from softlabel.errors import MismatchError, SpecError
 from softlabel.inputs.chat import CHATS
 from softlabel.inputs.tokenizer import Tokenizer
+from softlabel.inputs.tokens import TOKENS
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
 from softlabel.store.reader import Store
 
@@ -38,7 +39,12 @@ def _find_vocabulary(source: Source, store: Store) -> Vocabulary:
         if (found.fingerprint, template) != (store.run.tokens.tokenizer, store.run.tokens.template):
             raise MismatchError(f"{store.url}: {teacher} has another vocabulary or chat template than when it labelled")
         return found
-    if (content := store.tokenizer) is None:
+    if (content := store.tokenizer) is None and source.inputs == TOKENS:
+        raise MismatchError(
+            f"{store.url}: has no tokenizer, by whose vocabulary token ids are checked; compare them with "
+            "--recompute, which takes the teacher's"
+        )
+    if content is None:
         raise MismatchError(
             f"{store.url}: has no tokenizer, so that its documents cannot be compared with texts; give token ids, with "
             "'?tokens=COLUMN'"

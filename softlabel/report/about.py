@@ -26,7 +26,7 @@ def describe_store(store: Store, reader: LabelReader, *, measured: int) -> About
         measured: rows of the sample.
     """
     run, recorded = store.run, store.manifest.recorded
-    noun = KINDS[run.input].noun
+    noun = KINDS[run.input].noun if run.input in KINDS else "samples"
     seen, note, seen_samples = find_seen(store, noun)
     specs = _list_teachers(store)
     weights = normalized_weights(run.combine.weights or None, len(run.members))

@@ -16,6 +16,7 @@ from softlabel.common.multi_hot import UNKNOWN
 from softlabel.inputs.base import IGNORE, Inputs, InputTransform
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
+from softlabel.loss.targets import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +139,8 @@ def prepare(
             inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs))
     top_B = teacher_sums = None
     if with_teacher and batch.target is not None:
-        top_B, teacher_sums = _sum_teacher(batch)
+        assert batch.target is not None
+        top_B, teacher_sums = sum_teacher(batch.target, batch.has_target, batch.labels) or (None, None)
     return RowStep(
         epoch=epoch,
         step=step,
@@ -151,14 +153,15 @@ def prepare(
     )
 
 
-def _sum_teacher(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    assert batch.target is not None
-    found = top_class_and_entropy(batch.target)
+def sum_teacher(target: Target, has_target_B: Tensor | None, labels_B: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The most probable class of each row, -1 without a target, int64 (B,), and the sums that `Sums.TEACHER` names;
+    None where a target does not determine them."""
+    found = top_class_and_entropy(target)
     if found is None:
-        return None, None
+        return None
     top_B, entropy_B = found
-    if batch.has_target is not None:
-        top_B, entropy_B = top_B.where(batch.has_target, -1), entropy_B.where(batch.has_target, 0.0)
-    both_B = (top_B >= 0) & (batch.labels != IGNORE)
-    sums = ((top_B >= 0).sum(), both_B.sum(), (both_B & (top_B == batch.labels)).sum(), entropy_B.double().sum())
+    if has_target_B is not None:
+        top_B, entropy_B = top_B.where(has_target_B, -1), entropy_B.where(has_target_B, 0.0)
+    both_B = (top_B >= 0) & (labels_B != IGNORE)
+    sums = ((top_B >= 0).sum(), both_B.sum(), (both_B & (top_B == labels_B)).sum(), entropy_B.double().sum())
     return top_B, torch.stack([value.double() for value in sums])

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.evaluation.language import compute_hidden
-from softlabel.inputs.base import IGNORE
 from softlabel.loader.token_batch import TokenBatch
 from softlabel.loss import LossComponents
 from softlabel.loss.linear import Observe, linear_distillation_loss_components
-from softlabel.loss.signals import top_class_and_entropy
 from softlabel.loss.targets import Target
 from softlabel.models import LanguageModel
 from softlabel.models.precision import computing
 from softlabel.training.metrics import Sums
 from softlabel.training.objective import weigh_terms
-from softlabel.training.step import Counts
+from softlabel.training.step import Counts, sum_teacher
 from softlabel.training.student import Student
 from softlabel.training.token_step import TokenPart, TokenStep
 
@@ -108,15 +106,10 @@ class _Figures:
     def add(self, rows: slice | Tensor, logits_RV: Tensor, target: Target | None) -> None:
         """Count a chunk; see `Observe`."""
         best_R, labels_R = logits_RV.argmax(dim=1), self._labels_P[rows]
-        found = None if target is None else top_class_and_entropy(target)
         agreed = torch.zeros((), device=best_R.device)
-        if found is not None:
-            top_R, entropy_R = found
-            if self._has_target_P is not None:
-                known_R = self._has_target_P[rows]
-                top_R, entropy_R = top_R.where(known_R, -1), entropy_R.where(known_R, 0.0)
-            both_R = (top_R >= 0) & (labels_R != IGNORE)
-            sums = ((top_R >= 0).sum(), both_R.sum(), (both_R & (top_R == labels_R)).sum(), entropy_R.double().sum())
-            self.of_teacher += torch.stack([one.double() for one in sums])
+        has_target_R = None if self._has_target_P is None else self._has_target_P[rows]
+        if target is not None and (found := sum_teacher(target, has_target_R, labels_R)) is not None:
+            top_R, sums = found
+            self.of_teacher += sums
             agreed = (best_R == top_R).sum()
         self.of_student += torch.stack([(best_R == labels_R).sum().double(), agreed.double()])

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from softlabel.errors import StoreError
 from softlabel.generation.input_reader import DecodedBatch
@@ -48,6 +49,7 @@ class Preflight:
         diagnoses: of each teacher, if there are labels.
         remarks: further findings about the teachers.
         noun: what the samples are.
+        answer: what has a label: a row, or of language models a position.
         alignment: of the labels of language models with the tokens of the data; None of other teachers.
     """
 
@@ -69,6 +71,7 @@ class Preflight:
     diagnoses: tuple[Diagnosis, ...]
     remarks: tuple[str, ...] = ()
     noun: str = "images"
+    answer: Literal["row", "position"] = "row"
     alignment: Alignment | None = None
 
     @property
@@ -145,6 +148,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         diagnoses=diagnose(job.labeller, trial),
         remarks=remarks,
         noun=job.labeller.source.inputs.noun,
+        answer="row" if run.tokens is None else "position",
         alignment=check_alignment(lane, trial.batches) if isinstance(lane, TokenLane) else None,
     )
     for finding in report.findings:

@@ -45,11 +45,11 @@ class Plan:
 
     Attributes:
         rows: samples times views.
-        sampled: images labelled for the estimate.
+        sampled: samples labelled for the estimate.
         images_per_second: decoding and all teachers, on the sample.
         seconds: for all rows at that rate.
-        bad: images of the sample that cannot be decoded.
-        accuracy: of the labels on the sample's labelled images; None if there are none.
+        bad: samples tried that cannot be decoded.
+        accuracy: of the labels on the labelled ones; None if there are none.
         offers: every encoding, the most exact first.
         noun: what the samples are.
     """
@@ -68,7 +68,7 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
     """Label a random sample for a few seconds and measure every encoding on it. Writes nothing.
 
     Raises:
-        DataError: no image of the sample can be decoded.
+        DataError: no sample that was tried can be decoded.
         TeacherError: as `softlabel.generate`.
     """
     job, trial = label_sample(job, seconds=seconds, seed=job.config.seed)
