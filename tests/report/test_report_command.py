@@ -3,7 +3,6 @@
 N samples, C classes.
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -11,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,15 +20,17 @@ from safetensors.torch import load_file, save_file
 
 import softlabel
 from softlabel import open_source
+from softlabel.cli.main import main
 from softlabel.errors import UsageError
 from softlabel.report import write
 from softlabel.report.pictures import make_pictures
 from softlabel.report.report import report_json
 from tests.report.store_reference import learn_confidently
 from tests.report.test_summary import write_recorded
-from tests.support.commands import make_environment, run_softlabel
+from tests.support.commands import run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
+from tests.support.processes import Process
 from tests.support.stores import draw_logits, read_files, write_logits
 from tests.support.training_runs import STUDENT, make_keys
 
@@ -168,17 +167,11 @@ def test_an_option_with_several_values_may_stand_before_the_store(folder: Path, 
 
 def test_an_interrupted_report_says_that_nothing_is_kept(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "options.yaml")
-    words = [sys.executable, "-m", "softlabel", "report", "labels", "--config", "options.yaml"]
-    with (
-        subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=make_environment()) as process,
-        (tmp_path / "options.yaml").open("wb"),  # waits until it is read
-    ):
-        for _ in range(10):  # a library may swallow one that comes while it opens the file
-            time.sleep(0.5)
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _, said = process.communicate(timeout=5)
-                break
+    process = Process(main, ["report", str(tmp_path / "labels"), "--config", str(tmp_path / "options.yaml")])
+    with (tmp_path / "options.yaml").open("wb"):  # waits until it is read
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "softlabel: interrupted; report keeps nothing, rerun it"
 
