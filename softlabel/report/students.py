@@ -27,7 +27,7 @@ from softlabel.report.comparison import ComparisonMeter, Teacher
 from softlabel.report.probabilities import LabelReader
 from softlabel.report.runs import Run, describe_runs, find_unfinished, make_grid, read_runs
 from softlabel.report.student_figures import Comparison, Students
-from softlabel.report.training_data import ReadSamples, count_trained
+from softlabel.report.training_data import ReadSamples, SourceHashes, count_trained
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.views import Views
@@ -41,12 +41,14 @@ class _Part:
         source: the data.
         store: the teacher's labels of it; None where there are none that could be compared.
         is_eval: whether it is evaluation data.
+        hashes: of its samples, which all students share.
         sources, stores: all that are open, one of which a student may have been trained with.
     """
 
     source: Source
     store: Store | None
     is_eval: bool
+    hashes: SourceHashes
     sources: Sequence[Source]
     stores: Sequence[Store]
 
@@ -179,7 +181,14 @@ def _list_parts(
             )
         if labels is not None:
             notes += _describe_limits(labels, opened if is_eval else None)
-        yield _Part(source=source, store=labels, is_eval=is_eval, sources=tuple(sources), stores=stores)
+        yield _Part(
+            source=source,
+            store=labels,
+            is_eval=is_eval,
+            hashes=SourceHashes(source, labels),
+            sources=tuple(sources),
+            stores=stores,
+        )
 
 
 def _describe_limits(store: Store, of: Store | None) -> list[str]:
@@ -310,7 +319,7 @@ def _run_pass(part: _Part, students: Sequence[_Student], how: _How, notes: list[
                     f"{part.source.name} with numbers that are not finite; its figures there are left out: train it "
                     "again with --overwrite"
                 )
-        samples = ReadSamples(part.source, part.store, loader.dataset.samples)
+        samples = ReadSamples(part.hashes, loader.dataset.samples)
         return [
             meter.result(
                 run=os.fspath(student.run.folder),

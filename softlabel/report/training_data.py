@@ -72,32 +72,50 @@ class StoredSamples:
         return self._store.content[self._rows_N[rows_R]]
 
 
-class ReadSamples:
-    """Samples of a source, with their hashes from a store where it has labels of them, else read.
+class SourceHashes:
+    """Content hashes of the samples of a source, each found once: from a store where it has labels of them, else read.
 
     Args:
         source: the data.
         store: with labels of exactly these samples, None: there is none.
-        chosen_N: indices into `source`; None: all.
     """
 
-    def __init__(self, source: Source, store: Store | None = None, chosen_N: I64 | None = None) -> None:
-        self._source, self._store, keys = source, store, source.key_table()
+    def __init__(self, source: Source, store: Store | None = None) -> None:
+        self.source, self._store = source, store
+        self.keys = source.key_table()
+        self._found_N, self._known_N = np.zeros(len(self.keys), np.uint64), np.zeros(len(self.keys), np.bool_)
+
+    def find(self, samples_R: I64) -> U64:
+        """Those of some samples, uint64 (R,), 0 for none."""
+        new_R = samples_R[~self._known_N[samples_R]]
+        if self._store is not None:
+            rows_R = self._store.lookup(self.keys.take(new_R), missing="mask")
+            self._found_N[new_R[rows_R >= 0]] = self._store.content[rows_R[rows_R >= 0]]
+        unread_R = new_R[self._found_N[new_R] == 0]
+        for start in range(0, len(unread_R), _CHUNK):
+            part = unread_R[start : start + _CHUNK]
+            raws = [sample.raw for sample in self.source.read(part)]
+            self._found_N[part] = hashes_of(raws, self.source.inputs.content_hash)
+        self._known_N[new_R] = True
+        return self._found_N[samples_R]
+
+
+class ReadSamples:
+    """Samples of a source.
+
+    Args:
+        hashes: of all its samples.
+        chosen_N: indices into the source; None: all.
+    """
+
+    def __init__(self, hashes: SourceHashes, chosen_N: I64 | None = None) -> None:
+        self._hashes, source, keys = hashes, hashes.source, hashes.keys
         self._chosen_N = np.arange(len(keys)) if chosen_N is None else chosen_N
         self.fingerprint, self.place = source.fingerprint(), _find_place(source.name)
         self.keys = keys if len(self._chosen_N) == len(keys) else keys.take(self._chosen_N)
 
     def hash(self, rows_R: I64) -> U64:
-        found_R = np.zeros(len(rows_R), np.uint64)
-        if self._store is not None:
-            stored_R = self._store.lookup(self.keys.take(rows_R), missing="mask")
-            found_R[stored_R >= 0] = self._store.content[stored_R[stored_R >= 0]]
-        unknown_R = np.flatnonzero(found_R == 0)
-        for start in range(0, len(unknown_R), _CHUNK):
-            part = unknown_R[start : start + _CHUNK]
-            raws = [sample.raw for sample in self._source.read(self._chosen_N[rows_R[part]])]
-            found_R[part] = hashes_of(raws, self._source.inputs.content_hash)
-        return found_R
+        return self._hashes.find(self._chosen_N[rows_R])
 
 
 def count_trained(
@@ -174,7 +192,7 @@ def _mark_trained(
         data = _open_data(config.get("data"), fingerprint)
     whole = data or found
     if whole is not None:
-        then: Samples = ReadSamples(whole, store)
+        then: Samples = ReadSamples(SourceHashes(whole, store))
     elif with_store is not None:
         then = with_store
     elif fingerprint == samples.fingerprint:

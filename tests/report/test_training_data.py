@@ -5,13 +5,16 @@ or store is gone.
 """
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 import softlabel
-from softlabel import generate, open_store, train
+from softlabel import generate, open_source, open_store, train
+from softlabel.inputs.base import Sample
 from softlabel.report.measure import measure_store
 from softlabel.report.student_figures import Comparison
 from softlabel.report.students import compare_students
@@ -120,3 +123,20 @@ def test_what_teachers_have_seen(
         about = measure_store(store, progress=False).about
     assert (about.seen, about.seen_samples) == (seen, count)
     assert said in about.seen_note
+
+
+def test_evaluation_data_is_hashed_once_for_all_students(folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        shutil.copytree(folder / "kd", tmp_path / name)
+    source = open_source(str(folder / "other.parquet"))
+    read, counts = source.read, Counter[int]()
+
+    def count(indices: Sequence[int]) -> list[Sample]:
+        counts.update(map(int, indices))
+        return read(indices)
+
+    source.read = count  # type: ignore[method-assign]
+    found = compare_students([tmp_path], eval_data=source, device="cpu", progress=False)
+    assert [one.trained_on for one in found.comparisons] == [0, 0, 0]
+    assert set(counts) == set(range(ROWS))
+    assert max(counts.values()) <= 3  # a look at the first sample, the pass of the students, and the hashes
