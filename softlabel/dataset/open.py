@@ -135,7 +135,6 @@ def _set_decoding(source: Source, decoding: Decoding) -> Source:
 
 
 def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bool) -> Source:
-    name_keys(options, subject=text)
     suffix = os.path.splitext(name)[1].lower()
     if suffix in ARRAY_SUFFIXES | LIST_SUFFIXES:
         if is_url(name):
@@ -144,6 +143,8 @@ def _open_files(text: str, name: str, options: dict[str, str], ignore_labels: bo
             return _open_one_file(text, name, suffix, options, ignore_labels)
     found = list_source(name, options, subject=text)
     if found.kind == "parquet":
+        if not options.keys() & {"image", "inputs"}:
+            name_keys(options, subject=text)
         check_options(options, PARQUET, "a Parquet file", subject=text)
         return ParquetSource(found.files, options, name=text, ignore_labels=ignore_labels)
     if found.kind == "tar":
@@ -160,9 +161,11 @@ def _open_one_file(text: str, name: str, suffix: str, options: dict[str, str], i
     if suffix in ARRAY_SUFFIXES:
         check_options(options, ARRAY, f"a {suffix} file", subject=text)
         return ArraySource(name, options, name=text, ignore_labels=ignore_labels)
-    check_options(options, ROWS, f"a {suffix} file", subject=text)
     if suffix == ".jsonl" and not options.keys() & {"image", "root", "inputs", *FORMS}:
         options.update(peek_documents(name) or {})
+    if options.keys() & set(FORMS):
+        name_keys(options, subject=text)
+    check_options(options, ROWS, f"a {suffix} file", subject=text)
     check_form(options, subject=text)
     if "inputs" in options:
         return CsvTableSource(name, options, name=text, ignore_labels=ignore_labels)

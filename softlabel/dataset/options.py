@@ -71,7 +71,7 @@ def name_keys(options: dict[str, str], *, subject: str) -> None:
     Raises:
         SpecError: both are given.
     """
-    if "id" not in options or not options.keys() & {"text", *_DOCUMENTS}:
+    if "id" not in options:
         return
     if "key" in options:
         raise SpecError(f"{subject}: id= and key= both name the column of the keys; leave one of them out")

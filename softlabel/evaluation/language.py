@@ -21,7 +21,7 @@ from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
 from softlabel.errors import MismatchError, SpecError
 from softlabel.evaluation.metrics import BINS, Evaluation, Totals
 from softlabel.evaluation.network import evaluating
-from softlabel.inputs.base import InputTransform
+from softlabel.inputs.base import IGNORE, InputTransform
 from softlabel.inputs.chat import CHATS
 from softlabel.inputs.text import TEXTS
 from softlabel.inputs.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ _UNNAMED = Spec(kind="lm", name="model")  # where no message is shown
 class TokenEvaluation(Evaluation):
     """What was measured of a language model: `samples` are documents, what is labelled are positions whose next token
     counts, to which `accuracy`, `cross_entropy` (the NLL, in nats a token) and `calibration_error` refer; those with a
-    teacher are labelled positions of the store.
+    teacher are the ones among them that the store has a label of.
 
     Attributes:
         tokens: of all documents.
@@ -75,7 +75,9 @@ class TokenEvaluation(Evaluation):
     @property
     def counts(self) -> tuple[tuple[str, int], ...]:
         """See `Evaluation`."""
-        return (("documents", self.samples), ("tokens", self.tokens), ("predicted", self.labelled))
+        some = self.with_teacher not in (0, self.labelled)
+        compared = (("compared with the teacher", self.with_teacher),) if some else ()
+        return (("documents", self.samples), ("tokens", self.tokens), ("predicted", self.labelled), *compared)
 
 
 class TokenTotals(Totals):
@@ -93,7 +95,8 @@ class TokenTotals(Totals):
             known_R: bool, which have a target; None: all.
         """
         counts_R = torch.ones_like(labels_R, dtype=torch.bool)
-        self._add_rows(logits_RV, labels_R, counts_R, target, counts_R if known_R is None else known_R)
+        predicted_R = labels_R != IGNORE  # the teacher is compared at the positions that all other figures are of
+        self._add_rows(logits_RV, labels_R, counts_R, target, predicted_R if known_R is None else predicted_R & known_R)
 
     def add_documents(self, batch: TokenBatch) -> None:
         """Count the documents of a batch."""
@@ -184,14 +187,20 @@ def tokenize_for(
         SpecError, DataError: see `tokenize_source`.
     """
     if store is not None:
-        _check_vocabulary(subject, store, model.vocabulary)
+        check_vocabulary(subject, store, model.vocabulary)
     found = tokenize_source(source, model.vocabulary, max_length=max_length)
     if store is not None:
         _check_tokenization(subject, store, found, model.vocabulary)
     return found
 
 
-def _check_vocabulary(subject: str, store: Store, vocabulary: Vocabulary) -> None:
+def check_vocabulary(subject: str, store: Store, vocabulary: Vocabulary) -> None:
+    """Raise MismatchError, with the first id that differs, where a store of tokens has another vocabulary, or where
+    labels are none of tokens.
+
+    Args:
+        subject: whose vocabulary it is, for messages, such as "student lm:FOLDER".
+    """
     if store.run.tokens is None:
         raise MismatchError(
             f"{store.path}: has one label a sample, a language model learns from one a token; label the data with an "

@@ -91,8 +91,7 @@ def load_job(
         raise UsageError("teachers: expected at least one SPEC, found none")
     recorded = recorded or {}
     source = _open_data(data, config, key_fn, look=trusted is None)
-    views = config.view_policy
-    _check_views(source, views)
+    views = _choose_views(source, config)
     source = detect_decoding(source, recorded)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
     device, tuning = resolve_device(config.device), config.tuning
@@ -181,9 +180,19 @@ def load_job(
     return Job(config=config, run=run, recorded=now, labeller=labeller, workers=decoders(config.workers, device))
 
 
-def _check_views(source: Source, views: ViewPolicy) -> None:
-    """Raise UsageError for steps of a view policy that do not apply to the samples."""
+def _choose_views(source: Source, config: GenerateConfig) -> ViewPolicy:
+    """The view policy of a run.
+
+    Raises:
+        UsageError: it does not exist, or has steps that do not apply to the samples.
+    """
     kind = source.inputs
+    if config.views > 1 and kind.view_steps == frozenset():
+        raise UsageError(
+            f"views: {config.views} views are for images, found {kind.noun} in {source.name}; leave --views and "
+            "--augment out"
+        )
+    views = config.view_policy
     steps = [str(step.get("op")) for step in views.policy.get("steps", [])]
     if odd := [step for step in steps if not kind.takes(step)]:
         if not kind.view_steps:
@@ -192,6 +201,7 @@ def _check_views(source: Source, views: ViewPolicy) -> None:
             f"augment: {odd[0]!r} is for 8-bit RGB images; the channels of {source.name} take "
             f"{' or '.join(sorted(kind.view_steps))}"
         )
+    return views
 
 
 def _open_data(

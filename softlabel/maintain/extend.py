@@ -16,6 +16,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.dataset import Source
 from softlabel.errors import MismatchError, UsageError
+from softlabel.evaluation.language import check_vocabulary
 from softlabel.generation.assemble import LabelledShard
 from softlabel.generation.executor import LocalExecutor
 from softlabel.generation.growth import History, check_same_data
@@ -24,6 +25,7 @@ from softlabel.generation.reload import config_of, recorded_place, refuse_derive
 from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import changed_content, why_not_comparable
 from softlabel.labels.combine import normalized_weights
+from softlabel.models import LanguageModel
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.open import open_store
@@ -89,7 +91,9 @@ def extend(
         there=run,
         first_member=len(run.members),
     )
-    (member,) = job.run.members
+    (member,), (model,) = job.run.members, (one.model for one in job.labeller.teachers)
+    if isinstance(model, LanguageModel):
+        check_vocabulary(f"teacher {teacher}", opened, model.vocabulary)
     if any((member.sha256, member.preprocessing) == (one.sha256, one.preprocessing) for one in run.members):
         raise MismatchError(f"{store}: {member.spec} with these weights is a member already")
     members = (*run.members, member)

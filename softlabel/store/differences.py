@@ -27,18 +27,39 @@ _DEFAULTS = {  # left out of a manifest
 }
 
 
-def differences(path: str, store: Any, run: Any) -> Iterable[str]:
-    """Yield the differences between a store's run and this run, both as JSON values at `path`."""
+# What a teacher takes follows from the longest document.
+_OF_LENGTH = ("max_length", "buckets")
+
+
+def find_differences(store: Any, run: Any) -> list[str]:
+    """Return the differences between a store's run and this run, both as JSON objects."""
+    lengths = [(one.get("tokens") or {}).get("max_length") for one in (store, run)]
+    if lengths[0] != lengths[1]:
+        store, run = _leave_lengths_out(store), _leave_lengths_out(run)
+    return list(_iter_differences("", store, run))
+
+
+def _leave_lengths_out(run: Any) -> Any:
+    """The run with teachers that say nothing of the length of documents."""
+    members = [
+        {**one, "preprocessing": {k: v for k, v in one["preprocessing"].items() if k not in _OF_LENGTH}}
+        for one in run["members"]
+    ]
+    return {**run, "members": members}
+
+
+def _iter_differences(path: str, store: Any, run: Any) -> Iterable[str]:
+    """Yield the differences between two JSON values at `path`."""
     if path == "views.policy" and store != run:
         yield f"view policy: the store has {_format_policy(store)}, this run {_format_policy(run)}"
     elif path == "encoding" and store["name"] != run["name"]:  # one has parameters that the other lacks
         yield f"{path}: the store has {store['name']}, this run {run['name']}"
     elif isinstance(store, dict) and isinstance(run, dict):
         for name in sorted(store.keys() | run.keys()):
-            yield from differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
+            yield from _iter_differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))
     elif path == "members" and len(store) == len(run):
         for position, (one, other) in enumerate(zip(store, run, strict=True), 1):
-            yield from differences(f"teacher {position}", one, other)
+            yield from _iter_differences(f"teacher {position}", one, other)
     elif store != run:
         usual = _DEFAULTS.get(path)
         store, run = store or usual, run or usual

@@ -16,7 +16,7 @@ import xxhash
 from softlabel.common.activation import Activation
 from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.store.columns import ROW_NAMES, Column
-from softlabel.store.differences import differences
+from softlabel.store.differences import find_differences
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
@@ -285,7 +285,7 @@ class Run(_FingerprintCache):
 
     def differences(self, other: "Run") -> list[str]:
         """Return in words where `other` (this run) differs from `self` (the store); empty if interchangeable."""
-        return list(differences("", to_json(self), to_json(other)))
+        return find_differences(to_json(self), to_json(other))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

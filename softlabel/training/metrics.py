@@ -25,8 +25,8 @@ class EpochMetrics:
         loss: the weighted sum that was minimised, mean over samples.
         soft_loss: temperature^2 * KL(teacher || student), mean over samples that have soft labels.
         hard_loss: cross-entropy with the hard labels, mean over labelled samples.
-        train_accuracy: on the augmented images, while the weights changed; of language models that learn
-            from soft labels alone, positions without one count as wrong.
+        train_accuracy: on the augmented images, while the weights changed; of language models that learn from soft
+            labels alone, at the positions that have one.
         seconds: wall time, evaluation included.
         images_per_second: of training alone; of language models tokens, without padding.
         eval_accuracy, eval_cross_entropy, eval_calibration_error: on the evaluation data.

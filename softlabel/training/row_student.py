@@ -74,7 +74,9 @@ class RowStudent(Student):
             )
             agreed = 0 if top_B is None else (best_B == top_B).sum()
             teacher_sums = work.teacher_sums if part.start == 0 else None
-            self._add_sums(losses, here, work.whole, correct_B.sum(), agreed, teacher_sums=teacher_sums)
+            self._add_sums(
+                losses, here, work.whole, correct_B.sum(), agreed, labelled=here.hard, teacher_sums=teacher_sums
+            )
 
     def _checked(self, logits_BC: Any) -> Tensor:
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:

@@ -229,12 +229,17 @@ class Student(ABC):
         correct: Tensor,
         agreed: Tensor | int,
         *,
+        labelled: Tensor | int,
         teacher_sums: Tensor | None,
     ) -> None:
         """Take a part of a step into the figures of the epoch.
 
         Its losses are means over the part, times what they are means of: summed over parts and processes they are the
         whole's.
+
+        Args:
+            labelled: rows with a hard label that had an answer, of which `correct` are right; rows that count for
+                nothing may have none.
         """
         self._sums.add(
             here.units,
@@ -242,7 +247,7 @@ class Student(ABC):
             losses.total * (whole.rows / self.ranks.world_size),
             here.soft,
             losses.soft * here.soft,
-            here.hard,
+            labelled,
             losses.hard * here.hard,
             correct,
             agreed,

@@ -159,12 +159,12 @@ def announce(ranks: Ranks, task: Task, loader: Loader, students: Sequence[Studen
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
         for line in task.describe_labels(loader):
             log.info("%s", line)
-    for count, why in (
-        (loader.dataset.skipped_bad, "could not be read when the store was made"),
-        (loader.dataset.skipped_missing, "have no row in the store"),
+    for count, what in (
+        (loader.dataset.skipped_bad, task.unusable),
+        (loader.dataset.skipped_missing, "samples that have no row in the store"),
     ):
         if count:
-            log.info("left out: %s samples that %s", f"{count:,}", why)
+            log.info("left out: %s %s", f"{count:,}", what)
     for student in students:
         if student.epoch or student.step:
             named = f"{student.config.name}: " if len(students) > 1 else ""

@@ -10,7 +10,7 @@ task.measure(student, loader)                           how it is evaluated
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -55,7 +55,10 @@ class Task(ABC):
         source: of the samples as they are trained on.
         num_classes: of all students.
         unit: of bars and of the log.
+        unusable: what the samples are that a loader leaves out for what they hold (`skipped_bad`), for the log.
     """
+
+    unusable: ClassVar[str] = "samples that could not be read when the store was made"
 
     source: Source
     num_classes: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabel.evaluation.language import compute_hidden
+from softlabel.inputs.base import IGNORE
 from softlabel.loader.token_batch import TokenBatch
 from softlabel.loss import LossComponents
 from softlabel.loss.linear import Observe, linear_distillation_loss_components
@@ -91,16 +92,17 @@ class TokenStudent(Student):
                 observe=figures.add,
             )
         self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        self._add_sums(losses, here, work.whole, *figures.of_student, teacher_sums=figures.of_teacher)
+        correct, agreed, labelled = figures.of_student
+        self._add_sums(losses, here, work.whole, correct, agreed, labelled=labelled, teacher_sums=figures.of_teacher)
 
 
 class _Figures:
-    """Sums over the positions of a part of a batch: where the student's most probable token is the next one, and where
-    it is the teacher's; and what `Sums.TEACHER` names."""
+    """Sums over the positions of a part of a batch that the loss is of: where the student's most probable token is the
+    next one, where it is the teacher's, and where there is a next one; and what `Sums.TEACHER` names."""
 
     def __init__(self, batch: TokenBatch, device: torch.device) -> None:
         self._labels_P, self._has_target_P = batch.hard_labels, batch.has_target
-        self.of_student = torch.zeros(2, dtype=torch.float64, device=device)
+        self.of_student = torch.zeros(3, dtype=torch.float64, device=device)
         self.of_teacher = torch.zeros(len(Sums.TEACHER), dtype=torch.float64, device=device)
 
     def add(self, rows: slice | Tensor, logits_RV: Tensor, target: Target | None) -> None:
@@ -108,8 +110,9 @@ class _Figures:
         best_R, labels_R = logits_RV.argmax(dim=1), self._labels_P[rows]
         agreed = torch.zeros((), device=best_R.device)
         has_target_R = None if self._has_target_P is None else self._has_target_P[rows]
-        if target is not None and (found := sum_teacher(target, has_target_R, labels_R)) is not None:
-            top_R, sums = found
+        if target is not None and (teacher := sum_teacher(target, has_target_R, labels_R)) is not None:
+            top_R, sums = teacher
             self.of_teacher += sums
             agreed = (best_R == top_R).sum()
-        self.of_student += torch.stack([(best_R == labels_R).sum().double(), agreed.double()])
+        found = ((best_R == labels_R).sum(), agreed, (labels_R != IGNORE).sum())
+        self.of_student += torch.stack([one.double() for one in found])

@@ -64,6 +64,7 @@ class TokenTask(Task):
     """See `Task`."""
 
     unit = "tok"
+    unusable = "documents that have no token, or had none when they were labelled"
 
     def __init__(self, *given: Any, **settings: Any) -> None:
         super().__init__(*given, **settings)
@@ -194,10 +195,11 @@ class TokenTask(Task):
     def describe_data(self, loader: Loader) -> list[str]:
         tokens, lines = self.count_units(loader), loader.num_samples
         how = "packed, " if self._packed else ""
+        steps, most = len(loader), min(lines, self._batch_tokens // self._line)
         return [
             f"data {loader.source.name}: {len(loader.dataset):,} documents, {tokens:,} tokens in {lines:,} lines of "
-            f"{self._line} ({how}{tokens / (lines * self._line):.0%} full), {len(loader)} steps of "
-            f"at most {self._batch_tokens // self._line} lines an epoch"
+            f"{self._line} ({how}{tokens / (lines * self._line):.0%} full), "
+            f"{'1 step of' if steps == 1 else f'{steps} steps of at most'} {most} line{'s' * (most > 1)} an epoch"
         ]
 
     def cut(self, batch: TokenBatch) -> tuple[TokenBatch, tuple[tuple[TokenPart, Counts], ...]]:

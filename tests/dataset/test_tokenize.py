@@ -233,6 +233,19 @@ def test_parts_of_documents_know_their_lengths(tmp_path: Path, vocabulary: Vocab
     assert open_source(f"{data}?text=text").lengths is None
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+@pytest.mark.parametrize("column", ["messages", "text"])
+def test_documents_that_are_found_have_keys_by_id(tmp_path: Path, name: str, column: str) -> None:
+    row = {column: CHATS[0] if column == "messages" else "a", "n": "k7"}
+    write_lines(tmp_path / "t.jsonl", [row])
+    pq.write_table(pa.table({one: [value] for one, value in row.items()}), tmp_path / "t.parquet")
+    assert open_source(f"{tmp_path}/{name}?id=n").keys() == ["k7"]
+    with pytest.raises(SpecError, match="id= and key= both name the column of the keys"):
+        open_source(f"{tmp_path}/{name}?id=n&key=n")
+    with pytest.raises(SpecError, match="unknown option id"):
+        open_source(f"{tmp_path}/{name}?image=n&id=n")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -19,8 +19,10 @@ import transformers
 import xxhash
 
 import softlabel
+from softlabel.convert.merge import merge_stores
 from softlabel.convert.recode import convert_store
 from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
+from softlabel.maintain.extend import extend
 from softlabel.store.encodings import Sampled, TopK
 from softlabel.store.verify import verify_store
 from tests.support.commands import run_softlabel
@@ -255,6 +257,19 @@ def test_another_tokenizer_does_not_go_on(teacher: Path, data: Path, tmp_path: P
         generate(data, other, out=tmp_path / "labels")
     with pytest.raises(MismatchError, match=f"id {vocab['c']} is 'b' and 'c'"):
         generate(data, teacher, other, out=tmp_path / "both")
+    generate(data, teacher, out=tmp_path / "kept", combine="keep")
+    with pytest.raises(MismatchError, match=f"id {vocab['c']} is 'b' and 'c'"):
+        extend(tmp_path / "kept", teacher=f"lm:{other}")
+
+
+def test_documents_of_another_length_do_not_go_on(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """The longest document is named, and nothing that follows from it."""
+    generate(f"{data}?rows=0:3", teacher, out=tmp_path / "labels")
+    generate(f"{data}?rows=3:6", teacher, out=tmp_path / "others", max_length=40)
+    with pytest.raises(MismatchError, match=r"run; longest document \(--max-length\): .* 48, this run 40; use"):
+        generate(f"{data}?rows=0:3", teacher, out=tmp_path / "labels", max_length=40)
+    with pytest.raises(MismatchError, match=r"the first: longest document \(--max-length\): .* 48, the other 40; '"):
+        merge_stores([tmp_path / "labels", tmp_path / "others"], tmp_path / "merged")
 
 
 def test_options_of_language_models(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -262,6 +277,7 @@ def test_options_of_language_models(teacher: Path, data: Path, tmp_path: Path) -
         ({"max_length": 65}, "max_length: expected at most 64"),
         ({"batch_size": "auto"}, "batch_size: auto is for samples of one size"),
         ({"members_in_turn": "yes"}, "members_in_turn"),
+        ({"views": 2}, "views: 2 views are for images, found texts in .*; leave --views and --augment out"),
     ):
         with pytest.raises(UsageError, match=message):
             generate(data, teacher, out=tmp_path / "labels", **changes)

@@ -287,6 +287,8 @@ def test_a_teacher_that_does_not_fit_is_refused(
 
 def test_what_is_of_images_is_refused(teacher: Path, data: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is for images, found .*; leave --augment out"):
+        generate(data, teacher, tmp_path / "labels", augment="crop-flip")
+    with pytest.raises(UsageError, match=r"2 views are for images, found texts in .*; leave --views and --augment out"):
         generate(data, teacher, tmp_path / "labels", augment="crop-flip", views=2)
     with pytest.raises(UsageError, match="takes batches of many lengths; leave out --compile"):
         generate(data, teacher, tmp_path / "labels", compile=True)

@@ -264,6 +264,31 @@ def test_several_students_of_one_pass_are_those_of_passes_of_their_own(stories: 
     assert re.search(rf"lr0.001 .* {last.eval_perplexity:.4f} +{last.eval_perplexity:.4f} ", together.table())
 
 
+def test_figures_of_soft_labels_alone_are_of_the_positions_that_have_one(
+    stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One step, so that the figures are those of the first weights."""
+    caplog.set_level("INFO", logger="softlabel")
+    encode = read_vocabulary(stories / "teacher").tokenizer.load().encode
+    lines = [json.loads(line) for line in (stories / "data.jsonl").read_text().splitlines()]
+    rows = [{"id": one["id"], "tokens": encode(one["text"]).ids} for one in lines]
+    others = [{"id": f"new-{n}", "tokens": encode(f"birds {n} on a tree").ids} for n in range(9)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *others, {"id": "empty", "tokens": []}]))
+    settings = {"data": f"{data}?tokens=tokens&id=id", "missing": "hard-only", "hard_weight": 0, "epochs": 1}
+    given = make_config(stories, tmp_path / "run", batch_tokens=8192, seed=3, **settings)
+    (last,) = train(given).history
+    torch.manual_seed(3)
+    model = build_model(given.student)
+    assert isinstance(model, LanguageModel)
+    ids = [np.array(row["tokens"]) for row in rows]
+    answers = compute_answers(model, ids)
+    right = np.concatenate([one[:-1].argmax(axis=1) == of[1:] for one, of in zip(answers, ids, strict=True)])
+    assert last.train_accuracy == pytest.approx(right.mean(), abs=1e-9)
+    assert "left out: 1 documents that have no token" in caplog.text
+    assert re.search(r"49 documents, .* tokens in (\d+) lines of 64 .*, 1 step of \1 lines an epoch", caplog.text)
+
+
 # ---- what it leaves behind ----
 
 
@@ -311,7 +336,8 @@ def test_evaluation_against_transformers_in_float64(stories: Path, tmp_path: Pat
     bins = np.ceil(np.array(confident) * 15)
     off = [abs(sum(np.array(right)[bins == b]) - sum(np.array(confident)[bins == b])) for b in np.unique(bins)]
     assert found.calibration_error == pytest.approx(sum(off) / len(nats), abs=1e-5)
-    q, t = np.concatenate(ours), np.concatenate(theirs)
+    # As all other figures: at the positions that have a next token.
+    q, t = (np.concatenate([one[:-1] for one in found]) for found in (ours, theirs))
     p = softmax(t / T, axis=1)
     q = softmax(q / T, axis=1)
     if labels == "top8":
@@ -320,8 +346,9 @@ def test_evaluation_against_transformers_in_float64(stories: Path, tmp_path: Pat
         p, q = (np.concatenate([one, 1 - one.sum(axis=1, keepdims=True)], axis=1) for one in (p, q))
     assert found.teacher_kl == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=2e-3)
     assert found.teacher_kl_kind == ("exact" if labels == "labels" else "bucketed")
-    assert found.with_teacher == found.tokens
-    assert found.agreement == pytest.approx((t.argmax(axis=1) == np.concatenate(ours).argmax(axis=1)).mean(), abs=2e-3)
+    assert found.with_teacher == found.labelled
+    agreed = t.argmax(axis=1) == np.concatenate([one[:-1] for one in ours]).argmax(axis=1)
+    assert found.agreement == pytest.approx(agreed.mean(), abs=2e-3)
     assert json.loads(json.dumps(found.to_dict()))["perplexity"] == found.perplexity
 
 
