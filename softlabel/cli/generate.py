@@ -87,8 +87,9 @@ def generate(
             ('?tokens=COLUMN') in .parquet or .jsonl, torchvision:NAME?root=..., or digits; options behind '?', see the
             README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
-            lm:FOLDER, FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean,
-            std, resize, crop, interpolation, squash, weights, pretrained, download, trust. Several make an ensemble.
+            lm:FOLDER, lm:python:MODULE:FACTORY@CHECKPOINT, FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or
+            run:FOLDER; options after '?': mean, std, resize, crop, interpolation, squash, weights, pretrained,
+            download, trust, tokenizer. Several make an ensemble.
         out: folder of the store.
         no_preflight: skip labelling two batches first, which shows the plan, checks the disk and warns about suspicious
             results.

@@ -32,10 +32,10 @@ def upload_modules(client: Any, teachers: Iterable[str]) -> None:
 
 
 def _find_file(text: str) -> str | None:
-    spec = parse_spec(text)
-    if spec.kind != "python":
+    factory = parse_spec(text).factory
+    if factory is None:
         return None
-    name = spec.name.partition(":")[0]
+    name = factory.rpartition(":")[0]
     try:
         found = importlib.util.find_spec(name) if "." not in name else None  # packages are installed on workers
     except ValueError:  # a module without a file, such as __main__

@@ -1,6 +1,7 @@
 """The syntax that names data, teachers and students: ``NAME?option=value&option=value``.
 
     SPEC    kind:name[@checkpoint][?options]       zoo:resnet20@weights/resnet20.th?mean=0.5,0.5,0.5
+            python:module:function[@checkpoint][?options], or python:file.py:function
             file.onnx[?options], file.pt2[?options]
     SOURCE  path[?options] or name[?options]       train.parquet?label=fine_label
 
@@ -22,6 +23,8 @@ from softlabel.errors import SpecError
 KINDS = ("torchvision", "zoo", "timm", "hf", "text", "lm", "python", "run")
 # Kinds whose name may be a folder, which brings its own weights.
 _FOLDERS = ("run", "hf", "text", "lm")
+# What begins the name of a language model that a function of the user's makes.
+_PYTHON = "python:"
 # Suffix -> kind of files that hold a whole network, program and weights.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options about where weights come from; they do not change the network.
@@ -48,17 +51,33 @@ class Spec:
     @property
     def identity(self) -> str:
         """The SPEC without the location of its weights: a store is identified by their hash."""
+        places = (*_PLACES, "tokenizer") if self.kind == "lm" else _PLACES
+        options = {key: value for key, value in self.options.items() if key not in places}
+        return Spec(kind=self.kind, name=self._identifying_name, options=options).text
+
+    @property
+    def _identifying_name(self) -> str:
+        if self.factory is not None:
+            where, _, function = self.factory.rpartition(":")
+            start = self.name.removesuffix(self.factory)
+            return f"{start}{os.path.basename(where)}:{function}" if where.endswith(".py") else self.name
         brings_files = self.kind in ("run", "text", "lm", *PROGRAMS.values())
         local = brings_files or (self.kind == "hf" and os.path.isdir(self.name))
-        name = os.path.basename(os.path.normpath(self.name)) if local else self.name
-        options = {key: value for key, value in self.options.items() if key not in _PLACES}
-        return Spec(kind=self.kind, name=name, options=options).text
+        return os.path.basename(os.path.normpath(self.name)) if local else self.name
+
+    @property
+    def factory(self) -> str | None:
+        """``module:function`` or ``file.py:function`` of a network that code of the user's makes; None for any
+        other."""
+        if self.kind == "lm":
+            return self.name.removeprefix(_PYTHON) if self.name.startswith(_PYTHON) else None
+        return self.name if self.kind == "python" else None
 
     @property
     def starts_trained(self) -> bool:
         """Whether it names weights that were trained already: a run's, a checkpoint, or published ones."""
         published = (literal(self.options.get(name, "null")) for name in ("weights", "pretrained"))
-        is_trained_lm = self.kind == "lm" and "init" not in self.options
+        is_trained_lm = self.kind == "lm" and self.factory is None and "init" not in self.options
         return self.kind == "run" or self.checkpoint is not None or any(published) or is_trained_lm
 
 
@@ -78,7 +97,8 @@ def parse_spec(text: str) -> Spec:
             f"or a file that ends in {' or '.join(PROGRAMS)}; for example zoo:resnet20@weights.th"
         )
     head, options = split_options(rest, subject=text)
-    if kind in _FOLDERS:
+    is_folder = kind in _FOLDERS and not (kind == "lm" and head.startswith(_PYTHON))
+    if is_folder:
         # The folder holds the weights, and its name may contain an @.
         name, at, checkpoint = head, "", ""
     else:
@@ -89,7 +109,7 @@ def parse_spec(text: str) -> Spec:
         raise SpecError(f"{text!r}: expected the path of a checkpoint after '@', found nothing")
     return Spec(
         kind=kind,
-        name=os.path.expanduser(name) if kind in _FOLDERS else name,
+        name=os.path.expanduser(name) if is_folder else name,
         checkpoint=os.path.expanduser(checkpoint) or None,
         options=options,
     )

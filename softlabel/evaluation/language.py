@@ -33,7 +33,6 @@ from softlabel.loader.token_loader import TokenLoader
 from softlabel.loss import distillation_loss
 from softlabel.loss.targets import Target, TopKTarget
 from softlabel.models import LanguageModel, check_packing
-from softlabel.models.lm_config import find_longest
 from softlabel.models.precision import Precision, computing
 from softlabel.store.reader import Store
 
@@ -260,7 +259,7 @@ def evaluate_language_model(
         name: of the model, for messages.
         transform: how long its documents are; None: as long as its positions allow, at most 2048.
     """
-    most = find_longest(_UNNAMED, model.config)
+    most = model.longest
     if store is not None and store.run.tokens is not None:
         max_length = store.run.tokens.max_length
     else:

@@ -11,7 +11,6 @@ from softlabel.errors import DataError, MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.inputs.tokens import TOKENS, TokenTransform
 from softlabel.models import LanguageModel
-from softlabel.models.lm_config import find_longest
 from softlabel.models.teacher import Teacher
 from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Run
@@ -54,7 +53,7 @@ def read_documents(
     transforms = [one.preprocessing for one in teachers if isinstance(one.preprocessing, TokenTransform)]
     length = config.max_length or min(one.max_length for one in transforms)
     for teacher, model in zip(teachers, models, strict=True):
-        most = find_longest(teacher.spec, model.network.config.to_dict())
+        most = model.longest
         if most is not None and length > most:
             raise UsageError(
                 f"max_length: expected at most {most}, which the positions of {teacher.spec.text} allow, found {length}"

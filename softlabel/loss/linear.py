@@ -37,7 +37,7 @@ from softlabel.loss.chunked_linear import (
 from softlabel.loss.dispatch import chunk_losses, run_loss
 from softlabel.loss.functional import LossComponents
 from softlabel.loss.rows import LossCall, Shares, row_shares, work_dtype
-from softlabel.loss.targets import SampledTarget, SigmoidTarget, Target, retemper_factor
+from softlabel.loss.targets import SigmoidTarget, Target, make_empty_target, retemper_factor
 
 __all__ = ["LinearImpl", "Observe", "linear_distillation_loss", "linear_distillation_loss_components"]
 
@@ -171,7 +171,12 @@ def linear_distillation_loss_components(
             "distillation_loss of the logits"
         )
     if target is None:
-        target = _no_target(shape.numel(), classes, settings.soft_weight, temperature, device)
+        if settings.soft_weight != 0:
+            raise UsageError(
+                f"target: expected one for soft_weight {settings.soft_weight:g}, found None; give soft_weight=0 to "
+                "train on hard labels alone"
+            )
+        target = make_empty_target(shape.numel(), classes, temperature, device)
     given = loss_inputs(
         target, labels, weight, soft_mask, shape=shape, classes=classes, device=device, ignore_index=ignore_index
     )
@@ -247,17 +252,6 @@ def _run_fused(
     at_once = torch.is_grad_enabled() and call.reduction != "none"
     result: tuple[Tensor, Tensor, Tensor] = FusedLinearLoss.apply(*given, compute, at_once, *inputs)
     return result
-
-
-def _no_target(rows: int, classes: int, soft_weight: float, temperature: float, device: torch.device) -> SampledTarget:
-    """A target of which nothing is known."""
-    if soft_weight != 0:
-        raise UsageError(
-            f"target: expected one for soft_weight {soft_weight:g}, found None; give soft_weight=0 to train on hard "
-            f"labels alone"
-        )
-    index_N0 = torch.zeros((rows, 0), dtype=torch.int64, device=device)
-    return SampledTarget(index=index_N0, weight=index_N0.float(), temperature=float(temperature), num_classes=classes)
 
 
 def _check_logit_settings(logit_scale: float, softcap: float | None, chunk_rows: int | None) -> LogitSettings:

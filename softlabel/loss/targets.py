@@ -195,6 +195,12 @@ def as_target(target: Target | Tensor) -> Target:
     return target
 
 
+def make_empty_target(rows: int, classes: int, temperature: float, device: torch.device) -> SampledTarget:
+    """A target of which nothing is known, for a loss of hard labels alone."""
+    index_N0 = torch.zeros((rows, 0), dtype=torch.int64, device=device)
+    return SampledTarget(index=index_N0, weight=index_N0.float(), temperature=float(temperature), num_classes=classes)
+
+
 def flatten_target(target: T, shape: torch.Size) -> T:
     """Rows that lie in several dimensions (B, L) one behind the other; a target of B * L rows is that already."""
     if len(shape) < 2:

@@ -16,23 +16,19 @@ from softlabel.inputs.tensor import TensorTransform
 from softlabel.inputs.text import TextTransform
 from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.transforms import KINDS, transform_of
+from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.factories import accepts, builder, call, classes_of
 from softlabel.models.fitting import Fitted, fill, shown
 from softlabel.models.from_export import ExportedProgram
 from softlabel.models.from_hf import build_hf, hf_from_config, hf_preprocessing
-from softlabel.models.from_lm import (
-    LanguageModel,
-    build_lm,
-    check_vocabulary,
-    lm_from_config,
-    lm_transform,
-    refuse_untrained,
-)
+from softlabel.models.from_lm import build_lm, check_vocabulary, lm_from_config, lm_transform, refuse_untrained
+from softlabel.models.from_lm_python import OWN_OPTIONS, find_vocabulary, python_lm_transform, wrap_module
 from softlabel.models.from_onnx import OnnxProgram
 from softlabel.models.from_text import build_text, refuse_headless, text_from_config, text_transform, transform_of_run
 from softlabel.models.from_timm import timm_preprocessing
 from softlabel.models.from_torchvision import size_of_weights, torchvision_preprocessing, torchvision_weights
+from softlabel.models.language_model import LanguageModel
 from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
 from softlabel.models.program import Program
 from softlabel.models.runs import network_of, read_run
@@ -49,16 +45,21 @@ class Network:
     model: nn.Module
 
 
-def build_model(spec: Spec | str, *, num_classes: int | None = None) -> nn.Module:
+def build_model(spec: Spec | str, *, num_classes: int | None = None, vocabulary: Vocabulary | None = None) -> nn.Module:
     """Build the network of a SPEC and load its checkpoint, see `build_network`."""
-    return build_network(spec, num_classes=num_classes).model
+    return build_network(spec, num_classes=num_classes, vocabulary=vocabulary).model
 
 
-def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Network:
+def build_network(spec: Spec | str, *, num_classes: int | None = None, vocabulary: Vocabulary | None = None) -> Network:
     """Build the network of a SPEC and load its checkpoint, on the CPU, in training mode.
 
     Without `num_classes` (or an option of that name) the count is the checkpoint's, or else the builder's default. A
     checkpoint must have all of the network's tensors, in its shapes. What it has beside them is logged.
+
+    Args:
+        spec: the SPEC.
+        num_classes: how many it must have.
+        vocabulary: that a language model takes which has none of its own (``lm:python:`` without ``tokenizer=``).
 
     Raises:
         SpecError: an unknown name, an option that the builder refuses, a missing checkpoint or one of another network.
@@ -72,6 +73,8 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Networ
     if spec.kind == "text":
         return Network(spec=spec, model=build_text(spec, num_classes))
     if spec.kind == "lm":
+        if spec.factory is not None:
+            return _build_python_lm(spec, num_classes, vocabulary)
         return Network(spec=spec, model=build_lm(spec, num_classes))
     if spec.kind in ("pt2", "onnx"):
         return Network(spec=spec, model=ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec))
@@ -98,6 +101,20 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None) -> Networ
         return Network(spec=spec, model=model)
     fitted = fill(spec, model, weights, prefix=found.prefix)
     return Network(spec=_naming_its_weights(spec, found, fitted), model=model)
+
+
+def _build_python_lm(spec: Spec, num_classes: int | None, given: Vocabulary | None) -> Network:
+    vocabulary = find_vocabulary(spec, given)
+    options = {k: literal(v) for k, v in spec.options.items() if k not in (*OWN_OPTIONS, WEIGHTS_KEY)}
+    make = builder(spec, options)
+    if accepts(make, "vocab_size"):
+        options = {"vocab_size": vocabulary.size, **options}
+    module = call(spec, make, options)
+    if spec.checkpoint is not None:
+        found = read_checkpoint(spec.checkpoint, weights_key=spec.options.get(WEIGHTS_KEY))
+        weights = found.tensors if found.prefix else plain_names(found.tensors)
+        spec = _naming_its_weights(spec, found, fill(spec, module, weights, prefix=found.prefix))
+    return Network(spec=spec, model=wrap_module(spec, module, vocabulary, num_classes))
 
 
 def _naming_its_weights(spec: Spec, found: Checkpoint, fitted: Fitted) -> Spec:
@@ -135,15 +152,17 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     model: nn.Module
     if student.kind == "text" and run.config is not None:
         model = text_from_config(spec, run.config, run.num_classes)
-    elif student.kind == "lm" and run.config is not None:
+    elif student.kind == "lm" and student.factory is None and run.config is not None:
         model = lm_from_config(spec, run.config, run.num_classes)
-    elif run.config is not None:
+    elif student.kind == "hf" and run.config is not None:
         model = hf_from_config(spec, run.config, run.num_classes)
     else:
-        options = {k: v for k, v in student.options.items() if k not in ("weights", "pretrained", WEIGHTS_KEY)}
+        replaced = ("weights", "pretrained", "tokenizer" if student.kind == "lm" else WEIGHTS_KEY, WEIGHTS_KEY)
+        options = {k: v for k, v in student.options.items() if k not in replaced}
         options |= {k: str(v) for k, v in size_of_weights(student, weights).items() if k not in options}
         bare = Spec(kind=student.kind, name=student.name, options=options)
-        model = build_model(bare, num_classes=run.num_classes)
+        vocabulary = read_vocabulary(spec.name) if student.kind == "lm" else None
+        model = build_model(bare, num_classes=run.num_classes, vocabulary=vocabulary)
     fill(spec, model.network if isinstance(model, LanguageModel) else model, weights)
     return model
 
@@ -155,7 +174,7 @@ def refuse_random(spec: Spec) -> None:
     """
     if spec.kind == "text":
         refuse_headless(spec)
-    if spec.kind == "lm":
+    if spec.kind == "lm" and spec.factory is None:
         refuse_untrained(spec)
     asked = {"torchvision": "weights=DEFAULT", "timm": "pretrained=true"}.get(spec.kind)
     option = literal(spec.options.get("pretrained", "null"))
@@ -184,7 +203,7 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
     if spec.kind == "text":
         return text_transform(spec)
     if spec.kind == "lm":
-        return lm_transform(spec)
+        return lm_transform(spec) if spec.factory is None else python_lm_transform(spec, model)
     if kind in (TokenTransform.kind, CHATS.name) and spec.kind != "python":
         raise SpecError(
             f"{spec.text}: takes images, and the samples are {KINDS[kind].noun}; give a language model, lm:FOLDER"

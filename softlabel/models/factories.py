@@ -1,10 +1,14 @@
 """The function behind a SPEC that makes a network, and the call of it."""
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,14 +36,14 @@ def builder(spec: Spec, options: dict[str, Any]) -> Callable[..., nn.Module]:
 
 
 def _python_builder(spec: Spec) -> Callable[..., nn.Module]:
-    module_name, colon, attribute = spec.name.partition(":")
-    if not colon or not attribute:
-        raise SpecError(f"{spec.text}: expected python:package.module:factory, found no factory")
-    if os.getcwd() not in sys.path:
-        # As `python -m` does: a console script would not find the module that lies beside the user.
-        sys.path.append(os.getcwd())
+    assert spec.factory is not None
+    where, _, attribute = spec.factory.rpartition(":")
+    if not where or not attribute:
+        raise SpecError(
+            f"{spec.text}: expected package.module:factory or file.py:factory after 'python:', found no factory"
+        )
     try:
-        target: Any = importlib.import_module(module_name)
+        target: Any = _import_file(where) if where.endswith(".py") else _import_module(where)
         for part in attribute.split("."):
             target = getattr(target, part)
     except Exception as error:  # it is the user's code: whatever it raises is a fact about the SPEC
@@ -51,6 +55,34 @@ def _python_builder(spec: Spec) -> Callable[..., nn.Module]:
             f"{spec.text}: expected a function or class that returns a module, found {type(target).__name__}"
         )
     return target  # type: ignore[no-any-return]
+
+
+def _import_module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        # As `python -m` does: a console script would not find the module that lies beside the user.
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+def _import_file(path: str) -> ModuleType:
+    """The module of a file, under a name of its own, executed once in a process."""
+    file = Path(path).expanduser().resolve()
+    name = f"softlabel_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, file)
+    assert found is not None
+    assert found.loader is not None
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # as `python file.py` does: it may import what lies beside it
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # its classes can be pickled within this process
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def accepts(builder: Callable[..., Any], name: str) -> bool:
@@ -69,9 +101,9 @@ def call(spec: Spec, builder: Callable[..., nn.Module], options: dict[str, Any])
     except OSError as error:  # torchvision fetches weights= on first use
         raise SpecError(f"{spec.text}: cannot get the weights: {error}; download them and give NAME@FILE") from error
     except Exception as error:
-        if spec.kind not in ("python", "timm"):
+        if spec.factory is None and spec.kind != "timm":
             raise
-        whose = "its factory" if spec.kind == "python" else "timm"
+        whose = "timm" if spec.factory is None else "its factory"
         raise SpecError(f"{spec.text}: {whose} fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SpecError(f"{spec.text}: expected a torch.nn.Module from the factory, found {type(model).__name__}")

@@ -42,8 +42,13 @@ class HuggingFaceClassifier(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The architecture as JSON, from which `hf_from_config` builds it again."""
-        found: dict[str, Any] = json.loads(self.network.config.to_json_string(use_diff=False))
-        return found
+        return config_of(self.network)
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    """The architecture of a network of transformers as JSON, every field of it."""
+    found: dict[str, Any] = json.loads(network.config.to_json_string(use_diff=False))
+    return found
 
 
 def build_hf(spec: Spec, num_classes: int | None) -> nn.Module:

@@ -42,11 +42,12 @@ class Head:
     def of(cls, teacher: Teacher, calibration: float = 1.0) -> "Head":
         """Raises UsageError where a teacher has no linear layer that could give its logits."""
         if isinstance(teacher.model, LanguageModel):
-            model, layer = teacher.model, teacher.model.network.get_output_embeddings()
+            model, layer = teacher.model, teacher.model.last_layer
             if model.softcap is not None or not isinstance(layer, nn.Linear):
+                found = "logits alone" if layer is None else type(layer).__name__
                 raise UsageError(
                     f"encoding head: {teacher.spec.text}: expected logits that are the answer of a linear layer, found "
-                    f"{'a cap on them' if model.softcap is not None else type(layer).__name__}; use another --encoding"
+                    f"{'a cap on them' if model.softcap is not None else found}; use another --encoding"
                 )
             return cls(teacher=teacher, layer=layer, calibration=calibration, scale=model.logit_scale)
         layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]

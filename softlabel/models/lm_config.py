@@ -81,9 +81,9 @@ def set_size(spec: Spec, fields: Mapping[str, Any], word: str, value: Any) -> di
     return found
 
 
-def find_longest(spec: Spec, config: Mapping[str, Any]) -> int | None:
-    """How many positions it takes; None for any number."""
-    asked = parse_count(spec, "max_position_embeddings")
+def find_longest(spec: Spec | None, config: Mapping[str, Any]) -> int | None:
+    """How many positions a network takes by its config, or by its SPEC; None for any number."""
+    asked = None if spec is None else parse_count(spec, "max_position_embeddings")
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     found = (config.get(name) for name in names) if asked is None else iter([asked])
     return next((one for one in found if isinstance(one, int)), None)

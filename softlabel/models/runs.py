@@ -16,8 +16,9 @@ from softlabel.common.spec import Spec, parse_spec
 from softlabel.errors import SpecError
 from softlabel.inputs.tokenizer import TOKENIZER
 from softlabel.models.from_hf import HuggingFaceClassifier
-from softlabel.models.from_lm import LanguageModel, describe_network
+from softlabel.models.from_lm import TransformersLanguageModel
 from softlabel.models.from_text import TextClassifier
+from softlabel.models.language_model import LanguageModel
 from softlabel.models.weights import plain_names
 
 
@@ -69,14 +70,16 @@ def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunM
     }
     if description.activation != "softmax":
         fields["activation"] = description.activation
-    config = model.config if isinstance(model, HuggingFaceClassifier) else description.config
+    config = description.config
+    if isinstance(model, HuggingFaceClassifier | TransformersLanguageModel):
+        config = model.config
     if config is not None:
         fields["config"] = dict(config)
     if isinstance(model, TextClassifier):
         write_atomically(folder / TOKENIZER, model.tokenizer.content)
     if isinstance(model, LanguageModel):
         # With the names of the network's own weights above, transformers reads the folder too.
-        for name, content in {**model.vocabulary.files(), "config.json": describe_network(model)}.items():
+        for name, content in model.files().items():
             write_atomically(folder / name, content)
     # Last: a folder with a model.json in it is a whole one.
     write_atomically(folder / "model.json", (json.dumps(fields, indent=2) + "\n").encode())

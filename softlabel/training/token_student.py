@@ -1,7 +1,7 @@
 """A student that is a language model: it learns from every position of documents that counts.
 
 Its logits exist for a chunk of positions at a time, where the loss, its gradient and the figures of the epoch are
-computed from them (`softlabel.loss.linear`).
+computed from them (`softlabel.loss.linear`); those of a network without a last layer of its own, for all of a batch.
 
 Legend: B lines, L positions of a line, P positions that count, R of a chunk, V tokens of the vocabulary, D width.
 """
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from softlabel.evaluation.language import compute_hidden
 from softlabel.inputs.base import IGNORE
 from softlabel.loader.token_batch import TokenBatch
-from softlabel.loss import LossComponents
+from softlabel.loss import LossComponents, distillation_loss_components
 from softlabel.loss.linear import Observe, linear_distillation_loss_components
-from softlabel.loss.targets import Target
+from softlabel.loss.targets import Target, make_empty_target
 from softlabel.models import LanguageModel
 from softlabel.models.precision import computing
 from softlabel.training.metrics import Sums
@@ -44,21 +44,31 @@ class _TokenLoss(nn.Module):
         label_smoothing: float,
         observe: Observe,
     ) -> LossComponents:
-        model = self.model
+        model, target = self.model, batch.target if soft_weight > 0 else None
+        hidden_PD = compute_hidden(model, batch, packed=self._packed)
+        settings: dict[str, Any] = {
+            "temperature": temperature,
+            "soft_weight": soft_weight,
+            "hard_weight": hard_weight,
+            "label_smoothing": label_smoothing,
+        }
+        soft_mask = batch.has_target if soft_weight > 0 else None
+        if model.last_layer is None:  # these are the logits already
+            observe(slice(None), hidden_PD.detach().float(), target)
+            if target is None:
+                target = make_empty_target(len(hidden_PD), model.vocabulary.size, temperature, hidden_PD.device)
+            return distillation_loss_components(hidden_PD, target, batch.hard_labels, soft_mask=soft_mask, **settings)
         return linear_distillation_loss_components(
-            compute_hidden(model, batch, packed=self._packed),
+            hidden_PD,
             model.head_weight,
             model.head_bias,
-            batch.target if soft_weight > 0 else None,
+            target,
             batch.hard_labels,
-            temperature=temperature,
-            soft_weight=soft_weight,
-            hard_weight=hard_weight,
-            label_smoothing=label_smoothing,
-            soft_mask=batch.has_target if soft_weight > 0 else None,
+            soft_mask=soft_mask,
             logit_scale=model.logit_scale,
             softcap=model.softcap,
             observe=observe,
+            **settings,
         )
 
 

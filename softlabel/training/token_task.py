@@ -12,7 +12,9 @@ from softlabel.dataset import Source, open_source, report_source, require_sample
 from softlabel.dataset.tokenize import TokenizedSource
 from softlabel.errors import MismatchError, UsageError
 from softlabel.evaluation.language import TokenMeasurement, tokenize_for
+from softlabel.inputs.tokenizer import Tokenizer
 from softlabel.inputs.tokens import TokenTransform
+from softlabel.inputs.vocabulary import Vocabulary
 from softlabel.loader.token_batch import TokenBatch
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.models import LanguageModel, build_model, check_packing, names_language_model
@@ -96,7 +98,9 @@ class TokenTask(Task):
 
     def _build(self, config: StudentConfig) -> tuple[LanguageModel, TokenTransform]:
         torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on others
-        model = build_model(config.student)
+        tokenizer = None if self.store is None else self.store.tokenizer
+        vocabulary = None if tokenizer is None else Vocabulary(Tokenizer(tokenizer))
+        model = build_model(config.student, vocabulary=vocabulary)
         assert isinstance(model, LanguageModel)
         if self._packed:
             check_packing(parse_spec(config.student), model)

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from softlabel import TrainConfig
 from softlabel.inputs.vocabulary import read_vocabulary
-from softlabel.models import build_model
-from softlabel.models.from_lm import LanguageModel
+from softlabel.models import LanguageModel, build_model
 from softlabel.store.encodings import TopK
 from softlabel.store.token_rows import TokenRun
 from softlabel.store.writer import Committer

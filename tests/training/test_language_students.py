@@ -23,8 +23,7 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.evaluation.language import TokenEvaluation
 from softlabel.inputs.vocabulary import read_vocabulary
 from softlabel.loader.token_loader import TokenLoader
-from softlabel.models import build_model
-from softlabel.models.from_lm import LanguageModel
+from softlabel.models import LanguageModel, build_model
 from softlabel.store.token_rows import TokenRun
 from softlabel.training.ema import Average
 from tests.support.documents import Documents, make_token_run

@@ -18,8 +18,7 @@ from softlabel.inputs.vocabulary import read_vocabulary
 from softlabel.loader.token_batch import TokenBatch
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.loss import distillation_loss
-from softlabel.models import build_model
-from softlabel.models.from_lm import LanguageModel
+from softlabel.models import LanguageModel, build_model
 from softlabel.store.encodings import Encoding, Float32, Head, TopK
 from tests.support.commands import run_softlabel
 from tests.support.language_models import write_language_model
