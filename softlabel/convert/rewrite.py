@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -120,9 +119,9 @@ def rewrite(
             for store in samples.stores:
                 open_store(store.url, verify="full").close()
         if lost is not None or not committer.complete:
-            name, arrays = run.encoding.extra, samples.stores[0].extra  # reading it checks its hash
-            if name is not None and arrays is not None:
-                committer.add_extra(name, safetensors.numpy.save(dict(arrays)))
+            name, content = run.encoding.extra, samples.stores[0].extra_file  # reading it checks its hash
+            if name is not None and content is not None:
+                committer.add_extra(name, content)
             if (tokenizer := next(filter(None, (store.tokenizer for store in samples.stores)), None)) is not None:
                 committer.add_extra(TOKENIZER, tokenizer, "json")
         total = run.dataset.rows * run.views.count

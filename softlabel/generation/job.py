@@ -27,11 +27,10 @@ from softlabel.generation.documents import (
 from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
 from softlabel.generation.growth import GROWN, History, new_runs
 from softlabel.generation.input_reader import InputReader
-from softlabel.generation.labeller import Labeller, Lane
+from softlabel.generation.labeller import Labeller, Lane, describe_last_layer
 from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
-from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
@@ -125,7 +124,8 @@ def load_job(
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
-    encoding = _fit_encoding(config, loaded, None if there is None else there.encoding)
+    described = _make_members(loaded, config.calibration, config.activation)
+    encoding = _fit_encoding(config, loaded, described[0].calibration, None if there is None else there.encoding)
     run = Run(
         format=config.format,
         num_classes=loaded[0].num_classes,
@@ -134,7 +134,7 @@ def load_job(
         temperature=float(config.temperature),
         encoding=encoding,
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
-        members=_make_members(loaded, config.calibration, config.activation),
+        members=described,
         dataset=DatasetInfo(
             kind=source.kind,
             rows=len(source),
@@ -228,11 +228,18 @@ def _record_growths(source: Source, dataset: DatasetInfo, recorded: Mapping[str,
     return found
 
 
-def _fit_encoding(config: GenerateConfig, members: Sequence[Teacher], there: Encoding | None) -> Encoding:
-    """Complete the encoding's parameters; the width of a hidden layer is the teacher's."""
+def _fit_encoding(
+    config: GenerateConfig, members: Sequence[Teacher], calibration: float, there: Encoding | None
+) -> Encoding:
+    """Complete the encoding's parameters; those of the last layer are the first teacher's."""
     temperature = config.temperature
     try:
-        found = fitted(config.encoding, temperature=temperature, width=lambda: Head.of(members[0]).width, there=there)
+        found = fitted(
+            config.encoding,
+            temperature=temperature,
+            layer=lambda: describe_last_layer(members[0], calibration),
+            there=there,
+        )
         found.check_activation(config.activation)
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -40,6 +40,7 @@ from softlabel.labels.fidelity import FidelityMeter
 from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
+from softlabel.store.encodings import LastLayer
 from softlabel.store.manifest import BadRow, Run, ShardPlan
 
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
@@ -245,6 +246,12 @@ class Lane:
         members = range(self.first_member, self.first_member + self.run.members_stored)
         seeds_R = make_row_seeds(Keys.of(keys), plan.view, seed=self.run.views.seed, members=members)
         return torch.from_numpy(seeds_R).to(device, non_blocking=True)
+
+
+def describe_last_layer(teacher: Teacher, calibration: float) -> LastLayer:
+    """What encoding head records of a teacher's last layer. Raises UsageError where there is none."""
+    head = Head.of(teacher, calibration)
+    return LastLayer(width=head.width, softcap=head.softcap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,9 @@ def _head(run: Run, columns: Tensors, extra: Columns | None) -> HeadTarget:
     assert extra is not None, "a head store has its safetensors file"
     if "hidden_scale" in columns:
         columns = {**columns, "hidden_scale": columns["hidden_scale"][:, 0]}
-    return HeadTarget(**columns, weight=_own(extra["weight"]), bias=_own(extra["bias"]))
+    assert isinstance(run.encoding, Head)
+    arrays = {name: _own(extra[name]) for name in ("weight", "bias")}
+    return HeadTarget(**columns, **arrays, softcap=run.encoding.softcap)
 
 
 def _decoded(run: Run, columns: Tensors, extra: Columns | None) -> DenseTarget:

@@ -188,6 +188,7 @@ class _Chunks:
             torch.mm(hidden_RD, target.weight.to(t_RC.dtype).T, out=t_RC)
             if target.bias is not None:
                 t_RC.add_(target.bias)
+            target.cap(t_RC)
         if self.settings.factor != 1:
             t_RC.mul_(self.settings.factor)
         if self.blank_target_N1 is not None:

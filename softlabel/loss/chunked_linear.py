@@ -240,4 +240,5 @@ class _LinearChunks:
                 t_RC[:, part] = torch.mm(hidden_RD, weight_CD[part].to(self.dtype).T)
         if target.bias is not None:
             t_RC.add_(target.bias)
+        target.cap(t_RC)
         return DenseTarget(scaled_logits=t_RC, temperature=1.0, retemperable=True)

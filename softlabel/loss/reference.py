@@ -37,7 +37,9 @@ def scaled_logits(target: DenseTarget | Int8Target | HeadTarget | SigmoidTarget,
         hidden_ND = hidden_ND * target.hidden_scale.to(dtype)[:, None]
     with torch.autocast(hidden_ND.device.type, enabled=False):
         logits_NC = hidden_ND @ target.weight.to(dtype).T
-    return logits_NC if target.bias is None else logits_NC + target.bias.to(dtype)
+    if target.bias is not None:
+        logits_NC = logits_NC + target.bias.to(dtype)
+    return logits_NC if target.softcap is None else target.softcap * torch.tanh(logits_NC / target.softcap)
 
 
 def soft_rows(logits_NC: Tensor, target: Target, temperature: float, tail: str) -> Tensor:

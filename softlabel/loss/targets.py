@@ -139,7 +139,8 @@ class SampledTarget(_Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTarget(_Record):
-    """The teacher's last hidden layer, from which logits at temperature 1 follow: `hidden @ weight.T + bias`.
+    """The teacher's last hidden layer, from which logits at temperature 1 follow: z = `hidden @ weight.T + bias`, or
+    with a `softcap` c, c tanh(z / c).
 
     hidden (N, D) float, or int8 with hidden_scale (N,) float32; weight (C, D) and bias (C,) or None, shared by all
     rows.
@@ -151,6 +152,15 @@ class HeadTarget(_Record):
     weight: Tensor
     bias: Tensor | None = None
     hidden_scale: Tensor | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise MismatchError(f"head target: softcap: expected a number above 0, found {self.softcap}")
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """The logits that answers of the last layer stand for, in their place."""
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def __len__(self) -> int:
         return self.hidden.shape[0]

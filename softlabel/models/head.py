@@ -30,26 +30,29 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 4e-3}
 class Head:
     """The last linear layer of a teacher: weight (C, D) and bias (C,), both divided by the teacher's calibration.
 
-    Of a language model without the rows that no token has, and times the scale of its logits.
+    Of a language model without the rows that no token has, and times the scale of its logits. `softcap` is the cap on
+    the logits, divided likewise.
     """
 
     teacher: Teacher
     layer: nn.Linear
     calibration: float = 1.0
     scale: float = 1.0
+    softcap: float | None = None
 
     @classmethod
     def of(cls, teacher: Teacher, calibration: float = 1.0) -> "Head":
         """Raises UsageError where a teacher has no linear layer that could give its logits."""
         if isinstance(teacher.model, LanguageModel):
             model, layer = teacher.model, teacher.model.last_layer
-            if model.softcap is not None or not isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear):
                 found = "logits alone" if layer is None else type(layer).__name__
                 raise UsageError(
                     f"encoding head: {teacher.spec.text}: expected logits that are the answer of a linear layer, found "
-                    f"{'a cap on them' if model.softcap is not None else found}; use another --encoding"
+                    f"{found}; use another --encoding"
                 )
-            return cls(teacher=teacher, layer=layer, calibration=calibration, scale=model.logit_scale)
+            softcap = None if model.softcap is None else model.softcap / calibration
+            return cls(teacher=teacher, layer=layer, calibration=calibration, scale=model.logit_scale, softcap=softcap)
         layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
         if not layers or layers[-1].out_features != teacher.num_classes:
             found = f"one with {layers[-1].out_features} outputs" if layers else "none"
@@ -76,8 +79,12 @@ class Head:
         return rows.detach()[: self.teacher.num_classes].float() * self.scale / self.calibration
 
     def safetensors(self) -> bytes:
-        """The file that the store shares: float32 `weight` (C, D) and `bias` (C,)."""
-        return save({"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()})
+        """The file that the store shares: `weight` (C, D) and `bias` (C,), float32, or of a language model in the half
+        precision that its weights were saved in, where nothing is lost by that."""
+        tensors = {"weight": self.weight.cpu().contiguous(), "bias": self.bias.cpu().contiguous()}
+        if isinstance(self.teacher.model, LanguageModel):
+            tensors = {name: _narrow(tensor) for name, tensor in tensors.items()}
+        return save(tensors)
 
     def logits(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(logits float32 (B, C), hidden float32 (B, D)) of a batch.
@@ -96,7 +103,10 @@ class Head:
     def explains(self, logits_BC: Tensor, hidden_BD: Tensor) -> Tensor:
         """Whether W h + b is what the teacher answered: bool (1,), on the device, so that the host need not wait."""
         with torch.inference_mode():
-            found_BC = F.linear(hidden_BD, self.weight, self.bias) * self.calibration
+            found_BC = F.linear(hidden_BD, self.weight, self.bias)
+            if self.softcap is not None:
+                found_BC = self.softcap * torch.tanh(found_BC / self.softcap)
+            found_BC = found_BC * self.calibration
             off = (found_BC - logits_BC).abs().amax()
             return (off <= TOLERANCE[self.teacher.precision] * (1 + logits_BC.abs().amax())).reshape(1)
 
@@ -119,3 +129,12 @@ class Head:
             yield captured
         finally:
             handle.remove()
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """The same numbers in half precision, where it has them all."""
+    for dtype in (torch.bfloat16, torch.float16):
+        half = tensor.to(dtype)
+        if torch.equal(half.float(), tensor):
+            return half
+    return tensor

@@ -1,10 +1,10 @@
 """Read and check the manifest: the root, all records, and the sizes of the listed files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 import xxhash
 
 from softlabel.errors import StoreCorruptError, StoreNotFoundError
@@ -17,6 +17,7 @@ from softlabel.store.token_rows import TOKENIZER
 
 SEGMENT_SHARDS = 256  # records after which a segment is sealed
 SEGMENT_BYTES = 1 << 20  # or bytes, when many bad rows make records long
+_FLOATS = {"F32": "<f4", "F16": "<f2"}  # types of safetensors that numpy has
 
 
 def load_root(folder: Folder) -> Manifest:
@@ -110,27 +111,57 @@ def read_segment(folder: Folder, ref: SegmentRef) -> list[ShardRecord]:
 def read_extra(folder: Folder, manifest: Manifest) -> dict[str, Array]:
     """Read the arrays of the store's safetensors file and check them against its hash and the run.
 
+    Returns:
+        float32, by name; half precision is widened, which is exact.
+
     Raises:
         StoreCorruptError: the file is missing, damaged, or does not match the run.
     """
     run = manifest.run
-    name = run.encoding.extra
-    assert name is not None
-    ref = find_extra(manifest, name)
-    if ref is None:
-        raise StoreCorruptError(
-            f"{folder.where(ROOT_NAME)}: encoding {run.encoding.name!r}: expected extra/{name}, found none"
-        )
-    where, raw = folder.where(ref.file), _read_extra_file(folder, ref)
+    where, raw = folder.where(_refer_to_extra(folder, manifest).file), read_extra_file(folder, manifest)
     try:
-        arrays = safetensors.numpy.load(raw)
+        arrays = {name: _widen(tensor) for name, tensor in safetensors.deserialize(raw)}  # type: ignore[no-untyped-call]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
         raise StoreCorruptError(f"{where}: invalid safetensors file: {error}") from None
     for one, shape in run.encoding.extra_shapes(run.num_classes).items():
         array = arrays.get(one)
-        if array is None or array.shape != shape or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise StoreCorruptError(f"{where}: expected a finite float32 {one!r} of shape {shape}")
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise StoreCorruptError(
+                f"{where}: expected a finite {one!r} of shape {shape} in float32, float16 or bfloat16"
+            )
     return arrays
+
+
+def read_extra_file(folder: Folder, manifest: Manifest) -> bytes:
+    """Read the store's safetensors file as it is and check it against its hash.
+
+    Raises:
+        StoreCorruptError: the file is missing or damaged.
+    """
+    return _read_listed(folder, _refer_to_extra(folder, manifest))
+
+
+def _refer_to_extra(folder: Folder, manifest: Manifest) -> ExtraRef:
+    encoding = manifest.run.encoding
+    assert encoding.extra is not None
+    ref = find_extra(manifest, encoding.extra)
+    if ref is None:
+        raise StoreCorruptError(
+            f"{folder.where(ROOT_NAME)}: encoding {encoding.name!r}: expected extra/{encoding.extra}, found none"
+        )
+    return ref
+
+
+def _widen(tensor: Mapping[str, Any]) -> Array:
+    """A tensor of a safetensors file as float32. Raises ValueError for one of another type."""
+    data, kind = tensor["data"], tensor["dtype"]
+    if kind == "BF16":  # the upper half of a float32's bits; numpy has no such type
+        array = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    elif kind in _FLOATS:
+        array = np.frombuffer(data, _FLOATS[kind]).astype(np.float32, copy=False)
+    else:
+        raise ValueError(f"expected tensors in F32, F16 or BF16, found {kind}")
+    return array.reshape(tensor["shape"])
 
 
 def read_tokenizer(folder: Folder, manifest: Manifest) -> bytes | None:
@@ -140,7 +171,7 @@ def read_tokenizer(folder: Folder, manifest: Manifest) -> bytes | None:
         StoreCorruptError: the file is missing or damaged.
     """
     ref = find_extra(manifest, TOKENIZER)
-    return None if ref is None else _read_extra_file(folder, ref)
+    return None if ref is None else _read_listed(folder, ref)
 
 
 def find_extra(manifest: Manifest, name: str) -> ExtraRef | None:
@@ -148,7 +179,7 @@ def find_extra(manifest: Manifest, name: str) -> ExtraRef | None:
     return next((ref for ref in manifest.extra if ref.file.startswith(f"extra/{name}-")), None)
 
 
-def _read_extra_file(folder: Folder, ref: ExtraRef) -> bytes:
+def _read_listed(folder: Folder, ref: ExtraRef) -> bytes:
     where = folder.where(ref.file)
     try:
         raw = folder.read(ref.file, ref.bytes)

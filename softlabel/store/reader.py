@@ -22,7 +22,7 @@ from softlabel.store.formats.base import OpenShard, count_payload
 from softlabel.store.gather import Parts, row_numbers
 from softlabel.store.key_index import KeyIndex, rows_in_order
 from softlabel.store.manifest import Manifest, Run, ShardRecord
-from softlabel.store.manifest_read import load_manifest, read_extra, read_tokenizer
+from softlabel.store.manifest_read import load_manifest, read_extra, read_extra_file, read_tokenizer
 from softlabel.store.shard_files import ShardFiles
 from softlabel.store.storage.base import Folder
 from softlabel.store.storage.open import open_folder
@@ -133,6 +133,15 @@ class Store:
         if self._extra is None and self.run.encoding.extra:
             self._extra = read_extra(self._folder, self.manifest)
         return self._extra
+
+    @property
+    def extra_file(self) -> bytes | None:
+        """The safetensors file of `extra` as it is, read at each access; None if the store has none.
+
+        Raises:
+            StoreCorruptError: the file does not match the manifest.
+        """
+        return read_extra_file(self._folder, self.manifest) if self.run.encoding.extra else None
 
     @property
     def tokenizer(self) -> bytes | None:

@@ -17,13 +17,16 @@ import tokenizers
 import torch
 import transformers
 import xxhash
+from safetensors.torch import load_file
 
 import softlabel
 from softlabel.convert.merge import merge_stores
 from softlabel.convert.recode import convert_store
 from softlabel.errors import DataError, MismatchError, SpecError, TeacherError, UsageError
+from softlabel.loader.target import make_target
+from softlabel.loss import distillation_loss, linear_distillation_loss
 from softlabel.maintain.extend import extend
-from softlabel.store.encodings import Sampled, TopK
+from softlabel.store.encodings import Head, Sampled, TopK
 from softlabel.store.verify import verify_store
 from tests.support.commands import run_softlabel
 from tests.support.language_models import find_stories, write_language_model
@@ -195,9 +198,73 @@ def test_the_last_layer_is_stored_once(teacher: Path, data: Path, tmp_path: Path
         shifts = stored - logits
         np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1], shifts.shape), atol=2e-2)
         start += len(logits)
-    capped = write_language_model(tmp_path / "capped", "gemma2", num_key_value_heads=2, head_dim=8)
-    with pytest.raises(UsageError, match=r"encoding head: .*a cap on them"):
-        generate(data, capped, out=tmp_path / "refused", encoding="head")
+
+
+def test_labels_of_networks_with_a_cap_on_their_logits(data: Path, tmp_path: Path) -> None:
+    """Every encoding has the capped logits, head with the cap beside the last layer, calibration included."""
+    capped = write_language_model(
+        tmp_path / "capped", "gemma2", rows=300, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.7
+    )
+    encodings = {"float32": "float32", "topk": TopK(k=8), "head": "head", "int8": Head(hidden="int8")}
+    for name, encoding in encodings.items():
+        generate(data, capped, out=tmp_path / name, encoding=encoding, temperature=0.5, calibration=[1.25])
+    expected = [forward(capped, one["tokens"][:, 0]) / (1.25 * 0.5) for _, one in read_documents(tmp_path / "float32")]
+    logits_PC = np.concatenate(expected)
+    assert 1.0 < np.abs(logits_PC).max() <= 0.7 / (1.25 * 0.5)
+    relative_PC = logits_PC - logits_PC.max(axis=1, keepdims=True)
+    for name, tolerance in (("float32", 1e-4), ("head", 2e-3), ("int8", 5e-2)):
+        with softlabel.open_store(tmp_path / name) as store:
+            rows = store.take(np.arange(len(store)))
+            target = make_target(store.run, rows.columns, extra=store.extra)
+        found = rows.scaled_logits - rows.scaled_logits.max(axis=1, keepdims=True)
+        np.testing.assert_allclose(found, relative_PC, atol=tolerance)
+        student_PC = torch.randn(relative_PC.shape, generator=torch.Generator().manual_seed(0))
+        for t in (0.5, 2.0) if name != "float32" else (0.5,):
+            log_p = torch.from_numpy(relative_PC * (0.5 / t)).double().log_softmax(1)
+            loss = (log_p.exp() * (log_p - (student_PC.double() / t).log_softmax(1))).sum(1).mean() * t**2
+            weights = {"temperature": t, "soft_weight": 1.0, "hard_weight": 0.0}
+            for impl in ("torch", "reference"):
+                assert float(distillation_loss(student_PC, target, impl=impl, **weights)) == pytest.approx(
+                    float(loss), rel=tolerance
+                )
+            identity = torch.eye(student_PC.shape[1])
+            fused = linear_distillation_loss(student_PC, identity, None, target, chunk_rows=7, **weights)
+            assert float(fused) == pytest.approx(float(loss), rel=tolerance)
+    for _, columns in read_documents(tmp_path / "topk"):
+        scaled = forward(capped, columns["tokens"][:, 0]) / (1.25 * 0.5)
+        kept = np.take_along_axis(scaled, columns["index"].astype(int), 1) - scaled.max(axis=1, keepdims=True)
+        np.testing.assert_allclose(columns["value"], kept, atol=2e-3)
+    stored = json.loads((tmp_path / "head" / "manifest.json").read_text())["run"]["encoding"]
+    assert stored == {"name": "head", "width": 32, "hidden": "float16", "softcap": 0.7 / 1.25}
+    assert verify_store(tmp_path / "head").ok
+    convert_store(tmp_path / "head", tmp_path / "dense", encoding="float32")
+    with softlabel.open_store(tmp_path / "dense") as store:
+        np.testing.assert_allclose(store.take(np.arange(len(store))).scaled_logits, relative_PC, atol=2e-3)
+    generate(data, capped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])  # there already
+    uncapped = write_language_model(
+        tmp_path / "uncapped", "gemma2", rows=300, num_key_value_heads=2, head_dim=8, final_logit_softcapping=None
+    )
+    with pytest.raises(MismatchError, match="softcap"):
+        generate(data, uncapped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_last_layer_keeps_the_type_that_it_was_saved_in(kind: torch.dtype, data: Path, tmp_path: Path) -> None:
+    folder = write_language_model(tmp_path / "lm", "gpt2", n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    network.save_pretrained(folder)
+    generate(data, folder, out=tmp_path / "labels", encoding="head")
+    convert_store(tmp_path / "labels", tmp_path / "hdf5", format="hdf5")
+    weight_CD = network.lm_head.weight.detach()
+    for root in (tmp_path / "labels", tmp_path / "hdf5"):
+        (file,) = (root / "extra").glob("head-*.safetensors")
+        assert load_file(file)["weight"].dtype == kind
+        with softlabel.open_store(root) as store:
+            assert np.array_equal(store.extra["weight"], weight_CD[: store.run.num_classes].float().numpy())
+        assert verify_store(root).ok
+    for _, columns in read_documents(tmp_path / "hdf5"):
+        logits = columns["hidden"].astype(np.float32) @ weight_CD.float().numpy().T
+        np.testing.assert_allclose(logits, forward(folder, columns["tokens"][:, 0]), atol=2e-2)
 
 
 def test_truncated_labels_do_not_become_labels_of_all_classes(teacher: Path, data: Path, tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ from softlabel.dataset.tokenize import TokenizedSource
 from softlabel.errors import UsageError
 from softlabel.generation.documents import count_positions
 from softlabel.generation.job import Job
-from softlabel.generation.labeller import Lane
+from softlabel.generation.labeller import Lane, describe_last_layer
 from softlabel.generation.preflight.sample import Trial, label_sample
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
-from softlabel.models.head import Head
 from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Combine, Fidelity
 
@@ -129,12 +128,15 @@ def estimate_key_bytes(trial: Trial) -> int:
 def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
     """Yield the cost of every encoding that fits the teachers."""
     run, teachers = job.run, job.labeller.teachers
+    calibration = run.members[0].calibration
     for kind in Encoding.kinds.values():
         if (kind.from_hidden and len(teachers) > 1) or (run.activation == "sigmoid" and not kind.sigmoid):
             continue
         for encoding in kind.offers(num_classes=run.num_classes, temperature=run.temperature):
             try:
-                full = encoding.fit(temperature=run.temperature, width=lambda: Head.of(teachers[0]).width)
+                full = encoding.fit(
+                    temperature=run.temperature, layer=lambda: describe_last_layer(teachers[0], calibration)
+                )
                 yield offer(job, trial, full)
             except UsageError:  # no last linear layer, or its output is not the teacher's
                 if not kind.from_hidden:

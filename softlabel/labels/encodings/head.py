@@ -28,7 +28,10 @@ def decode(encoding: Head, columns: Mapping[str, Tensor], reading: Reading) -> T
     if "hidden_scale" in columns:
         hidden_RD = hidden_RD * columns["hidden_scale"].double()
     weight_CD, bias_C = reading.head
-    return (hidden_RD @ weight_CD.double().T + bias_C.double()) / reading.at
+    logits_RC = hidden_RD @ weight_CD.double().T + bias_C.double()
+    if encoding.softcap is not None:
+        logits_RC = encoding.softcap * torch.tanh(logits_RC / encoding.softcap)
+    return logits_RC / reading.at
 
 
 CODER = Coder(encode=encode, decode=decode)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import TypeVar
 
-from softlabel.store.encodings.base import Encoding
+from softlabel.store.encodings.base import Encoding, LastLayer
 from softlabel.store.encodings.float16 import Float16
 from softlabel.store.encodings.float32 import Float32
 from softlabel.store.encodings.head import Head
@@ -12,7 +12,7 @@ from softlabel.store.encodings.int8 import Int8
 from softlabel.store.encodings.sampled import Sampled
 from softlabel.store.encodings.topk import TopK
 
-__all__ = ["Encoding", "Float16", "Float32", "Head", "Int8", "Sampled", "TopK", "fitted", "register"]
+__all__ = ["Encoding", "Float16", "Float32", "Head", "Int8", "LastLayer", "Sampled", "TopK", "fitted", "register"]
 
 E = TypeVar("E", bound=type[Encoding])
 
@@ -32,7 +32,7 @@ def fitted(
     encoding: Encoding | str,
     *,
     temperature: float,
-    width: Callable[[], int] | None = None,
+    layer: Callable[[], LastLayer] | None = None,
     there: Encoding | None = None,
 ) -> Encoding:
     """An encoding, or that of a name, with what was left out of its parameters: see `Encoding.fit`. Raises ValueError
@@ -44,4 +44,4 @@ def fitted(
         if missing := [one.name for one in fields(kind) if one.default is MISSING]:
             raise ValueError(f"encoding {encoding!r} needs {missing[0]!r}; give {kind.__name__}({missing[0]}=...)")
         encoding = kind()
-    return encoding.fit(temperature=temperature, width=width, there=there)
+    return encoding.fit(temperature=temperature, layer=layer, there=there)

@@ -24,6 +24,15 @@ Finding = tuple[Any, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastLayer:
+    """What an encoding records of a teacher's last linear layer: how many numbers enter it, and c of c tanh(z / c),
+    which its answers z go through; None where they are the logits themselves."""
+
+    width: int
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding(Tagged, ABC):
     """How scaled logits are stored; FORMAT.md says what the columns mean.
 
@@ -100,10 +109,10 @@ class Encoding(Tagged, ABC):
             )
 
     def fit(
-        self, *, temperature: float, width: Callable[[], int] | None = None, there: "Encoding | None" = None
+        self, *, temperature: float, layer: Callable[[], LastLayer] | None = None, there: "Encoding | None" = None
     ) -> "Encoding":
-        """The encoding with those parameters filled in that were left to the store's temperature, to the `width` of
-        the teacher's last hidden layer, or to what a store that is continued has `there`."""
+        """The encoding with those parameters filled in that were left to the store's temperature, to the teacher's last
+        `layer`, or to what a store that is continued has `there`."""
         return self
 
     def at_one_temperature(self, temperature: float) -> "Encoding":
@@ -116,7 +125,7 @@ class Encoding(Tagged, ABC):
         return None
 
     def extra_shapes(self, num_classes: int) -> dict[str, tuple[int, ...]]:
-        """The float32 arrays of the file `extra`."""
+        """The arrays of the file `extra`."""
         return {}
 
     @functools.cache  # noqa: B019 - a handful of encodings, asked for with every batch

@@ -3,20 +3,22 @@
 R rows, C classes, D width of the teacher's last hidden layer.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from softlabel.store.columns import Array, Column, Columns
-from softlabel.store.encodings.base import Encoding
+from softlabel.store.encodings.base import Encoding, LastLayer
+from softlabel.store.strict_json import OMIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head(Encoding):
-    """`width` numbers of type `hidden`, from which logits at temperature 1 follow. width: the teacher's, when left
-    out."""
+    """`width` numbers of type `hidden`, from which logits at temperature 1 follow: the layer's answers z, or with a
+    `softcap` c, c tanh(z / c). Both are the teacher's, when left out."""
 
     name: ClassVar[str] = "head"
     sigmoid: ClassVar[bool] = True
@@ -25,12 +27,15 @@ class Head(Encoding):
 
     width: int | None = None
     hidden: Literal["float16", "int8"] = "float16"
+    softcap: float | None = field(default=None, metadata=OMIT)
 
     def __post_init__(self) -> None:
         if self.width is not None and not 0 < self.width < 2**31:
             raise ValueError(f"encoding 'head': width: expected at least 1, found {self.width}")
         if self.hidden not in ("float16", "int8"):
             raise ValueError(f"encoding 'head': hidden: expected float16 or int8, found {self.hidden!r}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"encoding 'head': softcap: expected a number above 0, found {self.softcap}")
 
     @classmethod
     def from_options(cls, *, temperature: float, hidden: Literal["float16", "int8"] = "float16") -> Self:
@@ -42,8 +47,11 @@ class Head(Encoding):
         """
         return cls(hidden=hidden)
 
-    def fit(self, *, width: Callable[[], int] | None = None, **_: Any) -> "Head":
-        return self if self.width is not None or width is None else replace(self, width=width())
+    def fit(self, *, layer: Callable[[], LastLayer] | None = None, **_: Any) -> "Head":
+        if layer is None:
+            return self
+        found = layer()
+        return replace(self, width=found.width if self.width is None else self.width, softcap=found.softcap)
 
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:
         if self.width is None:
@@ -55,7 +63,10 @@ class Head(Encoding):
     def decode_rows(self, columns: Columns, *, temperature: float, extra: Columns | None, **_: Any) -> Array:
         assert extra is not None, "a head store needs its safetensors file"
         hidden_RD = columns["hidden"].astype(np.float32) * columns.get("hidden_scale", np.float32(1))
-        return (hidden_RD @ extra["weight"].T.astype(np.float32) + extra["bias"]) / np.float32(temperature)
+        logits_RC = hidden_RD @ extra["weight"].T.astype(np.float32) + extra["bias"]
+        if self.softcap is not None:
+            logits_RC = np.float32(self.softcap) * np.tanh(logits_RC / np.float32(self.softcap))
+        return logits_RC / np.float32(temperature)
 
     def retemper(self, columns: Columns, factor: float) -> dict[str, Array]:
         return dict(columns)  # they hold the logits before any temperature
