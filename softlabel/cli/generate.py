@@ -155,14 +155,17 @@ def plan(
         f"  {found.images_per_second:,.0f} {found.noun}/s on a sample of {found.sampled:,}: about "
         f"{duration(found.seconds)} for everything"
     )
+    documents = source if isinstance(source := job.labeller.source, TokenizedSource) else None
     if found.accuracy is not None:
-        print(f"  accuracy of the labels on the sample: {found.accuracy:.4f}")
+        what = "labels on the sample" if documents is None else f"next tokens at {found.labelled:,} sampled positions"
+        print(f"  accuracy of the {what}: {found.accuracy:.4f}")
     if found.bad:
         print(f"  {found.bad} of the sampled {found.noun} cannot be decoded")
     nats, unit = "nats lost (mean / worst)", "bytes/row"
-    if isinstance(source := job.labeller.source, TokenizedSource):
-        positions, unit = count_positions(source, config.positions), "bytes/pos."
-        print(f"  {int(source.lengths.sum()):,} tokens, {positions:,} labelled positions")
+    if documents is not None:
+        unit, positions = "bytes/pos.", count_positions(documents, config.positions)
+        tokens, measured = int(documents.lengths.sum()), found.offers[0].measured
+        print(f"  {tokens:,} tokens, {positions:,} labelled positions, {measured:,} of them measured")
     print(f"\n{'encoding':<12}{unit:>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}")
     for offer in found.offers:
         if encoding is None or offer.name.split()[0] in encoding:

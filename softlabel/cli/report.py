@@ -24,12 +24,15 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
     print(f"  about {size(found.store_bytes)} in {found.shards:,} shards; {free}")
     cost, unit = found.offer.fidelity, found.answer
+    over = "" if unit == "row" else f", over {found.offer.measured:,} positions"
     print(
         f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a {unit}, loses {cost.mean_t:.1e} nats in the "
-        f"mean, {cost.worst_t:.1e} at worst"
+        f"mean, {cost.worst_t:.1e} at worst{over}"
     )
     if found.alignment is not None:
         print(f"  next token's NLL under these labels: {found.alignment}: aligned")
+    elif unit == "position":
+        print("  whether labels are at their positions was not checked: no sampled document has 3 tokens")
     elif found.accuracy is not None:
         each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
         alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""

@@ -200,8 +200,10 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
     differ, what = ("top-1 differs", noun) if one else ("answers change sides", "classes of all rows")
     answer = "class" if one else "answer"
     found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
+    encoding = opened.run.encoding
+    kept = " of the kept classes" if encoding.sparse and not encoding.drawn else ""
     print(
-        f"  {found.rows:,} {noun} recomputed: scaled logits differ by {found.mean_difference:.1e} in the mean, "
+        f"  {found.rows:,} {noun} recomputed: scaled logits{kept} differ by {found.mean_difference:.1e} in the mean, "
         f"{found.worst_difference:.1e} at worst; {differ} in {found.top1_disagreement:.4%} of the {what}"
     )
     if not found.ok:

@@ -46,6 +46,14 @@ class _Piece:
                 yield span, span.row_of(max(span.start, start)), span.row_of(min(span.stop, stop))
 
 
+def _cut_cost(store: Store, cost: Fidelity | None, first: int, last: int) -> Fidelity | None:
+    """A shard's cost as that of its rows `first` to `last`."""
+    if cost is None or cost.positions is None:
+        return cost
+    start, stop = store.spans.cut("position", first, last)
+    return dataclasses.replace(cost, positions=stop - start)
+
+
 class Samples:
     """The samples of stores, concatenated.
 
@@ -96,15 +104,16 @@ class Samples:
     def cost(self, view: int, start: int, stop: int) -> Fidelity | None:
         """Return the encoding's cost for samples `start` to `stop`; None if a shard was not measured.
 
-        The mean weights shards by their rows in the range, so that totals equal those of the stores.
+        The mean weights shards by their rows, or labelled positions, in the range, so that totals equal those of the
+        stores.
         """
         parts = self.costs(view, start, stop)
         return None if any(cost is None for _, cost in parts) else Fidelity.total(parts)
 
     def costs(self, view: int, start: int, stop: int) -> list[tuple[int, Fidelity | None]]:
-        """Return the rows that each shard has of samples `start` to `stop`, with the shard's cost."""
+        """Return the rows that each shard has of samples `start` to `stop`, with its cost for them."""
         return [
-            (last - first, span.record.fidelity)
+            (last - first, _cut_cost(piece.store, span.record.fidelity, first, last))
             for piece in self._pieces
             for span, first, last in piece.overlapping(view, start, stop)
             if last > first

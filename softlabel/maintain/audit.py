@@ -14,6 +14,7 @@ from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.content import changed_content
+from softlabel.store.columns import Array
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
@@ -39,7 +40,7 @@ class Recomputed:
 
     Attributes:
         rows: number of rows compared.
-        mean_difference: mean absolute difference over rows and classes.
+        mean_difference: mean absolute difference over rows and classes, of encoding topk over the kept ones.
         worst_difference: largest absolute difference.
         top1_disagreement: share of rows whose top class differs.
         clearly_other: share of rows whose top class differs by more than rounding; 0 for random draws.
@@ -82,7 +83,7 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     asked = sample_rows(store, drawn_B, ["key", "content", *beside, *(one.name for one in store.run.label_columns)])
     position = {key: index for index, key in enumerate(job.labeller.source.keys())}
     wanted_B = np.array([position[key] for key in asked.keys], np.int64)
-    stored, now = (_label_rows if store.run.tokens is None else _label_positions)(job, asked, wanted_B)
+    stored, now, columns = (_label_rows if store.run.tokens is None else _label_positions)(job, asked, wanted_B)
     if store.run.activation == "sigmoid":
         return _compare_sigmoids(stored, now, _choose_allowed(store.run, store.manifest.totals.fidelity))
     stored -= stored.max(axis=-1, keepdims=True)
@@ -97,6 +98,9 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
     largest = np.abs(np.where(np.isfinite(now), now, 0.0)).max(axis=-1)
     finite = np.isfinite(stored) & np.isfinite(now)
     difference = np.abs(np.where(finite, stored - now, 0.0))
+    if store.run.encoding.sparse and not drawn:  # what is stored of the others is their sum alone
+        index = columns["index"].astype(np.int64).reshape(*difference.shape[:-1], -1)
+        difference = np.take_along_axis(difference, index, axis=-1)
     return Recomputed(
         rows=len(stored),
         mean_difference=float(difference.mean()),
@@ -164,33 +168,36 @@ def _iter_batches(
 
 def _label_rows(
     job: Job, asked: StoredRows, wanted_B: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scaled logits as stored and as the teachers give them now."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, Array]]:
+    """Scaled logits as stored and as the teachers give them now, and the stored columns."""
     stored = np.asarray(asked.scaled_logits, dtype=np.float64)
     now = np.empty_like(stored)
     for part, batch in _iter_batches(job, asked, wanted_B):
         (scaled,) = job.labeller.lane.scaled_logits(batch)
         now[part] = scaled.double().cpu().numpy()
-    return stored, now
+    return stored, now, asked.columns
 
 
 def _label_positions(
     job: Job, asked: StoredRows, wanted_B: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], dict[str, Array]]:
     """The same of a few positions of each document."""
     lane = job.labeller.lane
     assert isinstance(lane, TokenLane)
     starts_B = np.cumsum([0, *asked.positions])
-    stored, now = [], []
+    stored, now, found_columns = [], [], []
     for part, batch in _iter_batches(job, asked, wanted_B):
         for found, ordinals_P in lane.sample_positions(batch, _POSITIONS):
             rows_P = starts_B[part[found.documents.numpy()]] + ordinals_P
             columns = {one.name: asked.columns[one.name][rows_P] for one in asked.run.label_columns}
+            found_columns.append(columns)
             stored.append(replace(asked, columns=columns).scaled_logits.astype(np.float64))
             now.append(lane.combine(found.logits).double().cpu().numpy())
     if not stored:
         raise UsageError("recompute: the chosen documents have no labelled position; give a larger number of rows")
-    return np.concatenate(stored), np.concatenate(now)
+    names = found_columns[0]
+    together = {name: np.concatenate([one[name] for one in found_columns]) for name in names}
+    return np.concatenate(stored), np.concatenate(now), together
 
 
 def _read_batch(job: Job, samples: Sequence[int], view: int, stored_B: NDArray[np.uint64]) -> DecodedBatch:

@@ -178,4 +178,5 @@ class _MemberExecutor(LocalExecutor):
 def _average_fidelity(kept: Fidelity | None, new: Fidelity | None, members: int) -> Fidelity | None:
     if kept is None or new is None:
         return None
+    kept, new = (dataclasses.replace(one, positions=None) for one in (kept, new))  # the rows are the same
     return Fidelity.total([(members - 1, kept), (1, new)])

@@ -299,17 +299,20 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
-    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the measured rows."""
+    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the measured rows: of documents over
+    `positions` labelled positions."""
 
     mean_t1: float
     worst_t1: float
     mean_t: float
     worst_t: float
+    positions: int | None = field(default=None, metadata=OMIT)
 
     @staticmethod
     def total(parts: Iterable[tuple[int, "Fidelity | None"]]) -> "Fidelity | None":
-        """Combine the fidelity of several shards, given as (rows, fidelity); None if none was measured."""
-        known = [(rows, part) for rows, part in parts if part is not None and rows]
+        """Combine the fidelity of several shards, weighed by (rows, fidelity) or positions; None: none was measured."""
+        counted = [(rows if part.positions is None else part.positions, part) for rows, part in parts if part]
+        known = [(count, part) for count, part in counted if count]
         if not known:
             return None
         rows = sum(count for count, _ in known)
@@ -318,6 +321,7 @@ class Fidelity:
             worst_t1=max(part.worst_t1 for _, part in known),
             mean_t=sum(count * part.mean_t for count, part in known) / rows,
             worst_t=max(part.worst_t for _, part in known),
+            positions=None if known[0][1].positions is None else rows,
         )
 
 

@@ -76,21 +76,7 @@ def write_shard(
     """
     checked = check_rows(rows, run, plan, bad)
     bad = tuple(dataclasses.replace(row, reason=row.reason[:REASON_LENGTH]) for row in bad)
-    keys = checked.keys
-    identity = ShardIdentity(
-        format_version=run.format_version,
-        run=run.fingerprint(plan.part),
-        number=plan.number,
-        view=plan.view,
-        start=plan.start,
-        stop=plan.stop,
-        rows=len(keys),
-        columns=run.columns,
-        first_key=keys[0] if len(keys) else None,
-        last_key=keys[len(keys) - 1] if len(keys) else None,
-        bad=bad,
-        fidelity=fidelity,
-    )
+    identity = ShardIdentity.of(run, plan, checked, bad, fidelity)
     folder = open_folder(root)
     temporary = folder.temporary("shards")
     with writing(folder.where(f"shards/{plan.number:05d}")):

@@ -25,6 +25,7 @@ from softlabel.store.manifest import Combine, Member
 from tests.support.commands import run_softlabel
 from tests.support.documents import Documents, make_token_run
 from tests.support.language_models import CHATML, find_stories, write_language_model
+from tests.support.language_runs import write_documents
 from tests.support.llama_reference import compute_logits, read_llama
 from tests.support.stores import Samples, make_run, read_files, write_store
 
@@ -49,18 +50,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(scope="module", params=[1.0, 2.0])
+@pytest.fixture(scope="module", params=[("random", 1.0), ("random", 2.0), ("stories", 2.0)])
 def stories(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and a store of its top-k labels whose own temperature is 1 or 2."""
-    folder, out = find_stories(), tmp_path_factory.mktemp("stories") / "labels"
+    """A model with documents beside it, and a store of its top-k labels whose own temperature is 1 or 2: random weights
+    and a tokenizer of bytes, or a trained model, whose tokenizer is one of words."""
+    (kind, temperature), out = request.param, tmp_path_factory.mktemp("stories") / "labels"
+    if kind == "stories":
+        folder = find_stories()
+    else:
+        folder = write_language_model(out.with_name("lm"), "llama", max_position_embeddings=320)
+        write_documents(folder / "test.jsonl", count=DOCUMENTS + 2, words=60)
     softlabel.generate(
         f"{folder}/test.jsonl?rows=0:{DOCUMENTS}&key=id",
         teachers=[f"lm:{folder}"],
         out=out,
         encoding=TopK(k=K, temperatures=(1.0, 2.0)),
-        temperature=request.param,
+        temperature=temperature,
         max_length=320,
-        shard_positions=1000,
+        shard_positions=500,
         preflight=False,
     )
     return folder, out
@@ -75,10 +82,12 @@ def divide(log_p: F64, log_q: F64) -> F64:
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
 
 
-def tokenize(folder: Path) -> list[list[int]]:
+def tokenize(folder: Path) -> tuple[list[str], list[list[int]], int]:
+    """The keys, the ids, and the size of the vocabulary."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    lines = (folder / "test.jsonl").read_text().splitlines()[:DOCUMENTS]
-    return [tokenizer.encode(json.loads(line)["text"]).ids[:320] for line in lines]
+    lines = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()[:DOCUMENTS]]
+    ids = [tokenizer.encode(line["text"]).ids[:320] for line in lines]
+    return [line["id"] for line in lines], ids, tokenizer.get_vocab_size()
 
 
 def compute_soft_loss(store: Path, logits_PV: F64, tail: str, used: NDArray[np.bool_] | None = None) -> float:
@@ -113,14 +122,14 @@ def test_distillkit_reads_what_its_sparse_divergence_needs(stories: tuple[Path, 
             "top_values": pa.list_(pa.list_(pa.float32())),
         }
     )
-    rows, ids = table.to_pydict(), tokenize(folder)
+    rows, (_, ids, tokens) = table.to_pydict(), tokenize(folder)
     assert rows["input_ids"] == ids
     assert [len(one) for one in rows["token_ids"]] == [len(one) for one in rows["top_values"]] == [*map(len, ids)]
     index_PK = np.concatenate([np.array(one) for one in rows["token_ids"]])
     log_p_PK = np.concatenate([np.array(one) for one in rows["top_values"]])
 
     # sparse_kl_div with missing probability "symmetric_uniform": the tokens that are left out are one more outcome.
-    student_PV = np.random.default_rng(0).normal(0, 2, (len(index_PK), 512))
+    student_PV = np.random.default_rng(0).normal(0, 2, (len(index_PK), tokens))
     log_q_PK = np.take_along_axis(log_softmax(student_PV), index_PK, axis=1)
     kept_p_P, kept_q_P = (np.minimum(np.exp(one).sum(axis=1), 1 - 1e-6) for one in (log_p_PK, log_q_PK))
     missing_P = (1 - kept_p_P) * np.log((1 - kept_p_P) / (1 - kept_q_P))
@@ -151,8 +160,8 @@ def retokenize(folder: Path, messages: list[dict[str, str]]) -> list[int]:
 def test_axolotl_aligns_its_rows_from_the_right(stories: tuple[Path, Path], tmp_path: Path) -> None:
     folder, store = stories
     assert "left out" not in run_softlabel("export", store, tmp_path / "out", "--to", "axolotl").stdout
-    lines, ids = read_lines(tmp_path / "out"), tokenize(folder)
-    assert [line["id"] for line in lines] == [f"story-{5500 + n:05d}" for n in range(DOCUMENTS)]
+    lines, (keys, ids, tokens) = read_lines(tmp_path / "out"), tokenize(folder)
+    assert [line["id"] for line in lines] == keys
     assert all(set(line) == {"id", "messages", "logprobs", "target_token_ids"} for line in lines)
     model, rng = read_llama(folder), np.random.default_rng(0)
     theirs, reference, students, used = [], [], [], []
@@ -161,7 +170,7 @@ def test_axolotl_aligns_its_rows_from_the_right(stories: tuple[Path, Path], tmp_
         assert [one["role"] for one in line["messages"]] == ["assistant"]
         # Row r is about the token len(ids) - len(rows) + r, which the student says at the position before it.
         pad = len(of) - len(line["logprobs"])
-        student_LV = rng.normal(0, 2, (len(of), 512))
+        student_LV = rng.normal(0, 2, (len(of), tokens))
         log_q_PV = log_softmax(student_LV)[pad - 1 : -1]
         index_PK = np.array(line["target_token_ids"])
         log_p_PK = log_softmax(np.array(line["logprobs"]))  # renormalised, kd_normalize_topk false

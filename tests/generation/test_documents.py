@@ -4,6 +4,7 @@ L positions of a document, P positions of several, K kept classes, C tokens of t
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,8 @@ from softlabel.maintain.extend import extend
 from softlabel.store.encodings import Head, Sampled, TopK
 from softlabel.store.verify import verify_store
 from tests.support.commands import run_softlabel
-from tests.support.language_models import find_stories, write_language_model
+from tests.support.language_models import find_stories, write_bigrams, write_language_model
+from tests.support.language_runs import write_documents
 from tests.support.llama_reference import compute_logits, describe, read_llama, write_unpermuted
 from tests.support.teachers import make_pixel_teacher_spec
 
@@ -142,6 +144,13 @@ def test_a_label_does_not_depend_on_the_batch(teacher: Path, data: Path, tmp_pat
         assert len(list((tmp_path / name / "shards").iterdir())) > 3
         for key, columns in read_documents(tmp_path / name):
             assert all(np.array_equal(columns[one], whole[key][one]) for one in columns), (name, key)
+    costs = {
+        name: softlabel.open_store(tmp_path / name).manifest.totals.fidelity for name in ("all", "workers", "small")
+    }
+    for cost in costs.values():
+        assert cost is not None
+        assert costs["all"] is not None
+        assert (cost.mean_t, cost.worst_t) == pytest.approx((costs["all"].mean_t, costs["all"].worst_t), rel=1e-3)
     generate(f"{data}?rows=9:10", teacher, out=tmp_path / "alone")
     ((key, columns),) = read_documents(tmp_path / "alone")
     assert np.array_equal(columns["logits"], whole[key]["logits"])
@@ -271,6 +280,9 @@ def test_truncated_labels_do_not_become_labels_of_all_classes(teacher: Path, dat
     generate(data, teacher, out=tmp_path / "labels", encoding=TopK(k=8))
     with pytest.raises(MismatchError, match="the sum of most classes alone"):
         convert_store(tmp_path / "labels", tmp_path / "dense", encoding="float16")
+    printed = run_softlabel("verify", tmp_path / "labels", "--recompute", 9).stdout
+    assert "scaled logits of the kept classes differ by" in printed
+    assert float(printed.split(" at worst")[0].split()[-1]) < 0.02
 
 
 def test_damaged_weights_are_one_line(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -293,6 +305,73 @@ def test_draws_follow_from_the_position(teacher: Path, data: Path, tmp_path: Pat
         for key in drawn[0]
         for name in ("index", "weight")
     )
+
+
+@pytest.fixture(scope="module")
+def bigrams(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, list[str]]:
+    """A model that knows its data, what it says after each token, and the data, of the folder's texts.jsonl."""
+    folder = tmp_path_factory.mktemp("bigrams")
+    texts = write_documents(folder / "texts.jsonl", count=30, words=40)
+    log_p_VV = write_bigrams(folder, texts)
+    return folder, log_p_VV, texts
+
+
+def test_what_is_measured_first(bigrams: tuple[Path, np.ndarray, list[str]], tmp_path: Path) -> None:
+    folder, log_p_VV, texts = bigrams
+    encode = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+    options = ("--data", f"{folder}/texts.jsonl?id=id", "--teacher", f"lm:{folder}?buckets=8,256", "--temperature", 1)
+    printed = run_softlabel("plan", *options, "--seconds", 0.1).stdout
+    ids = [np.array(encode(text).ids) for text in texts]
+    total = sum(map(len, ids))
+    assert re.search(rf"{total:,} labelled positions, (\d{{3}}) of them measured", printed)
+    found = re.search(r"accuracy of the next tokens at (\d{3}) sampled positions: (.*)", printed)
+    assert found is not None
+    right = np.concatenate([log_p_VV[one[:-1]].argmax(axis=1) == one[1:] for one in ids])
+    assert float(found[2]) == pytest.approx(right.mean(), abs=4 * right.std() / int(found[1]) ** 0.5)
+
+    encoding = ("--encoding", "topk", "--top-k", 300, "--out", tmp_path / "labels")
+    printed = run_softlabel("generate", *options, *encoding).stdout
+    assert re.search(r"encoding topk 263: .* at worst, over \d{3} positions\n", printed)
+    shares = [-np.concatenate([log_p_VV[one[:-2], one[k : len(one) - 2 + k]] for one in ids]) for k in (1, 0, 2)]
+    number = r"(\d+\.\d\d)"
+    found = re.search(rf"NLL .*: {number} nats at its place, {number} .*, {number} one later, over (.*) pos", printed)
+    assert found is not None
+    assert [float(one) for one in found.groups()[:3]] == pytest.approx([one.mean() for one in shares], abs=6e-3)
+    assert int(found[4].replace(",", "")) == len(shares[0])
+    assert "aligned" in printed
+    (folder / "empty.jsonl").write_text('{"text": ""}\n')
+    printed = run_softlabel("generate", "--data", f"{folder}/empty.jsonl", *options[2:], "--out", tmp_path / "e").stdout
+    assert "was not checked: no sampled document has 3 tokens" in printed
+
+
+@pytest.mark.parametrize(("fault", "message"), [("shifted", "off by a position"), ("forgetful", "predicts better the")])
+def test_faults_of_a_network_are_found(
+    fault: str,
+    message: str,
+    bigrams: tuple[Path, np.ndarray, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = transformers.LlamaModel.forward
+
+    def forward(self: Any, *args: Any, **named: Any) -> Any:
+        found = plain(self, *args, **named)
+        hidden = found.last_hidden_state
+        if fault == "shifted":
+            hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+        else:
+            hidden = torch.cat([hidden[:, :24], 0.5 * hidden[:, 24:]], dim=1)
+        found.last_hidden_state = hidden
+        return found
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
+    with pytest.raises(TeacherError, match=message):
+        generate(
+            *(f"{bigrams[0]}/texts.jsonl", f"lm:{bigrams[0]}?buckets=8,256"),
+            out=tmp_path / "labels",
+            preflight=True,
+            max_length=256,
+        )
 
 
 def test_faults_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.support.shared_data import find_shared_data
@@ -61,6 +63,38 @@ def write_tokenizer(
         (folder / "chat_template.jinja").write_text(template)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_bigrams(folder: Path, texts: Sequence[str]) -> NDArray[np.float64]:
+    """A language model that knows how often a token follows another one in texts; returns log-probabilities (V, V)."""
+    write_tokenizer(folder)
+    encode = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+    size, width = 263, 264  # an even width for each of four heads
+    counts_VV = np.full((size, size), 0.01)
+    for text in texts:
+        ids = encode(text).ids
+        np.add.at(counts_VV, (ids[:-1], ids[1:]), 1)
+    log_p_VV = np.log(counts_VV / counts_VV.sum(axis=1, keepdims=True))
+    config = transformers.LlamaConfig(
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    network = transformers.LlamaForCausalLM(config)
+    state = network.state_dict()
+    # A token is a direction of its own, to which the layer adds nothing; the norm before the last layer keeps it.
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        state[f"model.layers.0.{name}.weight"].zero_()
+    state["model.embed_tokens.weight"].copy_(torch.eye(size, width) * width**0.5)
+    state["lm_head.weight"].zero_()[:, :size] = torch.from_numpy(log_p_VV.T / width**0.5)
+    network.save_pretrained(folder)
+    return log_p_VV
 
 
 def write_language_model(

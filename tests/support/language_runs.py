@@ -27,10 +27,10 @@ LONGEST = 48
 T = 2.0
 
 
-def write_documents(path: Path, count: int = 40, seed: int = 0) -> list[str]:
+def write_documents(path: Path, count: int = 40, seed: int = 0, words: int = 8) -> list[str]:
     """Sentences of one to a few words as JSON lines; returns them."""
     rng = np.random.default_rng(seed)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(count)]
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, words + 1))) for _ in range(count)]
     lines = [json.dumps({"id": f"doc-{number:03d}", "text": text}) for number, text in enumerate(texts)]
     path.write_text("\n".join(lines) + "\n")
     return texts

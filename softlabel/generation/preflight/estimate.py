@@ -27,7 +27,7 @@ SECONDS = 5.0  # duration of the sample, without warm-up
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """One encoding: its title, bytes per row and in all, and loss.
+    """One encoding: its title, bytes per row and in all, and loss, with the number of rows that it was measured on.
 
     Of documents, bytes per labelled position, with everything else that a document has, and the loss of a position.
     """
@@ -36,6 +36,7 @@ class Offer:
     row_bytes: int
     total_bytes: int
     fidelity: Fidelity
+    measured: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class Plan:
         images_per_second: decoding and all teachers, on the sample.
         seconds: for all rows at that rate.
         bad: samples tried that cannot be decoded.
-        accuracy: of the labels on the labelled ones; None if there are none.
+        accuracy: of the labels on the labelled ones; of language models of next tokens; None if there are none.
+        labelled: number of these samples, or positions.
         offers: every encoding, the most exact first.
         noun: what the samples are.
     """
@@ -59,6 +61,7 @@ class Plan:
     seconds: float
     bad: int
     accuracy: float | None
+    labelled: int
     offers: tuple[Offer, ...]
     noun: str = "images"
 
@@ -81,6 +84,7 @@ def plan(job: Job, *, seconds: float = SECONDS) -> Plan:
         seconds=rows / rate,
         bad=len(trial.bad),
         accuracy=trial.accuracy,
+        labelled=trial.labelled,
         offers=offers,
         noun=job.labeller.source.inputs.noun,
     )
@@ -94,12 +98,15 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     """
     run = job.run
     meter = FidelityMeter(temperature=run.temperature, encoding=encoding, activation=run.activation)
-    scaled_logits_RC, hidden_RD, head = trial.scaled_logits.reshape(-1, run.num_classes), None, None
+    scaled_logits_RC, hidden_RD, head = trial.answers.scaled_logits.reshape(-1, run.num_classes), None, None
     if encoding.from_hidden:
         lane = _make_head_lane(job, encoding)
         assert lane.head is not None
-        scaled_logits_RC, hidden_RD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
-        head = (lane.head.weight, lane.head.bias)
+        head, hidden_RD = (lane.head.weight, lane.head.bias), trial.answers.hidden
+        if hidden_RD is None:
+            scaled_logits_RC, hidden_RD = lane.hidden(next(batch for batch in trial.batches if batch.keys))
+        else:
+            scaled_logits_RC, hidden_RD = (one.to(head[0].device) for one in (scaled_logits_RC, hidden_RD))
     seeds_R = torch.arange(len(scaled_logits_RC))
     encoded = encode(scaled_logits_RC, encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
     meter.add(scaled_logits_RC, encoded, head)
@@ -116,7 +123,13 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
         of_rows = beside["row"] + ROW_BYTES + estimate_key_bytes(trial)
         total = row_bytes * positions + beside["token"] * tokens + of_rows * rows
         row_bytes = round(total / max(1, positions))
-    return Offer(name=encoding.title, row_bytes=row_bytes, total_bytes=total, fidelity=fidelity)
+    return Offer(
+        name=encoding.name_for(run.num_classes),
+        row_bytes=row_bytes,
+        total_bytes=total,
+        fidelity=fidelity,
+        measured=len(scaled_logits_RC) // (1 if encoding.from_hidden else run.members_stored),
+    )
 
 
 def estimate_key_bytes(trial: Trial) -> int:

@@ -18,8 +18,9 @@ from softlabel.common.multi_hot import Labels, is_labelled, to_multi_hot
 from softlabel.errors import DataError, TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
-from softlabel.generation.labeller import Labeller
+from softlabel.generation.labeller import Labeller, Lane
 from softlabel.generation.pipeline import fit_batch
+from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.base import InputKind
 from softlabel.inputs.image_decode import IMAGES
 from softlabel.store.manifest import BadRow
@@ -30,7 +31,23 @@ _STRATA = 4096
 # Images or rows are equal if no pixel or scaled logit is further than this from the sample's median. 12-bit images read
 # as 16 bits have pixels of 0 to 15.
 _SAME_PIXELS, _SAME_LOGITS = 15, 1e-3
+_POSITIONS, _POSITION_BYTES = 512, 1 << 26  # of documents that encodings are measured on at most, and their logits
 _COMPARED, _FEW, _NEARLY_ALL = 64, 8, 0.95  # images compared, minimal number, share of equal ones to refuse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answers:
+    """What encodings are measured on: the answers to a sample, of language models at several positions of a document.
+
+    Attributes:
+        scaled_logits: float32 (R, C), or (R, M, C) if members are kept.
+        labels: int64 (R,), -100 for none; of independent sigmoids int8 (R, C): 1, 0, or -1 if unknown.
+        hidden: of language models what goes into the last layer, float32 (R, D); None of others.
+    """
+
+    scaled_logits: Tensor
+    labels: Labels
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +58,8 @@ class Trial:
         batches: the first `BATCHES` decoded batches.
         indices: of their samples, including bad ones.
         scaled_logits: float32 (R, C), or (R, M, C) if members are kept, of every decodable image.
-        labels: int64 (R,), -100 for none; of independent sigmoids int8 (R, C): 1, 0, or -1 if unknown.
+        labels: as `Answers.labels`, of these.
+        answers: these, or of language models those of more positions.
         sampled: number of images, including bad ones.
         bad: images that cannot be decoded.
         decoding: seconds per image, in one process.
@@ -52,6 +70,7 @@ class Trial:
     indices: tuple[NDArray[np.int64], ...]
     scaled_logits: Tensor
     labels: Labels
+    answers: Answers
     sampled: int
     bad: tuple[BadRow, ...]
     decoding: float
@@ -64,29 +83,21 @@ class Trial:
         return 1 / max(self.decoding / max(1, job.workers), self.forward)
 
     @property
-    def top(self) -> NDArray[np.int64]:
-        """The most probable class of each row, int64 (R,)."""
-        top_R: NDArray[np.int64] = self._mixed.argmax(dim=-1).numpy()
-        return top_R
-
-    @property
-    def _mixed(self) -> Tensor:
-        """(R, C)."""
-        return self.scaled_logits.mean(dim=1) if self.scaled_logits.dim() == 3 else self.scaled_logits
-
-    @property
     def labelled(self) -> int:
-        return int(is_labelled(self.labels).sum())
+        """How many answers have a hard label."""
+        return int(is_labelled(self.answers.labels).sum())
 
     @property
     def accuracy(self) -> float | None:
-        """Accuracy of the soft labels on rows with a hard label, of independent sigmoids on known labels; None if there
-        are none."""
-        known = self.labels >= 0
+        """Accuracy of the answers with a hard label, of independent sigmoids on known labels; None if there are
+        none."""
+        labels, scaled = self.answers.labels, self.answers.scaled_logits
+        known = labels >= 0
         if not known.any():
             return None
-        top = self.top if self.labels.ndim == 1 else self._mixed.numpy() > 0
-        return float((top == self.labels)[known].mean())
+        mixed_RC = scaled.mean(dim=1) if scaled.dim() == 3 else scaled
+        top = mixed_RC.argmax(dim=-1).numpy() if labels.ndim == 1 else mixed_RC.numpy() > 0
+        return float((top == labels)[known].mean())
 
 
 def sample_indices(samples: int, batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:
@@ -152,16 +163,37 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
             f"{labeller.source.name}: none of {sampled:,} {labeller.source.inputs.noun} that were tried can be "
             f"decoded; the first, {bad[0].key!r}: {bad[0].reason}"
         )
+    scaled_logits, labels_R = torch.cat(scaled), np.concatenate(labels)
     return Trial(
         batches=tuple(batches),
         indices=tuple(indices),
-        scaled_logits=torch.cat(scaled),
-        labels=np.concatenate(labels),
+        scaled_logits=scaled_logits,
+        labels=labels_R,
+        answers=_sample_positions(labeller.lane, batches) or Answers(scaled_logits=scaled_logits, labels=labels_R),
         sampled=sampled,
         bad=tuple(bad),
         decoding=decoding / timed,
         forward=forward / max(1, labelled),
     )
+
+
+def _sample_positions(lane: Lane, batches: Sequence[DecodedBatch]) -> Answers | None:
+    """Answers of a language model at positions of the first batch with some; None of other teachers, or if no document
+    has one."""
+    if not isinstance(lane, TokenLane):
+        return None
+    fitting = max(1, _POSITION_BYTES // (4 * lane.run.num_classes * lane.run.members_stored))
+    for batch in batches:
+        if not batch.keys:
+            continue
+        most = max(1, min(_POSITIONS, fitting) // len(batch.keys))
+        if found := [one for one, _ in lane.sample_positions(batch, most)]:
+            return Answers(
+                scaled_logits=torch.cat([lane.combine(one.logits).cpu() for one in found]),
+                labels=torch.cat([one.following for one in found]).numpy(),
+                hidden=torch.cat([one.hidden.cpu() for one in found]),
+            )
+    return None
 
 
 def refuse_equal(trial: Trial, name: str, activation: Activation, kind: InputKind) -> None:

@@ -91,6 +91,10 @@ class Encoding(Tagged, ABC):
         """The name with what sets several of one name apart."""
         return self.name
 
+    def name_for(self, num_classes: int) -> str:
+        """The title where rows have so many classes."""
+        return self.title
+
     @property
     def declared(self) -> tuple[float, ...] | None:
         """The temperatures that rows know something of; None: all that follow from the store's."""

@@ -59,6 +59,9 @@ class TopK(Encoding):
     def title(self) -> str:
         return f"{self.name} {self.k}"
 
+    def name_for(self, num_classes: int) -> str:
+        return f"{self.name} {self.kept(num_classes)}"
+
     @property
     def declared(self) -> tuple[float, ...]:
         return self.temperatures

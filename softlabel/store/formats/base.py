@@ -6,7 +6,7 @@ B rows of a shard, L tokens and P labelled positions of them, W elements of a co
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -77,6 +77,29 @@ class ShardIdentity:
     last_key: str | None = None
     bad: tuple[BadRow, ...] = ()
     fidelity: Fidelity | None = None
+
+    @classmethod
+    def of(
+        cls, run: Run, plan: ShardPlan, rows: CheckedRows, bad: tuple[BadRow, ...], fidelity: Fidelity | None
+    ) -> "ShardIdentity":
+        """Return the identity of the shard that has these rows."""
+        keys = rows.keys
+        if fidelity is not None and run.tokens is not None:
+            fidelity = replace(fidelity, positions=rows.spans.total("position"))
+        return cls(
+            format_version=run.format_version,
+            run=run.fingerprint(plan.part),
+            number=plan.number,
+            view=plan.view,
+            start=plan.start,
+            stop=plan.stop,
+            rows=len(keys),
+            columns=run.columns,
+            first_key=keys[0] if len(keys) else None,
+            last_key=keys[len(keys) - 1] if len(keys) else None,
+            bad=bad,
+            fidelity=fidelity,
+        )
 
     def encode(self) -> bytes:
         return dumps(to_json(self))
