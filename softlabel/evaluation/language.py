@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from softlabel.common.spec import Spec
 from softlabel.dataset import Source, report_source
 from softlabel.dataset.tokenize import TokenizedSource, tokenize_source
-from softlabel.errors import MismatchError, SpecError
+from softlabel.errors import MismatchError
 from softlabel.evaluation.metrics import BINS, Evaluation, Totals
 from softlabel.evaluation.network import evaluating
 from softlabel.inputs.base import IGNORE, InputTransform
@@ -32,12 +31,11 @@ from softlabel.loader.token_batch import TokenBatch
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.loss import distillation_loss
 from softlabel.loss.targets import Target, TopKTarget
-from softlabel.models import LanguageModel, check_packing
+from softlabel.models import LanguageModel, measure_leak
 from softlabel.models.precision import Precision, computing
 from softlabel.store.reader import Store
 
 _CHUNK, _CHUNK_ON_DEVICE = 1 << 22, 1 << 25  # logits that exist at a time, in float64
-_UNNAMED = Spec(kind="lm", name="model")  # where no message is shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +269,7 @@ def evaluate_language_model(
         raise MismatchError(
             f"model {name}: takes at most {most} tokens, the longest document has {longest}; give one of more positions"
         )
-    packed = _keeps_documents_apart(model)
+    packed = measure_leak(model) is None
     loader = TokenLoader(
         documents,
         store,
@@ -289,12 +287,3 @@ def evaluate_language_model(
         for batch in batches:
             measurement.add(batch.to(device, non_blocking=True))
     return measurement.result()
-
-
-def _keeps_documents_apart(model: LanguageModel) -> bool:
-    """Whether documents of one line do not see each other."""
-    try:
-        check_packing(_UNNAMED, model)
-    except SpecError:
-        return False
-    return True

@@ -18,6 +18,7 @@ from typing import Any
 
 from softlabel.errors import SpecError
 from softlabel.inputs.chat import ChatTemplate
+from softlabel.inputs.json_object import read_object
 from softlabel.inputs.tokenizer import TOKENIZER, Tokenizer
 
 log = logging.getLogger("softlabel")
@@ -141,23 +142,11 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
             f"{path}: cannot be read ({error.strerror}); save the tokenizer there, as save_pretrained of a fast "
             "tokenizer does"
         ) from error
-    config = _read_config(folder / _CONFIG)
+    config = read_object(folder / _CONFIG)
     vocabulary = Vocabulary(Tokenizer(content), _read_template(folder, config, _find_special(config)))
     vocabulary.tokenizer.load()  # refuses a file that cannot be used
     _warn_of_ends(vocabulary, config, folder / _CONFIG)
     return vocabulary
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise SpecError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def _find_special(config: Mapping[str, Any]) -> dict[str, str]:

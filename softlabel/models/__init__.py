@@ -7,7 +7,7 @@ torch cannot read in such a way, has to be trusted by name.
 from softlabel.models.build import Network, build_model, build_network, own_preprocessing, refuse_random
 from softlabel.models.from_hf import class_names_of, refuse_other_heads
 from softlabel.models.from_torchvision import published_weights, torchvision_weights
-from softlabel.models.language_model import LanguageModel, check_packing
+from softlabel.models.language_model import LanguageModel, check_packing, measure_leak
 from softlabel.models.program import Program, logits_of, refuse_precision
 from softlabel.models.runs import RunModel, names_language_model, network_of, read_run, save_run
 from softlabel.models.weights import load_weights, weights_sha256
@@ -23,6 +23,7 @@ __all__ = [
     "class_names_of",
     "load_weights",
     "logits_of",
+    "measure_leak",
     "names_language_model",
     "network_of",
     "own_preprocessing",

@@ -13,6 +13,7 @@ Legend: B batch, D width, L positions, P some positions, V tokens.
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
+from softlabel.inputs.json_object import read_object
 from softlabel.inputs.tokenizer import TOKENIZER
 from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
-from softlabel.models.folder_json import read_json
 from softlabel.models.from_hf import config_of, describe_error, import_transformers, refuse_wrong_files
 from softlabel.models.language_model import LanguageModel, differ, make_probe, refuse_few_rows, refuse_size
 from softlabel.models.lm_config import asks_random, find_longest, refuse_sizes, resize, set_size
@@ -88,7 +89,7 @@ def build_lm(spec: Spec, num_classes: int | None) -> TransformersLanguageModel:
         SpecError: transformers is not installed, the files are not there or do not fit, or the network is not one whose
             logits are its last layer's answer to what came before.
     """
-    config, vocabulary = read_json(spec, "config.json", _EXPECTED), read_vocabulary(spec.name)
+    config, vocabulary = _read_config(spec), read_vocabulary(spec.name)
     is_random = asks_random(spec)
     if not is_random:
         refuse_sizes(spec)
@@ -228,15 +229,19 @@ def refuse_untrained(spec: Spec) -> None:
         raise SpecError(f"{spec.text}: layers= makes the start of a student, whose last layer has not learnt yet")
 
 
+def _read_config(spec: Spec) -> dict[str, Any]:
+    return read_object(Path(spec.name) / "config.json", f"{spec.text}: {_EXPECTED}")
+
+
 def lm_transform(spec: Spec) -> TokenTransform:
     """How the network of a folder takes documents, with the length that the SPEC or its files give.
 
     Raises:
         SpecError: the files are not there, or a length that the network does not take.
     """
-    config, vocabulary = read_json(spec, "config.json", _EXPECTED), read_vocabulary(spec.name)
+    config, vocabulary = _read_config(spec), read_vocabulary(spec.name)
     most = find_longest(spec, config)
-    declared = read_json(spec, "tokenizer_config.json", None).get("model_max_length")
+    declared = read_object(Path(spec.name) / "tokenizer_config.json").get("model_max_length")
     return make_token_transform(
         spec, vocabulary, longest=most, declared=declared, pad_id=_find_padding(config, vocabulary.size)
     )

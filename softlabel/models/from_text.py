@@ -14,9 +14,9 @@ from torch import Tensor
 
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
+from softlabel.inputs.json_object import read_object
 from softlabel.inputs.text import TextTransform
 from softlabel.inputs.tokenizer import TOKENIZER, Tokenizer
-from softlabel.models.folder_json import read_json
 from softlabel.models.from_hf import (
     HuggingFaceClassifier,
     describe_error,
@@ -56,7 +56,7 @@ def build_text(spec: Spec, num_classes: int | None) -> TextClassifier:
     """
     if unknown := [name for name in spec.options if name not in _OPTIONS]:
         raise SpecError(f"{spec.text}: expected no option but {', '.join(_OPTIONS)}, found {unknown[0]!r}")
-    config, tokenizer = read_json(spec, "config.json", _EXPECTED), _read_tokenizer(spec)
+    config, tokenizer = _read_config(spec), _read_tokenizer(spec)
     transformers = import_transformers(spec)
     asked = parse_count(spec, "num_classes")
     if asked is not None and num_classes not in (None, asked):
@@ -102,9 +102,13 @@ def text_from_config(spec: Spec, config: Mapping[str, Any], num_classes: int | N
     return TextClassifier(network_of_config(spec, config, num_classes, _AUTO), tokenizer)
 
 
+def _read_config(spec: Spec) -> dict[str, Any]:
+    return read_object(Path(spec.name) / "config.json", f"{spec.text}: {_EXPECTED}")
+
+
 def refuse_headless(spec: Spec) -> None:
     """Raises SpecError for a folder that is no trained classifier, which would label with random numbers."""
-    if not _has_head(read_json(spec, "config.json", _EXPECTED)):
+    if not _has_head(_read_config(spec)):
         raise SpecError(
             f"{spec.text}: expected a trained classifier, found an encoder without the weights of a last layer; train "
             "it first ('softlabel train --student'), and give run:FOLDER"
@@ -119,7 +123,7 @@ def text_transform(spec: Spec) -> TextTransform:
     Raises:
         SpecError: the files are not there, or a length that the network does not take.
     """
-    config, tokenizer = read_json(spec, "config.json", _EXPECTED), _read_tokenizer(spec)
+    config, tokenizer = _read_config(spec), _read_tokenizer(spec)
     most = config.get("max_position_embeddings") or config.get("n_positions")
     pad_id = config.get("pad_token_id") or 0
     if most is not None and config.get("model_type") in _SHIFTED:
@@ -127,7 +131,7 @@ def text_transform(spec: Spec) -> TextTransform:
     length = parse_count(spec, "max_length")
     if length is not None and most is not None and length > most:
         raise SpecError(f"{spec.text}: max_length: expected at most {most}, which its positions allow, found {length}")
-    told = read_json(spec, "tokenizer_config.json", None)
+    told = read_object(Path(spec.name) / "tokenizer_config.json")
     if length is None:
         declared = told.get("model_max_length")
         length = int(min(one for one in (most, declared, _LONGEST) if isinstance(one, int | float)))

@@ -136,8 +136,9 @@ def refuse_size(spec: Spec, found: int, needed: int | None) -> None:
         )
 
 
-def check_packing(spec: Spec, model: LanguageModel) -> None:
-    """Raises SpecError where documents side by side in one row would see each other."""
+def measure_leak(model: LanguageModel) -> float | None:
+    """How far hidden states of documents side by side in one row are from those of each alone, on a probe; None where
+    documents do not see each other."""
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
     ids_L = torch.arange(6, device=device) * 7919 % model.vocabulary.size
     positions_BL = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
@@ -149,7 +150,12 @@ def check_packing(spec: Spec, model: LanguageModel) -> None:
             alone = [model.hidden(part[None], torch.ones_like(part[None]))[0] for part in (ids_L[:3], ids_L[3:])]
     finally:
         model.train(was_training)
-    if (far := differ(torch.cat(alone), packed_LD)) is not None:
+    return differ(torch.cat(alone), packed_LD)
+
+
+def check_packing(spec: Spec, model: LanguageModel) -> None:
+    """Raises SpecError where documents side by side in one row would see each other."""
+    if (far := measure_leak(model)) is not None:
         raise SpecError(
             f"{spec.text}: expected documents in one row to be apart, found that those of {model.title} see each other "
             f"(off by {far:.2g} on a probe); train without packing"
