@@ -327,11 +327,12 @@ def report(
         noise_csv: a file for all hard labels that are likely wrong, the most likely one first.
         fail_if: end with exit code 3 if a condition is true, such as 'noise>0.05' or 'duplicates>0'; an unknown metric
             lists those that there are.
-        batch_size: samples per forward pass of the students.
+        batch_size: samples per forward pass of the students; of language models 32 tokens stand for one.
         precision: of the students.
         device: auto, cpu, cuda or cuda:N.
         workers: decoding processes.
     """
+    from softlabel.report.report import DocumentReport
     from softlabel.report.write import write_report
 
     for path, option in ((out, "--out"), (json, "--json"), (noise_csv, "--noise-csv")):
@@ -357,7 +358,8 @@ def report(
     for note in getattr(found.report.students, "notes", ()):
         print(f"note  {show_plainly(note)}")
     assert found.path is not None
-    print(f"{found.path}: {size(found.path.stat().st_size)}, pictures of {found.pictures:,} samples")
+    what = "texts of {:,} documents" if isinstance(found.report, DocumentReport) else "pictures of {:,} samples"
+    print(f"{found.path}: {size(found.path.stat().st_size)}, {what.format(found.pictures)}")
     for failure in found.failures:
         print(f"failed: {failure}")
     return DAMAGED if found.failures else 0

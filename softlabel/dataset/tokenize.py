@@ -243,7 +243,7 @@ def _write_file(
     )
     with bar, TokenWriter(path, dtype) as writer:
         for samples in _iter_samples(source):
-            for one in _tokenize(samples, source, vocabulary):
+            for one in tokenize_samples(samples, source, vocabulary):
                 if isinstance(one, str):
                     bad[number], one = one, TokenIds(ids=np.empty(0, np.int32), mask=np.empty(0, np.uint8))
                 truncated += len(one.ids) > max_length
@@ -257,8 +257,17 @@ def _write_file(
         writer.finish(identity, Left(truncated=truncated, dropped=dropped, bad=bad))
 
 
-def _tokenize(samples: Sequence[Sample], source: Source, vocabulary: Vocabulary) -> list[TokenIds | str]:
-    """The document of each sample, or why it has none."""
+def tokenize_samples(samples: Sequence[Sample], source: Source, vocabulary: Vocabulary) -> list[TokenIds | str]:
+    """The whole document of each sample, or why it has none.
+
+    Args:
+        samples: of a source of texts, chats or token ids.
+        source: that one.
+        vocabulary: whose tokenizer and chat template are used.
+
+    Raises:
+        SpecError, DataError: as `tokenize_source`.
+    """
     found: list[TokenIds | str | None] = [None] * len(samples)
     texts: dict[int, str] = {}
     turns: dict[int, list[Span]] = {}

@@ -82,7 +82,9 @@ class TokenTotals(Totals):
 
     NAMES = (*Totals.NAMES, "documents", "tokens", "bucketed")
 
-    def add_positions(self, logits_RV: Tensor, labels_R: Tensor, target: Target | None, known_R: Tensor | None) -> None:
+    def add_positions(
+        self, logits_RV: Tensor, labels_R: Tensor, target: Target | None, known_R: Tensor | None
+    ) -> Tensor | None:
         """Take in positions that count.
 
         Args:
@@ -90,23 +92,32 @@ class TokenTotals(Totals):
             labels_R: the next tokens, -100 for none.
             target: of all of them, filler where it is not known.
             known_R: bool, which have a target; None: all.
+
+        Returns:
+            KL(teacher || model) of each, float64 (R,), NaN where it is not measured; None where targets do not say it.
         """
         counts_R = torch.ones_like(labels_R, dtype=torch.bool)
         predicted_R = labels_R != IGNORE  # the teacher is compared at the positions that all other figures are of
-        self._add_rows(logits_RV, labels_R, counts_R, target, predicted_R if known_R is None else predicted_R & known_R)
+        known_R = predicted_R if known_R is None else predicted_R & known_R
+        nats = self._add_rows(logits_RV, labels_R, counts_R, target, known_R)
+        if nats is None:
+            return None
+        found_R = torch.full_like(labels_R, math.nan, dtype=torch.float64)
+        found_R[known_R] = nats.double()
+        return found_R
 
     def add_documents(self, batch: TokenBatch) -> None:
         """Count the documents of a batch."""
         self._sum(documents=len(batch.keys), tokens=(batch.segments > 0).sum())
 
-    def _sum_divergence(self, logits_RV: Tensor, target: Target) -> Tensor | None:
+    def _measure_divergence(self, logits_RV: Tensor, target: Target) -> Tensor | None:
         if not isinstance(target, TopKTarget):
-            return super()._sum_divergence(logits_RV, target)
+            return super()._measure_divergence(logits_RV, target)
         if target.index.shape[1] < target.num_classes:
             self._sum(bucketed=len(logits_RV))
         t = target.temperature
         settings = {"temperature": t, "soft_weight": 1.0, "hard_weight": 0.0}
-        return distillation_loss(logits_RV, target, reduction="sum", **settings) / t**2  # type: ignore[arg-type]
+        return distillation_loss(logits_RV, target, reduction="none", **settings) / t**2  # type: ignore[arg-type]
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None) -> TokenEvaluation:
         """See `Totals.result`."""
@@ -134,22 +145,31 @@ class TokenMeasurement:
         self._totals = TokenTotals()
 
     @torch.inference_mode()
-    def add(self, batch: TokenBatch) -> None:
-        """A batch on the device."""
+    def add(self, batch: TokenBatch) -> Tensor | None:
+        """Take in a batch on the device.
+
+        Returns:
+            KL(teacher || model) of each position that counts, float64 (P,), NaN where it is not measured; None where
+            targets do not say it.
+        """
         self._totals.add_documents(batch)
         labels_P, target, has_target_P = batch.hard_labels, batch.target, batch.has_target
+        parts = []
         with computing(self._precision, self._device):
             hidden_PD = compute_hidden(self._model, batch, packed=self._packed)
             values = _CHUNK if self._device.type == "cpu" else _CHUNK_ON_DEVICE
             step = max(1, values // self._model.vocabulary.size)
             for start in range(0, len(hidden_PD), step):
                 rows = slice(start, start + step)
-                self._totals.add_positions(
+                nats_R = self._totals.add_positions(
                     self._model.logits(hidden_PD[rows]).double(),
                     labels_P[rows],
                     None if target is None else target.take(rows),
                     None if has_target_P is None else has_target_P[rows],
                 )
+                if nats_R is not None:
+                    parts.append(nats_R)
+        return torch.cat(parts) if parts else None
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> TokenEvaluation:
         """Of all batches so far."""
@@ -257,14 +277,57 @@ def evaluate_language_model(
         name: of the model, for messages.
         transform: how long its documents are; None: as long as its positions allow, at most 2048.
     """
-    most = model.longest
-    if store is not None and store.run.tokens is not None:
-        max_length = store.run.tokens.max_length
-    else:
-        max_length = transform.max_length if isinstance(transform, TokenTransform) else min(most or 2048, 2048)
+    max_length = choose_length(model, store, transform)
     documents = tokenize_for(f"model {name}", source, model, store, max_length=max_length)
     report_source(documents)
-    longest = int(documents.lengths.max(initial=1))
+    return measure_on_documents(
+        name,
+        model,
+        documents,
+        store,
+        batch_tokens=batch_tokens,
+        precision=precision,
+        device=device,
+        workers=workers,
+        missing=missing,
+        progress=progress,
+    )
+
+
+def choose_length(model: LanguageModel, store: Store | None, transform: InputTransform | None) -> int:
+    """How many tokens a document has: as in a store; else what the transform takes, or the model, at most 2048."""
+    if store is not None and store.run.tokens is not None:
+        return store.run.tokens.max_length
+    if isinstance(transform, TokenTransform):
+        return transform.max_length
+    return min(model.longest or 2048, 2048)
+
+
+def measure_on_documents(
+    name: str,
+    model: LanguageModel,
+    documents: Source,
+    store: Store | None,
+    *,
+    batch_tokens: int,
+    precision: Precision,
+    device: torch.device,
+    workers: int,
+    missing: Missing,
+    progress: bool | None,
+    observe: Callable[[TokenBatch, Tensor | None], None] | None = None,
+) -> TokenEvaluation:
+    """Measure a language model on documents of its tokens.
+
+    Args:
+        name: of the model, for messages.
+        observe: takes each batch, and what `TokenMeasurement.add` returns for it.
+
+    Raises:
+        MismatchError: documents and labels do not belong together, or the model takes no documents that long.
+    """
+    assert documents.lengths is not None
+    most, longest = model.longest, int(documents.lengths.max(initial=1))
     if most is not None and longest > most:
         raise MismatchError(
             f"model {name}: takes at most {most} tokens, the longest document has {longest}; give one of more positions"
@@ -285,5 +348,7 @@ def evaluate_language_model(
     with evaluating(model.to(device)), contextlib.closing(loader):
         measurement = TokenMeasurement(model, device=device, precision=precision, packed=packed)
         for batch in batches:
-            measurement.add(batch.to(device, non_blocking=True))
+            nats_P = measurement.add(moved := batch.to(device, non_blocking=True))
+            if observe is not None:
+                observe(moved, nats_P)
     return measurement.result()

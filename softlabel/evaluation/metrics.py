@@ -115,8 +115,9 @@ class Totals:
 
     def _add_rows(
         self, logits_BC: Tensor, all_labels_B: Tensor, counts_B: Tensor, target: Target | None, known_B: Tensor
-    ) -> None:
-        """Take in the rows that count; those that are known have a target."""
+    ) -> Tensor | None:
+        """Take in the rows that count; those that are known have a target, and their KL(teacher || model) is returned
+        where it is known."""
         labelled_B = (all_labels_B != IGNORE) & counts_B
         labels_B = all_labels_B[labelled_B]
         if len(labels_B) and int(labels_B.max()) >= logits_BC.shape[1]:
@@ -132,17 +133,18 @@ class Totals:
             correct=correct_B.sum(),
             nats=F.nll_loss(log_probs_BC[labelled_B], labels_B, reduction="sum"),
         )
-        if target is not None:
-            self._add_teacher(logits_BC[known_B], best_B[known_B], target.take(known_B), all_labels_B[known_B])
+        if target is None:
+            return None
+        return self._add_teacher(logits_BC[known_B], best_B[known_B], target.take(known_B), all_labels_B[known_B])
 
-    def _add_teacher(self, logits_BC: Tensor, best_B: Tensor, target: Target, labels_B: Tensor) -> None:
+    def _add_teacher(self, logits_BC: Tensor, best_B: Tensor, target: Target, labels_B: Tensor) -> Tensor | None:
         if target.num_classes != logits_BC.shape[1]:
             raise MismatchError(f"model: has {logits_BC.shape[1]} classes, the store has {target.num_classes}")
         self.temperature = target.temperature
         teacher_B = top_class(target)
         if teacher_B is None:
             self.unknown += len(best_B)
-            return
+            return None
         labelled_B = labels_B != IGNORE
         self._sum(
             known=len(best_B),
@@ -150,18 +152,19 @@ class Totals:
             known_labelled=labelled_B.sum(),
             known_correct=(teacher_B == labels_B)[labelled_B].sum(),
         )
-        nats = self._sum_divergence(logits_BC, target)
-        if nats is not None:
-            self._sum(comparable=len(best_B), teacher_nats=nats)
+        nats_B = self._measure_divergence(logits_BC, target)
+        if nats_B is not None:
+            self._sum(comparable=len(best_B), teacher_nats=nats_B.sum())
+        return nats_B
 
-    def _sum_divergence(self, logits_BC: Tensor, target: Target) -> Tensor | None:
-        """KL(teacher || model) at the target's temperature, summed over rows; None where the target does not say it."""
+    def _measure_divergence(self, logits_BC: Tensor, target: Target) -> Tensor | None:
+        """KL(teacher || model) of each row at the target's temperature; None where the target does not say it."""
         if not isinstance(target, DenseTarget | Int8Target | HeadTarget):
             return None
         log_p_BC = teacher_log_probs(target, torch.float64)
         log_q_BC = F.log_softmax(logits_BC / target.temperature, dim=1)
         p_BC = log_p_BC.exp()
-        return torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum()
+        return torch.where(p_BC > 0, p_BC * (log_p_BC - log_q_BC), 0.0).sum(dim=1)
 
     def _sum(self, **values: float | Tensor) -> None:
         for name, value in values.items():

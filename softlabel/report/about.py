@@ -80,6 +80,14 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str, int | None]:
             "its confidence and the estimate of wrong labels are out-of-sample.",
             0,
         )
+    # What follows from confidence in-sample, in short and in full.
+    hides = "hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample"
+    hidden = (
+        "hides wrong labels, so that accuracy looks better and wrong labels look fewer than they are; 'softlabel "
+        "crossfit' makes labels that are out-of-sample"
+    )
+    if run.tokens is not None:
+        hides = hidden = f"the NLL lower than on {noun} that were not seen; label some of those to compare"
     listed = _list_teachers(store)
     overlaps = _compare_teachers(store, listed)
     known = [one for one in overlaps if one is not None and one.trained is not None]
@@ -90,17 +98,14 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str, int | None]:
             return (
                 "unknown",
                 f"Teacher {spec} was trained on data with the same keys, and nothing else is known of it: if it was "
-                f"these {noun}, the confidence is in-sample and hides wrong labels; 'softlabel crossfit' makes labels "
-                "that are out-of-sample.",
+                f"these {noun}, the confidence is in-sample and {hides}.",
                 None,
             )
         labelled = len(store) // store.run.views.count
         which = "these very" if worst.trained >= labelled else f"{worst.trained:,} of these {labelled:,}"
         return (
             "in-sample",
-            f"Teacher {spec} was trained on {which} {noun}: its confidence is in-sample and hides wrong labels, so "
-            "that accuracy looks better and wrong labels look fewer than they are; 'softlabel crossfit' makes labels "
-            "that are out-of-sample.",
+            f"Teacher {spec} was trained on {which} {noun}: its confidence is in-sample and {hidden}.",
             worst.trained,
         )
     if len(known) == len(listed) and not any(one.untold for one in known):
@@ -112,7 +117,7 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str, int | None]:
         )
     options = recorded.get("options")
     ignored = isinstance(options, dict) and bool(options.get("ignore_labels"))
-    if not run.dataset.has_labels and not ignored:
+    if not run.dataset.has_labels and not ignored and run.tokens is None:
         return (
             "out-of-sample",
             f"The {noun} have no hard labels, so that no teacher was trained on labels of theirs: its confidence is "
@@ -122,7 +127,7 @@ def find_seen(store: Store, noun: str) -> tuple[Seen, str, int | None]:
     return (
         "unknown",
         f"Nothing says whether the teachers were trained on these {noun}: if they were, their confidence is in-sample "
-        "and hides wrong labels; 'softlabel crossfit' makes labels that are out-of-sample.",
+        f"and {hides}.",
         None,
     )
 
@@ -138,6 +143,9 @@ def list_options(store: Store) -> tuple[str, ...]:
         words += ["--combine", run.combine.rule]
         if not run.kept and len(set(run.combine.weights)) > 1:
             words += ["--weights", *(f"{weight:g}" for weight in run.combine.weights)]
+    if run.tokens is not None:
+        words += ["--max-length", str(run.tokens.max_length)]
+        words += ["--positions", run.tokens.positions] if run.tokens.positions != "all" else []
     if any(member.calibration != 1 for member in run.members):
         words += ["--calibration", str((recorded.get("options") or {}).get("calibration") or "FILE")]
     if len(precisions := {member.precision for member in run.members}) == 1 and precisions != {"fp32"}:

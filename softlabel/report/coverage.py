@@ -67,14 +67,9 @@ class CoverageMeter:
     def _find_duplicates(self, examples: ExampleReader) -> Duplicates:
         none = np.zeros(0, np.int64)
         content = np.concatenate([np.zeros(0, np.uint64), *self._content])
-        order = np.argsort(content, kind="stable")
-        sorted_content = content[order]
-        starts = np.flatnonzero(np.r_[True, sorted_content[1:] != sorted_content[:-1]][: len(content)])
-        sizes = np.diff(np.r_[starts, len(content)])
-        starts, sizes = starts[sizes > 1], sizes[sizes > 1]
-        members = np.repeat(starts, sizes) + np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows = np.concatenate([none, *self._rows])[order[members]]
-        labels = np.concatenate([none, *self._labels])[order[members]]
+        members, sizes = find_equal(content)
+        rows = np.concatenate([none, *self._rows])[members]
+        labels = np.concatenate([none, *self._labels])[members]
         firsts = np.cumsum(sizes) - sizes
         conflicting = np.zeros(len(sizes), np.bool_)
         if len(sizes):
@@ -92,3 +87,18 @@ class CoverageMeter:
             compared=len(content),
             examples=tuple(tuple(next(made) for _ in group) for group in groups),
         )
+
+
+def find_equal(content_N: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Groups of two and more equal hashes.
+
+    Returns:
+        Positions of their members, group after group, rising in each, int64; and how many each group has, int64.
+    """
+    order = np.argsort(content_N, kind="stable")
+    sorted_N = content_N[order]
+    starts = np.flatnonzero(np.r_[True, sorted_N[1:] != sorted_N[:-1]][: len(content_N)])
+    sizes = np.diff(np.r_[starts, len(content_N)])
+    starts, sizes = starts[sizes > 1], sizes[sizes > 1]
+    members = np.repeat(starts, sizes) + np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order[members], sizes

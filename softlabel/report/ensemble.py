@@ -24,12 +24,12 @@ EXAMPLES = 60
 MOST_VALUES = 32 << 20  # probabilities that are compared; of more rows a part is taken, evenly
 
 
-def measure_ensemble(sample: RowSample, examples: ExampleReader) -> Ensemble | Absent:
+def measure_ensemble(sample: RowSample, examples: ExampleReader | None) -> Ensemble | Absent:
     """Compare the members that a store keeps apart, on the rows of the sample, or a part of them where they are large.
 
     Args:
-        sample: of `run_pass`.
-        examples: of the store that was read.
+        sample: of the pass over the store.
+        examples: of the store that was read; None lists none.
     """
     run = sample.reader.run
     if (reason := _find_reason(run, len(sample))) is not None:
@@ -120,7 +120,7 @@ class _Sums:
             self.right[place] += int((answers_RC.numpy().argmax(axis=1) == labels_R.numpy()).sum())
             self.nats[place] -= float(answers_RC.gather(1, labels_R[:, None]).log().sum())
 
-    def result(self, examples: ExampleReader) -> Ensemble:
+    def result(self, examples: ExampleReader | None) -> Ensemble:
         members = self._reader.members
         divergence_MM = np.where(self.infinite_MM, math.inf, np.maximum(self.nats_MM / self.rows, 0.0))
         np.fill_diagonal(divergence_MM, 0.0)
@@ -145,7 +145,9 @@ class _Sums:
             without_accuracy=accuracy[members + 1 :],
             without_cross_entropy=without_nats,
             droppable=droppable,
-            examples=examples.read(found["number"].tolist(), scores=found["score"].tolist()),
+            examples=()
+            if examples is None
+            else examples.read(found["number"].tolist(), scores=found["score"].tolist()),
         )
 
     def _divide(self, sums: NDArray[np.float64]) -> tuple[float | None, ...]:

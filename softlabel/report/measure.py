@@ -73,7 +73,7 @@ def measure_store(store: Store, *, progress: bool | None = None) -> StoreFigures
     agreement, noise, coverage = AgreementMeter(reader), NoiseMeter(store, reader), CoverageMeter(store)
     views = ViewMeter(store.run)
     sample = run_pass(store, reader, [agreement, noise, coverage, views], progress=progress)
-    with _use_one_thread():
+    with use_one_thread():
         examples = ExampleReader(store, reader)
         about, found = describe_store(store, reader, measured=len(sample)), coverage.result(examples)
         if (why := _find_obstacle(store, found)) is not None:
@@ -120,7 +120,7 @@ def _find_obstacle(store: Store, found: Coverage) -> Absent | None:
 
 
 @contextmanager
-def _use_one_thread() -> Iterator[None]:
+def use_one_thread() -> Iterator[None]:
     """Compute in one thread: several would mostly wait for one another, and on a busy machine for long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

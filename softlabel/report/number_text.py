@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from softlabel.common.plain_text import show_plainly
-from softlabel.report.student_figures import Comparison
+from softlabel.report.student_figures import Compared
 
 MISSING = "–"
 
@@ -59,7 +59,7 @@ def name_class(names: Sequence[str] | None, number: int) -> str:
     return show_plainly(known) or f"class {number}"
 
 
-def describe_samples(shown: int, found: Comparison, *, noun: str = "samples") -> str:
+def describe_samples(shown: int, found: Compared, *, noun: str = "samples") -> str:
     """Samples that a student was measured on, and how many of all of them it was trained on.
 
     Args:

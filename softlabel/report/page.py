@@ -14,6 +14,13 @@ from softlabel.common.plain_text import show_plainly
 from softlabel.report.figures import About, Absent
 from softlabel.report.number_text import count_of, format_number
 from softlabel.report.page_classes import describe_agreement, describe_confusion
+from softlabel.report.page_documents import (
+    describe_document_coverage,
+    describe_documents,
+    describe_next_tokens,
+    describe_position_cost,
+    describe_vocabulary,
+)
 from softlabel.report.page_labels import describe_calibration, describe_noise, describe_sharpness
 from softlabel.report.page_parts import Context, Section
 from softlabel.report.page_store import (
@@ -23,8 +30,9 @@ from softlabel.report.page_store import (
     describe_views,
 )
 from softlabel.report.page_students import describe_students
+from softlabel.report.page_token_students import describe_token_students
 from softlabel.report.pictures import Picture
-from softlabel.report.report import Report, report_json
+from softlabel.report.report import DocumentReport, Report, report_json
 
 # In the order of the page: the name of the figures, a title, and what draws them.
 _SECTIONS: dict[str, tuple[str, Callable[[Any, Context], Section]]] = {
@@ -38,6 +46,16 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any, Context], Section]]] = {
     "encoding": ("Encoding", describe_encoding),
     "coverage": ("Coverage and duplicates", describe_coverage),
     "students": ("Students", describe_students),
+}
+_DOCUMENT_SECTIONS: dict[str, tuple[str, Callable[[Any, Context], Section]]] = {
+    "agreement": ("Agreement with the next token", describe_next_tokens),
+    "sharpness": ("Sharpness", describe_sharpness),
+    "documents": ("Documents", describe_documents),
+    "ensemble": ("Ensemble", describe_ensemble),
+    "encoding": ("Encoding", describe_position_cost),
+    "coverage": ("Coverage and duplicates", describe_document_coverage),
+    "vocabulary": ("Vocabulary", describe_vocabulary),
+    "students": ("Students", describe_token_students),
 }
 _LEVELS = {"good": "Good", "look": "Look", "act": "Act"}
 
@@ -53,7 +71,11 @@ class _Numbered:
     absent: str
 
 
-def render(report: Report, pictures: Mapping[str, Picture], eval_pictures: Mapping[str, Picture] | None = None) -> str:
+def render(
+    report: Report | DocumentReport,
+    pictures: Mapping[str, Picture],
+    eval_pictures: Mapping[str, Picture] | None = None,
+) -> str:
     """Draw a report.
 
     Args:
@@ -71,6 +93,7 @@ def render(report: Report, pictures: Mapping[str, Picture], eval_pictures: Mappi
     page = environment.get_template("page.html").render(
         report=report,
         about=report.about if isinstance(report.about, About) else None,
+        documents=isinstance(report, DocumentReport),
         subject=_describe_subject(report, context),
         sections=sections,
         links={one.name: f"{one.number}: {one.title}" for one in sections},
@@ -113,9 +136,10 @@ def _embed_json(text: str) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _make_sections(report: Report, context: Context) -> list[_Numbered]:
+def _make_sections(report: Report | DocumentReport, context: Context) -> list[_Numbered]:
     made = []
-    for number, (name, (title, describe)) in enumerate(_SECTIONS.items(), 1):
+    sections = _DOCUMENT_SECTIONS if isinstance(report, DocumentReport) else _SECTIONS
+    for number, (name, (title, describe)) in enumerate(sections.items(), 1):
         found = getattr(report, name)
         absent = found.reason if isinstance(found, Absent) else ""
         content = None if isinstance(found, Absent) else describe(found, context)
@@ -123,12 +147,18 @@ def _make_sections(report: Report, context: Context) -> list[_Numbered]:
     return made
 
 
-def _describe_subject(report: Report, context: Context) -> str:
+def _describe_subject(report: Report | DocumentReport, context: Context) -> str:
     about = report.about
     if isinstance(about, Absent):
         return about.reason
+    teachers = f"from {count_of(len(about.teachers), 'teacher')} at temperature {about.temperature:g}"
+    if isinstance(report, DocumentReport):
+        return (
+            f"Soft labels of {context.samples(about.samples)}, one a token, over a vocabulary of "
+            f"{count_of(about.classes, 'token')}, {teachers}"
+        )
     views = f", {about.views} views each" if about.views > 1 else ""
     return (
         f"Soft labels of {context.samples(about.samples)}{views}, in {count_of(about.classes, 'class', 'classes')}, "
-        f"from {count_of(len(about.teachers), 'teacher')} at temperature {about.temperature:g}"
+        f"{teachers}"
     )

@@ -196,22 +196,27 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
                     desc=f"Histogram in {len(one.entropy.counts)} bins; the mean is "
                     f"{format_number(one.mean_entropy)} nats.",
                     x_label=f"entropy at {at}, nats",
-                    y_label="rows",
+                    y_label=f"{context.row}s",
                     mean=one.mean_entropy,
                 ),
-                caption=f"At {at}: {format_number(one.effective_classes)} effective classes on average. Good: a "
-                "spread, with most rows away from 0 at the temperature of training. A spike at 0 is labels that say "
-                "no more than a hard label.",
+                caption=f"At {at}: {format_number(one.effective_classes)} effective {context.answers} on average. "
+                f"Good: a spread, with most {context.row}s away from 0 at the temperature of training. A spike at 0 is "
+                "labels that say no more than a hard label.",
                 table=histogram_table(f"Entropy at {at}", one.entropy),
             )
         )
     last = found.at[-1]
-    spread = f"a label spreads over {format_number(last.effective_classes)} classes on average"
-    sure = "of the rows are as good as one-hot (largest probability above 99.9%)"
+    spread = f"a label spreads over {format_number(last.effective_classes)} {context.answers} on average"
+    sure = f"of the {context.row}s are as good as one-hot (largest probability above 99.9%)"
     if context.sigmoid:
         spread = f"an answer has {format_number(last.mean_entropy)} nats of entropy on average, of at most 0.693"
         sure = "of the answers are as good as certain (above 99.9% or below 0.1%)"
-    if found.suggested_temperature is None:
+    if context.row == "position":
+        advice = Advice(
+            text="Temperature 1 is the usual choice for language models. Positions that are as good as one-hot teach a "
+            "student little more than the next token does; they are the price of the others.",
+        )
+    elif found.suggested_temperature is None:
         advice = Advice(text="The temperature of the store suits its labels; nothing has to be changed.")
     else:
         advice = Advice(
@@ -221,7 +226,7 @@ def describe_sharpness(found: Sharpness, context: Context) -> Section:
             command=f"softlabel train --labels {quote(context.store)} --data {quote(context.data)} "
             f"--student STUDENT --temperature {found.suggested_temperature:g} --out runs/sharper",
         )
-    head = ("temperature", "mean entropy, nats", "effective classes", "one-hot rows")
+    head = ("temperature", "mean entropy, nats", f"effective {context.answers}", f"one-hot {context.row}s")
     return Section(
         statement=f"At temperature {last.temperature:g} {spread}; {format_share(last.one_hot)} {sure}.",
         figures=tuple(figures),

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from softlabel.report.figures import About, Agreement, Example, Histogram, Reliability
 from softlabel.report.number_text import count_of, format_count, format_number, format_share, name_class, shorten
 from softlabel.report.pictures import Picture
-from softlabel.report.report import Report
+from softlabel.report.report import DocumentReport, Report
 
 MOST_ROWS = 100  # of a table
 MOST_BARS = 20  # of a plot
@@ -70,6 +70,49 @@ class Gallery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMark:
+    """A token of a text: `level` 0 to 8 is how strong its colour is at first, None for no value; `values` are what it
+    may be coloured by, with a comma between them, and `hint` the same in words."""
+
+    text: str
+    level: int | None
+    values: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenText:
+    """A document, or a stretch of it, as coloured tokens; `where` says which, and what its score is."""
+
+    key: str
+    where: str
+    tokens: tuple[TokenMark, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """What tokens are coloured by: `strongest` is the value of the strongest colour, and `label` says so."""
+
+    name: str
+    label: str
+    strongest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTextGroup:
+    title: str
+    texts: tuple[TokenText, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenTexts:
+    """Texts with a switch for what their tokens are coloured by."""
+
+    scales: tuple[Scale, ...]
+    groups: tuple[TokenTextGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
     text: str
     command: str = ""
@@ -87,6 +130,7 @@ class Section:
     advice: tuple[Advice, ...] = ()
     notes: tuple[str, ...] = ()
     parts: tuple["Part", ...] = ()
+    token_texts: TokenTexts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +146,9 @@ class Part:
 class Context:
     """What all sections share: names and words for the samples as the data has them, pictures, and what to type."""
 
-    def __init__(self, report: Report, pictures: Mapping[str, Picture], eval_pictures: Mapping[str, Picture]) -> None:
+    def __init__(
+        self, report: Report | DocumentReport, pictures: Mapping[str, Picture], eval_pictures: Mapping[str, Picture]
+    ) -> None:
         about = report.about if isinstance(report.about, About) else None
         self.pictures, self.eval_pictures = pictures, eval_pictures
         self.class_names = (about.class_names if about else None) or ()
@@ -114,6 +160,8 @@ class Context:
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
         self.sigmoid = about is not None and about.activation == "sigmoid"
         self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")
+        # What has one label, and what a label is about.
+        self.row, self.answers = ("position", "tokens") if isinstance(report, DocumentReport) else ("row", "classes")
 
     def name(self, number: int | None) -> str:
         """Of a class."""

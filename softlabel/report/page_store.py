@@ -121,7 +121,7 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
     together = "" if found.all_accuracy is None else f" Their mean is right for {format_share(found.all_accuracy)}."
     return Section(
         statement=f"{count_of(len(found.names), 'member')} disagree by {format_number(found.mean_disagreement)} nats "
-        f"on average, over {count_of(found.rows, 'row')}.{together}",
+        f"on average, over {count_of(found.rows, context.row)}.{together}",
         figures=tuple(figures),
         tables=(members,),
         galleries=(gallery,) if found.examples else (),
@@ -181,35 +181,6 @@ def describe_views(found: Views, context: Context) -> Section:
 
 
 def describe_encoding(found: EncodingCost, context: Context) -> Section:
-    costs = [
-        ("T = 1, mean", found.mean_t1),
-        ("T = 1, worst", found.worst_t1),
-        ("store's T, mean", found.mean_t),
-        ("store's T, worst", found.worst_t),
-    ]
-    loss = "KL(teacher || stored)" if found.of == "teachers" else "KL(source || stored)"
-    known = [(name, value) for name, value in costs if value is not None]
-    figures: tuple[Figure, ...] = ()
-    if known:
-        figures = (
-            Figure(
-                title="What the encoding costs",
-                plot=draw_bars(
-                    [name for name, _ in known],
-                    [value for _, value in known],
-                    title="What the encoding costs",
-                    desc=f"Bars of {loss} in nats on a logarithmic scale: mean and worst row.",
-                    text=lambda value: f"{format_number(value)} nats",
-                    logarithmic=True,
-                ),
-                caption=f"{loss}, logarithmic. Good: a mean below 0.001 nats, far less than two teachers differ by.",
-                table=make_table(
-                    "What the encoding costs",
-                    (loss, "nats"),
-                    [(Cell(text=name), number_cell(value)) for name, value in costs],
-                ),
-            ),
-        )
     mean = found.mean_t if found.mean_t is not None else found.mean_t1
     cost = "; its cost was not measured" if mean is None else f" and costs {format_number(mean)} nats on average"
     if found.of == "sources":
@@ -218,12 +189,48 @@ def describe_encoding(found: EncodingCost, context: Context) -> Section:
     return Section(
         statement=f"{found.name} takes {found.row_bytes:,} bytes a row, {format_bytes(found.store_bytes)} in all"
         f"{cost}.",
-        figures=figures,
+        figures=draw_costs(found, context),
         advice=(
             Advice(
                 text="A finer encoding does not restore what was lost: label again with it if the cost is too high. A "
                 "coarser one saves space; 'softlabel plan' lists the cost of each on this data.",
                 command=f"softlabel convert {store} {quote(context.store + '-small')} --encoding int8",
+            ),
+        ),
+    )
+
+
+def draw_costs(found: EncodingCost, context: Context) -> tuple[Figure, ...]:
+    """What the encoding costs as bars; none where it was not measured."""
+    costs = [
+        ("T = 1, mean", found.mean_t1),
+        ("T = 1, worst", found.worst_t1),
+        ("store's T, mean", found.mean_t),
+        ("store's T, worst", found.worst_t),
+    ]
+    loss = "KL(teacher || stored)" if found.of == "teachers" else "KL(source || stored)"
+    good = "a mean below 0.001 nats, far less than two teachers differ by"
+    if context.row == "position":
+        good = "a mean far below the KL(teacher || student) that students reach"
+    known = [(name, value) for name, value in costs if value is not None]
+    if not known:
+        return ()
+    return (
+        Figure(
+            title="What the encoding costs",
+            plot=draw_bars(
+                [name for name, _ in known],
+                [value for _, value in known],
+                title="What the encoding costs",
+                desc=f"Bars of {loss} in nats on a logarithmic scale: mean and worst {context.row}.",
+                text=lambda value: f"{format_number(value)} nats",
+                logarithmic=True,
+            ),
+            caption=f"{loss}, logarithmic. Good: {good}.",
+            table=make_table(
+                "What the encoding costs",
+                (loss, "nats"),
+                [(Cell(text=name), number_cell(value)) for name, value in costs],
             ),
         ),
     )

@@ -37,12 +37,12 @@ _CORNERS = {
 
 
 def describe_students(found: Students, context: Context) -> Section:
-    figures = [] if found.grid is None else [_draw_grid(found.grid)]
-    figures += _draw_curves(found.runs)
+    figures = [] if found.grid is None else [draw_grid(found.grid)]
+    figures += draw_curves(found.runs)
     return Section(
         statement=_sum_up(found),
         figures=tuple(figures),
-        tables=(_tabulate_runs(found.runs),) if found.runs else (),
+        tables=(tabulate_runs(found.runs),) if found.runs else (),
         parts=tuple(_compare(one, context) for one in found.comparisons),
         notes=found.notes,
         advice=(
@@ -75,7 +75,7 @@ def _sum_up(found: Students) -> str:
     return f"{runs}. {shown.run} {' and '.join(said)}." if said else f"{runs}; {shown.run} could not be judged."
 
 
-def _draw_grid(grid: Grid) -> Figure:
+def draw_grid(grid: Grid) -> Figure:
     known = [value for row in grid.values for value in row if value is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
     return Figure(
@@ -103,7 +103,7 @@ def _draw_grid(grid: Grid) -> Figure:
     )
 
 
-def _draw_curves(runs: tuple[RunFacts, ...]) -> list[Figure]:
+def draw_curves(runs: tuple[RunFacts, ...]) -> list[Figure]:
     metrics = list(dict.fromkeys(metric for run in runs for metric in run.curves))
     figures = []
     for metric in metrics[:_MOST_CURVES]:
@@ -131,7 +131,7 @@ def _draw_curves(runs: tuple[RunFacts, ...]) -> list[Figure]:
     return figures
 
 
-def _tabulate_runs(runs: tuple[RunFacts, ...]) -> Table:
+def tabulate_runs(runs: tuple[RunFacts, ...]) -> Table:
     settings = list(dict.fromkeys(name for run in runs for name in run.settings))
     metrics = list(dict.fromkeys(name for run in runs for name in run.final))
     rows = [

@@ -5,6 +5,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from softlabel.report.document_figures import (
+    DocumentCoverage,
+    Documents,
+    NextTokenAgreement,
+    PositionCost,
+    TokenStudents,
+    VocabularyUse,
+)
 from softlabel.report.figures import (
     About,
     Absent,
@@ -50,7 +58,24 @@ class Report:
     students: Students | Absent
 
 
-def report_json(report: Report) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentReport:
+    """That of a store of documents, or of runs of language models alone."""
+
+    title: str
+    about: About | Absent
+    summary: tuple[Sentence, ...]
+    agreement: NextTokenAgreement | Absent
+    sharpness: Sharpness | Absent
+    documents: Documents | Absent
+    ensemble: Ensemble | Absent
+    encoding: PositionCost | Absent
+    coverage: DocumentCoverage | Absent
+    vocabulary: VocabularyUse | Absent
+    students: TokenStudents | Absent
+
+
+def report_json(report: Report | DocumentReport) -> str:
     """Return the figures of a report as JSON; a number that is not finite is null."""
     return json.dumps(_plain(asdict(report)), allow_nan=False, separators=(",", ":"))
 

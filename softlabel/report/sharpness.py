@@ -38,9 +38,11 @@ def measure_sharpness(sample: RowSample) -> Sharpness | Absent:
     )
 
 
-@dataclass(slots=True)
-class _Sums:
-    highest: float  # of the entropy
+@dataclass(slots=True, kw_only=True)
+class EntropySums:
+    """Sums over rows, of which `highest` is the largest entropy that there is."""
+
+    highest: float
     rows: int = 0
     nats: float = 0.0
     effective: float = 0.0
@@ -55,11 +57,21 @@ class _Sums:
         # Rounding may exceed the highest entropy that there is.
         self.counts += np.histogram(np.clip(entropy_R, 0.0, self.highest), BINS, (0.0, self.highest))[0]
 
+    def result(self, temperature: float) -> SharpnessAt:
+        edges = np.linspace(0.0, self.highest, BINS + 1)
+        return SharpnessAt(
+            temperature=temperature,
+            entropy=Histogram(edges=tuple(edges.tolist()), counts=tuple(self.counts.tolist())),
+            mean_entropy=self.nats / self.rows,
+            effective_classes=self.effective / self.rows,
+            one_hot=self.sure / self.rows,
+        )
+
 
 def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64]) -> SharpnessAt:
     run = sample.reader.run
     # A single class has no entropy, and a histogram needs a range.
-    sums = _Sums(highest=math.log(2 if run.activation == "sigmoid" else max(2, run.num_classes)))
+    sums = EntropySums(highest=math.log(2 if run.activation == "sigmoid" else max(2, run.num_classes)))
     for _, columns in sample.parts(chosen):
         p_RC = sample.reader.read_probabilities(columns, temperature)
         if run.activation == "sigmoid":
@@ -70,14 +82,7 @@ def _measure(sample: RowSample, temperature: float, chosen: NDArray[np.int64]) -
             logs_RC = p_RC.clamp_min(torch.finfo(torch.float32).tiny).log2_()  # 0 * log 0 is 0
             entropy_R = -(p_RC.mul_(logs_RC).sum(dim=1, dtype=torch.float64)) * math.log(2)
         sums.add(entropy_R.numpy(), sure_R.numpy())
-    edges = np.linspace(0.0, sums.highest, BINS + 1)
-    return SharpnessAt(
-        temperature=temperature,
-        entropy=Histogram(edges=tuple(edges.tolist()), counts=tuple(sums.counts.tolist())),
-        mean_entropy=sums.nats / sums.rows,
-        effective_classes=sums.effective / sums.rows,
-        one_hot=sums.sure / sums.rows,
-    )
+    return sums.result(temperature)
 
 
 def _choose(sample: RowSample, values: int) -> NDArray[np.int64]:

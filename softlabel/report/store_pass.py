@@ -4,10 +4,10 @@ Legend: N samples, V views, R rows of a block, C classes, M members, S sampled r
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 
 I64 = NDArray[np.int64]
+T = TypeVar("T")
 SAMPLE_ROWS = 50_000
 SAMPLE_BYTES = 160 << 20  # of the stored columns, so that many classes and members do not fill the memory
 _THREADS = 8
@@ -200,13 +201,18 @@ def _iter_blocks(store: Store, reader: LabelReader, chosen: I64) -> Iterator[tup
         return block, kept
 
     judge = Judge(reader)
+    yield from iter_in_order(make, _read_rows(store, reader))
+
+
+def iter_in_order(make: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+    """Yield what `make` returns for the arguments of each task, in their order, computed ahead by threads."""
     before = torch.get_num_threads()
     count = min(before, _THREADS)
-    pending: deque[Future[tuple[Block, _Kept | None]]] = deque()
+    pending: deque[Future[T]] = deque()
     # A torch thread each: the arrays of a slice are too small to be shared by several.
     pool = ThreadPoolExecutor(count, "softlabel-report", initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for task in _read_rows(store, reader):
+        for task in tasks:
             pending.append(pool.submit(make, *task))
             del task
             if len(pending) > count:

@@ -21,9 +21,8 @@ class Corner:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A student against the teacher on some data. Without labels of the teacher for that data, what needs them is None
-    or empty, and the section has a note with the command that makes them.
+class Compared:
+    """A student on some data.
 
     Attributes:
         run: its folder.
@@ -34,6 +33,23 @@ class Comparison:
         of_eval_data: whether the samples are of the evaluation data; of the labelled data otherwise. Equal keys may be
             different samples in the two.
         samples: on which the student was measured.
+    """
+
+    run: str
+    data: str
+    held_out: bool | None
+    trained_on: int | None
+    by_keys: int
+    of_eval_data: bool
+    samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(Compared):
+    """A student against the teacher on some data. Without labels of the teacher for that data, what needs them is None
+    or empty, and the section has a note with the command that makes them.
+
+    Attributes:
         non_finite: samples that the student answers with numbers that are not finite. Where there is one, its accuracy,
             agreement and divergence are NaN, and what is about its single answers is None or empty.
         with_teacher: those of them that have a row in the store, to which the figures about the teacher refer.
@@ -49,13 +65,6 @@ class Comparison:
         corners: four; `Example.score` is -|p_teacher(label) - p_student(label)|.
     """
 
-    run: str
-    data: str
-    held_out: bool | None
-    trained_on: int | None
-    by_keys: int
-    of_eval_data: bool
-    samples: int
     non_finite: int
     with_teacher: int
     accuracy: float | None

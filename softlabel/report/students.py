@@ -173,7 +173,7 @@ def _list_parts(
             )
             labels = None
         elif labels is None and is_eval:
-            notes.append(_write_generate_command(source, opened))
+            notes.append(write_generate_command(source, opened))
         elif labels is None:
             notes.append(
                 f"without a store the students are measured on {source.name} alone, and not against their teacher; "
@@ -209,9 +209,14 @@ def _describe_limits(store: Store, of: Store | None) -> list[str]:
             f"{store.url} determines the teacher's probabilities at T = {judged:g} alone: p(label) of both is at that "
             "temperature, and the teacher has no calibration curve"
         )
-    if of is not None and [one.sha256 for one in of.run.members] != [one.sha256 for one in run.members]:
-        notes.append(f"the labels of held-out data, {store.url}, are by other teachers than {of.url}")
-    return notes
+    return notes if of is None else [*notes, *describe_other_teachers(store, of)]
+
+
+def describe_other_teachers(labels: Store, of: Store) -> list[str]:
+    """A note where labels of held-out data are by other teachers than those of the store that is reported on."""
+    if [one.sha256 for one in of.run.members] == [one.sha256 for one in labels.run.members]:
+        return []
+    return [f"the labels of held-out data, {labels.url}, are by other teachers than {of.url}"]
 
 
 def _refuse_sigmoid(source: Source, store: Store | None, runs: Sequence[Run]) -> str:
@@ -223,7 +228,7 @@ def _refuse_sigmoid(source: Source, store: Store | None, runs: Sequence[Run]) ->
     )
 
 
-def _write_generate_command(source: Source, store: Store | None) -> str:
+def write_generate_command(source: Source, store: Store | None) -> str:
     """How the teacher's labels of held-out data are made."""
     head = f"the teacher's answers to {source.name} are not known, so that the students are measured there alone"
     if store is None:

@@ -54,7 +54,7 @@ def _describe_agreement(about: About, found: Agreement | Absent) -> Sentence:
             else (f"; a teacher was trained on {about.seen_samples:,} of these {about.noun}")
         )
     level: Level = "good" if found.accuracy >= STRONG else "look" if found.accuracy >= 0.5 else "act"
-    command = "" if level == "good" else _verify(about)
+    command = "" if level == "good" else write_verify(about)
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
 
 
@@ -87,7 +87,7 @@ def _describe_noise(about: About, found: Noise | Absent, agreement: Agreement | 
         return Sentence(section="noise", level=level, text=f"{text}.", command=_crossfit(about))
     command = "" if level == "good" else _train(about, "--soft-weight", "1", "--hard-weight", "0")
     if weak:  # then the soft labels are worse than the hard ones
-        command = "" if level == "good" else _verify(about)
+        command = "" if level == "good" else write_verify(about)
     return Sentence(section="noise", level=level, text=f"{text}.", command=command)
 
 
@@ -135,7 +135,7 @@ def _describe_encoding(about: About, found: EncodingCost) -> Sentence:
         return Sentence(section="encoding", level=level, text=f"{text}.", command=command)
     if level != "good":
         options = ["--encoding", "float16", "--out", f"{about.store}-float16"]
-        return Sentence(section="encoding", level=level, text=f"{text}.", command=_generate(about, *options))
+        return Sentence(section="encoding", level=level, text=f"{text}.", command=write_generate(about, *options))
     if found.store_bytes > _LARGE and found.name.startswith("float"):
         smaller = ["softlabel", "convert", about.store, f"{about.store}-int8", "--encoding", "int8"]
         text += "; int8 takes about half"
@@ -172,7 +172,7 @@ def _describe_coverage(about: About, found: Coverage) -> Sentence:
     if found.non_finite:
         level, command = "act", shlex.join(["softlabel", "verify", about.store])
     elif found.missing:
-        level, command = "act", shlex.join(["softlabel", "verify", about.store, "--data", _data(about)])
+        level, command = "act", shlex.join(["softlabel", "verify", about.store, "--data", name_data(about)])
     elif same.conflicting:
         level = "act"
     elif found.bad_count:
@@ -229,9 +229,9 @@ def _describe_best(measured: list[Comparison]) -> Sentence:
     return Sentence(section="students", level=level, text=f"{text}.")
 
 
-def _verify(about: About) -> str:
+def write_verify(about: About) -> str:
     """Compute rows again; of a store that was made from others, compare with the data."""
-    how = ["--data", _data(about)] if about.derived else ["--recompute", "256"]
+    how = ["--data", name_data(about)] if about.derived else ["--recompute", "256"]
     return shlex.join(["softlabel", "verify", about.store, *how])
 
 
@@ -241,20 +241,29 @@ def _saw_all(about: About) -> bool:
 
 
 def _crossfit(about: About) -> str:
-    words = ["--data", _data(about), "--student", _student(about), "--folds", "4", "--out", f"{about.store}-crossfit"]
+    words = [
+        "--data",
+        name_data(about),
+        "--student",
+        _student(about),
+        "--folds",
+        "4",
+        "--out",
+        f"{about.store}-crossfit",
+    ]
     return shlex.join(["softlabel", "crossfit", *words])
 
 
 def _train(about: About, *options: str) -> str:
-    words = ["--data", _data(about), "--labels", about.store, "--student", _student(about), *options]
+    words = ["--data", name_data(about), "--labels", about.store, "--student", _student(about), *options]
     return shlex.join(["softlabel", "train", *words, "--out", "runs/student"])
 
 
-def _generate(about: About, *options: str) -> str:
-    return shlex.join(["softlabel", "generate", "--data", _data(about), *about.made_by, *options])
+def write_generate(about: About, *options: str) -> str:
+    return shlex.join(["softlabel", "generate", "--data", name_data(about), *about.made_by, *options])
 
 
-def _data(about: About) -> str:
+def name_data(about: About) -> str:
     return "DATA" if about.data == "?" else about.data  # a store that was written by another program
 
 

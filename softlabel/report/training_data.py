@@ -49,10 +49,12 @@ class Overlap:
 
 
 class Samples(Protocol):
-    """Samples in question: `fingerprint` of all keys of their data, `place` of it, None if it has none, N keys."""
+    """Samples in question: `fingerprint` of all keys of their data, `place` of it, None if it has none, what kind of
+    samples they are hashed as, N keys."""
 
     fingerprint: str
     place: str | None
+    kind: str
     keys: Keys
 
     def hash(self, rows_R: I64) -> U64:
@@ -65,7 +67,7 @@ class StoredSamples:
     def __init__(self, store: Store) -> None:
         self._store, self._rows_N = store, np.flatnonzero(store.views == 0)
         self.fingerprint = store.run.dataset.fingerprint
-        self.place = _find_place(store.manifest.recorded.get("data"))
+        self.place, self.kind = _find_place(store.manifest.recorded.get("data")), store.run.input
         self.keys = store.keys if len(self._rows_N) == len(store) else store.keys.take(self._rows_N)
 
     def hash(self, rows_R: I64) -> U64:
@@ -111,7 +113,7 @@ class ReadSamples:
     def __init__(self, hashes: SourceHashes, chosen_N: I64 | None = None) -> None:
         self._hashes, source, keys = hashes, hashes.source, hashes.keys
         self._chosen_N = np.arange(len(keys)) if chosen_N is None else chosen_N
-        self.fingerprint, self.place = source.fingerprint(), _find_place(source.name)
+        self.fingerprint, self.place, self.kind = source.fingerprint(), _find_place(source.name), source.inputs.name
         self.keys = keys if len(self._chosen_N) == len(keys) else keys.take(self._chosen_N)
 
     def hash(self, rows_R: I64) -> U64:
@@ -286,6 +288,8 @@ def _compare_common(samples: Samples, then: Samples, *, readable: bool) -> _Mark
         return _Marks(trained=trained_N, by_keys=trained_N)
     if then.place is not None and then.place == samples.place:
         return _Marks(trained=trained_N, by_keys=none_N)
+    if then.kind != samples.kind:  # texts and their tokens have other hashes
+        return _Marks(trained=trained_N, by_keys=trained_N)
     by_keys_N = none_N
     common = np.flatnonzero(trained_N)
     # A spread part first: where all of it is the same, the rest is too.

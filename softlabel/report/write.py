@@ -26,10 +26,12 @@ from softlabel.report.output_files import check_outputs, keep_data, keep_runs, k
 from softlabel.report.page import render
 from softlabel.report.pictures import Picture, make_pictures
 from softlabel.report.probabilities import LabelReader
-from softlabel.report.report import Report, report_json
+from softlabel.report.report import DocumentReport, Report, report_json
 from softlabel.report.student_figures import Students
 from softlabel.report.students import compare_students
 from softlabel.report.summary import summarize
+from softlabel.report.token_students import are_language_models
+from softlabel.report.write_documents import report_documents
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 
@@ -51,11 +53,11 @@ class WrittenReport:
     Attributes:
         report: the figures.
         path: the page; None if none was asked for.
-        pictures: how many samples the page shows.
+        pictures: how many samples the page shows, as pictures or texts.
         failures: a sentence for each condition that is true.
     """
 
-    report: Report
+    report: Report | DocumentReport
     path: Path | None
     pictures: int
     failures: tuple[str, ...]
@@ -91,7 +93,7 @@ def write_report(
         json: a file for all figures as JSON.
         noise_csv: a file for every hard label that is likely wrong, the most likely one first.
         fail_if: conditions such as ``noise>0.05``, see `softlabel.report.conditions`.
-        batch_size: samples a forward pass of the students.
+        batch_size: samples a forward pass of the students; of language models 32 tokens stand for one.
         precision: of the students.
         device: auto, cpu, cuda or cuda:N, for the students.
         workers: processes that decode.
@@ -116,30 +118,42 @@ def write_report(
         check_outputs(outputs, keep_data(opened.manifest.recorded.get("data")))
     if not runs and (eval_data is not None or eval_labels is not None):
         raise UsageError("--eval-data and --eval-labels are for students; give their folders with --runs")
-    source = _open_data(data, opened)
-    figures: StoreFigures | Absent = _NO_STORE if opened is None else measure_store(opened, progress=progress)
-    if isinstance(figures, StoreFigures) and isinstance(data, str | Path):
-        figures = replace(figures, about=replace(figures.about, data=str(data)))  # as commands have to name it here
-    students: Students | Absent = _NO_RUNS
-    if runs:
-        students = compare_students(
-            runs,
-            opened,
-            None if opened is None else source,
-            eval_data=eval_data,
-            eval_labels=eval_labels,
-            batch_size=batch_size,
-            precision=precision,
-            device=device,
-            workers=workers,
-            progress=progress,
-        )
-    report = _join(str(store) if opened is None else opened.url, figures, students)
+    documents = are_language_models(runs) if opened is None else opened.run.tokens is not None
+    for one in conditions:
+        one.check_kind(documents=documents)
+    title = str(store) if opened is None else opened.url
+    how: dict[str, Any] = {
+        "eval_data": eval_data,
+        "eval_labels": eval_labels,
+        "batch_size": batch_size,
+        "precision": precision,
+        "device": device,
+        "workers": workers,
+        "progress": progress,
+    }
+    report: Report | DocumentReport
+    errors, source = None, None
+    if documents:
+        if noise_csv is not None:
+            raise UsageError("--noise-csv: documents have no hard labels that could be wrong; leave it out")
+        report = report_documents(title, opened, (_NO_STORE, _NO_RUNS), data=data, runs=runs, **how)
+    else:
+        source = _open_data(data, opened)
+        figures: StoreFigures | Absent = _NO_STORE if opened is None else measure_store(opened, progress=progress)
+        if isinstance(figures, StoreFigures) and isinstance(data, str | Path):
+            figures = replace(figures, about=replace(figures.about, data=str(data)))  # as commands have to name it here
+        students: Students | Absent = _NO_RUNS
+        if runs:
+            students = compare_students(runs, opened, None if opened is None else source, **how)
+        report = _join(title, figures, students)
+        errors = None if noise_csv is None else _list_noise(opened, figures)
     # What cannot be answered is refused before anything is written.
     failures = tuple(find_failures(report, conditions))
-    errors = None if noise_csv is None else _list_noise(opened, figures)
     page, shown = None if out is None else Path(out), 0
-    if page is not None:
+    if page is not None and isinstance(report, DocumentReport):
+        _write(page, render(report, {}))
+        shown = len({one.key for part in getattr(report.documents, "lists", ()) for one in part.documents})
+    elif page is not None and isinstance(report, Report):
         keys, others = _choose_samples(report)
         pictures = _take_pictures(keys, source)
         evaluated = _take_pictures(others, open_source(eval_data)) if others and eval_data is not None else {}
@@ -155,21 +169,14 @@ def write_report(
 def _open(store: str | Path | Store) -> Store | None:
     """Return the store; None for a folder of runs."""
     if isinstance(store, Store):
-        opened = store
-    else:
-        try:
-            opened = open_store(store)  # every byte is checked, unless this machine has checked these files before
-        except StoreNotFoundError:
-            folder = Path(store)
-            if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
-                return None
-            raise
-    if opened.run.tokens is not None:
-        raise UsageError(
-            f"{opened.url}: report: expected labels of one answer a sample, found documents with one a token; see "
-            "'softlabel inspect'"
-        )
-    return opened
+        return store
+    try:
+        return open_store(store)  # every byte is checked, unless this machine has checked these files before
+    except StoreNotFoundError:
+        folder = Path(store)
+        if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
+            return None
+        raise
 
 
 def _open_data(data: Any, store: Store | None) -> Source | None:

@@ -125,6 +125,57 @@
     show();
   }
 
+  // Texts of coloured tokens: what they are coloured by, and their numbers under the mouse or by the arrow keys.
+  for (const part of all(".token-texts")) {
+    const LEVELS = 8;
+    const readout = part.querySelector(".readout");
+    const label = part.querySelector(".scale-label");
+    const form = part.querySelector("form");
+    const tokens = all(".tokens span", part);
+    for (const token of tokens) {
+      token.dataset.tip = token.title;
+      token.removeAttribute("title");
+    }
+    const level = (value, strongest) => {
+      if (!(value < strongest)) return value > 0 ? LEVELS : 0;
+      return strongest > 0 ? Math.floor((Math.max(value, 0) / strongest) * (LEVELS + 1)) : 0;
+    };
+    form.addEventListener("input", () => {
+      const chosen = form.elements.scale.value;
+      const { strongest, label: words } = form.querySelector(`[value="${chosen}"]`).dataset;
+      label.textContent = words;
+      for (const token of tokens) {
+        if (!("v" in token.dataset)) continue;
+        const value = token.dataset.v.split(",")[chosen];
+        token.className = value === "" ? "" : `k${level(Number(value), Number(strongest))}`;
+      }
+      if (here) here.classList.add("here");
+    });
+    form.addEventListener("submit", (event) => event.preventDefault());
+    let here = null;
+    const choose = (token) => {
+      if (here) here.classList.remove("here");
+      here = token;
+      here.classList.add("here");
+      readout.textContent = `“${here.textContent}”: ${here.dataset.tip}`;
+    };
+    const STEPS = { ArrowRight: 1, ArrowDown: 10, ArrowLeft: -1, ArrowUp: -10 };
+    for (const text of all(".tokens", part)) {
+      const own = [...text.children];
+      text.addEventListener("keydown", (event) => {
+        if (event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
+        const now = own.indexOf(here);
+        const wanted = { Home: 0, End: own.length - 1 }[event.key] ?? now + STEPS[event.key];
+        if (Number.isNaN(wanted)) return;
+        event.preventDefault();
+        choose(own[now < 0 && event.key !== "End" ? 0 : Math.min(own.length - 1, Math.max(0, wanted))]);
+      });
+      text.addEventListener("click", (event) => {
+        if (event.target !== text) choose(event.target);
+      });
+    }
+  }
+
   // The section that is being read, in the navigation.
   const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
   const seen = new IntersectionObserver((entries) => {

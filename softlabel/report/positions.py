@@ -1,0 +1,166 @@
+"""A few numbers for each labelled position of documents, from what its label says about every token.
+
+Legend: P positions, R some of them, C tokens of the vocabulary, M members, K kept tokens, W elements of a column.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softlabel.report.probabilities import LabelReader
+from softlabel.report.sharpness import SURE
+from softlabel.store.columns import Array, Columns
+from softlabel.store.encodings import TopK
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+_SLICE = 1 << 19  # numbers that exist at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedPositions:
+    """Of P positions.
+
+    Attributes:
+        top: the most probable token at `LabelReader.judged`, int64 (P,); of equal ones the first.
+        nll: -log p(next token) there, in nats, float64 (P,); NaN without a next token.
+        named: whether the label names the next token, bool (P,).
+        entropy: by temperature, in nats, float64 (P,); NaN where the label holds numbers that are not finite.
+        sure: by temperature, whether a probability is above 0.999, bool (P,).
+        kept: by temperature, how much of the probability the named tokens have, float64 (P,); of labels of all tokens
+            empty.
+        information: mutual information of the members, in nats, float64 (P,); None unless they are kept.
+    """
+
+    top: I64
+    nll: F64
+    named: NDArray[np.bool_]
+    entropy: Mapping[float, F64]
+    sure: Mapping[float, NDArray[np.bool_]]
+    kept: Mapping[float, F64]
+    information: F64 | None
+
+
+class PositionJudge:
+    """Judges labels of positions; several threads may share one.
+
+    Attributes:
+        temperatures: 1, where that is exact, and the store's, rising.
+    """
+
+    def __init__(self, reader: LabelReader) -> None:
+        stored = reader.run.temperature
+        self._reader = reader
+        self.temperatures = tuple(sorted({stored, 1.0} if reader.is_exact_at(1.0) else {stored}))
+
+    def judge(self, columns: Columns, next_P: I64) -> JudgedPositions:
+        """Judge positions.
+
+        Args:
+            columns: of the encoding, (P, W).
+            next_P: the next token of each, negative for none.
+        """
+        run = self._reader.run
+        is_sparse = isinstance(run.encoding, TopK) and self._reader.members == 1
+        numbers = run.encoding.k if isinstance(run.encoding, TopK) and is_sparse else run.num_classes
+        step = max(1, _SLICE // (numbers * self._reader.members))
+        judge_part = self._judge_kept if is_sparse else self._judge_all
+        parts = [
+            judge_part({name: columns[name][start : start + step] for name in self._reader.columns}, next_P[start:])
+            for start in range(0, max(1, len(next_P)), step)
+        ]
+
+        def join(name: str) -> Mapping[float, NDArray[np.generic]]:
+            found = [getattr(part, name) for part in parts]
+            return {at: np.concatenate([one[at] for one in found]) for at in found[0]}
+
+        informed = [part.information for part in parts if part.information is not None]
+        return JudgedPositions(
+            top=np.concatenate([part.top for part in parts]),
+            nll=np.concatenate([part.nll for part in parts]),
+            named=np.concatenate([part.named for part in parts]),
+            entropy=join("entropy"),  # type: ignore[arg-type]
+            sure=join("sure"),  # type: ignore[arg-type]
+            kept=join("kept"),  # type: ignore[arg-type]
+            information=np.concatenate(informed) if informed else None,
+        )
+
+    def _judge_all(self, columns: dict[str, Array], next_P: I64) -> JudgedPositions:
+        """Of the probabilities of all tokens."""
+        rows = len(next(iter(columns.values())))
+        next_R = next_P[:rows]
+        entropy, sure = {}, {}
+        top_R, nll_R, information_R = np.zeros(rows, np.int64), np.full(rows, np.nan), None
+        for at in self.temperatures:
+            logits_RMC = self._reader.read_logits(columns, at)
+            log_p_RMC = torch.log_softmax(logits_RMC, dim=-1)
+            mean_RC = log_p_RMC[:, 0] if self._reader.members == 1 else self._reader.combine(log_p_RMC.exp()).log()
+            p_RC = mean_RC.exp()
+            entropy[at] = -torch.special.xlogy(p_RC, p_RC).sum(dim=1, dtype=torch.float64).numpy()
+            sure[at] = (p_RC.amax(dim=1) > SURE).numpy()
+            if at == self._reader.judged:
+                top_R = p_RC.numpy().argmax(axis=1)
+                has_R = np.flatnonzero(next_R >= 0)
+                nll_R[has_R] = -mean_RC.numpy()[has_R, next_R[has_R]].astype(np.float64)
+                if self._reader.members > 1:
+                    information_R = entropy[at] - self._average_entropy(log_p_RMC)
+        return JudgedPositions(
+            top=top_R,
+            nll=nll_R,
+            named=next_R >= 0,
+            entropy=entropy,
+            sure=sure,
+            kept={},
+            information=None if information_R is None else np.maximum(information_R, 0.0),
+        )
+
+    def _average_entropy(self, log_p_RMC: torch.Tensor) -> F64:
+        """The entropy of the members' answers, mean over the members, float64 (R,)."""
+        p_RMC = log_p_RMC.exp()
+        entropy_RM = -torch.special.xlogy(p_RMC, p_RMC).sum(dim=2, dtype=torch.float64)
+        found: F64 = (entropy_RM @ torch.tensor(self._reader.weights, dtype=torch.float64)).numpy()
+        return found
+
+    def _judge_kept(self, columns: dict[str, Array], next_P: I64) -> JudgedPositions:
+        """Of the tokens that a top-k label names, and what all others have together."""
+        run = self._reader.run
+        assert isinstance(run.encoding, TopK)
+        assert run.encoding.declared is not None
+        index_RK, value_RK = columns["index"].astype(np.int64), columns["value"].astype(np.float64)
+        next_R, rows_R = next_P[: len(index_RK)], np.arange(len(index_RK))
+        others = max(1, run.num_classes - index_RK.shape[1])  # of which each has as much
+        entropy, sure, kept = {}, {}, {}
+        nll_R, highest_R = np.full(len(index_RK), np.nan), value_RK.max(axis=1)
+        matches_RK = index_RK == next_R[:, None]
+        named_R = matches_RK.any(axis=1)
+        for at in self.temperatures:
+            place = next(n for n, one in enumerate(run.encoding.declared) if np.isclose(one, at, rtol=1e-6, atol=0))
+            scaled_RK = value_RK * (run.temperature / at)
+            tail_R = columns["tail"][:, place].astype(np.float64)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                kept_R = np.log(np.exp(scaled_RK).sum(axis=1))  # the largest is 0
+                all_R = np.logaddexp(kept_R, tail_R)
+                log_p_RK, log_rest_R = scaled_RK - all_R[:, None], tail_R - all_R
+                p_RK, rest_R = np.exp(log_p_RK), np.exp(log_rest_R)
+                of_kept_R = np.where(p_RK > 0, p_RK * log_p_RK, 0.0).sum(axis=1)
+                of_rest_R = np.where(rest_R > 0, rest_R * (log_rest_R - np.log(others)), 0.0)
+            is_number_R = ~np.isnan(all_R)
+            entropy[at] = np.where(is_number_R, np.maximum(-of_kept_R - of_rest_R, 0.0), np.nan)
+            sure[at] = p_RK.max(axis=1) > SURE
+            kept[at] = np.exp(kept_R - all_R)
+            if at == self._reader.judged:
+                of_next_R = np.where(named_R, log_p_RK[rows_R, matches_RK.argmax(axis=1)], log_rest_R - np.log(others))
+                nll_R = np.where(next_R >= 0, np.maximum(-of_next_R, 0.0), np.nan)
+        top_R = np.where(value_RK == highest_R[:, None], index_RK, run.num_classes).min(axis=1)
+        return JudgedPositions(
+            top=np.minimum(top_R, run.num_classes - 1),
+            nll=nll_R,
+            named=named_R,
+            entropy=entropy,
+            sure=sure,
+            kept=kept,
+            information=None,
+        )
