@@ -125,9 +125,7 @@ class _Reading:
                 if value is not None and np.isfinite(value)
             ]
             scale = float(f"{np.quantile(shown, _STRONGEST):.3g}") if shown else 0.0
-            meaning = _MEANINGS.get(
-                name, "KL(teacher || student) before the token, in nats: how far the student is off"
-            )
+            meaning = _MEANINGS.get(name, f"{name} before the token, in nats: how far the student is off")
             measures.append(Measure(name=name, meaning=meaning, scale=scale))
         return tuple(measures)
 

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from scipy.special import log_softmax
 
 import softlabel
 from softlabel import open_store, train
+from softlabel.cli.main import main
 from softlabel.evaluation.evaluate import evaluate
 from softlabel.models import build_model
 from softlabel.models.from_lm import LanguageModel
@@ -279,21 +279,29 @@ def test_stores_with_little_to_say_make_a_page(tmp_path: Path, case: str) -> Non
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_what_documents_do_not_have_is_refused_by_name(
-    folder: Path, tmp_path: Path, options: tuple[str, ...], named: str
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    named: str,
 ) -> None:
-    shutil.copytree(folder / "labels", tmp_path / "labels")
+    monkeypatch.chdir(tmp_path)
     for name, prefix, word in (("other", "else", "the"), ("changed", "doc", "birds birds")):
         lines = [json.dumps({"id": f"{prefix}-{number:03d}", "text": word}) for number in range(40)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    done = run_softlabel("report", "labels", *options, "--out", "page.html", cwd=tmp_path, code=2)
-    assert named in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "page.html").exists()
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+    assert main(["report", str(folder / "labels"), *options, "--out", "page.html"]) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("page.html").exists()
 
 
-def test_metrics_of_documents_are_refused_for_other_samples(tmp_path: Path) -> None:
-    write_store(tmp_path / "labels", make_run())
-    done = run_softlabel("report", "labels", "--fail-if", "perplexity>3", cwd=tmp_path, code=2)
-    assert "perplexity is of documents; of samples with one answer each expected one of" in done.stderr
+def test_metrics_of_documents_are_refused_for_other_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_store(Path("labels"), make_run())
+    assert main(["report", "labels", "--fail-if", "perplexity>3"]) == 2
+    assert "perplexity is of documents; of samples with one answer each expected one of" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -351,13 +359,14 @@ def test_students_are_measured_as_evaluate_does_and_shown_where_they_are_furthes
     assert found["summary"][-1]["text"].startswith("The best of 2 students, ")
 
 
-def test_runs_of_language_models_alone(folder: Path) -> None:
-    options = ("--eval-data", "test.jsonl?key=id", "--json", "alone.json", "--out", "alone.html")
-    done = run_softlabel("report", "runs", *options, "--device", "cpu", "--fail-if", "student_nll<0", cwd=folder)
+def test_runs_of_language_models_alone_and_beside_their_store(folder: Path) -> None:
+    given = ("report", "runs", "--eval-data", "test.jsonl?key=id", "--json", "alone.json", "--out", "alone.html")
+    done = run_softlabel(*given, "--device", "cpu", "--fail-if", "student_nll>0", cwd=folder, code=3)
     found = json.loads((folder / "alone.json").read_text())
     assert [one["with_teacher"] for one in found["students"]["comparisons"]] == [0, 0]
     assert found["agreement"].keys() == {"reason"}
     assert "best of 2 students" in done.stdout
+    assert "texts of 0 documents" in done.stdout
     Page((folder / "alone.html").read_text())
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from softlabel.report.figures import Noise
 from softlabel.report.page import render
+from softlabel.report.write import write_report
+from tests.report.test_documents import write_hostile
 from tests.support import reports
 from tests.support.browser import CHROMIUM, NO_CHROMIUM, Browser
 
@@ -45,12 +47,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         report = make()
         paths[name] = folder / f"{name}.html"
         paths[name].write_text(render(report, reports.make_pictures_for(report)), encoding="utf-8")
+    write_hostile(folder / "labels")
+    paths["documents"] = folder / "documents.html"
+    write_report(folder / "labels", out=paths["documents"], progress=False)
     return paths
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [*MAKERS, "documents"])
 def test_it_fits_the_window_and_asks_for_nothing(
     browser: Browser, pages: dict[str, Path], name: str, width: int, dark: bool
 ) -> None:
@@ -76,8 +81,11 @@ def contrast_of(one: list[float], other: list[float]) -> float:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_texts_stand_out_from_what_is_behind_them(browser: Browser, pages: dict[str, Path], dark: bool) -> None:
-    browser.open(pages["realistic"], dark=dark)
+@pytest.mark.parametrize("name", ["realistic", "documents"])
+def test_texts_stand_out_from_what_is_behind_them(
+    browser: Browser, pages: dict[str, Path], name: str, dark: bool
+) -> None:
+    browser.open(pages[name], dark=dark)
     # Every colour of text with the nearest opaque colour behind it; texts in cells with the cell before them.
     pairs = browser.run(
         """(() => {
@@ -94,6 +102,10 @@ def test_texts_stand_out_from_what_is_behind_them(browser: Browser, pages: dict[
             if (!own || one.closest('script, .tip, desc') || !one.getClientRects().length) continue;
             const style = getComputedStyle(one);
             let ground = behind(one.closest('svg') ? one.closest('svg').parentElement : one);
+            if (one.matches('.tokens span, .swatches span')) {  // a colour over that of the page, as srgb from 0 to 1
+              const [red, green, blue, shade = 1] = parts(style.backgroundColor.replace('srgb', ''));
+              ground = ground.map((value, index) => shade * [red, green, blue][index] * 255 + (1 - shade) * value);
+            }
             if (one.matches('text.in')) {
               const cell = one.previousElementSibling, shade = Number(cell.getAttribute('fill-opacity'));
               const fill = parts(getComputedStyle(cell).fill);
@@ -195,3 +207,35 @@ def test_without_scripts_all_samples_are_there(browser: Browser, pages: dict[str
         assert browser.run("getComputedStyle(document.querySelector('#noise form')).display") == "none"
     finally:
         browser.send("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_tokens_are_coloured_by_what_is_chosen_and_read_by_keyboard(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["documents"])
+    figures = browser.run("JSON.parse(document.getElementById('figures').textContent).documents")
+    names = [one["name"] for one in figures["measures"]]
+    assert names == ["entropy", "surprise"]
+    shown = "[...document.querySelector('#documents .tokens').children]"
+    first = figures["lists"][0]["documents"][0]
+    assert browser.run(f"{shown}.length") == len(first["tokens"])
+    for number, measure in enumerate(figures["measures"]):
+        browser.run(f"document.querySelector('#documents input[value=\"{number}\"]').click()")
+        assert measure["meaning"] in browser.run("document.querySelector('.scale-label').textContent")
+        levels = browser.run(f"{shown}.map((one) => one.className)")
+        for value, level in zip(first["values"][number], levels, strict=True):
+            # Values on the page are rounded to three digits.
+            exact = None if value is None else min(8.0, value / measure["scale"] * 9)
+            assert level == "" if exact is None else abs(int(level[1:]) + 0.5 - min(exact, 8.5)) < 0.6
+    browser.run("document.querySelector('#documents form :checked').focus()")
+    browser.press("Tab")
+    assert browser.run("document.activeElement.className") == "tokens"
+    readout = "document.querySelector('#documents .readout').textContent"
+    assert browser.run("document.querySelector('#documents .readout').getAttribute('aria-live')") == "polite"
+    browser.press("ArrowRight")
+    assert "no label" in browser.run(readout)
+    browser.press("ArrowRight")
+    assert browser.run(f"{shown}[1].classList.contains('here')")
+    assert all(f"{name} " in browser.run(readout) for name in names)
+    browser.point_at("#documents .tokens span:nth-child(2)")
+    browser.run("new Promise((done) => setTimeout(done, 50))")
+    assert browser.run("document.querySelector('.tip').textContent").startswith("entropy ")
+    assert browser.complaints() == []

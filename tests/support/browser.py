@@ -145,9 +145,9 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def press(self, key: Literal["Tab", "Enter"]) -> None:
+    def press(self, key: Literal["Tab", "Enter", "ArrowRight", "ArrowUp"]) -> None:
         """Press and release a key."""
-        code, text = {"Tab": (9, ""), "Enter": (13, "\r")}[key]
+        code, text = {"Tab": (9, ""), "Enter": (13, "\r"), "ArrowRight": (39, ""), "ArrowUp": (38, "")}[key]
         named = {"key": key, "windowsVirtualKeyCode": code}
         self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **named)
         self.send("Input.dispatchKeyEvent", type="keyUp", **named)
