@@ -13,7 +13,6 @@ from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.store.columns import Array
 from softlabel.store.manifest import Run
 from softlabel.store.stored_rows import StoredRows
-from softlabel.store.token_rows import MASK
 
 NUMBERS = 1 << 20  # decoded logits held at once
 
@@ -69,17 +68,6 @@ def _make_seeds(rows: StoredRows, new: Run) -> NDArray[np.int64]:
     """Return the seeds of all answers of rows, which are of one view."""
     assert rows.key_data is not None
     (view,) = np.unique(rows.views).tolist()
-    spots = None if new.tokens is None else (rows.positions, _place_positions(rows))
+    spots = None if new.tokens is None else (rows.positions, rows.places)
     members = range(new.members_stored)
     return make_row_seeds(rows.key_data.get(), view, seed=new.views.seed, members=members, spots=spots)
-
-
-def _place_positions(rows: StoredRows) -> NDArray[np.int64]:
-    """Return which of its document's positions each labelled one is, int64 (P,)."""
-    tokens, spans = rows.run.tokens, rows.spans
-    assert tokens is not None
-    if tokens.positions == "all":
-        starts = np.repeat(spans.offsets["position"][:-1], rows.positions)
-        return np.arange(spans.total("position")) - starts
-    labelled = np.flatnonzero(rows.columns[MASK].reshape(-1))
-    return labelled - np.repeat(spans.offsets["token"][:-1], rows.positions)

@@ -48,7 +48,8 @@ def write_distillkit(store: Store, out: Path, progress: bool | None, options: Ma
             for rows in store.stream([*_LABELS, TOKENS, LENGTH, POSITIONS], start=start, stop=stop):
                 index_PK, log_prob_PK = _compute_log_probs(rows, temperature)
                 offsets = rows.spans.offsets["position"]
-                labelled = _cut_tokens(rows)
+                starts_P = np.repeat(rows.spans.offsets["token"][:-1], rows.positions)
+                labelled = rows.columns[TOKENS].reshape(-1)[starts_P + rows.places]
                 columns = [
                     wrap_lists(offsets, pa.array(labelled.astype(np.uint64))),
                     wrap_lists(offsets, make_lists(index_PK.astype(np.int32))),
@@ -142,30 +143,18 @@ def _compute_log_probs(rows: StoredRows, place: int) -> tuple[Array, Array]:
     return rows.columns["index"], np.maximum(value_PK - np.logaddexp(kept_P, tail_P)[:, None], _LOWEST)
 
 
-def _cut_tokens(rows: StoredRows) -> Array:
-    """Return the tokens at labelled positions, (P,), where all positions from the first on are labelled."""
-    spans = rows.spans
-    starts, positions = spans.offsets["token"][:-1], rows.positions
-    places = np.arange(spans.total("position")) - np.repeat(spans.offsets["position"][:-1], positions)
-    tokens: Array = rows.columns[TOKENS].reshape(-1)[np.repeat(starts, positions) + places]
-    return tokens
-
-
 def _iter_lines(rows: StoredRows, place: int, write_text: "_TextWriter") -> Iterator[str | None]:
     """Yield a line of JSON for each document, None for one that is left out."""
-    assert rows.run.tokens is not None
     index_PK, log_prob_PK = _compute_log_probs(rows, place)
-    spans = rows.spans
+    spans, places_P = rows.spans, rows.places
     tokens, masks = rows.columns[TOKENS].reshape(-1), rows.columns[MASK].reshape(-1)
     for number, key in enumerate(rows.keys):
         of_tokens = slice(*spans.cut("token", number, number + 1))
         first, stop = spans.cut("position", number, number + 1)
         ids, mask = tokens[of_tokens].tolist(), masks[of_tokens]
         # What comes after the last token has no place; one entry for every other position, empty without a label.
-        if rows.run.tokens.positions == "masked":
-            places = np.flatnonzero(mask[:-1])
-        else:
-            places = np.arange(min(stop - first, len(ids) - 1))
+        places = places_P[first:stop]
+        places = places[places < len(ids) - 1]
         messages = write_text(ids, mask) if mask[places].any() else None
         if messages is None:
             yield None

@@ -62,8 +62,10 @@ def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
 def batches(
     store: Store, start: int = 0, stop: int | None = None, *, needs: list[str] | None = None
 ) -> Iterator[StoredRows]:
-    """Yield rows `start` to `stop` in batches of bounded decoded size, at least one row; `needs` are the columns."""
-    limit = max(1, NUMBERS // (store.run.num_classes * store.run.members_stored))
+    """Yield rows `start` to `stop` in batches whose `plain` arrays are of bounded size, at least one row; `needs` are
+    the columns."""
+    held = sum(widths_of(store.run.encoding, store.run.num_classes).values()) * store.run.members_stored
+    limit = max(1, NUMBERS // held)
     for rows in store.stream(needs, start=start, stop=stop):
         answers = rows.spans.offsets.get("position", np.arange(len(rows) + 1))
         first = 0

@@ -147,21 +147,17 @@ class TokenDataset(Dataset[TokenBatch]):
         store = self.store
         if store is None:
             return None, None
-        assert store.run.tokens is not None
         rows = self.rows[documents]
         names = [column.name for column in store.run.label_columns]
         stored = store.take(rows[rows >= 0], [*names, LENGTH, POSITIONS, MASK])
-        counts = iter(np.split(np.arange(int(stored.positions.sum())), np.cumsum(stored.positions)[:-1]))
-        masks = iter(np.split(stored.columns[MASK].reshape(-1), np.cumsum(stored.lengths)[:-1]))
+        labelled = stored.places
+        counts = iter(np.split(np.arange(len(labelled)), np.cumsum(stored.positions)[:-1]))
         places: list[NDArray[np.int64]] = []
         for one, row in zip(ids, rows.tolist(), strict=True):
             of_L = np.full(len(one.ids), -1, np.int64)
             if row >= 0:
-                of_positions, mask = next(counts), next(masks)
-                if store.run.tokens.positions == "masked":
-                    of_L[np.flatnonzero(mask)] = of_positions
-                else:
-                    of_L[: len(of_positions)] = of_positions
+                of_positions = next(counts)
+                of_L[labelled[of_positions]] = of_positions
             places.append(of_L[one.mask != 0])
         place_P = np.concatenate([np.zeros(0, np.int64), *places])
         has_P = place_P >= 0

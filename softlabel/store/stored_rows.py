@@ -12,7 +12,7 @@ from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN, Labels
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.manifest import Run
-from softlabel.store.token_rows import LENGTH, POSITIONS, RowSpans, list_counts
+from softlabel.store.token_rows import LENGTH, MASK, POSITIONS, RowSpans, list_counts
 
 T = TypeVar("T")
 
@@ -66,6 +66,16 @@ class StoredRows:
     def positions(self) -> npt.NDArray[np.int64]:
         """Labelled positions of each document, int64 (B,)."""
         return require_read(self.columns.get(POSITIONS), POSITIONS).reshape(-1).astype(np.int64)
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Which of its document's tokens each labelled position is the last one that was seen at, int64 (P,)."""
+        tokens, spans = self.run.tokens, self.spans
+        assert tokens is not None
+        if tokens.positions == "masked":
+            labelled = np.flatnonzero(require_read(self.columns.get(MASK), MASK).reshape(-1))
+            return labelled - np.repeat(spans.offsets["token"][:-1], self.positions)
+        return np.arange(spans.total("position")) - np.repeat(spans.offsets["position"][:-1], self.positions)
 
     @property
     def spans(self) -> RowSpans:

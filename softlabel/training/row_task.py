@@ -17,7 +17,6 @@ from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.models import Program, build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.reader import Store
-from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
@@ -61,18 +60,13 @@ class RowTask(Task):
         return self._activation
 
     def identity(self) -> dict[str, Any]:
-        config, source, store = self.config, self.source, self.store
-        hard_labels = hashlib.sha256(source.labels().astype("<i8").tobytes()).hexdigest()
+        return {"augment": self.config.augmentation(self.store, self.source.inputs), **super().identity()}
+
+    def _identify_samples(self) -> dict[str, Any]:
+        source = self.source
         return {
-            "augment": config.augmentation(store, source.inputs),
-            "precision": self.precision,
-            "classes": self.num_classes,
-            run_folder.DATA_KEYS: source.fingerprint(),
             "samples of each source": [len(one) for one in getattr(source, "sources", [source])],
-            "hard labels (fingerprint)": hard_labels,
-            "store": None if store is None else store.manifest.store_id,
-            # With samples that have no row, those that got one since would move all others.
-            **({} if store is None or config.missing == "error" else {"samples of the store": store.run.dataset.rows}),
+            "hard labels (fingerprint)": hashlib.sha256(source.labels().astype("<i8").tobytes()).hexdigest(),
         }
 
     def count_views(self) -> int | None:

@@ -23,6 +23,7 @@ from softlabel.loader import SoftLabelLoader
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.models.precision import Precision
 from softlabel.store.reader import Store
+from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
@@ -77,9 +78,26 @@ class Task(ABC):
         self.config, self.configs, self.source, self.store = config, configs, source, store
         self.precision, self.report = precision, report
 
-    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides what the weights become beside the settings: a run goes on only if all of it is the same."""
+        store = self.store
+        return {
+            "precision": self.precision,
+            "classes": self.num_classes,
+            run_folder.DATA_KEYS: self.source.fingerprint(),
+            **self._identify_samples(),
+            "store": None if store is None else store.manifest.store_id,
+            # With samples that have no row, those that got one since would move all others.
+            **(
+                {}
+                if store is None or self.config.missing == "error"
+                else {"samples of the store": store.run.dataset.rows}
+            ),
+        }
+
+    @abstractmethod
+    def _identify_samples(self) -> dict[str, Any]:
+        """What `identity` says of the samples beside their keys."""
 
     def count_views(self) -> int | None:
         """How many views of the store this pass uses; None where its rows are no views."""

@@ -19,7 +19,6 @@ from softlabel.loader.token_batch import TokenBatch
 from softlabel.loader.token_loader import TokenLoader
 from softlabel.models import LanguageModel, build_model, check_packing, names_language_model
 from softlabel.models.teacher import student_preprocessing
-from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
@@ -115,22 +114,8 @@ class TokenTask(Task):
             report_source(found)
         return found
 
-    def identity(self) -> dict[str, Any]:
-        source = self._documents
-        return {
-            "precision": self.precision,
-            "classes": self.num_classes,
-            run_folder.DATA_KEYS: source.fingerprint(),
-            "tokens": source.checksum,
-            "documents": asdict(source.tokenization),
-            "store": None if self.store is None else self.store.manifest.store_id,
-            # With documents that have no row, those that got one since would move all others.
-            **(
-                {}
-                if self.store is None or self.config.missing == "error"
-                else {"samples of the store": self.store.run.dataset.rows}
-            ),
-        }
+    def _identify_samples(self) -> dict[str, Any]:
+        return {"tokens": self._documents.checksum, "documents": asdict(self._documents.tokenization)}
 
     def _open(self, source: Any, ranks: Ranks, workers: int, **settings: Any) -> TokenLoader:
         return TokenLoader(

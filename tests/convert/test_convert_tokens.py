@@ -182,6 +182,24 @@ def test_export_is_read_by_others(tmp_path: Path, encoding: Encoding) -> None:
     assert about["tokens"]["max_length"] == LONGEST
 
 
+def test_exported_row_groups_are_cut_by_what_they_hold(tmp_path: Path) -> None:
+    """Not by the vocabulary, of which few tokens are kept."""
+    run = make_token_run(classes=60_000, samples=12, encoding=TopK(k=3, temperatures=(T,)))
+    few = Documents.of(make_token_run(classes=4, samples=12))
+    kept = [[np.tile(np.array([[0, -1, -2]], "<f2"), (len(one), 1)) for one in view] for view in few.logits]
+    columns = {
+        "index": [[np.tile(np.array([[7, 5, 59_999]], "<u2"), (len(one), 1)) for one in view] for view in kept],
+        "value": kept,
+        "tail": [[np.zeros((len(one), 1), "<f4") for one in view] for view in kept],
+    }
+    ids = [one + 50_000 for one in few.ids]
+    content = np.array([xxhash.xxh3_64_intdigest(one.astype("<i4").tobytes()) for one in ids], np.uint64)
+    write_store(tmp_path / "store", run, dataclasses.replace(few, run=run, columns=columns, ids=ids, content=content))
+    export_store(tmp_path / "store", tmp_path / "hf", to="hf")
+    (file,) = (tmp_path / "hf" / "data").iterdir()
+    assert pq.ParquetFile(file).num_row_groups == 1
+
+
 def run_of(root: Path) -> Run:
     with open_store(root) as store:
         return store.run
