@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "inputs": ("errors", "torch torchvision numpy PIL xxhash tokenizers jinja2"),
     "loss": ("errors", "torch triton"),
     "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
-    "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime"),
+    "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime vllm"),
     "dataset": (GROUND, "torch torchvision pyarrow h5py fsspec numpy xxhash PIL sklearn tqdm"),
     "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL yaml"),
     "labels": ("errors common store", "torch numpy"),

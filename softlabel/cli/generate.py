@@ -87,9 +87,9 @@ def generate(
             ('?tokens=COLUMN') in .parquet or .jsonl, torchvision:NAME?root=..., or digits; options behind '?', see the
             README.
         teacher: torchvision:NAME@CHECKPOINT, zoo:NAME@CHECKPOINT, timm:NAME@CHECKPOINT, hf:FOLDER, text:FOLDER,
-            lm:FOLDER, lm:python:MODULE:FACTORY@CHECKPOINT, FILE.onnx, FILE.pt2, python:MODULE:FACTORY@CHECKPOINT or
-            run:FOLDER; options after '?': mean, std, resize, crop, interpolation, squash, weights, pretrained,
-            download, trust, tokenizer. Several make an ensemble.
+            lm:FOLDER, lm:python:MODULE:FACTORY@CHECKPOINT, vllm:FOLDER, FILE.onnx, FILE.pt2,
+            python:MODULE:FACTORY@CHECKPOINT or run:FOLDER; options after '?': mean, std, resize, crop, interpolation,
+            squash, weights, pretrained, download, trust, tokenizer. Several make an ensemble.
         out: folder of the store.
         no_preflight: skip labelling two batches first, which shows the plan, checks the disk and warns about suspicious
             results.
@@ -148,7 +148,10 @@ def plan(
             raise UsageError(str(error)) from None
     if not 0 < seconds < float("inf"):
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
-    job = load_job(data, teacher, GenerateConfig.of(config, workers=0))
+    # An engine has to know what is kept before it is asked.
+    kept = Encoding.kinds["topk"].from_options(temperature=config.temperature)
+    chosen = {"encoding": kept} if encoding == ["topk"] else {}
+    job = load_job(data, teacher, GenerateConfig.of(config, workers=0, **chosen))
     found = run(job, seconds=seconds)
     print(f"{data}: {found.rows:,} {found.noun}, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")
     print(
@@ -163,15 +166,17 @@ def plan(
         print(f"  {found.bad} of the sampled {found.noun} cannot be decoded")
     nats, unit = "nats lost (mean / worst)", "bytes/row"
     if documents is not None:
-        unit, positions = "bytes/pos.", count_positions(documents, config.positions)
+        last = not job.labeller.teachers[0].is_engine
+        unit, positions = "bytes/pos.", count_positions(documents, config.positions, last=last)
         tokens, measured = int(documents.lengths.sum()), found.offers[0].measured
         print(f"  {tokens:,} tokens, {positions:,} labelled positions, {measured:,} of them measured")
     print(f"\n{'encoding':<12}{unit:>10}{'whole store':>14}  {nats + ' at T = 1':<36}at T = {config.temperature:g}")
     for offer in found.offers:
         if encoding is None or offer.name.split()[0] in encoding:
             cost = offer.fidelity
-            at_1 = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}"
-            at_t = f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
+            at_1 = at_t = "not known"
+            if cost is not None:
+                at_1, at_t = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}", f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
             print(f"{offer.name:<12}{offer.row_bytes:>10,}{size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
     return 0
 

@@ -26,8 +26,12 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     cost, unit = found.offer.fidelity, found.answer
     over = "" if unit == "row" else f", over {found.offer.measured:,} positions"
     print(
-        f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a {unit}, loses {cost.mean_t:.1e} nats in the "
-        f"mean, {cost.worst_t:.1e} at worst{over}"
+        f"  encoding {found.offer.name}: {found.offer.row_bytes:,} bytes a {unit}, "
+        + (
+            "loses what the engine leaves out"
+            if cost is None
+            else f"loses {cost.mean_t:.1e} nats in the mean, {cost.worst_t:.1e} at worst{over}"
+        )
     )
     if found.alignment is not None:
         print(f"  next token's NLL under these labels: {found.alignment}: aligned")

@@ -22,15 +22,18 @@ def absolute_spec(text: str) -> str:
     """Return a SPEC with its local paths made absolute."""
     spec = parse_spec(text)
     name = spec.name
-    if spec.kind in ("run", "hf", "text", "lm", *PROGRAMS.values()) and os.path.exists(name):
+    if spec.kind in ("run", "hf", "text", "lm", "vllm", *PROGRAMS.values()) and os.path.exists(name):
         name = os.path.abspath(name)
+    elif spec.factory is not None and (where := spec.factory.rpartition(":")[0]).endswith(".py"):
+        start, function = name.removesuffix(spec.factory), spec.factory.rpartition(":")[2]
+        name = f"{start}{os.path.abspath(os.path.expanduser(where))}:{function}"
     checkpoint = os.path.abspath(spec.checkpoint) if spec.checkpoint else None
     return Spec(kind=spec.kind, name=name, checkpoint=checkpoint, options=_absolute(spec.options)).text
 
 
 def _absolute(options: Mapping[str, str]) -> dict[str, str]:
     return {
-        key: os.path.abspath(value) if key in ("root", "classes") or value.endswith(".npy") else value
+        key: os.path.abspath(value) if key in ("root", "classes", "tokenizer") or value.endswith(".npy") else value
         for key, value in options.items()
     }
 

@@ -20,15 +20,17 @@ from urllib.parse import unquote
 
 from softlabel.errors import SpecError
 
-KINDS = ("torchvision", "zoo", "timm", "hf", "text", "lm", "python", "run")
+KINDS = ("torchvision", "zoo", "timm", "hf", "text", "lm", "vllm", "python", "run")
 # Kinds whose name may be a folder, which brings its own weights.
-_FOLDERS = ("run", "hf", "text", "lm")
+_FOLDERS = ("run", "hf", "text", "lm", "vllm")
 # What begins the name of a language model that a function of the user's makes.
 _PYTHON = "python:"
 # Suffix -> kind of files that hold a whole network, program and weights.
 PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options about where weights come from; they do not change the network.
 _PLACES = ("download", "trust", "weights_key")
+# Likewise of a kind: the store has the tokenizer itself, and how an engine uses the machine is no part of the labels.
+_PLACES_OF = {"lm": ("tokenizer",), "vllm": ("tensor_parallel_size", "gpu_memory_utilization")}
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
 
 
@@ -51,7 +53,7 @@ class Spec:
     @property
     def identity(self) -> str:
         """The SPEC without the location of its weights: a store is identified by their hash."""
-        places = (*_PLACES, "tokenizer") if self.kind == "lm" else _PLACES
+        places = (*_PLACES, *_PLACES_OF.get(self.kind, ()))
         options = {key: value for key, value in self.options.items() if key not in places}
         return Spec(kind=self.kind, name=self._identifying_name, options=options).text
 
@@ -61,7 +63,7 @@ class Spec:
             where, _, function = self.factory.rpartition(":")
             start = self.name.removesuffix(self.factory)
             return f"{start}{os.path.basename(where)}:{function}" if where.endswith(".py") else self.name
-        brings_files = self.kind in ("run", "text", "lm", *PROGRAMS.values())
+        brings_files = self.kind in ("run", "text", "lm", "vllm", *PROGRAMS.values())
         local = brings_files or (self.kind == "hf" and os.path.isdir(self.name))
         return os.path.basename(os.path.normpath(self.name)) if local else self.name
 

@@ -101,10 +101,11 @@ def choose_shard_rows(
     return max(1, min(config.shard_rows, round(documents)))
 
 
-def count_positions(source: TokenizedSource, positions: str) -> int:
-    """How many positions of all documents are labelled."""
-    counts_N = source.counted if positions == "masked" else source.lengths
-    return int(counts_N.sum(dtype=np.int64))
+def count_positions(source: TokenizedSource, positions: str, *, last: bool = True) -> int:
+    """How many positions of all documents are labelled; without the `last` one of each where no teacher answers."""
+    if positions == "masked":
+        return int(source.counted.sum(dtype=np.int64))  # what counts is before another token
+    return int(source.lengths.sum(dtype=np.int64)) - (0 if last else int((source.lengths > 0).sum()))
 
 
 def refuse_token_options(config: GenerateConfig) -> None:

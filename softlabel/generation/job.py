@@ -24,6 +24,7 @@ from softlabel.generation.documents import (
     read_documents,
     refuse_token_options,
 )
+from softlabel.generation.engine import connect_engines
 from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
 from softlabel.generation.growth import GROWN, History, new_runs
 from softlabel.generation.input_reader import InputReader
@@ -149,6 +150,7 @@ def load_job(
         else choose_shard_rows(documents, config, encoding, loaded[0].num_classes, there),
         tokens=tokens,
     )
+    connect_engines(loaded, run)
     if tuning.compile:
         compile_members(loaded, head=run.encoding.from_hidden)
     size = config.batch_size if isinstance(config.batch_size, int) else int(recorded.get("batch_size", 0))

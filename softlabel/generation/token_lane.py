@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.common.keys import Keys
+from softlabel.generation.engine import unpack_answers
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.labeller import BatchLabels, Lane, find_wrong, make_labels
 from softlabel.generation.progress import Progress
@@ -185,7 +186,12 @@ class TokenLane(Lane):
     def _choose_labelled(self, inputs: Inputs) -> Tensor:
         tokens = self.run.tokens
         assert tokens is not None
-        return inputs.tensors["mask" if tokens.positions == "masked" else "attention_mask"] != 0
+        labelled_BL = inputs.tensors["mask" if tokens.positions == "masked" else "attention_mask"] != 0
+        if self.members.teachers[0].is_engine:
+            there_BL = inputs.tensors["attention_mask"] != 0
+            labelled_BL[:, :-1] &= there_BL[:, 1:]
+            labelled_BL[:, -1] = False
+        return labelled_BL
 
     def _encode_positions(self, plan: ShardPlan, chunk: Positions, keys: Sequence[str]) -> "_Encoded":
         run = self.run
@@ -194,8 +200,12 @@ class TokenLane(Lane):
         hidden_RD = chunk.hidden if self.head is not None else None
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
         seeds_R = self._position_seeds(plan, chunk, keys, flat_RC.device) if run.encoding.drawn else None
-        columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
-        nats_2R = meter.measure(flat_RC, columns, None if self.head is None else (self.head.weight, self.head.bias))
+        if self.members.teachers[0].is_engine:  # what it left out before is not known
+            columns = unpack_answers(chunk.hidden, run.num_classes)
+            nats_2R = torch.zeros((2, 0), dtype=torch.float64, device=flat_RC.device)
+        else:
+            columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
+            nats_2R = meter.measure(flat_RC, columns, None if self.head is None else (self.head.weight, self.head.bias))
         mixed_PC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
         following_P = chunk.following.to(mixed_PC.device, non_blocking=True)
         explained = None

@@ -28,6 +28,7 @@ from softlabel.models.from_onnx import OnnxProgram
 from softlabel.models.from_text import build_text, refuse_headless, text_from_config, text_transform, transform_of_run
 from softlabel.models.from_timm import timm_preprocessing
 from softlabel.models.from_torchvision import size_of_weights, torchvision_preprocessing, torchvision_weights
+from softlabel.models.from_vllm import build_vllm
 from softlabel.models.language_model import LanguageModel
 from softlabel.models.options import PREPROCESSING_OPTIONS, WEIGHTS_KEY, refuse_others
 from softlabel.models.program import Program
@@ -46,7 +47,10 @@ class Network:
 
 
 def build_model(spec: Spec | str, *, num_classes: int | None = None, vocabulary: Vocabulary | None = None) -> nn.Module:
-    """Build the network of a SPEC and load its checkpoint, see `build_network`."""
+    """Build the network of a SPEC to train or to evaluate it, and load its checkpoint, see `build_network`."""
+    spec = parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.kind == "vllm":
+        raise SpecError(f"{spec.text}: labels with 'softlabel generate' alone; give lm:{spec.name} here")
     return build_network(spec, num_classes=num_classes, vocabulary=vocabulary).model
 
 
@@ -76,6 +80,8 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None, vocabular
         if spec.factory is not None:
             return _build_python_lm(spec, num_classes, vocabulary)
         return Network(spec=spec, model=build_lm(spec, num_classes))
+    if spec.kind == "vllm":
+        return Network(spec=spec, model=build_vllm(spec, num_classes))
     if spec.kind in ("pt2", "onnx"):
         return Network(spec=spec, model=ExportedProgram(spec) if spec.kind == "pt2" else OnnxProgram(spec))
     options = {k: literal(v) for k, v in spec.options.items() if k not in (*PREPROCESSING_OPTIONS, WEIGHTS_KEY)}
@@ -202,7 +208,7 @@ def own_preprocessing(spec: Spec, model: nn.Module | None, kind: str = Preproces
         return transform_of_run(spec, recorded) if isinstance(recorded, TextTransform) else recorded
     if spec.kind == "text":
         return text_transform(spec)
-    if spec.kind == "lm":
+    if spec.kind in ("lm", "vllm"):
         return lm_transform(spec) if spec.factory is None else python_lm_transform(spec, model)
     if kind in (TokenTransform.kind, CHATS.name) and spec.kind != "python":
         raise SpecError(

@@ -52,7 +52,7 @@ def names_language_model(spec: Spec) -> bool:
     """Whether the network of a SPEC is a language model, or a run that trained one."""
     if spec.kind == "run":
         spec = parse_spec(network_of(read_run(spec.name)).student)
-    return spec.kind == "lm"
+    return spec.kind in ("lm", "vllm")
 
 
 def save_run(folder: str | os.PathLike[str], model: nn.Module, description: RunModel) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softlabel.common.activation import Activation
 from softlabel.common.device import out_of_memory
 from softlabel.common.spec import Spec, literal, parse_spec
-from softlabel.errors import SpecError, TeacherError
+from softlabel.errors import DataError, SpecError, TeacherError
 from softlabel.inputs.base import Inputs, InputTransform
 from softlabel.inputs.chat import ChatKind
 from softlabel.inputs.image_transform import Preprocessing
@@ -34,6 +34,7 @@ from softlabel.models import (
     refuse_random,
     weights_sha256,
 )
+from softlabel.models.from_vllm import VllmLanguageModel
 from softlabel.models.options import PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
@@ -89,6 +90,11 @@ class Teacher:
                 self._checked.done = True
             return logits_BC.float()
 
+    @property
+    def is_engine(self) -> bool:
+        """Whether it knows the most probable tokens alone, and nothing after the last token of a document."""
+        return isinstance(self.model, VllmLanguageModel)
+
     def hidden(self, inputs: Inputs) -> Tensor:
         """What goes into the last layer of a language model, for a batch that `preprocessing` has collated and cut.
 
@@ -123,6 +129,8 @@ class Teacher:
         with computing(self.precision, self.device):
             try:
                 return finished.call(network)
+            except DataError:  # of an engine's answers: it is one line already
+                raise
             except Exception as error:  # user code: what it raises is a fact about this teacher
                 if out_of_memory(error):  # or about the batch: a smaller one may fit
                     raise
@@ -171,7 +179,7 @@ def load_teacher(
         )
     refuse_precision(spec, model, precision)
     preprocessing = student_preprocessing(spec, model, kind)
-    sha256 = model.sha256 if isinstance(model, Program) else weights_sha256(model)
+    sha256 = model.sha256 if isinstance(model, Program | VllmLanguageModel) else weights_sha256(model)
     device = torch.device(device)
     model = model.to(device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)

@@ -29,13 +29,14 @@ SECONDS = 5.0  # duration of the sample, without warm-up
 class Offer:
     """One encoding: its title, bytes per row and in all, and loss, with the number of rows that it was measured on.
 
-    Of documents, bytes per labelled position, with everything else that a document has, and the loss of a position.
+    Of documents, bytes per labelled position, with everything else that a document has, and the loss of a position,
+    which is None where the teacher itself gives the most probable tokens alone.
     """
 
     name: str
     row_bytes: int
     total_bytes: int
-    fidelity: Fidelity
+    fidelity: Fidelity | None
     measured: int
 
 
@@ -109,15 +110,17 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
             scaled_logits_RC, hidden_RD = (one.to(head[0].device) for one in (scaled_logits_RC, hidden_RD))
     seeds_R = torch.arange(len(scaled_logits_RC))
     encoded = encode(scaled_logits_RC, encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
-    meter.add(scaled_logits_RC, encoded, head)
+    is_engine = job.labeller.teachers[0].is_engine
+    if not is_engine:
+        meter.add(scaled_logits_RC, encoded, head)
     columns = encoding.columns(num_classes=run.num_classes, members=1 if encoding.from_hidden else run.members_stored)
     row_bytes = sum(column.row_bytes for column in columns)
     fidelity = meter.result()
-    assert fidelity is not None
+    assert is_engine or fidelity is not None
     rows = run.dataset.rows * run.views.count
     total = row_bytes * rows
     if isinstance(source := job.labeller.source, TokenizedSource) and run.tokens is not None:
-        positions = count_positions(source, run.tokens.positions) * run.views.count
+        positions = count_positions(source, run.tokens.positions, last=not is_engine) * run.views.count
         tokens = int(source.lengths.sum(dtype=np.int64)) * run.views.count
         beside = {per: sum(one.row_bytes for one in run.columns if one.per == per) for per in ("token", "row")}
         of_rows = beside["row"] + ROW_BYTES + estimate_key_bytes(trial)
@@ -128,7 +131,7 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
         row_bytes=row_bytes,
         total_bytes=total,
         fidelity=fidelity,
-        measured=len(scaled_logits_RC) // (1 if encoding.from_hidden else run.members_stored),
+        measured=0 if is_engine else len(scaled_logits_RC) // (1 if encoding.from_hidden else run.members_stored),
     )
 
 
@@ -142,6 +145,9 @@ def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
     """Yield the cost of every encoding that fits the teachers."""
     run, teachers = job.run, job.labeller.teachers
     calibration = run.members[0].calibration
+    if teachers[0].is_engine:
+        yield offer(job, trial, run.encoding)
+        return
     for kind in Encoding.kinds.values():
         if (kind.from_hidden and len(teachers) > 1) or (run.activation == "sigmoid" and not kind.sigmoid):
             continue
