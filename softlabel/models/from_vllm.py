@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError, UsageError
+from softlabel.inputs.json_object import read_object
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
-from softlabel.models.folder_json import read_json
 from softlabel.models.language_model import LanguageModel, refuse_size
 from softlabel.models.lm_config import find_longest
 from softlabel.models.options import parse_count
@@ -161,7 +161,8 @@ def build_vllm(spec: Spec, num_classes: int | None) -> VllmLanguageModel:
     share = literal(spec.options.get("gpu_memory_utilization", "0.9"))
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise SpecError(f"{spec.text}: gpu_memory_utilization: expected a number up to 1, found {share!r}")
-    config, vocabulary = read_json(spec, "config.json", _EXPECTED), read_vocabulary(spec.name)
+    config = read_object(Path(spec.name) / "config.json", f"{spec.text}: {_EXPECTED}")
+    vocabulary = read_vocabulary(spec.name)
     refuse_size(spec, vocabulary.size, num_classes)
     if not (weights := sorted(Path(spec.name).glob("*.safetensors"))):
         raise SpecError(f"{spec.text}: {_EXPECTED}; found no safetensors")
