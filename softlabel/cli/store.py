@@ -80,6 +80,9 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         own = f", logits divided by {member.calibration:.4g}" if member.calibration != 1.0 else ""
         lines.append((f"teacher {number}", f"{member.spec}  weight {weight:.3g}, {member.precision}{own}"))
         lines.append(("", f"weights sha256 {member.sha256}"))
+        if number <= len(optimized := manifest.recorded.get("optimized") or []):
+            engine, rows = optimized[number - 1].get("engine"), optimized[number - 1].get("rows")
+            lines.append(("", f"computed {engine}" + (f", {rows} samples a pass" if rows else "")))
         lines.append(("", ", ".join(f"{name} {value}" for name, value in member.preprocessing.items())))
     for key, reason in list(opened.bad.items())[:BAD_SHOWN]:
         lines.append(("bad sample", f"{key}: {reason}"))
@@ -194,7 +197,8 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
     from softlabel.store.open import open_store
 
     opened = open_store(store, verify="sizes")
-    config = replace(config_of(opened.manifest), device=device)
+    # As they were loaded: a graph of a teacher is compared with the teacher.
+    config = replace(config_of(opened.manifest), device=device, optimize="none")
     one = opened.run.activation == "softmax"
     noun = "rows" if opened.run.tokens is None else "positions"
     differ, what = ("top-1 differs", noun) if one else ("answers change sides", "classes of all rows")

@@ -10,6 +10,7 @@ from softlabel.errors import UsageError
 
 Choice = Literal["auto", "yes", "no"]
 CHOICES: tuple[Choice, ...] = ("auto", "yes", "no")
+Optimize = Literal["none", "auto", "folded", "compiled"]
 
 # Each lane holds the activations of one batch: memory bounds their number.
 MOST_LANES = 4
@@ -24,6 +25,7 @@ class Tuning:
         compile: compile the teachers with `torch.compile`.
         stack: run members of one architecture as one stacked network; auto: if a timed trial is faster.
         members_in_turn: move members to the device one after another; auto: if they do not fit together.
+        optimize: compute folded or compiled graphs of the teachers on a CPU; auto: what a timed trial finds fastest.
 
     Raises:
         UsageError: a value is out of range, or two options exclude each other.
@@ -33,6 +35,7 @@ class Tuning:
     compile: bool = False
     stack: Choice = "auto"
     members_in_turn: Choice = "auto"
+    optimize: Optimize = "none"
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -42,6 +45,17 @@ class Tuning:
                 raise UsageError(f"{name}: expected {' or '.join(CHOICES)}, found {value!r}")
         if self.compile and self.stack == "yes":
             raise UsageError("stack: compiled members run in turn; leave out --compile or --stack yes")
+        if self.optimize != "none":
+            for name, excluded in (
+                ("compile", self.compile),
+                ("stack", self.stack == "yes"),
+                ("members_in_turn", self.members_in_turn == "yes"),
+            ):
+                if excluded:
+                    raise UsageError(
+                        f"optimize: optimized teachers run side by side, each by its own graph, found {name} with it; "
+                        "leave out one of the two options"
+                    )
         if self.members_in_turn == "yes" and self.stack == "yes":
             raise UsageError("stack: members that run in turn cannot be stacked; leave out one of the two options")
 

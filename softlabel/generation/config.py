@@ -7,7 +7,7 @@ from typing import Literal, Self, get_type_hints
 
 from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_values, is_plain
-from softlabel.common.device import Choice, Tuning
+from softlabel.common.device import Choice, Optimize, Tuning
 from softlabel.errors import UsageError
 from softlabel.labels.combine import CombineRule
 from softlabel.models.precision import Precision
@@ -113,6 +113,9 @@ class GenerateConfig(LabelConfig):
         compile: compile the teachers with torch.compile.
         stack: run teachers of one architecture as one network; auto: if a timed trial is faster.
         members_in_turn: move teachers to the device one after another; auto: if they do not fit together.
+        optimize: on a CPU, fold the teachers' batch norms into their convolutions, or compile the teachers with
+            constant weights (needs a C++ compiler); auto: what a timed trial on samples of the run finds fastest, if
+            the run is long enough to pay for it. Logits differ from eager ones by rounding.
         workers: decoding processes; when absent, none on a CPU, up to 8 beside a GPU.
         threads: threads that compute on a CPU, of each worker on a cluster; when absent, torch's default.
 
@@ -129,6 +132,7 @@ class GenerateConfig(LabelConfig):
     compile: bool = False
     stack: Choice = "auto"
     members_in_turn: Choice = "auto"
+    optimize: Optimize = "none"
     workers: int | None = None
     threads: int | None = None
 
@@ -146,5 +150,9 @@ class GenerateConfig(LabelConfig):
             UsageError: options exclude each other.
         """
         return Tuning(
-            threads=self.threads, compile=self.compile, stack=self.stack, members_in_turn=self.members_in_turn
+            threads=self.threads,
+            compile=self.compile,
+            stack=self.stack,
+            members_in_turn=self.members_in_turn,
+            optimize=self.optimize,
         )

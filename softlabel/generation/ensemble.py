@@ -74,7 +74,8 @@ class Members:
         Raises:
             Exception: whatever a network that cannot be copied raises.
         """
-        teachers = [replace(teacher, model=_copy_sharing_weights(teacher.model)) for teacher in self.teachers]
+        # A graph keeps no state, and the lanes call the same.
+        teachers = [t if t.graph else replace(t, model=_copy_sharing_weights(t.model)) for t in self.teachers]
         stacks = {number: stack.replica() for number, stack in self._stacks.items()}
         return Members(teachers, groups=self.groups, in_turn=self.in_turn, device=self.device, stacks=stacks)
 
@@ -292,7 +293,7 @@ def find_stacks(
         UsageError: stacking is required, but no members can be stacked.
         TeacherError: stacking is required, but the logits of the stacked network differ.
     """
-    if tuning.stack == "no" or tuning.compile or in_turn:
+    if tuning.stack == "no" or tuning.compile or tuning.optimize != "none" or in_turn:
         return ()
     alike: dict[object, list[int]] = {}
     for number, teacher in enumerate(teachers):

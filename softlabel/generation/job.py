@@ -29,6 +29,7 @@ from softlabel.generation.ensemble import Members, compile_members, find_stacks,
 from softlabel.generation.growth import GROWN, History, new_runs
 from softlabel.generation.input_reader import InputReader
 from softlabel.generation.labeller import Labeller, Lane, describe_last_layer
+from softlabel.generation.optimize import OPTIMIZED, Optimization, optimize_teachers
 from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
@@ -160,6 +161,18 @@ def load_job(
     members = Members(loaded, groups=groups, in_turn=in_turn, device=device)
     reader = InputReader(source=source, transforms=members.transforms, views=Views.of(run))
     size = size or find_batch_size(members, reader, tuning)
+    optimized: list[Optimization] = []
+    if tuning.optimize != "none":
+        loaded, optimized = optimize_teachers(
+            members,
+            reader,
+            tuning,
+            batch_size=size,
+            samples=run.dataset.rows * views.count,
+            head=encoding.from_hidden,
+            before=recorded.get(OPTIMIZED),
+        )
+        members = Members(loaded, in_turn=in_turn, device=device)
     now = {
         "data": source.resolved_name or source.name,
         **({"decoding": source.decoding.to_dict()} if source.decoding.to_dict() else {}),
@@ -170,6 +183,8 @@ def load_job(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
+    if optimized or OPTIMIZED in recorded:
+        now[OPTIMIZED] = [one.to_dict() for one in optimized]
     if earlier and (grown := _record_growths(source, run.dataset, recorded)):
         now[GROWN] = grown
     lane = Lane if documents is None else TokenLane

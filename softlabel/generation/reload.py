@@ -11,6 +11,7 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.config import GenerateConfig
 from softlabel.generation.growth import History
 from softlabel.generation.job import Job, load_job
+from softlabel.generation.optimize import OPTIMIZED
 from softlabel.store.manifest import Manifest
 
 
@@ -36,6 +37,7 @@ def config_of(manifest: Manifest) -> GenerateConfig:
         max_length=None if run.tokens is None else run.tokens.max_length,
         positions="all" if run.tokens is None else run.tokens.positions,
         compile=bool(recorded.get("compile", False)),
+        optimize="auto" if recorded.get(OPTIMIZED) else "none",
     )
 
 

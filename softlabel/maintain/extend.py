@@ -84,7 +84,12 @@ def extend(
         recorded_place(manifest, "data", store, data),
         [teacher],
         dataclasses.replace(
-            config_of(manifest), calibration=calibration, device=device, workers=workers, compile=False
+            config_of(manifest),
+            calibration=calibration,
+            device=device,
+            workers=workers,
+            compile=False,
+            optimize="none",
         ),
         history=History.of(store),
         recorded={"decoding": manifest.recorded.get("decoding", {})},

@@ -35,6 +35,7 @@ from softlabel.models import (
     weights_sha256,
 )
 from softlabel.models.from_vllm import VllmLanguageModel
+from softlabel.models.graph import GraphNetwork
 from softlabel.models.options import PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
@@ -51,7 +52,7 @@ class _Once:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
     """A network that labels. `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files;
-    `class_names` are its own, where it has some."""
+    `class_names` are its own, where it has some; `graph` computes its logits where that was found to be faster."""
 
     spec: Spec
     model: nn.Module
@@ -61,6 +62,7 @@ class Teacher:
     device: torch.device
     sha256: str
     class_names: tuple[str, ...] | None = None
+    graph: GraphNetwork | None = None
     _checked: _Once = field(default_factory=_Once, repr=False, compare=False)  # for probabilities
 
     def logits(self, inputs: Inputs) -> Tensor:
@@ -76,7 +78,7 @@ class Teacher:
             TeacherError: the network gives something else, or it was set to training mode.
         """
         with torch.inference_mode():
-            logits_BC = logits_of(self.spec.text, self._answer(inputs, self.model))
+            logits_BC = logits_of(self.spec.text, self._answer(inputs, self.graph or self.model))
             expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
                 raise TeacherError(
