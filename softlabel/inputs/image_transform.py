@@ -3,15 +3,13 @@
 Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from softlabel.errors import BadImageError, SpecError
 from softlabel.inputs.base import Fitted, Inputs, InputTransform, Item
@@ -140,11 +138,11 @@ class Preprocessing(InputTransform):
             raise BadImageError(
                 f"{width} x {height} pixels: smaller than crop={self.crop}; give resize={self.crop} as well"
             )
-        if self.floor_crop:
-            top, left = (height - self.crop) // 2, (width - self.crop) // 2
-            return image_CHW[:, top : top + self.crop, left : left + self.crop]
-        cut_CHW: Tensor = transforms.center_crop(image_CHW, [self.crop, self.crop])
-        return cut_CHW
+        half: Callable[[int], int] = (
+            (lambda margin: margin // 2) if self.floor_crop else lambda margin: round(margin / 2)
+        )
+        top, left = half(height - self.crop), half(width - self.crop)
+        return image_CHW[:, top : top + self.crop, left : left + self.crop]
 
     def fit(self, item: Item, *, fixed: bool = False) -> Tensor:
         """A view in this network's size: uint8 (3, H, W) to uint8.
@@ -165,9 +163,7 @@ class Preprocessing(InputTransform):
         size = [self.crop, self.crop]
         if list(item.shape[-2:]) == size:
             return item
-        mode = InterpolationMode(self.interpolation)
-        resized_CHW: Tensor = transforms.resize(item, size, interpolation=mode, antialias=True)
-        return resized_CHW
+        return resize_pixels(item, size, self.interpolation)
 
     def _resize(self, image_CHW: Tensor) -> Tensor:
         height, width = image_CHW.shape[-2:]
@@ -180,9 +176,7 @@ class Preprocessing(InputTransform):
                 f"the longer one {int(self.resize * long / short)}"
             )
         size = [self.resize, self.resize] if self.squash else [self.resize]
-        mode = InterpolationMode(self.interpolation)
-        resized_CHW: Tensor = transforms.resize(image_CHW, size, interpolation=mode, antialias=True)
-        return resized_CHW
+        return resize_pixels(image_CHW, size, self.interpolation)
 
     def collate(self, items: Sequence[Fitted]) -> Inputs:
         """uint8 (B, 3, H, W), channels last."""
@@ -224,6 +218,23 @@ class Preprocessing(InputTransform):
         if images_BCHW.dtype != torch.uint8:
             return (images_BCHW - mean_C11).div_(std_C11)
         return images_BCHW.to(torch.float32).div_(255).sub_(mean_C11).div_(std_C11)
+
+
+def resize_pixels(image_CHW: Tensor, size: list[int], interpolation: str) -> Tensor:
+    """Resize with antialiasing.
+
+    Args:
+        image_CHW: uint8 (C, H, W).
+        size: height and width; one number is the shorter side.
+        interpolation: one of `INTERPOLATIONS`.
+    """
+    # Imported when it is needed: torchvision takes longer to import than torch, and many runs resize nothing.
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    mode = InterpolationMode(interpolation)
+    resized_CHW: Tensor = functional.resize(image_CHW, size, interpolation=mode, antialias=True)
+    return resized_CHW
 
 
 def stack_images(images_CHW: Sequence[Tensor]) -> Tensor:

@@ -6,13 +6,14 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from softlabel.common.spec import Spec
 from softlabel.errors import SpecError
@@ -120,7 +121,7 @@ def classes_of(
 ) -> dict[str, int]:
     """The checkpoint's class count, as the builder's option: where only the first axis of the heads differs."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _SkipRandomNumbers():
             shapes = {k: tuple(v.shape) for k, v in call(spec, builder, options).state_dict().items()}
     except (RuntimeError, NotImplementedError, SpecError):
         if spec.kind != "timm":
@@ -134,3 +135,17 @@ def classes_of(
     if len(counts) == 1 and all(found[1:] == built[1:] for found, built in heads):
         return {"num_classes": counts.pop()}
     return {}
+
+
+class _SkipRandomNumbers(TorchFunctionMode):
+    """Leaves tensors without memory as they are: torch would import its compiler, a second, to draw nothing."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _DRAWS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS: set[Any] = {torch.Tensor.normal_, torch.Tensor.uniform_}

@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from torchvision.transforms import v2
 
 from softlabel.common.spec import literal, split_options
 from softlabel.errors import UsageError, one_line
@@ -19,6 +18,9 @@ from softlabel.store.manifest import ViewPolicy
 from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
 from softlabel.views.mix_ops import MixStep
 from softlabel.views.torchvision_ops import fixes_size, named, transform_of
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 CENTER = "center"
 _FILES = (".yaml", ".yml", ".json")
@@ -38,7 +40,7 @@ class Policy:
     """
 
     crop: CropStep | None
-    transforms: tuple[v2.Transform, ...]
+    transforms: "tuple[v2.Transform, ...]"
     mix: MixStep | None
     fixed: bool
 

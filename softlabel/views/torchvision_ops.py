@@ -5,14 +5,16 @@ Legend: H and W pixels.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms import v2
 
 from softlabel.errors import UsageError
+
+if TYPE_CHECKING:  # imported where it is needed, see `softlabel.inputs.image_transform.resize_pixels`
+    from torchvision.transforms import v2
 
 # Transforms of torchvision.transforms.v2 that a view cannot use, and why.
 _REFUSED = {
@@ -34,12 +36,14 @@ _REFUSED = {
 _FIXES_SIZE = ("RandomResizedCrop", "RandomCrop", "CenterCrop")
 
 
-def transform_of(name: str, arguments: Mapping[str, Any]) -> v2.Transform:
+def transform_of(name: str, arguments: Mapping[str, Any]) -> "v2.Transform":
     """Build the transform of a name in torchvision.transforms.v2.
 
     Raises:
         UsageError: the name is unknown or refused, or the arguments are wrong.
     """
+    from torchvision.transforms import v2
+
     kind = getattr(v2, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
         raise UsageError(
@@ -76,6 +80,8 @@ def named(entry: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _parse_value(name: str, argument: str, value: Any) -> Any:
+    from torchvision.transforms import v2
+
     if argument == "interpolation" and isinstance(value, str):
         return v2.InterpolationMode(value)
     if argument == "policy" and isinstance(value, str):
@@ -94,7 +100,7 @@ def fixes_size(name: str, arguments: Mapping[str, Any]) -> bool:
     return name in _FIXES_SIZE
 
 
-def run(transforms: Sequence[v2.Transform], image_CHW: Tensor, seed: int) -> Tensor:
+def run(transforms: "Sequence[v2.Transform]", image_CHW: Tensor, seed: int) -> Tensor:
     """Apply transforms, with all their random numbers derived from `seed`.
 
     Args:

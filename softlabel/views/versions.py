@@ -1,8 +1,12 @@
 """Versions of the libraries that decode and transform images: pixels depend on them."""
 
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
 import PIL
 import torch
-import torchvision
 from PIL import features
 
 
@@ -10,7 +14,7 @@ def libraries() -> dict[str, str]:
     """Return name -> version of every library that may change pixels."""
     found = {
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": _find_torchvision(),
         "Pillow": PIL.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
@@ -30,3 +34,14 @@ def changed(recorded: object) -> str:
         if name in then and then[name] != now.get(name, "absent")
     ]
     return ", ".join(others) if others else "all recorded libraries have the same versions here"
+
+
+@cache
+def _find_torchvision() -> str:
+    """Return `torchvision.__version__`, whose import takes longer than torch's, from the file that sets it."""
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None, "a dependency"
+    assert spec.origin is not None, "not a namespace package"
+    found = re.search(r"^__version__ = ['\"](.+)['\"]$", Path(spec.origin).with_name("version.py").read_text(), re.M)
+    assert found is not None, "as torchvision's own setup.py writes it"
+    return found[1]

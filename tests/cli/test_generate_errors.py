@@ -289,7 +289,7 @@ def test_a_full_disk_is_one_line_and_the_store_can_be_resumed(tmp_path: Path) ->
     ("number", "code", "word", "workers"),
     [
         (signal.SIGINT, 130, "interrupted", 0),
-        (signal.SIGTERM, 143, "terminated", 0),
+        pytest.param(signal.SIGTERM, 143, "terminated", 0, marks=pytest.mark.slow),
         (signal.SIGTERM, 143, "terminated", 2),
     ],
     ids=str,

@@ -135,7 +135,13 @@ def test_the_readme_runs(after_readme: Path) -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+LONG = {"cluster"}  # tests/cluster runs what the page runs, with more to check
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem in LONG), id=page.stem) for page in PAGES[1:]],
+)
 def test_the_examples_of_a_page_run(page: Path, after_readme: Path, tmp_path: Path) -> None:
     follow(page, shutil.copytree(after_readme, tmp_path / "reader"))
 

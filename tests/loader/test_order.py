@@ -64,6 +64,7 @@ def test_pairs_of_samples_are_uniform_at_two_positions() -> None:
         assert stats.chisquare(counts[~np.eye(size, dtype=bool)]).pvalue > ALARM
 
 
+@pytest.mark.slow
 def test_the_p_values_of_such_tests_are_uniform_over_seeds() -> None:
     """Too even is as wrong as too uneven: over groups of seeds, chi-square's p-values follow their own law."""
     size, group = 23, 250
@@ -154,6 +155,7 @@ def test_a_position_of_a_block_order_depends_on_nothing_before_it(
     assert np.array_equal(order.at(3, picked), whole[picked])
 
 
+@pytest.mark.slow
 def test_the_stated_quality_of_the_block_local_shuffle() -> None:
     """K = 12 blocks of b = 5 samples, windows of w = 4; each statement at a level of 10^-5 over 4000 seeds."""
     blocks, size, window, draws = 12, 5, 4, 4000

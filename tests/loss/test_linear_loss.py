@@ -87,7 +87,7 @@ def compare(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, bou
         torch.testing.assert_close(one.detach().double(), exact, rtol=0, atol=most)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
 @pytest.mark.parametrize("kind", ["dense16", "int8", "topk", "sampled", "head8", "hard"])
 def test_a_large_vocabulary_in_chunks_of_any_size(kind: str, temperature: float) -> None:
     case = Case(kind, 64, 128_256, 32, t=temperature)

@@ -50,6 +50,7 @@ def run(recipe: str, folder: Path, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_student_trains_in_lightning_and_is_a_spec(digits: Path) -> None:
     pytest.importorskip("lightning", reason="needs the extra 'lightning'")
     arguments = ("--student", "zoo:resnet8?resize=16&crop=16", "--out", "runs/lightning", "--batch-size", 50)
@@ -69,6 +70,7 @@ def test_a_hugging_face_model_trains_in_its_trainer(digits: Path) -> None:
     assert (digits / "runs/vit/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_network_learns_a_table_from_a_forest(tmp_path: Path) -> None:
     pytest.importorskip("skl2onnx", reason="writes scikit-learn's forests as ONNX")
     pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")

@@ -51,7 +51,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTLABEL_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_worker_that_is_killed_is_named_and_the_run_resumes(store: Path, streaming: bool) -> None:
     whole = loader(store, workers=0, streaming=streaming)
     expected = [key for batch in whole for key in batch.keys]

@@ -21,8 +21,8 @@ from tests.support.stores import FORMATS, Samples, make_run, write_store
     ("kind", "format", "pace", "steps"),
     [
         ("images", "parquet", 0, 60),
-        ("images", "hdf5", 0, 60),
-        ("images", "parquet", 1, 45),
+        pytest.param("images", "hdf5", 0, 60, marks=pytest.mark.slow),
+        pytest.param("images", "parquet", 1, 45, marks=pytest.mark.slow),
         ("images", "hdf5", 1, 45),
         ("tokens", "parquet", 1, 45),
     ],

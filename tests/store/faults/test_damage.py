@@ -346,8 +346,15 @@ def read_hostile(root: str, format: str, shards: list[bytes], errors: Any) -> No
     errors.put("done")
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@both_kinds
+@pytest.mark.parametrize(
+    ("format", "kind"),
+    [
+        ("parquet", "images"),
+        ("hdf5", "tokens"),
+        pytest.param("hdf5", "images", marks=pytest.mark.slow),
+        pytest.param("parquet", "tokens", marks=pytest.mark.slow),
+    ],
+)
 def test_hostile_shards_with_right_hashes(tmp_path: Path, format: str, kind: str) -> None:
     root = tmp_path / "s"
     write_store(root, *make_samples(kind, format, classes=7))
