@@ -8,8 +8,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 import softlabel
+from softlabel.models import build_model
 
 PACKAGE = Path(softlabel.__file__).parent
 
@@ -211,6 +213,17 @@ def test_import_is_light() -> None:
         "pytest",
     }
     assert run_python(f"import softlabel, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+def test_labels_of_small_images_need_no_torchvision(tmp_path: Path) -> None:
+    """It takes longer to import than torch does, and so does torch's compiler."""
+    weights = tmp_path / "resnet20.safetensors"
+    save_file(build_model("zoo:resnet20?num_classes=10").state_dict(), weights)
+    options = f"teachers=['zoo:resnet20@{weights}'], out='{tmp_path}/labels', temperature=1.0, progress=False"
+    heavy = {"torchvision", "torch._dynamo", "sympy"}
+    code = f"import softlabel, sys; softlabel.generate('digits?rows=0:20', {options}); "
+    code += f"print(sorted({heavy} & set(sys.modules)))"
+    assert run_python(code) == "[]"
 
 
 def test_store_needs_no_torch() -> None:
