@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 
 import softlabel
@@ -219,9 +220,12 @@ def test_labels_of_small_images_need_no_torchvision(tmp_path: Path) -> None:
     """It takes longer to import than torch does, and so does torch's compiler."""
     weights = tmp_path / "resnet20.safetensors"
     save_file(build_model("zoo:resnet20?num_classes=10").state_dict(), weights)
+    (tmp_path / "images").mkdir()
+    for shade in range(0, 256, 32):
+        Image.new("RGB", (32, 32), (shade, 0, 255 - shade)).save(tmp_path / f"images/{shade}.png")
     options = f"teachers=['zoo:resnet20@{weights}'], out='{tmp_path}/labels', temperature=1.0, progress=False"
     heavy = {"torchvision", "torch._dynamo", "sympy"}
-    code = f"import softlabel, sys; softlabel.generate('digits?rows=0:20', {options}); "
+    code = f"import softlabel, sys; softlabel.generate('{tmp_path}/images', {options}); "
     code += f"print(sorted({heavy} & set(sys.modules)))"
     assert run_python(code) == "[]"
 
