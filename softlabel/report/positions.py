@@ -18,6 +18,7 @@ from softlabel.store.encodings import TopK
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 _SLICE = 1 << 19  # numbers that exist at a time
+_LOWEST = -1e4  # a logit without any probability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,18 +142,21 @@ class PositionJudge:
             scaled_RK = value_RK * (run.temperature / at)
             tail_R = columns["tail"][:, place].astype(np.float64)
             with np.errstate(divide="ignore", invalid="ignore"):
-                kept_R = np.log(np.exp(scaled_RK).sum(axis=1))  # the largest is 0
-                all_R = np.logaddexp(kept_R, tail_R)
-                log_p_RK, log_rest_R = scaled_RK - all_R[:, None], tail_R - all_R
-                p_RK, rest_R = np.exp(log_p_RK), np.exp(log_rest_R)
-                of_kept_R = np.where(p_RK > 0, p_RK * log_p_RK, 0.0).sum(axis=1)
+                power_RK = np.exp(scaled_RK)
+                kept_R = power_RK.sum(axis=1)  # of which the largest is 1
+                all_R = np.logaddexp(np.log(kept_R), tail_R)
+                log_rest_R = tail_R - all_R
+                share_R, rest_R = np.exp(-all_R), np.exp(log_rest_R)
+                # Of p log p; what has no probability counts nothing, as its logit is not -inf here.
+                of_kept_R = ((power_RK * np.maximum(scaled_RK, _LOWEST)).sum(axis=1) - all_R * kept_R) * share_R
                 of_rest_R = np.where(rest_R > 0, rest_R * (log_rest_R - np.log(others)), 0.0)
             is_number_R = ~np.isnan(all_R)
             entropy[at] = np.where(is_number_R, np.maximum(-of_kept_R - of_rest_R, 0.0), np.nan)
-            sure[at] = p_RK.max(axis=1) > SURE
-            kept[at] = np.exp(kept_R - all_R)
+            sure[at] = share_R > SURE
+            kept[at] = kept_R * share_R
             if at == self._reader.judged:
-                of_next_R = np.where(named_R, log_p_RK[rows_R, matches_RK.argmax(axis=1)], log_rest_R - np.log(others))
+                of_named_R = scaled_RK[rows_R, matches_RK.argmax(axis=1)] - all_R
+                of_next_R = np.where(named_R, of_named_R, log_rest_R - np.log(others))
                 nll_R = np.where(next_R >= 0, np.maximum(-of_next_R, 0.0), np.nan)
         top_R = np.where(value_RK == highest_R[:, None], index_RK, run.num_classes).min(axis=1)
         return JudgedPositions(
