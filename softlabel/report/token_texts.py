@@ -24,7 +24,7 @@ class TokenTexts:
         self.note, self.unknown = "", None
         self._vocabulary: Vocabulary | None = None
         if (content := store.tokenizer) is None:
-            self.note = f"{store.url} has no tokenizer: tokens are shown by their ids"
+            self.note = "the store has no tokenizer: tokens are shown by their ids"
             return
         try:
             vocabulary = Vocabulary(Tokenizer(content))

@@ -22,6 +22,7 @@ from softlabel.cli.main import main
 from softlabel.evaluation.evaluate import evaluate
 from softlabel.models import build_model
 from softlabel.models.from_lm import LanguageModel
+from softlabel.report import token_students
 from softlabel.report.document_figures import Documents as ShownDocuments
 from softlabel.report.document_figures import NextTokenAgreement
 from softlabel.report.report import DocumentReport, report_json
@@ -162,6 +163,16 @@ def test_figures_are_those_of_the_files(tmp_path: Path, case: str) -> None:
             assert [value is None for value in mine] == [value is None for value in theirs]
             known = [value for value in mine if value is not None]
             assert known == pytest.approx([value for value in theirs if value is not None], rel=1e-3, abs=1e-4)
+
+
+def test_both_formats_say_the_same(tmp_path: Path) -> None:
+    found = []
+    for format in ("parquet", "hdf5"):
+        run = make_token_run(format, classes=C, positions="masked")
+        write_store(tmp_path / format, run, Documents.of(run), bad=(3,))
+        found.append(report_on(tmp_path / format)[0])
+    for name in ("agreement", "sharpness", "coverage", "vocabulary", "documents"):
+        assert getattr(found[0], name) == getattr(found[1], name)
 
 
 def hash_all(ids: list[Any]) -> Any:
@@ -357,6 +368,20 @@ def test_students_are_measured_as_evaluate_does_and_shown_where_they_are_furthes
         assert list(one.values[2][1:]) == pytest.approx(nats[row], rel=2e-3, abs=1e-5)
         assert None not in one.values[3][1:]
     assert found["summary"][-1]["text"].startswith("The best of 2 students, ")
+
+
+def test_students_of_large_stores_are_measured_on_some_of_the_documents(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_students, "MOST_POSITIONS", 200)
+    report, found = report_on(folder / "labels", runs=[folder / "runs" / "one"])
+    (one,) = found["students"]["comparisons"]
+    assert 5 <= one["samples"] < one["of"] == 40
+    assert one["tokens"] < 400
+    assert isinstance(report.documents, ShownDocuments)
+    assert [len(part.documents) for part in report.documents.lists] == [12, 6]
+    # Every document that is shown has the student's numbers, measured among those or not.
+    assert all(None not in text.values[2][1:] for part in report.documents.lists for text in part.documents)
 
 
 def test_runs_of_language_models_alone_and_beside_their_store(folder: Path) -> None:
