@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from softlabel.common.activation import Activation
 from softlabel.common.device import decoders, resolve_device
+from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source, detect_decoding, open_source, report_source, require_samples
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.batch_size import find_batch_size
@@ -33,6 +34,7 @@ from softlabel.generation.optimize import OPTIMIZED, Optimization, optimize_teac
 from softlabel.generation.token_lane import TokenLane
 from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
+from softlabel.models import names_language_model
 from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.store.encodings import Encoding, fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
@@ -92,6 +94,10 @@ def load_job(
         raise UsageError("teachers: expected at least one SPEC, found none")
     recorded = recorded or {}
     source = _open_data(data, config, key_fn, look=trusted is None)
+    # Documents have labels that their texts do not.
+    of_documents = any(names_language_model(parse_spec(spec)) for spec in teachers)
+    if trusted is None and not of_documents:
+        report_source(source)
     views = _choose_views(source, config)
     source = detect_decoding(source, recorded)
     source, earlier = history.arrange(source, views) if history is not None else (source, ())
@@ -113,6 +119,8 @@ def load_job(
             raise UsageError("teachers: language models do not run in turn; use a device with more memory, or fewer")
         documents, loaded = read_documents(source, loaded, config)
         source = documents
+        if trusted is None and of_documents:
+            report_source(source)
         tokens = describe_documents(documents, config)
     else:
         refuse_token_options(config)
@@ -228,11 +236,9 @@ def _open_data(
     *,
     look: bool,
 ) -> Source:
-    """Open the data; with `look`, read all keys and report findings."""
+    """Open the data; with `look`, read all keys."""
     source = open_source(data, key_fn=key_fn, ignore_labels=config.ignore_labels, check_keys=look)
     require_samples(source)
-    if look:
-        report_source(source)
     return source
 
 
