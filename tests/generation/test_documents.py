@@ -211,12 +211,13 @@ def test_the_last_layer_is_stored_once(teacher: Path, data: Path, tmp_path: Path
 
 def test_labels_of_networks_with_a_cap_on_their_logits(data: Path, tmp_path: Path) -> None:
     """Every encoding has the capped logits, head with the cap beside the last layer, calibration included."""
+    some = f"{data}?rows=0:7"
     capped = write_language_model(
         tmp_path / "capped", "gemma2", rows=300, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.7
     )
     encodings = {"float32": "float32", "topk": TopK(k=8), "head": "head", "int8": Head(hidden="int8")}
     for name, encoding in encodings.items():
-        generate(data, capped, out=tmp_path / name, encoding=encoding, temperature=0.5, calibration=[1.25])
+        generate(some, capped, out=tmp_path / name, encoding=encoding, temperature=0.5, calibration=[1.25])
     expected = [forward(capped, one["tokens"][:, 0]) / (1.25 * 0.5) for _, one in read_documents(tmp_path / "float32")]
     logits_PC = np.concatenate(expected)
     assert 1.0 < np.abs(logits_PC).max() <= 0.7 / (1.25 * 0.5)
@@ -249,20 +250,21 @@ def test_labels_of_networks_with_a_cap_on_their_logits(data: Path, tmp_path: Pat
     convert_store(tmp_path / "head", tmp_path / "dense", encoding="float32")
     with softlabel.open_store(tmp_path / "dense") as store:
         np.testing.assert_allclose(store.take(np.arange(len(store))).scaled_logits, relative_PC, atol=2e-3)
-    generate(data, capped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])  # there already
-    uncapped = write_language_model(
-        tmp_path / "uncapped", "gemma2", rows=300, num_key_value_heads=2, head_dim=8, final_logit_softcapping=None
-    )
+    generate(some, capped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])  # there already
+    uncapped = shutil.copytree(capped, tmp_path / "other" / "capped")
+    config = json.loads((capped / "config.json").read_text())
+    (uncapped / "config.json").write_text(json.dumps({**config, "final_logit_softcapping": None}))
     with pytest.raises(MismatchError, match="softcap"):
-        generate(data, uncapped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])
+        generate(some, uncapped, out=tmp_path / "head", encoding="head", temperature=0.5, calibration=[1.25])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_last_layer_keeps_the_type_that_it_was_saved_in(kind: torch.dtype, data: Path, tmp_path: Path) -> None:
     folder = write_language_model(tmp_path / "lm", "gpt2", n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    some = f"{data}?rows=0:5"
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     network.save_pretrained(folder)
-    generate(data, folder, out=tmp_path / "labels", encoding="head")
+    generate(some, folder, out=tmp_path / "labels", encoding="head")
     convert_store(tmp_path / "labels", tmp_path / "hdf5", format="hdf5")
     weight_CD = network.lm_head.weight.detach()
     for root in (tmp_path / "labels", tmp_path / "hdf5"):
