@@ -18,7 +18,7 @@ from softlabel.generation.ensemble import Members, using_threads
 from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.base import Inputs
 from softlabel.inputs.image_transform import Preprocessing
-from softlabel.models import Program
+from softlabel.models import LanguageModel, Program
 from softlabel.models.graph import Engine, make_graph_network
 from softlabel.models.teacher import Teacher
 
@@ -115,10 +115,12 @@ def _find_obstacle(members: Members, teacher: Teacher, *, head: bool) -> str | N
         return f"graphs are for CPUs, found {members.device} (--compile is for GPUs)"
     if isinstance(teacher.model, Program):
         return "is a program file, not a torch module"
-    if head:
-        return "encoding head captures a layer, which graphs do not have"
     if teacher.precision != "fp32":
         return f"graphs are in fp32, found {teacher.precision}"
+    if head:
+        return "encoding head captures a layer, which graphs do not have"
+    if isinstance(teacher.model, LanguageModel):
+        return "language models answer position by position"
     if teacher.preprocessing.buckets:
         return "takes batches of many lengths"
     if teacher.preprocessing.kind == Preprocessing.kind and not teacher.preprocessing.fixes_size:

@@ -217,3 +217,9 @@ def test_what_does_not_go_together_is_refused(images: Path, tmp_path: Path) -> N
         label(images, tmp_path / "store", BLOCK, optimize="folded", precision="bf16")
     with pytest.raises(UsageError, match="encoding head"):
         label(images, tmp_path / "store", BLOCK, optimize="folded", encoding="head")
+    exported = tmp_path / "block.pt2"
+    with torch.no_grad():
+        torch.export.save(torch.export.export(block().eval(), (torch.randn(2, 3, 32, 32),)), exported)
+    program = f"{exported}?trust=true&mean=0&std=1"
+    with pytest.raises(UsageError, match=r"block\.pt2.*is a program file.*leave out --optimize folded"):
+        label(images, tmp_path / "store", program, optimize="folded", batch_size=2)

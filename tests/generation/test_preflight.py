@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +194,27 @@ def test_the_sample_comes_from_everywhere_and_always_the_same() -> None:
     # Every sample once, when it goes on for long enough.
     everything = np.concatenate([first, *others])
     np.testing.assert_array_equal(np.sort(everything), np.arange(100_000))
+
+
+def test_a_half_precision_that_is_slower_than_float32_on_this_cpu_is_reported(ready: Path, tmp_path: Path) -> None:
+    model, images = build_model(spec(ready).partition("?")[0]).eval(), torch.randn(16, 3, 32, 32)
+    seconds = {True: 1e9, False: 1e9}
+    with torch.inference_mode():
+        for enabled in (True, False) * 3:
+            with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
+                started = time.process_time()
+                model(images)
+                seconds[enabled] = min(seconds[enabled], time.process_time() - started)
+    ratio = seconds[True] / seconds[False]
+    said = {}
+    for precision in ("fp32", "fp16"):
+        options = ["--teacher", spec(ready), "--out", tmp_path / precision, "--precision", precision]
+        data = f"{ready / 'data.parquet'}?rows=0:24"
+        said[precision] = run_softlabel("generate", "--data", data, *options, "--batch-size", 8).stderr
+    assert "times as long as fp32" not in said["fp32"]
+    if ratio > 2:  # clearly slower here
+        found = re.search(r"--precision fp16 takes ([0-9.]+) times as long as fp32 on this CPU", said["fp16"])
+        assert found, said["fp16"]
+        assert float(found[1]) > 1.1
+    if ratio < 0.7:
+        assert "times as long as fp32" not in said["fp16"]

@@ -17,6 +17,7 @@ from softlabel.generation.labeller import Labeller
 from softlabel.generation.preflight.alignment import Alignment, check_alignment
 from softlabel.generation.preflight.diagnose import Diagnosis, compare_names, diagnose
 from softlabel.generation.preflight.estimate import ROW_BYTES, Offer, estimate_key_bytes, offer
+from softlabel.generation.preflight.precision import compare_precisions
 from softlabel.generation.preflight.repeatability import check_repeatable
 from softlabel.generation.preflight.sample import label_sample, refuse_equal
 from softlabel.generation.token_lane import TokenLane
@@ -105,7 +106,11 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     run = job.run
     job, trial = label_sample(job, seed=job.config.seed)
     named = [compare_names(teacher, run.class_names) for teacher in job.labeller.teachers]
-    remarks = (*check_repeatable(job.labeller, trial), *(text for text in named if text is not None))
+    remarks = (
+        *check_repeatable(job.labeller, trial),
+        *(text for text in named if text is not None),
+        *compare_precisions(job.labeller, trial),
+    )
     refuse_equal(trial, job.labeller.source.name, run.activation, job.labeller.source.inputs)
     images, lane = sum(plan.stop - plan.start for plan in missing), job.labeller.lane
     found = offer(job, trial, run.encoding)
