@@ -57,8 +57,9 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
         noun="members",
     )
     least = min(min(row) for row in found.agreement)
+    same = f"{context.row}s with the same most probable {'token' if context.row == 'position' else 'class'}"
     matrices = (
-        ("Agreement", found.agreement, format_share, share_cell, least * 0.9, "rows with the same most probable class",
+        ("Agreement", found.agreement, format_share, share_cell, least * 0.9, same,
          "Good: alike but not the same; members that always agree add nothing to each other."),
         ("KL divergence", found.divergence, format_number, number_cell, 0.0,
          "mean KL(row || column) in nats at T = 1",
@@ -90,11 +91,11 @@ def describe_ensemble(found: Ensemble, context: Context) -> Section:
                 title="Disagreement of members",
                 desc=f"Histogram of the mutual information in nats; mean {format_number(found.mean_disagreement)}.",
                 x_label="mutual information, nats",
-                y_label="rows",
+                y_label=f"{context.row}s",
                 mean=found.mean_disagreement,
             ),
-            caption="Mutual information H(mean p) - mean H(p): what the members do not agree on. Good: most rows near "
-            "0, and a tail of hard samples.",
+            caption="Mutual information H(mean p) - mean H(p): what the members do not agree on. Good: most "
+            f"{context.row}s near 0, and a tail of hard samples.",
             table=histogram_table("Disagreement of members", found.disagreement),
         )
     )

@@ -41,9 +41,9 @@ def describe_token_students(found: TokenStudents, context: Context) -> Section:
         notes=found.notes,
         advice=(
             Advice(
-                text="Compare students on documents that none of them was trained on. KL(teacher || student) near what "
-                "the encoding costs is all that can be learnt from these labels; more than the students of a longer "
-                "training have says: train longer, or a larger student.",
+                text="Compare students on documents that none of them was trained on. A KL(teacher || student) near "
+                "what the encoding costs is all that can be learnt from these labels; where it is far above, train "
+                "longer, or take a larger student.",
                 command=f"softlabel train --labels {quote(context.store)} --data {quote(context.data)} "
                 "--student lm:FOLDER --pack 512 --out runs/lm",
             ),
