@@ -88,9 +88,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "images.parquet", ROWS)
 
 
-def label(data: Path, out: Path, teacher: str, **options: Any) -> Path:
+def label(data: Path, out: Path, *teachers: str, **options: Any) -> Path:
     options = {"batch_size": 32, "temperature": 1.0, "progress": False, "shard_rows": 32, **options}
-    softlabel.generate(data, teachers=[teacher], out=out, **options)
+    softlabel.generate(data, teachers=teachers, out=out, **options)
     return out
 
 
@@ -139,6 +139,17 @@ def test_threads_and_repairs_leave_every_bit(engine: str, images: Path, tmp_path
     run_softlabel("repair", one)
     assert files(one) == before
     assert recorded(one) == [{"engine": engine, "rows": 32}]
+
+
+def test_each_member_of_an_ensemble_has_a_graph(images: Path, tmp_path: Path) -> None:
+    members = [BLOCK, write_teacher(tmp_path / "teacher.safetensors") + "?mean=0.5"]
+    plain = label(images, tmp_path / "plain", *members, combine="keep", stack="no")
+    folded = label(images, tmp_path / "folded", *members, combine="keep", optimize="folded")
+    assert recorded(folded) == [{"engine": "folded", "rows": 32}] * 2
+    for number in range(2):
+        with softlabel.open_store(plain) as one, softlabel.open_store(folded) as other:
+            expected, found = (np.array(store.take(np.arange(ROWS)).scaled_logits)[:, number] for store in (one, other))
+        assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
 def test_a_graph_computes_the_same_as_its_network_and_leaves_it_as_it_was() -> None:
