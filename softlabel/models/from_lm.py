@@ -49,8 +49,9 @@ class TransformersLanguageModel(LanguageModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """See `LanguageModel.hidden`."""
+        # Padding is on the right and no position sees a later one: without the mask attention skips half of its work.
         found: Tensor = self.network.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         return found
 

@@ -66,6 +66,6 @@ def measure(scaled_logits_RC: Tensor, columns: Mapping[str, Tensor], encoding: E
     if reading.activation == "sigmoid":
         return measure_sigmoids(scaled_logits_RC, coder.decode(encoding, columns, reading), reading.factor)
     if coder.nats is not None:
-        return coder.nats(scaled_logits_RC, columns, reading.factor)
+        return coder.nats(encoding, scaled_logits_RC, columns, reading)
     decoded_RC = coder.decode(encoding, columns, reading)
     return measure_decoded(encoding, scaled_logits_RC, decoded_RC, reading.factor)

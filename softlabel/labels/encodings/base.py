@@ -80,13 +80,13 @@ class Coder:
     Attributes:
         encode: (encoding, answers) -> columns, name -> (R, W) on the same device.
         decode: (encoding, columns, reading) -> float64 (R, C) logits divided by `reading.at`, up to a constant per row.
-        nats: (scaled_logits_RC, columns, factor) -> what the columns lose, float64 (R,), where there is a faster way
-            than to decode them; `factor` takes both to another temperature.
+        nats: (encoding, scaled_logits_RC, columns, reading) -> what the columns lose, float64 (R,), where there is a
+            faster way than to decode them.
     """
 
     encode: Callable[[Any, Answers], Columns]
     decode: Callable[[Any, Mapping[str, Tensor], Reading], Tensor] = decode_on_host
-    nats: Callable[[Tensor, Mapping[str, Tensor], float], Tensor] | None = None
+    nats: Callable[[Any, Tensor, Mapping[str, Tensor], Reading], Tensor] | None = None
 
 
 def decode_dense(encoding: Encoding, columns: Mapping[str, Tensor], reading: Reading) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from softlabel.labels.encodings.base import LOWEST_HALF, Answers, Coder, decode_dense, to_half
+from softlabel.labels.encodings.base import LOWEST_HALF, Answers, Coder, Reading, decode_dense, to_half
 from softlabel.store.encodings import Float16
 
 _CHUNK = 64  # rows at a time, so that what is between two steps stays in a core's cache
@@ -18,13 +18,15 @@ def encode(encoding: Float16, answers: Answers) -> dict[str, Tensor]:
     return {"logits": to_half(answers.scaled_logits)}
 
 
-def measure_rounding(scaled_logits_RC: Tensor, columns: Mapping[str, Tensor], factor: float) -> Tensor:
+def measure_rounding(
+    encoding: Float16, scaled_logits_RC: Tensor, columns: Mapping[str, Tensor], reading: Reading
+) -> Tensor:
     """KL(softmax(factor * z) || softmax(factor * half(z))): float64 (R,), in a tenth of the time that decoding takes.
 
     With d the rounding errors, KL = log E_p[exp d] - E_p[d] = log1p(m + g) - m, where m = E_p[d] and
     g = E_p[exp(d) - 1 - d] is a sum of positive terms: in float32 both are exact enough, and an error of m cancels.
     """
-    found = []
+    found, factor = [], reading.factor
     for z_RC, h_RC in zip(torch.split(scaled_logits_RC, _CHUNK), torch.split(columns["logits"], _CHUNK), strict=True):
         finite_RC = z_RC.clamp_min(LOWEST_HALF)  # p is 0 down there, masked classes with it
         d_RC = h_RC.float().clamp_min_(LOWEST_HALF).sub_(finite_RC)
