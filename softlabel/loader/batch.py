@@ -129,7 +129,7 @@ class Batch(NamedFields):
         """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
         return replace(
             self,
-            inputs=Inputs.of(self.inputs).map(Tensor.pin_memory).plain,
+            inputs=Inputs.of(self.inputs).map(lambda one: one.pin_memory() if one.device.type == "cpu" else one).plain,
             labels=self.labels.pin_memory(),
             **pin_target(self),
             weight=None if self.weight is None else self.weight.pin_memory(),

@@ -24,6 +24,7 @@ from softlabel.inputs.transforms import default_transform
 from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
+from softlabel.loader.device_cache import DeviceCache, open_device_cache, refuse_views
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
@@ -56,6 +57,7 @@ class JoinedDataset(Dataset[Batch]):
         workers: how many processes will share the dataset.
         combine: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
+        device: where decoded samples are kept, and augmented; None: in main memory.
         views: of a store whose rows are views: which of them. The images are then the views that the teacher saw, and
             hard labels are left out where two images are mixed into one.
 
@@ -79,6 +81,7 @@ class JoinedDataset(Dataset[Batch]):
         workers: int = 0,
         combine: Combination | None = None,
         targets: bool = True,
+        device: torch.device | None = None,
         views: ViewChoice = _ALL_VIEWS,
     ) -> None:
         source = detect_decoding(source, None if store is None else store.manifest.recorded)
@@ -141,8 +144,10 @@ class JoinedDataset(Dataset[Batch]):
                 preprocessing=preprocessing,
                 name=source.name,
             )
-        self._cache: SampleCache | None = None
-        self._cache = self._new_cache(cache_bytes, workers)
+        self._cache: SampleCache | DeviceCache | None = None
+        if device is not None and made is not None:
+            refuse_views(made)
+        self._cache = self._new_cache(cache_bytes, workers, device)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -243,12 +248,14 @@ class JoinedDataset(Dataset[Batch]):
                 self.keys(others[:1])[0],
             )
 
-    def _new_cache(self, budget: int, workers: int) -> SampleCache | None:
-        if budget <= 0:
+    def _new_cache(self, budget: int, workers: int, device: torch.device | None) -> SampleCache | DeviceCache | None:
+        if budget <= 0 and device is None:
             return None
         first = np.zeros(1, dtype=np.int64)
         keys = self.keys(first)
         read = self._read(first, keys) if self._replay is None else Inputs.single(self._decoded(first, keys)[0][None])
+        if device is not None:
+            return open_device_cache(len(self), read.form, device, budget=budget)
         fits = SampleCache.fits(len(self), read.form, budget=budget, workers=workers)
         return SampleCache(len(self), read.form) if fits else None
 
@@ -272,6 +279,10 @@ class JoinedDataset(Dataset[Batch]):
             cache.put(positions[unknown[fit]], Inputs.single(torch.stack([images[number] for number in fit])))
         if len(fit) == len(unknown):
             return cache.get(positions).only
+        if isinstance(cache, DeviceCache):
+            raise UsageError(
+                f"cache: {self.source.name}: expected images of one size for a device, found several; leave --cache out"
+            )
         others = dict(zip(unknown.tolist(), images, strict=True))
         return stacked(
             [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from softlabel.common.arguments import check_arguments
@@ -68,6 +69,8 @@ class SoftLabelLoader(EpochLoader[Batch]):
         missing: ``error``, ``skip`` or ``hard-only``, for samples that the store has no row for.
         workers: processes that read and decode; 0 does it in this one, which is best once images are cached.
         cache_mb: memory for decoded images, in MiB; all or none are kept.
+        cache_device: where decoded samples are kept instead, and augmented: inputs of batches are then there. All must
+            fit, and `workers` be 0. On the CPU `cache_mb` is the limit, on a GPU half of what is free.
         pin_memory: hand out batches in page-locked memory.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 (of independent outputs -1) for every hard label.
@@ -111,6 +114,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
         missing: Missing = "error",
         workers: int = 0,
         cache_mb: int = 4096,
+        cache_device: torch.device | str | None = None,
         pin_memory: bool = False,
         key_fn: Callable[[int], str | int] | None = None,
         ignore_labels: bool = False,
@@ -129,6 +133,8 @@ class SoftLabelLoader(EpochLoader[Batch]):
         chosen_views = ViewChoice(order=view_order, check=check_views, count=views)
         if workers < 0:
             raise UsageError(f"workers: expected at least 0, found {workers}")
+        if workers and cache_device is not None:
+            raise UsageError(f"workers: expected 0 with a cache on a device, which this process fills, found {workers}")
         if window is not None and (window < 1 or not streaming):
             raise UsageError(f"window: expected at least 1 block, and streaming, found {window} and {streaming}")
         if source_ratio is not None and streaming:
@@ -151,6 +157,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
             workers=workers,
             combine=combine,
             targets=not streaming,
+            device=None if cache_device is None else torch.device(cache_device),
             views=chosen_views,
         )
         order: EpochOrder | BlockOrder | RatioOrder

@@ -78,6 +78,8 @@ class TrainConfig:
         students_at_once: of several students on the CPU: how many are trained at the same time, sharing its cores;
             absent: one for each core that torch uses.
         workers: processes that read and decode; absent: chosen from the machine.
+        cache: where decoded samples are kept: memory, which worker processes share, or device, which holds all of them
+            and augments there with the same pixels.
         cache_mb: memory for decoded images in MiB; all or none are kept.
         checkpoint_minutes: how often a checkpoint is written within an epoch; one is written after every epoch.
         tensorboard: write TensorBoard events too.
@@ -133,6 +135,7 @@ class TrainConfig:
     device: str = "auto"
     students_at_once: int | None = None
     workers: int | None = None
+    cache: Literal["memory", "device"] = "memory"
     cache_mb: int = 4096
     checkpoint_minutes: float = 10.0
     tensorboard: bool = True
@@ -209,7 +212,17 @@ class TrainConfig:
 GRID = ("student", "optimizer", "lr", "weight_decay", "label_smoothing", "temperature", "soft_weight", "hard_weight")
 
 # Where things lie (data and store are compared by what they hold), and what only changes speed or what is reported.
-_NOT_IDENTITY = {"data", "out", "labels", "eval_data", "device", "workers", "cache_mb", "checkpoint_minutes"} | {
+_NOT_IDENTITY = {
+    "data",
+    "out",
+    "labels",
+    "eval_data",
+    "device",
+    "workers",
+    "cache",
+    "cache_mb",
+    "checkpoint_minutes",
+} | {
     "check_views",
     "tensorboard",
     "tracker",
@@ -298,6 +311,10 @@ def _check_combinations(config: TrainConfig) -> None:
         raise UsageError(
             "mixup: a mixed sample has no soft label in the store; use it with hard labels alone (without --labels, or "
             "--soft-weight 0)"
+        )
+    if config.cache == "device" and config.workers:
+        raise UsageError(
+            f"workers: a cache on a device is filled by this process, found {config.workers}; leave --workers out"
         )
     if config.schedule == "one-cycle" and config.warmup_epochs is not None:
         raise UsageError("warmup_epochs: schedule one-cycle rises by itself; leave --warmup-epochs out")

@@ -36,6 +36,7 @@ _OTHERS = {
     "mixup": _OF_IMAGES,
     "view_order": _OF_VIEWS,
     "check_views": _OF_VIEWS,
+    "cache": _OF_IMAGES,
     "cache_mb": "is of decoded images; documents are mapped from the file of their tokens",
     "streaming": "is of data that is read block by block; documents are mapped from the file of their tokens",
     "source_ratio": "mixes samples one by one; documents are packed together",

@@ -90,7 +90,7 @@ def _train(
         students: dict[int, Student] = {}
         before: dict[int, int] = {}
         if chosen:
-            workers = decoders(config.workers, ranks.device)
+            workers = 0 if config.cache == "device" else decoders(config.workers, ranks.device)
             loader = task.open_loader(ranks, workers, views)
             for number in chosen:
                 student = task.make_student(number, ranks=ranks, temperature=loader.temperature, steps=len(loader))

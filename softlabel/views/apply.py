@@ -246,7 +246,7 @@ def stacked(images: Sequence[Tensor]) -> Images:
 def digests(images: Images) -> U64:
     """Return the xxh3-64 of each view's pixels as bytes (H, W, C): uint64 (B,)."""
     if isinstance(images, Tensor):
-        pixels: Iterable[NDArray[Any]] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        pixels: Iterable[NDArray[Any]] = np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())
     else:
         pixels = (np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()) for image_CHW in images)
     return np.fromiter((xxhash.xxh3_64_intdigest(one.data) for one in pixels), np.uint64, len(images))

@@ -67,11 +67,13 @@ class CropFlip:
         """Cut the crops out of a batch.
 
         Args:
-            images_BCHW: uint8 or floats, in main memory.
+            images_BCHW: uint8 or floats, on any device.
 
         Returns:
-            Of the same type and shape; the input is left as it was.
+            Of the same type, shape and device, with the same pixels on each; the input is left as it was.
         """
+        if images_BCHW.device.type != "cpu":
+            return self.apply_there(images_BCHW, crops)
         height, width = images_BCHW.shape[-2:]
         side, flip_B = self.padding, crops.flip.numpy()
         # numpy, because torch would start all its threads for these small copies.
@@ -84,6 +86,23 @@ class CropFlip:
         # All crops of all images as a view without a copy; one of each image is gathered.
         windows = np.lib.stride_tricks.sliding_window_view(padded_BCHW, (height, width), axis=(2, 3))
         return torch.from_numpy(windows[np.arange(len(flip_B)), :, crops.top.numpy(), left_B])
+
+    def apply_there(self, images_BCHW: Tensor, crops: Crops) -> Tensor:
+        """`apply` in operations of torch alone, for devices that numpy does not reach."""
+        device, (height, width), side = images_BCHW.device, images_BCHW.shape[-2:], self.padding
+        top_B, left_B, flip_B = (one.to(device, non_blocking=True) for one in (crops.top, crops.left, crops.flip))
+        rows_BH = top_B[:, None] + torch.arange(height, device=device) - side
+        columns_W = torch.arange(width, device=device)
+        # The mirror image of a crop is the crop read from right to left.
+        columns_BW = left_B[:, None] + torch.where(flip_B[:, None], width - 1 - columns_W, columns_W) - side
+        inside_BHW = ((rows_BH >= 0) & (rows_BH < height))[:, :, None] & ((columns_BW >= 0) & (columns_BW < width))[
+            :, None
+        ]
+        places_BHW = rows_BH.clamp(0, height - 1)[:, :, None] * width + columns_BW.clamp(0, width - 1)[:, None]
+        flat_BCL = images_BCHW.flatten(2)
+        there_BCL = places_BHW.flatten(1)[:, None].expand(-1, flat_BCL.shape[1], -1)
+        cut_BCHW = flat_BCL.gather(2, there_BCL).view_as(images_BCHW)
+        return cut_BCHW.masked_fill_(~inside_BHW[:, None], 0)
 
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
         """Draw and apply one view of a batch (B, C, H, W)."""

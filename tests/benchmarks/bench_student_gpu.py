@@ -1,7 +1,8 @@
 """Steps of a student on a CUDA device: python -m tests.benchmarks.bench_student_gpu
 
 resnet18 at 224, bf16, batch 256, images decoded in RAM: steps from cached labels beside steps with hard labels alone
-and beside steps that run the teacher, resnet152, for every batch.
+and beside steps that run the teacher, resnet152, for every batch. Then resnet20 on images of CIFAR's size that are kept
+and augmented on the device, beside a bare loop over tensors that lie there.
 """
 
 import tempfile
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.models import build_model
-from softlabel.models.teacher import load_teacher
+from softlabel.models.teacher import Teacher, load_teacher
 from tests.benchmarks.accelerator import Bench, run_benchmark
 from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
@@ -22,6 +23,7 @@ CLASSES = 1000
 SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"
 SOFT_ONLINE = "student step, cached labels / teacher on line (resnet152)"
 WAITING = "student step, hard labels / bare step on the device"
+ON_DEVICE = "bare loop over device tensors / student with --cache device (resnet20, 32)"
 
 
 class Labelled(Dataset[tuple[Tensor, int]]):
@@ -35,11 +37,24 @@ class Labelled(Dataset[tuple[Tensor, int]]):
         return self.images[index][0], index % CLASSES
 
 
-def bare_step(bench: Bench, student: str, batch: int, count: int) -> float:
+class Small(Dataset[tuple[Tensor, int]]):
+    """Random images of 32 x 32 pixels."""
+
+    def __init__(self, images: int) -> None:
+        self.images_NCHW = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images_NCHW)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images_NCHW[index], index % CLASSES
+
+
+def bare_step(bench: Bench, student: str, batch: int, count: int, side: int = SIDE) -> float:
     """Seconds of `count` plain training steps of the student over one batch that lies on the device."""
     model = build_model(student, num_classes=CLASSES).to(bench.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
-    images = torch.randn(batch, 3, SIDE, SIDE, device=bench.device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, side, side, device=bench.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (batch,), device=bench.device)
 
     def steps() -> None:
@@ -86,9 +101,36 @@ def measure(bench: Bench) -> None:
         bench.report(SOFT_ONLINE, ms["soft"] / ms["online"], goal=0.35, bound="at most")
         bare = 1e3 * bare_step(bench, student, batch, count) / count
         bench.report(WAITING, ms["hard"] / bare, note=f"bare {bare:.1f} ms: what the loader and the copies add")
+        measure_small(bench, teacher, folder)
 
 
-FIGURES = (SOFT_HARD, SOFT_ONLINE, WAITING)
+def measure_small(bench: Bench, teacher: Teacher, folder: str) -> None:
+    """Steps of a small student whose images never leave the device."""
+    batch, count = bench.pick(256, 2), bench.pick(64, 2)
+    data = Small(batch * count)
+    keys = [str(number) for number in range(len(data))]
+    write_logits(Path(folder) / "small", keys, draw_logits(len(data), CLASSES), temperature=TEMPERATURE)
+    student = "zoo:resnet20"
+    sides = build_steps(
+        data,
+        str(Path(folder) / "small"),
+        teacher,
+        student,
+        classes=CLASSES,
+        batch=batch,
+        count=count,
+        precision="bf16",
+        device=str(bench.device),
+        cache_device=str(bench.device),
+    )
+    bench.seconds(sides["hard"])
+    ours = sorted(bench.seconds(sides["hard"]) for _ in range(bench.pick(5, 1)))[bench.pick(2, 0)]
+    bare = bare_step(bench, student, batch, count, side=32)
+    note = f"{1e3 * ours / count:.2f} ms a step, bare {1e3 * bare / count:.2f} ms"
+    bench.report(ON_DEVICE, bare / ours, goal=0.95, note=note)
+
+
+FIGURES = (SOFT_HARD, SOFT_ONLINE, WAITING, ON_DEVICE)
 
 if __name__ == "__main__":
     run_benchmark(__doc__, measure, FIGURES)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import softlabel
 from softlabel.inputs.base import Inputs
@@ -29,11 +30,18 @@ def build_steps(
     count: int,
     precision: str,
     device: str,
+    cache_device: str | None = None,
 ) -> dict[str, Callable[[], None]]:
     """What makes `count` steps of an epoch: "hard", "soft" and "online". Images and labels are in memory already."""
     preprocessing = student_preprocessing(student)
     ranks = Ranks(device)
-    common = {"batch_size": batch, "tail": "drop", "preprocessing": preprocessing, "augment": CropFlip()}
+    common: dict[str, Any] = {
+        "batch_size": batch,
+        "tail": "drop",
+        "preprocessing": preprocessing,
+        "augment": CropFlip(),
+    }
+    common["cache_device"] = cache_device
     loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
     students = {}
     for kind, store in (("hard", None), ("soft", labels), ("online", labels)):

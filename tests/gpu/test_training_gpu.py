@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import softlabel
+from softlabel.views import CropFlip
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_dataset
 from tests.support.teachers import write_teacher
@@ -42,6 +43,25 @@ def test_ways_to_train(digits: Path, tmp_path: Path, device: str, changes: dict[
     if "temperature" not in changes:
         losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
         assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_images_on_the_device_are_those_of_the_host(digits: Path, tmp_path: Path, device: str, views: bool) -> None:
+    labels = digits / "store"
+    if views:
+        labels, teacher = tmp_path / "views", write_teacher(tmp_path / "w.safetensors", num_classes=10)
+        made: dict[str, Any] = {"views": 2, "augment": "crop-flip", "temperature": 1.0, "progress": False}
+        softlabel.generate(digits / "data.parquet", teachers=[teacher], out=labels, device=device, **made)
+    chosen: dict[str, Any] = {"batch_size": 32, "seed": 5, "augment": None if views else CropFlip(), "check_views": 1}
+    hosts, devices = (
+        softlabel.SoftLabelLoader(digits / "data.parquet", labels, cache_device=where, **chosen)
+        for where in (None, device)
+    )
+    for _ in range(3):
+        for host, there in zip(hosts, devices, strict=True):
+            assert there.inputs.device.type == device.split(":")[0]
+            assert (there.inputs.cpu() == host.inputs).all()
+            assert list(there.keys) == list(host.keys)
 
 
 def test_a_compiled_student_learns(digits: Path, tmp_path: Path, cuda: str) -> None:

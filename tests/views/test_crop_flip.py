@@ -28,6 +28,7 @@ def test_pixels_are_those_of_pad_crop_and_mirror(padding: int, flip: bool) -> No
         top, left = int(crops.top[number]), int(crops.left[number])
         expected = V.crop(V.pad(image, [padding]), top, left, 9, 13)
         assert torch.equal(seen[number], V.hflip(expected) if crops.flip[number] else expected)
+    assert torch.equal(policy.apply_there(batch, crops), seen)  # as a GPU makes them
     assert torch.equal(batch, before)
     assert seen.dtype == torch.uint8
     assert bool(crops.flip.any()) == flip
