@@ -167,7 +167,7 @@ class _Trial:
         batch = self.read(self._count_rows())
         expected_BC = self.teacher.logits(batch)
         try:
-            found = self._graph(engine, batch)
+            found = self._make_graph(engine, batch)
         except Exception as error:
             raise UsageError(
                 f"optimize: {self.name}: cannot be {engine}: {_describe(error)}; leave out --optimize {engine}"
@@ -195,7 +195,7 @@ class _Trial:
         batch = self.read(before.rows)
         expected_BC = self.teacher.logits(batch)
         try:
-            found = self._graph(before.engine, batch)
+            found = self._make_graph(before.engine, batch)
             off = measure_difference(found.logits(batch), expected_BC)
         except Exception as error:
             return self.choose_eager(f"the store was {before.engine}, which fails here: {_describe(error)}")
@@ -218,7 +218,7 @@ class _Trial:
 
         def add(engine: Literal["folded", "compiled"], rows: int) -> None:
             try:
-                made = self._graph(engine, batch[:rows])
+                made = self._make_graph(engine, batch[:rows])
                 off = measure_difference(made.logits(batch), expected_BC)
             except Exception as error:  # what torch raises for this network
                 failed.append(f"not {engine}: {_describe(error)}")
@@ -262,7 +262,7 @@ class _Trial:
         values = sum(tensor.numel() for tensor in self.read(1).tensors.values())
         return _largest_divisor(self.batch_size, _TRIAL_VALUES // max(1, values))
 
-    def _graph(self, engine: Literal["folded", "compiled"], batch: Inputs) -> Teacher:
+    def _make_graph(self, engine: Literal["folded", "compiled"], batch: Inputs) -> Teacher:
         with torch.no_grad():
             finished = self.teacher.preprocessing.finish(batch)
         graph = make_graph_network(self.name, self.teacher.model, finished, engine)
