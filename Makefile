@@ -53,7 +53,7 @@ gpu: $(READY)
 	$(BIN)/python -m tests.gpu
 
 # What a machine with torch, triton, transformers and timm may lack; for its Python 3.12 on x86-64 Linux.
-GPU_WHEELS := jsonargparse docstring-parser typeshed-client dask distributed cloudpickle partd locket zict tblib tornado
+GPU_WHEELS := simplejpeg jsonargparse docstring-parser typeshed-client dask distributed cloudpickle partd locket zict tblib tornado
 gpu-wheels: $(READY)
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	    --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \

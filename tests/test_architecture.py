@@ -22,7 +22,7 @@ LABELS = f"{GROUND} store models dataset views labels"
 MAY_IMPORT = {
     "errors": ("", ""),
     "common": ("errors", "numpy pyarrow torch"),
-    "inputs": ("errors", "torch torchvision numpy PIL xxhash tokenizers jinja2"),
+    "inputs": ("errors", "torch torchvision numpy PIL simplejpeg xxhash tokenizers jinja2"),
     "loss": ("errors", "torch triton"),
     "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
     "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime vllm"),

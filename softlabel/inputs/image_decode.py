@@ -2,9 +2,9 @@
 
 Legend: B batch, C channels (3), H and W height and width.
 
-PIL decodes for teacher and student, so that both get the same pixels. Conversion to RGB is PIL's `convert("RGB")`, as
-in torchvision's `ImageFolder`: transparency is dropped, colour profiles are ignored, an animation gives its first
-frame.
+PIL decodes for teacher and student, so that both get the same pixels; most JPEG files are decoded to these pixels in
+another way, see `jpeg`. Conversion to RGB is PIL's `convert("RGB")`, as in torchvision's `ImageFolder`: transparency is
+dropped, colour profiles are ignored, an animation gives its first frame.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from torch import Tensor
 from softlabel.errors import BadImageError, DataError
 from softlabel.inputs.base import AS_USUAL, Decoding, InputKind, Raw, Sample
 from softlabel.inputs.content import content_hash, hash_values
+from softlabel.inputs.jpeg import decode_plain_jpeg
 
 # Formats that PIL decodes by itself: for PostScript it would run Ghostscript.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -70,6 +71,8 @@ def decode_image(image: Raw, decoding: Decoding = AS_USUAL) -> Tensor:
             return _decode_pil(image, dataclasses.replace(decoding, upright=False))
         if not len(image):
             raise BadImageError("empty, 0 bytes")
+        if (pixels_HWC := decode_plain_jpeg(image)) is not None:
+            return torch.from_numpy(pixels_HWC.transpose(2, 0, 1))
         return _decode_pil(Image.open(io.BytesIO(image), formats=_list_formats()), decoding)
     except (DataError, MemoryError):
         raise

@@ -103,6 +103,62 @@ def test_cmyk_jpeg_is_not_inverted() -> None:
     assert pixels_of(encoded(white, "JPEG")).min() > 250
 
 
+def plain_pil(data: bytes) -> np.ndarray | None:
+    """The pixels by PIL alone; None where it refuses."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Exception:
+        return None
+
+
+def paint(width: int, height: int, mode: str) -> Image.Image:
+    rng = np.random.default_rng(width)
+    channels = len(mode) if mode != "L" else 1
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(coarse).astype(int)[:, :, :1] + rng.normal(0, 20, (height, width, channels))
+    return Image.fromarray(
+        noisy.clip(0, 255).astype(np.uint8).squeeze(2) if mode == "L" else noisy.clip(0, 255).astype(np.uint8), mode
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subsampling": 0, "quality": 100},
+        {"subsampling": 1, "optimize": True},
+        {"subsampling": 2, "quality": 5},
+        {"progressive": True},
+        {"restart_marker_blocks": 2, "comment": b"\xff\xda\xff\xe1"},
+        {"icc_profile": b"profile" * 40},
+    ],
+    ids=str,
+)
+def test_jpeg_pixels_are_those_of_pil(mode: str, options: dict[str, object]) -> None:
+    for width, height in ((1, 1), (7, 5), (16, 17), (125, 94)):
+        data = encoded(paint(width, height, mode), "JPEG", **options)
+        assert np.array_equal(pixels_of(data), plain_pil(data))
+
+
+def test_a_damaged_jpeg_is_what_pil_makes_of_it() -> None:
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(300):
+        data = bytearray(encoded(paint(40, 30, "RGB"), "JPEG", progressive=number % 2 == 0))
+        if number % 3 == 0:
+            del data[int(rng.integers(1, len(data))) :]
+        else:
+            data[int(rng.integers(0, len(data)))] ^= 1 << int(rng.integers(0, 8))
+        expected = plain_pil(bytes(data))
+        if expected is None:
+            refused += 1
+            with pytest.raises(BadImageError):
+                decode_image(bytes(data))
+        else:
+            assert np.array_equal(pixels_of(bytes(data)), expected)
+    assert 50 < refused < 250
+
+
 def test_sixteen_bit_colour_keeps_the_upper_byte() -> None:
     """Written by hand, because PIL cannot write one."""
     import struct
