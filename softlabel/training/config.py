@@ -77,6 +77,9 @@ class TrainConfig:
         device: auto, cpu, cuda or cuda:N.
         students_at_once: of several students on the CPU: how many are trained at the same time, sharing its cores;
             absent: one for each core that torch uses.
+        stack: of several students: train those of one architecture as one network, each with its own weights,
+            statistics and optimiser state. Its results are those of each alone up to rounding, not bit for bit. off
+            never does, on does or refuses, auto does where a short trial before the first step finds it faster.
         workers: processes that read and decode; absent: chosen from the machine.
         cache: where decoded samples are kept: memory, which worker processes share, or device, which holds all of them
             and augments there with the same pixels.
@@ -134,6 +137,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     device: str = "auto"
     students_at_once: int | None = None
+    stack: Literal["off", "on", "auto"] = "off"
     workers: int | None = None
     cache: Literal["memory", "device"] = "memory"
     cache_mb: int = 4096
@@ -227,6 +231,7 @@ _NOT_IDENTITY = {
     "tensorboard",
     "tracker",
     "students_at_once",
+    "stack",
     "overwrite",
     "progress",
 }

@@ -22,6 +22,7 @@ from softlabel.training.distributed import Ranks
 from softlabel.training.interrupts import Interrupts
 from softlabel.training.metrics import write_csv
 from softlabel.training.parallel_students import ParallelStudents
+from softlabel.training.stacked_students import StackedStudents
 from softlabel.training.step import Counts, Step
 from softlabel.training.student import Student
 from softlabel.training.task import Loader, Task
@@ -49,6 +50,7 @@ class Pass:
         self.config, self.ranks, self.task, self.loader, self.eval_loader = config, ranks, task, loader, eval_loader
         self.students = students
         self._active = [student for student in students if student.failure is None]
+        self._stacks = StackedStudents(config, ranks, self._active)
         self._saved = time.perf_counter()
 
     def run(self) -> None:
@@ -104,7 +106,9 @@ class Pass:
         last = time.perf_counter()
         for batch in self.loader:
             work, stop, due = self._work(batch, epoch, step, interrupts)
-            workers.advance([student for student in self._active if student.epoch == epoch], work)
+            here = [student for student in self._active if student.epoch == epoch]
+            if here := self._stacks.advance(here, work, workers):
+                workers.advance(here, work)
             step += 1
             if stop or due or step == steps:
                 workers.drain()

@@ -3,6 +3,7 @@
 Legend: B batch, C classes, H and W pixels.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,33 @@ from torch import Tensor
 
 from softlabel.common.device import out_of_memory
 from softlabel.errors import MismatchError, UsageError
+from softlabel.inputs.base import Inputs
 from softlabel.inputs.transforms import describe_failure
+from softlabel.loader import Batch
+from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
 from softlabel.training.objective import Objective
 from softlabel.training.step import Counts, RowStep, take
 from softlabel.training.student import Student
 
 _NORMALISES_ONE = "more than 1 value per channel"  # what a batch norm says of a single value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StudentRows:
+    """What a student takes of a part of a step.
+
+    Attributes:
+        inputs: of its network, mixed if there is mixup.
+        batch: with the labels.
+        top: int64 (B,), as in `RowStep`.
+        mixup: the share of each sample itself, and which other one it is mixed with (int64 (B,)).
+    """
+
+    inputs: Inputs
+    batch: Batch
+    top: Tensor | None
+    mixup: tuple[float, Tensor] | None
 
 
 class RowStudent(Student):
@@ -44,6 +65,22 @@ class RowStudent(Student):
             ) from None
 
     def _compute(self, work: RowStep, part: slice, here: Counts) -> None:
+        rows = self.cut_rows(work, part)
+        with computing(self.precision, self.device):
+            try:
+                logits_BC = rows.inputs.call(self._forward)
+            except Exception as error:  # user code, or samples that it was not made for
+                if out_of_memory(error) or _NORMALISES_ONE in str(error):
+                    raise
+                why = describe_failure(self.preprocessing, rows.inputs, error, network="student")
+                raise MismatchError(f"student {self.config.student}: {why}") from error
+        logits_BC = self._checked(logits_BC).float()
+        losses = self.find_losses(logits_BC, rows, here, work.whole)
+        self.scale(losses).backward()  # type: ignore[no-untyped-call]
+        self.count(work, part, here, rows, logits_BC, losses)
+
+    def cut_rows(self, work: RowStep, part: slice) -> StudentRows:
+        """What the student takes of a part of a step."""
         inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
         if len(work.parts) > 1:
             inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
@@ -56,27 +93,27 @@ class RowStudent(Student):
                 )
             share, others = mixup
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
-        with computing(self.precision, self.device):
-            try:
-                logits_BC = inputs.call(self._forward)
-            except Exception as error:  # user code, or samples that it was not made for
-                if out_of_memory(error) or _NORMALISES_ONE in str(error):
-                    raise
-                why = describe_failure(self.preprocessing, inputs, error, network="student")
-                raise MismatchError(f"student {self.config.student}: {why}") from error
-        logits_BC = self._checked(logits_BC).float()
-        losses = self._objective.losses(logits_BC, batch, here, work.whole, mixup)
-        self._scaler.scale(losses.total).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            best_B = logits_BC.argmax(dim=1)
-            correct_B = (
-                best_B == batch.labels if batch.labels.dim() == 1 else _measure_share_right(logits_BC, batch.labels)
-            )
-            agreed = 0 if top_B is None else (best_B == top_B).sum()
-            teacher_sums = work.teacher_sums if part.start == 0 else None
-            self._add_sums(
-                losses, here, work.whole, correct_B.sum(), agreed, labelled=here.hard, teacher_sums=teacher_sums
-            )
+        return StudentRows(inputs=inputs, batch=batch, top=top_B, mixup=mixup)
+
+    def find_losses(self, logits_BC: Tensor, rows: StudentRows, here: Counts, whole: Counts) -> LossComponents:
+        """The loss of a part of a step."""
+        return self._objective.losses(logits_BC, rows.batch, here, whole, rows.mixup)
+
+    def scale(self, losses: LossComponents) -> Tensor:
+        """The loss as its backward pass begins: larger in fp16."""
+        scaled: Tensor = self._scaler.scale(losses.total)
+        return scaled
+
+    @torch.no_grad()
+    def count(
+        self, work: RowStep, part: slice, here: Counts, rows: StudentRows, logits_BC: Tensor, losses: LossComponents
+    ) -> None:
+        """Take a part of a step into the figures of the epoch."""
+        labels, best_B = rows.batch.labels, logits_BC.argmax(dim=1)
+        correct_B = best_B == labels if labels.dim() == 1 else _measure_share_right(logits_BC, labels)
+        agreed = 0 if rows.top is None else (best_B == rows.top).sum()
+        teacher_sums = work.teacher_sums if part.start == 0 else None
+        self._add_sums(losses, here, work.whole, correct_B.sum(), agreed, labelled=here.hard, teacher_sums=teacher_sums)
 
     def _checked(self, logits_BC: Any) -> Tensor:
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:

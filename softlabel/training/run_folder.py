@@ -10,10 +10,12 @@ tracker.json        its id at --tracker, so that a resumed run goes on there
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
 tokenizer.json      of a student that takes texts; a language model has config.json beside it, for transformers
 
-The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them.
+The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them, and
+stacks.json: which of them are stacked, and what a trial of it measured.
 """
 
 import contextlib
+import copy
 import fcntl
 import io
 import json
@@ -41,6 +43,7 @@ FORMAT = 3  # of a checkpoint
 DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what its data is
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
+STACKS = "stacks.json"
 OF_TRANSFORMERS = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -55,8 +58,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Raises TrainingError: the disk is full."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save(own_memory({"format": FORMAT, **state}), buffer)
     write_atomically(folder / CHECKPOINT, buffer.getvalue())
+
+
+def own_memory(value: Any) -> Any:
+    """The same with tensors that are views of larger ones copied: torch.save writes all of what a view is of."""
+    if isinstance(value, torch.Tensor):
+        return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        made.update((name, own_memory(one)) for name, one in value.items())
+        return made
+    return value
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -8,9 +8,11 @@ as if nothing had happened, bit for bit on one kind of processor with the same n
 """
 
 import contextlib
+import copy
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -141,21 +143,26 @@ class Student(ABC):
                     f"student {self.config.student}: it draws random numbers in some steps only, which several "
                     "students cannot do at the same time; use --students-at-once 1"
                 )
-        self.step += 1
-        if (self.device.type == "cpu" and not self.ranks.several) or self.step % _LOOK_EVERY == 0:
-            self.look()
 
     def _advance(self, work: Step) -> None:
-        self.model.train()
-        rate = self._learning_rate(self.step)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
+        self.begin_step()
         for part, here in work.parts:
             # Of several parts only the last one's backward pass sends gradients.
             wait = self._parallel is not None and part != work.parts[-1][0]
             with self._parallel.no_sync() if wait and self._parallel is not None else contextlib.nullcontext():
                 self._backward(work, part, here)
+        self.end_step()
+
+    def begin_step(self) -> None:
+        """What comes before the forward pass."""
+        self.model.train()
+        rate = self._learning_rate(self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def end_step(self) -> None:
+        """What comes once the parameters have their gradients."""
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
@@ -163,6 +170,9 @@ class Student(ABC):
         self._scaler.update()
         if self.average is not None:
             self.average.update(self.model)
+        self.step += 1
+        if (self.device.type == "cpu" and not self.ranks.several) or self.step % _LOOK_EVERY == 0:
+            self.look()
 
     def _learning_rate(self, step: int) -> float:
         """Of a step of the epoch at hand."""
@@ -262,29 +272,42 @@ class Student(ABC):
         sums = self.ranks.sum_tensor(self._sums.values).tolist()
         if not self.ranks.is_first:
             return
-        run_folder.save_checkpoint(
-            self.folder,
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "scaler": self._scaler.state_dict(),
-                "random": random,
-                "sums": sums,
-                "seconds": self.seconds,
-                "best": self.best,
-                "evaluations_since": self._evaluations_since,
-                "history": [asdict(epoch) for epoch in self.history],
-            },
-        )
+        run_folder.save_checkpoint(self.folder, self._state(random, sums))
+
+    def _state(self, random: list[rng.State], sums: list[float]) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": random,
+            "sums": sums,
+            "seconds": self.seconds,
+            "best": self.best,
+            "evaluations_since": self._evaluations_since,
+            "history": [asdict(epoch) for epoch in self.history],
+        }
 
     def resume(self) -> None:
         """Take up the checkpoint in the folder, if there is one."""
         state = run_folder.load_checkpoint(self.folder)
-        if state is None:
-            return
+        if state is not None:
+            self._restore(state)
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """Afterwards the student is as it was before, whatever steps were made."""
+        before = self._state([self._random], self._sums.values.tolist())
+        before = copy.deepcopy(run_folder.own_memory(before))
+        try:
+            yield
+        finally:
+            self._restore(before)
+            self.failure = None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

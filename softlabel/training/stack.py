@@ -1,0 +1,99 @@
+"""Students of one architecture as one network: one forward and backward pass for all of them.
+
+Each parameter and buffer of the students lies in one tensor with a leading axis of students, through which
+`torch.func.vmap` runs the network once; the tensors of every single student are views of these. So the optimiser, the
+average, the checkpoint and the evaluation of a student see the very model that they would see if it trained alone.
+
+Legend: S students, B batch, C classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from softlabel.inputs.base import Inputs
+from softlabel.models.precision import computing
+from softlabel.training.row_student import RowStudent
+from softlabel.training.step import Counts, RowStep
+
+
+class Stack:
+    """Students that make their steps as one network.
+
+    Args:
+        students: of one architecture, that take the same inputs. Their tensors become views of the stack's.
+    """
+
+    def __init__(self, students: Sequence[RowStudent]) -> None:
+        self.students = tuple(students)
+        models = [student.model for student in students]
+        self._owners = _gather([dict(model.named_parameters()) for model in models])
+        buffers = _gather([dict(model.named_buffers()) for model in models])
+        self._shared = [owner for own in (*self._owners.values(), *buffers.values()) for owner in own]
+        self._strides = [owner.stride() for owner in self._shared]
+        self._parameters = {name: _share(own) for name, own in self._owners.items()}
+        self._buffers = {name: _share(own) for name, own in buffers.items()}
+
+    def close(self) -> None:
+        """Give every student tensors of its own again, in the memory layout that they had."""
+        for owner, stride in zip(self._shared, self._strides, strict=True):
+            own = torch.empty_strided(owner.shape, stride, dtype=owner.dtype, device=owner.device)
+            owner.data, owner.grad = own.copy_(owner.detach()), None
+
+    def advance(self, work: RowStep) -> None:
+        """Make the step of every student."""
+        for student in self.students:
+            student.begin_step()
+        for leaf in self._parameters.values():
+            leaf.grad = None
+        for part, here in work.parts:
+            self._backward(work, part, here)
+        for name, leaf in self._parameters.items():
+            if leaf.grad is not None:
+                for owner, grad in zip(self._owners[name], leaf.grad.unbind(), strict=True):
+                    owner.grad = grad
+        for student in self.students:
+            student.end_step()
+
+    def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
+        first = self.students[0]
+        rows = first.cut_rows(work, part)
+        with computing(first.precision, first.device):
+            logits_SBC = self._call(rows.inputs)
+        found = []
+        for student, logits_BC in zip(self.students, logits_SBC.float().unbind(), strict=True):
+            found.append((student, logits_BC, student.find_losses(logits_BC, rows, here, work.whole)))
+        torch.autograd.backward([student.scale(losses) for student, _, losses in found])
+        for student, logits_BC, losses in found:
+            student.count(work, part, here, rows, logits_BC, losses)
+
+    def _call(self, inputs: Inputs) -> Tensor:
+        network = self.students[0].model
+
+        def call(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
+            state = (dict(parameters), dict(buffers))
+            return inputs.call(lambda *given, **named: functional_call(network, state, given, named))
+
+        logits_SBC: Tensor = _over_students(call)(self._parameters, self._buffers)
+        return logits_SBC
+
+
+def _over_students(call: Callable[..., Any]) -> Callable[..., Any]:
+    # Random numbers would be others than those of each student alone: "error" refuses them.
+    mapped: Callable[..., Any] = vmap(call, in_dims=(0, 0), randomness="error")
+    return mapped
+
+
+def _gather(states: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [state[name] for state in states] for name in states[0]}
+
+
+def _share(owners: Sequence[Tensor]) -> Tensor:
+    """The values of all owners in one tensor (S, ...), of which each owner's become a view."""
+    whole = torch.stack([owner.detach() for owner in owners])
+    for owner, view in zip(owners, whole.unbind(), strict=True):
+        owner.data = view
+    return whole.requires_grad_(owners[0].requires_grad)
