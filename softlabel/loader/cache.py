@@ -1,7 +1,5 @@
 """Decoded samples, kept in memory so that every epoch after the first decodes nothing."""
 
-import contextlib
-import functools
 import math
 import mmap
 import multiprocessing
@@ -15,7 +13,7 @@ from softlabel.inputs.base import Form, Inputs
 
 
 class SampleCache:
-    """N decoded samples of one shape and type, for workers in memory that they share: each decodes for all the others.
+    """N decoded samples of one shape and type, in memory that forked workers share: each decodes for all the others.
 
     The memory is an anonymous mapping: pages that were not written cost nothing, and unlike POSIX shared memory it is
     not bounded by the size of /dev/shm. A sample is written by the worker that decodes it first; an epoch visits a
@@ -24,13 +22,11 @@ class SampleCache:
     Args:
         samples: N.
         form: of one sample.
-        shared: with processes that are forked later. Memory of one process alone can have large pages, from which rows
-            are gathered a quarter faster.
     """
 
-    def __init__(self, samples: int, form: Form, *, shared: bool) -> None:
-        self.form, self._shared = form, shared
-        self._memory = _map_memory(samples * (sample_bytes(form) + 1), shared)
+    def __init__(self, samples: int, form: Form) -> None:
+        self.form = form
+        self._memory = mmap.mmap(-1, samples * (sample_bytes(form) + 1))
         flat, at = np.frombuffer(self._memory, dtype=np.uint8), 0
         self._arrays: dict[str, NDArray[Any]] = {}
         # Wide types first: each array then begins at a multiple of its item size.
@@ -50,7 +46,7 @@ class SampleCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins empty: shared memory cannot travel, and samples can be decoded again."""
-        return functools.partial(SampleCache, shared=self._shared), (len(self._known), self.form)
+        return SampleCache, (len(self._known), self.form)
 
     def unknown(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Places in `positions` of the samples that no process has decoded yet."""
@@ -65,16 +61,6 @@ class SampleCache:
     def get(self, positions: NDArray[np.int64]) -> Inputs:
         """A copy of these samples."""
         return Inputs({name: torch.from_numpy(self._arrays[name][positions]) for name in self.form})
-
-
-def _map_memory(size: int, shared: bool) -> mmap.mmap:
-    if shared or not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # of a kernel that has none
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def sample_bytes(form: Form) -> int:

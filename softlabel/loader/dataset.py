@@ -257,7 +257,7 @@ class JoinedDataset(Dataset[Batch]):
         if device is not None:
             return open_device_cache(len(self), read.form, device, budget=budget)
         fits = SampleCache.fits(len(self), read.form, budget=budget, workers=workers)
-        return SampleCache(len(self), read.form, shared=workers > 0) if fits else None
+        return SampleCache(len(self), read.form) if fits else None
 
     def _inputs(self, positions: Int64s, keys: Sequence[str]) -> Inputs:
         if self._cache is None:
