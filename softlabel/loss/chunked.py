@@ -1,8 +1,8 @@
 """The loss and its gradient together, a few rows at a time: plain torch, no compiler, any device.
 
-N rows, C classes, R rows of a chunk, K kept or drawn classes. A chunk is small enough that its buffers stay in the
-cache from the first pass over it to the last; outside of them, only the gradient (N, C) is allocated, and not even that
-where it may take the place of the logits.
+N rows, C classes, R rows of a chunk. A chunk is small enough that its buffers stay in the cache from the first pass
+over it to the last; outside of them, only the gradient (N, C) is allocated, and not even that where it may take the
+place of the logits.
 
 With x = z - max(z) and u = x / T, a row's terms and their gradients in z are
     hard = log sum e^x - (1 - s) x_y - s mean(x)                         softmax(x) - (1 - s) [y] - s / C
@@ -13,29 +13,18 @@ A teacher of a few classes a row is `chunked_kept`'s.
 import torch
 from torch import Tensor
 
-from softlabel.loss.chunked_kept import KeptPart
-from softlabel.loss.rows import LossCall, RowLosses, work_dtype
+from softlabel.loss.chunked_kept import kept_losses
+from softlabel.loss.rows import LossCall, RowLosses, chunk_rows, work_dtype
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, TopKTarget
 
-__all__ = ["chunk_rows", "row_losses"]
-
-CHUNK_ELEMENTS = 2**17
-LEAST_CHUNK_ELEMENTS = 2**15
-DEVICE_CHUNK_ELEMENTS = 2**24  # elsewhere than on the CPU: enough work for every launch
-
-
-def chunk_rows(logits_NC: Tensor, buffers: int = 2) -> int:
-    """How many rows make a chunk, whose buffers are to be small against the gradient too."""
-    rows, classes = logits_NC.shape
-    elements = DEVICE_CHUNK_ELEMENTS
-    if logits_NC.device.type == "cpu":
-        elements = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, rows * classes // (16 * buffers)))
-    return max(1, min(rows, elements // max(classes, 1)))
+__all__ = ["row_losses"]
 
 
 def row_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool, in_place: bool = False) -> RowLosses:
     """`in_place`: the gradient is written over the logits."""
     with torch.no_grad(), torch.autocast(logits_NC.device.type, enabled=False):
+        if call.settings.soft_weight != 0 and isinstance(call.target, TopKTarget | SampledTarget):
+            return kept_losses(logits_NC, call, want_grad=want_grad, in_place=in_place)
         return _Chunks(logits_NC, call, want_grad, in_place).run()
 
 
@@ -69,15 +58,10 @@ class _Chunks:
             assert labels_N is not None
             self.labels_N1 = labels_N.long().where(labels_N != settings.ignore_index, 0)[:, None]
             self.label_slope_N1 = self.hard_scale_N1 * -(1.0 - settings.label_smoothing)
-        self.kept: KeptPart | None = None
-        if self.soft_on and isinstance(target, (TopKTarget, SampledTarget)):
-            self.kept = KeptPart(target, settings, self.slope_N1, self.blank_target_N1, dtype)
-        # A kept target's exponentials are computed where the gradient will be.
-        two = self.kept is None or not want_grad
-        self.step = chunk_rows(logits_NC, 2 if two else 1)
+        self.step = chunk_rows(logits_NC)
         chunk = (self.step, classes)
         self.x_RC = torch.empty(chunk, dtype=dtype, device=device)
-        self.e_RC = torch.empty(chunk, dtype=dtype, device=device) if two else self.x_RC
+        self.e_RC = torch.empty(chunk, dtype=dtype, device=device)
         self.grad_NC: Tensor | None = None
         if want_grad:
             self.grad_NC = logits_NC if in_place else torch.empty_like(logits_NC, memory_format=torch.contiguous_format)
@@ -93,9 +77,7 @@ class _Chunks:
         soft_N, hard_N = nothing_N, nothing_N
         if self.hard_on:
             hard_N = self._hard_losses()
-        if self.soft_on and self.kept is not None:
-            soft_N = self.kept.losses() * self.settings.temperature**2
-        elif self.soft_on:
+        if self.soft_on:
             soft_N1 = self.cross_N1 / self.sum_p_N1 + self.sum_q_N1.log() - self.sum_p_N1.log()
             soft_N = soft_N1[:, 0] * self.settings.temperature**2
         return RowLosses(soft_N, hard_N, self.grad_NC)
@@ -113,25 +95,20 @@ class _Chunks:
         g_RC = None
         if self.grad_NC is not None:
             g_RC = self.grad_NC[rows] if self.g_RC is None else self.g_RC[:count]
-        if self.kept is not None:
-            self.kept.chunk(rows, x_RC, e_RC if g_RC is None else g_RC, want_grad=g_RC is not None)
-            if self.hard_on:
-                self._hard(rows, x_RC, x_RC, g_RC)
-        else:
-            if self.hard_on:
-                self._hard(rows, x_RC, e_RC if g_RC is None else g_RC, g_RC)
-            elif g_RC is not None:
-                g_RC.zero_()
-            if self.soft_on:
-                if self.settings.temperature != 1:
-                    x_RC.mul_(1.0 / self.settings.temperature)
-                self._soft_dense(rows, x_RC, e_RC, g_RC)
+        if self.hard_on:
+            self._hard(rows, x_RC, e_RC if g_RC is None else g_RC, g_RC)
+        elif g_RC is not None:
+            g_RC.zero_()
+        if self.soft_on:
+            if self.settings.temperature != 1:
+                x_RC.mul_(1.0 / self.settings.temperature)
+            self._soft_dense(rows, x_RC, e_RC, g_RC)
         if g_RC is not None and self.g_RC is not None:
             assert self.grad_NC is not None
             self.grad_NC[rows] = g_RC
 
     def _hard(self, rows: slice, x_RC: Tensor, h_RC: Tensor, g_RC: Tensor | None) -> None:
-        """Exponentials into h, which may be x, or the gradient if nothing is in that yet."""
+        """Exponentials into h, which is the gradient if that is wanted: nothing is in it yet."""
         smoothing = self.settings.label_smoothing
         if smoothing < 1:
             torch.gather(x_RC, 1, self.labels_N1[rows], out=self.x_label_N1[rows])
@@ -140,10 +117,7 @@ class _Chunks:
         sum_R1 = torch.sum(torch.exp(x_RC, out=h_RC), 1, keepdim=True, out=self.sum_1_N1[rows])
         if g_RC is not None:
             scale_R1 = self.hard_scale_N1[rows]
-            if h_RC is g_RC:
-                g_RC.mul_(scale_R1 / sum_R1)
-            else:
-                g_RC.addcmul_(h_RC, scale_R1 / sum_R1)
+            g_RC.mul_(scale_R1 / sum_R1)
             if smoothing > 0:
                 g_RC.sub_(scale_R1 * (smoothing / self.classes))
             g_RC.scatter_add_(1, self.labels_N1[rows], self.label_slope_N1[rows])

@@ -1,11 +1,14 @@
-"""The soft term of a teacher that names K classes a row (top-k or drawn), as `chunked` computes it.
+"""The loss and its gradient for a teacher that names K classes a row, kept (top-k) or drawn.
 
-N rows, C classes, R rows of a chunk, K kept or drawn classes. x = z - max z, u = x / T. The student's row is
-passed over as for a dense teacher; everything of the teacher is (R, K) or (N, 1).
+N rows, C classes, R rows of a chunk, K kept or drawn classes. With u = z / T and q = softmax(u), everything of the
+teacher is (R, K), or (R, K + 1) where the classes that it does not name are one more outcome, the rest:
 
-    top-k, ghost:    the classes that were not kept are one more outcome; gradient T (q_j - rest q_j / q_rest) there
+    top-k, ghost:    KL divergence over K + 1 outcomes; gradient T (q_j - rest q_j / q_rest) outside of the kept classes
     top-k, uniform:  they share the teacher's rest evenly; gradient T (q_j - rest / (C - K))
     renormalize:     the rest is dropped; drawn classes: weights instead of probabilities, and cross-entropy
+
+torch's softmax kernel is as exact as subtract, exp, sum and divide where rows are not long, and reads them once. A
+probability that is not tiny gives its own logarithm; a chunk with a tiny one is computed from log-softmax instead.
 """
 
 import math
@@ -13,111 +16,242 @@ import math
 import torch
 from torch import Tensor
 
-from softlabel.loss.rows import Settings, kept_probs
-from softlabel.loss.targets import SampledTarget, TopKTarget
+from softlabel.loss.rows import LossCall, RowLosses, chunk_rows, work_dtype
+from softlabel.loss.targets import SampledTarget, TopKTarget, tail_column
 
-__all__ = ["KeptPart"]
+__all__ = ["kept_losses"]
 
-LEAST_REST = 1e-30  # a sum of exponentials below this is taken again, against its own maximum
+LEAST = 1e-30  # of a smaller probability float32 loses digits, and at last all of it
+LEAST_LOG = -1e30  # stands for log 0 of the teacher, where 0 * -inf has to be 0
+KERNEL_CLASSES = 2**12  # the kernel sums a row in a straight line; `sum` adds parts, and stays exact for any length
+CACHED_ELEMENTS = 2**18  # logits of a batch this small stay in the cache as a whole
 
 
-class KeptPart:
-    """slope (N, 1): what the gradient of a row is multiplied by; blank (N, 1): rows whose target must not be seen."""
+def kept_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool, in_place: bool) -> RowLosses:
+    """Losses and gradient of a call with a `TopKTarget` or `SampledTarget` and a soft weight above 0; `in_place`: the
+    gradient is written over the logits."""
+    chunks = _Chunks(logits_NC, call, want_grad, in_place)
+    rows, step = len(logits_NC), chunks.step
+    if rows <= step:
+        return RowLosses(*chunks.losses(None), chunks.grad_NC)
+    parts = [chunks.losses(slice(start, min(start + step, rows))) for start in range(0, rows, step)]
+    soft_N, hard_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return RowLosses(soft_N, hard_N, chunks.grad_NC)
 
-    def __init__(
-        self,
-        target: TopKTarget | SampledTarget,
-        settings: Settings,
-        slope_N1: Tensor,
-        blank_N1: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.target, self.factor, self.slope_N1, self.blank_N1 = target, settings.factor, slope_N1, blank_N1
-        self.per_t = 1.0 / settings.temperature
-        self.index_NK = target.index.long()
-        kept = kept_probs(target, settings, dtype)
-        if blank_N1 is not None:
-            kept = kept._replace(**{name: part.masked_fill(blank_N1, 0.0) for name, part in kept._asdict().items()})
-        self.rest_N1, self.log_rest_N1 = kept.rest, kept.log_rest
-        # (N, K) probabilities are not kept: a chunk's follow from these numbers of its rows.
-        self.log_whole_N1 = kept.log_whole
-        self.others = target.num_classes - target.index.shape[1]
+
+def _take(rows_N: Tensor, rows: slice | None) -> Tensor:
+    """Small tensors cost more to slice than to compute with."""
+    return rows_N if rows is None else rows_N[rows]
+
+
+def _softmax(u_RC: Tensor, out: Tensor) -> Tensor:
+    if u_RC.shape[1] <= KERNEL_CLASSES:
+        return torch.softmax(u_RC, 1, out=out)
+    torch.sub(u_RC, u_RC.amax(1, keepdim=True), out=out).exp_()
+    return out.div_(out.sum(1, keepdim=True))
+
+
+def _log_softmax(u_RC: Tensor, out: Tensor) -> Tensor:
+    if u_RC.shape[1] <= KERNEL_CLASSES:
+        return torch.log_softmax(u_RC, 1, out=out)
+    torch.sub(u_RC, u_RC.amax(1, keepdim=True), out=out)
+    return out.sub_(out.logsumexp(1, keepdim=True))
+
+
+class _Chunks:
+    """The buffers of one call, and the passes over one chunk."""
+
+    def __init__(self, logits_NC: Tensor, call: LossCall, want_grad: bool, in_place: bool) -> None:
+        target, labels_N, shares, settings = call.target, call.labels, call.shares, call.settings
+        assert isinstance(target, TopKTarget | SampledTarget)
+        rows, classes = logits_NC.shape
+        self.logits_NC, self.target, self.settings = logits_NC, target, settings
+        self.dtype, self.cpu = work_dtype(logits_NC), logits_NC.device.type == "cpu"
+        self.others = classes - target.index.shape[1]
         self.tail = settings.tail if isinstance(target, TopKTarget) and self.others > 0 else "renormalize"
-        # sum p log p - sum p u + mass * log sum e^u, where importance weights need not have mass 1
-        self.loss_N1 = torch.where(kept.p == 0, 0.0, kept.p * kept.log_p).sum(1, keepdim=True)
-        self.mass_N1 = kept.p.sum(1, keepdim=True)
-        self.each_N1 = torch.zeros_like(self.rest_N1)
-        if self.tail == "uniform":
-            self.loss_N1 += torch.where(kept.rest == 0, 0.0, kept.rest * (kept.log_rest - math.log(self.others)))
-            self.mass_N1 += kept.rest
-            self.each_N1 = kept.rest / self.others
-        self.log_sum_N1 = torch.zeros_like(self.rest_N1)
-        self.log_sum_rest_N1 = torch.zeros_like(self.rest_N1)
-
-    def _probs(self, rows: slice) -> Tensor:
-        dtype = self.log_whole_N1.dtype
-        if isinstance(self.target, SampledTarget):
-            p_RK = self.target.weight[rows].to(dtype)
-        else:
-            p_RK = self.target.value[rows].to(dtype) * self.factor
-            p_RK.sub_(self.log_whole_N1[rows]).exp_()
-        return p_RK if self.blank_N1 is None else p_RK.masked_fill(self.blank_N1[rows], 0.0)
-
-    def losses(self) -> Tensor:
-        """(N,) without T^2, after every chunk."""
-        loss_N1 = self.loss_N1 + self.mass_N1 * self.log_sum_N1
-        if self.tail == "ghost":
-            log_q_rest_N1 = self.log_sum_rest_N1 - self.log_sum_N1
-            loss_N1 += torch.where(self.rest_N1 == 0, 0.0, self.rest_N1 * (self.log_rest_N1 - log_q_rest_N1))
-        return loss_N1[:, 0]
-
-    def chunk(self, rows: slice, x_RC: Tensor, e_RC: Tensor, *, want_grad: bool) -> None:
-        """Leaves x as it is, and in e (another buffer) the soft term's gradient, if that is wanted."""
-        index_RK, p_RK, slope_R1 = self.index_NK[rows], self._probs(rows), self.slope_N1[rows]
-        u_RK = x_RC.gather(1, index_RK).mul_(self.per_t)
-        # nansum: p = 0 at u = -inf counts nothing. A NaN logit is in the sums of e.
-        self.loss_N1[rows] -= (p_RK * u_RK).nansum(1, keepdim=True)
-        each_R1 = self.each_N1[rows]
-        if self.tail == "uniform":
-            outside_R1 = torch.mul(x_RC, self.per_t, out=e_RC).scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
-            self.loss_N1[rows] -= torch.where(each_R1 == 0, 0.0, each_R1 * outside_R1)
-        torch.mul(x_RC, self.per_t, out=e_RC).exp_()
-        if self.tail == "ghost":
-            by_R1, q_RK = self._ghost(rows, x_RC, u_RK, e_RC)
-            if want_grad:
-                e_RC.mul_(by_R1 * slope_R1)
-                e_RC.scatter_add_(1, index_RK, q_RK.sub_(p_RK).mul_(slope_R1))
-            return
-        sum_R1 = e_RC.sum(1, keepdim=True)
-        torch.log(sum_R1, out=self.log_sum_N1[rows])
+        self.slope_N1 = (shares.soft * (settings.soft_weight * settings.temperature))[:, None]
+        self.hard_on = settings.hard_weight != 0 and labels_N is not None
+        if self.hard_on:
+            assert labels_N is not None
+            self.hard_scale_N1 = (shares.hard * settings.hard_weight)[:, None]
+            self.labels_N1 = labels_N.long().where(labels_N != settings.ignore_index, 0)[:, None]
+        # One softmax serves both terms where it can.
+        self.apart = self.hard_on and (settings.temperature != 1 or settings.label_smoothing > 0)
+        # Dividing by 2, 4, ... rounds nothing; anything else is done to differences, which are small.
+        self.halves = settings.temperature >= 1 and math.frexp(settings.temperature)[0] == 0.5
+        # Rows that count for nothing are blanked before anything is computed from them: NaN * 0 is NaN.
+        self.blank_target_N1 = self.slope_N1 == 0 if shares.gaps else None
+        self.blank_N1 = self.blank_target_N1
+        if self.blank_N1 is not None and self.hard_on:
+            self.blank_N1 = self.blank_N1 & (self.hard_scale_N1 == 0)
+        self.grad_NC: Tensor | None = None
         if want_grad:
-            e_RC.mul_(slope_R1 * self.mass_N1[rows] / sum_R1)
-            e_RC.scatter_add_(1, index_RK, p_RK * -slope_R1)
-            if self.tail == "uniform":
-                e_RC.sub_(slope_R1 * each_R1)
-                e_RC.scatter_add_(1, index_RK, (slope_R1 * each_R1).expand_as(p_RK))
+            self.grad_NC = logits_NC if in_place else torch.empty_like(logits_NC, memory_format=torch.contiguous_format)
+        # A half-precision gradient is summed in float32 and rounded once.
+        self.copied = self.blank_N1 is not None or logits_NC.dtype != self.dtype
+        self.direct = want_grad and not in_place and logits_NC.dtype == self.dtype
+        wide, scaled = self.copied or self.apart or settings.temperature != 1, self.apart and self.copied
+        needed = (wide, not self.direct, scaled)
+        small = self.cpu and rows * classes <= CACHED_ELEMENTS
+        self.step = rows if small else chunk_rows(logits_NC, max(1, sum(needed)))
+        self.x_RC, self.q_RC, self.h_RC = (
+            torch.empty((self.step, classes), dtype=self.dtype, device=logits_NC.device) if need else None
+            for need in needed
+        )
 
-    def _ghost(self, rows: slice, x_RC: Tensor, u_RK: Tensor, e_RC: Tensor) -> tuple[Tensor, Tensor]:
-        """What e is multiplied by outside of the kept classes, and the student's probabilities of these.
+    def losses(self, rows: slice | None) -> tuple[Tensor, Tensor]:
+        """soft (R,) with its T^2, hard (R,); the gradient of these rows is written."""
+        z_RC = self._read(rows)
+        u_RC = z_RC
+        if self.settings.temperature != 1:
+            u_RC = self._part(self.x_RC, rows)
+            if self.halves:
+                torch.mul(z_RC, 1.0 / self.settings.temperature, out=u_RC)
+            else:
+                torch.sub(z_RC, z_RC.amax(1, keepdim=True), out=u_RC).mul_(1.0 / self.settings.temperature)
+        g_RC = _take(self.grad_NC, rows) if self.direct and self.grad_NC is not None else self._part(self.q_RC, rows)
+        soft_R, hard_R = self._soft(rows, u_RC, g_RC)
+        if self.apart:
+            h_RC = self._part(self.h_RC if self.copied else self.x_RC, rows)
+            hard_R = self._hard_apart(rows, self._read(rows), h_RC, g_RC)
+        if self.grad_NC is not None and not self.direct:
+            _take(self.grad_NC, rows).copy_(g_RC)
+        return soft_R, hard_R
 
-        Their entries of e become 0 before it is summed: 1 - the sum of their probabilities would cancel to nothing.
-        """
-        index_RK, rest_R1 = self.index_NK[rows], self.rest_N1[rows]
-        sum_rest_R1 = e_RC.scatter_(1, index_RK, 0.0).sum(1, keepdim=True)
-        # Looking costs a device synchronisation elsewhere than on the CPU: there it is always done the long way.
-        if x_RC.device.type != "cpu" or bool((sum_rest_R1 < LEAST_REST).any()):
-            u_RC = torch.mul(x_RC, self.per_t, out=e_RC).scatter_(1, index_RK, -torch.inf)
-            top_R1 = u_RC.amax(1, keepdim=True)
-            top_R1.masked_fill_(top_R1 == -torch.inf, 0.0)
-            sum_rest_R1 = u_RC.sub_(top_R1).exp_().sum(1, keepdim=True)
-            log_sum_rest_R1 = sum_rest_R1.log() + top_R1
-            log_sum_R1 = torch.logaddexp(log_sum_rest_R1, u_RK.logsumexp(1, keepdim=True))
-            self.log_sum_N1[rows], self.log_sum_rest_N1[rows] = log_sum_R1, log_sum_rest_R1
-            spread_R1 = torch.where(rest_R1 == 0, 0.0, rest_R1 / sum_rest_R1)
-            return (top_R1 - log_sum_R1).exp_() - spread_R1, (u_RK - log_sum_R1).exp_()
-        q_RK = u_RK.exp_()
-        sum_R1 = q_RK.sum(1, keepdim=True).add_(sum_rest_R1)
-        torch.log(sum_R1, out=self.log_sum_N1[rows])
-        torch.log(sum_rest_R1, out=self.log_sum_rest_N1[rows])
-        by_R1 = sum_R1.reciprocal_()
-        return by_R1 - rest_R1 / sum_rest_R1, q_RK.mul_(by_R1)
+    def _read(self, rows: slice | None) -> Tensor:
+        z_RC = _take(self.logits_NC, rows)
+        if self.copied:
+            z_RC = self._part(self.x_RC, rows).copy_(z_RC)
+            if self.blank_N1 is not None:
+                z_RC.masked_fill_(_take(self.blank_N1, rows), 0.0)
+        return z_RC
+
+    @staticmethod
+    def _part(buffer_RC: Tensor | None, rows: slice | None) -> Tensor:
+        assert buffer_RC is not None
+        return buffer_RC if rows is None else buffer_RC[: rows.stop - rows.start]
+
+    def _teacher(self, rows: slice | None) -> tuple[Tensor, Tensor, Tensor | float]:
+        """log-probabilities and probabilities (R, K or K + 1), the rest last, and what these add up to."""
+        target, mass = self.target, 1.0
+        if isinstance(target, SampledTarget):
+            p_RK = _take(target.weight, rows).to(self.dtype)
+            log_p_RK = torch.zeros_like(p_RK)
+        else:
+            log_p_RK = _take(target.value, rows).to(self.dtype)
+            if self.settings.factor != 1:
+                log_p_RK = log_p_RK * self.settings.factor
+            if self.tail != "renormalize":
+                column = tail_column(target, self.settings.temperature)
+                log_p_RK = torch.cat((log_p_RK, _take(target.tail, rows)[:, column : column + 1].to(self.dtype)), 1)
+            # log_softmax is slow where rows are short.
+            log_p_RK = log_p_RK - log_p_RK.amax(1, keepdim=True)
+            p_RK = log_p_RK.exp()
+            sum_R1 = p_RK.sum(1, keepdim=True)
+            p_RK.div_(sum_R1)
+            log_p_RK.sub_(sum_R1.log_()).clamp_min_(LEAST_LOG)
+        if self.blank_target_N1 is not None:
+            blank_R1 = _take(self.blank_target_N1, rows)
+            log_p_RK, p_RK = log_p_RK.masked_fill(blank_R1, 0.0), p_RK.masked_fill(blank_R1, 0.0)
+        if isinstance(target, SampledTarget):
+            return log_p_RK, p_RK, p_RK.sum(1, keepdim=True)
+        return log_p_RK, p_RK, mass
+
+    def _soft(self, rows: slice | None, u_RC: Tensor, g_RC: Tensor) -> tuple[Tensor, Tensor]:
+        """The soft losses, and the hard ones where they are not computed apart; the gradient into g."""
+        index_RK = _take(self.target.index, rows).long()
+        kept = index_RK.shape[1]
+        log_p_RK, p_RK, mass = self._teacher(rows)
+        with_hard = self.hard_on and not self.apart
+        outside_R1 = None
+        if self.tail == "uniform":
+            log_q_RC = _log_softmax(u_RC, g_RC)
+            log_q_RK = log_q_RC.gather(1, index_RK)
+            outside_R1 = log_q_RC.scatter_(1, index_RK, torch.zeros_like(log_q_RK)).sum(1, keepdim=True)
+        q_RC = _softmax(u_RC, g_RC)
+        hard_R = self._hard_losses(rows, q_RC, u_RC) if with_hard else self.slope_N1.new_zeros(len(u_RC))
+        q_RK = q_RC.gather(1, index_RK)
+        if outside_R1 is not None:
+            log_q_RK = torch.cat((log_q_RK, outside_R1 / self.others + math.log(self.others)), 1)
+            exact = self._are_exact(log_q_RK, -torch.inf)
+        else:
+            if self.tail == "ghost":
+                # 1 - the sum of the kept ones would cancel to nothing.
+                rest_R1 = q_RC.scatter_(1, index_RK, torch.zeros_like(q_RK)).sum(1, keepdim=True)
+                q_RK = torch.cat((q_RK, rest_R1), 1)
+            exact = self._are_exact(q_RK)
+            log_q_RK = q_RK.log() if exact else self._log_probs(u_RC, index_RK, q_RC)
+        loss_RK = torch.sub(log_p_RK, log_q_RK, out=log_p_RK).mul_(p_RK)
+        if not exact:
+            loss_RK = loss_RK.masked_fill_(p_RK == 0, 0.0)
+        soft_R = loss_RK.sum(1)
+        if self.settings.temperature != 1:
+            soft_R.mul_(self.settings.temperature**2)
+        if self.grad_NC is None:
+            return soft_R, hard_R
+        slope_R1 = _take(self.slope_N1, rows)
+        by_R1 = slope_R1 if isinstance(mass, float) else slope_R1 * mass
+        if with_hard:
+            by_R1 = by_R1 + _take(self.hard_scale_N1, rows)
+        if not exact and self.tail == "ghost":
+            q_RK = log_q_RK.exp()
+        p_RK = p_RK * slope_R1  # drawn weights are the target's own
+        if self.tail == "renormalize":
+            # Drawn classes may repeat.
+            g_RC.mul_(by_R1).scatter_add_(1, index_RK, p_RK.neg_())
+        elif self.tail == "uniform":
+            torch.addcmul(p_RK[:, kept:] / -self.others, g_RC, by_R1, out=g_RC)
+            g_RC.scatter_(1, index_RK, q_RK.mul_(by_R1).sub_(p_RK[:, :kept]))
+        else:
+            grad_RK = torch.addcmul(p_RK.neg_(), q_RK, by_R1)
+            # The long way leaves the distribution among the other classes in g.
+            g_RC.mul_(grad_RK[:, kept:] / q_RK[:, kept:] if exact else grad_RK[:, kept:])
+            g_RC.scatter_(1, index_RK, grad_RK[:, :kept])
+        if with_hard:
+            g_RC.scatter_add_(1, _take(self.labels_N1, rows), -_take(self.hard_scale_N1, rows))
+        return soft_R, hard_R
+
+    def _are_exact(self, q_RK: Tensor, least: float = LEAST) -> bool:
+        """Whether none is tiny or NaN. Looking waits for all of a device's work: there the long way is always taken."""
+        return self.cpu and (not q_RK.numel() or q_RK.amin().item() > least)
+
+    def _log_probs(self, u_RC: Tensor, index_RK: Tensor, q_RC: Tensor) -> Tensor:
+        """log q (R, K), with a ghost (R, K + 1); then q becomes the distribution among the other classes."""
+        log_q_RC = _log_softmax(u_RC, torch.empty_like(u_RC))
+        log_q_RK = log_q_RC.gather(1, index_RK)
+        if self.tail != "ghost":
+            return log_q_RK
+        log_q_RC.scatter_(1, index_RK, torch.full_like(log_q_RK, -torch.inf))
+        log_rest_R1 = log_q_RC.logsumexp(1, keepdim=True)
+        _softmax(log_q_RC, q_RC).masked_fill_(log_rest_R1 == -torch.inf, 0.0)
+        return torch.cat((log_q_RK, log_rest_R1), 1)
+
+    def _hard_losses(self, rows: slice | None, q_RC: Tensor, z_RC: Tensor) -> Tensor:
+        """-log q at the labels (R,), 0 where there is none."""
+        labels_R1 = _take(self.labels_N1, rows)
+        label_R1 = q_RC.gather(1, labels_R1)
+        if self._are_exact(label_R1):
+            log_R1 = label_R1.log_()
+        else:
+            log_R1 = _log_softmax(z_RC, torch.empty_like(z_RC)).gather(1, labels_R1)
+        return log_R1.neg_().masked_fill_(_take(self.hard_scale_N1, rows) == 0, 0.0)[:, 0]
+
+    def _hard_apart(self, rows: slice | None, z_RC: Tensor, h_RC: Tensor, g_RC: Tensor) -> Tensor:
+        """The hard losses (R,), from a softmax of their own; their gradient is added to g."""
+        smoothing, classes = self.settings.label_smoothing, z_RC.shape[1]
+        scale_R1, labels_R1 = _take(self.hard_scale_N1, rows), _take(self.labels_N1, rows)
+        if smoothing > 0:
+            log_q_RC = _log_softmax(z_RC, h_RC)
+            hard_R1 = log_q_RC.sum(1, keepdim=True).mul_(-smoothing / classes)
+            if smoothing < 1:
+                hard_R1.sub_(log_q_RC.gather(1, labels_R1), alpha=1.0 - smoothing)
+            hard_R = hard_R1.masked_fill_(scale_R1 == 0, 0.0)[:, 0]
+            _softmax(z_RC, h_RC)
+        else:
+            hard_R = self._hard_losses(rows, _softmax(z_RC, h_RC), z_RC)
+        if self.grad_NC is not None:
+            g_RC.addcmul_(h_RC, scale_R1)
+            if smoothing > 0:
+                g_RC.sub_(scale_R1 * (smoothing / classes))
+            g_RC.scatter_add_(1, labels_R1, scale_R1 * (smoothing - 1.0))
+        return hard_R

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from softlabel.loss.arguments import transforming
 from softlabel.loss.attach import FusedLoss, TracedLoss, scale_by, tensors_of
-from softlabel.loss.chunked import chunk_rows
 from softlabel.loss.reference import scaled_logits
-from softlabel.loss.rows import work_dtype
+from softlabel.loss.rows import chunk_rows, work_dtype
 from softlabel.loss.targets import SampledTarget, Target, TopKTarget
 
 __all__ = ["dkd_rows", "fused_loss", "reverse_kl_rows", "standardized_rows"]

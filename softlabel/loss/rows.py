@@ -19,11 +19,16 @@ __all__ = [
     "RowLosses",
     "Settings",
     "Shares",
+    "chunk_rows",
     "kept_probs",
     "reduce_rows",
     "row_shares",
     "work_dtype",
 ]
+
+CHUNK_ELEMENTS = 2**17
+LEAST_CHUNK_ELEMENTS = 2**15
+DEVICE_CHUNK_ELEMENTS = 2**24  # elsewhere than on the CPU: enough work for every launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,15 @@ class Kept(NamedTuple):
 def work_dtype(logits: Tensor) -> torch.dtype:
     """float64 stays, everything else is computed and reported in float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def chunk_rows(logits_NC: Tensor, buffers: int = 2) -> int:
+    """How many rows make a chunk, whose buffers are to be small against the gradient too."""
+    rows, classes = logits_NC.shape
+    elements = DEVICE_CHUNK_ELEMENTS
+    if logits_NC.device.type == "cpu":
+        elements = min(CHUNK_ELEMENTS, max(LEAST_CHUNK_ELEMENTS, rows * classes // (16 * buffers)))
+    return max(1, min(rows, elements // max(classes, 1)))
 
 
 def row_shares(

@@ -101,6 +101,18 @@ def test_a_gradient_given_away_is_not_written_to_later(impl: str) -> None:
     torch.testing.assert_close(student_NC.grad, 2 * kept)
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+def test_what_is_given_is_not_written_to(kind: str) -> None:
+    student_NC, _, labels_N = batch(classes=11)
+    target = make_target(kind, 6, 11, KD["temperature"], torch.Generator().manual_seed(2))
+    parts = [target] if isinstance(target, Tensor) else [getattr(target, name) for name in target.__slots__]
+    given = [part for part in (student_NC, labels_N, *parts) if isinstance(part, Tensor)]
+    before = [part.detach().clone() for part in given]
+    distillation_loss(student_NC, target, labels_N, **KD).backward()
+    for part, earlier in zip(given, before, strict=True):
+        torch.testing.assert_close(part.detach(), earlier, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_losses_on_one_input(impl: str) -> None:
     student_NC, teacher_NC, labels_N = batch()
