@@ -180,10 +180,11 @@ def compute_hidden(model: LanguageModel, batch: TokenBatch, *, packed: bool) -> 
     """What goes into the last layer at the positions that count, (P, D).
 
     Args:
-        packed: whether a line may have several documents, which must not see each other. One alone sees nothing of the
-            padding behind it anyway.
+        packed: whether a line may have several documents, which must not see each other: `position_ids` keep them
+            apart. One alone has the mask of its tokens.
     """
-    return batch.at_places(model.hidden(batch.tokens, None, batch.position_ids if packed else None))
+    mask_BL, position_ids_BL = (None, batch.position_ids) if packed else ((batch.segments > 0).long(), None)
+    return batch.at_places(model.hidden(batch.tokens, mask_BL, position_ids_BL))
 
 
 def tokenize_for(

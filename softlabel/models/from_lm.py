@@ -27,7 +27,14 @@ from softlabel.inputs.tokenizer import TOKENIZER
 from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
 from softlabel.models.from_hf import config_of, describe_error, import_transformers, refuse_wrong_files
-from softlabel.models.language_model import LanguageModel, differ, make_probe, refuse_few_rows, refuse_size
+from softlabel.models.language_model import (
+    LanguageModel,
+    differ,
+    make_probe,
+    refuse_few_rows,
+    refuse_not_finite,
+    refuse_size,
+)
 from softlabel.models.lm_config import asks_random, find_longest, refuse_sizes, resize, set_size
 from softlabel.models.options import parse_buckets, parse_count
 
@@ -198,6 +205,7 @@ def take_apart(spec: Spec, network: Any, vocabulary: Vocabulary) -> Transformers
         ) from error
     finally:
         model.train(was_training)
+    refuse_not_finite(spec, theirs_BLV, model.title)
     if (off := differ(ours_BLV, theirs_BLV)) is not None:
         raise SpecError(
             f"{spec.text}: expected logits that are the last layer's answer to what goes into it (times a scale, with "

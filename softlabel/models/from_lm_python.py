@@ -3,6 +3,9 @@
     function(**options) -> torch.nn.Module         the SPEC's options, and the `vocab_size` V if it takes that name
     module(input_ids, attention_mask=..., position_ids=...)        those of the two that its `forward` takes
 
+Of several documents in one line, the mask is given to a `forward` that cannot do without it, and is 1 everywhere; of
+documents that have a line of their own, the positions, which count from 0.
+
 What the module gives is one of
 
 - logits (B, L, V) of all positions: a tensor, the first of a tuple, or `logits` of an object or mapping;
@@ -29,7 +32,14 @@ from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
 from softlabel.models.from_hf import describe_error
 from softlabel.models.from_lm import make_token_transform, take_apart
-from softlabel.models.language_model import LanguageModel, differ, make_probe, refuse_few_rows, refuse_size
+from softlabel.models.language_model import (
+    LanguageModel,
+    differ,
+    make_probe,
+    refuse_few_rows,
+    refuse_not_finite,
+    refuse_size,
+)
 
 # What is not the function's: which tokenizer, and how long documents are.
 OWN_OPTIONS = ("tokenizer", "max_length", "buckets")
@@ -53,8 +63,7 @@ class PythonLanguageModel(LanguageModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """See `LanguageModel.hidden`."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        options = {name: value for name, value in given.items() if value is not None and name in self._taken}
+        options = _choose_arguments(self._taken, input_ids, attention_mask, position_ids)
         found = _read_answer(self.network(input_ids, **options))
         answer = found.hidden if self._has_layer else found.logits
         assert answer is not None
@@ -110,12 +119,11 @@ def wrap_module(spec: Spec, module: nn.Module, vocabulary: Vocabulary, num_class
     module = module.float()
     longest = getattr(module, "max_length", None)
     ids_BL = make_probe(min(6, longest) if isinstance(longest, int) else 6, size)
-    taken = _find_taken(module)
+    options = _choose_arguments(_find_taken(module), ids_BL, torch.ones_like(ids_BL), None)
     was_training = module.training
     module.eval()
     try:
         with torch.no_grad():
-            options = {"attention_mask": torch.ones_like(ids_BL)} if "attention_mask" in taken else {}
             output = module(ids_BL, **options)
     except Exception as error:  # it is the user's code: whatever it raises is a fact about the SPEC
         raise SpecError(
@@ -137,12 +145,16 @@ def wrap_module(spec: Spec, module: nn.Module, vocabulary: Vocabulary, num_class
         )
     rows = layer.out_features if has_layer else answer.shape[2]
     refuse_few_rows(spec, rows, size, "give the tokenizer that the network was trained with, or a network of its size")
+    if not has_layer:
+        answer = answer[..., :size]  # the filler behind the vocabulary may be anything
+    model = PythonLanguageModel(module, vocabulary, has_layer=has_layer)
+    refuse_not_finite(spec, model.logits(answer), model.title)
     if ids_BL.shape[1] > 1 and differ(answer[1, :-1], answer[0, :-1]) is not None:
         raise SpecError(
             f"{spec.text}: expected a causal language model, found that the answers of {type(module).__name__} depend "
             "on later tokens; mask its attention"
         )
-    return PythonLanguageModel(module, vocabulary, has_layer=has_layer)
+    return model
 
 
 def python_lm_transform(spec: Spec, model: nn.Module | None) -> TokenTransform:
@@ -184,11 +196,27 @@ def _describe(output: Any) -> str:
     return f"{name} {answer.dtype} {tuple(answer.shape)}"
 
 
-def _find_taken(module: nn.Module) -> frozenset[str]:
-    """Which of the arguments beside the ids the module's `forward` takes."""
+def _find_taken(module: nn.Module) -> dict[str, bool]:
+    """Which of the arguments beside the ids the module's `forward` takes, and whether it cannot do without."""
     parameters = inspect.signature(module.forward).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
-    return frozenset(name for name in ("attention_mask", "position_ids") if takes_all or name in parameters)
+    return {
+        name: name in parameters and parameters[name].default is inspect.Parameter.empty
+        for name in ("attention_mask", "position_ids")
+        if takes_all or name in parameters
+    }
+
+
+def _choose_arguments(
+    taken: Mapping[str, bool], input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """What the module gets beside the ids: what there is of what it takes, and what else it cannot do without."""
+    if attention_mask is None and taken.get("attention_mask"):
+        attention_mask = torch.ones_like(input_ids)
+    if position_ids is None and taken.get("position_ids"):
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    given = {"attention_mask": attention_mask, "position_ids": position_ids}
+    return {name: value for name, value in given.items() if value is not None and name in taken}
 
 
 def _find_cap(module: nn.Module) -> float | None:

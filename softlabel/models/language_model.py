@@ -6,6 +6,7 @@
 Legend: B batch, D width, L positions, P some positions, V tokens.
 """
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -113,9 +114,19 @@ def make_probe(length: int, size: int) -> Tensor:
 
 
 def differ(ours: Tensor, theirs: Tensor) -> float | None:
-    """By how much two answers differ, where that is more than rounding."""
-    off = float((ours - theirs).abs().max())
-    return None if off <= _TOLERANCE * max(1.0, float(theirs.abs().max())) else off
+    """By how much two answers differ, where that is more than rounding; NaN where one of them is not a number."""
+    off = float(torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max())  # equal infinities do not differ
+    largest = float(torch.where(theirs.isfinite(), theirs.abs(), 0.0).max())
+    return None if off <= _TOLERANCE * max(1.0, largest) else off
+
+
+def refuse_not_finite(spec: Spec, logits: Tensor, title: str) -> None:
+    """Raises SpecError where a position has no finite largest logit; -inf is a token that never comes."""
+    if not logits.amax(dim=-1).isfinite().all():  # NaN is the largest of all
+        raise SpecError(
+            f"{spec.text}: expected finite logits, found that those of {title} are not finite (NaN or infinite) on a "
+            "probe; look at its weights"
+        )
 
 
 def refuse_few_rows(spec: Spec, rows: int, size: int, remedy: str) -> None:
@@ -156,6 +167,11 @@ def measure_leak(model: LanguageModel) -> float | None:
 def check_packing(spec: Spec, model: LanguageModel) -> None:
     """Raises SpecError where documents side by side in one row would see each other."""
     if (far := measure_leak(model)) is not None:
+        if math.isnan(far):
+            raise SpecError(
+                f"{spec.text}: expected finite answers for several documents in one row, found NaN from {model.title} "
+                "on a probe; train without packing"
+            )
         raise SpecError(
             f"{spec.text}: expected documents in one row to be apart, found that those of {model.title} see each other "
             f"(off by {far:.2g} on a probe); train without packing"

@@ -84,6 +84,22 @@ class Broken(Net):
         raise RuntimeError("not\\ntoday")
 
 
+class Overflowed(Net):
+    def __init__(self, vocab_size):
+        super().__init__(vocab_size)
+        nn.init.constant_(self.lm_head.bias, float("nan"))
+
+
+class Counting(Net):
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids) * attention_mask.sum(1)[:, None, None] / 8
+
+
+class Placing(Net):
+    def forward(self, input_ids, attention_mask, position_ids):
+        return super().forward(input_ids, position_ids=position_ids) * attention_mask[..., None]
+
+
 def llama(vocab_size):
     import transformers
 
@@ -235,6 +251,7 @@ def test_a_module_of_the_current_folder(nets: Path, tmp_path: Path, monkeypatch:
         ("Net", "max_length=49", "max_length: expected at most 48"),
         ("Net", "colour=3", "its builder refuses the options"),
         ("Forward", "", "the answers of Forward depend on later tokens; mask its attention"),
+        ("Overflowed", "", "expected finite logits, found that those of Overflowed are not finite"),
         ("Narrow", "", "at least 263 rows, one for each token of tokenizer.json, found 29"),
         ("Last", "", r"expected logits \(B, L, V\) of all positions.*found logits torch.float32 \(2, 1, 272\) for ids"),
         ("Broken", "", "fails on a probe: RuntimeError: not today"),
@@ -261,6 +278,40 @@ def test_documents_that_see_each_other_are_not_packed(nets: Path, tmp_path: Path
     with pytest.raises(SpecError, match="those of Net see each other"):
         softlabel.train(make_config(nets, tmp_path / "packed", student=student, epochs=1))
     softlabel.train(make_config(nets, tmp_path / "padded", student=student, epochs=1, pack=None, pad=48))
+
+
+def test_a_forward_that_requires_the_mask_gets_that_of_its_document(nets: Path, tmp_path: Path) -> None:
+    """The answers of `Counting` grow with the number of tokens that the mask has."""
+    spec, data = f"lm:python:{nets}/nets.py:Counting", f"{nets}/data.jsonl?key=id"
+    teacher = f"{spec}@{nets}/net.safetensors?tokenizer={nets / 'tokenizer'}"
+    model = build_model(teacher).network.eval()
+    source = tokenize_source(open_source(data), read_vocabulary(nets / "tokenizer"), max_length=48)
+    answers, losses = [], []
+    for one in source.read(range(len(source))):
+        ids = torch.from_numpy(one.raw.ids).long()  # type: ignore[union-attr]
+        with torch.no_grad():
+            answers.append(model(ids[None], torch.ones_like(ids)[None])[0, :, :SIZE])
+        losses.append(torch.nn.functional.cross_entropy(answers[-1][:-1], ids[1:], reduction="none"))
+    settings: dict[str, Any] = {"encoding": "float32", "temperature": 1.0, "max_length": 48, "preflight": False}
+    softlabel.generate(data, teachers=[teacher], out=tmp_path / "labels", progress=False, **settings)
+    expected = torch.cat(answers)
+    expected -= expected.amax(dim=1, keepdim=True)
+    np.testing.assert_allclose(read_logits(tmp_path / "labels"), expected, atol=1e-4)
+    figures = softlabel.evaluate(teacher, data, progress=False)
+    assert figures.cross_entropy == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    softlabel.train(make_config(nets, tmp_path / "padded", student=spec, epochs=1, pack=None, pad=48))
+    with pytest.raises(SpecError, match="those of Counting see each other"):
+        softlabel.train(make_config(nets, tmp_path / "packed", student=spec, epochs=1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"pack": None, "pad": 48}], ids=["packed", "padded"])
+def test_a_forward_that_requires_mask_and_positions_learns_as_one_that_does_not(
+    changes: dict[str, Any], nets: Path, tmp_path: Path
+) -> None:
+    for name in ("Net", "Placing"):
+        student = f"lm:python:{nets}/nets.py:{name}"
+        softlabel.train(make_config(nets, tmp_path / name, student=student, epochs=1, **changes))
+    assert have_equal_weights(tmp_path / "Net", tmp_path / "Placing")
 
 
 def test_another_vocabulary_than_that_of_the_labels_is_refused(nets: Path, tmp_path: Path) -> None:
