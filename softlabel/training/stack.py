@@ -17,6 +17,7 @@ from torch.func import functional_call, vmap
 from softlabel.inputs.base import Inputs
 from softlabel.models.precision import computing
 from softlabel.training.row_student import RowStudent
+from softlabel.training.stack_optimizer import StackOptimizer
 from softlabel.training.step import Counts, RowStep
 
 
@@ -36,9 +37,15 @@ class Stack:
         self._strides = [owner.stride() for owner in self._shared]
         self._parameters = {name: _share(own) for name, own in self._owners.items()}
         self._buffers = {name: _share(own) for name, own in buffers.items()}
+        optimizers = [student.optimizer for student in students]
+        self._optimizer: StackOptimizer | None = None  # None: each student's makes its own step
+        if students[0].precision != "fp16" and StackOptimizer.takes(optimizers):  # which leaves out steps that overflow
+            self._optimizer = StackOptimizer(self._parameters, self._owners, optimizers)
 
     def close(self) -> None:
         """Give every student tensors of its own again, in the memory layout that they had."""
+        if self._optimizer is not None:
+            self._optimizer.close()
         for owner, stride in zip(self._shared, self._strides, strict=True):
             own = torch.empty_strided(owner.shape, stride, dtype=owner.dtype, device=owner.device)
             owner.data, owner.grad = own.copy_(owner.detach()), None
@@ -55,8 +62,15 @@ class Stack:
             if leaf.grad is not None:
                 for owner, grad in zip(self._owners[name], leaf.grad.unbind(), strict=True):
                     owner.grad = grad
+        if self._optimizer is None:
+            for student in self.students:
+                student.end_step()
+            return
         for student in self.students:
-            student.end_step()
+            student.clip()
+        self._optimizer.step()
+        for student in self.students:
+            student.note_step()
 
     def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
         first = self.students[0]

@@ -85,7 +85,7 @@ class Student(ABC):
             self._parallel = nn.parallel.DistributedDataParallel(self._make_forward(), device_ids=places)
         forward: Any = self._parallel or self._make_forward()
         self._forward = torch.compile(forward) if config.shared.compile else forward
-        self._optimizer = _optimizer(config, self.model)
+        self.optimizer = _optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._random = rng.seeded(self.device, config.shared.seed, ranks.rank)
         self.draws_random_numbers = False  # known once it has made a step
@@ -157,17 +157,25 @@ class Student(ABC):
         """What comes before the forward pass."""
         self.model.train()
         rate = self._learning_rate(self.step)
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def end_step(self) -> None:
         """What comes once the parameters have their gradients."""
-        if self.shared.clip_norm is not None:
-            self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
-        self._scaler.step(self._optimizer)
+        self.clip()
+        self._scaler.step(self.optimizer)
         self._scaler.update()
+        self.note_step()
+
+    def clip(self) -> None:
+        """Scale the gradients down to the norm that they may have."""
+        if self.shared.clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
+
+    def note_step(self) -> None:
+        """What comes once the parameters have changed."""
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1
@@ -280,7 +288,7 @@ class Student(ABC):
             "step": self.step,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "random": random,
             "sums": sums,
@@ -311,7 +319,7 @@ class Student(ABC):
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         if self.ranks.rank < len(state["random"]):  # more processes than before: the others begin with their own
             self._random |= state["random"][self.ranks.rank]

@@ -80,6 +80,7 @@ PARTS = (
     _benchmark("bench_loss_gpu", 75),
     _benchmark("bench_linear_loss_gpu", 40),
     _benchmark("bench_student_gpu", 60),
+    _benchmark("bench_stacked_gpu", 30),
     _pytest("kernels", "tests/loss/triton_interpreter.py", marks="not slow", seconds=90),
     _benchmark("bench_decode_gpu", 30),
     _benchmark("bench_compile_gpu", 120),

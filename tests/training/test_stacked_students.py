@@ -82,9 +82,10 @@ def _assert_equal_states(one: Any, other: Any, name: str) -> None:
             "student": "zoo:resnet8?resize=16&crop=16",
             "lr": 1e-4,
         },
-        {"lr": [0.003, 0.01], "student": MODULE.format("batchwise"), "nesterov": False},
+        {"weight_decay": [0.0, 0.01], "student": MODULE.format("batchwise"), "nesterov": False},
+        {"optimizer": ["sgd", "adamw"], "lr": 0.001, "student": DOUBLE},
     ],
-    ids=["loss weights", "all that a step may have", "mixup", "no running statistics"],
+    ids=["loss weights", "all that a step may have", "mixup", "no running statistics", "two optimisers"],
 )
 def test_a_stacked_student_is_what_it_is_alone(digits: Path, tmp_path: Path, grid: dict[str, Any]) -> None:
     rest = {"eval_data": digits / "data.parquet", **grid}
@@ -111,16 +112,9 @@ def test_students_that_start_from_other_weights_are_stacked(digits: Path, tmp_pa
 
 
 def test_a_killed_stack_goes_on_stacked_or_not(digits: Path, tmp_path: Path) -> None:
-    rest = {
-        "student": DOUBLE,
-        "temperature": [1.0, 2.0, 4.0],
-        "epochs": 4,
-        "lr": 0.001,
-        "ema": 0.9,
-        "checkpoint_minutes": 1e-4,
-    }
+    rest = {"student": DOUBLE, "temperature": [1.0, 2.0, 4.0], "lr": 0.001, "ema": 0.9}
     train(make_config(digits, tmp_path / "turn", **rest))
-    killed = make_settings(digits, tmp_path / "stacked", stack="on", **rest)
+    killed = make_settings(digits, tmp_path / "stacked", stack="on", checkpoint_minutes=1e-4, **rest)
     process = start_training(killed)
     wait_for_file(tmp_path / "stacked" / "T2" / "checkpoint.pt", process)
     process.kill()
