@@ -26,7 +26,7 @@ class StoredDocuments(Source):
     lengths: NDArray[np.int32]
 
     def __init__(self, store: Store, rows_N: NDArray[np.int64] | None = None) -> None:
-        self.name, self._store = store.url, store
+        self.name, self.store = store.url, store
         self._rows_N = np.arange(len(store)) if rows_N is None else rows_N
         self._keys = store.keys if rows_N is None else store.keys.take(rows_N)
         self.lengths = np.diff(store.spans.offsets["token"])[self._rows_N].astype(np.int32)
@@ -47,7 +47,7 @@ class StoredDocuments(Source):
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         rows = self._rows_N[np.asarray(indices, np.int64)]
-        found = self._store.take(rows, ["key", TOKENS, MASK])
+        found = self.store.take(rows, ["key", TOKENS, MASK])
         ends = np.cumsum(found.lengths)[:-1]
         ids = np.split(found.columns[TOKENS].reshape(-1).astype(np.int32), ends)
         masks = np.split(found.columns[MASK].reshape(-1).astype(np.uint8), ends)

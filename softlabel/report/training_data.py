@@ -6,8 +6,9 @@ are from any of these that still fits the fingerprint, content hashes from the s
 Legend: N samples in question, T samples of the training data, R some of either.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from softlabel.common.keys import Keys
 from softlabel.common.places import absolute_source
 from softlabel.common.spec import parse_spec
 from softlabel.dataset import Source, open_source
+from softlabel.dataset.tokenize import TokenizedSource
 from softlabel.errors import SoftLabelError, SpecError, TrainingError
 from softlabel.inputs.content import comparable, hashes_of
+from softlabel.report.stored_documents import StoredDocuments
 from softlabel.store.key_index import KeyIndex
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
@@ -48,17 +51,79 @@ class Overlap:
     untold: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HashedAs:
+    """What content hashes are of: those of other samples say nothing about each other.
+
+    Attributes:
+        kind: of the samples.
+        tokenizer, template, bos, eos: of documents of tokens; see `softlabel.store.token_rows.TokenRun`.
+        max_length: of these; a longer document is hashed without the rest. None: samples are whole.
+    """
+
+    kind: str
+    tokenizer: str | None = None
+    template: str | None = None
+    bos: int | None = None
+    eos: int | None = None
+    max_length: int | None = None
+
+    @classmethod
+    def of_store(cls, store: Store) -> "HashedAs":
+        if (tokens := store.run.tokens) is None:
+            return cls(kind=store.run.input)
+        return cls(
+            kind=store.run.input,
+            tokenizer=tokens.tokenizer,
+            template=tokens.template,
+            bos=tokens.bos,
+            eos=tokens.eos,
+            max_length=tokens.max_length,
+        )
+
+    @classmethod
+    def of_source(cls, source: Source) -> "HashedAs":
+        if isinstance(source, StoredDocuments):
+            return cls.of_store(source.store)
+        if not isinstance(source, TokenizedSource):
+            return cls(kind=source.inputs.name)
+        made = source.tokenization
+        return cls(
+            kind=source.inputs.name,
+            tokenizer=made.vocabulary,
+            template=made.template,
+            bos=made.bos,
+            eos=made.eos,
+            max_length=made.max_length,
+        )
+
+    def find_whole_length(self, other: "HashedAs") -> float | None:
+        """Samples of fewer tokens can be compared, as both are hashed whole; None: none can be.
+
+        Returns:
+            inf where all can, as both were cut alike or not at all.
+        """
+        if replace(self, max_length=other.max_length) != other:
+            return None
+        if self.max_length == other.max_length:
+            return math.inf
+        return min(one for one in (self.max_length, other.max_length) if one is not None)
+
+
 class Samples(Protocol):
-    """Samples in question: `fingerprint` of all keys of their data, `place` of it, None if it has none, what kind of
-    samples they are hashed as, N keys."""
+    """Samples in question: `fingerprint` of all keys of their data, `place` of it, None if it has none, what they are
+    hashed as, N keys."""
 
     fingerprint: str
     place: str | None
-    kind: str
+    hashed_as: HashedAs
     keys: Keys
 
     def hash(self, rows_R: I64) -> U64:
         """Content hashes of some, uint64 (R,), 0 for none."""
+
+    def count_tokens(self, rows_R: I64) -> I64:
+        """Tokens of some documents, int64 (R,)."""
 
 
 class StoredSamples:
@@ -67,11 +132,14 @@ class StoredSamples:
     def __init__(self, store: Store) -> None:
         self._store, self._rows_N = store, np.flatnonzero(store.views == 0)
         self.fingerprint = store.run.dataset.fingerprint
-        self.place, self.kind = _find_place(store.manifest.recorded.get("data")), store.run.input
+        self.place, self.hashed_as = _find_place(store.manifest.recorded.get("data")), HashedAs.of_store(store)
         self.keys = store.keys if len(self._rows_N) == len(store) else store.keys.take(self._rows_N)
 
     def hash(self, rows_R: I64) -> U64:
         return self._store.content[self._rows_N[rows_R]]
+
+    def count_tokens(self, rows_R: I64) -> I64:
+        return np.diff(self._store.spans.offsets["token"])[self._rows_N[rows_R]]
 
 
 class SourceHashes:
@@ -113,11 +181,17 @@ class ReadSamples:
     def __init__(self, hashes: SourceHashes, chosen_N: I64 | None = None) -> None:
         self._hashes, source, keys = hashes, hashes.source, hashes.keys
         self._chosen_N = np.arange(len(keys)) if chosen_N is None else chosen_N
-        self.fingerprint, self.place, self.kind = source.fingerprint(), _find_place(source.name), source.inputs.name
+        self.fingerprint, self.place = source.fingerprint(), _find_place(source.name)
+        self.hashed_as = HashedAs.of_source(source)
         self.keys = keys if len(self._chosen_N) == len(keys) else keys.take(self._chosen_N)
 
     def hash(self, rows_R: I64) -> U64:
         return self._hashes.find(self._chosen_N[rows_R])
+
+    def count_tokens(self, rows_R: I64) -> I64:
+        lengths_N = self._hashes.source.lengths
+        assert lengths_N is not None
+        return lengths_N[self._chosen_N[rows_R]].astype(np.int64)
 
 
 def count_trained(
@@ -203,7 +277,7 @@ def _mark_trained(
     else:
         return None
     if store is not None:
-        marks = _compare_all(samples, then.keys, _hash_stored(store, then.keys))
+        marks = _compare_all(samples, then.keys, _hash_stored(store, then.keys), HashedAs.of_store(store))
     else:
         marks = _compare_common(samples, then, readable=data is not None)
     if whole is None and store is not None and store.run.dataset.fingerprint != fingerprint:
@@ -261,15 +335,23 @@ def _find_common(keys: Keys, of: Keys) -> I64:
     return KeyIndex(of, one_T, where="the training data")(keys, 0, one_T)
 
 
-def _compare_all(samples: Samples, keys: Keys, content_T: U64) -> _Marks:
-    """Compare by content, and where hashes are unknown or of another kind by key."""
+def _compare_all(samples: Samples, keys: Keys, content_T: U64, hashed_as: HashedAs) -> _Marks:
+    """Compare by content, and where hashes are unknown or of something else by key.
+
+    Args:
+        keys, content_T, hashed_as: of the training data.
+    """
     place_N = _find_common(samples.keys, keys)
     then_N = np.zeros(len(place_N), np.uint64)
     then_N[place_N >= 0] = content_T[place_N[place_N >= 0]]
-    if not content_T.any():
+    length = samples.hashed_as.find_whole_length(hashed_as)
+    if length is None or not content_T.any():
         return _Marks(trained=place_N >= 0, by_keys=place_N >= 0)
-    now_N = samples.hash(np.arange(len(samples.keys)))
+    all_N = np.arange(len(samples.keys))
+    now_N = samples.hash(all_N)
     by_keys_N = (place_N >= 0) & ~comparable(now_N, then_N)
+    if length < math.inf:
+        by_keys_N |= (place_N >= 0) & (samples.count_tokens(all_N) >= length)
     # The same content under another key is the same sample too.
     trained_N = (now_N != 0) & np.isin(now_N, content_T[content_T != 0])
     return _Marks(trained=trained_N | by_keys_N, by_keys=by_keys_N & ~trained_N)
@@ -288,7 +370,7 @@ def _compare_common(samples: Samples, then: Samples, *, readable: bool) -> _Mark
         return _Marks(trained=trained_N, by_keys=trained_N)
     if then.place is not None and then.place == samples.place:
         return _Marks(trained=trained_N, by_keys=none_N)
-    if then.kind != samples.kind:  # texts and their tokens have other hashes
+    if then.hashed_as != samples.hashed_as:  # texts and their tokens have other hashes
         return _Marks(trained=trained_N, by_keys=trained_N)
     by_keys_N = none_N
     common = np.flatnonzero(trained_N)

@@ -395,6 +395,34 @@ def test_runs_of_language_models_alone_and_beside_their_store(folder: Path) -> N
     Page((folder / "alone.html").read_text())
 
 
+def test_documents_that_were_cut_at_another_length_are_compared_by_key(folder: Path, tmp_path: Path) -> None:
+    most = 20
+    encode = tokenizers.Tokenizer.from_file(str(folder / "teacher" / "tokenizer.json")).encode
+    texts = {
+        name: [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("data", "test")
+    }
+    for name, teacher in (("data", f"run:{folder}/runs/one"), ("test", f"lm:{folder}/teacher")):
+        given = {"max_length": most, "preflight": False, "device": "cpu", "progress": False}
+        softlabel.generate(f"{folder}/{name}.jsonl?key=id", teachers=[teacher], out=tmp_path / name, **given)
+    lengths = {name: [len(encode(text).ids) for text in found] for name, found in texts.items()}
+    cut = sum(length > most for length in lengths["data"])
+    assert 5 < cut < 35
+
+    # The teacher was trained on them with 48 tokens.
+    about = report_on(tmp_path / "data")[1]["about"]
+    assert (about["seen"], about["seen_samples"]) == ("in-sample", 40)
+    # Other documents under the same keys: those that are whole in both are known to be others.
+    pairs = list(zip(texts["test"], lengths["test"], strict=True))
+    same = sum(length <= most and text in texts["data"] for text, length in pairs)
+    unknown = sum(length > most or (length == most and text not in texts["data"]) for text, length in pairs)
+    for name, trained, by_keys in (("data", 40, cut), ("test", same + unknown, unknown)):
+        options = {"eval_data": f"{folder}/{name}.jsonl?key=id", "eval_labels": tmp_path / name}
+        found = report_on(folder / "labels", runs=[folder / "runs" / "one"], **options)[1]
+        (one,) = [one for one in found["students"]["comparisons"] if one["of_eval_data"]]
+        assert (one["held_out"], one["trained_on"], one["by_keys"]) == (False, trained, by_keys)
+
+
 def test_stories_are_shown_as_they_were_written(tmp_path: Path) -> None:
     stories = find_stories()
     data = f"{stories}/test.jsonl?key=id&rows=0:6"
