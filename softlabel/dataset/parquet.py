@@ -5,11 +5,13 @@ Columns are read by row group: a file that fits into the cache is read once in a
 order.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -18,6 +20,8 @@ from softlabel.dataset.source import FileStamp, stamp_files
 from softlabel.dataset.storage import Files, LocalFiles
 from softlabel.dataset.table_source import TableSource
 from softlabel.errors import DataError, one_line
+
+_AHEAD = 64  # row groups whose keys or labels are read at once
 
 
 class ParquetSource(TableSource):
@@ -56,13 +60,36 @@ class ParquetSource(TableSource):
         return stamp_files([os.path.abspath(self._files.where(number)) for number in range(len(self._files))])
 
     def _load_column(self, path: str, group: int) -> pa.ChunkedArray:
-        """Return a decompressed column of a row group."""
-        number, group_in_file = self._groups[group]
+        """Return a decompressed column of a row group.
+
+        Keys and labels of consecutive groups are read several groups at once: a call of pyarrow takes longer than the
+        few bytes that a small group has of them.
+        """
+        found, follows = self._ahead.pop((path, group), None), self._last.get(path) == group - 1
+        self._last[path] = group
+        if found is None:
+            stop = group + 1
+            if follows and path not in self._columns.inputs:
+                number = self._groups[group][0]
+                while stop < min(group + _AHEAD, len(self._groups)) and self._groups[stop][0] == number:
+                    stop += 1
+            found, *others = self._load_columns(path, group, stop)
+            self._ahead = {entry: column for entry, column in self._ahead.items() if entry[0] != path}
+            self._ahead.update({(path, place): column for place, column in enumerate(others, group + 1)})
+        return found
+
+    def _load_columns(self, path: str, start: int, stop: int) -> list[pa.ChunkedArray]:
+        """Return a decompressed column of some row groups of one file."""
+        number = self._groups[start][0]
+        groups = [group for _, group in self._groups[start:stop]]
+        file = self._get_file(number)
         try:
-            table = self._get_file(number).read_row_group(group_in_file, columns=[path], use_threads=False)
+            table = file.read_row_groups(groups, columns=[path], use_threads=False)
         except (pa.ArrowException, OSError) as error:
+            if len(groups) > 1:  # which one it is, reading them one by one says
+                return self._load_columns(path, start, start + 1)
             raise DataError(
-                f"{self._files.where(number)}: row group {group_in_file} cannot be read: {one_line(error)}; "
+                f"{self._files.where(number)}: row group {groups[0]} cannot be read: {one_line(error)}; "
                 "fetch the file again"
             ) from error
         column = table.column(0)
@@ -70,7 +97,10 @@ class ParquetSource(TableSource):
             column = pc.struct_field(column, [0])
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        return column
+        if len(groups) == 1:
+            return [column]
+        edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in groups)]).tolist()
+        return [column.slice(begin, end - begin) for begin, end in itertools.pairwise(edges)]
 
     def _count_nulls(self, path: str, group: int) -> int:
         """From the footer if it has statistics."""
@@ -93,9 +123,13 @@ class ParquetSource(TableSource):
     def _reset(self) -> None:
         super()._reset()
         self._open: dict[int, pq.ParquetFile] = {}
+        self._ahead: dict[tuple[str, int], pa.ChunkedArray] = {}
+        self._last: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_open"}
+        return {
+            name: value for name, value in super().__getstate__().items() if name not in ("_open", "_ahead", "_last")
+        }
 
     def _get_file(self, number: int) -> pq.ParquetFile:
         if number not in self._open:
