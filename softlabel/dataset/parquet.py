@@ -74,7 +74,8 @@ class ParquetSource(TableSource):
                 while stop < min(group + _AHEAD, len(self._groups)) and self._groups[stop][0] == number:
                     stop += 1
             found, *others = self._load_columns(path, group, stop)
-            self._ahead = {entry: column for entry, column in self._ahead.items() if entry[0] != path}
+            for entry in [entry for entry in self._ahead if entry[0] == path]:
+                del self._ahead[entry]
             self._ahead.update({(path, place): column for place, column in enumerate(others, group + 1)})
         return found
 
