@@ -125,7 +125,7 @@ def _hold(
         folder = Path(student.out)
         # The file that makes this student by itself.
         one = asdict(config) | {"out": student.out}
-        one |= {name: getattr(student, name) for name in GRID} if len(configs) > 1 else {}
+        one |= {name: getattr(student, name) for name in GRID} | {"stack": "off"} if len(configs) > 1 else {}
         identity = {**student.identity(), **shared}
         if not config.overwrite and run_folder.is_finished(folder) and (before := run_folder.recorded_identity(folder)):
             identity |= {VIEWS: before[VIEWS]} if VIEWS in before else {}  # its epochs are over

@@ -3,7 +3,7 @@
 python -m tests.benchmarks.bench_stacked [--repeats 5] [--students 4 16]
 
 Prints CPU time of a step of all students on CIFAR JPEG images that are decoded already, medians of interleaved runs:
-resnet8 and a plain CNN of two layers at 32 and at 16 pixels, an MLP at 32, batch 128, float32, one thread.
+resnet8 and a plain CNN of two layers at 32 and at 16 pixels, an MLP at 32 and at 8, batch 128, float32, one thread.
 """
 
 import argparse
@@ -21,13 +21,14 @@ from tests.support.shared_data import require_shared_data
 from tests.support.stores import draw_logits, write_logits
 
 BATCH, COUNT = 128, 2
-MLP = "python:tests.benchmarks.stack_steps:build_mlp?resize=32&crop=32"
+MLP = "python:tests.benchmarks.stack_steps:build_mlp"
 NETWORKS = {
     "resnet8, 32 x 32": "zoo:resnet8",
     "resnet8, 16 x 16": "zoo:resnet8?resize=16&crop=16",
     "cnn2, 32 x 32": "zoo:cnn2",
     "cnn2, 16 x 16": "zoo:cnn2?resize=16&crop=16",
-    "MLP, 3072-64-10": MLP,
+    "MLP, 3072-64-10": f"{MLP}?resize=32&crop=32",
+    "MLP, 192-64-10": f"{MLP}?resize=8&crop=8&pixels=8",
 }
 
 

@@ -17,9 +17,9 @@ from softlabel.training.step import Counts, RowStep, cut, prepare, without_fille
 from softlabel.views import CropFlip
 
 
-def build_mlp(num_classes: int) -> nn.Module:
-    """Two linear layers over the pixels of a 32 x 32 image."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64), nn.ReLU(), nn.Linear(64, num_classes))
+def build_mlp(num_classes: int, pixels: int = 32) -> nn.Module:
+    """Two linear layers over the pixels of a square image."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * int(pixels) ** 2, 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 def build_stack_sides(

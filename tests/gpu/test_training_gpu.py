@@ -30,17 +30,23 @@ def test_a_student_learns_as_on_the_cpu(digits: Path, tmp_path: Path, device: st
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"precision": "fp16"}, {"temperature": [1.0, 4.0]}], ids=str
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"temperature": [1.0, 4.0]},
+        {"temperature": [1.0, 4.0], "stack": "on"},
+        {"lr": [0.001, 0.003], "optimizer": "adamw", "stack": "auto"},
+    ],
+    ids=str,
 )
 def test_ways_to_train(digits: Path, tmp_path: Path, device: str, changes: dict[str, Any]) -> None:
     if device == "cpu" and changes.get("precision") == "fp16":
         pytest.skip("needs a CUDA device: training in float16")
     softlabel.train(make_config(digits, tmp_path / "run", device=device, epochs=2, **changes))
-    runs = (
-        [tmp_path / "run"] if "temperature" not in changes else sorted((tmp_path / "run").glob("*/model.safetensors"))
-    )
-    assert runs
-    if "temperature" not in changes:
+    several = "precision" not in changes
+    assert len(list((tmp_path / "run").glob("*/model.safetensors" if several else "model.safetensors"))) == 1 + several
+    if not several:
         losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
         assert losses[1] < losses[0]
 

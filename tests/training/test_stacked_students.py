@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
-from softlabel import train
+from softlabel import TrainConfig, train
 from softlabel.errors import UsageError
 from softlabel.evaluation.evaluate import evaluate
 from softlabel.training.run_folder import load_checkpoint
@@ -109,6 +110,10 @@ def test_students_that_start_from_other_weights_are_stacked(digits: Path, tmp_pa
         assert_equal_runs(tmp_path / "turn" / student.name, tmp_path / "stacked" / student.name)
     measured = [evaluate(student.out, str(digits / "data.parquet")).accuracy for student in result.students]
     assert len(set(measured)) > 1
+    # The file that a student's folder keeps makes that student by itself.
+    settings = yaml.safe_load((Path(student.out) / "config.yaml").read_text())
+    train(TrainConfig(**{**settings, "out": str(tmp_path / "again")}))
+    assert_equal_runs(tmp_path / "again", Path(student.out))
 
 
 def test_a_killed_stack_goes_on_stacked_or_not(digits: Path, tmp_path: Path) -> None:
