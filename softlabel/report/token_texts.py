@@ -9,6 +9,7 @@ from softlabel.inputs.vocabulary import Vocabulary
 from softlabel.store.reader import Store
 
 _BEFORE = 8  # tokens that a text may depend on
+_MOST, _LONGEST = 8, 4  # tokens that may end within a character one after another; bytes of one character
 _OPEN = "\ufffd"  # what the decoder makes of an unfinished character
 
 
@@ -53,19 +54,29 @@ class TokenTexts:
         """
         if self._vocabulary is None:
             return tuple(f"[{one}]" for one in ids)
-        tokenizer, texts, open_since = self._vocabulary.tokenizer.load(), [], 0
+        tokenizer, texts = self._vocabulary.tokenizer.load(), list[str]()
+        whole_until = [0]  # places where a character ends
 
         def decode(start: int, stop: int) -> str:
             found: str = tokenizer.decode(list(ids[start:stop]), skip_special_tokens=False)
             return found
 
-        for place in range(len(ids)):
-            # Decoded with the tokens before: alone, a token may lose the space that it begins with.
-            start = max(0, open_since - _BEFORE)
-            whole, before = decode(start, place + 1), decode(start, open_since)
-            if whole.endswith(_OPEN) and place + 1 < len(ids) and place - open_since < 3:
-                texts.append("")
-                continue
-            texts.append(whole[len(before) :] if whole.startswith(before) else decode(open_since, place + 1))
-            open_since = place + 1
+        while (first := len(texts)) < len(ids):
+            # Decoded with the tokens before: alone, a token may lose the space that it begins with. A decoder of bytes
+            # spoils all bytes in a row if one of them is not of a whole character: where that is so before, alone.
+            start = next((one for one in reversed(whole_until) if one <= first - _BEFORE), 0)
+            before = decode(start, first)
+            stops = range(first + 1, min(first + _MOST, len(ids)) + 1)
+            for stop in stops:
+                whole, alone = decode(start, stop), decode(first, stop)
+                text = whole[len(before) :] if whole.startswith(before) else alone
+                text = alone if text.endswith(_OPEN) else text
+                if not text.endswith(_OPEN):
+                    whole_until.append(stop)
+                    break
+            else:
+                is_cut = stops.stop > len(ids) and len(stops) < _LONGEST  # the document ends within a character
+                stop = len(ids) if is_cut else first + 1
+                text = decode(first, stop)
+            texts += [*[""] * (stop - first - 1), text]
         return tuple(texts)

@@ -15,6 +15,7 @@ import pytest
 import tokenizers
 import xxhash
 from scipy.special import log_softmax
+from tokenizers import decoders, models, pre_tokenizers
 
 import softlabel
 from softlabel import open_store, train
@@ -230,6 +231,36 @@ def test_tokens_of_strangers_are_text(tmp_path: Path) -> None:
     shown = [inner for attributes, inner in page.find("div", **{"class": "tokens"}) if HOSTILE[0] in inner]
     assert HOSTILE[4] in shown[0]
     assert "\ufffdevil" in shown[0]
+
+
+def test_characters_of_several_tokens_are_whole(tmp_path: Path) -> None:
+    """Of a tokenizer that falls back on bytes, whose decoder spoils all bytes in a row if some are of half a character;
+    the last document ends within one."""
+    vocab = {name: number for number, name in enumerate(["<unk>", *(f"<0x{one:02X}>" for one in range(256)), "▁", "a"])}
+    built = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    texts = ["日本語のテキストは読めますか。中文也一样", "a été a 😀😀😀😀 é\ufffda", "aa 日本語のテキスト日本"]
+    ids = [np.array(built.encode(text).ids, "<i4") for text in texts]
+    ids[-1] = ids[-1][:-1]
+    run = make_token_run(classes=len(vocab), samples=3)
+    assert run.tokens is not None
+    run = dataclasses.replace(run, tokens=dataclasses.replace(run.tokens, max_length=64))
+    rng = np.random.default_rng(0)
+    logits = [rng.normal(0, 3, (len(one), len(vocab))).astype(np.float32) for one in ids]
+    masks = [np.ones(len(one), np.uint8) for one in ids]
+    logits = [one - one.max(axis=1, keepdims=True) for one in logits]
+    documents = dataclasses.replace(
+        Documents.of(run), ids=ids, masks=masks, logits=[logits], content=hash_all(ids), keys=["0", "1", "2"]
+    )
+    write_store(tmp_path / "labels", run, documents, fidelity=None)
+    with Committer.open(tmp_path / "labels", run, {"device": "cpu"}) as committer:
+        committer.add_extra("tokenizer", built.to_str().encode(), "json")
+    shown = {one.key: one.tokens for one in report_on(tmp_path / "labels")[0].documents.lists[0].documents}  # type: ignore[union-attr]
+    assert [len(shown[str(number)]) for number in range(3)] == [len(one) for one in ids]
+    assert ["".join(shown[str(number)]) for number in range(2)] == texts[:2]
+    assert shown["0"][:6] == ("", "", "日", "", "", "本")
+    assert "".join(shown["2"]).rstrip("\ufffd") == texts[2][:-1]
 
 
 @pytest.mark.parametrize("case", ["one", "short", "bad", "drawn", "broken"])
