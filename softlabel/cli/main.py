@@ -70,6 +70,13 @@ LATE = {
     "plan": {"LabelConfig": "softlabel.generation.config.LabelConfig"},
     "convert": {"EncodingOptions": "softlabel.cli.encoding_options.OfStores"},
 }
+# (option, value) -> why a command refuses a value that others take.
+_REASONS = {
+    (
+        "encoding",
+        "head",
+    ): " (labels cannot be encoded as head afterwards, a store of head neither: 'softlabel generate' alone writes it)"
+}
 POSITIONAL = inspect.Parameter.POSITIONAL_ONLY
 
 
@@ -122,6 +129,7 @@ class _Parser(ArgumentParser):
         found = re.fullmatch(r'Parser key "(\w+)"[^:]*: .*(?:Got|Given) value: (.*)', message)
         if found and is_plain(hint := parser.hints.get(found[1])):
             message = f"{_make_flag(found[1])}: expected {describe(_get_element(hint) or hint)}, found {found[2]!r}"
+            message += _REASONS.get((found[1], found[2]), "")
         message = re.sub(r'Parser key "(\w+)":', lambda key: f"{_make_flag(key[1])}:", message)
         print(f"softlabel: {message}; see '{command} --help'", file=sys.stderr)
         self.exit(2)

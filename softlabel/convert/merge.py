@@ -12,6 +12,8 @@ from softlabel.common.keys import Keys
 from softlabel.convert.rewrite import RewriteSummary, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError, UsageError
+from softlabel.inputs.tokenizer import Tokenizer
+from softlabel.inputs.vocabulary import Vocabulary
 from softlabel.store.manifest import DatasetInfo, Run
 from softlabel.store.manifest_read import find_extra
 from softlabel.store.reader import Store
@@ -46,6 +48,7 @@ def merge_stores(
     opened = [open_whole(store, of="merge", out=out) for store in stores]
     first = opened[0]
     for other in opened[1:]:
+        _refuse_other_vocabulary(first, other)
         refuse_difference(first.url, first.run, other.url, other.run)
         _refuse_other_head(first, other)
     for position, other in enumerate(opened[1:], 1):
@@ -83,6 +86,19 @@ def refuse_difference(url: str, run: Run, other_url: str, other: Run) -> None:
         raise MismatchError(
             f"{url} and {other_url}: expected labels of one run over different samples, found in the first: "
             f"{words}; 'softlabel convert' changes format, encoding and shard rows, other settings need new labels"
+        )
+
+
+def _refuse_other_vocabulary(first: Store, other: Store) -> None:
+    """Raise MismatchError, with the first id that differs, where two stores of tokens have their tokenizers."""
+    contents = [store.tokenizer for store in (first, other)]
+    if None in contents or contents[0] == contents[1]:
+        return
+    ours, theirs = (Vocabulary(Tokenizer(content)) for content in contents if content is not None)
+    if (difference := ours.find_difference(theirs)) is not None:
+        raise MismatchError(
+            f"{first.url} and {other.url}: expected one vocabulary, found different ones: {difference}; label the "
+            "documents of both with teachers of one tokenizer"
         )
 
 

@@ -98,10 +98,12 @@ def convert_recode(samples: Samples, new: Run) -> tuple[Recode | None, Truth]:
 
 def _refuse_impossible(store: str, run: Run, wanted: Encoding) -> None:
     if wanted.from_hidden:
-        raise MismatchError(
-            f"{store}: encoding {wanted.name!r} stores the input of the teacher's last layer, which a store of logits "
-            "does not have; generate with it"
+        why = (
+            "cannot be re-encoded with another type of its numbers, only as another encoding"
+            if run.encoding.from_hidden
+            else "stores the input of the teacher's last layer, which a store of logits does not have"
         )
+        raise MismatchError(f"{store}: encoding {wanted.name!r} {why}; generate with it")
     if run.encoding.drawn:
         raise MismatchError(
             f"{store}: random draws equal the teacher's softmax only in expectation, so another encoding would be "

@@ -241,7 +241,9 @@ def test_top_k_changes_its_temperature_where_its_tail_is_known(tmp_path: Path) -
         combine_store(kept, tmp_path / "e", temperature=2.0)
 
 
-def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path) -> None:
+def test_a_head_is_exact_at_every_temperature_and_in_every_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, run = tmp_path / "head", make_run(classes=11, encoding=Head(width=6, hidden="float16"))
     logits = write_head_store(source, run, Samples.of(run, keys=names(run)))
     combine_store(source, tmp_path / "warm", temperature=9.0)
@@ -252,6 +254,15 @@ def test_a_head_is_exact_at_every_temperature_and_in_every_format(tmp_path: Path
         np.testing.assert_allclose(softmax(found), softmax(logits / 9.0), atol=1e-6)
     with pytest.raises(MismatchError, match="encoding 'head' stores the input"):
         convert_store(tmp_path / "dense", tmp_path / "x", encoding=Head(width=6, hidden="float16"))
+    with pytest.raises(
+        MismatchError, match=r"encoding 'head' cannot be re-encoded with another type.*generate with it"
+    ):
+        convert_store(source, tmp_path / "x", encoding=Head(width=6, hidden="int8"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(source), str(tmp_path / "x"), "--encoding", "head", "--hidden", "int8"])
+    assert ended.value.code == 2
+    assert "a store of head neither: 'softlabel generate' alone writes it)" in capsys.readouterr().err
 
 
 def test_combine_refuses_what_is_not_exact(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from softlabel.store.token_rows import TokenRun
 from softlabel.store.verify import verify_store
 from softlabel.store.writer import Committer
 from tests.support.documents import LONGEST, Documents, make_token_run
+from tests.support.language_models import write_tokenizer
 from tests.support.stores import write_store
 
 TOKENIZER = json.dumps({"model": {"vocab": {"a": 0}}}).encode()
@@ -36,7 +37,13 @@ BAD = (3, 20)
 T = 2.0
 
 
-def write_tokens(root: Path, run: Run, documents: Documents | None = None, bad: tuple[int, ...] = BAD) -> Documents:
+def write_tokens(
+    root: Path,
+    run: Run,
+    documents: Documents | None = None,
+    bad: tuple[int, ...] = BAD,
+    tokenizer: bytes = TOKENIZER,
+) -> Documents:
     """A store of float32 answers, with a tokenizer."""
     documents = documents or Documents.of(run)
     if documents.columns is None:
@@ -44,7 +51,7 @@ def write_tokens(root: Path, run: Run, documents: Documents | None = None, bad: 
         answers = [[one.reshape(-1, width) for one in view] for view in documents.logits]
         documents = dataclasses.replace(documents, columns={"logits": answers})
     with Committer.open(root, run) as committer:
-        committer.add_extra("tokenizer", TOKENIZER, "json")
+        committer.add_extra("tokenizer", tokenizer, "json")
     write_store(root, run, documents, bad=bad)
     return documents
 
@@ -129,6 +136,11 @@ def test_merge_and_repair_from_the_sources(tmp_path: Path) -> None:
     write_tokens(tmp_path / "strange", other, dataclasses.replace(others, keys=[f"x{n}" for n in range(50)]))
     with pytest.raises(MismatchError, match=r"tokenizer \(sha256 of its vocabulary\): it has abab.*the other cdcd"):
         merge_stores([tmp_path / "one", tmp_path / "strange"], tmp_path / "wrong")
+    for name, one, added in (("plain", run, []), ("more", other, ["<more>"])):
+        folder = write_tokenizer(tmp_path / f"{name}-tokenizer", added=added)
+        write_tokens(tmp_path / name, one, others, tokenizer=(folder / "tokenizer.json").read_bytes())
+    with pytest.raises(MismatchError, match=r"expected one vocabulary, found .*: id 263 is no token and '<more>'"):
+        merge_stores([tmp_path / "plain", tmp_path / "more"], tmp_path / "wrong")
 
 
 def test_members_are_combined_at_each_position(tmp_path: Path) -> None:
