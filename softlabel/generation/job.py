@@ -191,7 +191,7 @@ def load_job(
         "stacked": [list(group) for group in groups],
         "libraries": {**libraries(), "numpy": np.__version__, "python": platform.python_version()},
     }
-    if optimized or OPTIMIZED in recorded:
+    if optimized and not recorded.get(OPTIMIZED):  # a store keeps its first choice, where it fails on a machine too
         now[OPTIMIZED] = [one.to_dict() for one in optimized]
     if earlier and (grown := _record_growths(source, run.dataset, recorded)):
         now[GROWN] = grown

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from softlabel.common.device import Tuning
 from softlabel.errors import DataError, TeacherError, UsageError, one_line
+from softlabel.generation.config import GenerateConfig
 from softlabel.generation.ensemble import Members, using_threads
 from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.base import Inputs
@@ -51,6 +53,34 @@ class Optimization:
     def to_dict(self) -> dict[str, Any]:
         """Return a mapping for a manifest."""
         return {"engine": self.engine} | ({} if self.rows is None else {"rows": self.rows})
+
+
+def keep_optimization(out: str | Path, config: GenerateConfig, recorded: Mapping[str, Any]) -> GenerateConfig:
+    """The configuration with which a store goes on: its other shards are computed as the first ones were, which a line
+    reports where the options ask for something else.
+
+    Args:
+        out: of the store, for messages.
+        config: as given.
+        recorded: of its manifest.
+
+    Raises:
+        UsageError: an option excludes how the first shards were computed.
+    """
+    engines = sorted({Optimization.of(one).engine for one in recorded.get(OPTIMIZED) or ()} or {"eager"})
+    is_eager, how = engines == ["eager"], " and ".join(engines)
+    if [config.optimize] != (["none"] if is_eager else engines):
+        why = {"none": "", "auto": ", without a trial"}
+        other = why.get(config.optimize, f", not {config.optimize}; label into another folder for that")
+        log.warning("optimize: %s: its shards were computed %s, and the others are too%s", out, how, other)
+    if is_eager:
+        return replace(config, optimize="none")
+    kept = replace(config, optimize="auto")
+    try:
+        _ = kept.tuning
+    except UsageError as error:
+        raise UsageError(f"{out}: its shards were computed {how}, and the others have to be too: {error}") from None
+    return kept
 
 
 def optimize_teachers(

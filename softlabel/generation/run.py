@@ -17,6 +17,7 @@ from softlabel.generation.config import GenerateConfig
 from softlabel.generation.executor import Executor, LocalExecutor
 from softlabel.generation.growth import History, check_same_data
 from softlabel.generation.job import Job, load_job
+from softlabel.generation.optimize import keep_optimization
 from softlabel.generation.preflight.check import Preflight, check_run
 from softlabel.generation.progress import Pace, Progress
 from softlabel.models import LanguageModel
@@ -104,6 +105,8 @@ def open_run(
         config = replace(config, workers=0)
         data, teachers = absolute_source(str(data)), [absolute_spec(teacher) for teacher in teachers]
     there = find_root(open_folder(out))
+    if there is not None:
+        config = keep_optimization(out, config, there.recorded)
     job = load_job(
         data,
         teachers,
@@ -113,6 +116,7 @@ def open_run(
         recorded=None if there is None else there.recorded,
         there=None if there is None else there.run,
     )
+    _report_equal_teachers(job)
     if options is not None:
         job.recorded["options"] = dict(options)
     with Committer.open(out, job.run, job.recorded, grow=bool(job.run.dataset.earlier)) as committer:
@@ -125,6 +129,19 @@ def open_run(
         if committer.resumed:
             check_same_data(out, job.labeller.reader)
         yield GenerationRun(job, committer, executor)
+
+
+def _report_equal_teachers(job: Job) -> None:
+    """Warn of a teacher that was given before, perhaps by another path."""
+    names = [teacher.spec.text for teacher in job.labeller.teachers]
+    members = [(member.sha256, member.preprocessing) for member in job.run.members]
+    for place, member in enumerate(members):
+        if (first := members.index(member)) < place:
+            log.warning(
+                "warning: teachers: %s (number %d) has the same weights and inputs as %s (number %d), so that it gives "
+                "the same logits; leave it out, or give --weights for a teacher that counts more",
+                *(names[place], place + 1, names[first], first + 1),
+            )
 
 
 def add_extra(job: Job, committer: Committer) -> None:

@@ -21,6 +21,7 @@ from softlabel.generation.assemble import LabelledShard
 from softlabel.generation.executor import LocalExecutor
 from softlabel.generation.growth import History, check_same_data
 from softlabel.generation.job import load_job
+from softlabel.generation.optimize import OPTIMIZED, Optimization
 from softlabel.generation.reload import config_of, recorded_place, refuse_derived
 from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import changed_content, why_not_comparable
@@ -107,10 +108,12 @@ def extend(
     if differences := run.differences(dataclasses.replace(job.run, members=run.members, combine=run.combine)):
         raise MismatchError(f"{store}: the data differ from the labelled ones; {'; '.join(differences)}")
     extended = dataclasses.replace(run, members=members, combine=combine)
-    teachers = [*manifest.recorded.get("teachers", []), teacher]
+    recorded = {**manifest.recorded, "teachers": [*manifest.recorded.get("teachers", []), teacher]}
+    if how := recorded.get(OPTIMIZED):  # a repair computes each member as it was computed
+        recorded[OPTIMIZED] = [*how, Optimization().to_dict()]
     beside = Path(f"{Path(store)}.extending")
     try:
-        opened_beside = Committer.open(beside, extended, {**manifest.recorded, "teachers": teachers})
+        opened_beside = Committer.open(beside, extended, recorded)
     except MismatchError as error:
         raise MismatchError(
             f"{error}; {beside} is of an interrupted 'softlabel extend': give its teacher to finish it, or remove the "

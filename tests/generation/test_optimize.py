@@ -150,6 +150,13 @@ def test_each_member_of_an_ensemble_has_a_graph(images: Path, tmp_path: Path) ->
         with softlabel.open_store(plain) as one, softlabel.open_store(folded) as other:
             expected, found = (np.array(store.take(np.arange(ROWS)).scaled_logits)[:, number] for store in (one, other))
         assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+    more = write_teacher(tmp_path / "more.safetensors", seed=1) + "?mean=0.5"
+    run_softlabel("extend", folded, "--teacher", more)
+    assert recorded(folded) == [*[{"engine": "folded", "rows": 32}] * 2, {"engine": "eager"}]
+    before = files(folded)
+    (folded / "shards" / sorted(before)[1]).unlink()
+    run_softlabel("repair", folded)
+    assert files(folded) == before
 
 
 def test_a_graph_computes_the_same_as_its_network_and_leaves_it_as_it_was() -> None:
@@ -206,7 +213,8 @@ def test_a_trial_on_a_long_run_chooses_and_a_killed_run_keeps_the_choice(images:
     assert recorded(store) == [choice]
 
 
-def test_a_killed_run_has_the_shards_of_one_that_was_not(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [["--optimize", "auto"], []], ids=["auto", "no option"])
+def test_a_killed_run_has_the_shards_of_one_that_was_not(option: list[str], images: Path, tmp_path: Path) -> None:
     """A short run would be eager by a trial of its own, so that equal shards come from the recorded choice."""
     store = tmp_path / "store"
     command = ["generate", "--data", images, "--teacher", BLOCK, "--shard-rows", 2, "--no-preflight"]
@@ -214,16 +222,36 @@ def test_a_killed_run_has_the_shards_of_one_that_was_not(images: Path, tmp_path:
     run_softlabel(*command, "--out", whole, "--optimize", "folded")
     _kill_after_shards(start_softlabel(*command, "--out", store, "--optimize", "folded"), store, 1)
     assert len(files(store)) < ROWS // 2
-    done = run_softlabel(*command, "--out", store, "--optimize", "auto")
+    done = run_softlabel(*command, "--out", store, *option)
     assert "folded, as before" in done.stderr
+    assert done.stderr.count("its shards were computed folded, and the others are too") == 1
     assert files(store) == files(whole)
     assert recorded(store) == recorded(whole)
+    (store / "shards" / sorted(files(whole))[7]).unlink()
+    run_softlabel("repair", store)
+    assert files(store) == files(whole)
+
+
+@pytest.mark.parametrize("option", ["auto", "folded"])
+def test_a_store_that_was_begun_eager_goes_on_eager(
+    option: str, images: Path, eager: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = tmp_path / "store"
+    label(write_dataset(tmp_path / "some.parquet", 64), store, BLOCK)
+    label(images, store, BLOCK, grow=True, optimize=option)
+    (line,) = [one for one in caplog.messages if "its shards were computed eager, and the others are too" in one]
+    assert ("not folded; label into another folder" in line) == (option == "folded")
+    assert recorded(store) is None
+    np.testing.assert_array_equal(rows(store), rows(eager))
 
 
 def test_what_does_not_go_together_is_refused(images: Path, tmp_path: Path) -> None:
     for options in ({"compile": True}, {"stack": "yes"}, {"members_in_turn": "yes"}):
         with pytest.raises(UsageError, match=r"optimize: .*leave out one"):
             label(images, tmp_path / "store", BLOCK, optimize="auto", **options)
+    label(images, tmp_path / "begun", BLOCK, optimize="folded")
+    with pytest.raises(UsageError, match=r"begun: its shards were computed folded, and .*found compile with it"):
+        label(images, tmp_path / "begun", BLOCK, compile=True)
     with pytest.raises(UsageError, match="graphs are in fp32, found bf16"):
         label(images, tmp_path / "store", BLOCK, optimize="folded", precision="bf16")
     with pytest.raises(UsageError, match="encoding head"):

@@ -1,6 +1,7 @@
 """A store over its life: every encoding trains, members are mixed and added, datasets grow, damage is repaired."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -141,7 +142,9 @@ def test_kept_members_mix_as_if_they_had_been_mixed_by_the_teachers(ready: Path,
 
 
 @pytest.mark.parametrize("encoding", ["float16", "sampled", "topk"])
-def test_extending_equals_having_had_the_member_from_the_start(ready: Path, tmp_path: Path, encoding: str) -> None:
+def test_extending_equals_having_had_the_member_from_the_start(
+    ready: Path, tmp_path: Path, encoding: str, caplog: pytest.LogCaptureFixture
+) -> None:
     two = tmp_path / "two"
     generate(ready, two, 0, 1, combine="keep", encoding=ENCODINGS[encoding])
     extend(two, teacher=spec(ready, 2), progress=False)
@@ -153,8 +156,11 @@ def test_extending_equals_having_had_the_member_from_the_start(ready: Path, tmp_
     assert len(list((two / "shards").iterdir())) == len(extended.shards)
     with pytest.raises(softlabel.SoftLabelError, match="member already"):
         extend(two, teacher=spec(ready, 1), progress=False)
+    assert "the same weights" not in caplog.text
     mixed = tmp_path / "mixed"
-    generate(ready, mixed, 0, combine="logits")
+    generate(ready, mixed, 0, 1, 0, combine="logits")
+    name = re.escape(spec(ready, 0))
+    assert re.search(rf"warning: teachers: {name} \(number 3\) has the same .* as {name} \(number 1\)", caplog.text)
     with pytest.raises(softlabel.SoftLabelError, match="--combine keep"):
         extend(mixed, teacher=spec(ready, 1), progress=False)
 
