@@ -77,6 +77,9 @@ class _Chunks:
             self.labels_N1 = labels_N.long().where(labels_N != settings.ignore_index, 0)[:, None]
         # One softmax serves both terms where it can.
         self.apart = self.hard_on and (settings.temperature != 1 or settings.label_smoothing > 0)
+        # q at T = 1 is q at T to the power of T, divided by its sum; beyond 4 it would leave float32's range.
+        self.raised = self.apart and settings.label_smoothing == 0 and settings.temperature in (2.0, 4.0)
+        self.raised = self.raised and self.cpu and classes <= KERNEL_CLASSES
         # Dividing by 2, 4, ... rounds nothing; anything else is done to differences, which are small.
         self.halves = settings.temperature >= 1 and math.frexp(settings.temperature)[0] == 0.5
         # Rows that count for nothing are blanked before anything is computed from them: NaN * 0 is NaN.
@@ -101,22 +104,24 @@ class _Chunks:
 
     def losses(self, rows: slice | None) -> tuple[Tensor, Tensor]:
         """soft (R,) with its T^2, hard (R,); the gradient of these rows is written."""
-        z_RC = self._read(rows)
-        u_RC = z_RC
-        if self.settings.temperature != 1:
-            u_RC = self._part(self.x_RC, rows)
-            if self.halves:
-                torch.mul(z_RC, 1.0 / self.settings.temperature, out=u_RC)
-            else:
-                torch.sub(z_RC, z_RC.amax(1, keepdim=True), out=u_RC).mul_(1.0 / self.settings.temperature)
         g_RC = _take(self.grad_NC, rows) if self.direct and self.grad_NC is not None else self._part(self.q_RC, rows)
-        soft_R, hard_R = self._soft(rows, u_RC, g_RC)
-        if self.apart:
+        soft_R, hard_R = self._soft(rows, g_RC)
+        if hard_R is None:
             h_RC = self._part(self.h_RC if self.copied else self.x_RC, rows)
             hard_R = self._hard_apart(rows, self._read(rows), h_RC, g_RC)
         if self.grad_NC is not None and not self.direct:
             _take(self.grad_NC, rows).copy_(g_RC)
         return soft_R, hard_R
+
+    def _scale(self, rows: slice | None) -> Tensor:
+        """u (R, C), up to a constant per row."""
+        z_RC = self._read(rows)
+        if self.settings.temperature == 1:
+            return z_RC
+        u_RC = self._part(self.x_RC, rows)
+        if self.halves:
+            return torch.mul(z_RC, 1.0 / self.settings.temperature, out=u_RC)
+        return torch.sub(z_RC, z_RC.amax(1, keepdim=True), out=u_RC).mul_(1.0 / self.settings.temperature)
 
     def _read(self, rows: slice | None) -> Tensor:
         z_RC = _take(self.logits_NC, rows)
@@ -157,8 +162,9 @@ class _Chunks:
             return log_p_RK, p_RK, p_RK.sum(1, keepdim=True)
         return log_p_RK, p_RK, mass
 
-    def _soft(self, rows: slice | None, u_RC: Tensor, g_RC: Tensor) -> tuple[Tensor, Tensor]:
-        """The soft losses, and the hard ones where they are not computed apart; the gradient into g."""
+    def _soft(self, rows: slice | None, g_RC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The soft losses, and the hard ones, None where they have to be computed apart; the gradient into g."""
+        u_RC = self._scale(rows)
         index_RK = _take(self.target.index, rows).long()
         kept = index_RK.shape[1]
         log_p_RK, p_RK, mass = self._teacher(rows)
@@ -169,7 +175,16 @@ class _Chunks:
             log_q_RK = log_q_RC.gather(1, index_RK)
             outside_R1 = log_q_RC.scatter_(1, index_RK, torch.zeros_like(log_q_RK)).sum(1, keepdim=True)
         q_RC = _softmax(u_RC, g_RC)
-        hard_R = self._hard_losses(rows, q_RC, u_RC) if with_hard else self.slope_N1.new_zeros(len(u_RC))
+        hard_R: Tensor | None = None
+        if with_hard:
+            hard_R = self._hard_losses(rows, q_RC, u_RC)
+        elif not self.hard_on:
+            hard_R = self.slope_N1.new_zeros(len(u_RC))
+        raised_RC: Tensor | None = None
+        if self.raised:  # in place of u
+            raised_RC = torch.mul(q_RC, q_RC, out=u_RC)
+            if self.settings.temperature == 4:
+                raised_RC.mul_(raised_RC)
         q_RK = q_RC.gather(1, index_RK)
         if outside_R1 is not None:
             log_q_RK = torch.cat((log_q_RK, outside_R1 / self.others + math.log(self.others)), 1)
@@ -180,13 +195,20 @@ class _Chunks:
                 rest_R1 = q_RC.scatter_(1, index_RK, torch.zeros_like(q_RK)).sum(1, keepdim=True)
                 q_RK = torch.cat((q_RK, rest_R1), 1)
             exact = self._are_exact(q_RK)
-            log_q_RK = q_RK.log() if exact else self._log_probs(u_RC, index_RK, q_RC)
+            if exact:
+                log_q_RK = q_RK.log()
+            else:
+                u_RC, raised_RC = u_RC if raised_RC is None else self._scale(rows), None
+                log_q_RK = self._log_probs(u_RC, index_RK, q_RC)
         loss_RK = torch.sub(log_p_RK, log_q_RK, out=log_p_RK).mul_(p_RK)
         if not exact:
             loss_RK = loss_RK.masked_fill_(p_RK == 0, 0.0)
         soft_R = loss_RK.sum(1)
         if self.settings.temperature != 1:
             soft_R.mul_(self.settings.temperature**2)
+        scale_R1: Tensor | None = None
+        if raised_RC is not None:
+            hard_R, scale_R1 = self._hard_raised(rows, raised_RC)
         if self.grad_NC is None:
             return soft_R, hard_R
         slope_R1 = _take(self.slope_N1, rows)
@@ -207,7 +229,9 @@ class _Chunks:
             # The long way leaves the distribution among the other classes in g.
             g_RC.mul_(grad_RK[:, kept:] / q_RK[:, kept:] if exact else grad_RK[:, kept:])
             g_RC.scatter_(1, index_RK, grad_RK[:, :kept])
-        if with_hard:
+        if raised_RC is not None and scale_R1 is not None:
+            g_RC.addcmul_(raised_RC, scale_R1)
+        if with_hard or scale_R1 is not None:
             g_RC.scatter_add_(1, _take(self.labels_N1, rows), -_take(self.hard_scale_N1, rows))
         return soft_R, hard_R
 
@@ -235,6 +259,16 @@ class _Chunks:
         else:
             log_R1 = _log_softmax(z_RC, torch.empty_like(z_RC)).gather(1, labels_R1)
         return log_R1.neg_().masked_fill_(_take(self.hard_scale_N1, rows) == 0, 0.0)[:, 0]
+
+    def _hard_raised(self, rows: slice | None, raised_RC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The hard losses (R,) and what the powers are multiplied by in their gradient (R, 1); None where some label's
+        power is tiny."""
+        label_R1 = raised_RC.gather(1, _take(self.labels_N1, rows))
+        if not self._are_exact(label_R1):
+            return None, None
+        sum_R1, scale_R1 = raised_RC.sum(1, keepdim=True), _take(self.hard_scale_N1, rows)
+        hard_R1 = sum_R1.log().sub_(label_R1.log_()).masked_fill_(scale_R1 == 0, 0.0)
+        return hard_R1[:, 0], scale_R1 / sum_R1
 
     def _hard_apart(self, rows: slice | None, z_RC: Tensor, h_RC: Tensor, g_RC: Tensor) -> Tensor:
         """The hard losses (R,), from a softmax of their own; their gradient is added to g."""
