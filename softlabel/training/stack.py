@@ -7,6 +7,7 @@ average, the checkpoint and the evaluation of a student see the very model that 
 Legend: S students, B batch, C classes.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.func import functional_call, vmap
 from softlabel.inputs.base import Inputs
 from softlabel.models.precision import computing
 from softlabel.training.row_student import RowStudent
+from softlabel.training.stack_norm import stack_norms
 from softlabel.training.stack_optimizer import StackOptimizer
 from softlabel.training.step import Counts, RowStep
 
@@ -31,6 +33,9 @@ class Stack:
     def __init__(self, students: Sequence[RowStudent]) -> None:
         self.students = tuple(students)
         models = [student.model for student in students]
+        # The computation; its tensors are replaced by the stack's in every call.
+        kept = {id(tensor): tensor for tensor in (*models[0].parameters(), *models[0].buffers())}
+        self._network = stack_norms(copy.deepcopy(models[0], kept)).train()
         self._owners = _gather([dict(model.named_parameters()) for model in models])
         buffers = _gather([dict(model.named_buffers()) for model in models])
         self._shared = [owner for own in (*self._owners.values(), *buffers.values()) for owner in own]
@@ -85,7 +90,7 @@ class Stack:
             student.count(work, part, here, rows, logits_BC, losses)
 
     def _call(self, inputs: Inputs) -> Tensor:
-        network = self.students[0].model
+        network = self._network
 
         def call(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Any:
             state = (dict(parameters), dict(buffers))

@@ -236,8 +236,8 @@ def _compare(students: Sequence[RowStudent], work: RowStep) -> str | None:
     with contextlib.ExitStack() as tried:
         for student in students:
             tried.enter_context(student.trying())
-        stack = tried.enter_context(contextlib.closing(Stack(students)))
         try:
+            stack = tried.enter_context(contextlib.closing(Stack(students)))
             stack.advance(work)
         except Exception as error:  # user code that vmap has no rules for
             return _RANDOM if "random" in str(error) else f"torch.func.vmap fails on its network ({one_line(error)})"
