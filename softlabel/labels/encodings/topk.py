@@ -60,7 +60,8 @@ def measure_kept(encoding: TopK, scaled_logits_RC: Tensor, columns: Mapping[str,
         whole_R1 = torch.logsumexp(v_RK, dim=1, keepdim=True)
         if others:
             rest_R1 = (1.0 - p_RK.sum(dim=1, keepdim=True)).clamp_min_(0.0)
-            read_R1 += torch.where(rest_R1 > 0, rest_R1 * r_R1, 0.0)
+            # Where all others are masked, the rest is a rounding error.
+            read_R1 += torch.where(r_R1 > -torch.inf, rest_R1 * r_R1, 0.0)
             whole_R1 = torch.logaddexp(whole_R1, r_R1 + math.log(others))
         found.append((own_R1 - read_R1 + whole_R1).clamp_min_(0.0)[:, 0])
     return torch.cat(found)
