@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from softlabel.generation.progress import Pace
     from softlabel.generation.run import GenerateSummary
 
+_MEAN = "the mean of the members' probabilities"
 _SLOW = 0.3  # share of the time from which an activity other than the teachers is reported
 
 
@@ -34,15 +35,14 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
         )
     )
     if found.alignment is not None:
-        print(f"  next token's NLL under these labels: {found.alignment}: aligned")
+        print(f"  next token's NLL under {_MEAN if found.kept else 'these labels'}: {found.alignment}: aligned")
     elif unit == "position":
         print("  whether labels are at their positions was not checked: no sampled document has 3 tokens")
     elif found.accuracy is not None:
         each = ", ".join(f"{one.accuracy:.4f}" for one in found.diagnoses)
         alone = f" (the teachers alone: {each})" if len(found.diagnoses) > 1 else ""
-        print(
-            f"  accuracy of the labels on {found.labelled:,} of the sampled {found.noun}: {found.accuracy:.4f}{alone}"
-        )
+        what = _MEAN if found.kept else "the labels"
+        print(f"  accuracy of {what} on {found.labelled:,} of the sampled {found.noun}: {found.accuracy:.4f}{alone}")
     if found.bad:
         first = found.bad[0]
         print(f"  {len(found.bad):,} of the sampled {found.noun} cannot be decoded; {first.key!r}: {first.reason}")
@@ -66,7 +66,8 @@ def print_summary(summary: "GenerateSummary", *, data: str | None = None, encodi
     )
     if summary.teacher_accuracy is not None:
         what = "next tokens" if summary.noun == "documents" else "these labels where a hard label exists"
-        print(f"  accuracy of {what}: {summary.teacher_accuracy:.4f}")
+        rule = f", by {_MEAN}" if summary.kept else ""
+        print(f"  accuracy of {what}{rule}: {summary.teacher_accuracy:.4f}")
     if summary.total_bad:
         print(f"  {summary.total_bad:,} bad {summary.noun} were skipped; 'softlabel inspect {summary.path}' lists them")
     if summary.pace is not None and (hint := _suggest_change(summary.pace, summary.noun, encoding)):

@@ -336,11 +336,13 @@ def _report(source: TokenizedSource) -> None:
     )
     if source.truncated:
         log.warning(
-            "warning: %s: %d of %d documents are longer than %d tokens and lose their end, %d tokens in all; a larger "
-            "max_length takes more",
+            "warning: %s: %d of %d documents %s longer than %d tokens and %s, %d tokens in all; a larger max_length "
+            "takes more",
             source.name,
             source.truncated,
             len(source),
+            "is" if source.truncated == 1 else "are",
             source.tokenization.max_length,
+            "loses its end" if source.truncated == 1 else "lose their end",
             source._left.dropped,
         )

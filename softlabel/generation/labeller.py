@@ -34,7 +34,7 @@ from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
 from softlabel.inputs.base import Inputs
-from softlabel.labels.combine import combine
+from softlabel.labels.combine import average_members, combine
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.labels.row_seeds import make_row_seeds
@@ -236,7 +236,7 @@ class Lane:
         if self.head is not None and hidden_BD is not None:
             checks["explained"] = self.head.explains(logits_MBC[0], hidden_BD)
         if is_labelled(batch.labels).any():
-            mixed_BC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
+            mixed_BC = average_members(scaled_logits, run.activation) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
         rows = {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}
         return make_labels(batch, Download(rows), Download(checks))

@@ -32,7 +32,8 @@ log = logging.getLogger("softlabel")
 class GenerateSummary:
     """Result of `generate`: totals of the store; images, shards, seconds and accuracy of this call.
 
-    `pace` is None on a cluster, whose workers do not report times; `noun` is the plural of a sample of this kind.
+    `pace` is None on a cluster, whose workers do not report times; `noun` is the plural of a sample of this kind;
+    `kept` says whether several members are kept apart: the accuracy is then of the mean of their probabilities.
     """
 
     path: str
@@ -45,6 +46,7 @@ class GenerateSummary:
     teacher_accuracy: float | None
     pace: Pace | None = None
     noun: str = "images"
+    kept: bool = False
 
     @property
     def images_per_second(self) -> float:
@@ -201,6 +203,7 @@ def label_missing(
         teacher_accuracy=done.correct / done.labelled if done.labelled else None,
         pace=done.pace() if executor.in_process else None,
         noun=kind.noun,
+        kept=run.members_stored > 1,
     )
 
 

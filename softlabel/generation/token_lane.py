@@ -26,6 +26,7 @@ from softlabel.generation.labeller import BatchLabels, Lane, find_wrong, make_la
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
 from softlabel.inputs.base import IGNORE, Inputs
+from softlabel.labels.combine import average_members
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.labels.row_seeds import make_row_seeds
@@ -206,7 +207,7 @@ class TokenLane(Lane):
         else:
             columns = encode(flat_RC, run.encoding, temperature=run.temperature, seeds_R=seeds_R, hidden_RD=hidden_RD)
             nats_2R = meter.measure(flat_RC, columns, None if self.head is None else (self.head.weight, self.head.bias))
-        mixed_PC = scaled_logits.mean(dim=1) if run.kept else scaled_logits
+        mixed_PC = average_members(scaled_logits) if run.kept else scaled_logits
         following_P = chunk.following.to(mixed_PC.device, non_blocking=True)
         explained = None
         if self.head is not None:

@@ -99,6 +99,15 @@ def combine(
     return _shift_for_store(scaled_logits_BC, activation)
 
 
+def average_members(scaled_logits_BMC: Tensor, activation: Activation = "softmax") -> Tensor:
+    """Scaled logits (B, C) of members that are kept apart, as students and reports take them where no combination is
+    asked for: of the mean of their probabilities at the temperature that they are divided by."""
+    members = scaled_logits_BMC.shape[1]
+    weights = normalized_weights(None, members)
+    parts = list(scaled_logits_BMC.unbind(dim=1))
+    return combine(parts, rule="probs", temperature=1.0, weights=weights, activation=activation)
+
+
 def _average_logs(weighted: Sequence[tuple[float, Tensor]]) -> Tensor:
     """The logarithm of a weighted mean of probabilities, of their logarithms."""
     log_probs_MBC = torch.stack([log_probs_BC for _, log_probs_BC in weighted])

@@ -74,6 +74,7 @@ _OF_DOCUMENTS: _Metrics = {
     "unknown_tokens": ("tokens that the tokenizer does not know", "vocabulary", lambda found: found.unknown),
     "student_nll": ("of the next tokens, at worst", "students", lambda found: _worst(found, "nll", max)),
 }
+_WHY_NOT = {"kept_mass": "only labels of encoding topk leave out a part of the probability that is known"}
 _METRICS = {**_OF_ALL, **_OF_SAMPLES, **_OF_DOCUMENTS}
 
 
@@ -129,7 +130,8 @@ class Condition:
         found = getattr(report, section)
         value = None if isinstance(found, Absent) else measure(found)
         if value is None:
-            why = found.reason if isinstance(found, Absent) else f"the section '{section}' does not have it"
+            why = _WHY_NOT.get(self.metric, f"the section '{section}' does not have it")
+            why = found.reason if isinstance(found, Absent) else why
             raise UsageError(f"--fail-if {self.text!r}: {self.metric} was not measured: {why}")
         if not math.isfinite(value):
             raise UsageError(

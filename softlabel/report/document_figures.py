@@ -2,7 +2,8 @@
 
 Position t of a document is what the teacher says after its tokens 0 to t. A position counts where its mask is 1; it is
 predicted where the document goes on after it, with the token that the teacher is compared with. What a truncated label
-left out counts as spread evenly over the other tokens.
+left out counts as spread evenly over the other tokens. Members that a store keeps apart are judged by the mean of their
+probabilities.
 
 Legend: C tokens of the vocabulary, K measures, L tokens that are shown.
 """
@@ -53,8 +54,10 @@ class NextTokenAgreement:
         ruled_out: at how many of them the label gives the next token no probability at all; the NLL is infinite then.
         nll: mean of -log p(next token) in nats.
         perplexity: exp(nll).
+        frequency_nll: the same of the frequencies of these tokens, whatever came before.
         accuracy: share of positions whose most probable token came next.
-        named: share of positions whose label names the next token; 1 where labels have all tokens.
+        named: share of positions whose label, or that of a member, names the next token; 1 where labels have all
+            tokens.
         by_context: ranges that double in length.
         surprising: tokens of the highest mean NLL, of those that came at least `least` times; at most 50.
         least: see there.
@@ -65,6 +68,7 @@ class NextTokenAgreement:
     ruled_out: int
     nll: float
     perplexity: float
+    frequency_nll: float
     accuracy: float
     named: float
     by_context: tuple[ContextRange, ...]
@@ -75,8 +79,9 @@ class NextTokenAgreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptMass:
-    """How much of the teacher's probability a truncated label names, at a temperature that it is exact at: mean over
-    the positions that count, the lowest, and the share of positions where it is below 0.9."""
+    """How much of the teacher's probability a truncated label names, of members that are kept apart the mean of theirs,
+    at a temperature that it is exact at: mean over the positions that count, the lowest, and the share of positions
+    where it is below 0.9."""
 
     temperature: float
     mean: float

@@ -89,11 +89,13 @@ class NextTokenMeter:
         surprising = there_C[np.lexsort((there_C, -mean_C))][:LISTED]
         costly = np.lexsort((np.arange(len(self._nats_C)), -self._nats_C))[:LISTED]
         nll = nats / predicted
+        share_C = self._count_C[self._count_C > 0] / predicted
         return NextTokenAgreement(
             predicted=predicted,
             ruled_out=self._ruled_out,
             nll=nll,
             perplexity=math.exp(nll) if nll < 700 else math.inf,
+            frequency_nll=-float((share_C * np.log(share_C)).sum()),
             accuracy=int(self._right_C.sum()) / predicted,
             named=self._named / predicted,
             by_context=tuple(

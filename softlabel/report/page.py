@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from softlabel.common.plain_text import show_plainly
 from softlabel.report.figures import About, Absent
-from softlabel.report.number_text import count_of, format_number
+from softlabel.report.number_text import count_of, format_number, shorten
 from softlabel.report.page_classes import describe_agreement, describe_confusion
 from softlabel.report.page_documents import (
     describe_document_coverage,
@@ -117,7 +117,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = format_number
+    environment.filters["number"], environment.filters["shorten"] = format_number, shorten
     return environment
 
 

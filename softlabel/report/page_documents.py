@@ -93,10 +93,12 @@ def describe_next_tokens(found: NextTokenAgreement, context: Context) -> Section
         ),
     ]
     named = "" if found.named == 1 else f" Its label names the token at {format_share(found.named)} of them."
+    rule = " by the mean of the members' probabilities" if context.kept else ""
     return Section(
-        statement=f"The next token has an NLL of {format_number(found.nll)} nats, a perplexity of "
+        statement=f"The next token has an NLL of {format_number(found.nll)} nats{rule}, a perplexity of "
         f"{format_number(found.perplexity)}, over {count_of(found.predicted, 'position')}; it is the most probable one "
-        f"at {format_share(found.accuracy)}.{named}",
+        f"at {format_share(found.accuracy)}. How often each token comes gives it {format_number(found.frequency_nll)} "
+        f"nats without any context.{named}",
         figures=tuple(figures),
         tables=(_tabulate_tokens("Tokens with the largest share of the NLL", found.costly),),
         advice=(
@@ -201,9 +203,10 @@ def _find_level(value: float | None, strongest: float) -> int | None:
 def describe_position_cost(found: PositionCost, context: Context) -> Section:
     tables: tuple[Table, ...] = ()
     if found.kept:
+        mean = ", mean over the members" if context.kept else ""
         tables = (
             make_table(
-                "Probability that the labels name, over the positions that count",
+                f"Probability that the labels name, over the positions that count{mean}",
                 ("temperature", "mean", "lowest", "positions below 90%"),
                 [
                     (Cell(text=f"T = {one.temperature:g}"), share_cell(one.mean), share_cell(one.lowest),
@@ -212,8 +215,8 @@ def describe_position_cost(found: PositionCost, context: Context) -> Section:
                 ],
             ),
         )  # fmt: skip
-    mean = found.mean_t if found.mean_t is not None else found.mean_t1
-    cost = "; its cost was not measured" if mean is None else f" and costs {format_number(mean)} nats on average"
+    nats = found.mean_t if found.mean_t is not None else found.mean_t1
+    cost = "; its cost was not measured" if nats is None else f" and costs {format_number(nats)} nats on average"
     if found.of == "sources":
         cost += ", of what its sources had; what these had lost before was not measured"
     return Section(

@@ -157,6 +157,7 @@ class Context:
         self.derived = about.derived if about else ""
         self.seen = about.seen if about else "unknown"
         self.accuracy = report.agreement.accuracy if isinstance(report.agreement, Agreement) else None
+        self.kept = about is not None and about.combine == "keep" and len(about.teachers) > 1
         self.members, self.views = (len(about.teachers), about.views) if about else (0, 1)
         self.sigmoid = about is not None and about.activation == "sigmoid"
         self.noun, self.unit = (about.noun, about.unit) if about else ("samples", "sample")

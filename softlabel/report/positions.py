@@ -28,11 +28,11 @@ class JudgedPositions:
     Attributes:
         top: the most probable token at `LabelReader.judged`, int64 (P,); of equal ones the first.
         nll: -log p(next token) there, in nats, float64 (P,); NaN without a next token.
-        named: whether the label names the next token, bool (P,).
+        named: whether the label, of members that are kept apart one of theirs, names the next token, bool (P,).
         entropy: by temperature, in nats, float64 (P,); NaN where the label holds numbers that are not finite.
         sure: by temperature, whether a probability is above 0.999, bool (P,).
-        kept: by temperature, how much of the probability the named tokens have, float64 (P,); of labels of all tokens
-            empty.
+        kept: by temperature, how much of the probability the named tokens have, float64 (P,), mean over the members;
+            of labels of all tokens empty.
         information: mutual information of the members, in nats, float64 (P,); None unless they are kept.
     """
 
@@ -93,7 +93,8 @@ class PositionJudge:
         """Of the probabilities of all tokens."""
         rows = len(next(iter(columns.values())))
         next_R = next_P[:rows]
-        entropy, sure = {}, {}
+        is_truncated = isinstance(self._reader.run.encoding, TopK)
+        entropy, sure, kept = {}, {}, {}
         top_R, nll_R, information_R = np.zeros(rows, np.int64), np.full(rows, np.nan), None
         for at in self.temperatures:
             logits_RMC = self._reader.read_logits(columns, at)
@@ -102,6 +103,8 @@ class PositionJudge:
             p_RC = mean_RC.exp()
             entropy[at] = -torch.special.xlogy(p_RC, p_RC).sum(dim=1, dtype=torch.float64).numpy()
             sure[at] = (p_RC.amax(dim=1) > SURE).numpy()
+            if is_truncated:
+                kept[at] = self._measure_kept(columns, at)
             if at == self._reader.judged:
                 top_R = p_RC.numpy().argmax(axis=1)
                 has_R = np.flatnonzero(next_R >= 0)
@@ -111,12 +114,28 @@ class PositionJudge:
         return JudgedPositions(
             top=top_R,
             nll=nll_R,
-            named=next_R >= 0,
+            named=(columns["index"].astype(np.int64) == next_R[:, None]).any(axis=1) if is_truncated else next_R >= 0,
             entropy=entropy,
             sure=sure,
-            kept={},
+            kept=kept,
             information=None if information_R is None else np.maximum(information_R, 0.0),
         )
+
+    def _measure_kept(self, columns: dict[str, Array], at: float) -> F64:
+        """How much of the probability the tokens have that top-k labels name, mean over the members, float64 (R,)."""
+        run, rows = self._reader.run, len(columns["value"])
+        value_RMK = columns["value"].reshape(rows, self._reader.members, -1).astype(np.float64)
+        tail_RM = columns["tail"].reshape(rows, self._reader.members, -1)[..., self._find_tail(at)].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            power_RM = np.exp(value_RMK * (run.temperature / at)).sum(axis=2)
+            found: F64 = (power_RM / (power_RM + np.exp(tail_RM))) @ np.array(self._reader.weights)
+        return found
+
+    def _find_tail(self, at: float) -> int:
+        """Which of the tails of top-k labels is that of a temperature."""
+        declared = self._reader.run.encoding.declared
+        assert declared is not None
+        return next(n for n, one in enumerate(declared) if np.isclose(one, at, rtol=1e-6, atol=0))
 
     def _average_entropy(self, log_p_RMC: torch.Tensor) -> F64:
         """The entropy of the members' answers, mean over the members, float64 (R,)."""
@@ -129,7 +148,6 @@ class PositionJudge:
         """Of the tokens that a top-k label names, and what all others have together."""
         run = self._reader.run
         assert isinstance(run.encoding, TopK)
-        assert run.encoding.declared is not None
         index_RK, value_RK = columns["index"].astype(np.int64), columns["value"].astype(np.float64)
         next_R, rows_R = next_P[: len(index_RK)], np.arange(len(index_RK))
         others = max(1, run.num_classes - index_RK.shape[1])  # of which each has as much
@@ -138,9 +156,8 @@ class PositionJudge:
         matches_RK = index_RK == next_R[:, None]
         named_R = matches_RK.any(axis=1)
         for at in self.temperatures:
-            place = next(n for n, one in enumerate(run.encoding.declared) if np.isclose(one, at, rtol=1e-6, atol=0))
             scaled_RK = value_RK * (run.temperature / at)
-            tail_R = columns["tail"][:, place].astype(np.float64)
+            tail_R = columns["tail"][:, self._find_tail(at)].astype(np.float64)
             with np.errstate(divide="ignore", invalid="ignore"):
                 power_RK = np.exp(scaled_RK)
                 kept_R = power_RK.sum(axis=1)  # of which the largest is 1

@@ -20,11 +20,14 @@ from softlabel.report.number_text import (
     format_bytes,
     format_number,
     format_share,
+    shorten,
 )
 from softlabel.report.report import Sentence
 from softlabel.report.summary import Level, name_data, write_generate, write_verify
 
 _LOST = 0.03, 0.3  # nats from which on an encoding is worth a look, and has to be changed
+_INFORMED = 0.75  # of the NLL by the frequencies of tokens alone: up to there a teacher is good
+_UNSURE = 0.5  # of the vocabulary: labels that spread over so many tokens say little
 _ODD = 2.0  # times the mean NLL, from which on a document is worth a look
 
 
@@ -50,17 +53,28 @@ def _describe_agreement(about: About, found: NextTokenAgreement | Absent) -> Sen
         return Sentence(
             section="agreement", level="look", text=f"How well the labels predict is not known: {found.reason}."
         )
+    who = "The labels give"
+    if about.combine == "keep" and len(about.teachers) > 1:
+        who = f"The mean of the probabilities of the {len(about.teachers)} members gives"
     text = (
-        f"The labels give the next token {format_number(found.nll)} nats (perplexity "
-        f"{format_number(found.perplexity)}), and their most probable token came next at "
+        f"{who} the next token {format_number(found.nll)} nats (perplexity "
+        f"{format_number(found.perplexity)}), and the most probable token came next at "
         f"{format_share(found.accuracy)} of {count_of(found.predicted, 'position')}"
     )
     if found.ruled_out:
         text += f"; at {found.ruled_out:,} of them the token that came has no probability at all"
     if about.seen == "in-sample":
         text += f", on {about.noun} that a teacher was trained on"
+    level: Level = "look" if found.ruled_out else "good"
     # A teacher that knows nothing gives each token the same probability.
-    level: Level = "act" if not found.nll < math.log(max(2, about.classes)) else "look" if found.ruled_out else "good"
+    if not found.nll < math.log(max(2, about.classes)):
+        level = "act"
+    elif not found.nll <= _INFORMED * found.frequency_nll:
+        level = "look"
+        text += (
+            f"; how often each token comes gives it {format_number(found.frequency_nll)} nats without any context, of "
+            f"which a good teacher has at most {_INFORMED:.0%}"
+        )
     command = "" if level == "good" else write_verify(about)
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
 
@@ -77,7 +91,9 @@ def _describe_sharpness(about: About, found: Sharpness | Absent) -> Sentence:
         f"At T = {about.temperature:g} a position spreads over {stored.effective_classes:.2f} tokens in the "
         f"mean{beside}, and {format_share(stored.one_hot)} of the positions are as good as one-hot"
     )
-    return Sentence(section="sharpness", level="good", text=f"{text}.")
+    level: Level = "good" if stored.effective_classes < _UNSURE * about.classes else "look"
+    text += "" if level == "good" else "; where so many tokens are alike, there is little to learn"
+    return Sentence(section="sharpness", level=level, text=f"{text}.")
 
 
 def _describe_documents(found: Documents | Absent, agreement: NextTokenAgreement | Absent) -> Sentence:
@@ -85,9 +101,10 @@ def _describe_documents(found: Documents | Absent, agreement: NextTokenAgreement
         why = found.reason if isinstance(found, Absent) else "no document has a next token that counts"
         return Sentence(section="documents", level="look", text=f"No document is shown: {why}.")
     first = found.lists[0].documents[0]
+    times = format_number(first.score / agreement.nll) if agreement.nll else "?"
     text = (
-        f"The document that surprises the teacher most is {first.key}, with {format_number(first.score)} nats a token"
-        f" in the mean, {format_number(first.score / agreement.nll) if agreement.nll else '?'} times the mean of all"
+        f"The document that surprises the teacher most is {shorten(first.key, 80)}, with {format_number(first.score)} "
+        f"nats a token in the mean, {times} times the mean of all"
     )
     is_odd = first.score > _ODD * agreement.nll
     if is_odd:

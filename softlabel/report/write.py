@@ -68,7 +68,7 @@ def write_report(
     store: str | Path | Store,
     *,
     data: "str | Path | Source | Dataset[Any] | None" = None,
-    runs: Sequence[str | Path] = (),
+    runs: str | Path | Sequence[str | Path] = (),
     eval_data: "str | Path | Source | Dataset[Any] | None" = None,
     eval_labels: str | Path | Store | None = None,
     out: str | Path | None = "report.html",
@@ -86,7 +86,8 @@ def write_report(
     Args:
         store: a store or its path; or the folder of one or several runs, for a report of them alone.
         data: the SOURCE that was labelled, for pictures of its samples; absent: the one that the store records.
-        runs: folders of `softlabel train`, whose students are compared with the teacher on `data` and `eval_data`.
+        runs: a folder of `softlabel train`, or several, whose students are compared with the teacher on `data` and
+            `eval_data`.
         eval_data: a SOURCE that the students were not trained on.
         eval_labels: a store of the teacher's labels of `eval_data`.
         out: the HTML file; None writes none.
@@ -105,6 +106,7 @@ def write_report(
         StoreError: the store cannot be read.
         DataError: `data` is given and cannot be read, or a folder holds no run.
     """
+    runs = [runs] if isinstance(runs, str | Path) else runs
     conditions = [Condition.parse(text) for text in fail_if]
     if batch_size < 1 or workers < 0:
         raise UsageError(f"--batch-size and --workers: expected at least 1 and 0, found {batch_size} and {workers}")

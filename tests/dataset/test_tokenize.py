@@ -78,6 +78,8 @@ def test_real_stories_are_tokenised_as_transformers_does(caplog: pytest.LogCaptu
     )
     assert (found.tokenization.bos, found.tokenization.eos, found.tokenization.max_length) == (1, None, 290)
     assert found.labels().tolist() == [-100] * 500
+    tokenize_source(open_source(f"{folder}/test.jsonl?key=id&rows=0:1"), read_vocabulary(folder), max_length=9)
+    assert "1 of 1 documents is longer than 9 tokens and loses its end" in caplog.text
 
 
 @pytest.mark.parametrize("template", [MARKED, CHATML])

@@ -52,6 +52,9 @@ def decode_float16(classes: int, members: int, stored: float) -> Decode:
     return decode
 
 
+OF_TOPK = {"index": "<u2", "value": "<f2", "tail": "<f4"}
+
+
 def decode_topk(classes: int, k: int, temperatures: tuple[float, ...], stored: float) -> Decode:
     """What is left out is spread evenly."""
 

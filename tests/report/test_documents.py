@@ -40,6 +40,7 @@ from tests.support.language_runs import compute_answers, make_config, write_docu
 from tests.support.stores import make_run, write_store
 
 C, K, T = 300, 6, 2.0
+LONG_KEY = "a/" * 1500 + "end"
 HOSTILE = ["<script>alert(1)</script>", "\u202eevil", "\x1b[2J", "</div></section>", "{{ 7 * 7 }}", '" onclick="x']
 
 
@@ -95,6 +96,8 @@ def test_figures_are_those_of_the_files(tmp_path: Path, case: str) -> None:
     assert agreement["predicted"] == expected["predicted"]
     assert agreement["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert agreement["perplexity"] == pytest.approx(math.exp(expected["nll"]), rel=1e-4)
+    shares = [count / expected["predicted"] for count, _, _ in expected["by_token"].values()]
+    assert agreement["frequency_nll"] == pytest.approx(-sum(share * math.log(share) for share in shares))
     assert agreement["accuracy"] == pytest.approx(expected["accuracy"])
     ranges = {one["first"]: (one["positions"], one["nll"], one["accuracy"]) for one in agreement["by_context"]}
     assert ranges.keys() == expected["by_context"].keys()
@@ -166,6 +169,66 @@ def test_figures_are_those_of_the_files(tmp_path: Path, case: str) -> None:
             assert known == pytest.approx([value for value in theirs if value is not None], rel=1e-3, abs=1e-4)
 
 
+def test_members_that_name_some_tokens_each(tmp_path: Path) -> None:
+    (member,) = make_token_run(classes=C).members
+    run = make_token_run(
+        classes=C,
+        encoding=TopK(k=K, temperatures=(1.0, T)),
+        members=(member, member),
+        combine=Combine(rule="keep", weights=(1.0, 1.0)),
+    )
+    documents = Documents.of(run)
+    others = [np.random.default_rng(row).permuted(one, axis=1) for row, one in enumerate(documents.logits[0])]
+    both = [write_topk(run, one) for one in (documents, dataclasses.replace(documents, logits=[others]))]
+    columns: dict[str, Any] = {
+        name: [[np.concatenate(pair, axis=1) for pair in zip(*(one.columns[name][0] for one in both), strict=True)]]  # type: ignore[index]
+        for name in ("index", "value", "tail")
+    }
+    write_store(tmp_path / "labels", run, dataclasses.replace(documents, columns=columns))
+    decode_one = reference.decode_topk(C, K, (1.0, T), T)
+
+    def decode(cells: dict[str, bytes], at: float) -> Any:
+        parts = {name: np.frombuffer(cells[name], kind) for name, kind in reference.OF_TOPK.items()}
+        widths = {"index": K, "value": K, "tail": 2}
+        halves = [
+            {name: one.reshape(-1, 2, widths[name])[:, number].tobytes() for name, one in parts.items()}
+            for number in range(2)
+        ]
+        return np.concatenate([decode_one(half, at) for half in halves])
+
+    raw = reference.read_documents(tmp_path / "labels", masked=False)
+    expected = reference.summarize(list(reference.list_positions(raw, decode, 1.0)))
+    report, found = report_on(tmp_path / "labels", out=tmp_path / "page.html", fail_if=["kept_mass<0.9"])
+    assert found["agreement"]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert "The mean of the probabilities of the 2 members gives the next token" in report.summary[0].text
+    assert "nats by the mean of the members&#39; probabilities" in (tmp_path / "page.html").read_text()
+    for one in found["encoding"]["kept"]:
+        masses = [
+            np.exp(np.sort(log_softmax(decode(document.cells, one["temperature"]), axis=2), axis=2)[..., -K:]).sum(2)
+            for document in raw
+        ]
+        counted = np.concatenate([mass.mean(axis=0)[d.counts] for mass, d in zip(masses, raw, strict=True)])
+        assert (one["mean"], one["lowest"]) == pytest.approx((counted.mean(), counted.min()), rel=1e-5)
+        assert one["below_90"] == pytest.approx((counted < 0.9).mean())
+    assert [one["temperature"] for one in found["encoding"]["kept"]] == [1.0, T]
+    index = [part.reshape(-1, 2 * K) for part in columns["index"][0]]
+    named = [
+        d.ids[place + 1] in row
+        for d, part in zip(raw, index, strict=True)
+        for place, row in zip(d.place, part, strict=True)
+        if d.counts[place] and place + 1 < len(d.ids)
+    ]
+    assert found["agreement"]["named"] == pytest.approx(np.mean(named))
+
+
+def test_generate_and_report_judge_kept_members_by_one_rule(folder: Path, tmp_path: Path) -> None:
+    given = ("--data", f"{folder}/data.jsonl?key=id", "--teacher", f"lm:{folder}/teacher", "--max-length", 48)
+    given = (*given, "--teacher", f"run:{folder}/runs/two", "--combine", "keep", "--temperature", 1, "--no-preflight")
+    done = run_softlabel("generate", *given, "--out", "labels", "--device", "cpu", cwd=tmp_path)
+    accuracy = report_on(tmp_path / "labels")[1]["agreement"]["accuracy"]
+    assert f"accuracy of next tokens, by the mean of the members' probabilities: {accuracy:.4f}" in done.stdout
+
+
 def test_both_formats_say_the_same(tmp_path: Path) -> None:
     found = []
     for format in ("parquet", "hdf5"):
@@ -199,7 +262,7 @@ def write_hostile(root: Path) -> list[Any]:
         ids=ids,
         masks=[np.ones(len(one), np.uint8) for one in ids],
         logits=[logits],
-        keys=[f"{HOSTILE[number % len(HOSTILE)]}{number}" for number in range(6)],
+        keys=[LONG_KEY if number == 1 else f"{HOSTILE[number % len(HOSTILE)]}{number}" for number in range(6)],
         content=hash_all(ids),
     )
     write_store(root, run, documents, bad=(4,), fidelity=None)
@@ -228,6 +291,8 @@ def test_tokens_of_strangers_are_text(tmp_path: Path) -> None:
     assert found["vocabulary"]["unknown"] == sum(int((one == 0).sum()) for n, one in enumerate(ids) if n != 4)
     whole = next(one for one in found["documents"]["lists"][0]["documents"] if one["key"] == f"{HOSTILE[0]}0")
     assert whole["tokens"] == ["<s>", *HOSTILE, "", "é", "\n"]
+    assert {len(inner) for attributes, inner in page.find("bdi", title=LONG_KEY)} == {120}
+    assert all(len(one["text"]) < 500 for one in found["summary"])
     shown = [inner for attributes, inner in page.find("div", **{"class": "tokens"}) if HOSTILE[0] in inner]
     assert HOSTILE[4] in shown[0]
     assert "\ufffdevil" in shown[0]
@@ -312,7 +377,7 @@ def test_stores_with_little_to_say_make_a_page(tmp_path: Path, case: str) -> Non
     [
         (("--noise-csv", "noise.csv"), "--noise-csv: documents have no hard labels"),
         (("--fail-if", "noise>0.1"), "noise is of samples with one answer each; of documents expected one of accuracy"),
-        (("--fail-if", "kept_mass<0.9"), "kept_mass was not measured"),
+        (("--fail-if", "kept_mass<0.9"), "kept_mass was not measured: only labels of encoding topk leave out a part"),
         (("--fail-if", "student_nll>1"), "student_nll was not measured"),
         (("--eval-data", "labels"), "--runs"),
         (("--data", "other.jsonl?key=id"), "found other documents"),
@@ -405,7 +470,7 @@ def test_students_of_large_stores_are_measured_on_some_of_the_documents(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_students, "MOST_POSITIONS", 200)
-    report, found = report_on(folder / "labels", runs=[folder / "runs" / "one"])
+    report, found = report_on(folder / "labels", runs=str(folder / "runs" / "one"))
     (one,) = found["students"]["comparisons"]
     assert 5 <= one["samples"] < one["of"] == 40
     assert one["tokens"] < 400

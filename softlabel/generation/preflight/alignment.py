@@ -20,6 +20,7 @@ from torch import Tensor
 from softlabel.errors import TeacherError
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.token_lane import Positions, TokenLane
+from softlabel.labels.combine import average_members
 from softlabel.models.teacher import Teacher
 
 _DOCUMENTS = 64  # that are looked at
@@ -106,7 +107,7 @@ def check_alignment(lane: TokenLane, batches: Sequence[DecodedBatch]) -> Alignme
 def _combine(lane: TokenLane, chunk: Positions) -> Tensor:
     """The combined labels at temperature 1, (P, C)."""
     combined = lane.combine(chunk.logits) * lane.run.temperature
-    return combined.mean(dim=1) if combined.dim() == 3 else combined
+    return average_members(combined) if combined.dim() == 3 else combined
 
 
 def _measure_nll(logits_PC: Tensor, asked_PK: Tensor) -> Tensor:

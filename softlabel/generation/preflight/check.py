@@ -52,6 +52,8 @@ class Preflight:
         noun: what the samples are.
         answer: what has a label: a row, or of language models a position.
         alignment: of the labels of language models with the tokens of the data; None of other teachers.
+        kept: whether the store keeps several members apart: `accuracy` and `alignment` are of the mean of their
+            probabilities.
     """
 
     images: int
@@ -74,6 +76,7 @@ class Preflight:
     noun: str = "images"
     answer: Literal["row", "position"] = "row"
     alignment: Alignment | None = None
+    kept: bool = False
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -155,6 +158,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
         noun=job.labeller.source.inputs.noun,
         answer="row" if run.tokens is None else "position",
         alignment=check_alignment(lane, trial.batches) if isinstance(lane, TokenLane) else None,
+        kept=run.members_stored > 1,
     )
     for finding in report.findings:
         log.warning("warning: %s", finding)

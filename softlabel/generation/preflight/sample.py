@@ -23,6 +23,7 @@ from softlabel.generation.pipeline import fit_batch
 from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.base import InputKind
 from softlabel.inputs.image_decode import IMAGES
+from softlabel.labels.combine import average_members
 from softlabel.store.manifest import BadRow
 
 BATCHES = 2  # one to warm up, one to time
@@ -95,7 +96,8 @@ class Trial:
         known = labels >= 0
         if not known.any():
             return None
-        mixed_RC = scaled.mean(dim=1) if scaled.dim() == 3 else scaled
+        activation: Activation = "softmax" if labels.ndim == 1 else "sigmoid"
+        mixed_RC = average_members(scaled, activation) if scaled.dim() == 3 else scaled
         top = mixed_RC.argmax(dim=-1).numpy() if labels.ndim == 1 else mixed_RC.numpy() > 0
         return float((top == labels)[known].mean())
 
