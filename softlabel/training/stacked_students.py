@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from softlabel.common.spec import parse_spec
 from softlabel.errors import UsageError, one_line
 from softlabel.models import RunModel, network_of
 from softlabel.training import run_folder
@@ -206,8 +207,8 @@ class StackedStudents:
 
 
 def _find_network(student: str) -> str:
-    """The SPEC of the network of a student that may start from a run."""
-    return network_of(RunModel(student=student, num_classes=0, preprocessing={})).student
+    """The SPEC of a student's network, wherever the weights that it starts from are: in a file, or in a run."""
+    return parse_spec(network_of(RunModel(student=student, num_classes=0, preprocessing={})).student).identity
 
 
 def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) -> str | None:

@@ -103,7 +103,8 @@ def test_a_stacked_student_is_what_it_is_alone(digits: Path, tmp_path: Path, gri
 def test_students_that_start_from_other_weights_are_stacked(digits: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         train(make_config(digits, tmp_path / str(seed), student=DOUBLE, seed=seed, epochs=1))
-    grid = {"student": [DOUBLE, f"run:{tmp_path / '1'}", f"run:{tmp_path / '2'}"], "epochs": 2}
+    in_a_file = DOUBLE.replace("?", f"@{tmp_path / '2' / 'model.safetensors'}?")
+    grid = {"student": [DOUBLE, f"run:{tmp_path / '1'}", in_a_file], "epochs": 2}
     result = train(make_config(digits, tmp_path / "stacked", stack="on", **grid))
     train(make_config(digits, tmp_path / "turn", **grid))
     for student in result.students:
