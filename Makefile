@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:
 	@echo "make demo       the whole pipeline on embedded data (a minute, and some for installing)"
-	@echo "make test       lint, types and tests (about 5 minutes on two cores)"
+	@echo "make test       lint, types and tests (5 to 8 minutes on two cores)"
 	@echo "make test-slow  the tests that take long"
 	@echo "make bench      benchmarks: ratios against a named limit or peer"
 	@echo "make gpu        all tests and benchmarks of a CUDA device, in 7 minutes"

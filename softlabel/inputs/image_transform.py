@@ -3,7 +3,7 @@
 Legend: B batch, C channels, H and W height and width. Images are uint8 RGB until `normalize`.
 """
 
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -138,10 +138,8 @@ class Preprocessing(InputTransform):
             raise BadImageError(
                 f"{width} x {height} pixels: smaller than crop={self.crop}; give resize={self.crop} as well"
             )
-        half: Callable[[int], int] = (
-            (lambda margin: margin // 2) if self.floor_crop else lambda margin: round(margin / 2)
-        )
-        top, left = half(height - self.crop), half(width - self.crop)
+        margins = height - self.crop, width - self.crop
+        top, left = (margin // 2 if self.floor_crop else round(margin / 2) for margin in margins)
         return image_CHW[:, top : top + self.crop, left : left + self.crop]
 
     def fit(self, item: Item, *, fixed: bool = False) -> Tensor:
