@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "store": ("errors common", "numpy pyarrow h5py fsspec safetensors xxhash"),
     "models": (GROUND, "torch torchvision numpy safetensors timm transformers onnx onnxruntime vllm"),
     "dataset": (GROUND, "torch torchvision pyarrow h5py fsspec numpy xxhash PIL sklearn tqdm"),
-    "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL yaml"),
+    "views": (f"{GROUND} store", "torch torchvision numpy xxhash PIL simplejpeg yaml"),
     "labels": ("errors common store", "torch numpy"),
     "loader": (f"{LABELS} loss", "torch numpy"),
     "generation": (LABELS, "torch numpy tqdm"),

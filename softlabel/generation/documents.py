@@ -12,7 +12,6 @@ from softlabel.generation.config import GenerateConfig
 from softlabel.inputs.tokens import TOKENS, TokenTransform
 from softlabel.models import LanguageModel
 from softlabel.models.teacher import Teacher
-from softlabel.store.encodings import Encoding
 from softlabel.store.manifest import Run
 from softlabel.store.token_rows import TokenRun
 
@@ -82,20 +81,18 @@ def describe_documents(source: TokenizedSource, config: GenerateConfig) -> Token
     )
 
 
-def choose_shard_rows(
-    source: TokenizedSource, config: GenerateConfig, encoding: Encoding, num_classes: int, there: Run | None
-) -> int:
+def choose_shard_rows(source: TokenizedSource, config: GenerateConfig, run: Run, there: Run | None) -> int:
     """How many documents a shard has: those that fill its positions on average. A store keeps its number as it grows.
 
     A number of documents rather than of positions: the plan of shards then follows from the run alone.
 
     Args:
-        encoding: fitted to the teachers.
+        run: with its columns.
         there: of the store that is continued.
     """
     if config.shard_positions is None and there is not None:
         return there.shard_rows
-    row_bytes = sum(column.row_bytes for column in encoding.columns(num_classes=num_classes, members=1))
+    row_bytes = sum(column.row_bytes for column in run.label_columns)
     wanted = config.shard_positions or min(_SHARD_POSITIONS, max(1, _SHARD_BYTES // row_bytes))
     documents = wanted * len(source) / max(1, count_positions(source, config.positions))
     return max(1, min(config.shard_rows, round(documents)))

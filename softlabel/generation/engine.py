@@ -69,4 +69,4 @@ def _connect(teacher: Teacher, model: VllmLanguageModel, kept: int, run: Run) ->
             for one, ids in zip(recorded, documents, strict=True)
         ]
 
-    model.ask = ask
+    model.ask, model.kept = ask, kept

@@ -293,7 +293,8 @@ def find_stacks(
         UsageError: stacking is required, but no members can be stacked.
         TeacherError: stacking is required, but the logits of the stacked network differ.
     """
-    if tuning.stack == "no" or tuning.compile or tuning.optimize != "none" or in_turn:
+    optimized = tuning.optimize != "none" and teachers[0].device.type == "cpu"
+    if tuning.stack == "no" or tuning.compile or optimized or in_turn:
         return ()
     alike: dict[object, list[int]] = {}
     for number, teacher in enumerate(teachers):

@@ -154,11 +154,11 @@ def load_job(
         ),
         input=source.inputs.name,
         views=views,
-        shard_rows=config.shard_rows
-        if documents is None
-        else choose_shard_rows(documents, config, encoding, loaded[0].num_classes, there),
+        shard_rows=config.shard_rows,
         tokens=tokens,
     )
+    if documents is not None:
+        run = dataclasses.replace(run, shard_rows=choose_shard_rows(documents, config, run, there))
     connect_engines(loaded, run)
     if tuning.compile:
         compile_members(loaded, head=run.encoding.from_hidden)

@@ -32,7 +32,7 @@ from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.replace import replace_store
-from softlabel.store.token_rows import TOKENIZER
+from softlabel.store.token_rows import POSITIONS, TOKENIZER
 from softlabel.store.writer import Committer
 from softlabel.views import changed as changed_libraries
 
@@ -159,6 +159,11 @@ class _MemberExecutor(LocalExecutor):
             raise MismatchError(
                 f"sample {key!r} is not the one that the other members of {store.path} labelled (its content differs); "
                 "give the data that was labelled as --data"
+            )
+        if extended.tokens is not None and (kept.columns[POSITIONS] != shard.rows.columns[POSITIONS]).any():
+            raise MismatchError(
+                f"{store.path}: expected labels at the positions of the other members, found others: a teacher vllm: "
+                "does not answer at the last token of a document, others do; extend with a teacher of the same kind"
             )
         columns = {
             column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)

@@ -143,6 +143,12 @@ def wrap_module(spec: Spec, module: nn.Module, vocabulary: Vocabulary, num_class
             f"{spec.text}: expected a last_hidden_state as wide as lm_head takes, {layer.in_features}, found "
             f"{answer.shape[2]}"
         )
+    for name in ("logit_scale", "softcap"):
+        if has_layer and isinstance(getattr(module, name, None), Tensor):
+            raise SpecError(
+                f"{spec.text}: {name}: expected a number, found a tensor, whose changes nothing would follow; answer "
+                "with logits instead"
+            )
     rows = layer.out_features if has_layer else answer.shape[2]
     refuse_few_rows(spec, rows, size, "give the tokenizer that the network was trained with, or a network of its size")
     if not has_layer:

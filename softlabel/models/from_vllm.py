@@ -82,12 +82,14 @@ class VllmLanguageModel(LanguageModel):
     Attributes:
         sha256: of the files with the weights.
         ask: what answers documents; None until a run has said how many tokens it keeps.
+        kept: so many.
     """
 
     def __init__(self, spec: Spec, vocabulary: Vocabulary, *, longest: int | None, sha256: str) -> None:
         super().__init__(nn.Module(), vocabulary)
         self.spec, self.sha256 = spec, sha256
         self.ask: Ask | None = None
+        self.kept = 0
         self._longest = longest
 
     def __deepcopy__(self, memo: object) -> "VllmLanguageModel":
@@ -109,7 +111,7 @@ class VllmLanguageModel(LanguageModel):
         # Filler repeats documents; those of one token have no position with an answer.
         asked = [list(ids) for ids in dict.fromkeys(documents) if len(ids) > 1]
         answers = dict(zip(map(tuple, asked), self.ask(asked) if asked else (), strict=True))
-        kept = next((one["index"].shape[1] for one in answers.values()), 1)
+        kept = self.kept
         packed_BLW = np.zeros((*input_ids.shape, 2 * kept + 1), np.float32)
         packed_BLW[..., :kept] = np.arange(kept)
         size = self.vocabulary.size

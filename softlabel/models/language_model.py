@@ -7,7 +7,7 @@ Legend: B batch, D width, L positions, P some positions, V tokens.
 """
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from softlabel.inputs.vocabulary import Vocabulary
 _TOLERANCE = 1e-4  # relative to the largest of the numbers that are compared
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """A causal language model.
 
     Attributes:
@@ -48,7 +48,8 @@ class LanguageModel(nn.Module):
 
         Args:
             input_ids: int64 (B, L).
-            attention_mask: int64 (B, L), 1 where there is a token; padding is on the right.
+            attention_mask: int64 (B, L), 1 where there is a token. Padding is on the right, so that a network whose
+                positions see no later one may leave it out of account.
             position_ids: int64 (B, L), for several documents in a row instead of `attention_mask`: they count from 0 in
                 each, and none sees another.
 

@@ -311,8 +311,9 @@ class Fidelity:
     @staticmethod
     def total(parts: Iterable[tuple[int, "Fidelity | None"]]) -> "Fidelity | None":
         """Combine the fidelity of several shards, weighed by (rows, fidelity) or positions; None: none was measured."""
-        counted = [(rows if part.positions is None else part.positions, part) for rows, part in parts if part]
-        known = [(count, part) for count, part in counted if count]
+        known = [(rows, part) for rows, part in parts if part is not None and rows]
+        if by_position := all(part.positions is not None for _, part in known):
+            known = [(part.positions, part) for _, part in known if part.positions]
         if not known:
             return None
         rows = sum(count for count, _ in known)
@@ -321,7 +322,7 @@ class Fidelity:
             worst_t1=max(part.worst_t1 for _, part in known),
             mean_t=sum(count * part.mean_t for count, part in known) / rows,
             worst_t=max(part.worst_t for _, part in known),
-            positions=None if known[0][1].positions is None else rows,
+            positions=rows if by_position else None,
         )
 
 

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import PIL
+import simplejpeg
 import torch
 from PIL import features
 
@@ -16,6 +17,7 @@ def libraries() -> dict[str, str]:
         "torch": torch.__version__,
         "torchvision": _find_torchvision(),
         "Pillow": PIL.__version__,
+        "simplejpeg": simplejpeg.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     turbo = features.version_feature("libjpeg_turbo")

@@ -15,6 +15,7 @@ from softlabel.inputs.base import Decoding
 from softlabel.inputs.content import content_hash
 from softlabel.inputs.image_decode import decode_hashed, decode_image
 from softlabel.inputs.image_transform import stack_images
+from softlabel.inputs.jpeg import decode_plain_jpeg, have_equal_pixels
 
 H, W = 6, 5
 RNG = np.random.default_rng(7)
@@ -139,6 +140,12 @@ def test_jpeg_pixels_are_those_of_pil(mode: str, options: dict[str, object]) -> 
     for width, height in ((1, 1), (7, 5), (16, 17), (125, 94)):
         data = encoded(paint(width, height, mode), "JPEG", **options)
         assert np.array_equal(pixels_of(data), plain_pil(data))
+        if have_equal_pixels():
+            assert (decode_plain_jpeg(data) is None) == (mode == "CMYK")
+
+
+def test_both_decoders_give_the_same_pixels_with_the_wheels_of_today() -> None:
+    assert have_equal_pixels()
 
 
 def test_a_damaged_jpeg_is_what_pil_makes_of_it() -> None:

@@ -152,6 +152,12 @@ def test_the_command_line(stories: Path, vllm: Path, tmp_path: Path, monkeypatch
     assert "not known" in printed
     wrong = run_softlabel("generate", *given, "--out", tmp_path / "labels", code=2).stderr
     assert "knows the most probable tokens alone, expected encoding topk, found float16" in wrong
+    short = tmp_path / "short.jsonl"  # alone in the smallest bucket, where no document has an answer
+    short.write_text((stories / "data.jsonl").read_text() + '{"id": "short", "text": ""}\n')
+    options = ("--data", f"{short}?key=id", *given[2:], "--encoding", "topk")
+    assert "topk 50" in run_softlabel("plan", *options, "--seconds", 0.1).stdout
+    run_softlabel("generate", *options, "--no-preflight", "--out", tmp_path / "labelled")
+    run_softlabel("verify", tmp_path / "labelled")
 
 
 @pytest.mark.parametrize(
