@@ -64,22 +64,12 @@ class DocumentMeter(Protocol):
     def add(self, block: DocumentBlock) -> None: ...
 
 
-def locate_positions(rows: StoredRows) -> I64:
-    """Which of the tokens of some rows each labelled position is, int64 (P,)."""
-    tokens = rows.run.tokens
-    assert tokens is not None
-    if tokens.positions == "masked":
-        return np.flatnonzero(rows.columns[MASK].reshape(-1))
-    starts_B, positions_B = np.cumsum(rows.lengths) - rows.lengths, rows.positions
-    before_B = np.cumsum(positions_B) - positions_B
-    return np.repeat(starts_B - before_B, positions_B) + np.arange(int(positions_B.sum()))
-
-
 def make_block(rows: StoredRows, judge: PositionJudge | None, first: int = 0) -> DocumentBlock:
     """What `rows` say, of which the token columns, the content and, with a judge, the encoding's were read."""
-    at_P, lengths_B = locate_positions(rows), rows.lengths
+    lengths_B, place_P = rows.lengths, rows.places
     ends_B = np.cumsum(lengths_B)
-    document_P = np.searchsorted(ends_B, at_P, side="right")
+    document_P = np.repeat(np.arange(len(rows)), rows.positions)
+    at_P = (ends_B - lengths_B)[document_P] + place_P
     tokens_L = rows.columns[TOKENS].reshape(-1).astype(np.int64)
     goes_on_P = at_P + 1 < ends_B[document_P]
     next_P = np.where(goes_on_P, np.append(tokens_L, -1)[at_P + 1], -1)
@@ -89,7 +79,7 @@ def make_block(rows: StoredRows, judge: PositionJudge | None, first: int = 0) ->
         lengths=lengths_B,
         tokens=tokens_L,
         document=document_P,
-        place=at_P - (ends_B - lengths_B)[document_P],
+        place=place_P,
         counts=rows.columns[MASK].reshape(-1)[at_P] == 1,
         next=next_P,
         judged=None if judge is None else judge.judge(rows.columns, next_P),

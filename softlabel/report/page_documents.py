@@ -22,6 +22,7 @@ from softlabel.report.number_text import (
     format_share,
 )
 from softlabel.report.page_parts import (
+    MOST_BARS,
     Advice,
     Cell,
     Context,
@@ -43,8 +44,7 @@ from softlabel.report.page_parts import (
 from softlabel.report.page_store import draw_costs
 from softlabel.report.svg import draw_bars
 
-_BARS = 20
-LEVELS = 8  # of colour, above none
+_LEVELS = 8  # of colour, above none
 
 
 def describe_next_tokens(found: NextTokenAgreement, context: Context) -> Section:
@@ -59,7 +59,7 @@ def describe_next_tokens(found: NextTokenAgreement, context: Context) -> Section
             for name, one in zip(ranges, found.by_context, strict=True)
         ],
     )
-    surprising = found.surprising[:_BARS]
+    surprising = found.surprising[:MOST_BARS]
     figures = [
         Figure(
             title="NLL by the tokens that were seen",
@@ -184,7 +184,7 @@ def _mark_tokens(document: ShownDocument, of: DocumentList, measures: tuple[Meas
             TokenMark(
                 text=text.replace("\n", "⏎\n") or "◌",
                 level=_find_level(values[0], measures[0].scale),
-                values=",".join("" if value is None else f"{value:.3g}" for value in values),
+                values=",".join("" if value is None else f"{value:.3g}".replace("inf", "Infinity") for value in values),
                 hint=", ".join(known) or "no label",
             )
         )
@@ -196,8 +196,8 @@ def _find_level(value: float | None, strongest: float) -> int | None:
     if value is None:
         return None
     if not value < strongest:
-        return LEVELS if value > 0 else 0
-    return math.floor(max(value, 0.0) / strongest * (LEVELS + 1)) if strongest > 0 else 0
+        return _LEVELS if value > 0 else 0
+    return math.floor(max(value, 0.0) / strongest * (_LEVELS + 1)) if strongest > 0 else 0
 
 
 def describe_position_cost(found: PositionCost, context: Context) -> Section:
@@ -326,7 +326,7 @@ def describe_document_coverage(found: DocumentCoverage, context: Context) -> Sec
 
 def describe_vocabulary(found: VocabularyUse, context: Context) -> Section:
     few = [f"{count:,} of them make {share:.0%}" for share, count in found.covering]
-    frequent = found.frequent[:_BARS]
+    frequent = found.frequent[:MOST_BARS]
     unknown = (
         f" {count_of(found.unknown, 'token')} of the documents {'is' if found.unknown == 1 else 'are'} the unknown one."
         if found.unknown is not None

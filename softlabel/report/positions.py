@@ -99,18 +99,21 @@ class PositionJudge:
         for at in self.temperatures:
             logits_RMC = self._reader.read_logits(columns, at)
             log_p_RMC = torch.log_softmax(logits_RMC, dim=-1)
-            mean_RC = log_p_RMC[:, 0] if self._reader.members == 1 else self._reader.combine(log_p_RMC.exp()).log()
-            p_RC = mean_RC.exp()
-            entropy[at] = -torch.special.xlogy(p_RC, p_RC).sum(dim=1, dtype=torch.float64).numpy()
+            p_RMC = log_p_RMC.exp()
+            p_RC = self._reader.combine(p_RMC)
+            entropy[at] = _sum_entropy(p_RC, log_p_RMC[:, 0] if self._reader.members == 1 else p_RC.log()).numpy()
             sure[at] = (p_RC.amax(dim=1) > SURE).numpy()
             if is_truncated:
                 kept[at] = self._measure_kept(columns, at)
             if at == self._reader.judged:
                 top_R = p_RC.numpy().argmax(axis=1)
                 has_R = np.flatnonzero(next_R >= 0)
-                nll_R[has_R] = -mean_RC.numpy()[has_R, next_R[has_R]].astype(np.float64)
+                # Of logarithms: the mean of probabilities leaves float32's range where members are sure.
+                of_next_RM = log_p_RMC.numpy()[has_R, :, next_R[has_R]].astype(np.float64)
+                nll_R[has_R] = -np.logaddexp.reduce(of_next_RM + np.log(self._reader.weights), axis=1)
                 if self._reader.members > 1:
-                    information_R = entropy[at] - self._average_entropy(log_p_RMC)
+                    weights_M = torch.tensor(self._reader.weights, dtype=torch.float64)
+                    information_R = entropy[at] - (_sum_entropy(p_RMC, log_p_RMC) @ weights_M).numpy()
         return JudgedPositions(
             top=top_R,
             nll=nll_R,
@@ -136,13 +139,6 @@ class PositionJudge:
         declared = self._reader.run.encoding.declared
         assert declared is not None
         return next(n for n, one in enumerate(declared) if np.isclose(one, at, rtol=1e-6, atol=0))
-
-    def _average_entropy(self, log_p_RMC: torch.Tensor) -> F64:
-        """The entropy of the members' answers, mean over the members, float64 (R,)."""
-        p_RMC = log_p_RMC.exp()
-        entropy_RM = -torch.special.xlogy(p_RMC, p_RMC).sum(dim=2, dtype=torch.float64)
-        found: F64 = (entropy_RM @ torch.tensor(self._reader.weights, dtype=torch.float64)).numpy()
-        return found
 
     def _judge_kept(self, columns: dict[str, Array], next_P: I64) -> JudgedPositions:
         """Of the tokens that a top-k label names, and what all others have together."""
@@ -185,3 +181,8 @@ class PositionJudge:
             kept=kept,
             information=None,
         )
+
+
+def _sum_entropy(p: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Entropy over the last axis, float64; what has no probability counts nothing."""
+    return -(p * log_p.clamp_min(_LOWEST)).sum(dim=-1, dtype=torch.float64)

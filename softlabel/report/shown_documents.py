@@ -22,6 +22,7 @@ from softlabel.store.sample_rows import sample_rows
 
 F64 = NDArray[np.float64]
 _MOST_TOKENS = 240  # of a document
+_RULED_OUT = 1e4  # nats, in place of infinity: more than those of any stretch
 _STRONGEST = 0.95  # of the shown values lie below the strongest colour
 _ENTROPY, _SURPRISE, _DISAGREEMENT = "entropy", "surprise", "disagreement"
 _MEANINGS = {
@@ -146,5 +147,5 @@ def _find_stretch(values_L: F64) -> int:
     """The first token of the stretch with the highest sum."""
     if len(values_L) <= _MOST_TOKENS:
         return 0
-    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values_L, posinf=0.0))])
+    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values_L, posinf=_RULED_OUT))])
     return int(np.argmax(sums[_MOST_TOKENS:] - sums[:-_MOST_TOKENS]))

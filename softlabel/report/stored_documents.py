@@ -47,6 +47,8 @@ class StoredDocuments(Source):
 
     def read(self, indices: Sequence[int] | NDArray[np.int64]) -> list[Sample]:
         rows = self._rows_N[np.asarray(indices, np.int64)]
+        if not len(rows):
+            return []
         found = self.store.take(rows, ["key", TOKENS, MASK])
         ends = np.cumsum(found.lengths)[:-1]
         ids = np.split(found.columns[TOKENS].reshape(-1).astype(np.int32), ends)

@@ -57,15 +57,15 @@ def _describe_agreement(about: About, found: NextTokenAgreement | Absent) -> Sen
     if about.combine == "keep" and len(about.teachers) > 1:
         who = f"The mean of the probabilities of the {len(about.teachers)} members gives"
     text = (
-        f"{who} the next token {format_number(found.nll)} nats (perplexity "
-        f"{format_number(found.perplexity)}), and the most probable token came next at "
+        f"{who} the next token {_format_nats(found.nll)} nats (perplexity "
+        f"{_format_nats(found.perplexity)}), and the most probable token came next at "
         f"{format_share(found.accuracy)} of {count_of(found.predicted, 'position')}"
     )
     if found.ruled_out:
         text += f"; at {found.ruled_out:,} of them the token that came has no probability at all"
     if about.seen == "in-sample":
         text += f", on {about.noun} that a teacher was trained on"
-    level: Level = "look" if found.ruled_out else "good"
+    level: Level = "good"
     # A teacher that knows nothing gives each token the same probability.
     if not found.nll < math.log(max(2, about.classes)):
         level = "act"
@@ -77,6 +77,11 @@ def _describe_agreement(about: About, found: NextTokenAgreement | Absent) -> Sen
         )
     command = "" if level == "good" else write_verify(about)
     return Sentence(section="agreement", level=level, text=f"{text}.", command=command)
+
+
+def _format_nats(value: float) -> str:
+    """Of a mean, which is infinite where a token that came had no probability."""
+    return "∞" if value == math.inf else format_number(value)
 
 
 def _describe_sharpness(about: About, found: Sharpness | Absent) -> Sentence:
@@ -101,12 +106,13 @@ def _describe_documents(found: Documents | Absent, agreement: NextTokenAgreement
         why = found.reason if isinstance(found, Absent) else "no document has a next token that counts"
         return Sentence(section="documents", level="look", text=f"No document is shown: {why}.")
     first = found.lists[0].documents[0]
-    times = format_number(first.score / agreement.nll) if agreement.nll else "?"
     text = (
-        f"The document that surprises the teacher most is {shorten(first.key, 80)}, with {format_number(first.score)} "
-        f"nats a token in the mean, {times} times the mean of all"
+        f"The document that surprises the teacher most is {shorten(first.key, 80)}, with {_format_nats(first.score)} "
+        "nats a token in the mean"
     )
-    is_odd = first.score > _ODD * agreement.nll
+    if agreement.nll and math.isfinite(agreement.nll):
+        text += f", {format_number(first.score / agreement.nll)} times the mean of all"
+    is_odd = math.isinf(first.score) or first.score > _ODD * agreement.nll
     if is_odd:
         text += "; look for broken text, another language or a wrong template among the first ones"
     return Sentence(section="documents", level="look" if is_odd else "good", text=f"{text}.")
@@ -193,7 +199,8 @@ def _describe_students(about: About | None, students: TokenStudents | Absent) ->
         return Sentence(
             section="students",
             level="act",
-            text=f"Students {names}: answers that are not finite numbers; train again with --overwrite{best}",
+            text=f"{'Student' if len(broken) == 1 else 'Students'} {names}: answers that are not finite numbers; train "
+            f"again with --overwrite{best}",
         )
     if measured:
         return _describe_best(measured)

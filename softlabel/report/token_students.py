@@ -291,7 +291,9 @@ def _compare_held_out(
     for student in students:
         length = choose_length(student.model, labels or store, student.transform)
         documents = tokenize_for(f"student {student.name}", source, student.model, labels, max_length=length)
-        made = hashes.setdefault(documents.tokenization, SourceHashes(documents, labels))
+        if documents.tokenization not in hashes:
+            hashes[documents.tokenization] = SourceHashes(documents, labels)
+        made = hashes[documents.tokenization]
         evaluation = how.measure(student, documents, labels)
         overlap = count_trained(student.run.folder, ReadSamples(made), stores=stores, sources=[source])
         found.append(_describe(student, source.name, evaluation, overlap, of=len(source), of_eval_data=True))

@@ -159,8 +159,7 @@ class SourceHashes:
         """Those of some samples, uint64 (R,), 0 for none."""
         new_R = samples_R[~self._known_N[samples_R]]
         if self._store is not None:
-            rows_R = self._store.lookup(self.keys.take(new_R), missing="mask")
-            self._found_N[new_R[rows_R >= 0]] = self._store.content[rows_R[rows_R >= 0]]
+            self._found_N[new_R] = _hash_stored(self._store, self.keys.take(new_R))
         unread_R = new_R[self._found_N[new_R] == 0]
         for start in range(0, len(unread_R), _CHUNK):
             part = unread_R[start : start + _CHUNK]

@@ -11,6 +11,7 @@ from softlabel.dataset import Source, open_source
 from softlabel.dataset.tokenize import tokenize_samples
 from softlabel.errors import MismatchError
 from softlabel.inputs.base import TokenIds
+from softlabel.inputs.chat import CHATS
 from softlabel.inputs.content import changed_content
 from softlabel.inputs.text import TEXTS
 from softlabel.inputs.tokenizer import Tokenizer
@@ -101,11 +102,11 @@ def _check_documents(source: Source, store: Store) -> None:
     samples = source.read(choose_samples(len(source), min(_COMPARED, len(source)))) if len(source) else []
     rows = store.lookup([sample.key for sample in samples], missing="mask")
     there = np.flatnonzero(rows >= 0)
-    if not len(there):
+    if source.inputs not in (TEXTS, CHATS, TOKENS) or not len(there):
         raise MismatchError(f"{source.name}: expected the data that was labelled in {store.url}, found other documents")
     content, tokens = store.tokenizer, store.run.tokens
     assert tokens is not None
-    if content is None or source.inputs not in (TEXTS, TOKENS):
+    if content is None or source.inputs == CHATS:
         return  # a chat template is in the teacher's folder; keys are compared alone
     found = tokenize_samples([samples[place] for place in there.tolist()], source, Vocabulary(Tokenizer(content)))
     now = [hash_ids(one.ids[: tokens.max_length]) if isinstance(one, TokenIds) else 0 for one in found]

@@ -27,7 +27,7 @@ from softlabel.report import token_students
 from softlabel.report.document_figures import Documents as ShownDocuments
 from softlabel.report.document_figures import NextTokenAgreement
 from softlabel.report.report import DocumentReport, report_json
-from softlabel.store.encodings import Sampled, TopK
+from softlabel.store.encodings import Float32, Sampled, TopK
 from softlabel.store.manifest import Combine
 from softlabel.store.reader import Store
 from softlabel.store.writer import Committer
@@ -219,6 +219,44 @@ def test_members_that_name_some_tokens_each(tmp_path: Path) -> None:
         if d.counts[place] and place + 1 < len(d.ids)
     ]
     assert found["agreement"]["named"] == pytest.approx(np.mean(named))
+
+
+def test_a_token_that_the_labels_rule_out_is_the_most_surprising_one(tmp_path: Path) -> None:
+    run, store = make_token_run(classes=C, temperature=1.0), tmp_path / "labels"
+    documents = Documents.of(run)
+    place = next(n for n, ids in enumerate(documents.ids) if len(ids) > 4)
+    logits = [one.astype("<f2") for one in documents.logits[0]]
+    token = int(documents.ids[place][3])
+    logits[place][2, token] = -np.inf
+    logits[place][2] -= logits[place][2].max()
+    write_store(store, run, dataclasses.replace(documents, columns={"logits": [logits]}))
+    report, found = report_on(store, out=tmp_path / "report.html")
+    assert found["agreement"]["ruled_out"] == 1
+    assert report.summary[0].level == "act"
+    assert "the next token ∞ nats (perplexity ∞)" in report.summary[0].text
+    first = report.documents.lists[0].documents[0]  # type: ignore[union-attr]
+    assert math.isinf(first.score)
+    assert "Infinity" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_is_almost_ruled_out_has_its_nats(tmp_path: Path, members: int) -> None:
+    member = make_token_run(classes=C).members[0]
+    combine = Combine(rule="keep", weights=(1 / members,) * members)
+    kept = {"members": (member,) * members, "combine": combine} if members > 1 else {}
+    run, store = make_token_run(classes=C, temperature=1.0, encoding=Float32(), **kept), tmp_path / "labels"
+    documents = Documents.of(run)
+    logits = []
+    for ids in documents.ids:
+        one = np.full((len(ids), members, C), -200.0, np.float32)
+        one[:, :, 0] = 0.0
+        logits.append(one.reshape(len(ids), -1))
+    write_store(store, run, dataclasses.replace(documents, columns={"logits": [logits]}))
+    _, found = report_on(store)
+    pairs = zip(documents.ids, documents.masks, strict=True)
+    following = np.concatenate([ids[1:][mask[:-1] == 1] for ids, mask in pairs])
+    assert found["agreement"]["ruled_out"] == 0
+    assert found["agreement"]["nll"] == pytest.approx(200 * np.mean(following != 0), rel=1e-6)
 
 
 def test_generate_and_report_judge_kept_members_by_one_rule(folder: Path, tmp_path: Path) -> None:
@@ -531,4 +569,5 @@ def test_stories_are_shown_as_they_were_written(tmp_path: Path) -> None:
     texts = {one["id"]: one["text"] for one in map(json.loads, (stories / "test.jsonl").read_text().splitlines())}
     for one in report.documents.lists[0].documents:  # type: ignore[union-attr]
         shown = "".join(one.tokens).removeprefix("<s>").strip()
-        assert shown in " ".join(["", texts[one.key]])
+        assert shown
+        assert shown in texts[one.key]
