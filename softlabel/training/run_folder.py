@@ -11,7 +11,7 @@ model.safetensors, model.json      the student, once it is finished; model.json 
 tokenizer.json      of a student that takes texts; a language model has config.json beside it, for transformers
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them, and
-stacks.json: which of them are stacked, and what a trial of it measured.
+stacks.json: with `stack="auto"`, which of them are stacked, and what a trial of it measured.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ class Stack:
         self._buffers = {name: _share(own) for name, own in buffers.items()}
         optimizers = [student.optimizer for student in students]
         self._optimizer: StackOptimizer | None = None  # None: each student's makes its own step
-        if students[0].precision != "fp16" and StackOptimizer.takes(optimizers):  # which leaves out steps that overflow
+        if StackOptimizer.takes(optimizers):
             self._optimizer = StackOptimizer(self._parameters, self._owners, optimizers)
 
     def close(self) -> None:

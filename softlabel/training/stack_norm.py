@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def stack_norms(model: nn.Module) -> nn.Module:
     """The model with each batch norm of torch replaced by one that `vmap` takes; names and tensors stay."""
     for name, child in model.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):  # others may do more
+        # Others may do more, and a cumulative average needs the number of batches as a number.
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and child.momentum is not None:
             assert isinstance(child, _BatchNorm)
             setattr(model, name, _StackNorm(child))
         else:
@@ -38,14 +39,11 @@ class _StackNorm(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         norm = self._norm[0]
         norm._check_input_dim(inputs)  # type: ignore[no-untyped-call]
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if self.training and isinstance(self.num_batches_tracked, Tensor):
-            self.num_batches_tracked.add_(1)
-            if norm.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)  # type: ignore[operator]
         by_batch = self.training or self.running_mean is None
         state = (self.weight, self.bias, self.running_mean, self.running_var)
-        output: Tensor = _Norm.apply(inputs, *state, by_batch, momentum, norm.eps)
+        output: Tensor = _Norm.apply(inputs, *state, by_batch, norm.momentum, norm.eps)
         return output
 
 

@@ -36,7 +36,7 @@ log = logging.getLogger("softlabel")
 
 # How far the gradient and the buffers of a student may be from those of the student alone, as a share of their norm:
 # more than rounding and the kinks of a network, less than another network.
-_FARTHEST = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+_FARTHEST = 1e-3
 _ROUNDS = 3  # of a trial, each way in turn, or fewer where one is so many times faster:
 _CLEAR = 1.5
 _RANDOM = "draws random numbers in a step, which would be others in a stack than alone"
@@ -129,7 +129,7 @@ class StackedStudents:
             else:
                 if (stack := self._stacks.pop(number, None)) is not None:
                     stack.close()
-                self._handed_over |= self._is_stacked.get(number, True)
+                self._handed_over |= bool(here) and self._is_stacked.get(number, True)
         return [student for student in students if id(student) not in done]
 
     def _stack(self, number: int, students: list[RowStudent]) -> Stack:
@@ -218,6 +218,8 @@ def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) 
         return "several processes train together, whose gradients are exchanged student by student"
     if not all(isinstance(student, RowStudent) for student in group):
         return "the last layer and the loss of a language model are computed together, student by student"
+    if group[0].precision != "fp32":
+        return "autocast does not reach the convolutions of torch.func.vmap; give --precision fp32"
     if config.compile:
         return "--compile compiles single students"
     if Counter(_find_network(one.student) for one in students_of(config))[network] == 1:
@@ -227,7 +229,7 @@ def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) 
 
 def _compare(students: Sequence[RowStudent], work: RowStep) -> str | None:
     """Why a stack of the students would not be what they are alone, found by a step of both; None: it is the same."""
-    alone, found = [], []
+    alone = []
     for student in students:
         with student.trying():
             student.advance(work, alone=True)
@@ -243,13 +245,12 @@ def _compare(students: Sequence[RowStudent], work: RowStep) -> str | None:
         except Exception as error:  # user code that vmap has no rules for
             return _RANDOM if "random" in str(error) else f"torch.func.vmap fails on its network ({one_line(error)})"
         found = [_copy_step(student) for student in students]
-    farthest = _FARTHEST[students[0].precision]
     for student, one, other in zip(students, alone, found, strict=True):
         for name in ("gradient", "buffers"):
-            if not _is_near(one[name], other[name], farthest):
+            if not _is_near(one[name], other[name], _FARTHEST):
                 return (
                     f"the {name} of student {student.config.name} in a stack differ from those of the student alone by "
-                    f"more than {farthest:g} of their norm"
+                    f"more than {_FARTHEST:g} of their norm"
                 )
     return None
 

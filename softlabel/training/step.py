@@ -139,7 +139,6 @@ def prepare(
             inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs))
     top_B = teacher_sums = None
     if with_teacher and batch.target is not None:
-        assert batch.target is not None
         top_B, teacher_sums = sum_teacher(batch.target, batch.has_target, batch.labels) or (None, None)
     return RowStep(
         epoch=epoch,

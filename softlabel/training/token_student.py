@@ -54,7 +54,7 @@ class _TokenLoss(nn.Module):
         }
         soft_mask = batch.has_target if soft_weight > 0 else None
         if model.last_layer is None:  # these are the logits already
-            observe(slice(None), hidden_PD.detach().float(), target)
+            observe(*_choose_counted(hidden_PD.detach(), target, soft_mask, hard_weight))
             if target is None:
                 target = make_empty_target(len(hidden_PD), model.vocabulary.size, temperature, hidden_PD.device)
             return distillation_loss_components(hidden_PD, target, batch.hard_labels, soft_mask=soft_mask, **settings)
@@ -70,6 +70,16 @@ class _TokenLoss(nn.Module):
             observe=observe,
             **settings,
         )
+
+
+def _choose_counted(
+    logits_PV: Tensor, target: Target | None, soft_mask: Tensor | None, hard_weight: float
+) -> tuple[slice | Tensor, Tensor, Target | None]:
+    """The positions that have a share in the loss, their logits in float32 and their targets."""
+    if soft_mask is None or hard_weight != 0:
+        return slice(None), logits_PV.float(), target
+    counted = soft_mask.nonzero()[:, 0]
+    return counted, logits_PV[counted].float(), None if target is None else target.take(counted)
 
 
 class TokenStudent(Student):

@@ -263,8 +263,25 @@ def test_several_students_of_one_pass_are_those_of_passes_of_their_own(stories: 
     assert re.search(rf"lr0.001 .* {last.eval_perplexity:.4f} +{last.eval_perplexity:.4f} ", together.table())
 
 
+LOGITS = """
+from types import SimpleNamespace
+
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(263, 8), nn.Linear(8, 263))
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.layers(input_ids))
+"""
+
+
+@pytest.mark.parametrize("answers", ["hidden", "logits"])
 def test_figures_of_soft_labels_alone_are_of_the_positions_that_have_one(
-    stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, answers: str
 ) -> None:
     """One step, so that the figures are those of the first weights."""
     caplog.set_level("INFO", logger="softlabel")
@@ -275,14 +292,17 @@ def test_figures_of_soft_labels_alone_are_of_the_positions_that_have_one(
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *others, {"id": "empty", "tokens": []}]))
     settings = {"data": f"{data}?tokens=tokens&id=id", "missing": "hard-only", "hard_weight": 0, "epochs": 1}
+    if answers == "logits":
+        (tmp_path / "net.py").write_text(LOGITS)
+        settings["student"] = f"lm:python:{tmp_path}/net.py:Net?tokenizer={stories / 'teacher'}"
     given = make_config(stories, tmp_path / "run", batch_tokens=8192, seed=3, **settings)
     (last,) = train(given).history
     torch.manual_seed(3)
     model = build_model(given.student)
     assert isinstance(model, LanguageModel)
     ids = [np.array(row["tokens"]) for row in rows]
-    answers = compute_answers(model, ids)
-    right = np.concatenate([one[:-1].argmax(axis=1) == of[1:] for one, of in zip(answers, ids, strict=True)])
+    found = compute_answers(model, ids)
+    right = np.concatenate([one[:-1].argmax(axis=1) == of[1:] for one, of in zip(found, ids, strict=True)])
     assert last.train_accuracy == pytest.approx(right.mean(), abs=1e-9)
     assert "left out: 1 documents that have no token" in caplog.text
     assert re.search(r"49 documents, .* tokens in (\d+) lines of 64 .*, 1 step of \1 lines an epoch", caplog.text)

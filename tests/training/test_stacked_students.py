@@ -160,9 +160,10 @@ def test_a_student_that_falls_behind_or_fails_leaves_its_stack(digits: Path, tmp
         (MODULE.format("branching"), {}, r"torch\.func\.vmap fails on its network \(.*data-dependent control flow"),
         (MODULE.format("counting"), {}, "the gradient of student lr0.003 in a stack differ"),
         (STUDENT, {"compile": True}, "--compile compiles single students"),
+        (STUDENT, {"precision": "bf16"}, "autocast does not reach the convolutions of torch"),
         (STUDENT, {"lr": 0.01}, "there is no other student of its architecture"),
     ],
-    ids=["dropout", "control flow", "hidden state", "compile", "one student"],
+    ids=["dropout", "control flow", "hidden state", "compile", "bf16", "one student"],
 )
 def test_what_cannot_be_stacked_is_refused_by_name(
     digits: Path, tmp_path: Path, student: str, changes: dict[str, Any], reason: str
