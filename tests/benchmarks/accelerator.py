@@ -5,6 +5,7 @@ which shows that the code works and measures nothing.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.benchmarks.figures import Goal, report
+from tests.benchmarks.timing import interleaved
 
 Step = Callable[[], object]
 _FLUSHED_BYTES = 2**28  # written between two timed runs, so that nothing is found in the L2 cache
@@ -94,6 +96,12 @@ class Bench:
         side()
         self.synchronize()
         return time.perf_counter() - started
+
+    def in_turn(self, sides: Mapping[str, Step]) -> dict[str, float]:
+        """Median seconds of each side, run in turn, until the device has done it."""
+        return interleaved(
+            {name: functools.partial(self.seconds, side) for name, side in sides.items()}, self.pick(5, 1)
+        )
 
     def copy_bandwidth(self) -> float:
         """Bytes a second of a copy on the device, read and written."""

@@ -45,10 +45,7 @@ def measure(bench: Bench) -> None:
             precision="fp32",
             device=str(bench.device),
         )
-    for side in sides.values():
-        bench.seconds(side)
-    rounds = [{name: bench.seconds(side) for name, side in sides.items()} for _ in range(bench.pick(5, 1))]
-    ms = {name: 1e3 * sorted(one[name] for one in rounds)[len(rounds) // 2] / count for name in sides}
+    ms = {name: 1e3 * value / count for name, value in bench.in_turn(sides).items()}
     note = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
     bench.report(STACKED, ms["stacked"] / ms["one"], goal=3.0, bound="at most", note=note)
     bench.report(IN_TURN, ms["in turn"] / ms["one"])

@@ -23,7 +23,7 @@ CLASSES = 1000
 SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"
 SOFT_ONLINE = "student step, cached labels / teacher on line (resnet152)"
 WAITING = "student step, hard labels / bare step on the device"
-ON_DEVICE = "bare loop over device tensors / student with --cache device (resnet20, 32)"
+ON_DEVICE = "bare loop over device tensors / student with --cache device, hard labels (resnet20, 32)"
 
 
 class Labelled(Dataset[tuple[Tensor, int]]):
@@ -92,10 +92,7 @@ def measure(bench: Bench) -> None:
             precision="bf16",
             device=str(bench.device),
         )
-        for side in sides.values():
-            bench.seconds(side)
-        rounds = [{name: bench.seconds(side) for name, side in sides.items()} for _ in range(bench.pick(5, 1))]
-        ms = {name: 1e3 * sorted(one[name] for one in rounds)[len(rounds) // 2] / count for name in sides}
+        ms = {name: 1e3 * value / count for name, value in bench.in_turn(sides).items()}
         note = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
         bench.report(SOFT_HARD, ms["soft"] / ms["hard"], goal=1.02, bound="at most", note=note)
         bench.report(SOFT_ONLINE, ms["soft"] / ms["online"], goal=0.35, bound="at most")
@@ -123,8 +120,7 @@ def measure_small(bench: Bench, teacher: Teacher, folder: str) -> None:
         device=str(bench.device),
         cache_device=str(bench.device),
     )
-    bench.seconds(sides["hard"])
-    ours = sorted(bench.seconds(sides["hard"]) for _ in range(bench.pick(5, 1)))[bench.pick(2, 0)]
+    ours = bench.in_turn({"hard": sides["hard"]})["hard"]
     bare = bare_step(bench, student, batch, count, side=32)
     note = f"{1e3 * ours / count:.2f} ms a step, bare {1e3 * bare / count:.2f} ms"
     bench.report(ON_DEVICE, bare / ours, goal=0.95, note=note)

@@ -32,7 +32,8 @@ def build_steps(
     device: str,
     cache_device: str | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """What makes `count` steps of an epoch: "hard", "soft" and "online". Images and labels are in memory already."""
+    """What makes `count` steps of an epoch: "hard", "soft" and "online". Images and labels are in memory already, or
+    images on `cache_device`."""
     preprocessing = student_preprocessing(student)
     ranks = Ranks(device)
     common: dict[str, Any] = {
@@ -40,8 +41,8 @@ def build_steps(
         "tail": "drop",
         "preprocessing": preprocessing,
         "augment": CropFlip(),
+        "cache_device": cache_device,
     }
-    common["cache_device"] = cache_device
     loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
     students = {}
     for kind, store in (("hard", None), ("soft", labels), ("online", labels)):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import softlabel
 from softlabel.errors import UsageError
@@ -39,6 +40,18 @@ def test_views_are_replayed_from_the_device(digits: Path, tmp_path: Path) -> Non
             assert (batch.inputs == expected.inputs).all()
     with pytest.raises(UsageError, match="on a device views of crop-flip alone"):
         softlabel.SoftLabelLoader(digits / "data.parquet", tmp_path / "inception?size=16", cache_device="cpu")
+
+
+def test_images_of_several_sizes_are_refused(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number, side in enumerate((16, 16, 20)):
+        Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / f"images/{number}.png")
+    made: dict[str, Any] = {"views": 2, "augment": "crop-flip", "temperature": 1.0, "preflight": False}
+    teacher = write_teacher(tmp_path / "w.safetensors", num_classes=10)
+    softlabel.generate(tmp_path / "images", teachers=[teacher], out=tmp_path / "labels", progress=False, **made)
+    loader = softlabel.SoftLabelLoader(tmp_path / "images", tmp_path / "labels", batch_size=3, cache_device="cpu")
+    with pytest.raises(UsageError, match="expected images of one size for a device, found several"):
+        list(loader)
 
 
 @pytest.mark.parametrize(
