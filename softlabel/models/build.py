@@ -4,8 +4,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from softlabel.common.spec import Spec, literal, parse_spec
 from softlabel.errors import SpecError
@@ -17,6 +18,7 @@ from softlabel.inputs.text import TextTransform
 from softlabel.inputs.tokens import TokenTransform
 from softlabel.inputs.transforms import KINDS, transform_of
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
+from softlabel.models import cifar
 from softlabel.models.checkpoint import Checkpoint, read_checkpoint
 from softlabel.models.factories import accepts, builder, call, classes_of
 from softlabel.models.fitting import Fitted, fill, shown
@@ -97,7 +99,7 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None, vocabular
             )
         options["num_classes"] = num_classes
     weights = {} if found is None else found.tensors if found.prefix else plain_names(found.tensors)
-    options = {**size_of_weights(spec, weights), **options}
+    options = {**_options_of_weights(spec, weights), **options}
     if found is not None and "num_classes" not in options and accepts(make, "num_classes"):
         options |= classes_of(spec, make, options, weights, prefix=found.prefix)
     if spec.kind == "python" and not accepts(make, "num_classes") and "num_classes" not in spec.options:
@@ -107,6 +109,13 @@ def build_network(spec: Spec | str, *, num_classes: int | None = None, vocabular
         return Network(spec=spec, model=model)
     fitted = fill(spec, model, weights, prefix=found.prefix)
     return Network(spec=_naming_its_weights(spec, found, fitted), model=model)
+
+
+def _options_of_weights(spec: Spec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the builder's options that the weights of a file determine."""
+    if spec.kind == "zoo":
+        return cifar.options_of_weights(spec.name, weights)
+    return dict(size_of_weights(spec, weights))
 
 
 def _build_python_lm(spec: Spec, num_classes: int | None, given: Vocabulary | None) -> Network:
@@ -165,7 +174,7 @@ def _build_run(spec: Spec, num_classes: int | None) -> nn.Module:
     else:
         replaced = ("weights", "pretrained", "tokenizer" if student.kind == "lm" else WEIGHTS_KEY, WEIGHTS_KEY)
         options = {k: v for k, v in student.options.items() if k not in replaced}
-        options |= {k: str(v) for k, v in size_of_weights(student, weights).items() if k not in options}
+        options |= {k: str(v) for k, v in _options_of_weights(student, weights).items() if k not in options}
         bare = Spec(kind=student.kind, name=student.name, options=options)
         vocabulary = read_vocabulary(spec.name) if student.kind == "lm" else None
         model = build_model(bare, num_classes=run.num_classes, vocabulary=vocabulary)

@@ -1,9 +1,13 @@
 """The small CIFAR networks: published sizes, published state-dict keys, and every input that they promise to take."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from softlabel.errors import SpecError
 from softlabel.models import build_model, cifar
 
 # Weights of convolutions and linear layers for 10 classes as He et al. 2015, table 6, round them ("0.27M" and so on).
@@ -51,6 +55,32 @@ def test_plain_cnns_have_the_published_layers(layers: int) -> None:
     assert first.in_features == filters[-1] * (32 // 2**pools) ** 2
 
 
+def test_the_net_of_ten_layers_has_512_hidden_units_for_100_classes(tmp_path: Path) -> None:
+    model = cifar.BUILDERS["cnn10"](num_classes=100)
+    assert [m.out_features for m in model.modules() if isinstance(m, nn.Linear)] == [512, 100]
+    save_file(model.state_dict(), tmp_path / "cnn10.safetensors")
+    assert parameters(build_model(f"zoo:cnn10@{tmp_path}/cnn10.safetensors")) == parameters(model)
+
+
+def test_shortcut_b_is_a_convolution_and_a_batch_norm(tmp_path: Path) -> None:
+    """Silenced but for its shortcut, a block is a batch norm of a product with every second pixel."""
+    block = cifar.Block(16, 32, stride=2, shortcut="B").eval()
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.bn2.bias)
+    x = torch.rand(2, 16, 6, 6)
+    weight = block.get_parameter("shortcut.0.weight")[:, :, 0, 0]
+    normed = torch.einsum("oi,bihw->bohw", weight, x[:, :, ::2, ::2]) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(block(x), normed.relu())
+
+    plain, model = build_model("zoo:resnet20"), build_model("zoo:resnet20?shortcut=B")
+    assert parameters(model) - parameters(plain) == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    save_file(model.state_dict(), tmp_path / "b.safetensors")
+    read = build_model(f"zoo:resnet20@{tmp_path}/b.safetensors")  # the weights say which shortcut they have
+    assert set(read.state_dict()) == set(model.state_dict())
+    with pytest.raises(SpecError, match="shortcut: expected A or B, found 'C'"):
+        build_model("zoo:resnet20?shortcut=C")
+
+
 def test_width_multiplies_filters() -> None:
     wide = build_model("zoo:cnn4?width=2", num_classes=100)
     assert [m.out_channels for m in wide.modules() if isinstance(m, nn.Conv2d)] == [32, 32, 64, 64]
@@ -70,7 +100,7 @@ def test_resnet_keys_are_those_of_the_published_checkpoints() -> None:
 
 def test_shortcut_subsamples_and_pads_with_zeros() -> None:
     """With its convolutions silenced a block is its shortcut, which can be written down."""
-    block = cifar.Block(16, 32, stride=2).eval()
+    block = cifar.Block(16, 32, stride=2, shortcut="A").eval()
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     x = torch.rand(2, 16, 6, 6)
