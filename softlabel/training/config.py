@@ -70,6 +70,7 @@ class TrainConfig:
         patience: stop once the accuracy (of language models the perplexity) has not improved for so many evaluations;
             absent: never.
         select: which weights the finished student has: those of the last epoch, or of the best evaluation.
+        keep_epochs: epochs after which the weights are also kept, each as a run of its own in the run folder: epoch-5.
         seed: of the student's weights, the order and the augmentation.
         precision: bf16 and fp16 use autocast; auto is fp32 on the CPU, bf16 on CUDA devices that have it, else fp16.
         compile: compile the student with torch.compile.
@@ -131,6 +132,7 @@ class TrainConfig:
     eval_every: int = 1
     patience: int | None = None
     select: Literal["last", "best"] = "last"
+    keep_epochs: list[int] | None = None
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
@@ -228,6 +230,7 @@ _NOT_IDENTITY = {
     "checkpoint_minutes",
 } | {
     "check_views",
+    "keep_epochs",
     "tensorboard",
     "tracker",
     "students_at_once",
@@ -276,6 +279,9 @@ def _check_numbers(config: TrainConfig) -> None:
             raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {value}")
     if config.ema is not None and not 0 < config.ema < 1:
         raise UsageError(f"ema: expected a number between 0 and 1, found {config.ema}")
+    for epoch in config.keep_epochs or []:
+        if not 1 <= epoch <= config.epochs:
+            raise UsageError(f"keep_epochs: expected epochs from 1 to {config.epochs}, found {epoch}")
     for name in GRID:
         values = config.values(name)
         if len(set(values)) < len(values):

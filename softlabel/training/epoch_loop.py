@@ -168,6 +168,8 @@ class Pass:
             metrics = student.finish_epoch(found.get(id(student)), seconds)
             named = f"{student.config.name}: " if len(self.students) > 1 else ""
             if self.ranks.is_first:
+                # Before the checkpoint that says that the epoch is over.
+                student.keep_if_asked(self.task.num_classes, self.task.activation)
                 log.info("%s%s", named, metrics.line(self.config.epochs, self.task.unit))
                 trackers.write(student, metrics)
         self._save(ended)

@@ -8,6 +8,7 @@ best.safetensors    the weights of the best evaluation so far
 failed.json         why the student was given up
 tracker.json        its id at --tracker, so that a resumed run goes on there
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
+epoch-N/            the student as it was after epoch N, where `keep_epochs` names it: a run folder for SPECs
 tokenizer.json      of a student that takes texts; a language model has config.json beside it, for transformers
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them, and
@@ -22,7 +23,7 @@ import json
 import pickle
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,31 @@ def is_finished(folder: Path) -> bool:
     return all((folder / name).exists() for name in MODEL)
 
 
+def kept_folder(folder: Path, epoch: int) -> Path:
+    """Return where the weights after an epoch are kept."""
+    return folder / f"epoch-{epoch}"
+
+
+def require_kept(folder: Path, epochs: Iterable[int], done: int) -> None:
+    """Check that the weights after the epochs that are over were kept.
+
+    Args:
+        folder: of the run.
+        epochs: after which weights are to be kept.
+        done: epochs that are over.
+
+    Raises:
+        UsageError: they were not.
+    """
+    for epoch in epochs:
+        if epoch <= done and not is_finished(kept_folder(folder, epoch)):
+            raise UsageError(
+                f"keep_epochs: expected the weights after epoch {epoch} in {kept_folder(folder, epoch)}, found none: "
+                f"{folder} was begun without this option and has done {done} epochs; leave {epoch} out of "
+                "--keep-epochs, or start again with --overwrite"
+            )
+
+
 def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / IDENTITY
     if (folder / "manifest.json").exists():
@@ -278,3 +304,6 @@ def _clear(folder: Path) -> None:
     for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, TOKENIZER, *OF_TRANSFORMERS, *MODEL):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)
+    for kept in folder.glob("epoch-*"):
+        if is_finished(kept):
+            shutil.rmtree(kept)

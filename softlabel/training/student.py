@@ -331,9 +331,16 @@ class Student(ABC):
 
     def publish(self, num_classes: int, activation: Activation) -> None:
         """Write the finished student, so that its folder is a SPEC."""
-        model = self.evaluated
         if self.shared.select == "best":
-            run_folder.load_weights(self.folder / run_folder.BEST, model)
+            run_folder.load_weights(self.folder / run_folder.BEST, self.evaluated)
+        self._write_run(self.folder, num_classes, activation)
+
+    def keep_if_asked(self, num_classes: int, activation: Activation) -> None:
+        """Write the student as a run of its own if the weights after the epoch that has ended are to be kept."""
+        if self.epoch in (self.shared.keep_epochs or []):
+            self._write_run(run_folder.kept_folder(self.folder, self.epoch), num_classes, activation)
+
+    def _write_run(self, folder: Path, num_classes: int, activation: Activation) -> None:
         description = replace(
             self._network,
             num_classes=num_classes,
@@ -341,10 +348,11 @@ class Student(ABC):
             activation=activation,
         )
         try:
-            save_run(self.folder, model, description)
+            folder.mkdir(exist_ok=True)
+            save_run(folder, self.evaluated, description)
         except OSError as error:
             raise TrainingError(
-                f"{self.folder}: the student cannot be written: {error}; the same command resumes"
+                f"{folder}: the student cannot be written: {error}; the same command resumes"
             ) from error
 
 

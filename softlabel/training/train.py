@@ -1,6 +1,7 @@
 """`train`: bring data, labels and students together, run or resume, and leave run folders that are SPECs."""
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -96,6 +97,7 @@ def _train(
                 student = task.make_student(number, ranks=ranks, temperature=loader.temperature, steps=len(loader))
                 student.resume()
                 students[number], before[number] = student, student.epoch
+                ranks.first(functools.partial(_require_kept, config, student.folder, student.epoch))
             with (
                 closing_loader(loader, ranks),
                 task.open_eval_loader(eval_data, ranks, workers) as eval_loader,
@@ -134,6 +136,7 @@ def _hold(
         if run_folder.is_finished(folder):
             log.info("%s: finished already; --overwrite trains it again", folder)
             history = tuple(read_csv(folder / run_folder.METRICS))
+            _require_kept(config, folder, len(history))
             standing.append(StudentResult(name=student.name, out=student.out, history=history, already_done=True))
         elif failure is not None and len(configs) > 1:
             log.info("%s: given up before (%s); remove its %s to try again", folder, failure, run_folder.FAILED)
@@ -142,6 +145,10 @@ def _hold(
         else:
             standing.append(None)
     return standing
+
+
+def _require_kept(config: TrainConfig, folder: Path, done: int) -> None:
+    run_folder.require_kept(folder, config.keep_epochs or [], done)
 
 
 def _result(config: StudentConfig, student: Student, before: int) -> StudentResult:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import softlabel
-from softlabel import SoftLabelLoader, open_store, train
+from softlabel import SoftLabelLoader, TrainConfig, open_store, train
 from softlabel.errors import DataError, MismatchError, StoreError, UsageError
 from softlabel.models import build_model
 from softlabel.store.manifest import Combine, Member
@@ -29,8 +29,11 @@ from tests.support.training_runs import (
     have_equal_weights,
     make_config,
     make_keys,
+    make_settings,
     read_history,
     read_weights,
+    start_training,
+    wait_for_file,
     write_digits,
 )
 
@@ -330,3 +333,40 @@ def test_an_epoch_is_one_line_where_standard_error_is_no_terminal(digits: Path, 
     output = run_softlabel("train", *data, "--out", tmp_path / "run", "--epochs", 2).stderr
     lines = [line.split()[:2] for line in output.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2
+
+
+def test_weights_after_chosen_epochs_are_runs(digits: Path, tmp_path: Path) -> None:
+    """Each is what a run of so many epochs is, is a teacher, and is not asked for once its epoch is over."""
+    plain = {"schedule": "constant", "warmup_epochs": 0}
+    train(make_config(digits, tmp_path / "run", keep_epochs=[1, 3], **plain))
+    train(make_config(digits, tmp_path / "one", epochs=1, **plain))
+    assert sorted(found.name for found in (tmp_path / "run").glob("epoch-*")) == ["epoch-1", "epoch-3"]
+    assert have_equal_weights(tmp_path / "run" / "epoch-1", tmp_path / "one")
+    assert have_equal_weights(tmp_path / "run" / "epoch-3", tmp_path / "run")
+    made = softlabel.generate(
+        digits / "data.parquet", teachers=[f"run:{tmp_path / 'run' / 'epoch-1'}"], out=tmp_path / "labels"
+    )
+    assert made.total_rows == ROWS
+
+    with pytest.raises(UsageError, match=r"keep_epochs: expected the weights after epoch 2 .* found none"):
+        train(make_config(digits, tmp_path / "run", keep_epochs=[2], **plain))
+    with pytest.raises(UsageError, match="keep_epochs: expected epochs from 1 to 3, found 4"):
+        make_config(digits, tmp_path / "run", keep_epochs=[4])
+    train(make_config(digits, tmp_path / "run", keep_epochs=[2], overwrite=True, **plain))
+    assert [found.name for found in (tmp_path / "run").glob("epoch-*")] == ["epoch-2"]
+
+
+def test_kept_weights_survive_an_interruption(digits: Path, tmp_path: Path) -> None:
+    """An epoch that ended before the interruption is kept already, and one after it by the run that goes on."""
+    rest = {"epochs": 30, "keep_epochs": [1, 30], "checkpoint_minutes": 1e-4}
+    settings = make_settings(digits, tmp_path / "run", **rest)
+    process = start_training(settings)
+    wait_for_file(tmp_path / "run" / "epoch-1" / "model.json", process)
+    process.kill()
+    process.communicate()
+    begun = read_weights(tmp_path / "run" / "epoch-1")
+    train(TrainConfig(**settings))  # type: ignore[arg-type]
+    train(make_config(digits, tmp_path / "straight", **rest))
+    assert have_equal_weights(tmp_path / "run" / "epoch-30", tmp_path / "straight" / "epoch-30")
+    after = read_weights(tmp_path / "straight" / "epoch-1")
+    assert all(torch.equal(begun[name], after[name]) for name in after)
