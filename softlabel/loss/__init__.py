@@ -1,5 +1,6 @@
 """The distillation loss: targets, one float64 reference, fast paths that equal it, and the other losses."""
 
+from softlabel.loss.embeddings import attention_transfer, cosine_distance, embedding_mse, simple_recipe
 from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss, distillation_loss_components
 from softlabel.loss.linear import linear_distillation_loss, linear_distillation_loss_components
 from softlabel.loss.others import (
@@ -11,6 +12,14 @@ from softlabel.loss.others import (
     soft_cross_entropy,
     standardize_logits,
     standardized_kl,
+)
+from softlabel.loss.relations import (
+    contrast,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    relational_kd,
+    similarity_preserving,
 )
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, SigmoidTarget, Target, TopKTarget
 
@@ -24,15 +33,25 @@ __all__ = [
     "SigmoidTarget",
     "Target",
     "TopKTarget",
+    "attention_transfer",
+    "contrast",
+    "cosine_distance",
     "decoupled_kd",
     "dist_loss",
     "distillation_loss",
     "distillation_loss_components",
+    "embedding_mse",
     "jensen_shannon",
     "linear_distillation_loss",
     "linear_distillation_loss_components",
     "mse_logits",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
+    "relational_kd",
     "reverse_kl",
+    "similarity_preserving",
+    "simple_recipe",
     "soft_cross_entropy",
     "standardize_logits",
     "standardized_kl",
