@@ -63,7 +63,7 @@ def _make_options(kinds: Sequence[type[Encoding]], default: str | None, text: st
     )
 
 
-_ALL = list(Encoding.kinds.values())
+_ALL = [kind for kind in Encoding.kinds.values() if kind.labels]
 _OF_LOGITS = [kind for kind in _ALL if not kind.from_hidden]
 _COSTS = "how logits are stored; 'softlabel plan' shows the cost of each in bytes and nats."
 

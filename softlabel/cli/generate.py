@@ -139,8 +139,10 @@ def plan(
     from softlabel.generation.preflight.estimate import plan as run
     from softlabel.store.encodings import Encoding
 
-    if encoding is not None and (odd := set(encoding) - set(Encoding.kinds)):
-        raise UsageError(f"encoding: expected some of {', '.join(Encoding.kinds)}, found {sorted(odd)[0]!r}")
+    if encoding is not None and (
+        odd := set(encoding) - set(known := [name for name, kind in Encoding.kinds.items() if kind.labels])
+    ):
+        raise UsageError(f"encoding: expected some of {', '.join(known)}, found {sorted(odd)[0]!r}")
     for name in encoding or ():
         try:
             Encoding.kinds[name].check_activation(config.activation)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import MULTI_HOT, to_multi_hot
 from softlabel.errors import DataError
+from softlabel.generation.features import check_storable
 from softlabel.generation.labeller import BatchLabels, Labeller
 from softlabel.generation.progress import Progress
 from softlabel.labels.fidelity import FidelityMeter
@@ -53,7 +54,10 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
             continue
         with progress.spend("forward"):  # the host waits for a GPU here
             arrived, checks = part.columns.get(), part.checks.get()
-        labeller.lane.check_finite(checks["wrong"], part.keys)
+        if "wrong" in checks:
+            labeller.lane.check_finite(checks["wrong"], part.keys)
+        if "unstorable" in checks:
+            check_storable(checks["unstorable"], part.keys)
         if labeller.lane.head is not None and "explained" in checks and not checks["explained"][0]:
             labeller.lane.head.refuse()
         sigmoid = run.activation == "sigmoid"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Self, get_type_hints
+from typing import Literal, Self, get_args, get_type_hints
 
 from softlabel.common.activation import Activation
 from softlabel.common.arguments import check_values, is_plain
@@ -12,6 +12,7 @@ from softlabel.errors import UsageError
 from softlabel.labels.combine import CombineRule
 from softlabel.models.precision import Precision
 from softlabel.store.encodings import Encoding
+from softlabel.store.features import EmbeddingType, FeatureName
 from softlabel.store.manifest import Format, ViewPolicy
 from softlabel.views import view_policy
 
@@ -104,6 +105,12 @@ class GenerateConfig(LabelConfig):
     Attributes:
         encoding: how logits are stored: an `Encoding`, or the name of one without parameters; 'softlabel plan' shows
             the cost of each in bytes and nats.
+        also: store beside the logits an embedding of each sample (what enters the teacher's last linear layer, or what
+            the module of '?embedding=MODULE' in its SPEC gives) or maps of attention (of each stage, or of
+            '?attention=MODULE,MODULE'); of several teachers with --combine keep.
+        only: store one of these without any logits, also of teachers that give none, such as image encoders.
+        embedding_width: project embeddings to so many numbers, by random signs; as they are when absent.
+        embedding_type: of an embedding: float16 when absent, or int8 with a scale for each.
         format: file format of the shards.
         shard_rows: samples per shard, the most that a killed run loses.
         shard_positions: of language models: labelled positions per shard on average, 4 million when absent; a shard has
@@ -124,6 +131,10 @@ class GenerateConfig(LabelConfig):
     """
 
     encoding: Encoding | str = "float16"
+    also: Sequence[FeatureName] | None = None
+    only: FeatureName | None = None
+    embedding_width: int | None = None
+    embedding_type: EmbeddingType | None = None
     format: Format = "parquet"
     shard_rows: int = 16384
     shard_positions: int | None = None
@@ -139,8 +150,28 @@ class GenerateConfig(LabelConfig):
     def __post_init__(self) -> None:
         LabelConfig.__post_init__(self)  # super() fails in a dataclass with slots, which is a new class
         self._check_above_zero("shard_rows", *(["shard_positions"] if self.shard_positions is not None else []))
+        if self.only is not None and self.activation == "sigmoid":
+            raise UsageError("only: a store without labels has no activation; leave --activation out")
+        if self.embedding_width is not None:
+            self._check_above_zero("embedding_width")
+        for name in ("embedding_width", "embedding_type"):
+            if getattr(self, name) is not None and "embedding" not in self.features:
+                raise UsageError(f"{name}: belongs to --also embedding, found none")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers: expected at least 0, found {self.workers}")
+
+    @property
+    def features(self) -> tuple[FeatureName, ...]:
+        """What is stored beside logits, or alone."""
+        wanted = {*(self.also or ()), self.only}
+        return tuple(name for name in get_args(FeatureName) if name in wanted)
+
+    @property
+    def stores_hidden(self) -> bool:
+        """Whether the encoding is what enters the last linear layer."""
+        encoding = self.encoding
+        kind = Encoding.kinds.get(encoding) if isinstance(encoding, str) else type(encoding)
+        return self.only is None and kind is not None and kind.from_hidden
 
     @property
     def tuning(self) -> Tuning:

@@ -192,8 +192,8 @@ def replace_norms(model: nn.Module) -> None:
 
 
 def _copy_sharing_weights(model: nn.Module) -> nn.Module:
-    if isinstance(model, Program):  # it keeps no state
-        return model
+    if isinstance(model, Program):  # beside its file it has the outputs alone that are watched
+        return copy.copy(model)
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -253,14 +253,14 @@ def _exceeds_memory(teachers: Sequence[Teacher], device: torch.device) -> bool:
     )
 
 
-def compile_members(teachers: Sequence[Teacher], *, head: bool) -> None:
+def compile_members(teachers: Sequence[Teacher], *, captured: str | None) -> None:
     """Compile the networks with `torch.compile`, for the one shape of batches.
 
     Raises:
-        UsageError: a network is not a torch module, or encoding `head` captures its last layer.
+        UsageError: a network is not a torch module, or what is `captured` is taken from a layer.
     """
-    if head:
-        raise UsageError("compile: encoding head captures a layer, which compiled networks do not allow; leave it out")
+    if captured is not None:
+        raise UsageError(f"compile: {captured} captures a layer, which compiled networks do not allow; leave it out")
     for teacher in teachers:
         if isinstance(teacher.model, Program):
             raise UsageError(f"compile: {teacher.spec.text} is a program file, not a torch module; leave out --compile")
@@ -275,6 +275,7 @@ def find_stacks(
     *,
     batch_size: int,
     in_turn: bool,
+    captured: str | None = None,
     before: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Group, ...]:
     """Find the members of one architecture that run stacked: all with `stack="yes"`, else if a timed trial is faster.
@@ -284,6 +285,7 @@ def find_stacks(
         tuning: may require or exclude stacking.
         batch_size: samples per forward pass.
         in_turn: whether members run in turn.
+        captured: what is taken from a layer of each; None: nothing.
         before: groups with which existing shards were labelled; with `stack="auto"` they are used again.
 
     Returns:
@@ -294,6 +296,10 @@ def find_stacks(
         TeacherError: stacking is required, but the logits of the stacked network differ.
     """
     optimized = tuning.optimize != "none" and teachers[0].device.type == "cpu"
+    if captured is not None:
+        if tuning.stack == "yes":
+            raise UsageError(f"stack: {captured} captures a layer of each member, found --stack yes; leave it out")
+        return ()
     if tuning.stack == "no" or tuning.compile or optimized or in_turn:
         return ()
     alike: dict[object, list[int]] = {}

@@ -27,6 +27,7 @@ from softlabel.generation.documents import (
 )
 from softlabel.generation.engine import connect_engines
 from softlabel.generation.ensemble import Members, compile_members, find_stacks, load_members
+from softlabel.generation.find_features import find_features
 from softlabel.generation.growth import GROWN, History, new_runs
 from softlabel.generation.input_reader import InputReader
 from softlabel.generation.labeller import Labeller, Lane, describe_last_layer
@@ -36,7 +37,7 @@ from softlabel.labels.calibration import read_calibration
 from softlabel.labels.combine import normalized_weights
 from softlabel.models import names_language_model
 from softlabel.models.teacher import Teacher, load_teacher
-from softlabel.store.encodings import Encoding, fitted
+from softlabel.store.encodings import Encoding, NoLabels, fitted
 from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
 from softlabel.views import Views, libraries
 
@@ -107,7 +108,13 @@ def load_job(
         torch.manual_seed(config.seed)
         return [
             load_teacher(
-                spec, device=where, precision=config.precision, kind=source.inputs.name, activation=config.activation
+                spec,
+                device=where,
+                precision=config.precision,
+                num_classes=None if config.only is None else 0,
+                kind=source.inputs.name,
+                activation=config.activation,
+                features=True,
             )
             for spec in teachers
         ]
@@ -134,6 +141,8 @@ def load_job(
     if len(classes) > 1:
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
+    features = find_features(loaded, source, config)
+    captured = features.title if features is not None else None
     described = _make_members(loaded, config.calibration, config.activation)
     encoding = _fit_encoding(config, loaded, described[0].calibration, None if there is None else there.encoding)
     run = Run(
@@ -141,7 +150,7 @@ def load_job(
         num_classes=loaded[0].num_classes,
         class_names=_check_classes(source, loaded[0].num_classes, config.activation, look=trusted is None),
         activation=config.activation,
-        temperature=float(config.temperature),
+        temperature=float(config.temperature) if encoding.labels else 1.0,
         encoding=encoding,
         combine=Combine(rule=config.combine, weights=normalized_weights(config.weights, len(loaded))),
         members=described,
@@ -156,15 +165,23 @@ def load_job(
         views=views,
         shard_rows=config.shard_rows,
         tokens=tokens,
+        features=features,
     )
+    if encoding.from_hidden:
+        captured = f"encoding {encoding.name}"
     if documents is not None:
         run = dataclasses.replace(run, shard_rows=choose_shard_rows(documents, config, run, there))
     connect_engines(loaded, run)
     if tuning.compile:
-        compile_members(loaded, head=run.encoding.from_hidden)
+        compile_members(loaded, captured=captured)
     size = config.batch_size if isinstance(config.batch_size, int) else int(recorded.get("batch_size", 0))
     groups = find_stacks(
-        loaded, tuning, batch_size=size or _TRIAL_BATCH, in_turn=in_turn, before=recorded.get("stacked")
+        loaded,
+        tuning,
+        batch_size=size or _TRIAL_BATCH,
+        in_turn=in_turn,
+        captured=None if features is None else captured,
+        before=recorded.get("stacked"),
     )
     members = Members(loaded, groups=groups, in_turn=in_turn, device=device)
     reader = InputReader(source=source, transforms=members.transforms, views=Views.of(run))
@@ -177,7 +194,7 @@ def load_job(
             tuning,
             batch_size=size,
             samples=run.dataset.rows * views.count,
-            head=encoding.from_hidden,
+            captured=captured,
             before=recorded.get(OPTIMIZED),
         )
         members = Members(loaded, in_turn=in_turn, device=device)
@@ -255,6 +272,8 @@ def _fit_encoding(
     config: GenerateConfig, members: Sequence[Teacher], calibration: float, there: Encoding | None
 ) -> Encoding:
     """Complete the encoding's parameters; those of the last layer are the first teacher's."""
+    if config.only is not None:
+        return NoLabels()
     temperature = config.temperature
     try:
         found = fitted(
@@ -275,6 +294,12 @@ def _fit_encoding(
 
 def _check_classes(source: Source, num_classes: int, activation: Activation, *, look: bool) -> tuple[str, ...] | None:
     names = source.class_names
+    if num_classes == 0:  # the teachers have none
+        if source.label_width is not None:
+            raise UsageError(
+                f"labels: {source.name} has several classes at once, which only logits have; give --ignore-labels"
+            )
+        return None
     if num_classes == 1 and names is not None and len(names) == 2:
         names = names[1:]  # one output says whether it is the second of two classes
     if source.label_width is not None:

@@ -30,6 +30,15 @@ from softlabel.errors import TeacherError
 from softlabel.generation.buckets import Piece, count_bytes, count_pass_rows, cut_into_pieces, put_back
 from softlabel.generation.config import BadImagePolicy
 from softlabel.generation.ensemble import Members
+from softlabel.generation.features import (
+    BatchAnswers,
+    Capture,
+    Probe,
+    Taken,
+    encode_features,
+    make_probes,
+    watch_all,
+)
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
@@ -75,6 +84,7 @@ class Lane:
         batch_size: samples per forward pass.
         first_member: number in the store of the first of these members.
         head: the last layer, if the encoding stores its input.
+        probes: of each member, if rows have features.
     """
 
     run: Run
@@ -82,6 +92,7 @@ class Lane:
     batch_size: int
     first_member: int = 0
     head: Head | None = None
+    probes: tuple[Probe, ...] = ()
 
     @classmethod
     def of(cls, run: Run, members: Members, *, batch_size: int, first_member: int = 0) -> Self:
@@ -91,7 +102,14 @@ class Lane:
             UsageError: encoding ``head`` does not fit the teacher.
         """
         head = Head.of(members.teachers[0], run.members[0].calibration) if run.encoding.from_hidden else None
-        return cls(run=run, members=members, batch_size=batch_size, first_member=first_member, head=head)
+        return cls(
+            run=run,
+            members=members,
+            batch_size=batch_size,
+            first_member=first_member,
+            head=head,
+            probes=make_probes(members.teachers, run.features),
+        )
 
     def with_replicas(self) -> Self:
         """Return a lane for another thread, with copies of the networks that share their weights."""
@@ -101,16 +119,39 @@ class Lane:
     def label(self, plan: ShardPlan, batches: Sequence[DecodedBatch], progress: Progress) -> list[BatchLabels]:
         """Label batches of one shard."""
         full = [batch for batch in batches if batch.keys]
-        hidden: list[Tensor | None] = [None] * len(full)
         with progress.spend("forward"):
-            if self.head is None:
-                answers = self.logits(full)
-            else:
-                captured = self._compute_hidden(full)
-                answers, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
+            answers = self.answers(full)
         with progress.spend("encoding"), torch.inference_mode():
-            encoded = iter([self._encode(plan, *each) for each in zip(full, answers, hidden, strict=True)])
+            encoded = iter([self._encode(plan, *each) for each in zip(full, answers, strict=True)])
             return [next(encoded) if batch.keys else make_labels(batch, None, None) for batch in batches]
+
+    def answers(self, batches: Sequence[DecodedBatch]) -> list[BatchAnswers]:
+        """What the members answer to each batch, and what is taken on the way."""
+        hidden: list[Tensor | None] = [None] * len(batches)
+        with watch_all(self.probes) as captures:
+            if self.head is None:
+                logits = self.logits(batches)
+            else:
+                captured = self._compute_hidden(batches)
+                logits, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
+        taken = [self._take(batches, number, capture) for number, capture in enumerate(captures)]
+        return [
+            BatchAnswers(logits=logits_MBC, hidden=hidden_BD, features=tuple(one[place] for one in taken))
+            for place, (logits_MBC, hidden_BD) in enumerate(zip(logits, hidden, strict=True))
+        ]
+
+    def _take(self, batches: Sequence[DecodedBatch], number: int, capture: Capture) -> list[Taken]:
+        """The features that a member has given to each batch."""
+        subject, sizes = self.members.teachers[number].spec.text, [len(batch.keys) for batch in batches]
+        if not self.members.has_buckets:
+            passes = capture.of_passes(subject, len(batches))
+            return [
+                {name: found[:size] for name, found in taken.items()} for taken, size in zip(passes, sizes, strict=True)
+            ]
+        pieces = self._cut_into_pieces(batches, self.members.transform_of[number])
+        passes = capture.of_passes(subject, len(pieces))
+        back = {name: put_back([taken[name] for taken in passes], pieces, sizes) for name in capture.names}
+        return [{name: found[place] for name, found in back.items()} for place in range(len(batches))]
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
         """Return logits of each batch and member, float32 (len(batch.keys), C)."""
@@ -220,10 +261,20 @@ class Lane:
         # A constant shape keeps labels independent of a shard's end, and compiles teachers only once.
         return [inputs.padded(self.batch_size) for inputs in batch.inputs]
 
-    def _encode(
-        self, plan: ShardPlan, batch: DecodedBatch, logits_MBC: list[Tensor], hidden_BD: Tensor | None
-    ) -> BatchLabels:
-        run = self.run
+    def _encode(self, plan: ShardPlan, batch: DecodedBatch, answers: BatchAnswers) -> BatchLabels:
+        run, rows, checks = self.run, dict[str, Tensor](), dict[str, Tensor]()
+        if run.encoding.labels:
+            rows, checks = self._encode_labels(plan, batch, answers)
+        if run.features is not None:
+            columns, checks["unstorable"] = encode_features(run.features, self.probes, answers.features)
+            rows |= columns
+        return make_labels(batch, Download(rows), Download(checks))
+
+    def _encode_labels(
+        self, plan: ShardPlan, batch: DecodedBatch, answers: BatchAnswers
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The encoding's columns, and what is checked of them."""
+        run, logits_MBC, hidden_BD = self.run, answers.logits, answers.hidden
         scaled_logits = self.combine(logits_MBC)
         flat_RC = scaled_logits.reshape(-1, run.num_classes)
         meter = FidelityMeter(temperature=run.temperature, encoding=run.encoding, activation=run.activation)
@@ -238,8 +289,7 @@ class Lane:
         if is_labelled(batch.labels).any():
             mixed_BC = average_members(scaled_logits, run.activation) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
-        rows = {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}
-        return make_labels(batch, Download(rows), Download(checks))
+        return {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}, checks
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
         """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member)."""

@@ -90,7 +90,7 @@ def optimize_teachers(
     *,
     batch_size: int,
     samples: int,
-    head: bool,
+    captured: str | None,
     before: Sequence[Mapping[str, Any]] | None,
 ) -> tuple[list[Teacher], list[Optimization]]:
     """Compute the teachers as `tuning.optimize` asks, or, with ``auto``, as a store's shards were computed before.
@@ -101,7 +101,7 @@ def optimize_teachers(
         tuning: what is asked, and the threads of a lane.
         batch_size: samples of a batch.
         samples: that the run labels, counting views.
-        head: whether the encoding stores the input of a teacher's last layer.
+        captured: what of the store is taken from a layer of each teacher; None: nothing.
         before: recorded choices of the store.
 
     Returns:
@@ -117,7 +117,7 @@ def optimize_teachers(
     if len(recorded) != len(members.teachers) or tuning.optimize != "auto":
         recorded = []
     for number, teacher in enumerate(members.teachers):
-        reason = _find_obstacle(members, teacher, head=head)
+        reason = _find_obstacle(members, teacher, captured=captured)
         trial = _Trial(teacher, tuning, batch_size, lambda rows, number=number: _read(members, reader, number, rows))  # type: ignore[misc]
         if reason is not None and tuning.optimize != "auto":
             raise UsageError(f"optimize: {teacher.spec.text}: {reason}; leave out --optimize {tuning.optimize}")
@@ -139,7 +139,7 @@ def optimize_teachers(
     return chosen, how
 
 
-def _find_obstacle(members: Members, teacher: Teacher, *, head: bool) -> str | None:
+def _find_obstacle(members: Members, teacher: Teacher, *, captured: str | None) -> str | None:
     """Why a teacher can only be computed as it is."""
     if members.device.type != "cpu":
         return f"graphs are for CPUs, found {members.device} (--compile is for GPUs)"
@@ -147,8 +147,8 @@ def _find_obstacle(members: Members, teacher: Teacher, *, head: bool) -> str | N
         return "is a program file, not a torch module"
     if teacher.precision != "fp32":
         return f"graphs are in fp32, found {teacher.precision}"
-    if head:
-        return "encoding head captures a layer, which graphs do not have"
+    if captured is not None:
+        return f"{captured} captures a layer, which graphs do not have"
     if isinstance(teacher.model, LanguageModel):
         return "language models answer position by position"
     if teacher.preprocessing.buckets:

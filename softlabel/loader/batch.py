@@ -3,7 +3,7 @@
 Legend: B batch, H and W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self, overload
 
@@ -99,6 +99,10 @@ class Batch(NamedFields):
         target: what the teacher says, for `softlabel.distillation_loss`; None without a store.
         has_target: bool (B,), False where the store has no row for the sample (its target is filler); None: all have
             one, or there is no store at all.
+        embedding: float32 (B, D), the teacher's embedding of each sample, or (B, M, D) of a store that keeps its
+            members; None unless the loader was asked for it. `run.embedding` of the store says what it is.
+        attention: float32 (B, S), or (B, M, S), its maps of attention one after another, which `run.attention` cuts;
+            None likewise.
         weight: float32 (B,), 1 where the row counts and 0 where it is filler that makes the shares of all ranks, or
             the last batch, as large as the others; None: all count, on every rank. Filler repeats samples.
     """
@@ -111,6 +115,8 @@ class Batch(NamedFields):
     target: Target | None = None
     has_target: Tensor | None = None
     weight: Tensor | None = None
+    embedding: Tensor | None = None
+    attention: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,7 +128,7 @@ class Batch(NamedFields):
             inputs=Inputs.of(self.inputs).map(lambda one: one.to(device, non_blocking=non_blocking)).plain,
             labels=self.labels.to(device, non_blocking=non_blocking),
             **move_target(self, device, non_blocking=non_blocking),
-            weight=None if self.weight is None else self.weight.to(device, non_blocking=non_blocking),
+            **_map_others(self, lambda one: one.to(device, non_blocking=non_blocking)),
         )
 
     def pin_memory(self) -> Self:
@@ -132,8 +138,14 @@ class Batch(NamedFields):
             inputs=Inputs.of(self.inputs).map(lambda one: one.pin_memory() if one.device.type == "cpu" else one).plain,
             labels=self.labels.pin_memory(),
             **pin_target(self),
-            weight=None if self.weight is None else self.weight.pin_memory(),
+            **_map_others(self, Tensor.pin_memory),
         )
+
+
+def _map_others(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The tensors that few batches have, changed."""
+    found = {"weight": batch.weight, "embedding": batch.embedding, "attention": batch.attention}
+    return {name: None if one is None else change(one) for name, one in found.items()}
 
 
 class _Targeted(Protocol):

@@ -8,6 +8,7 @@ its labels, and nothing per row that Python has to loop over once the images are
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
 from softlabel.loader.device_cache import DeviceCache, open_device_cache, refuse_views
+from softlabel.loader.features import check_also, decode_features, list_columns
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import make_target
-from softlabel.loss.targets import Target
+from softlabel.store.features import FeatureName
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.views import CropFlip, Views, stacked
@@ -58,6 +60,7 @@ class JoinedDataset(Dataset[Batch]):
         combine: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
         device: where decoded samples are kept, and augmented; None: in main memory.
+        also: what a batch has of a teacher beside its logits: "embedding", "attention".
         views: of a store whose rows are views: which of them. The images are then the views that the teacher saw, and
             hard labels are left out where two images are mixed into one.
 
@@ -82,12 +85,15 @@ class JoinedDataset(Dataset[Batch]):
         combine: Combination | None = None,
         targets: bool = True,
         device: torch.device | None = None,
+        also: Sequence[FeatureName] = (),
         views: ViewChoice = _ALL_VIEWS,
     ) -> None:
         source = detect_decoding(source, None if store is None else store.manifest.recorded)
         self.source, self.store, self._combination = source, store, combine
         self._targets = targets
+        self._also = check_also(also, store)
         self._label_names = [] if store is None else [column.name for column in store.run.label_columns]
+        self._feature_names = [] if store is None else list_columns(store.run, self._also)
         require_samples(source)
         if store is not None:
             refuse_positions(store)
@@ -130,7 +136,8 @@ class JoinedDataset(Dataset[Batch]):
         if store is not None:
             self._check_same_samples(store)
         if store is not None and targets and len(store):
-            store.take([0])  # reads the columns into memory, which forked workers then share
+            # Reads the columns into memory, which forked workers then share.
+            store.take([0], [*self._label_names, *self._feature_names])
         self._replay: Replay | None = None
         if store is not None and made is not None and rows_VN is not None:
             self._replay = Replay(
@@ -180,7 +187,7 @@ class JoinedDataset(Dataset[Batch]):
             keys=keys,
             samples=torch.from_numpy(self.samples[positions]),
             rows=torch.from_numpy(rows_B),
-            target=self._target(self.store, rows_B) if self.store is not None and self._targets else None,
+            **({} if self.store is None or not self._targets else self._take(self.store, rows_B)),
             has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
             weight=None if counted is None else (torch.arange(len(keys)) < counted).float(),
         )
@@ -337,11 +344,15 @@ class JoinedDataset(Dataset[Batch]):
         if len(changed):
             raise MismatchError(describe_changed(self.source.name, list(keys), changed, self.store))
 
-    def _target(self, store: Store, rows_B: Int64s) -> Target:
+    def _take(self, store: Store, rows_B: Int64s) -> dict[str, Any]:
+        """The target and features of a batch."""
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
-        stored = store.take(rows_B, self._label_names)
-        return make_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
+        stored = store.take(rows_B, [*self._label_names, *self._feature_names])
+        found: dict[str, Any] = dict(decode_features(store.run, self._also, stored.columns))
+        if store.run.encoding.labels:
+            found["target"] = make_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
+        return found
 
 
 def _check_classes(source: Source, run: Run) -> None:

@@ -8,19 +8,22 @@ Legend: B rows of a batch, R rows of a window, W elements of a column in one row
 Memory is that of two windows, three while a batch lies across the edge of two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softlabel.errors import MismatchError
 from softlabel.labels.combine import Combination
+from softlabel.loader.features import decode_features, list_columns
 from softlabel.loader.order import BlockOrder
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
+from softlabel.store.features import FeatureName
 from softlabel.store.reader import Store
 
 Int64s = NDArray[np.int64]
@@ -38,6 +41,7 @@ class LabelStream:
         rows_of: (epoch, samples) -> int64 rows of the store, -1 where there is none. Neighbouring samples have
             neighbouring rows, or much is read for nothing: see `check_same_order`.
         combination: see `make_target`.
+        also: what a batch has of a teacher beside its logits.
     """
 
     def __init__(
@@ -47,15 +51,18 @@ class LabelStream:
         rows_of: Callable[[int, Int64s], Int64s],
         *,
         combination: Combination | None = None,
+        also: Sequence[FeatureName] = (),
     ) -> None:
         self._store, self._order, self._rows_of, self._combination = store, order, rows_of, combination
-        self._names = [column.name for column in store.run.label_columns]
+        self._also = also
+        self._names = [*(column.name for column in store.run.label_columns), *list_columns(store.run, also)]
         self._loading: dict[int, Future[_Window]] = {}
         self._epoch = -1
         self._pool: ThreadPoolExecutor | None = None
 
-    def target(self, epoch: int, start: int, stop: int, rows_B: Int64s) -> Target:
-        """The target of rows that belong to the positions start to stop of an epoch; -1 gives another row as filler.
+    def take(self, epoch: int, start: int, stop: int, rows_B: Int64s) -> tuple[Target | None, dict[str, Tensor]]:
+        """The target and features of rows that belong to the positions start to stop of an epoch; -1 gives another row
+        as filler. There is no target where rows have no labels.
 
         Raises:
             StoreCorruptError: a shard is gone, or is not what the manifest promises.
@@ -70,9 +77,11 @@ class LabelStream:
         except BaseException:
             self._loading.clear()  # after the store is repaired, the old error must not come again
             raise
-        return make_target(
-            self._store.run, _gather(parts, rows_B), extra=self._store.extra, combination=self._combination
-        )
+        run, columns = self._store.run, _gather(parts, rows_B)
+        features = decode_features(run, self._also, columns)
+        if not run.encoding.labels:
+            return None, features
+        return make_target(run, columns, extra=self._store.extra, combination=self._combination), features
 
     def close(self) -> None:
         """End the thread and let go of the windows."""
@@ -104,7 +113,7 @@ class LabelStream:
 
     def _read(self, rows_R: Int64s) -> "_Window":
         """These rows, rising, piece by piece."""
-        widths = {column.name: column for column in self._store.run.label_columns}
+        widths = {column.name: column for column in self._store.run.columns if column.name in self._names}
         columns = {name: np.empty((len(rows_R), one.width), one.numpy) for name, one in widths.items()}
         for piece in np.split(rows_R, np.flatnonzero(np.diff(rows_R) > _GAP) + 1):
             at = int(piece[0])

@@ -27,6 +27,7 @@ from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
 from softlabel.loader.ratio_order import RatioOrder, ratio_order
 from softlabel.loader.replay import ViewChoice, ViewOrder
+from softlabel.store.features import FeatureName
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.views import CropFlip
@@ -84,6 +85,8 @@ class SoftLabelLoader(EpochLoader[Batch]):
             all.
         window: with `streaming`, how many blocks are shuffled together and held in memory (up to three times); None:
             as many as hold 16,384 samples, at least 8.
+        also: what batches have of the teacher beside its logits, from a store that has it: ``embedding`` and
+            ``attention``; nothing of them is read otherwise.
         view_order: which views of a store that has several an epoch uses: ``cycle`` (epoch e: view e mod V) or
             ``random`` (each sample its own, which follows from (seed, key, epoch)).
         check_views: the pixels of one in so many replayed views are compared with what the teacher saw; 0: none.
@@ -122,6 +125,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
         source_ratio: Sequence[int] | None = None,
         streaming: bool = False,
         window: int | None = None,
+        also: Sequence[FeatureName] = (),
         view_order: ViewOrder = "cycle",
         check_views: int = 256,
         views: int | None = None,
@@ -158,6 +162,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
             combine=combine,
             targets=not streaming,
             device=None if cache_device is None else torch.device(cache_device),
+            also=also,
             views=chosen_views,
         )
         order: EpochOrder | BlockOrder | RatioOrder
@@ -166,7 +171,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
             order = _order_blocks(joined, seed=seed, window=window, shuffle=shuffle)
             if store is not None:
                 check_same_order(store, joined.rows, source.name, lambda place: joined.keys(np.array([place]))[0])
-                self._labels = LabelStream(store, order, joined.rows_of_epoch, combination=combine)
+                self._labels = LabelStream(store, order, joined.rows_of_epoch, combination=combine, also=also)
         elif source_ratio is not None:
             order = ratio_order(source, joined.samples, source_ratio, seed=seed, shuffle=shuffle)
         else:
@@ -187,8 +192,11 @@ class SoftLabelLoader(EpochLoader[Batch]):
         """With its labels where these are streamed."""
         if self._labels is None:
             return batch
-        target = self._labels.target(epoch, start, stop, batch.rows.numpy())
-        return replace(batch, target=target.pin_memory() if self._batches.pin_memory else target)
+        target, features = self._labels.take(epoch, start, stop, batch.rows.numpy())
+        if self._batches.pin_memory:
+            target = None if target is None else target.pin_memory()
+            features = {name: one.pin_memory() for name, one in features.items()}
+        return replace(batch, target=target, embedding=features.get("embedding"), attention=features.get("attention"))
 
     def _identity(self) -> dict[str, int | str]:
         return {

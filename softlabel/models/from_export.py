@@ -5,7 +5,7 @@ compiles its graph to Python. So the SPEC has to say that the file is trusted.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,12 @@ class ExportedProgram(Program):
         # Its devices are written into the graph. A tuple hides it from nn.Module, whose eval() it refuses.
         self._module = (move_to_device_pass(self._program, device).module(),)
 
-    def run(self, tensors: Mapping[str, Tensor]) -> Any:
+    def run(self, tensors: Mapping[str, Tensor], further: Sequence[str] = ()) -> Sequence[Any]:
         tree = self._program.call_spec.in_spec
         assert tree is not None
         leaves = [tensors[name].to(dtype) for name, dtype in self._dtypes.items()]
         args, kwargs = torch.utils._pytree.tree_unflatten(leaves, tree)
-        return self._module[0](*args, **kwargs)
+        return [self._module[0](*args, **kwargs)]
 
 
 def _json(path: Path, text: Any) -> Any:

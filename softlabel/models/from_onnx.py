@@ -4,7 +4,7 @@ Legend: B batch, C classes.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -75,6 +75,7 @@ class OnnxProgram(Program):
             for one in inputs
         }
         self._output = self._choose_output(outputs)
+        self.outputs = tuple(output.name for output in outputs)
         first = inputs[0].shape[0]
         self.batch = (first, first) if isinstance(first, int) and first > 0 else (1, None)
         self.described = self._metadata()
@@ -102,14 +103,15 @@ class OnnxProgram(Program):
         if device.type == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise TeacherError(f"{self._path}: onnxruntime cannot use {device} (see its log); use --device cpu")
 
-    def run(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def run(self, tensors: Mapping[str, Tensor], further: Sequence[str] = ()) -> Sequence[Tensor]:
         device = next(iter(tensors.values())).device
         arrays = {name: _convert(tensors[name], name, dtype) for name, dtype in self._dtypes.items()}
-        (found,) = self._session.run([self._output], arrays)
+        found, *others = self._session.run([self._output, *further], arrays)
         if isinstance(found, list):  # of a ZipMap: a dict of probabilities for each sample
             found = _rows_of_maps(found, self._output)
         output = torch.from_numpy(found).to(device)
-        return self._invert(output) if self._probabilities else output
+        beside = [torch.from_numpy(other).to(device) for other in others]
+        return [self._invert(output) if self._probabilities else output, *beside]
 
     def _choose_output(self, outputs: Any) -> str:
         names = [output.name for output in outputs]

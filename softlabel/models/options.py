@@ -7,6 +7,8 @@ from softlabel.errors import SpecError
 
 # How images are prepared; they are not the builder's.
 PREPROCESSING_OPTIONS = ("mean", "std", "resize", "crop", "interpolation", "squash")
+# Where a teacher's embedding and its maps of attention are taken; they are no option of the network.
+FEATURE_OPTIONS = ("embedding", "attention")
 # Which set of weights of a checkpoint is meant.
 WEIGHTS_KEY = "weights_key"
 

@@ -5,7 +5,8 @@ Legend: B batch, C classes or channels, H height, W width.
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Program(nn.Module):
         shapes: of its inputs by name, without the batch; None for sizes that vary.
         channels_last: its images are (B, H, W, C); see `prepare_for`.
         activation: what its logits are the input of.
+        outputs: names of what it can give beside its answer; none if its answer is all there is.
     """
 
     spec: Spec
@@ -41,10 +43,22 @@ class Program(nn.Module):
     shapes: Mapping[str, tuple[int | None, ...]]
     channels_last: bool = False
     activation: Activation = "softmax"
+    outputs: tuple[str, ...] = ()
+    _watched: tuple[str, ...] = ()
+    _keep: Sequence[Callable[[object], None]] = ()
 
     @abstractmethod
-    def run(self, tensors: Mapping[str, Tensor]) -> Any:
-        """What the file answers to its inputs by name, with B within `batch`."""
+    def run(self, tensors: Mapping[str, Tensor], further: Sequence[str] = ()) -> Sequence[Any]:
+        """What the file answers to its inputs by name, with B within `batch`, and the values of further outputs."""
+
+    @contextmanager
+    def watching(self, names: Sequence[str], keep: Sequence[Callable[[object], None]]) -> Iterator[None]:
+        """Hand the value of each of these outputs to its function in every pass; the name of the answer is empty."""
+        self._watched, self._keep = tuple(names), keep
+        try:
+            yield
+        finally:
+            self._watched, self._keep = (), ()
 
     @abstractmethod
     def place(self, device: torch.device) -> None:
@@ -68,13 +82,20 @@ class Program(nn.Module):
             tensors = {name: tensor.permute(0, 2, 3, 1) for name, tensor in tensors.items()}
         count = len(next(iter(tensors.values())))
         smallest, largest = self.batch
-        parts = []
+        further = [name for name in self._watched if name]
+        parts, others = [], []
         for start in range(0, count, largest or count):
             part = {name: tensor[start : start + (largest or count)] for name, tensor in tensors.items()}
             kept = min(count - start, largest or count)
             part = {name: _pad(tensor, smallest).contiguous() for name, tensor in part.items()}
-            parts.append(logits_of(self.spec.text, self.run(part))[:kept])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            answer, *others_of = self.run(part, further)
+            parts.append(logits_of(self.spec.text, answer)[:kept])
+            others.append([one[:kept] for one in others_of])
+        logits_BC = parts[0] if len(parts) == 1 else torch.cat(parts)
+        values = {name: torch.cat(found) for name, found in zip(further, zip(*others, strict=True), strict=True)}
+        for name, keep in zip(self._watched, self._keep, strict=True):
+            keep(values[name] if name else logits_BC)
+        return logits_BC
 
     def to(self, *args: Any, **kwargs: Any) -> "Program":
         device = kwargs.get("device", args[0] if args else None)

@@ -4,7 +4,7 @@ Legend: B batch, C classes, H and W height and width. Images are uint8 RGB until
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from softlabel.models import (
 )
 from softlabel.models.from_vllm import VllmLanguageModel
 from softlabel.models.graph import GraphNetwork
-from softlabel.models.options import PREPROCESSING_OPTIONS
+from softlabel.models.options import FEATURE_OPTIONS, PREPROCESSING_OPTIONS
 from softlabel.models.precision import PRECISIONS, Precision, computing, ieee_float32
 
 _TOKENIZED = (TextKind.name, ChatKind.name)
@@ -51,8 +51,11 @@ class _Once:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """A network that labels. `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files;
-    `class_names` are its own, where it has some; `graph` computes its logits where that was found to be faster."""
+    """A network that labels; one whose embedding alone is of interest has 0 classes.
+
+    `sha256` is that of its weights (`models.weights_sha256`), or of a `Program`'s files; `class_names` are its own,
+    where it has some; `graph` computes its logits where that was found to be faster.
+    """
 
     spec: Spec
     model: nn.Module
@@ -72,13 +75,17 @@ class Teacher:
             inputs: B samples, on any device.
 
         Returns:
-            float32 (B, C) on the teacher's device. Not checked for NaN: the engine does that, which knows the keys.
+            float32 (B, C) on the teacher's device; (B, 0) of a teacher without classes. Not checked for NaN: the engine
+            does that, which knows the keys.
 
         Raises:
             TeacherError: the network gives something else, or it was set to training mode.
         """
         with torch.inference_mode():
-            logits_BC = logits_of(self.spec.text, self._answer(inputs, self.graph or self.model))
+            answer = self._answer(inputs, self.graph or self.model)
+            if self.num_classes == 0:  # whose embedding alone is taken on the way
+                return torch.zeros((len(inputs), 0), device=self.device)
+            logits_BC = logits_of(self.spec.text, answer)
             expected = (len(inputs), self.num_classes)
             if tuple(logits_BC.shape) != expected:
                 raise TeacherError(
@@ -148,6 +155,7 @@ def load_teacher(
     num_classes: int | None = None,
     kind: str = Preprocessing.kind,
     activation: Activation = "softmax",
+    features: bool = False,
 ) -> Teacher:
     """Build a teacher from its SPEC, in evaluation mode, and try it where its input's shape is known.
 
@@ -155,9 +163,10 @@ def load_teacher(
         spec_text: the SPEC.
         device: that it computes on.
         precision: of its forward pass.
-        num_classes: how many it has; absent: found out.
+        num_classes: how many it has; absent: found out; 0: its answer is no logits.
         kind: of the samples that it will label: image, tensor, text or tokens.
         activation: what its outputs are the logits of; one single output is a sigmoid's.
+        features: let the SPEC say where its embedding and maps of attention are taken.
 
     Raises:
         SpecError: a SPEC that cannot be understood, a file that is not there, or a teacher without weights.
@@ -166,8 +175,10 @@ def load_teacher(
     spec = parse_spec(spec_text)
     if precision not in PRECISIONS:
         raise SpecError(f"precision: expected {', '.join(PRECISIONS)}; found {precision!r}")
+    taken = {name: spec.options[name] for name in FEATURE_OPTIONS if features and name in spec.options}
+    spec = replace(spec, options={name: text for name, text in spec.options.items() if name not in taken})
     refuse_random(spec)
-    network = build_network(spec, num_classes=num_classes)
+    network = build_network(spec, num_classes=num_classes or None)
     spec, model = network.spec, network.model.eval()
     if isinstance(model, Program):
         model.activation = activation
@@ -185,13 +196,13 @@ def load_teacher(
     device = torch.device(device)
     model = model.to(device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
     classes = num_classes if num_classes is not None else _count_classes(spec_text, model, preprocessing, device)
-    if classes < 2 and activation == "softmax":
+    if classes == 1 and activation == "softmax":
         raise SpecError(
             f"{spec_text}: expected logits of at least 2 classes, found a network with one output: its softmax is 1 "
             "for every sample; give --activation sigmoid if it is the logit of one, or return two logits"
         )
     teacher = Teacher(
-        spec=spec,
+        spec=replace(spec, options={**spec.options, **taken}),
         model=model,
         preprocessing=preprocessing,
         num_classes=classes,
@@ -200,7 +211,7 @@ def load_teacher(
         sha256=sha256,
         class_names=class_names_of(network.model),
     )
-    if not isinstance(model, LanguageModel) and (example := preprocessing.example(2)) is not None:
+    if classes and not isinstance(model, LanguageModel) and (example := preprocessing.example(2)) is not None:
         _refuse_probabilities(spec_text, teacher.logits(example))
     return teacher
 

@@ -18,12 +18,14 @@ from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.store.columns import ROW_NAMES, Column
 from softlabel.store.differences import find_differences
 from softlabel.store.encodings import Encoding, Float16
+from softlabel.store.features import FeatureColumns, Features
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.token_rows import TokenRun, per_position, token_columns
 from softlabel.store.view_columns import view_columns
 
-FORMAT_VERSIONS = (1, 2, 3, 4)  # 2: rows have view columns; 3: independent sigmoids; 4: tokens; all others are 1
+# 2: rows have view columns; 3: independent sigmoids; 4: tokens; 5: embeddings or attention; all others are 1
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 ROOT_NAME, ROOT_LIMIT = "manifest.json", 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
 SHARD_FILE = re.compile(r"shards/([0-9]{5,12})-([0-9a-f]{32})\.(parquet|h5)")
@@ -117,7 +119,7 @@ class _FingerprintCache:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run(_FingerprintCache):
+class Run(FeatureColumns, _FingerprintCache):
     """The identity of a store: runs with equal fingerprints write interchangeable shards."""
 
     format: Format
@@ -133,10 +135,11 @@ class Run(_FingerprintCache):
     class_names: tuple[str, ...] | None = None
     activation: Activation = field(default="softmax", metadata=OMIT)
     tokens: TokenRun | None = field(default=None, metadata=OMIT)
+    features: Features | None = field(default=None, metadata=OMIT)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
-        if not 1 <= self.num_classes < 2**31:
+        if not int(self.encoding.labels) <= self.num_classes < 2**31:
             raise ValueError(f"num_classes: expected at least 1, found {self.num_classes}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature: expected above 0, found {self.temperature}")
@@ -146,9 +149,10 @@ class Run(_FingerprintCache):
             raise ValueError(f"class_names: expected {self.num_classes}, found {len(self.class_names)}")
         self.encoding.check_activation(self.activation)
         if self.tokens is not None:
-            self._check_tokens(self.tokens)
+            self.tokens.check_run(self.input, self.activation, self.num_classes, views=bool(self.view_columns))
         elif self.input == "tokens":
             raise ValueError("input: 'tokens' needs the field 'tokens'")
+        self.check_features()
         if not self.encoding.knows(self.temperature):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
@@ -164,17 +168,6 @@ class Run(_FingerprintCache):
         names = [column.name for column in self.columns]
         assert len({*names, *ROW_NAMES}) == len(names) + len(ROW_NAMES)
 
-    def _check_tokens(self, tokens: TokenRun) -> None:
-        if self.input != "tokens":
-            raise ValueError(f"tokens: expected input 'tokens', found {self.input!r}")
-        if self.activation != "softmax" or self.view_columns:
-            raise ValueError(
-                "tokens: expected a softmax over the vocabulary and unchanged documents, found views or sigmoids"
-            )
-        for name, found in (("bos", tokens.bos), ("eos", tokens.eos)):
-            if found is not None and not 0 <= found < self.num_classes:
-                raise ValueError(f"tokens.{name}: expected an id below {self.num_classes}, found {found}")
-
     @property
     def kept(self) -> bool:
         """Whether a row holds every member, (M, C), instead of their combination, (C,)."""
@@ -187,8 +180,8 @@ class Run(_FingerprintCache):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """All columns of a row: the encoding's, then the sample's."""
-        return (*self.label_columns, *self.sample_columns)
+        """All columns of a row: the encoding's, the sample's, then those of features."""
+        return (*self.label_columns, *self.sample_columns, *self.feature_columns)
 
     @property
     def label_columns(self) -> tuple[Column, ...]:
@@ -213,6 +206,8 @@ class Run(_FingerprintCache):
     @property
     def format_version(self) -> int:
         """Format version of the stores of this run."""
+        if self.features is not None:
+            return 5
         if self.tokens is not None:
             return 4
         return 3 if self.activation == "sigmoid" else 2 if self.view_columns else 1

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from softlabel.common.activation import Activation
 from softlabel.store.columns import Column, Columns, Per, index_dtype
 from softlabel.store.strict_json import OMIT
 
@@ -59,6 +60,18 @@ class TokenRun:
             raise ValueError(f"tokens.max_length: expected at least 1, found {self.max_length}")
         if self.positions not in ("all", "masked"):
             raise ValueError(f"tokens.positions: expected 'all' or 'masked', found {self.positions!r}")
+
+    def check_run(self, input: str, activation: Activation, num_classes: int, *, views: bool) -> None:
+        """Raises ValueError where a run of these samples, with `views` of them or not, has no documents."""
+        if input != "tokens":
+            raise ValueError(f"tokens: expected input 'tokens', found {input!r}")
+        if activation != "softmax" or views:
+            raise ValueError(
+                "tokens: expected a softmax over the vocabulary and unchanged documents, found views or sigmoids"
+            )
+        for name, found in (("bos", self.bos), ("eos", self.eos)):
+            if found is not None and not 0 <= found < num_classes:
+                raise ValueError(f"tokens.{name}: expected an id below {num_classes}, found {found}")
 
 
 @functools.cache  # requested with every batch

@@ -188,7 +188,7 @@ def test_memory_is_that_of_a_few_windows(tmp_path: Path) -> None:
         for start in range(0, rows, batch):
             stop = min(start + batch, rows)
             picked = order.at(0, np.arange(start, stop))
-            target = stream.target(0, start, stop, picked)
+            target, _ = stream.take(0, start, stop, picked)
             assert np.array_equal(target.scaled_logits.numpy()[7], samples.logits[0, picked[7]].astype(np.float16))
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -327,7 +327,7 @@ def test_another_version_is_refused(tmp_path: Path, format: str) -> None:
 
     write_store(tmp_path / "s", make_run(format))
     root = tmp_path / "s" / "manifest.json"
-    raw = root.read_bytes().replace(b'"format_version": 1', b'"format_version": 5')
+    raw = root.read_bytes().replace(b'"format_version": 1', b'"format_version": 6')
     digits = json.loads(raw)["checksum"].encode()
     raw = raw.replace(digits, b"0" * 32)
     root.write_bytes(raw.replace(b"0" * 32 + b'"\n}', xxhash.xxh3_128_hexdigest(raw).encode() + b'"\n}'))
@@ -336,7 +336,7 @@ def test_another_version_is_refused(tmp_path: Path, format: str) -> None:
             message = "; ".join(call(tmp_path / "s").problems)  # type: ignore[union-attr]
         except StoreError as error:
             message = str(error)
-        assert "format version: expected 1, 2, 3 or 4, found 5" in message
+        assert "format version: expected 1, 2, 3, 4 or 5, found 6" in message
 
 
 def test_another_run_is_refused_by_name(tmp_path: Path, format: str) -> None:

@@ -9,10 +9,23 @@ from softlabel.store.encodings.float16 import Float16
 from softlabel.store.encodings.float32 import Float32
 from softlabel.store.encodings.head import Head
 from softlabel.store.encodings.int8 import Int8
+from softlabel.store.encodings.none import NoLabels
 from softlabel.store.encodings.sampled import Sampled
 from softlabel.store.encodings.topk import TopK
 
-__all__ = ["Encoding", "Float16", "Float32", "Head", "Int8", "LastLayer", "Sampled", "TopK", "fitted", "register"]
+__all__ = [
+    "Encoding",
+    "Float16",
+    "Float32",
+    "Head",
+    "Int8",
+    "LastLayer",
+    "NoLabels",
+    "Sampled",
+    "TopK",
+    "fitted",
+    "register",
+]
 
 E = TypeVar("E", bound=type[Encoding])
 
@@ -24,7 +37,7 @@ def register(kind: E) -> E:
     return kind
 
 
-for _kind in (Float32, Float16, Int8, TopK, Sampled, Head):  # the most exact first
+for _kind in (Float32, Float16, Int8, TopK, Sampled, Head, NoLabels):  # the most exact first
     register(_kind)
 
 

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -42,6 +42,7 @@ class Encoding(Tagged, ABC):
         sparse: a row names some of the classes.
         sigmoid: a row may hold the logits of independent sigmoids, which are not relative to its maximum.
         from_hidden: a row is what enters the last linear layer of one teacher, not logits.
+        labels: a row has labels at all.
         extra: name of the safetensors file that all shards share; None: there is none.
         scanned: the column that `is_clean` judges while a file is hashed, where it is the only one.
     """
@@ -52,6 +53,7 @@ class Encoding(Tagged, ABC):
     sparse: ClassVar[bool] = False
     sigmoid: ClassVar[bool] = False
     from_hidden: ClassVar[bool] = False
+    labels: ClassVar[bool] = True
     extra: ClassVar[str | None] = None
     scanned: ClassVar[str | None] = None
 
@@ -98,6 +100,11 @@ class Encoding(Tagged, ABC):
     @property
     def declared(self) -> tuple[float, ...] | None:
         """The temperatures that rows know something of; None: all that follow from the store's."""
+        return None
+
+    @property
+    def hidden_form(self) -> tuple[int, Literal["float16", "int8"]] | None:
+        """How many numbers enter the last linear layer, and how they are stored; None where they are not."""
         return None
 
     def knows(self, temperature: float) -> bool:

@@ -53,6 +53,10 @@ class Head(Encoding):
         found = layer()
         return replace(self, width=found.width if self.width is None else self.width, softcap=found.softcap)
 
+    @property
+    def hidden_form(self) -> tuple[int, Literal["float16", "int8"]] | None:
+        return None if self.width is None else (self.width, self.hidden)
+
     def row_columns(self, num_classes: int) -> tuple[Column, ...]:
         if self.width is None:
             raise ValueError("encoding 'head' needs 'width'")

@@ -1,0 +1,246 @@
+"""What teachers compute on the way to their logits: an embedding of each sample, and maps of attention.
+
+Both are taken in the forward pass that gives the logits, by hooks, and reduced at once, so that no feature map stays in
+memory. `find_features` looks once, on a trial pass, at what there is; a `Probe` takes it from every later pass.
+
+Legend: B batch, C channels or classes, D width of an embedding, H and W height and width, K numbers of an embedding
+before its projection, M members, S numbers of all maps of attention.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from softlabel.errors import TeacherError, UsageError
+from softlabel.models import Program
+from softlabel.models.teacher import Teacher
+from softlabel.store.features import ATTENTION, EMBEDDING, SCALE, Features, Tap, make_projection
+
+# What an answer may be called that is no tensor.
+_ANSWERS = ("embedding", "image_embeds", "pooler_output", "last_hidden_state", "logits")
+
+Taken = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchAnswers:
+    """What the members answer to a batch, on the device.
+
+    Attributes:
+        logits: of each member, float32 (B, C).
+        hidden: what enters the only member's last linear layer, (B, D), where the encoding stores it.
+        features: of each member, where rows have some.
+    """
+
+    logits: list[Tensor]
+    hidden: Tensor | None
+    features: tuple[Taken, ...]
+
+
+@dataclass(slots=True)
+class Capture:
+    """What hooks have taken, of each pass: reduced outputs of the module of the embedding, and of each map."""
+
+    embedding: list[Tensor] = field(default_factory=list)
+    maps: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What every pass has given."""
+        return (*([EMBEDDING] if self.embedding else []), *([ATTENTION] if self.maps else []))
+
+    def of_passes(self, subject: str, count: int) -> list[Taken]:
+        """What each of so many passes has given.
+
+        Raises:
+            UsageError: a module ran more often, or never.
+        """
+        sides = {EMBEDDING: self.embedding, **self.maps} if self.embedding or not self.maps else self.maps
+        for name, found in sides.items():
+            if len(found) != count:
+                raise UsageError(
+                    f"{subject}: expected its {name} once in each forward pass, found {len(found)} in {count}; name "
+                    "another module"
+                )
+        taken: list[Taken] = [{} for _ in range(count)]
+        for place, one in enumerate(taken):
+            if self.embedding:
+                one[EMBEDDING] = self.embedding[place]
+            if self.maps:
+                one[ATTENTION] = torch.cat([maps[place] for maps in self.maps.values()], dim=1)
+        return taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Takes the features of one teacher while it runs.
+
+    Attributes:
+        teacher: whose passes are watched.
+        tap: of its embedding; None: it has none.
+        modules: of its maps of attention.
+        matrix: projects embeddings (B, K) to (B, D); None: they stay as they are.
+    """
+
+    teacher: Teacher
+    tap: Tap | None
+    modules: tuple[str, ...] = ()
+    matrix: Tensor | None = None
+
+    @classmethod
+    def of(cls, teacher: Teacher, features: Features, member: int) -> "Probe":
+        """That of a member."""
+        embedding, attention = features.embedding, features.attention
+        matrix = tap = None
+        if embedding is not None:
+            tap = embedding.taps[member]
+            if embedding.projection is not None:
+                matrix = torch.from_numpy(make_projection(embedding.projection, tap.width, embedding.width))
+        return cls(
+            teacher=teacher,
+            tap=tap,
+            modules=() if attention is None else attention.modules[member],
+            matrix=matrix,
+        )
+
+    @contextmanager
+    def watch(self) -> Iterator[Capture]:
+        """Take the features of every pass inside the block."""
+        capture, model = Capture(maps={name: [] for name in self.modules}), self.teacher.model
+        with ExitStack() as stack:
+            if isinstance(model, Program):
+                stack.enter_context(model.watching(*self._list_outputs(capture)))
+            else:
+                if self.tap is not None:
+                    module = model.get_submodule(self.tap.module)
+                    stack.enter_context(hooked(module, self.tap.side, self._keep_embedding(capture)))
+                for name in self.modules:
+                    stack.enter_context(hooked(model.get_submodule(name), "output", _keep_map(capture.maps[name])))
+            yield capture
+
+    def _keep_embedding(self, capture: Capture) -> Callable[[object], None]:
+        assert self.tap is not None
+        tap, name = self.tap, self.teacher.spec.text
+
+        def keep(value: object) -> None:
+            found = pool(tensor_of(name, value), tap.pool).float()
+            if found.shape[1:] != (tap.width,):
+                raise UsageError(f"{name}: expected embeddings of {tap.width} numbers, found {tuple(found.shape)}")
+            capture.embedding.append(found)
+
+        return keep
+
+    def _list_outputs(self, capture: Capture) -> tuple[tuple[str, ...], list[Callable[[object], None]]]:
+        """Names of a file's outputs, and what is done with each."""
+        named = [] if self.tap is None else [(self.tap.module, self._keep_embedding(capture))]
+        named += [(name, _keep_map(capture.maps[name])) for name in self.modules]
+        return tuple(name for name, _ in named), [keep for _, keep in named]
+
+    def project(self, embedding_BK: Tensor) -> Tensor:
+        """The embedding as it is stored, before its type: float32 (B, D)."""
+        return embedding_BK if self.matrix is None else embedding_BK @ self.matrix.to(embedding_BK.device)
+
+
+def make_probes(teachers: Sequence[Teacher], features: Features | None) -> tuple[Probe, ...]:
+    """One for each member; none if rows have no features."""
+    if features is None:
+        return ()
+    return tuple(Probe.of(teacher, features, number) for number, teacher in enumerate(teachers))
+
+
+@contextmanager
+def watch_all(probes: Sequence[Probe]) -> Iterator[list[Capture]]:
+    """Take the features of all members in every pass inside the block."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(probe.watch()) for probe in probes]
+
+
+@contextmanager
+def hooked(module: nn.Module, side: str, keep: Callable[[object], None]) -> Iterator[None]:
+    """Hand what enters a module, or what it gives, to `keep`."""
+    if side == "input":
+        handle = module.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
+    else:
+        handle = module.register_forward_hook(lambda _, inputs, output: keep(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _keep_map(found: list[Tensor]) -> Callable[[object], None]:
+    return lambda value: found.append(map_attention(tensor_of("attention", value)))
+
+
+def tensor_of(subject: str, value: object) -> Tensor:
+    """The tensor in what a module gives. Raises UsageError where there is none."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        named = value if isinstance(value, Mapping) else vars(value) if hasattr(value, "__dict__") else {}
+        value = next((one for name in _ANSWERS if isinstance(one := named.get(name), Tensor)), value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise UsageError(f"{subject}: expected a tensor of floats, found {type(value).__name__}; name another module")
+    return value
+
+
+def pool(values: Tensor, how: str) -> Tensor:
+    """The mean over what `Tap.pool` says: (B, K)."""
+    if how == "none":
+        return values
+    axes = {"pixels": (2, 3), "last-pixels": (1, 2), "tokens": (1,)}[how]
+    return values.float().mean(dim=axes)
+
+
+def map_attention(features: Tensor) -> Tensor:
+    """The map of attention of (B, C, H, W), or (B, H, W, C): the mean of the squares over the channels, divided by its
+    own norm; float32 (B, H * W)."""
+    map_BHW = features.float().square().mean(dim=3 if has_channels_last(features) else 1)
+    return F.normalize(map_BHW.flatten(1), dim=1)
+
+
+def has_channels_last(features: Tensor) -> bool:
+    """Whether the last axis of a map is that of its channels: where the two before it are equal, and it is not."""
+    _, first, second, last = features.shape
+    return first == second != last
+
+
+def encode_features(
+    features: Features, probes: Sequence[Probe], taken_M: Sequence[Taken]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The columns of a batch, and which rows cannot be stored: bool (B,)."""
+    columns: dict[str, Tensor] = {}
+    if features.embedding is not None:
+        both = zip(probes, taken_M, strict=True)
+        values_BMD = torch.stack([probe.project(taken[EMBEDDING]) for probe, taken in both], dim=1)
+        if features.embedding.type == "int8":
+            scale_BM = (values_BMD.abs().amax(dim=2) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+            columns[EMBEDDING] = (values_BMD / scale_BM[:, :, None]).round().to(torch.int8).flatten(1)
+            columns[SCALE] = scale_BM
+        else:
+            columns[EMBEDDING] = values_BMD.half().flatten(1)
+    if features.attention is not None:
+        columns[ATTENTION] = torch.cat([taken[ATTENTION] for taken in taken_M], dim=1).half()
+    judged = [column for column in columns.values() if column.is_floating_point()]
+    wrong_B = ~torch.stack([column.isfinite().all(dim=1) for column in judged]).all(dim=0)
+    return columns, wrong_B
+
+
+def check_storable(wrong_B: NDArray[np.bool_], keys: Sequence[str]) -> None:
+    """Check rows bool (B,) whose features are not finite as they are stored.
+
+    Raises:
+        TeacherError: names the first such row.
+    """
+    if wrong_B.any():
+        raise TeacherError(
+            f"embedding: expected finite numbers of at most 65,504, found others for sample "
+            f"{keys[int(wrong_B.argmax())]!r} ({int(wrong_B.sum())} of {len(keys)} in its batch); use --embedding-type "
+            "int8 if they are that large, or --precision fp32"
+        )
