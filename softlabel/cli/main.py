@@ -70,6 +70,8 @@ LATE = {
     "plan": {"LabelConfig": "softlabel.generation.config.LabelConfig"},
     "convert": {"EncodingOptions": "softlabel.cli.encoding_options.OfStores"},
 }
+# Commands whose options have values that depend on others.
+_FILL = {"train": train.fill_options}
 # (option, value) -> why a command refuses a value that others take.
 _REASONS = {
     (
@@ -97,6 +99,8 @@ class _Parser(ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
+    # Options -> values of those that are absent, and comments; for --print_config.
+    fill: Callable[[dict[str, Any]], tuple[dict[str, Any], list[str]]] | None = None
     lists: frozenset[str] = frozenset()  # options with several values, as named in a file
     positional: frozenset[str] = frozenset()
     hints: Mapping[str, Any] = {}
@@ -115,6 +119,16 @@ class _Parser(ArgumentParser):
         if alone:
             content = yaml.safe_dump({**loaded, **{name: [value] for name, value in alone.items()}}, sort_keys=False)
         return super().parse_string(content, *args, **settings)
+
+    def dump(self, cfg: Any, **settings: Any) -> str:
+        """Write options as --print_config shows them, with what stands for those that are absent."""
+        comments: list[str] = []
+        if self.fill is not None:
+            filled, comments = self.fill({name: value for name, value in cfg.as_dict().items() if name != "config"})
+            cfg = cfg.clone()
+            for name, value in filled.items():
+                cfg[name] = [value] if name in self.lists and value is not None else value
+        return "".join(f"# {line}\n" for line in comments) + str(super().dump(cfg, **settings))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -144,6 +158,7 @@ class _Options:
 
     def __init__(self, name: str) -> None:
         command = self.command = COMMANDS[name]
+        self.fill = _FILL.get(name)
         late = {}
         for annotation, place in LATE.get(name, {}).items():
             module, _, attribute = place.rpartition(".")
@@ -193,7 +208,7 @@ class _Options:
             description=f"{self.doc.short_description}\n\n{self.doc.long_description or ''}".strip(),
             epilog=f"Example:\n{examples}",
         )
-        parser.hints = self.hints
+        parser.hints, parser.fill = self.hints, self.fill
         parser.lists = frozenset(name for name in self.parameters if _get_element(self.hints[name]) is not None)
         parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options; flags override it")
         for name, parameter in self.parameters.items():

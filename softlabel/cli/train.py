@@ -4,7 +4,7 @@ import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from softlabel.cli.config import require_local, write_config
 from softlabel.errors import UsageError
@@ -41,6 +41,21 @@ def train(config: "TrainConfig") -> int:
         print(f"  {name} on {config.eval_data}: {value:.4f}")
     print(f"  measure it with: softlabel evaluate {_evaluate_arguments(config, result.out)}")
     return 0
+
+
+def fill_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of `train` that have a preset of the loss, and lines about those in which students differ.
+
+    Args:
+        given: all options; what is required may be absent still.
+    """
+    from softlabel.training import TrainConfig
+    from softlabel.training.grid import fill_presets
+
+    if given["labels"] is None:
+        return {}, []
+    needed = {"data": ["DATA"], "student": ["zoo:resnet8"], "out": "OUT"}
+    return fill_presets(TrainConfig(**given | {name: given[name] or value for name, value in needed.items()}))
 
 
 def _evaluate_arguments(config: "TrainConfig", out: str) -> str:

@@ -3,6 +3,7 @@
 from softlabel.loss.embeddings import attention_transfer, cosine_distance, embedding_mse, simple_recipe
 from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss, distillation_loss_components
 from softlabel.loss.linear import linear_distillation_loss, linear_distillation_loss_components
+from softlabel.loss.multi_level import multi_level_kd
 from softlabel.loss.others import (
     decoupled_kd,
     dist_loss,
@@ -22,6 +23,7 @@ from softlabel.loss.relations import (
     similarity_preserving,
 )
 from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledTarget, SigmoidTarget, Target, TopKTarget
+from softlabel.loss.transformed import weighted_ttm
 
 __all__ = [
     "DenseTarget",
@@ -45,6 +47,7 @@ __all__ = [
     "linear_distillation_loss",
     "linear_distillation_loss_components",
     "mse_logits",
+    "multi_level_kd",
     "probabilistic_transfer",
     "relational_angle",
     "relational_distance",
@@ -55,4 +58,5 @@ __all__ = [
     "soft_cross_entropy",
     "standardize_logits",
     "standardized_kl",
+    "weighted_ttm",
 ]

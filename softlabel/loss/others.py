@@ -33,6 +33,7 @@ from softlabel.loss.targets import (
 )
 
 __all__ = [
+    "check_dense",
     "decoupled_kd",
     "dist_loss",
     "jensen_shannon",
@@ -208,7 +209,7 @@ def standardized_kl(
     the base temperature). Standardised logits do not depend on the temperature that a target is scaled by."""
     check_temperature(temperature)
     target = as_target(target)
-    _check_dense(student_logits_NC, target)
+    check_dense(student_logits_NC, target)
     z_NC = widened(student_logits_NC, temperature)
     shares = _shares(z_NC, None, weight, reduction)
     loss = fused_loss(z_NC, target, None, shares.soft, standardized_rows(temperature), target.temperature, reduction)
@@ -241,7 +242,8 @@ def _shares(
     )
 
 
-def _check_dense(logits_NC: Tensor, target: Target) -> None:
+def check_dense(logits_NC: Tensor, target: Target) -> None:
+    """Raises UsageError for a target that is no softmax over all classes, MismatchError for one of another shape."""
     if isinstance(target, SigmoidTarget):
         raise UsageError(
             "target: expected one softmax over the classes, found SigmoidTarget of independent outputs; use "
@@ -262,7 +264,7 @@ def _check_dense(logits_NC: Tensor, target: Target) -> None:
 def _dense(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[Target, float]:
     check_temperature(temperature)
     target = as_target(target)
-    _check_dense(logits_NC, target)
+    check_dense(logits_NC, target)
     return target, retemper_factor(target, temperature)
 
 

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from softlabel.errors import DataError, UsageError, one_line
 from softlabel.report.student_figures import Grid, RunFacts
-from softlabel.training.config import GRID
+from softlabel.training.config import GRID, TrainConfig
 from softlabel.training.metrics import EpochMetrics, read_csv
 from softlabel.training.run_folder import (
     CHECKPOINT,
@@ -40,9 +40,22 @@ _CONTENT = {
 }
 # Two of them become the axes of a grid, the first ones where several have as many values. One that follows from another
 # one, as the default of the hard weight does, comes after it.
-_AXES = ("temperature", "soft_weight", "student", "optimizer", "lr", "weight_decay", "label_smoothing", "hard_weight")
+_AXES = (
+    "loss",
+    "temperature",
+    "soft_weight",
+    "student",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "label_smoothing",
+    "soft_warmup",
+    "hard_weight",
+)
 assert set(_AXES) == set(GRID)
 _GRID_METRICS = ("eval_accuracy", "eval_map", "train_accuracy")
+# What runs of earlier versions did where they name no setting.
+_DEFAULTS = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
 # The folder's name of what the temperature is where none was given.
 _OF_STORE = "the store's"
 
@@ -77,7 +90,7 @@ class Run:
 
     def setting(self, name: str) -> Any:
         """A setting as it was used, with defaults filled in, or None."""
-        value = self.identity.get(name, self.config.get(name))
+        value = self.identity.get(name, self.config.get(name, _DEFAULTS.get(name)))
         return tuple(value) if isinstance(value, list) else value
 
     def describe(self, name: str) -> str:

@@ -1,6 +1,5 @@
 """What a run is: its settings, and which of them are its identity."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,13 +9,16 @@ from softlabel.common.arguments import check_values
 from softlabel.errors import UsageError
 from softlabel.inputs.base import InputKind
 from softlabel.store.reader import Store
+from softlabel.training.config_checks import check_combinations, check_lines, check_numbers
+from softlabel.training.losses import LossName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How to train a student, or several that share one pass over the data.
 
-    student, temperature, soft_weight, hard_weight, label_smoothing, optimizer, lr and weight_decay take several values.
+    student, loss, temperature, soft_weight, soft_warmup, hard_weight, label_smoothing, optimizer, lr and weight_decay
+    take several values.
     Every combination of them is a student; they share decoding, augmentation and the reading of labels, and each has a
     folder in `out`.
 
@@ -37,12 +39,20 @@ class TrainConfig:
         pad: of a language model: positions of a line, which takes one document and is filled up; in place of `pack`.
         batch_tokens: of a language model: positions a step, in whole lines, over all processes together; absent: 8192.
         accumulate: parts into which a batch is cut, one forward and backward pass each.
-        temperature: of the soft term; absent: that of the store.
+        loss: the soft term. kd: KL divergence; dkd: decoupled (Zhao et al. 2022); dist: correlations of rows and
+            columns (Huang et al. 2022); mse: of logits; standardized: KL divergence of standardised logits (Sun et al.
+            2024); js: Jensen-Shannon; reverse: KL divergence the other way round; wttm: a temperature for the teacher
+            alone and weighted rows (Zheng and Yang 2024); mlkd: several temperatures, and correlations of rows and of
+            classes (Jin et al. 2023). Each has published numbers that stand for options that are absent:
+            --print_config shows them.
+        temperature: of the soft term; absent: that of `loss`, of kd, js and reverse that of the store.
         combine: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
             their probabilities, at the temperature of the soft term.
         weights: one number a member of such a store; equal when absent, 0 leaves a member out.
-        soft_weight: of the soft term; absent: 0.9 with a store, 0 without.
-        hard_weight: of the hard term; absent: 0.1 beside a soft term, 1 without.
+        soft_weight: of the soft term; absent: that of `loss`, of kd 0.9, with a store, 0 without.
+        soft_warmup: epochs over which the weight of the soft term rises: in epoch e it is e / EPOCHS of it; absent:
+            that of `loss`, of dkd 20, of others none.
+        hard_weight: of the hard term; absent: that of `loss`, of kd 0.1, beside a soft term, 1 without.
         label_smoothing: of the hard term.
         mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
         optimizer: sgd (with momentum) or adamw; absent: adamw for a language model, sgd for others.
@@ -105,10 +115,12 @@ class TrainConfig:
     pad: int | None = None
     batch_tokens: int | None = None
     accumulate: int = 1
+    loss: LossName | list[LossName] = "kd"
     temperature: float | list[float] | None = None
     combine: Literal["logits", "probs"] | None = None
     weights: list[float] | None = None
     soft_weight: float | list[float] | None = None
+    soft_warmup: float | list[float] | None = None
     hard_weight: float | list[float] | None = None
     label_smoothing: float | list[float] = 0.0
     mixup: float = 0.0
@@ -159,8 +171,8 @@ class TrainConfig:
                     raise UsageError(f"{name}: expected at least one value, found none")
                 if len(value) == 1:  # one value of an option that takes several
                     object.__setattr__(self, name, value[0])
-        _check_numbers(self)
-        _check_lines(self)
+        check_numbers(self, GRID)
+        check_lines(self)
         has_lines = self.line is not None
         if has_lines and self.batch_tokens is None:
             object.__setattr__(self, "batch_tokens", 8192)
@@ -168,7 +180,7 @@ class TrainConfig:
             object.__setattr__(self, "batch_size", 128)
         if self.optimizer is None:
             object.__setattr__(self, "optimizer", "adamw" if has_lines else "sgd")
-        _check_combinations(self)
+        check_combinations(self)
 
     @property
     def of_documents(self) -> bool:
@@ -210,12 +222,33 @@ class TrainConfig:
     def shared_identity(self) -> dict[str, Any]:
         """The settings that all students have in common and that decide what their weights become."""
         found = {name: value for name, value in asdict(self).items() if name not in (*_NOT_IDENTITY, *GRID)}
+        found = {name: value for name, value in found.items() if not is_later_default(name, value)}
         unused = ("batch_size",) if self.of_documents else ("pack", "pad", "batch_tokens")
         return {name: value for name, value in found.items() if name not in unused}
 
 
 # Whose several values make several students, in the order in which their names have them.
-GRID = ("student", "optimizer", "lr", "weight_decay", "label_smoothing", "temperature", "soft_weight", "hard_weight")
+GRID = (
+    "student",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "label_smoothing",
+    "loss",
+    "temperature",
+    "soft_weight",
+    "soft_warmup",
+    "hard_weight",
+)
+
+# Options that runs of earlier versions do not name in their identity, with what those did.
+_LATER: Mapping[str, Any] = {"loss": "kd", "soft_warmup": 0.0}
+
+
+def is_later_default(name: str, value: Any) -> bool:
+    """Whether a setting is what every run was before there was the option: identities do not name it."""
+    return name in _LATER and value == _LATER[name]
+
 
 # Where things lie (data and store are compared by what they hold), and what only changes speed or what is reported.
 _NOT_IDENTITY = {
@@ -238,113 +271,3 @@ _NOT_IDENTITY = {
     "overwrite",
     "progress",
 }
-
-_AT_LEAST: Mapping[str, float] = {
-    "epochs": 1,
-    "batch_size": 1,
-    "pack": 1,
-    "pad": 1,
-    "batch_tokens": 1,
-    "accumulate": 1,
-    "soft_weight": 0,
-    "hard_weight": 0,
-    "mixup": 0,
-    "lr": 0,
-    "momentum": 0,
-    "weight_decay": 0,
-    "warmup_epochs": 0,
-    "lr_factor": 0,
-    "crop_padding": 0,
-    "eval_every": 1,
-    "patience": 1,
-    "students_at_once": 1,
-    "cache_mb": 0,
-    "check_views": 0,
-    "checkpoint_minutes": 0,
-    "workers": 0,
-}
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    for name, least in _AT_LEAST.items():
-        for value in config.values(name):
-            if value is not None and not least <= value < math.inf:
-                raise UsageError(f"{name}: expected a number of at least {least}, found {value}")
-    for name in ("temperature", "clip_norm"):
-        for value in config.values(name):
-            if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name}: expected a number above 0, found {value}")
-    for value in config.values("label_smoothing"):
-        if not 0 <= value <= 1:
-            raise UsageError(f"label_smoothing: expected a number from 0 to 1, found {value}")
-    if config.ema is not None and not 0 < config.ema < 1:
-        raise UsageError(f"ema: expected a number between 0 and 1, found {config.ema}")
-    for epoch in config.keep_epochs or []:
-        if not 1 <= epoch <= config.epochs:
-            raise UsageError(f"keep_epochs: expected epochs from 1 to {config.epochs}, found {epoch}")
-    for name in GRID:
-        values = config.values(name)
-        if len(set(values)) < len(values):
-            raise UsageError(f"{name}: expected different values, found {values}")
-
-
-def _check_lines(config: TrainConfig) -> None:
-    """The options of a language model's batches fit each other."""
-    if config.pack is not None and config.pad is not None:
-        raise UsageError(
-            f"pack and pad: expected one of them, the positions of a line, found {config.pack} and {config.pad}; give "
-            "--pack for several documents a line, or --pad for one"
-        )
-    if config.of_documents and config.batch_size is not None:
-        raise UsageError(
-            f"batch_size: {config.batch_size} counts samples, a language model's batches are counted in tokens; give "
-            "--batch-tokens alone"
-        )
-
-
-def _check_combinations(config: TrainConfig) -> None:
-    """Options that need another one, or exclude it: nothing that was asked for is ignored."""
-    soft = [weight for weight in config.values("soft_weight") if weight != 0]  # None stands for 0.9 with a store
-    without_soft = config.labels is None or 0 in config.values("soft_weight")
-    if without_soft and 0 in config.values("hard_weight"):
-        raise UsageError("soft_weight and hard_weight: both are 0, there is nothing to learn from")
-    if config.labels is None:
-        if any(config.values("soft_weight")):
-            raise UsageError(f"soft_weight: {config.soft_weight} needs soft labels; give --labels STORE")
-        if config.temperature is not None:
-            raise UsageError(
-                f"temperature: {config.temperature} is that of the soft term, which needs soft labels; give --labels "
-                "STORE, or leave --temperature out"
-            )
-    elif config.temperature is not None and not soft:
-        raise UsageError("temperature: soft_weight is 0, so there is no soft term whose temperature it could be")
-    if config.mixup and config.labels is not None and soft:
-        raise UsageError(
-            "mixup: a mixed sample has no soft label in the store; use it with hard labels alone (without --labels, or "
-            "--soft-weight 0)"
-        )
-    if config.cache == "device" and config.workers:
-        raise UsageError(
-            f"workers: a cache on a device is filled by this process, found {config.workers}; leave --workers out"
-        )
-    if config.schedule == "one-cycle" and config.warmup_epochs is not None:
-        raise UsageError("warmup_epochs: schedule one-cycle rises by itself; leave --warmup-epochs out")
-    if config.schedule != "step" and config.lr_drops is not None:
-        raise UsageError(f"lr_drops: only schedule step has drops, found schedule {config.schedule}")
-    if config.eval_data is None:
-        for name, given in (("patience", config.patience is not None), ("select best", config.select == "best")):
-            if given:
-                raise UsageError(f"{name}: the accuracy has to be measured for it; give --eval-data SOURCE")
-    if config.source_counts is not None and config.streaming:
-        raise UsageError(
-            "source_ratio: data that is read block by block has one order; leave --source-ratio or --streaming out"
-        )
-    if config.line is not None and (config.batch_tokens or 0) < config.line:
-        raise UsageError(
-            f"batch_tokens: expected at least a line of {config.line} positions, found {config.batch_tokens}; a batch "
-            "is whole lines"
-        )
-    size = config.batch_size or (config.batch_tokens or 1) // (config.line or 1)
-    if config.accumulate > size:
-        lines = " lines" if config.of_documents else ""
-        raise UsageError(f"accumulate: a batch of {size}{lines} cannot be cut into {config.accumulate} parts")

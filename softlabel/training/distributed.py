@@ -102,6 +102,15 @@ class Ranks:
         dist.gather_object(value, values, dst=0)
         return values if values is not None else [value]
 
+    def gather_tensor(self, value: Tensor) -> list[Tensor]:
+        """The tensors of all processes in the order of their ranks, at each of them, of one shape and on the device."""
+        if not self.several:
+            return [value]
+        sent = value.contiguous()
+        values = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(values, sent)
+        return values
+
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process the buffers (the running statistics of batch norms) of rank 0."""
         if self.several:

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from softlabel.training.task import Loader, Task
 from softlabel.training.trackers import Trackers
 
 log = logging.getLogger("softlabel")
+
+_COUNTED = tuple(field.name for field in fields(Counts))
 
 
 class Pass:
@@ -136,10 +139,9 @@ class Pass:
         """The step for all students; whether to stop after it, and whether to save: what any process says, all do."""
         batch, parts = self.task.cut(batch)
         due = time.perf_counter() - self._saved > 60 * self.config.checkpoint_minutes
-        totals = [sum(getattr(counts, name) for _, counts in parts) for name in ("rows", "soft", "hard", "units")]
+        totals = [sum(getattr(counts, name) for _, counts in parts) for name in _COUNTED]
         *totals, stop, save = self.ranks.sum([*totals, interrupts.pending, due])
-        rows, soft, hard, units = map(int, totals)
-        whole = Counts(rows=rows, soft=soft, hard=hard, units=units)
+        whole = Counts(**dict(zip(_COUNTED, map(int, totals), strict=True)))
         moved = batch.to(self.ranks.device, non_blocking=True)
         work = self.task.prepare(moved, parts, whole, self._active, epoch=epoch, step=step)
         return work, bool(stop), bool(save)

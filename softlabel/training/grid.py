@@ -2,15 +2,18 @@
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from softlabel.common.spec import parse_spec
-from softlabel.training.config import GRID, TrainConfig
+from softlabel.training.config import GRID, TrainConfig, is_later_default
+from softlabel.training.losses import LOSSES, LossName
 
 _SHORT = {"lr": "lr", "weight_decay": "decay", "label_smoothing": "smooth", "temperature": "T"} | {
     "soft_weight": "soft",
+    "soft_warmup": "warmup",
     "hard_weight": "hard",
 }
 
@@ -23,7 +26,9 @@ class StudentConfig:
         name: what distinguishes it from the others of its run, in logs and as its folder.
         out: its run folder.
         student: its SPEC.
-        temperature: of the soft term; None: that of the store.
+        loss: its soft term, see `LOSSES`.
+        temperature: of the soft term; None: that of the store, or those of a loss that has its own.
+        soft_warmup: epochs over which the weight of the soft term rises; 0: none.
         shared: the settings that it has in common with the others.
     """
 
@@ -34,14 +39,21 @@ class StudentConfig:
     lr: float
     weight_decay: float
     label_smoothing: float
+    loss: LossName
     temperature: float | None
     soft_weight: float
+    soft_warmup: float
     hard_weight: float
     shared: TrainConfig
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what the weights become; a run is resumed only if they are the same."""
-        return self.shared.shared_identity() | {name: getattr(self, name) for name in GRID}
+        own = {name: getattr(self, name) for name in GRID}
+        return self.shared.shared_identity() | {n: value for n, value in own.items() if not is_later_default(n, value)}
+
+    def find_soft_weight(self, epoch: int) -> float:
+        """The weight of the soft term in an epoch, from 0."""
+        return self.soft_weight * min((epoch + 1) / self.soft_warmup, 1.0) if self.soft_warmup else self.soft_weight
 
 
 def students_of(config: TrainConfig) -> list[StudentConfig]:
@@ -52,7 +64,8 @@ def students_of(config: TrainConfig) -> list[StudentConfig]:
     for values in itertools.product(*(config.values(name) for name in GRID)):
         given = dict(zip(GRID, values, strict=True))
         resolved = _resolve(given, with_store=config.labels is not None)
-        named = [name for name in several if not (name == "temperature" and resolved["soft_weight"] == 0)]
+        unused = _list_unused(resolved)
+        named = [name for name in several if name not in unused]
         name = "-".join(_part(part, given[part]) for part in named) or _part("student", given["student"])
         student = StudentConfig(name=name, out=config.out, shared=config, **resolved)
         # Without a soft term there is no temperature, and one student stands for all of them.
@@ -63,12 +76,51 @@ def students_of(config: TrainConfig) -> list[StudentConfig]:
     return [_placed(student, found[:number]) for number, student in enumerate(found)]
 
 
+def fill_presets(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
+    """What stands for options of the loss that were not given.
+
+    Returns:
+        Option -> value, where all students have one; and a line for each student where they differ.
+    """
+    students = students_of(config)
+    names = [
+        name for name in ("temperature", "soft_weight", "soft_warmup", "hard_weight") if getattr(config, name) is None
+    ]
+    found = {name: list(dict.fromkeys(getattr(one, name) for one in students)) for name in names}
+    common = {name: values[0] for name, values in found.items() if len(values) == 1}
+    if len(common) == len(names):
+        return common, []
+    differing = [name for name in names if name not in common]
+    lines = [
+        f"{one.name}: {', '.join(f'{name} {_write_preset(getattr(one, name))}' for name in differing)}"
+        for one in students
+    ]
+    return common, lines
+
+
+def _write_preset(value: float | None) -> str:
+    return "of the store or of the loss" if value is None else f"{value:g}"
+
+
 def _resolve(given: dict[str, Any], *, with_store: bool) -> dict[str, Any]:
-    soft = given["soft_weight"] if given["soft_weight"] is not None else (0.9 if with_store else 0.0)
-    hard = given["hard_weight"] if given["hard_weight"] is not None else (0.1 if soft > 0 else 1.0)
-    lr = given["lr"] if given["lr"] is not None else {"sgd": 0.1, "adamw": 1e-3}[given["optimizer"]]
-    temperature = given["temperature"] if soft > 0 else None
-    return given | {"soft_weight": soft, "hard_weight": hard, "lr": lr, "temperature": temperature}
+    preset = LOSSES[given["loss"]]
+    soft = given["soft_weight"] if given["soft_weight"] is not None else (preset.soft_weight if with_store else 0.0)
+    defaults = {"soft_weight": soft, "lr": {"sgd": 0.1, "adamw": 1e-3}[given["optimizer"]]}
+    if soft > 0:
+        defaults |= {"hard_weight": preset.hard_weight, "soft_warmup": preset.soft_warmup}
+        defaults |= {"temperature": preset.temperature}
+    else:
+        defaults["hard_weight"] = 1.0
+    resolved = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    none = {"loss": "kd", "temperature": None, "soft_warmup": 0.0}
+    return resolved | {name: none[name] for name in _list_unused(resolved)}
+
+
+def _list_unused(resolved: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options that say nothing about a student."""
+    if resolved["soft_weight"] == 0:
+        return ("loss", "temperature", "soft_warmup")
+    return ("temperature",) if LOSSES[resolved["loss"]].fixed else ()
 
 
 def _part(option: str, value: Any) -> str:
@@ -77,7 +129,7 @@ def _part(option: str, value: Any) -> str:
         # The last part of a path or of a Python name says most.
         name = re.split(r"[/:]", parse_spec(value).name.rstrip("/"))[-1]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".") or "student"
-    return str(value) if option == "optimizer" else f"{_SHORT[option]}{value:g}"
+    return str(value) if option in ("optimizer", "loss") else f"{_SHORT[option]}{value:g}"
 
 
 def _placed(student: StudentConfig, earlier: list[StudentConfig]) -> StudentConfig:

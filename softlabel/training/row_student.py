@@ -16,7 +16,8 @@ from softlabel.inputs.transforms import describe_failure
 from softlabel.loader import Batch
 from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
-from softlabel.training.objective import Objective
+from softlabel.training import rng
+from softlabel.training.objective import BatchTerm, Objective
 from softlabel.training.step import Counts, RowStep, take
 from softlabel.training.student import Student
 
@@ -28,12 +29,16 @@ class StudentRows:
     """What a student takes of a part of a step.
 
     Attributes:
+        part: which rows of the step.
+        epoch: from 0.
         inputs: of its network, mixed if there is mixup.
         batch: with the labels.
         top: int64 (B,), as in `RowStep`.
         mixup: the share of each sample itself, and which other one it is mixed with (int64 (B,)).
     """
 
+    part: slice
+    epoch: int
     inputs: Inputs
     batch: Batch
     top: Tensor | None
@@ -45,9 +50,33 @@ class RowStudent(Student):
 
     def __init__(self, *given: Any, **settings: Any) -> None:
         super().__init__(*given, **settings)
-        self._objective = Objective(
-            self.config, temperature=self.temperature, world_size=self.ranks.world_size, rank=self.ranks.rank
-        )
+        self._objective = Objective(self.config, temperature=self.temperature, ranks=self.ranks)
+        self._of_batch: BatchTerm | None = None  # of the step that is made, where it has several parts
+
+    @property
+    def is_of_batch(self) -> bool:
+        """Whether its soft term is about a batch as a whole, and not a mean over its rows."""
+        return self._objective.is_of_batch
+
+    def _advance(self, work: RowStep) -> None:
+        if self.is_of_batch and len(work.parts) > 1:
+            self._of_batch = self._measure_batch(work)
+        super()._advance(work)
+        self._of_batch = None
+
+    def _measure_batch(self, work: RowStep) -> BatchTerm:
+        """The soft term of a batch whose parts go forward one after the other: once more, without a gradient, since
+        that of each part needs the logits of all."""
+        self.model.train()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        random, found = rng.state_of(self.device), []
+        with torch.no_grad():
+            for part, _ in work.parts:
+                found.append(self._call(self.cut_rows(work, part)))
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        rng.restore(random, self.device)
+        return self._objective.measure_batch(torch.cat(found), work.batch)
 
     def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
         try:
@@ -66,6 +95,13 @@ class RowStudent(Student):
 
     def _compute(self, work: RowStep, part: slice, here: Counts) -> None:
         rows = self.cut_rows(work, part)
+        logits_BC = self._call(rows)
+        losses = self.find_losses(logits_BC, rows, here, work.whole)
+        self.scale(losses).backward()  # type: ignore[no-untyped-call]
+        self.count(work, part, here, rows, logits_BC, losses)
+
+    def _call(self, rows: StudentRows) -> Tensor:
+        """The logits (B, C), float32, of a part of a step."""
         with computing(self.precision, self.device):
             try:
                 logits_BC = rows.inputs.call(self._forward)
@@ -74,10 +110,7 @@ class RowStudent(Student):
                     raise
                 why = describe_failure(self.preprocessing, rows.inputs, error, network="student")
                 raise MismatchError(f"student {self.config.student}: {why}") from error
-        logits_BC = self._checked(logits_BC).float()
-        losses = self.find_losses(logits_BC, rows, here, work.whole)
-        self.scale(losses).backward()  # type: ignore[no-untyped-call]
-        self.count(work, part, here, rows, logits_BC, losses)
+        return self._checked(logits_BC).float()
 
     def cut_rows(self, work: RowStep, part: slice) -> StudentRows:
         """What the student takes of a part of a step."""
@@ -93,11 +126,14 @@ class RowStudent(Student):
                 )
             share, others = mixup
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
-        return StudentRows(inputs=inputs, batch=batch, top=top_B, mixup=mixup)
+        return StudentRows(part=part, epoch=work.epoch, inputs=inputs, batch=batch, top=top_B, mixup=mixup)
 
     def find_losses(self, logits_BC: Tensor, rows: StudentRows, here: Counts, whole: Counts) -> LossComponents:
         """The loss of a part of a step."""
-        return self._objective.losses(logits_BC, rows.batch, here, whole, rows.mixup)
+        of_batch = None if self._of_batch is None else self._of_batch.take(rows.part)
+        return self._objective.losses(
+            logits_BC, rows.batch, here, whole, rows.mixup, epoch=rows.epoch, of_batch=of_batch
+        )
 
     def scale(self, losses: LossComponents) -> Tensor:
         """The loss as its backward pass begins: larger in fp16."""

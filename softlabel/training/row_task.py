@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from softlabel.common.activation import Activation
+from softlabel.common.multi_hot import is_labelled
 from softlabel.dataset import Source, report_source
 from softlabel.errors import DataError, MismatchError, SpecError, UsageError
 from softlabel.evaluation.evaluate import Measurement
@@ -20,6 +21,7 @@ from softlabel.store.reader import Store
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
+from softlabel.training.loss_check import check_losses
 from softlabel.training.row_student import RowStudent
 from softlabel.training.step import Counts, RowStep, cut, prepare, without_filler
 from softlabel.training.student import Student
@@ -98,6 +100,9 @@ class RowTask(Task):
             world_size=ranks.world_size,
         )
         self._activation: Activation = loader.dataset.activation
+        if self.store is not None:
+            has_labels = bool(is_labelled(self.source.labels()).any()) and not Views.mixes(self.store.run)
+            check_losses(self.configs, self.store, self.combination, has_labels=has_labels)
         return loader
 
     @contextlib.contextmanager

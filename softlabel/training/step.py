@@ -21,12 +21,13 @@ from softlabel.loss.targets import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Rows of a batch: all that count, those with soft labels, those with a hard label; and the units that the log
-    counts by the second, which are samples, or tokens."""
+    """Rows of a batch: all that count, those with soft labels, those with a hard label, those with both; and the units
+    that the log counts by the second, which are samples, or tokens."""
 
     rows: int
     soft: int
     hard: int
+    both: int
     units: int
 
 
@@ -92,12 +93,15 @@ def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts
         if part.start == part.stop:
             continue
         counted = int(counts_B[part].sum())
+        labelled_B = labelled_rows(batch.labels[part])
+        hard = int(labelled_B.sum())
         if batch.target is None:
-            soft = 0
+            soft = both = 0
+        elif batch.has_target is None:
+            soft, both = counted, hard
         else:
-            soft = counted if batch.has_target is None else int(batch.has_target[part].sum())
-        hard = int(labelled_rows(batch.labels[part]).sum())
-        found.append((part, Counts(rows=counted, soft=soft, hard=hard, units=counted)))
+            soft, both = int(batch.has_target[part].sum()), int((labelled_B & batch.has_target[part]).sum())
+        found.append((part, Counts(rows=counted, soft=soft, hard=hard, both=both, units=counted)))
     return tuple(found)
 
 

@@ -33,6 +33,7 @@ from softlabel.training.distributed import Ranks
 from softlabel.training.ema import Average
 from softlabel.training.grid import StudentConfig
 from softlabel.training.metrics import EpochMetrics, Sums
+from softlabel.training.objective import count_soft
 from softlabel.training.schedule import learning_rate
 from softlabel.training.step import Counts, Step
 from softlabel.training.sync_batchnorm import synchronize
@@ -144,7 +145,7 @@ class Student(ABC):
                     "students cannot do at the same time; use --students-at-once 1"
                 )
 
-    def _advance(self, work: Step) -> None:
+    def _advance(self, work: Any) -> None:
         self.begin_step()
         for part, here in work.parts:
             # Of several parts only the last one's backward pass sends gradients.
@@ -263,8 +264,8 @@ class Student(ABC):
             here.units,
             here.rows,
             losses.total * (whole.rows / self.ranks.world_size),
-            here.soft,
-            losses.soft * here.soft,
+            count_soft(self.config, here),
+            losses.soft * count_soft(self.config, here),
             labelled,
             losses.hard * here.hard,
             correct,

@@ -10,6 +10,7 @@ from pathlib import Path
 from softlabel.errors import UsageError
 from softlabel.training import run_folder
 from softlabel.training.distributed import Ranks
+from softlabel.training.losses import LOSSES
 from softlabel.training.metrics import EpochMetrics
 from softlabel.training.student import Student
 from softlabel.training.task import Loader, Task
@@ -131,6 +132,24 @@ def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
     run_folder.write_atomically(folder / RESULTS, text.getvalue().encode())
 
 
+def _describe_terms(student: Student) -> str:
+    """The loss of a student in words."""
+    config = student.config
+    if not config.soft_weight:
+        return f"not used, hard weight {config.hard_weight:g}"
+    named = "" if config.loss == "kd" else f"loss {config.loss}, "
+    fixed = LOSSES[config.loss].fixed
+    temperature = f"T = {', '.join(f'{one:g}' for one in fixed or (student.temperature,))}"
+    rises = ""
+    if config.soft_warmup:
+        epochs = config.shared.epochs
+        reached = min(epochs / config.soft_warmup, 1.0)
+        short = f", of which this run of {epochs} reaches {reached:.0%}" if reached < 1 else ""
+        rises = f" (rises over the first {config.soft_warmup:g} epochs{short})"
+    weights = f"soft weight {config.soft_weight:g}{rises}, hard weight {config.hard_weight:g}"
+    return f"{named}{temperature}, {weights}"
+
+
 def announce(ranks: Ranks, task: Task, loader: Loader, students: Sequence[Student]) -> None:
     """Say what is about to happen."""
     together = f", {ranks.world_size} processes" if ranks.several else ""
@@ -149,13 +168,7 @@ def announce(ranks: Ranks, task: Task, loader: Loader, students: Sequence[Studen
     for line in task.describe_data(loader):
         log.info("%s", line)
     if loader.store is not None:
-        terms = {
-            f"T = {student.temperature:g}, soft weight {student.config.soft_weight:g}, hard weight "
-            f"{student.config.hard_weight:g}"
-            if student.config.soft_weight > 0
-            else f"not used, hard weight {student.config.hard_weight:g}"
-            for student in students
-        }
+        terms = {_describe_terms(student) for student in students}
         log.info("labels %s: %s", loader.store.path, "; ".join(sorted(terms)))
         for line in task.describe_labels(loader):
             log.info("%s", line)

@@ -27,6 +27,7 @@ from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
+from softlabel.training.losses import LOSSES
 from softlabel.training.step import Counts, Step
 from softlabel.training.student import Student
 
@@ -164,10 +165,12 @@ class Task(ABC):
         Raises:
             UsageError: it was asked for without such a store, or one average cannot serve all students.
         """
-        return choose_combination(self.config, self.store)
+        return choose_combination(self.config, self.configs, self.store)
 
 
-def choose_combination(config: TrainConfig, store: Store | None) -> Combination | None:
+def choose_combination(
+    config: TrainConfig, configs: Sequence[StudentConfig], store: Store | None
+) -> Combination | None:
     """See `Task.combination`."""
     asked = config.combine is not None or config.weights is not None
     if store is None or not store.run.kept:
@@ -178,12 +181,23 @@ def choose_combination(config: TrainConfig, store: Store | None) -> Combination 
             )
         return None
     weights = None if config.weights is None else tuple(config.weights)
-    rule, temperatures = config.combine or "probs", config.values("temperature")
+    rule = config.combine or "probs"
+    temperatures = list(dict.fromkeys(_find_temperature(one) for one in configs if one.soft_weight > 0)) or [None]
     if len(temperatures) == 1:
         return Combination(rule=rule, weights=weights, temperature=temperatures[0])
     if rule == "probs":
         raise UsageError(
             "combine: probabilities are averaged at one temperature, and students of one pass share the average; use "
-            f"--combine logits, or train the temperatures {temperatures} apart"
+            f"--combine logits, or train the temperatures {_write_temperatures(temperatures)} apart"
         )
     return Combination(rule=rule, weights=weights)  # the mean of logits re-tempers exactly
+
+
+def _find_temperature(config: StudentConfig) -> float | None:
+    """At which a student needs the average; None: at that of the store."""
+    fixed = LOSSES[config.loss].fixed
+    return fixed[0] if len(fixed) == 1 else config.temperature
+
+
+def _write_temperatures(temperatures: Sequence[float | None]) -> str:
+    return ", ".join("that of the store" if one is None else f"{one:g}" for one in temperatures)

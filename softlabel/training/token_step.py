@@ -37,14 +37,19 @@ def cut_lines(batch: TokenBatch, parts: int) -> tuple[tuple[TokenPart, Counts], 
     for number in range(len(edges) - 1):
         here, places = slice(edges[number], edges[number + 1]), slice(at[number], at[number + 1])
         counted = places.stop - places.start
+        labelled_P = labels_P[places] != IGNORE
+        hard = int(labelled_P.sum())
         if batch.target is None:
-            soft = 0
+            soft = both = 0
+        elif batch.has_target is None:
+            soft, both = counted, hard
         else:
-            soft = counted if batch.has_target is None else int(batch.has_target[places].sum())
+            soft, both = int(batch.has_target[places].sum()), int((labelled_P & batch.has_target[places]).sum())
         counts = Counts(
             rows=counted,
             soft=soft,
-            hard=int((labels_P[places] != IGNORE).sum()),
+            hard=hard,
+            both=both,
             units=int((batch.segments[here] > 0).sum()),
         )
         found.append((TokenPart(lines=here, places=places), counts))

@@ -100,7 +100,9 @@ class TokenStudent(Student):
 
     def _backward(self, work: TokenStep, part: TokenPart, here: Counts) -> None:
         batch = work.batch.take(part.lines, part.places) if len(work.parts) > 1 else work.batch
-        soft_weight, hard_weight = weigh_terms(self.config, here, work.whole, self.ranks.world_size)
+        soft_weight, hard_weight = weigh_terms(
+            self.config, here, work.whole, epoch=work.epoch, world_size=self.ranks.world_size
+        )
         figures = _Figures(batch, self.device)
         with computing(self.precision, self.device):
             losses: LossComponents = self._forward(
