@@ -30,7 +30,8 @@ PROGRAMS = {".onnx": "onnx", ".pt2": "pt2"}
 # Options about where weights come from; they do not change the network.
 _PLACES = ("download", "trust", "weights_key")
 # Likewise of a kind: the store has the tokenizer itself, and how an engine uses the machine is no part of the labels.
-_PLACES_OF = {"lm": ("tokenizer",), "vllm": ("tensor_parallel_size", "gpu_memory_utilization")}
+ENGINE_PLACES = ("tensor_parallel_size", "gpu_memory_utilization")
+_PLACES_OF = {"lm": ("tokenizer",), "vllm": ENGINE_PLACES}
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
 
 

@@ -32,13 +32,12 @@ from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import IGNORE, Sample, TokenIds
 from softlabel.inputs.chat import CHATS
 from softlabel.inputs.text import TEXTS
-from softlabel.inputs.tokens import TOKENS, count_what_follows
+from softlabel.inputs.tokens import EMPTY, TOKENS, count_what_follows
 from softlabel.inputs.vocabulary import Vocabulary
 
 log = logging.getLogger("softlabel")
 
 _AT_ONCE = 1024  # documents tokenised together, on all processors
-_EMPTY = "the document is empty: it has no position to label"
 _VERSION = 1  # of what is made of the same data
 
 Span = tuple[int, int]
@@ -123,7 +122,7 @@ class TokenizedSource(Source):
         found = []
         for row, key in zip(rows, keys, strict=True):
             ids_L, mask_L = self._file.document(row)
-            bad = None if len(ids_L) else BadImageError(self._left.bad.get(row, _EMPTY))
+            bad = None if len(ids_L) else BadImageError(self._left.bad.get(row, EMPTY))
             found.append(Sample(key=key, raw=bad or TokenIds(ids=ids_L, mask=mask_L)))
         return found
 
@@ -275,7 +274,7 @@ def tokenize_samples(samples: Sequence[Sample], source: Source, vocabulary: Voca
         raw = sample.raw
         try:
             if isinstance(raw, TokenIds):
-                found[place] = _check_ids(raw, vocabulary) if len(raw.ids) else _EMPTY
+                found[place] = _check_ids(raw, vocabulary) if len(raw.ids) else EMPTY
                 continue
             text, _ = source.inputs.decode(sample)
             if not isinstance(text, str):
@@ -294,7 +293,7 @@ def tokenize_samples(samples: Sequence[Sample], source: Source, vocabulary: Voca
         mask_L = np.ones(len(ids_L), np.uint8)
         if place in turns:
             mask_L = count_what_follows(_find_tokens(encoding.offsets, turns[place]))
-        found[place] = TokenIds(ids=ids_L, mask=mask_L) if len(ids_L) else _EMPTY
+        found[place] = TokenIds(ids=ids_L, mask=mask_L) if len(ids_L) else EMPTY
     return [one for one in found if one is not None]
 
 

@@ -28,6 +28,8 @@ from softlabel.errors import BadImageError, DataError, SpecError
 from softlabel.inputs.base import Fitted, InputKind, Inputs, Item, Raw, Sample, TokenIds
 from softlabel.inputs.buckets import BucketTransform
 
+EMPTY = "the document is empty: it has no position to label"  # the reason why it has no row
+
 
 class TokenKind(InputKind):
     """Token ids; the content hash is of the ids as ``<i4``, whatever the mask is."""
@@ -45,7 +47,7 @@ class TokenKind(InputKind):
         if not isinstance(raw, TokenIds):
             raise DataError(f"expected the token ids of a document, found {type(raw).__name__}; tokenise it first")
         if not len(raw.ids):
-            raise BadImageError("the document is empty: it has no position to label")
+            raise BadImageError(EMPTY)
         item = {"input_ids": torch.from_numpy(raw.ids.copy()), "mask": torch.from_numpy(raw.mask.copy())}
         return item, hash_ids(raw.ids)
 

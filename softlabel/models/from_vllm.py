@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from softlabel.common.spec import Spec, literal
+from softlabel.common.spec import ENGINE_PLACES, Spec, literal
 from softlabel.errors import SpecError, UsageError
 from softlabel.inputs.json_object import read_object
 from softlabel.inputs.vocabulary import Vocabulary, read_vocabulary
@@ -29,9 +29,7 @@ from softlabel.models.options import parse_count
 from softlabel.models.precision import PRECISIONS, Precision
 from softlabel.models.program import file_sha256
 
-# How the engine uses the machine; of no consequence for the labels.
-PLACES = ("tensor_parallel_size", "gpu_memory_utilization")
-_KNOWN = ("max_length", "buckets", *PLACES)
+_KNOWN = ("max_length", "buckets", *ENGINE_PLACES)
 _EXPECTED = "expected a folder with config.json, safetensors and tokenizer.json, as save_pretrained writes them"
 
 # The `prompt_logprobs` of a document: one entry for each of its tokens.
@@ -66,7 +64,7 @@ class VllmEngine:
             enable_prefix_caching=False,  # tokens in the cache have no log-probabilities
             max_logprobs=kept,
             logprobs_mode="raw_logprobs",
-            **{name: literal(spec.options[name]) for name in PLACES if name in spec.options},
+            **{name: literal(spec.options[name]) for name in ENGINE_PLACES if name in spec.options},
         )
         self._asked = vllm.SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=kept, detokenize=False)
 

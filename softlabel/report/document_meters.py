@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from softlabel.inputs.tokens import EMPTY
 from softlabel.report.agreement import explain_drawn
 from softlabel.report.coverage import BAD_LISTED, GROUPS_LISTED, OF_A_GROUP, find_equal
 from softlabel.report.document_figures import (
@@ -28,7 +29,6 @@ from softlabel.report.sharpness import EntropySums
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 
-_EMPTY = "the document is empty"  # how the reason of one without tokens begins
 _MOST = 0.9  # of the probability
 _SHARES = 0.5, 0.9, 0.99  # of the documents
 
@@ -41,8 +41,7 @@ class PositionMeter:
         self._temperatures = () if reader.is_drawn else PositionJudge(reader).temperatures
         highest = math.log(max(2, reader.run.num_classes))
         self._entropy = {at: EntropySums(highest=highest) for at in self._temperatures}
-        self._kept = {at: np.array([0.0, 0.0, 1.0]) for at in self._temperatures}  # sum, below most, lowest
-        self._is_truncated = False
+        self._kept: dict[float, NDArray[np.float64]] = {}  # sum, below most, lowest; of truncated labels alone
         self.positions = self.non_finite = 0
 
     def add(self, block: DocumentBlock) -> None:
@@ -57,10 +56,10 @@ class PositionMeter:
         for at in self._temperatures:
             self._entropy[at].add(judged.entropy[at][chosen_P], judged.sure[at][chosen_P].astype(np.float64))
         for at, kept_P in judged.kept.items():
-            self._is_truncated = True
             chosen = kept_P[chosen_P]
-            self._kept[at][:2] += chosen.sum(), (chosen < _MOST).sum()
-            self._kept[at][2] = min(self._kept[at][2], chosen.min(initial=1.0))
+            kept = self._kept.setdefault(at, np.array([0.0, 0.0, 1.0]))
+            kept[:2] += chosen.sum(), (chosen < _MOST).sum()
+            kept[2] = min(kept[2], chosen.min(initial=1.0))
 
     def summarize_sharpness(self) -> Sharpness | Absent:
         if self._reader.is_drawn:
@@ -72,7 +71,7 @@ class PositionMeter:
         return Sharpness(at=at, suggested_temperature=None)
 
     def summarize_kept(self) -> tuple[KeptMass, ...]:
-        if not self._is_truncated or not self.positions:
+        if not self.positions:
             return ()
         return tuple(
             KeptMass(
@@ -124,7 +123,7 @@ class DocumentCoverageMeter:
                 if count
             ),
             bad_count=len(bad),
-            empty=sum(reason.startswith(_EMPTY) for reason in bad.values()),
+            empty=sum(reason == EMPTY for reason in bad.values()),
             bad=tuple(list(bad.items())[:BAD_LISTED]),
             missing=max(0, run.dataset.rows - len(bad) - self._documents),
             non_finite=non_finite,

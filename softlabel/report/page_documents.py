@@ -41,7 +41,7 @@ from softlabel.report.page_parts import (
     number_cell,
     share_cell,
 )
-from softlabel.report.page_store import draw_costs
+from softlabel.report.page_store import describe_repair, draw_costs
 from softlabel.report.svg import draw_bars
 
 _LEVELS = 8  # of colour, above none
@@ -255,7 +255,7 @@ def describe_document_coverage(found: DocumentCoverage, context: Context) -> Sec
                 title="Coverage",
                 desc="Bars of how many documents have labels, are missing, bad, empty, as long as may be, or double.",
                 text=format_count,
-                top=float(max(found.samples, 1)),
+                top=float(max(found.samples, found.missing, found.bad_count, 1)),
             ),
             caption=f"Of {context.samples(found.samples)}. Good: nothing missing or bad, no duplicates, few at the "
             "largest length: most of these have lost their end (--max-length).",
@@ -304,8 +304,7 @@ def describe_document_coverage(found: DocumentCoverage, context: Context) -> Sec
         if not double.groups
         else f"{count_of(double.groups, 'group')} of exact duplicates"
     )
-    command = f"softlabel repair {quote(context.store)}"
-    command += "" if context.derived else f" --data {quote(context.data)}"
+    missing, command = describe_repair(context)
     broken = f" {count_of(found.non_finite, 'position')} with numbers that are not finite." if found.non_finite else ""
     return Section(
         statement=f"{found.documents:,} of {context.samples(found.samples)} with labels: {found.tokens:,} tokens, "
@@ -315,9 +314,8 @@ def describe_document_coverage(found: DocumentCoverage, context: Context) -> Sec
         tables=tuple(tables),
         advice=(
             Advice(
-                text="Missing and damaged shards are labelled again by repair. Duplicates are learnt twice as often as "
-                "other documents, and those between training and test data make the test look better than it is: drop "
-                "all but one.",
+                text=f"{missing} Duplicates are learnt twice as often as other documents, and those between training "
+                "and test data make the test look better than it is: drop all but one.",
                 command=command,
             ),
         ),

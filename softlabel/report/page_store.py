@@ -237,6 +237,22 @@ def draw_costs(found: EncodingCost, context: Context) -> tuple[Figure, ...]:
     )
 
 
+def describe_repair(context: Context) -> tuple[str, str]:
+    """How missing and damaged shards come back, and the command."""
+    store = quote(context.store)
+    if context.derived == CROSSFIT:
+        return (
+            "Damaged shards of a cross-fitted store are made again by the 'softlabel crossfit' that made it.",
+            f"softlabel verify {store}",
+        )
+    if context.derived:
+        return "Damaged shards are made again from the store's sources.", f"softlabel repair {store}"
+    return (
+        "Missing and damaged shards are labelled again by repair.",
+        f"softlabel repair {store} --data {quote(context.data)}",
+    )
+
+
 def describe_coverage(found: Coverage, context: Context) -> Section:
     double = found.duplicates
     counted = [
@@ -286,16 +302,7 @@ def describe_coverage(found: Coverage, context: Context) -> Section:
         if not double.groups
         else f"{count_of(double.groups, 'group')} of exact duplicates, {double.conflicting:,} with different labels"
     )
-    store = quote(context.store)
-    missing, command = (
-        "Missing and damaged shards are labelled again by repair.",
-        f"softlabel repair {store} --data {quote(context.data)}",
-    )
-    if context.derived == CROSSFIT:
-        missing = "Damaged shards of a cross-fitted store are made again by the 'softlabel crossfit' that made it."
-        command = f"softlabel verify {store}"
-    elif context.derived:
-        missing, command = "Damaged shards are made again from the store's sources.", f"softlabel repair {store}"
+    missing, command = describe_repair(context)
     broken = f" {count_of(found.non_finite, 'row')} with numbers that are not finite." if found.non_finite else ""
     return Section(
         statement=f"{format_share(found.with_hard_label / max(found.samples, 1))} of {context.samples(found.samples)} "
