@@ -10,6 +10,7 @@ from softlabel.errors import UsageError
 from softlabel.inputs.base import InputKind
 from softlabel.store.reader import Store
 from softlabel.training.config_checks import check_combinations, check_lines, check_numbers
+from softlabel.training.label_filter import LabelFilter, parse_confidence
 from softlabel.training.losses import LossName
 
 
@@ -74,6 +75,10 @@ class TrainConfig:
         crop_padding: pixels on each side.
         view_order: of a store that has several views: cycle (epoch e: view e mod V) or random (each sample its own).
         check_views: compare the pixels of one in so many replayed views with what the teacher saw; 0 compares none.
+        fix_labels: what becomes of a soft label whose most probable class is not the hard label: swap exchanges the two
+            classes' logits (Wen et al. 2019), mask leaves the sample without a soft term. Absent: nothing.
+        confidence: LO:HI; samples whose teacher's highest probability at temperature 1 is below LO or above HI have no
+            soft term (Shen 2023, FerKD).
         missing: samples without a row in the store: error, skip, or hard-only.
         ignore_labels: do not use hard labels even if the data has them.
         eval_every: epochs from one evaluation to the next; the last epoch is always evaluated.
@@ -139,6 +144,8 @@ class TrainConfig:
     crop_padding: int = 4
     view_order: Literal["cycle", "random"] = "cycle"
     check_views: int = 256
+    fix_labels: Literal["swap", "mask"] | None = None
+    confidence: str | None = None
     missing: Literal["error", "skip", "hard-only"] = "error"
     ignore_labels: bool = False
     eval_every: int = 1
@@ -211,6 +218,14 @@ class TrainConfig:
         value = getattr(self, name)
         return list(value) if isinstance(value, list) else [value]
 
+    @property
+    def label_filter(self) -> LabelFilter | None:
+        """`fix_labels` and `confidence` as what they do; None: nothing."""
+        if self.fix_labels is None and self.confidence is None:
+            return None
+        confidence = None if self.confidence is None else parse_confidence(self.confidence)
+        return LabelFilter(fix=self.fix_labels, confidence=confidence)
+
     def augmentation(self, store: Store | None, kind: InputKind) -> str:
         """`augment`, resolved. What it says beside a store that has views, or samples that take none, is refused where
         they meet."""
@@ -242,7 +257,7 @@ GRID = (
 )
 
 # Options that runs of earlier versions do not name in their identity, with what those did.
-_LATER: Mapping[str, Any] = {"loss": "kd", "soft_warmup": 0.0}
+_LATER: Mapping[str, Any] = {"fix_labels": None, "confidence": None, "loss": "kd", "soft_warmup": 0.0}
 
 
 def is_later_default(name: str, value: Any) -> bool:

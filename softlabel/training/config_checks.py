@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softlabel.errors import UsageError
+from softlabel.training.label_filter import parse_confidence
 from softlabel.training.losses import LOSSES
 
 _AT_LEAST: Mapping[str, float] = {
@@ -52,6 +53,8 @@ def check_numbers(config: Any, grid: Sequence[str]) -> None:
     for epoch in config.keep_epochs or []:
         if not 1 <= epoch <= config.epochs:
             raise UsageError(f"keep_epochs: expected epochs from 1 to {config.epochs}, found {epoch}")
+    if config.confidence is not None:
+        parse_confidence(config.confidence)
     for name in grid:
         values = config.values(name)
         if len(set(values)) < len(values):
@@ -76,6 +79,7 @@ def _list_soft_options(config: Any) -> list[str]:
     """Options of the soft term that are given."""
     given = {"loss": config.loss != "kd", "temperature": config.temperature is not None}
     given["soft_warmup"] = config.soft_warmup not in (None, 0)
+    given |= {"fix_labels": config.fix_labels is not None, "confidence": config.confidence is not None}
     return [name for name, is_given in given.items() if is_given]
 
 

@@ -36,6 +36,9 @@ class EpochMetrics:
         eval_map: mean average precision on the evaluation data, of students with independent outputs, whose
             `train_accuracy` is the share of known labels that are hit, mean over labelled samples.
         eval_perplexity: of the next tokens of the evaluation data, of language models.
+        kept_share: of the soft labels of the store, those that `fix_labels` and `confidence` let a student follow.
+        differing_share: of the soft labels beside a hard one, those with another most probable class, which
+            `fix_labels` swaps or masks.
     """
 
     epoch: int
@@ -55,6 +58,8 @@ class EpochMetrics:
     target_entropy: float | None = None
     eval_map: float | None = None
     eval_perplexity: float | None = None
+    kept_share: float | None = None
+    differing_share: float | None = None
 
     @property
     def headline(self) -> tuple[str, float] | None:
@@ -77,6 +82,8 @@ class EpochMetrics:
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
+        parts += [f"soft labels kept {self.kept_share:.2%}"] if self.kept_share is not None else []
+        parts += [f"not the hard label {self.differing_share:.2%}"] if self.differing_share is not None else []
         parts += [f"eval {self.eval_accuracy:.4f}"] if self.eval_accuracy is not None else []
         parts += [f"perplexity {self.eval_perplexity:.4f}"] if self.eval_perplexity is not None else []
         parts += [f"mAP {self.eval_map:.4f}"] if self.eval_map is not None else []
@@ -90,18 +97,25 @@ class Sums:
 
     NAMES = ("units", "samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
     TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `RowStep.teacher_sums` holds
+    FILTER = ("stored", "kept", "comparable", "differ")  # of `LabelFilter`; checkpoints of earlier versions have none
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
-        count = len(self.NAMES) + len(self.TEACHER)
-        self.values = torch.tensor(values or [0.0] * count, dtype=torch.float64, device=device)
+        given = list(values or [])
+        given += [0.0] * (len(self.NAMES) + len(self.TEACHER) + len(self.FILTER) - len(given))
+        self.values = torch.tensor(given, dtype=torch.float64, device=device)
 
-    def add(self, *values: float | Tensor, teacher_sums: Tensor | None = None) -> None:
-        """One batch: its counts, and its sums over them, in the order of NAMES; and what the teacher said."""
+    def add(
+        self, *values: float | Tensor, teacher_sums: Tensor | None = None, filtered: Sequence[int] | None = None
+    ) -> None:
+        """One batch: its counts, and its sums over them, in the order of NAMES; what the teacher said; and what a
+        filter of labels found, in the order of FILTER."""
         device = self.values.device
         new = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
         self.values[: len(self.NAMES)] += new
         if teacher_sums is not None:
-            self.values[len(self.NAMES) :] += teacher_sums
+            self.values[len(self.NAMES) : -len(self.FILTER)] += teacher_sums
+        if filtered is not None:
+            self.values[-len(self.FILTER) :] += torch.tensor(filtered, dtype=torch.float64, device=device)
 
     @property
     def units(self) -> float:
@@ -110,7 +124,7 @@ class Sums:
 
     def means(self, *, soft: bool) -> dict[str, float | None]:
         """The means of `EpochMetrics`; without a soft term none of the soft loss."""
-        total = dict(zip((*self.NAMES, *self.TEACHER), self.values.tolist(), strict=True))
+        total = dict(zip((*self.NAMES, *self.TEACHER, *self.FILTER), self.values.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float | None:
             return total[name] / total[count] if total[count] else None
@@ -123,6 +137,8 @@ class Sums:
             "teacher_accuracy": mean("teacher_correct", "with_top_labelled"),
             "teacher_agreement": mean("agreed", "with_top"),
             "target_entropy": mean("entropy", "with_top"),
+            "kept_share": mean("kept", "stored") if soft else None,
+            "differing_share": mean("differ", "comparable") if soft else None,
         }
 
 
@@ -130,7 +146,7 @@ def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
     """The whole history; the file is replaced, so that it never holds an epoch that a resumed run does again."""
     text = io.StringIO()
     names = [field.name for field in fields(EpochMetrics)]
-    for name in ("eval_map", "eval_perplexity"):
+    for name in ("eval_map", "eval_perplexity", "kept_share", "differing_share"):
         if all(getattr(epoch, name) is None for epoch in history):
             names.remove(name)  # of other students than those that have it
     writer = csv.DictWriter(text, names, lineterminator="\n")

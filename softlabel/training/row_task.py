@@ -56,6 +56,7 @@ class RowTask(Task):
         _check_geometry(self.configs, [preprocessing for _, preprocessing in self._models])
         assert config.batch_size is not None
         self._batch_size = config.batch_size
+        self._filter = config.label_filter
 
     @property
     def activation(self) -> Activation:
@@ -102,7 +103,7 @@ class RowTask(Task):
         self._activation: Activation = loader.dataset.activation
         if self.store is not None:
             has_labels = bool(is_labelled(self.source.labels()).any()) and not Views.mixes(self.store.run)
-            check_losses(self.configs, self.store, self.combination, has_labels=has_labels)
+            check_losses(self.configs, self.store, self.combination, self._filter, has_labels=has_labels)
         return loader
 
     @contextlib.contextmanager
@@ -168,7 +169,10 @@ class RowTask(Task):
 
     def cut(self, batch: Batch) -> tuple[Batch, tuple[tuple[slice, Counts], ...]]:
         batch, counts_B = without_filler(batch)
-        return batch, cut(batch, counts_B, self.config.accumulate)
+        filtered = None
+        if self._filter is not None:
+            batch, filtered = self._filter.apply(batch)
+        return batch, cut(batch, counts_B, self.config.accumulate, filtered)
 
     def prepare(
         self,

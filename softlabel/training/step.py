@@ -17,18 +17,22 @@ from softlabel.inputs.base import IGNORE, Inputs, InputTransform
 from softlabel.loader import Batch
 from softlabel.loss.signals import top_class_and_entropy
 from softlabel.loss.targets import Target
+from softlabel.training.label_filter import Filtered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Rows of a batch: all that count, those with soft labels, those with a hard label, those with both; and the units
-    that the log counts by the second, which are samples, or tokens."""
+    """Rows of a batch: all that count, those with soft labels, those with a hard label, those with both; the units that
+    the log counts by the second, which are samples, or tokens; and what a `LabelFilter` found, 0 without one."""
 
     rows: int
     soft: int
     hard: int
     both: int
     units: int
+    stored: int = 0
+    comparable: int = 0
+    differ: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,7 +89,9 @@ def labelled_rows(labels: Tensor) -> Tensor:
     return labels != IGNORE if labels.dim() == 1 else (labels >= 0).any(dim=1)
 
 
-def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts], ...]:
+def cut(
+    batch: Batch, counts_B: Tensor, parts: int, filtered: Filtered | None = None
+) -> tuple[tuple[slice, Counts], ...]:
     """A batch, without filler and on the CPU, in slices that are not empty, with what counts in each."""
     rows, found = len(batch), []
     for number in range(parts):
@@ -101,7 +107,8 @@ def cut(batch: Batch, counts_B: Tensor, parts: int) -> tuple[tuple[slice, Counts
             soft, both = counted, hard
         else:
             soft, both = int(batch.has_target[part].sum()), int((labelled_B & batch.has_target[part]).sum())
-        found.append((part, Counts(rows=counted, soft=soft, hard=hard, both=both, units=counted)))
+        counts = Counts(rows=counted, soft=soft, hard=hard, both=both, units=counted)
+        found.append((part, counts if filtered is None else replace(counts, **filtered.count(part))))
     return tuple(found)
 
 

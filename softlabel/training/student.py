@@ -271,6 +271,7 @@ class Student(ABC):
             correct,
             agreed,
             teacher_sums=teacher_sums,
+            filtered=(here.stored, here.soft, here.comparable, here.differ) if here.stored else None,
         )
 
     # ---- files ----

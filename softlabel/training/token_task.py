@@ -42,6 +42,8 @@ _OTHERS = {
     "source_ratio": "mixes samples one by one; documents are packed together",
     "ignore_labels": "is of labels in the data; those of a language model are the next tokens: give --hard-weight 0",
     "sync_batchnorm": "is of batch norms, which language models do not have",
+    "fix_labels": "compares samples with one label each",
+    "confidence": "is of samples with one label each",
     "loss": "is of samples with one label each; a language model's logits exist for a part of the positions at a time, "
     "with the distillation loss",
     "compile": "compiles a whole network; the last layer of a language model is fused with the loss instead",
