@@ -98,6 +98,7 @@ class Experiment:
 
     Attributes:
         out: the folder.
+        data: the SOURCE of the training data.
         train_data: the SOURCE that students and teachers learn from.
         choice_data: the SOURCE on which choices are made.
     """
@@ -108,6 +109,7 @@ class Experiment:
         if data is None:
             data, rows = options.own_data, rows or options.own_rows
         data = data if rows is None else add_option(data, f"rows=0:{rows}")
+        self.data = data
         self.train_data, self.choice_data = add_option(data, f"without_{CHOICES}"), add_option(data, CHOICES)
 
     def __enter__(self) -> "Experiment":
