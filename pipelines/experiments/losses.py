@@ -9,9 +9,8 @@ so that it is trained without warm-up too.
 
 from typing import get_args
 
-from softlabel.training.losses import LOSSES, LossName
-
 from pipelines.experiments.common import Experiment, Row, find_resnet, make_parser, run_page
+from softlabel.training.losses import LOSSES, LossName
 
 
 def main() -> None:

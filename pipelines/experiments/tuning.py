@@ -10,9 +10,8 @@ The search sees nine tenths of the training data and is judged on the last one; 
 import time
 from typing import get_args
 
-from softlabel.training.losses import LossName
-
 from pipelines.experiments.common import Experiment, Row, find_resnet, make_parser, run_page
+from softlabel.training.losses import LossName
 from softlabel.training.tune import describe_settings, tune
 from softlabel.training.tune_config import TuneConfig
 

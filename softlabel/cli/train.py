@@ -103,7 +103,9 @@ def tune(config: "TuneConfig", training: "TrainingOptions") -> int:
     print(result.table())
     print(f"best: accuracy {result.best.score:.4f} on the samples held out, {describe_settings(result.best.settings)}")
     if result.defaults is not None:
-        print(f"defaults: accuracy {result.defaults.score:.4f}, {describe_settings(result.defaults.settings)}")
+        epoch = max(result.defaults.scores)
+        ended = "" if result.defaults.state == "done" else f" after epoch {epoch}, where it was ended"
+        print(f"defaults: accuracy {result.defaults.score:.4f}{ended}, {describe_settings(result.defaults.settings)}")
     print(f"train with it: {result.command}")
     print(f"plot: {Path(config.out) / 'tuning.png'}")
     return 0

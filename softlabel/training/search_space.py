@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from softlabel.errors import UsageError
+from softlabel.training.losses import LossName
 
 # Options that are ranges -> whether they are drawn evenly in their logarithm.
 RANGES = {"lr": True, "temperature": True, "soft_weight": True, "hard_weight": False}
@@ -59,7 +60,7 @@ class SearchSpace:
         ranges: option -> its numbers, for every option of `RANGES`.
     """
 
-    losses: tuple[str, ...]
+    losses: tuple[LossName, ...]
     ranges: Mapping[str, Range]
 
     def has(self, settings: Mapping[str, Any]) -> bool:

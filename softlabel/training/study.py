@@ -139,7 +139,8 @@ class Study:
             study.tell(trial.number, value, state=states.get(state))
 
     def _suggest(self, trial: "optuna.trial.Trial") -> dict[str, Any]:
-        loss = trial.suggest_categorical("loss", self._space.losses)
+        drawn = trial.suggest_categorical("loss", self._space.losses)
+        loss = next(one for one in self._space.losses if one == drawn)
         settings: dict[str, Any] = {"loss": loss}
         for name in RANGES:
             one = self._space.ranges[name]

@@ -47,8 +47,8 @@ class TuneResult:
         out: its folder.
         trials: every student, in the order in which their settings were drawn.
         best: the one with the highest accuracy among those that were trained to the end.
-        defaults: of those, the one with the highest accuracy that had the defaults of its loss; None where none was
-            trained to the end, or lies within the ranges.
+        defaults: the one that came furthest of those that had the defaults of their loss; None where these lie outside
+            of the ranges.
         command: `softlabel train` with the best settings, on all the data.
         already_done: nothing was left to do.
         seconds: wall time of this call.
@@ -107,13 +107,13 @@ def tune(config: TuneConfig, **training: Any) -> TuneResult:
             worked |= _run_pass(study, number, config, shared, first[: config.students])
         trials = tuple(trial for trial in study.list_trials() if trial.state != "open")
         best = _choose(trials, config)
-        of_defaults = [one for one in trials if one.settings in defaults and one.state == "done"]
-        options = _list_options(config, training, best)
+        of_defaults = [one for one in trials if one.settings in defaults and one.scores]
+        options = _list_options(config, shared, training, best)
         result = TuneResult(
             out=config.out,
             trials=trials,
             best=best,
-            defaults=max(of_defaults, key=lambda one: one.score or 0.0, default=None),
+            defaults=max(of_defaults, key=lambda one: (max(one.scores), one.score), default=None),
             command=_write_command(options),
             already_done=not worked,
             seconds=time.perf_counter() - started,
@@ -205,10 +205,11 @@ def _identify(config: TuneConfig, shared: TrainConfig, space: SearchSpace) -> di
     }
 
 
-def _list_options(config: TuneConfig, training: Mapping[str, Any], best: Trial) -> dict[str, Any]:
-    """Return the options of `softlabel train` with the best settings, but for its folder."""
+def _list_options(config: TuneConfig, shared: TrainConfig, training: Mapping[str, Any], best: Trial) -> dict[str, Any]:
+    """Return the options of `softlabel train` with the best settings, but for its folder and defaults."""
     own = {one.name: one.default for one in fields(TrainConfig)}
-    given = {name: value for name, value in training.items() if value != own[name]}
+    matters = shared.shared_identity()  # nor where and how fast it ran
+    given = {name: value for name, value in training.items() if value != own[name] and name in matters}
     settings = {name: value for name, value in best.settings.items() if value is not None}
     return {"data": config.data, "labels": config.labels, "student": config.student, **settings, **given}
 
