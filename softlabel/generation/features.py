@@ -7,23 +7,20 @@ Legend: B batch, C channels or classes, D width of an embedding, H and W height 
 before its projection, M members, S numbers of all maps of attention.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabel.errors import TeacherError, UsageError
 from softlabel.models import Program
+from softlabel.models.taps import hooked, map_attention, pool, tensor_of
 from softlabel.models.teacher import Teacher
 from softlabel.store.features import ATTENTION, EMBEDDING, SCALE, Features, Tap, make_projection
-
-# What an answer may be called that is no tensor.
-_ANSWERS = ("embedding", "image_embeds", "pooler_output", "last_hidden_state", "logits")
 
 Taken = dict[str, Tensor]
 
@@ -161,54 +158,8 @@ def watch_all(probes: Sequence[Probe]) -> Iterator[list[Capture]]:
         yield [stack.enter_context(probe.watch()) for probe in probes]
 
 
-@contextmanager
-def hooked(module: nn.Module, side: str, keep: Callable[[object], None]) -> Iterator[None]:
-    """Hand what enters a module, or what it gives, to `keep`."""
-    if side == "input":
-        handle = module.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
-    else:
-        handle = module.register_forward_hook(lambda _, inputs, output: keep(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _keep_map(found: list[Tensor]) -> Callable[[object], None]:
     return lambda value: found.append(map_attention(tensor_of("attention", value)))
-
-
-def tensor_of(subject: str, value: object) -> Tensor:
-    """The tensor in what a module gives. Raises UsageError where there is none."""
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    if not isinstance(value, Tensor):
-        named = value if isinstance(value, Mapping) else vars(value) if hasattr(value, "__dict__") else {}
-        value = next((one for name in _ANSWERS if isinstance(one := named.get(name), Tensor)), value)
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise UsageError(f"{subject}: expected a tensor of floats, found {type(value).__name__}; name another module")
-    return value
-
-
-def pool(values: Tensor, how: str) -> Tensor:
-    """The mean over what `Tap.pool` says: (B, K)."""
-    if how == "none":
-        return values
-    axes = {"pixels": (2, 3), "last-pixels": (1, 2), "tokens": (1,)}[how]
-    return values.float().mean(dim=axes)
-
-
-def map_attention(features: Tensor) -> Tensor:
-    """The map of attention of (B, C, H, W), or (B, H, W, C): the mean of the squares over the channels, divided by its
-    own norm; float32 (B, H * W)."""
-    map_BHW = features.float().square().mean(dim=3 if has_channels_last(features) else 1)
-    return F.normalize(map_BHW.flatten(1), dim=1)
-
-
-def has_channels_last(features: Tensor) -> bool:
-    """Whether the last axis of a map is that of its channels: where the two before it are equal, and it is not."""
-    _, first, second, last = features.shape
-    return first == second != last
 
 
 def encode_features(

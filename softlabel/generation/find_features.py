@@ -3,17 +3,13 @@
 Legend: B batch, C channels, D width of an embedding, H and W height and width, K numbers of it before its projection.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from softlabel.dataset import Source
 from softlabel.errors import DataError, UsageError
 from softlabel.generation.config import GenerateConfig
-from softlabel.generation.features import has_channels_last, hooked, tensor_of
 from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.base import Inputs
 from softlabel.inputs.image_transform import Preprocessing
@@ -21,12 +17,11 @@ from softlabel.models import LanguageModel, Program
 from softlabel.models.head import Head
 from softlabel.models.options import FEATURE_OPTIONS
 from softlabel.models.precision import ieee_float32
+from softlabel.models.taps import Side, choose_pool, find_module, find_stages, hooked, measure_map, tensor_of
 from softlabel.models.teacher import Teacher
 from softlabel.store.features import ATTENTION, EMBEDDING, Attention, Embedding, Features, Tap
 
 OUTPUT = "output"  # what a network answers, as ?embedding=output
-# Of the sides of maps that are taken without being named: 4 stages of an ImageNet network, but not its stem.
-_LARGEST_SIDE = 64
 # Numbers of an embedding, and of all maps of a row: 32 KB, several times what the logits take.
 _MOST_NUMBERS = 16_384
 _SAMPLES = 64  # samples tried, to find one that can be decoded
@@ -128,23 +123,15 @@ def _find_tap(teacher: Teacher, trial: Inputs, config: GenerateConfig) -> Tap:
     )
 
 
-def _measure_tap(teacher: Teacher, trial: Inputs, module: str, side: Literal["input", "output"]) -> Tap:
+def _measure_tap(teacher: Teacher, trial: Inputs, module: str, side: Side) -> Tap:
     found, _ = _observe(teacher, trial, module, side)
     shape, where = tuple(found.shape), f"embedding: {teacher.spec.text}: {module or 'its answer'}"
-    pools: dict[int, Literal["none", "pixels", "last-pixels", "tokens"]] = {2: "none", 3: "tokens", 4: "pixels"}
-    if len(shape) not in pools or shape[0] != len(trial):
-        raise UsageError(
-            f"{where}: expected (batch, D), (batch, D, height, width) or (batch, tokens, D), found {shape}; name "
-            "another module, ?embedding=MODULE"
-        )
-    how = pools[len(shape)]
+    how = choose_pool(where, found, len(trial))
     if how == "tokens" and teacher.preprocessing.buckets:
         raise UsageError(
             f"{where}: expected one vector for each text, found one for each of its tokens, {shape}, padding among "
             "them; name a module that gives (batch, D)"
         )
-    if how == "pixels" and has_channels_last(found):
-        how = "last-pixels"
     width = shape[1] if how == "pixels" else shape[-1]
     if width > _MOST_NUMBERS:
         raise UsageError(
@@ -154,7 +141,7 @@ def _measure_tap(teacher: Teacher, trial: Inputs, module: str, side: Literal["in
     return Tap(module=module, side=side, width=width, pool=how)
 
 
-def _observe(teacher: Teacher, trial: Inputs, module: str, side: Literal["input", "output"]) -> tuple[Tensor, Tensor]:
+def _observe(teacher: Teacher, trial: Inputs, module: str, side: Side) -> tuple[Tensor, Tensor]:
     """What enters a module or what it gives, and the logits, in a pass over a few samples."""
     model, subject, found = teacher.model, teacher.spec.text, list[Tensor]()
 
@@ -164,7 +151,7 @@ def _observe(teacher: Teacher, trial: Inputs, module: str, side: Literal["input"
     if isinstance(model, Program):
         watch = model.watching((module,), [keep])
     else:
-        watch = hooked(_get_module(teacher, module, EMBEDDING), side, keep)
+        watch = hooked(find_module(f"{EMBEDDING}: {subject}", model, module), side, keep)
     with watch, ieee_float32():
         logits_BC = teacher.logits(trial)
     if len(found) != 1:
@@ -173,17 +160,6 @@ def _observe(teacher: Teacher, trial: Inputs, module: str, side: Literal["input"
             "another module"
         )
     return found[0], logits_BC
-
-
-def _get_module(teacher: Teacher, name: str, feature: str) -> nn.Module:
-    try:
-        return teacher.model.get_submodule(name)
-    except AttributeError:
-        there = [one for one, _ in teacher.model.named_children()]
-        raise UsageError(
-            f"{feature}: {teacher.spec.text}: expected the name of a module, found {name!r}; the network has "
-            f"{', '.join(there)}, and modules inside them (layer4.0.conv1)"
-        ) from None
 
 
 def _make_embedding(
@@ -218,11 +194,12 @@ def _find_maps(teacher: Teacher, trial: Inputs) -> dict[str, tuple[int, int]]:
             f"attention: {name}: takes images of any size, whose maps differ in size; give crop= in its SPEC"
         )
     if asked is None:
-        maps = _find_stages(teacher, trial)
+        with ieee_float32():
+            maps = find_stages(teacher.model, lambda: teacher.logits(trial), len(trial))
     else:
         maps = {}
         for module in filter(None, asked.split(",")):
-            maps[module] = _measure_map(f"attention: {name}: {module}", _observe(teacher, trial, module, "output")[0])
+            maps[module] = measure_map(f"attention: {name}: {module}", _observe(teacher, trial, module, "output")[0])
     total = sum(height * width for height, width in maps.values())
     if not maps or total > _MOST_NUMBERS:
         found = (
@@ -233,39 +210,6 @@ def _find_maps(teacher: Teacher, trial: Inputs) -> dict[str, tuple[int, int]]:
             f"row), found {found}; name smaller ones, ?attention=MODULE,MODULE"
         )
     return maps
-
-
-def _measure_map(where: str, found: Tensor) -> tuple[int, int]:
-    if found.dim() != 4:
-        raise UsageError(f"{where}: expected (batch, channels, height, width), found {tuple(found.shape)}")
-    height, width = found.shape[1:3] if has_channels_last(found) else found.shape[2:]
-    return int(height), int(width)
-
-
-def _find_stages(teacher: Teacher, trial: Inputs) -> dict[str, tuple[int, int]]:
-    """The stages of a network: of the modules that give maps of one size, the outermost, and the last of these."""
-    given: list[tuple[str, tuple[int, int]]] = []  # in the order in which they end
-
-    def note(where: str) -> Callable[[object], None]:
-        def keep(value: object) -> None:
-            if isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(trial):
-                given.append((where, _measure_map(where, value)))
-
-        return keep
-
-    with ExitStack() as stack, ieee_float32():
-        for where, module in teacher.model.named_modules():
-            stack.enter_context(hooked(module, "output", note(where)))
-        teacher.logits(trial)
-    runs = Counter(where for where, _ in given)
-    stages: dict[tuple[int, int], str] = {}
-    for where, size in given:
-        depth = where.count(".")
-        alone = where and runs[where] == 1 and 1 < max(size) <= _LARGEST_SIDE
-        if alone and (size not in stages or depth <= stages[size].count(".")):
-            stages[size] = where
-    order = [where for where, _ in given]
-    return {where: size for size, where in sorted(stages.items(), key=lambda one: order.index(one[1]))}
 
 
 def _make_attention(

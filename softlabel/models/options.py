@@ -1,6 +1,7 @@
 """Options of a SPEC: which a builder takes, and what their values are."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from softlabel.common.spec import Spec, literal
 from softlabel.errors import SpecError
@@ -18,6 +19,12 @@ def refuse_others(spec: Spec, known: Iterable[str] = ()) -> None:
     expected = (*known, *PREPROCESSING_OPTIONS)
     if unknown := [name for name in spec.options if name not in expected]:
         raise SpecError(f"{spec.text}: expected no option but {', '.join(expected)}, found {unknown[0]!r}")
+
+
+def without_options(spec: Spec, names: Iterable[str]) -> Spec:
+    """The SPEC without some of its options."""
+    options = {name: value for name, value in spec.options.items() if name not in set(names)}
+    return replace(spec, options=options)
 
 
 def says_everything(spec: Spec) -> bool:

@@ -51,6 +51,8 @@ _AXES = (
     "label_smoothing",
     "soft_warmup",
     "hard_weight",
+    "embedding_loss",
+    "embedding_weight",
 )
 assert set(_AXES) == set(GRID)
 _GRID_METRICS = ("eval_accuracy", "eval_map", "train_accuracy")

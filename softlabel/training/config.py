@@ -10,6 +10,7 @@ from softlabel.errors import UsageError
 from softlabel.inputs.base import InputKind
 from softlabel.store.reader import Store
 from softlabel.training.config_checks import check_combinations, check_lines, check_numbers
+from softlabel.training.embedding_losses import EmbeddingLossName, ProjectorName
 from softlabel.training.label_filter import LabelFilter, parse_confidence
 from softlabel.training.losses import LossName
 
@@ -54,6 +55,15 @@ class TrainConfig:
         soft_warmup: epochs over which the weight of the soft term rises: in epoch e it is e / EPOCHS of it; absent:
             that of `loss`, of dkd 20, of others none.
         hard_weight: of the hard term; absent: that of `loss`, of kd 0.1, beside a soft term, 1 without.
+        embedding_loss: between the student's embedding (what enters its last linear layer, or what the module of
+            '?embedding=MODULE' in its SPEC gives) and the teacher's, of a store that has it. cosine, mse: of the
+            projected embedding; simkd: mse, after which the student answers by the teacher's last layer (Chen et al.
+            2022); srd: standardised (Miles and Mikolajczyk 2024); rkd: distances and angles (Park et al. 2019); pkt,
+            sp: similarities (Passalis and Tefas 2018; Tung and Mori 2019); crd: contrasts (Tian et al. 2020); at: maps
+            of attention (Zagoruyko and Komodakis 2017).
+        embedding_weight: of it; absent: the published one of each, which --print_config shows.
+        embedding_projector: what brings the student's embedding to the teacher's width for cosine, mse and srd: a
+            linear layer, or two with a ReLU between them; absent: linear.
         label_smoothing: of the hard term.
         mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
         optimizer: sgd (with momentum) or adamw; absent: adamw for a language model, sgd for others.
@@ -127,6 +137,9 @@ class TrainConfig:
     soft_weight: float | list[float] | None = None
     soft_warmup: float | list[float] | None = None
     hard_weight: float | list[float] | None = None
+    embedding_loss: EmbeddingLossName | list[EmbeddingLossName] = "none"
+    embedding_weight: float | list[float] | None = None
+    embedding_projector: ProjectorName | None = None
     label_smoothing: float | list[float] = 0.0
     mixup: float = 0.0
     optimizer: Literal["sgd", "adamw"] | list[Literal["sgd", "adamw"]] | None = None
@@ -254,10 +267,20 @@ GRID = (
     "soft_weight",
     "soft_warmup",
     "hard_weight",
+    "embedding_loss",
+    "embedding_weight",
 )
 
 # Options that runs of earlier versions do not name in their identity, with what those did.
-_LATER: Mapping[str, Any] = {"fix_labels": None, "confidence": None, "loss": "kd", "soft_warmup": 0.0}
+_LATER: Mapping[str, Any] = {
+    "fix_labels": None,
+    "confidence": None,
+    "loss": "kd",
+    "soft_warmup": 0.0,
+    "embedding_loss": "none",
+    "embedding_weight": 0.0,
+    "embedding_projector": None,
+}
 
 
 def is_later_default(name: str, value: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softlabel.errors import UsageError
+from softlabel.training.embedding_losses import EMBEDDING_LOSSES
 from softlabel.training.label_filter import parse_confidence
 from softlabel.training.losses import LOSSES
 
@@ -41,7 +42,7 @@ def check_numbers(config: Any, grid: Sequence[str]) -> None:
         for value in config.values(name):
             if value is not None and not least <= value < math.inf:
                 raise UsageError(f"{name}: expected a number of at least {least}, found {value}")
-    for name in ("temperature", "clip_norm"):
+    for name in ("temperature", "clip_norm", "embedding_weight"):
         for value in config.values(name):
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name}: expected a number above 0, found {value}")
@@ -87,8 +88,9 @@ def check_combinations(config: Any) -> None:
     """Options that need another one, or exclude it: nothing that was asked for is ignored."""
     soft = [weight for weight in config.values("soft_weight") if weight != 0]  # None stands for 0.9 with a store
     without_soft = config.labels is None or 0 in config.values("soft_weight")
-    if without_soft and 0 in config.values("hard_weight"):
+    if without_soft and 0 in config.values("hard_weight") and "none" in config.values("embedding_loss"):
         raise UsageError("soft_weight and hard_weight: both are 0, there is nothing to learn from")
+    _check_embedding_options(config)
     if config.labels is None:
         for name in _list_soft_options(config):
             if name != "temperature":
@@ -140,3 +142,34 @@ def check_combinations(config: Any) -> None:
     if config.accumulate > size:
         lines = " lines" if config.of_documents else ""
         raise UsageError(f"accumulate: a batch of {size}{lines} cannot be cut into {config.accumulate} parts")
+
+
+def _check_embedding_options(config: Any) -> None:
+    """The options of a loss on embeddings have one, and it has labels."""
+    used = [name for name in config.values("embedding_loss") if name != "none"]
+    if not used:
+        for name in ("embedding_weight", "embedding_projector"):
+            if (value := getattr(config, name)) is not None:
+                raise UsageError(
+                    f"{name}: {value} is of a loss on embeddings, found none; give --embedding-loss NAME, or leave "
+                    f"--{name.replace('_', '-')} out"
+                )
+        return
+    if config.labels is None:
+        raise UsageError(
+            f"embedding_loss: {', '.join(used)} needs the teacher's embeddings; give --labels STORE, of 'softlabel "
+            "generate --also embedding'"
+        )
+    if config.mixup:
+        raise UsageError("mixup: a mixed sample has no embedding in the store; leave --mixup or --embedding-loss out")
+    projecting = [name for name in used if EMBEDDING_LOSSES[name].projects]
+    if config.embedding_projector is not None and not projecting:
+        raise UsageError(
+            f"embedding_projector: {', '.join(used)} compares how embeddings lie, in which none is projected to "
+            "another; leave --embedding-projector out"
+        )
+    if config.embedding_projector == "mlp" and "simkd" in used:
+        raise UsageError(
+            "embedding_projector: with simkd a linear one and the teacher's last layer become the student's, which mlp "
+            "could not; give linear"
+        )

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from softlabel.common.spec import parse_spec
+from softlabel.models.options import FEATURE_OPTIONS, without_options
 from softlabel.training.config import GRID, TrainConfig, is_later_default
+from softlabel.training.embedding_losses import EMBEDDING_LOSSES, EmbeddingLossName
 from softlabel.training.losses import LOSSES, LossName
 
 _SHORT = {"lr": "lr", "weight_decay": "decay", "label_smoothing": "smooth", "temperature": "T"} | {
     "soft_weight": "soft",
     "soft_warmup": "warmup",
     "hard_weight": "hard",
+    "embedding_weight": "embed",
 }
 
 
@@ -29,6 +32,8 @@ class StudentConfig:
         loss: its soft term, see `LOSSES`.
         temperature: of the soft term; None: that of the store, or those of a loss that has its own.
         soft_warmup: epochs over which the weight of the soft term rises; 0: none.
+        embedding_loss: on its embedding, see `EMBEDDING_LOSSES`.
+        embedding_weight: of that; 0: there is none.
         shared: the settings that it has in common with the others.
     """
 
@@ -44,12 +49,19 @@ class StudentConfig:
     soft_weight: float
     soft_warmup: float
     hard_weight: float
+    embedding_loss: EmbeddingLossName
+    embedding_weight: float
     shared: TrainConfig
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what the weights become; a run is resumed only if they are the same."""
         own = {name: getattr(self, name) for name in GRID}
         return self.shared.shared_identity() | {n: value for n, value in own.items() if not is_later_default(n, value)}
+
+    @property
+    def network(self) -> str:
+        """Its SPEC without where its embedding is taken."""
+        return without_options(parse_spec(self.student), FEATURE_OPTIONS).text
 
     def find_soft_weight(self, epoch: int) -> float:
         """The weight of the soft term in an epoch, from 0."""
@@ -83,9 +95,9 @@ def fill_presets(config: TrainConfig) -> tuple[dict[str, Any], list[str]]:
         Option -> value, where all students have one; and a line for each student where they differ.
     """
     students = students_of(config)
-    names = [
-        name for name in ("temperature", "soft_weight", "soft_warmup", "hard_weight") if getattr(config, name) is None
-    ]
+    options = ["temperature", "soft_weight", "soft_warmup", "hard_weight"]
+    options += [] if config.embedding_loss == "none" else ["embedding_weight"]
+    names = [name for name in options if getattr(config, name) is None]
     found = {name: list(dict.fromkeys(getattr(one, name) for one in students)) for name in names}
     common = {name: values[0] for name, values in found.items() if len(values) == 1}
     if len(common) == len(names):
@@ -104,23 +116,30 @@ def _write_preset(value: float | None) -> str:
 
 def _resolve(given: dict[str, Any], *, with_store: bool) -> dict[str, Any]:
     preset = LOSSES[given["loss"]]
-    soft = given["soft_weight"] if given["soft_weight"] is not None else (preset.soft_weight if with_store else 0.0)
+    embedding = EMBEDDING_LOSSES.get(given["embedding_loss"])
+    usual = preset.soft_weight if embedding is None or embedding.soft_weight is None else embedding.soft_weight
+    soft = given["soft_weight"] if given["soft_weight"] is not None else (usual if with_store else 0.0)
     defaults = {"soft_weight": soft, "lr": {"sgd": 0.1, "adamw": 1e-3}[given["optimizer"]]}
     if soft > 0:
         defaults |= {"hard_weight": preset.hard_weight, "soft_warmup": preset.soft_warmup}
         defaults |= {"temperature": preset.temperature}
     else:
         defaults["hard_weight"] = 1.0
+    if embedding is not None:
+        defaults["embedding_weight"] = embedding.weight
+        if embedding.hard_weight is not None:
+            defaults["hard_weight"] = embedding.hard_weight
     resolved = {name: defaults.get(name) if value is None else value for name, value in given.items()}
-    none = {"loss": "kd", "temperature": None, "soft_warmup": 0.0}
+    none = {"loss": "kd", "temperature": None, "soft_warmup": 0.0, "embedding_weight": 0.0}
     return resolved | {name: none[name] for name in _list_unused(resolved)}
 
 
 def _list_unused(resolved: Mapping[str, Any]) -> tuple[str, ...]:
     """Options that say nothing about a student."""
+    unused = () if resolved["embedding_loss"] != "none" else ("embedding_weight",)
     if resolved["soft_weight"] == 0:
-        return ("loss", "temperature", "soft_warmup")
-    return ("temperature",) if LOSSES[resolved["loss"]].fixed else ()
+        return ("loss", "temperature", "soft_warmup", *unused)
+    return ("temperature", *unused) if LOSSES[resolved["loss"]].fixed else unused
 
 
 def _part(option: str, value: Any) -> str:
@@ -129,7 +148,7 @@ def _part(option: str, value: Any) -> str:
         # The last part of a path or of a Python name says most.
         name = re.split(r"[/:]", parse_spec(value).name.rstrip("/"))[-1]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".") or "student"
-    return str(value) if option in ("optimizer", "loss") else f"{_SHORT[option]}{value:g}"
+    return str(value) if option in ("optimizer", "loss", "embedding_loss") else f"{_SHORT[option]}{value:g}"
 
 
 def _placed(student: StudentConfig, earlier: list[StudentConfig]) -> StudentConfig:

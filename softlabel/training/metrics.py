@@ -39,6 +39,7 @@ class EpochMetrics:
         kept_share: of the soft labels of the store, those that `fix_labels` and `confidence` let a student follow.
         differing_share: of the soft labels beside a hard one, those with another most probable class, which
             `fix_labels` swaps or masks.
+        embedding_loss: that of the student's embedding, mean over samples that have the teacher's.
     """
 
     epoch: int
@@ -60,6 +61,7 @@ class EpochMetrics:
     eval_perplexity: float | None = None
     kept_share: float | None = None
     differing_share: float | None = None
+    embedding_loss: float | None = None
 
     @property
     def headline(self) -> tuple[str, float] | None:
@@ -80,6 +82,7 @@ class EpochMetrics:
         parts = [f"epoch {self.epoch:>{len(str(epochs))}}/{epochs}", f"loss {self.loss:.4f}"]
         parts += [f"soft {self.soft_loss:.4f}"] if self.soft_loss is not None else []
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
+        parts += [f"embedding {self.embedding_loss:.4g}"] if self.embedding_loss is not None else []
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"soft labels kept {self.kept_share:.2%}"] if self.kept_share is not None else []
@@ -98,11 +101,16 @@ class Sums:
     NAMES = ("units", "samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
     TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `RowStep.teacher_sums` holds
     FILTER = ("stored", "kept", "comparable", "differ")  # of `LabelFilter`; checkpoints of earlier versions have none
+    EMBEDDING = ("embedded", "embedding")  # likewise
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
         given = list(values or [])
-        given += [0.0] * (len(self.NAMES) + len(self.TEACHER) + len(self.FILTER) - len(given))
+        given += [0.0] * (len(self._names()) - len(given))
         self.values = torch.tensor(given, dtype=torch.float64, device=device)
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return (*cls.NAMES, *cls.TEACHER, *cls.FILTER, *cls.EMBEDDING)
 
     def add(
         self, *values: float | Tensor, teacher_sums: Tensor | None = None, filtered: Sequence[int] | None = None
@@ -113,9 +121,16 @@ class Sums:
         new = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
         self.values[: len(self.NAMES)] += new
         if teacher_sums is not None:
-            self.values[len(self.NAMES) : -len(self.FILTER)] += teacher_sums
+            self.values[len(self.NAMES) : -len(self.FILTER + self.EMBEDDING)] += teacher_sums
         if filtered is not None:
-            self.values[-len(self.FILTER) :] += torch.tensor(filtered, dtype=torch.float64, device=device)
+            found = torch.tensor(filtered, dtype=torch.float64, device=device)
+            self.values[-len(self.FILTER + self.EMBEDDING) : -len(self.EMBEDDING)] += found
+
+    @torch.no_grad()
+    def add_embedding(self, rows: int, total: Tensor) -> None:
+        """The rows of a part that have the teacher's embedding, and the sum of the loss over them."""
+        self.values[-2] += rows
+        self.values[-1] += total
 
     @property
     def units(self) -> float:
@@ -124,7 +139,7 @@ class Sums:
 
     def means(self, *, soft: bool) -> dict[str, float | None]:
         """The means of `EpochMetrics`; without a soft term none of the soft loss."""
-        total = dict(zip((*self.NAMES, *self.TEACHER, *self.FILTER), self.values.tolist(), strict=True))
+        total = dict(zip(self._names(), self.values.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float | None:
             return total[name] / total[count] if total[count] else None
@@ -139,6 +154,7 @@ class Sums:
             "target_entropy": mean("entropy", "with_top"),
             "kept_share": mean("kept", "stored") if soft else None,
             "differing_share": mean("differ", "comparable") if soft else None,
+            "embedding_loss": mean("embedding", "embedded"),
         }
 
 
@@ -146,7 +162,7 @@ def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
     """The whole history; the file is replaced, so that it never holds an epoch that a resumed run does again."""
     text = io.StringIO()
     names = [field.name for field in fields(EpochMetrics)]
-    for name in ("eval_map", "eval_perplexity", "kept_share", "differing_share"):
+    for name in ("eval_map", "eval_perplexity", "kept_share", "differing_share", "embedding_loss"):
         if all(getattr(epoch, name) is None for epoch in history):
             names.remove(name)  # of other students than those that have it
     writer = csv.DictWriter(text, names, lineterminator="\n")

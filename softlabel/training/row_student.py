@@ -55,18 +55,18 @@ class RowStudent(Student):
 
     @property
     def is_of_batch(self) -> bool:
-        """Whether its soft term is about a batch as a whole, and not a mean over its rows."""
+        """Whether a term of its loss is about a batch as a whole, and not a mean over its rows."""
         return self._objective.is_of_batch
 
     def _advance(self, work: RowStep) -> None:
         if self.is_of_batch and len(work.parts) > 1:
-            self._of_batch = self._measure_batch(work)
+            self._measure_batch(work)
         super()._advance(work)
         self._of_batch = None
 
-    def _measure_batch(self, work: RowStep) -> BatchTerm:
-        """The soft term of a batch whose parts go forward one after the other: once more, without a gradient, since
-        that of each part needs the logits of all."""
+    def _measure_batch(self, work: RowStep) -> None:
+        """Find the terms of a batch as a whole whose parts go forward one after the other: once more, without a
+        gradient, since that of each part needs what all of them give."""
         self.model.train()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         random, found = rng.state_of(self.device), []
@@ -76,7 +76,12 @@ class RowStudent(Student):
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(buffers[name])
         rng.restore(random, self.device)
-        return self._objective.measure_batch(torch.cat(found), work.batch)
+        self._note_batch(torch.cat(found), work)
+
+    def _note_batch(self, logits_BC: Tensor, work: RowStep) -> None:
+        """Keep the terms of a batch as a whole, whose parts have gone forward, for the step."""
+        if self._objective.is_of_batch:
+            self._of_batch = self._objective.measure_batch(logits_BC, work.batch)
 
     def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
         try:
@@ -104,13 +109,17 @@ class RowStudent(Student):
         """The logits (B, C), float32, of a part of a step."""
         with computing(self.precision, self.device):
             try:
-                logits_BC = rows.inputs.call(self._forward)
+                logits_BC = self._forward_pass(rows)
             except Exception as error:  # user code, or samples that it was not made for
                 if out_of_memory(error) or _NORMALISES_ONE in str(error):
                     raise
                 why = describe_failure(self.preprocessing, rows.inputs, error, network="student")
                 raise MismatchError(f"student {self.config.student}: {why}") from error
         return self._checked(logits_BC).float()
+
+    def _forward_pass(self, rows: StudentRows) -> Any:
+        """What the network answers."""
+        return rows.inputs.call(self._forward)
 
     def cut_rows(self, work: RowStep, part: slice) -> StudentRows:
         """What the student takes of a part of a step."""

@@ -13,13 +13,21 @@ from softlabel.common.multi_hot import is_labelled
 from softlabel.dataset import Source, report_source
 from softlabel.errors import DataError, MismatchError, SpecError, UsageError
 from softlabel.evaluation.evaluate import Measurement
-from softlabel.inputs.base import InputKind, InputTransform
+from softlabel.inputs.base import InputKind, Inputs, InputTransform
 from softlabel.loader import Batch, SoftLabelLoader
 from softlabel.models import Program, build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.reader import Store
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
+from softlabel.training.embedding_setup import (
+    NegativeDraws,
+    check_embeddings,
+    list_features,
+    make_parts,
+    needs_negatives,
+)
+from softlabel.training.embedding_student import EmbeddingStudent
 from softlabel.training.grid import StudentConfig
 from softlabel.training.loss_check import check_losses
 from softlabel.training.row_student import RowStudent
@@ -54,6 +62,9 @@ class RowTask(Task):
         self.unit, self.num_classes = source.inputs.unit, _num_classes(source, store)
         self._models = [_build(student, self.num_classes, source.inputs.name) for student in self.configs]
         _check_geometry(self.configs, [preprocessing for _, preprocessing in self._models])
+        check_embeddings(config, self.configs, store)
+        self._loader: SoftLabelLoader | None = None
+        self._draws: NegativeDraws | None = None
         assert config.batch_size is not None
         self._batch_size = config.batch_size
         self._filter = config.label_filter
@@ -92,6 +103,7 @@ class RowTask(Task):
             cache_device=ranks.device if config.cache == "device" else None,
             pin_memory=ranks.device.type == "cuda",
             combine=self.combination,
+            also=list_features(self.configs),
             view_order=config.view_order,
             check_views=config.check_views,
             views=views,
@@ -101,6 +113,9 @@ class RowTask(Task):
             world_size=ranks.world_size,
         )
         self._activation: Activation = loader.dataset.activation
+        self._loader = loader
+        if self.store is not None and any(needs_negatives(one.embedding_loss) for one in self.configs):
+            self._draws = NegativeDraws(loader.dataset, self.store, seed=config.seed, device=ranks.device)
         if self.store is not None:
             has_labels = bool(is_labelled(self.source.labels()).any()) and not Views.mixes(self.store.run)
             check_losses(self.configs, self.store, self.combination, self._filter, has_labels=has_labels)
@@ -132,15 +147,25 @@ class RowTask(Task):
 
     def make_student(self, number: int, *, ranks: Ranks, temperature: float, steps: int) -> RowStudent:
         config, (model, preprocessing) = self.configs[number], self._models[number]
-        return RowStudent(
-            config,
-            model,
-            preprocessing,
-            ranks=ranks,
-            precision=self.precision,
-            temperature=temperature if config.temperature is None else config.temperature,
-            steps=steps,
-        )
+        settings: dict[str, Any] = {
+            "ranks": ranks,
+            "precision": self.precision,
+            "temperature": temperature if config.temperature is None else config.temperature,
+            "steps": steps,
+        }
+        if config.embedding_loss == "none":
+            return RowStudent(config, model, preprocessing, **settings)
+        assert self.store is not None
+        samples = len(self.source)
+        parts = make_parts(config, model, self._observe_samples(number), self.store, samples=samples)
+        return EmbeddingStudent(config, model, preprocessing, parts=parts, **settings)
+
+    def _observe_samples(self, number: int) -> Inputs:
+        """A few samples, as the network of a student takes them."""
+        assert self._loader is not None
+        dataset, preprocessing = self._loader.dataset, self._models[number][1]
+        batch = dataset.__getitems__(list(range(min(2, len(dataset)))))
+        return preprocessing.finish(Inputs.of(batch.inputs).map(lambda one: one.cpu()))
 
     def count_units(self, loader: Loader) -> int:
         return len(loader) * self._batch_size
@@ -192,6 +217,7 @@ class RowTask(Task):
             epoch=epoch,
             step=step,
             with_teacher=any(student.config.soft_weight > 0 for student in students),
+            negatives=None if self._draws is None else self._draws.draw(epoch, step),
         )
 
     def measure(self, student: Student, loader: Loader) -> Measurement:
@@ -207,10 +233,10 @@ class RowTask(Task):
 
 def _build(config: StudentConfig, num_classes: int, kind: str) -> tuple[nn.Module, InputTransform]:
     torch.manual_seed(config.shared.seed)  # each by itself: what a student starts from does not depend on the others
-    model = build_model(config.student, num_classes=num_classes)
+    model = build_model(config.network, num_classes=num_classes)
     if isinstance(model, Program):
         raise SpecError(f"student {config.student}: a file that is run as it is cannot be trained; name a network")
-    return model, student_preprocessing(config.student, model, kind)
+    return model, student_preprocessing(config.network, model, kind)
 
 
 def _check_geometry(configs: Sequence[StudentConfig], found: list[InputTransform]) -> None:

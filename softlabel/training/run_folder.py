@@ -7,6 +7,8 @@ metrics.csv, tensorboard/
 best.safetensors    the weights of the best evaluation so far
 failed.json         why the student was given up
 tracker.json        its id at --tracker, so that a resumed run goes on there
+projector.safetensors       what was trained beside a student for a loss on its embedding; the student is without it
+best-projector.safetensors
 model.safetensors, model.json      the student, once it is finished; model.json is the last to appear
 epoch-N/            the student as it was after epoch N, where `keep_epochs` names it: a run folder for SPECs
 tokenizer.json      of a student that takes texts; a language model has config.json beside it, for transformers
@@ -44,6 +46,7 @@ FORMAT = 3  # of a checkpoint
 DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what its data is
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
+PROJECTOR, BEST_PROJECTOR = "projector.safetensors", "best-projector.safetensors"
 STACKS = "stacks.json"
 OF_TRANSFORMERS = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -102,6 +105,11 @@ def save_weights(path: Path, model: nn.Module) -> None:
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomically(path, save(state))
+
+
+def save_parameters(path: Path, module: nn.Module) -> None:
+    """The same without buffers."""
+    write_atomically(path, save({name: one.detach().cpu().contiguous() for name, one in module.named_parameters()}))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -301,7 +309,8 @@ def _to_go_on(folder: Path, earlier: Mapping[str, Any], new: Mapping[str, Any]) 
 
 
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, BEST, FAILED, TRACKER, TOKENIZER, *OF_TRANSFORMERS, *MODEL):
+    of_student = (BEST, PROJECTOR, BEST_PROJECTOR, TOKENIZER, *OF_TRANSFORMERS, *MODEL)
+    for name in (CHECKPOINT, IDENTITY, CONFIG, METRICS, FAILED, TRACKER, *of_student):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / BOARD, ignore_errors=True)
     for kept in folder.glob("epoch-*"):

@@ -25,6 +25,7 @@ from softlabel.models import RunModel, network_of
 from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
+from softlabel.training.embedding_student import EmbeddingStudent
 from softlabel.training.grid import students_of
 from softlabel.training.parallel_students import ParallelStudents
 from softlabel.training.row_student import RowStudent
@@ -90,7 +91,7 @@ class StackedStudents:
             return
         groups: dict[object, list[Student]] = {}
         for student in students:
-            groups.setdefault((_find_network(student.config.student), student.preprocessing.norm), []).append(student)
+            groups.setdefault((_find_network(student.config.network), student.preprocessing.norm), []).append(student)
         for group in groups.values():
             reason = _find_obstacle(config, ranks, group)
             if reason is not None:
@@ -213,18 +214,20 @@ def _find_network(student: str) -> str:
 
 def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) -> str | None:
     """Why students of one architecture cannot be stacked, as far as their settings say; None: nothing is known."""
-    network = _find_network(group[0].config.student)
+    network = _find_network(group[0].config.network)
     if ranks.several:
         return "several processes train together, whose gradients are exchanged student by student"
     if not all(isinstance(student, RowStudent) for student in group):
         return "the last layer and the loss of a language model are computed together, student by student"
+    if any(isinstance(student, EmbeddingStudent) for student in group):
+        return "a loss on embeddings trains beside each student, student by student"
     if group[0].precision != "fp32":
         return "autocast does not reach the convolutions of torch.func.vmap; give --precision fp32"
     if config.accumulate > 1 and any(isinstance(one, RowStudent) and one.is_of_batch for one in group):
         return "a loss of a batch as a whole needs the logits of all of its parts first; leave --accumulate out"
     if config.compile:
         return "--compile compiles single students"
-    if Counter(_find_network(one.student) for one in students_of(config))[network] == 1:
+    if Counter(_find_network(one.network) for one in students_of(config))[network] == 1:
         return "there is no other student of its architecture"
     return None
 

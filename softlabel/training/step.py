@@ -2,7 +2,7 @@
 
 Rows are samples, or positions of documents.
 
-Legend: B batch, C classes.
+Legend: B batch, C classes, D width of the teacher's embedding, K negatives.
 """
 
 from collections.abc import Hashable, Iterable
@@ -23,7 +23,8 @@ from softlabel.training.label_filter import Filtered
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
     """Rows of a batch: all that count, those with soft labels, those with a hard label, those with both; the units that
-    the log counts by the second, which are samples, or tokens; and what a `LabelFilter` found, 0 without one."""
+    the log counts by the second, which are samples, or tokens; what a `LabelFilter` found, 0 without one; and rows with
+    the teacher's embedding."""
 
     rows: int
     soft: int
@@ -33,6 +34,7 @@ class Counts:
     stored: int = 0
     comparable: int = 0
     differ: int = 0
+    embedded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +54,23 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Negatives:
+    """Samples that the embeddings of a step are contrasted with, the same for all of its rows.
+
+    Attributes:
+        samples: int64 (K,), of the source.
+        labels: int64 (K,), -100 where there is none.
+        embedding: float32 (K, D), the teacher's.
+        total: samples that they are drawn from.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    embedding: Tensor
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowStep(Step):
     """One step of samples that have one label each; its parts are slices of the batch.
 
@@ -59,6 +78,7 @@ class RowStep(Step):
         batch: on the device; rows of weight 0 have neither a hard label nor soft labels.
         inputs: what a network takes, for each way to normalise (`InputTransform.norm`).
         top: int64 (B,), the teacher's most probable class, -1 where there is none; None: unknown for all.
+        negatives: what embeddings are contrasted with, for a loss that does.
         teacher_sums: sums over the rows with soft labels, float64 (4,): rows with `top`, such rows with a hard
             label, those where the two agree, and the entropy of the target in nats.
     """
@@ -67,6 +87,7 @@ class RowStep(Step):
     inputs: dict[Hashable, Inputs]
     top: Tensor | None
     teacher_sums: Tensor | None
+    negatives: Negatives | None = None
 
 
 def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
@@ -81,7 +102,13 @@ def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
         labels = torch.where(counts_B, batch.labels, IGNORE)
     else:
         labels = torch.where(counts_B[:, None], batch.labels, UNKNOWN)
-    return replace(batch, labels=labels, has_target=has_target, weight=None), counts_B
+    rows = torch.where(counts_B, batch.rows, -1)
+    return replace(batch, labels=labels, has_target=has_target, weight=None, rows=rows), counts_B
+
+
+def has_features(batch: Batch) -> bool:
+    """Whether the teacher's embedding, or its maps of attention, come with the rows."""
+    return batch.embedding is not None or batch.attention is not None
 
 
 def labelled_rows(labels: Tensor) -> Tensor:
@@ -107,7 +134,8 @@ def cut(
             soft, both = counted, hard
         else:
             soft, both = int(batch.has_target[part].sum()), int((labelled_B & batch.has_target[part]).sum())
-        counts = Counts(rows=counted, soft=soft, hard=hard, both=both, units=counted)
+        embedded = int((batch.rows[part] >= 0).sum()) if has_features(batch) else 0
+        counts = Counts(rows=counted, soft=soft, hard=hard, both=both, units=counted, embedded=embedded)
         found.append((part, counts if filtered is None else replace(counts, **filtered.count(part))))
     return tuple(found)
 
@@ -122,6 +150,8 @@ def take(batch: Batch, part: slice) -> Batch:
         rows=batch.rows[part],
         target=None if batch.target is None else batch.target.take(part),
         has_target=None if batch.has_target is None else batch.has_target[part],
+        embedding=None if batch.embedding is None else batch.embedding[part],
+        attention=None if batch.attention is None else batch.attention[part],
     )
 
 
@@ -135,6 +165,7 @@ def prepare(
     epoch: int,
     step: int,
     with_teacher: bool,
+    negatives: Negatives | None = None,
 ) -> RowStep:
     """Do once what all students need.
 
@@ -143,6 +174,7 @@ def prepare(
         parts, whole: see `RowStep`.
         transforms: those of the students.
         with_teacher: whether to look at the teacher's classes too.
+        negatives: see `RowStep`.
     """
     inputs: dict[Hashable, Inputs] = {}
     for transform in transforms:
@@ -160,6 +192,7 @@ def prepare(
         whole=whole,
         top=top_B,
         teacher_sums=teacher_sums,
+        negatives=negatives,
     )
 
 

@@ -77,7 +77,7 @@ class Student(ABC):
         if ranks.several and config.shared.sync_batchnorm:
             model = synchronize(model)
         # Of a student that starts from another run: that one's folder need not stay.
-        self._network = network_of(RunModel(student=config.student, num_classes=0, preprocessing={}))
+        self._network = network_of(RunModel(student=config.network, num_classes=0, preprocessing={}))
         self.model: nn.Module = model.to(self.device, memory_format=preprocessing.memory_format)  # type: ignore[call-overload]
         self.average = Average(self.model, config.shared.ema) if config.shared.ema is not None else None
         self._parallel: nn.parallel.DistributedDataParallel | None = None
@@ -86,7 +86,7 @@ class Student(ABC):
             self._parallel = nn.parallel.DistributedDataParallel(self._make_forward(), device_ids=places)
         forward: Any = self._parallel or self._make_forward()
         self._forward = torch.compile(forward) if config.shared.compile else forward
-        self.optimizer = _optimizer(config, self.model)
+        self.optimizer = _optimizer(config, self._list_trained())
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._random = rng.seeded(self.device, config.shared.seed, ranks.rank)
         self.draws_random_numbers = False  # known once it has made a step
@@ -101,6 +101,10 @@ class Student(ABC):
     def _make_forward(self) -> nn.Module:
         """What is called in a step: the model, or a module around it."""
         return self.model
+
+    def _list_trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimiser changes."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     # ---- steps ----
 
@@ -173,7 +177,7 @@ class Student(ABC):
         """Scale the gradients down to the norm that they may have."""
         if self.shared.clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.shared.clip_norm)
+            nn.utils.clip_grad_norm_(self._list_trained(), self.shared.clip_norm)
 
     def note_step(self) -> None:
         """What comes once the parameters have changed."""
@@ -232,12 +236,16 @@ class Student(ABC):
             if self.best is None or metrics.score > self.best:
                 self.best, self._evaluations_since = metrics.score, 0
                 if self.ranks.is_first:
-                    run_folder.save_weights(self.folder / run_folder.BEST, self.evaluated)
+                    self._keep_best()
             else:
                 self._evaluations_since += 1
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self._sums = Sums(self.device)
         return metrics
+
+    def _keep_best(self) -> None:
+        """Write the weights of the best evaluation so far."""
+        run_folder.save_weights(self.folder / run_folder.BEST, self.evaluated)
 
     @torch.no_grad()
     def _add_sums(
@@ -358,8 +366,7 @@ class Student(ABC):
             ) from error
 
 
-def _optimizer(config: StudentConfig, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(config: StudentConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(

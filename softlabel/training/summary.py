@@ -135,8 +135,9 @@ def write_summary(folder: Path, students: Sequence[StudentResult]) -> None:
 def _describe_terms(student: Student) -> str:
     """The loss of a student in words."""
     config = student.config
+    beside = "" if config.embedding_loss == "none" else f", {config.embedding_loss} weight {config.embedding_weight:g}"
     if not config.soft_weight:
-        return f"not used, hard weight {config.hard_weight:g}"
+        return f"{'no soft term' if beside else 'not used'}, hard weight {config.hard_weight:g}{beside}"
     named = "" if config.loss == "kd" else f"loss {config.loss}, "
     fixed = LOSSES[config.loss].fixed
     temperature = f"T = {', '.join(f'{one:g}' for one in fixed or (student.temperature,))}"
@@ -146,7 +147,7 @@ def _describe_terms(student: Student) -> str:
         reached = min(epochs / config.soft_warmup, 1.0)
         short = f", of which this run of {epochs} reaches {reached:.0%}" if reached < 1 else ""
         rises = f" (rises over the first {config.soft_warmup:g} epochs{short})"
-    weights = f"soft weight {config.soft_weight:g}{rises}, hard weight {config.hard_weight:g}"
+    weights = f"soft weight {config.soft_weight:g}{rises}, hard weight {config.hard_weight:g}{beside}"
     return f"{named}{temperature}, {weights}"
 
 

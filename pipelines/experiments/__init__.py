@@ -1,1 +1,0 @@
-"""Experiments on what soft labels are worth: one page each, one command, resumable."""
