@@ -111,7 +111,7 @@ def generate(
         if not no_preflight and (found := run.preflight()) is not None:
             print_preflight(out, found, cluster=not executor.in_process)
         summary = run.label()
-    print_summary(summary, data=data, encoding=encoding.name)
+    print_summary(summary, data=data if config.only is None else None, encoding=encoding.name)
     return 0
 
 

@@ -16,7 +16,8 @@ _SLOW = 0.3  # share of the time from which an activity other than the teachers 
 def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> None:
     """Print the plan before labelling; with `cluster`, the estimate is for one process."""
     views = f" ({found.views} views each)" if found.views > 1 else ""
-    print(f"{out}: {found.images:,} {found.noun}{views}, {found.teachers} teacher(s), {found.classes:,} classes")
+    classes = f"{found.classes:,} classes" if found.classes else "no labels"
+    print(f"{out}: {found.images:,} {found.noun}{views}, {found.teachers} teacher(s), {classes}")
     print(
         f"  about {duration(found.seconds)}{' for one process like this' if cluster else ''}: "
         f"{found.images_per_second:,.0f} {found.noun}/s on a sample of {found.sampled:,}, "
@@ -24,6 +25,10 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
     )
     free = "free space is not known" if found.free_bytes is None else f"{size(found.free_bytes)} are free"
     print(f"  about {size(found.store_bytes)} in {found.shards:,} shards; {free}")
+    if found.classes == 0:
+        print(f"  embeddings or attention alone, {found.offer.row_bytes:,} bytes a row")
+        sys.stdout.flush()
+        return
     cost, unit = found.offer.fidelity, found.answer
     over = "" if unit == "row" else f", over {found.offer.measured:,} positions"
     print(

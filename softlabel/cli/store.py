@@ -8,6 +8,7 @@ from softlabel.common.plain_text import show_plainly
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
+    from softlabel.store.manifest import Run
     from softlabel.store.reader import Store
 
 DAMAGED = 3  # exit code of `verify`, and of `report` where a condition is true
@@ -42,8 +43,9 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     if json:
         found = dataclasses.asdict(manifest)
         found["run"]["encoding"] = to_json(manifest.run.encoding)
-        if manifest.run.tokens is None:
-            del found["run"]["tokens"]
+        for name in ("tokens", "features"):  # left out where there is none, as in the manifest
+            if found["run"][name] is None:
+                del found["run"][name]
         print(dumps(found, indent=2))
         return 0
     run, totals = manifest.run, manifest.totals
@@ -65,6 +67,7 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         ("classes", _format_classes(run.num_classes, run.class_names)),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a {answer}"),
         ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
+        *_describe_features(run),
         *([("activation", "sigmoid, of each class by itself")] if run.activation == "sigmoid" else []),
         *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
     ]
@@ -90,6 +93,23 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
     print("\n".join(f"{name:<11}{show_plainly(text)}" for name, text in lines))
     return 0
+
+
+def _describe_features(run: "Run") -> list[tuple[str, str]]:
+    """Return lines about what rows have beside logits; none where they have nothing."""
+    lines = []
+    if run.features is not None and (found := run.features.embedding) is not None:
+        each = ", ".join(
+            f"{'input of ' if tap.side == 'input' else ''}{tap.module or 'the answer'}"
+            + ("" if tap.pool == "none" else f", mean over {tap.pool.removeprefix('last-')}")
+            for tap in found.taps
+        )
+        made = "" if found.projection is None else f", projected by random signs of seed {found.projection}"
+        lines.append(("embedding", f"{found.width:,} numbers in {found.type}, of {each}{made}"))
+    if (maps := run.attention) is not None:
+        sizes = ", ".join(f"{height}x{width}" for height, width in zip(maps.heights, maps.widths, strict=True))
+        lines.append(("attention", f"maps of {sizes}, of {'; '.join(', '.join(one) for one in maps.modules)}"))
+    return lines
 
 
 def _describe_tokens(store: "Store") -> list[tuple[str, str]]:
@@ -193,7 +213,7 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
     from dataclasses import replace
 
     from softlabel.generation.reload import config_of, reload_job
-    from softlabel.maintain.audit import recompute
+    from softlabel.maintain.audit import recompute, recompute_features
     from softlabel.store.open import open_store
 
     opened = open_store(store, verify="sizes")
@@ -203,8 +223,17 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
     noun = "rows" if opened.run.tokens is None else "positions"
     differ, what = ("top-1 differs", noun) if one else ("answers change sides", "classes of all rows")
     answer = "class" if one else "answer"
-    found = recompute(opened, reload_job(opened.manifest, store, config, data=data, teachers=teachers), rows)
+    job = reload_job(opened.manifest, store, config, data=data, teachers=teachers)
+    good = True
+    if (features := recompute_features(opened, job, rows)) is not None:
+        each = ", ".join(f"{name} by {difference:.1e}" for name, difference in features.differences.items())
+        print(f"  {features.rows:,} rows recomputed: relative to its norm, {each} in the mean")
+        if not (good := features.ok):
+            print("  DIFFERENT: the teachers give other features, beyond rounding; have libraries or samples changed?")
     encoding = opened.run.encoding
+    if not encoding.labels:
+        return good
+    found = recompute(opened, job, rows)
     kept = " of the kept classes" if encoding.sparse and not encoding.drawn else ""
     print(
         f"  {found.rows:,} {noun} recomputed: scaled logits{kept} differ by {found.mean_difference:.1e} in the mean, "
@@ -216,7 +245,7 @@ def _print_recomputed(store: str, rows: int, data: str | None, teachers: list[st
             f"({found.clearly_other:.2%} of the {what} have clearly another {answer}, {found.nats:.2g} nats "
             "apart); do their logits depend on the batch, or have libraries or samples changed?"
         )
-    return found.ok
+    return found.ok and good
 
 
 def repair(

@@ -57,6 +57,7 @@ def combine_store(
         StoreError: a store cannot be read or written.
     """
     opened = open_whole(store, of="combine", out=out)
+    opened.require_labels("combine")
     run = opened.run
     wanted = run.temperature if temperature is None else float(temperature)
     if not 0 < wanted < float("inf"):
@@ -140,8 +141,14 @@ def _make_combined_run(
             "members in another encoding"
         )
     _refuse_unknown(store, run, wanted)
+    if run.features is not None and len(chosen) > 1:
+        raise MismatchError(
+            f"{store}: has the features of each member, whose average means nothing, found {len(chosen)} members to "
+            "combine; choose one, --members NUMBER, or train from this store, which mixes its members as it is read"
+        )
     return dataclasses.replace(
         run,
+        features=None if run.features is None else run.features.of_members(chosen, kept=False),
         temperature=wanted,
         combine=Combine(rule=rule, weights=shares),
         members=tuple(run.members[number] for number in chosen),

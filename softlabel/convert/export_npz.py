@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from softlabel.convert.export_folder import Written
-from softlabel.convert.plain_columns import bar_of, batches, describe, plain, widths_of
+from softlabel.convert.plain_columns import bar_of, batches, describe, needs_of, plain, widths_of
 from softlabel.errors import MismatchError, UsageError
 from softlabel.store.columns import Array
 from softlabel.store.open import open_store
@@ -30,7 +30,7 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
         return Written(files=0, bytes=out.stat().st_size)
     open_store(store.url, verify="full").close()
     run, count = store.run, len(store)
-    widths = widths_of(run.encoding, run.num_classes)
+    widths = widths_of(run)
     longest = max((len(key) for rows in store.stream(["key"]) for key in rows.keys), default=1)
     temporary = out.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     answers = count if run.tokens is None else store.spans.total("position")
@@ -62,11 +62,10 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
                     inner = (column.width,) if column.width > 1 else ()
                     parts = (rows.columns[column.name].reshape(-1, *inner) for rows in store.stream([column.name]))
                     _write_stream(archive, column.name, (store.spans.total(column.per), *inner), column.numpy, parts)
-                payload = [column.name for column in run.label_columns]
                 for name, width in widths.items():
                     shape = (answers, run.members_stored, width) if run.kept else (answers, width)
                     dtype = np.dtype("<i4") if name == "index" else np.dtype("<f4")
-                    _write_stream(archive, name, shape, dtype, _iter_column(store, payload, name, bar))
+                    _write_stream(archive, name, shape, dtype, _iter_column(store, name, bar))
             sync(temporary)
             os.replace(temporary, out)
             sync(out.parent)
@@ -75,9 +74,8 @@ def write_npz(store: Store, out: Path, progress: bool | None, options: Mapping[s
     return Written(files=1, bytes=out.stat().st_size)
 
 
-def _iter_column(store: Store, payload: list[str], name: str, bar: "tqdm[Any]") -> Iterator[Array]:
-    needs = payload if name == "scaled_logits" else [name]
-    for rows in batches(store, needs=needs):
+def _iter_column(store: Store, name: str, bar: "tqdm[Any]") -> Iterator[Array]:
+    for rows in batches(store, needs=needs_of(store.run, name)):
         yield plain(rows)[name]
         bar.update(len(rows))
 

@@ -38,7 +38,7 @@ def write_hf(store: Store, out: Path, progress: bool | None, options: Mapping[st
 def _make_schema(store: Store) -> Any:
     run = store.run
     fields = [("key", pa.string()), ("view", pa.int32()), ("label", pa.int64())]
-    for name in widths_of(run.encoding, run.num_classes):
+    for name in widths_of(run):
         kind = pa.list_(pa.int32() if name == "index" else pa.float32())
         kind = kind if run.tokens is None else pa.list_(kind)
         fields += [(one, kind) for one in _list_names(name, run.members_stored if run.kept else 0)]
@@ -68,7 +68,8 @@ def _make_table(rows: StoredRows, schema: Any) -> Any:
     offsets = rows.spans.offsets
     for name, array in arrays.items():
         for member, column in enumerate(_list_names(name, kept)):
-            lists = make_lists(array[:, member], None if used is None else used[:, member])
+            mask = used if name in ("index", "weight") else None
+            lists = make_lists(array[:, member], None if mask is None else mask[:, member])
             columns[column] = lists if rows.run.tokens is None else wrap_lists(offsets["position"], lists)
     for one in rows.run.sample_columns:
         values = rows.columns[one.name]

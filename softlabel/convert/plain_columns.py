@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from softlabel.convert.answers import NUMBERS
 from softlabel.store.columns import Array
-from softlabel.store.encodings import Encoding
+from softlabel.store.features import EMBEDDING, FeatureName
+from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
@@ -32,12 +33,30 @@ def describe(store: Store) -> dict[str, Any]:
         "class_names": to_json(run.class_names),
         "members": to_json(run.members),
         "views": to_json(run.views),
+        **({} if run.features is None else {"features": to_json(run.features)}),
         "fidelity": to_json(store.manifest.totals.fidelity),
     }
 
 
 def plain(rows: StoredRows) -> dict[str, Array]:
-    """Return name -> int32 or float32 (B, M, W), with M = 1 if members are combined."""
+    """Return name -> int32 or float32 (B, M, W), with M = 1 if members are combined, of the columns that were read."""
+    run = rows.run
+    found: dict[str, Array] = {name: _widen(rows, name) for name in _list_features(run) if name in rows.columns}
+    if not any(column.name in rows.columns for column in run.label_columns):
+        return found
+    return found | _plain_labels(rows)
+
+
+def _widen(rows: StoredRows, name: FeatureName) -> Array:
+    values = rows.embedding if name == EMBEDDING else rows.attention
+    return values.reshape(len(rows), rows.run.members_stored, -1)
+
+
+def _list_features(run: Run) -> tuple[FeatureName, ...]:
+    return () if run.features is None else run.features.names
+
+
+def _plain_labels(rows: StoredRows) -> dict[str, Array]:
     run = rows.run
     if not run.encoding.sparse:
         scaled = rows.scaled_logits.reshape(-1, run.members_stored, run.num_classes)
@@ -52,11 +71,25 @@ def plain(rows: StoredRows) -> dict[str, Array]:
     }
 
 
-def widths_of(encoding: Encoding, num_classes: int) -> dict[str, int]:
+def widths_of(run: Run) -> dict[str, int]:
     """Return name -> W of the arrays of `plain`."""
-    if not encoding.sparse:
-        return {"scaled_logits": num_classes}
-    return {column.name: column.width for column in encoding.columns(num_classes=num_classes)}
+    encoding, found = run.encoding, dict[str, int]()
+    if encoding.sparse:
+        found = {column.name: column.width for column in encoding.columns(num_classes=run.num_classes)}
+    elif encoding.labels:
+        found = {"scaled_logits": run.num_classes}
+    for name in _list_features(run):
+        one = run.embedding if name == EMBEDDING else run.attention
+        assert one is not None
+        found[name] = one.width
+    return found
+
+
+def needs_of(run: Run, name: str) -> list[str]:
+    """Return the columns that an array of `plain` is made of."""
+    if name == "scaled_logits":
+        return [column.name for column in run.label_columns]
+    return next((list(run.names_of(feature)) for feature in _list_features(run) if feature == name), [name])
 
 
 def batches(
@@ -64,7 +97,7 @@ def batches(
 ) -> Iterator[StoredRows]:
     """Yield rows `start` to `stop` in batches whose `plain` arrays are of bounded size, at least one row; `needs` are
     the columns."""
-    held = sum(widths_of(store.run.encoding, store.run.num_classes).values()) * store.run.members_stored
+    held = sum(widths_of(store.run).values()) * store.run.members_stored
     limit = max(1, NUMBERS // held)
     for rows in store.stream(needs, start=start, stop=stop):
         answers = rows.spans.offsets.get("position", np.arange(len(rows) + 1))

@@ -54,8 +54,12 @@ def convert_store(
     """
     opened = open_whole(store, of="convert", out=out)
     run = opened.run
+    if encoding is not None:
+        opened.require_labels("encoding")
     try:
         wanted = run.encoding if encoding is None else _fit_encoding(encoding, run, out)
+        if run.encoding.labels and not wanted.labels:
+            raise ValueError(f"encoding: expected one of labels, found {wanted.name}")
         new = dataclasses.replace(
             run,
             format=run.format if format is None else format,

@@ -29,6 +29,7 @@ from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Fidelity, Run, ShardPlan
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
+from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
 from softlabel.store.token_rows import TOKENIZER
 from softlabel.store.writer import Committer, write_shard
@@ -187,7 +188,9 @@ def _gather(
         keys.append(rows.key_data.get())
         labels.append(rows.labels)
         content.append(rows.content)
-        kept = run.columns if recode is None else run.sample_columns
+        kept = (*(run.label_columns if recode is None else ()), *run.sample_columns)
+        for name, array in pick_features(rows, run).items():
+            columns[name].append(array)
         for column in kept:
             columns[column.name].append(rows.hard_labels if column.name == MULTI_HOT else rows.columns[column.name])
         if recode is not None:
@@ -201,6 +204,18 @@ def _gather(
         content=np.concatenate(content),
         columns={name: np.concatenate(parts) for name, parts in columns.items()},
     )
+
+
+def pick_features(rows: StoredRows, run: Run) -> dict[str, Array]:
+    """The columns of features that stored rows have of the members of `run`."""
+    stored = {column.name: rows.columns[column.name] for column in run.feature_columns}
+    if len(run.members) == len(rows.run.members):
+        return stored
+    numbers = [rows.run.members.index(member) for member in run.members]
+    count = len(rows.run.members)
+    return {
+        name: array.reshape(len(rows), count, -1)[:, numbers].reshape(len(rows), -1) for name, array in stored.items()
+    }
 
 
 def _describe_sources(stores: Sequence[Store], command: str) -> dict[str, Any]:

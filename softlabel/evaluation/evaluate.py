@@ -84,6 +84,8 @@ def evaluate(
     source = open_source(data, key_fn=key_fn)
     require_samples(source)
     store = labels if labels is None or isinstance(labels, Store) else open_store(labels)
+    if store is not None:
+        store.require_labels("evaluate")
     spec = None if isinstance(model, nn.Module) else spec_of(model)
     if isinstance(model, LanguageModel) or (spec is not None and names_language_model(parse_spec(spec))):
         if activation == "sigmoid":

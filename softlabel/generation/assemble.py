@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from softlabel.common.multi_hot import MULTI_HOT, to_multi_hot
 from softlabel.errors import DataError
+from softlabel.generation.batch_labels import BatchLabels
 from softlabel.generation.features import check_storable
-from softlabel.generation.labeller import BatchLabels, Labeller
+from softlabel.generation.labeller import Labeller
 from softlabel.generation.progress import Progress
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.formats.base import Rows
@@ -68,7 +69,8 @@ def assemble(plan: ShardPlan, labeller: Labeller, batches: Iterator[BatchLabels]
             fidelity.add_measured(checks["nats"])
         if "known" in checks:  # counted where the answers are
             correct, labelled = correct + int(checks["right"]), labelled + int(checks["known"])
-        labelled += int((labels >= 0).sum())
+        if run.encoding.labels:
+            labelled += int((labels >= 0).sum())
         if "top" in checks:
             correct += int((checks["top"] == labels).sum())
     rows = Rows(

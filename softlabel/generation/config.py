@@ -150,8 +150,8 @@ class GenerateConfig(LabelConfig):
     def __post_init__(self) -> None:
         LabelConfig.__post_init__(self)  # super() fails in a dataclass with slots, which is a new class
         self._check_above_zero("shard_rows", *(["shard_positions"] if self.shard_positions is not None else []))
-        if self.only is not None and self.activation == "sigmoid":
-            raise UsageError("only: a store without labels has no activation; leave --activation out")
+        if self.only is not None:
+            self._refuse_label_options(self.only)
         if self.embedding_width is not None:
             self._check_above_zero("embedding_width")
         for name in ("embedding_width", "embedding_type"):
@@ -159,6 +159,21 @@ class GenerateConfig(LabelConfig):
                 raise UsageError(f"{name}: belongs to --also embedding, found none")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers: expected at least 0, found {self.workers}")
+
+    def _refuse_label_options(self, only: str) -> None:
+        """Raises UsageError for options of labels that a store without any would not show."""
+        title = self.encoding if isinstance(self.encoding, str) else self.encoding.name
+        for name, found, usual in (
+            ("activation", self.activation, ("softmax",)),
+            ("encoding", title, ("float16", "none")),
+            ("temperature", self.temperature, (4.0, 1.0)),
+        ):
+            if found not in usual:
+                raise UsageError(
+                    f"{name}: is of logits, of which --only {only} stores none, found {found}; leave it out"
+                )
+        if isinstance(self.calibration, str | Path):
+            raise UsageError(f"calibration: is of logits, of which --only {only} stores none; leave it out")
 
     @property
     def features(self) -> tuple[FeatureName, ...]:

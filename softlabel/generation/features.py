@@ -139,6 +139,11 @@ class Probe:
         named += [(name, _keep_map(capture.maps[name])) for name in self.modules]
         return tuple(name for name, _ in named), [keep for _, keep in named]
 
+    def show(self, taken: Taken) -> Tensor:
+        """All that it has taken as one row of numbers for each sample, float32."""
+        projected = [self.project(taken[EMBEDDING])] if EMBEDDING in taken else []
+        return torch.cat([*projected, *([taken[ATTENTION]] if ATTENTION in taken else [])], dim=1)
+
     def project(self, embedding_BK: Tensor) -> Tensor:
         """The embedding as it is stored, before its type: float32 (B, D)."""
         return embedding_BK if self.matrix is None else embedding_BK @ self.matrix.to(embedding_BK.device)

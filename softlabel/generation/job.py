@@ -142,7 +142,7 @@ def load_job(
         listed = ", ".join(f"{teacher.spec.text} has {teacher.num_classes}" for teacher in loaded)
         raise MismatchError(f"teachers: expected one number of classes, found {listed}")
     features = find_features(loaded, source, config)
-    captured = features.title if features is not None else None
+    captured = None if features is None else f"--also {features.names[0]}"
     described = _make_members(loaded, config.calibration, config.activation)
     encoding = _fit_encoding(config, loaded, described[0].calibration, None if there is None else there.encoding)
     run = Run(

@@ -14,7 +14,7 @@ Legend: B batch, C classes, H height, M members, R rows (B, or B * M where membe
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled
 from softlabel.dataset import Source
 from softlabel.errors import TeacherError
+from softlabel.generation.batch_labels import BatchLabels, make_labels
 from softlabel.generation.buckets import Piece, count_bytes, count_pass_rows, cut_into_pieces, put_back
 from softlabel.generation.config import BadImagePolicy
 from softlabel.generation.ensemble import Members
@@ -42,7 +43,7 @@ from softlabel.generation.features import (
 from softlabel.generation.input_reader import DecodedBatch, InputReader, Span
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
-from softlabel.inputs.base import Inputs
+from softlabel.inputs.base import IGNORE, Inputs
 from softlabel.labels.combine import average_members, combine
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
@@ -50,28 +51,11 @@ from softlabel.labels.row_seeds import make_row_seeds
 from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
 from softlabel.store.encodings import LastLayer
-from softlabel.store.manifest import BadRow, Run, ShardPlan
+from softlabel.store.manifest import Run, ShardPlan
 
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
 _MOST_REGROUPED = 1 << 15  # samples of a window
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchLabels:
-    """A labelled batch whose columns and checks are being copied to main memory; None if all samples are bad.
-
-    `beside` are the columns that teachers do not answer.
-    """
-
-    keys: list[str]
-    labels: Labels
-    content: NDArray[np.uint64]
-    bad: tuple[BadRow, ...]
-    beside: dict[str, NDArray[Any]]
-    columns: Download | None
-    checks: Download | None
-    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +114,7 @@ class Lane:
         hidden: list[Tensor | None] = [None] * len(batches)
         with watch_all(self.probes) as captures:
             if self.head is None:
-                logits = self.logits(batches)
+                logits = self._compute_logits(batches)
             else:
                 captured = self._compute_hidden(batches)
                 logits, hidden = [[logits_BC] for logits_BC, _ in captured], [hidden_BD for _, hidden_BD in captured]
@@ -154,7 +138,16 @@ class Lane:
         return [{name: found[place] for name, found in back.items()} for place in range(len(batches))]
 
     def logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
-        """Return logits of each batch and member, float32 (len(batch.keys), C)."""
+        """Return logits of each batch and member, float32 (len(batch.keys), C); the features where rows have nothing
+        else."""
+        if self.run.encoding.labels:
+            return self._compute_logits(batches)
+        return [
+            [probe.show(taken) for probe, taken in zip(self.probes, one.features, strict=True)]
+            for one in self.answers(batches)
+        ]
+
+    def _compute_logits(self, batches: Sequence[DecodedBatch]) -> list[list[Tensor]]:
         if not batches:
             return []
         if self.members.has_buckets:
@@ -203,8 +196,8 @@ class Lane:
         return [self.combine(logits_MBC) for logits_MBC in found]
 
     def hard_labels(self, batch: DecodedBatch) -> Labels:
-        """What the answers to a batch are compared with: its labels."""
-        return batch.labels
+        """What the answers to a batch are compared with: its labels, none where answers are no logits."""
+        return batch.labels if self.run.encoding.labels else np.full(len(batch.keys), IGNORE)
 
     def hidden(self, batch: DecodedBatch) -> tuple[Tensor, Tensor]:
         """Return scaled logits (B, C) and the input of the teacher's last linear layer (B, D), both float32.
@@ -233,6 +226,11 @@ class Lane:
             activation=self.run.activation,
         )
 
+    @property
+    def answer(self) -> str:
+        """What rows have of teachers, in a sentence."""
+        return "logits" if self.run.encoding.labels else "features"
+
     def check_finite(self, wrong_MB: NDArray[np.bool_], keys: Sequence[str]) -> None:
         """Check rows bool (M, B) that are not finite.
 
@@ -242,8 +240,9 @@ class Lane:
         for wrong_B, teacher in zip(wrong_MB, self.members.teachers, strict=True):
             if wrong_B.any():
                 raise TeacherError(
-                    f"teacher {teacher.spec.text}: the logits of sample {keys[int(wrong_B.argmax())]!r} are not finite "
-                    f"({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use --precision fp32"
+                    f"teacher {teacher.spec.text}: the {self.answer} of sample {keys[int(wrong_B.argmax())]!r} are not "
+                    f"finite ({int(wrong_B.sum())} of {len(keys)} in its batch); check the checkpoint, or use "
+                    "--precision fp32"
                 )
 
     def _compute_hidden(self, batches: Sequence[DecodedBatch]) -> list[tuple[Tensor, Tensor]]:
@@ -364,26 +363,6 @@ class Labeller:
             windows = lanes * math.ceil(rows / min(_MOST_REGROUPED, fitting * self.batch_size))
             return math.ceil(rows / (self.batch_size * windows))
         return fitting
-
-
-def make_labels(
-    batch: DecodedBatch,
-    answers: Download | None,
-    checks: Download | None,
-    *,
-    columns: dict[str, NDArray[Any]] | None = None,
-) -> BatchLabels:
-    """A batch and what the teachers answered; `columns` are those beside the answers, by default those of its views."""
-    return BatchLabels(
-        keys=batch.keys,
-        labels=batch.labels,
-        content=batch.content,
-        bad=batch.bad,
-        beside=batch.columns if columns is None else columns,
-        columns=answers,
-        checks=checks,
-        truncated=batch.truncated,
-    )
 
 
 def find_wrong(logits_MBC: Sequence[Tensor], activation: Activation) -> Tensor:

@@ -20,8 +20,9 @@ import torch
 from softlabel.common.device import out_of_memory
 from softlabel.errors import TeacherError, one_line
 from softlabel.generation.assemble import LabelledShard, assemble
+from softlabel.generation.batch_labels import BatchLabels
 from softlabel.generation.input_reader import DecodedBatch, Span
-from softlabel.generation.labeller import BatchLabels, Labeller, Lane
+from softlabel.generation.labeller import Labeller, Lane
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import pin
 from softlabel.models.precision import ieee_float32

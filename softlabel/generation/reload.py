@@ -18,6 +18,9 @@ from softlabel.store.manifest import Manifest
 def config_of(manifest: Manifest) -> GenerateConfig:
     """Restore the configuration of a store's run from its manifest."""
     run, recorded = manifest.run, manifest.recorded
+    features = run.features
+    embedding = None if features is None else features.embedding
+    wanted = () if features is None else features.names
     return GenerateConfig(
         activation=run.activation,
         combine=run.combine.rule,  # type: ignore[arg-type]
@@ -36,6 +39,10 @@ def config_of(manifest: Manifest) -> GenerateConfig:
         shard_rows=run.shard_rows,
         max_length=None if run.tokens is None else run.tokens.max_length,
         positions="all" if run.tokens is None else run.tokens.positions,
+        also=wanted or None,
+        only=None if run.encoding.labels else wanted[0],
+        embedding_width=None if embedding is None or embedding.projection is None else embedding.width,
+        embedding_type=None if embedding is None else embedding.type,
         compile=bool(recorded.get("compile", False)),
         optimize="auto" if recorded.get(OPTIMIZED) else "none",
     )

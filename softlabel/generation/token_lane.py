@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.common.keys import Keys
+from softlabel.generation.batch_labels import BatchLabels, make_labels
 from softlabel.generation.engine import unpack_answers
 from softlabel.generation.input_reader import DecodedBatch
-from softlabel.generation.labeller import BatchLabels, Lane, find_wrong, make_labels
+from softlabel.generation.labeller import Lane, find_wrong
 from softlabel.generation.progress import Progress
 from softlabel.generation.transfer import Download
 from softlabel.inputs.base import IGNORE, Inputs

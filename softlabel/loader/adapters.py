@@ -69,6 +69,7 @@ class LabelJoin:
         label: str | int | None = None,
     ) -> None:
         self.store = labels if isinstance(labels, Store) else open_store(labels)
+        self.store.require_labels("labels")
         self.key, self.name, self._combination, self.image, self.label = key, target, combine, image, label
         self._warned = False
         refuse_positions(self.store)
@@ -276,6 +277,7 @@ def with_soft_labels(
     if missing not in ("error", "skip"):
         raise UsageError(f"missing: expected 'error' or 'skip', found {missing!r}")
     store = labels if isinstance(labels, Store) else open_store(labels)
+    store.require_labels("labels")
     count = len(dataset)  # type: ignore[arg-type]
     keys = [str(index) if key_fn is None else key_fn(index) for index in range(count)]
     rows_N = store.lookup(keys, missing="error" if missing == "error" else "mask")

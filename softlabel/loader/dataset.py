@@ -368,7 +368,7 @@ def _check_classes(source: Source, run: Run) -> None:
                 f"classes: the store has {run.num_classes}, the labels of {source.name} {source.label_width}; use the "
                 "labels of this data, or --ignore-labels to train on the soft labels alone"
             )
-    if not source.has_labels or names is None:
+    if not source.has_labels or names is None or not run.encoding.labels:
         return
     if run.num_classes == 1 and len(names) == 2:
         names = names[1:]  # one output says whether it is the second of two classes

@@ -3,18 +3,22 @@
 Legend: B rows, C classes, M members.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from softlabel.errors import MismatchError, UsageError
+from softlabel.generation.features import encode_features
 from softlabel.generation.input_reader import DecodedBatch
 from softlabel.generation.job import Job
 from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.content import changed_content
 from softlabel.store.columns import Array
+from softlabel.store.features import FeatureName
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
@@ -27,6 +31,8 @@ _ROUNDING = 0.02
 _POSITIONS = 8  # of a document that are compared at most
 _MOST_OTHERS = 0.01
 _ALLOWED = {"fp32": 1e-3}
+# Of features: relative to their norm.
+_FEATURES_ALLOWED = {"fp32": 1e-2, "half": 5e-2, "int8": 5e-2}
 _ALLOWED_BELOW = 1e-2  # in lower precision
 _ALLOWED_DRAWN = 0.5  # for random draws, whose mean over a few hundred rows is far from the expectation
 
@@ -63,6 +69,62 @@ class Recomputed:
         return self.clearly_other <= _MOST_OTHERS and abs(self.nats) <= self.allowed
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecomputedFeatures:
+    """Comparison of stored features with today's.
+
+    Attributes:
+        rows: number of rows compared.
+        differences: by name, the mean over rows of the norm of the difference relative to the norm of today's.
+        allowed: difference that storing and precision can explain.
+    """
+
+    rows: int
+    differences: Mapping[str, float]
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return all(difference <= self.allowed for difference in self.differences.values())
+
+
+def recompute_features(store: Store, job: Job, rows: int, *, seed: int = 0) -> RecomputedFeatures | None:
+    """The same as `recompute` of what rows have beside logits; None: they have nothing."""
+    run, lane = store.run, job.labeller.lane
+    if run.features is None:
+        return None
+    asked, wanted_B = _draw_rows(store, job, rows, seed, [one.name for one in run.feature_columns])
+    stored = {name: getattr(asked, name) for name in get_args(FeatureName) if getattr(run, name) is not None}
+    differences: dict[str, list[float]] = {name: [] for name in stored}
+    for part, batch in _iter_batches(job, asked, wanted_B):
+        with torch.inference_mode():
+            columns, _ = encode_features(run.features, lane.probes, lane.answers([batch])[0].features)
+        now = replace(asked, columns={name: column.cpu().numpy() for name, column in columns.items()})
+        for name, values in stored.items():
+            found = getattr(now, name).reshape(len(part), -1)
+            apart = np.linalg.norm(values[part].reshape(len(part), -1) - found, axis=1)
+            differences[name] += (apart / np.maximum(np.linalg.norm(found, axis=1), 1e-12)).tolist()
+    coarse = run.embedding is not None and run.embedding.type == "int8"
+    exact = all(member.precision == "fp32" for member in run.members)
+    return RecomputedFeatures(
+        rows=len(asked),
+        differences={name: float(np.mean(found)) for name, found in differences.items()},
+        allowed=_FEATURES_ALLOWED["fp32" if exact else "half"] + (_FEATURES_ALLOWED["int8"] if coarse else 0.0),
+    )
+
+
+def _draw_rows(
+    store: Store, job: Job, rows: int, seed: int, columns: Sequence[str]
+) -> tuple[StoredRows, NDArray[np.int64]]:
+    """Random rows, and the places of their samples in the data."""
+    if rows < 1:
+        raise UsageError(f"recompute: expected at least 1 row, found {rows}")
+    drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
+    asked = sample_rows(store, drawn_B, ["key", "content", *columns])
+    position = {key: index for index, key in enumerate(job.labeller.source.keys())}
+    return asked, np.array([position[key] for key in asked.keys], np.int64)
+
+
 def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed:
     """Run the teachers again on random rows and compare.
 
@@ -76,13 +138,9 @@ def recompute(store: Store, job: Job, rows: int, *, seed: int = 0) -> Recomputed
         UsageError: `rows` is not positive.
         MismatchError: an image is not the one that was labelled.
     """
-    if rows < 1:
-        raise UsageError(f"recompute: expected at least 1 row, found {rows}")
-    drawn_B = np.sort(np.random.default_rng(seed).choice(len(store), size=min(rows, len(store)), replace=False))
     beside = [] if store.run.tokens is None else list(COUNTS.values())
-    asked = sample_rows(store, drawn_B, ["key", "content", *beside, *(one.name for one in store.run.label_columns)])
-    position = {key: index for index, key in enumerate(job.labeller.source.keys())}
-    wanted_B = np.array([position[key] for key in asked.keys], np.int64)
+    labels = [one.name for one in store.run.label_columns]
+    asked, wanted_B = _draw_rows(store, job, rows, seed, [*beside, *labels])
     stored, now, columns = (_label_rows if store.run.tokens is None else _label_positions)(job, asked, wanted_B)
     if store.run.activation == "sigmoid":
         return _compare_sigmoids(stored, now, _choose_allowed(store.run, store.manifest.totals.fidelity))

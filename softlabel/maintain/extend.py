@@ -27,6 +27,7 @@ from softlabel.generation.run import GenerateSummary, label_missing
 from softlabel.inputs.content import changed_content, why_not_comparable
 from softlabel.labels.combine import normalized_weights
 from softlabel.models import LanguageModel
+from softlabel.store.features import Features
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Combine, Fidelity, Run
 from softlabel.store.open import open_store
@@ -104,10 +105,12 @@ def extend(
         raise MismatchError(f"{store}: {member.spec} with these weights is a member already")
     members = (*run.members, member)
     combine = Combine(rule="keep", weights=normalized_weights(None, len(members)))
+    features = _join_features(store, run, job.run)
     # Everything but the members must agree.
-    if differences := run.differences(dataclasses.replace(job.run, members=run.members, combine=run.combine)):
+    same = dataclasses.replace(job.run, members=run.members, combine=run.combine, features=run.features)
+    if differences := run.differences(same):
         raise MismatchError(f"{store}: the data differ from the labelled ones; {'; '.join(differences)}")
-    extended = dataclasses.replace(run, members=members, combine=combine)
+    extended = dataclasses.replace(run, members=members, combine=combine, features=features)
     recorded = {**manifest.recorded, "teachers": [*manifest.recorded.get("teachers", []), teacher]}
     if how := recorded.get(OPTIMIZED):  # a repair computes each member as it was computed
         recorded[OPTIMIZED] = [*how, Optimization().to_dict()]
@@ -129,6 +132,19 @@ def extend(
     opened.close()
     replace_store(store, beside)
     return summary
+
+
+def _join_features(store: str | Path, run: Run, own: Run) -> Features | None:
+    """The features of the members of a store, and of a new one."""
+    if run.features is None or own.features is None:
+        return run.features
+    try:
+        return run.features.joined(own.features)
+    except ValueError as error:
+        raise MismatchError(
+            f"{store}: {error} (the same widths, sizes and types), found others of {own.members[0].spec}; name modules "
+            "that give the same, ?embedding=MODULE or ?attention=MODULE,MODULE"
+        ) from None
 
 
 class _MemberExecutor(LocalExecutor):
@@ -167,7 +183,7 @@ class _MemberExecutor(LocalExecutor):
             )
         columns = {
             column.name: np.concatenate([kept.columns[column.name], shard.rows.columns[column.name]], axis=1)
-            for column in extended.label_columns
+            for column in (*extended.label_columns, *extended.feature_columns)
         }
         for column in extended.sample_columns:
             stored = kept.columns[column.name]

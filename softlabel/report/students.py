@@ -153,6 +153,8 @@ def _list_parts(
         one if one is None or isinstance(one, Store) else open_store(one) for one in (store, eval_labels)
     )
     stores = tuple(one for one in (opened, opened_eval) if one is not None)
+    for one in stores:
+        one.require_labels("report")
     sources: list[Source] = []
     for given, labels, is_eval in ((data, opened, False), (eval_data, opened_eval, True)):
         if given is None:

@@ -170,11 +170,13 @@ def write_report(
 
 def _open(store: str | Path | Store) -> Store | None:
     """Return the store; None for a folder of runs."""
-    if isinstance(store, Store):
-        return store
     try:
-        return open_store(store)  # every byte is checked, unless this machine has checked these files before
+        # Every byte is checked, unless this machine has checked these files before.
+        opened = store if isinstance(store, Store) else open_store(store)
+        opened.require_labels("report")
+        return opened
     except StoreNotFoundError:
+        assert not isinstance(store, Store)
         folder = Path(store)
         if folder.is_dir() and next(folder.glob("**/run.json"), None) is not None:
             return None

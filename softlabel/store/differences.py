@@ -8,6 +8,13 @@ _FIELD_NAMES = {
     "dataset.fingerprint": "dataset keys (fingerprint)",
     "combine.rule": "combine rule",
     "combine.weights": "combine weights",
+    "features": "features (--also)",
+    "features.embedding": "embedding (--also embedding)",
+    "features.attention": "maps of attention (--also attention)",
+    "features.embedding.projection": "seed of the embedding's projection (--embedding-width)",
+    "features.embedding.taps": "where embeddings are taken (?embedding= of a teacher)",
+    "features.embedding.type": "type of embeddings (--embedding-type)",
+    "features.embedding.width": "width of embeddings (--embedding-width)",
     "encoding.draw": "draws (--draw)",
     "input": "kind of samples",
     "views.count": "number of views",
@@ -54,6 +61,9 @@ def _iter_differences(path: str, store: Any, run: Any) -> Iterable[str]:
         yield f"view policy: the store has {_format_policy(store)}, this run {_format_policy(run)}"
     elif path == "encoding" and store["name"] != run["name"]:  # one has parameters that the other lacks
         yield f"{path}: the store has {store['name']}, this run {run['name']}"
+    elif path in ("features", "features.embedding", "features.attention") and (store is None) != (run is None):
+        sides = ("none" if one is None else ", ".join(one) if path == "features" else "some" for one in (store, run))
+        yield "{}: the store has {}, this run {}".format(_FIELD_NAMES[path], *sides)
     elif isinstance(store, dict) and isinstance(run, dict):
         for name in sorted(store.keys() | run.keys()):
             yield from _iter_differences(f"{path}.{name}" if path else name, store.get(name), run.get(name))

@@ -128,9 +128,10 @@ class Features:
             raise ValueError("features: expected an embedding or attention, found neither")
 
     @property
-    def title(self) -> str:
-        """What it is, as options name it."""
-        return f"--also {EMBEDDING if self.embedding is not None else ATTENTION}"
+    def names(self) -> tuple[FeatureName, ...]:
+        """Of those that there are."""
+        both: tuple[tuple[FeatureName, object], ...] = ((EMBEDDING, self.embedding), (ATTENTION, self.attention))
+        return tuple(name for name, one in both if one is not None)
 
     @functools.cache  # noqa: B019 - asked for with every batch
     def columns(self, members: int) -> tuple[Column, ...]:
@@ -164,20 +165,14 @@ class Features:
 
     def joined(self, other: "Features") -> Self:
         """Those of other members behind them. Raises ValueError where the others have something else."""
-        count = len(self._taps or self._modules or ())
-        mixed = replace(
-            self,
-            embedding=None
-            if self.embedding is None or other.embedding is None
-            else replace(self.embedding, taps=self.embedding.taps + other.embedding.taps),
-            attention=None
-            if self.attention is None or other.attention is None
-            else replace(self.attention, modules=self.attention.modules + other.attention.modules),
-        )
-        more = range(count, len(mixed._taps or mixed._modules or ()))
-        if mixed.of_members(range(count), kept=True) != self or mixed.of_members(more, kept=True) != other:
+        if self.of_members((), kept=True) != other.of_members((), kept=True):
             raise ValueError("features: expected the embeddings and attention of the other members")
-        return mixed
+        embedding, attention = self.embedding, self.attention
+        if embedding is not None and other.embedding is not None:
+            embedding = replace(embedding, taps=embedding.taps + other.embedding.taps)
+        if attention is not None and other.attention is not None:
+            attention = replace(attention, modules=attention.modules + other.attention.modules)
+        return replace(self, embedding=embedding, attention=attention)
 
     def find_problem(self, columns: Columns) -> str | None:
         """What is wrong with stored values, None when nothing."""

@@ -15,7 +15,7 @@ import xxhash
 
 from softlabel.common.hashing import word_view
 from softlabel.common.keys import Keys, PickedKeys
-from softlabel.errors import MissingKeyError, StoreCorruptError, StoreError, UsageError
+from softlabel.errors import MismatchError, MissingKeyError, StoreCorruptError, StoreError, UsageError
 from softlabel.store.cache import Append, Cache
 from softlabel.store.columns import ROW_NAMES, Array
 from softlabel.store.formats.base import OpenShard, count_payload
@@ -122,6 +122,14 @@ class Store:
     def content(self) -> npt.NDArray[np.uint64]:
         """The content hashes of all rows (see FORMAT.md), uint64 (N,), 0 for none. May be read-only."""
         return self._load_small().content
+
+    def require_labels(self, subject: str) -> None:
+        """Raises MismatchError where rows have no labels, which the subject needs."""
+        if not self.run.encoding.labels:
+            raise MismatchError(
+                f"{subject}: expected labels in {self.url}, found embeddings or attention alone (--only); use a store "
+                "that was generated without --only"
+            )
 
     @property
     def extra(self) -> Mapping[str, Array] | None:

@@ -1,6 +1,6 @@
 """Rows read from a store. B rows, L tokens and P labelled positions, W elements of a column, C classes, M members."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from softlabel.common.keys import Keys, PickedKeys
 from softlabel.common.multi_hot import MULTI_HOT, UNKNOWN, Labels
 from softlabel.errors import DataError, UsageError
 from softlabel.store.columns import Array
+from softlabel.store.features import ATTENTION, EMBEDDING, decode_attention, decode_embedding
 from softlabel.store.manifest import Run
 from softlabel.store.token_rows import LENGTH, MASK, POSITIONS, RowSpans, list_counts
 
@@ -100,15 +101,31 @@ class StoredRows:
         return require_read(self.content_data, "content")
 
     @property
+    def embedding(self) -> Array:
+        """The teacher's embedding, float32 (B, D), or (B, M, D) of kept members.
+
+        Raises:
+            UsageError: it was not read, or rows have none.
+        """
+        found = require_read(self.run.embedding, EMBEDDING)
+        return decode_embedding(found, self._pick(self.run.names_of(EMBEDDING)))
+
+    @property
+    def attention(self) -> Array:
+        """The teacher's maps of attention, float32 (B, S), or (B, M, S) of kept members; errors as `embedding`."""
+        found = require_read(self.run.attention, ATTENTION)
+        return decode_attention(found, self._pick(self.run.names_of(ATTENTION)))
+
+    def _pick(self, names: Iterable[str]) -> dict[str, Array]:
+        return {name: require_read(self.columns.get(name), name) for name in names}
+
+    @property
     def scaled_logits(self) -> Array:
         """Logits / temperature, of a softmax up to a constant per row: float32 (B, C), or (B, M, C) of kept members; of
         tokens (P, C) or (P, M, C)."""
         run = self.run
-        names = [column.name for column in run.label_columns]
-        if missing := [name for name in names if name not in self.columns]:
-            raise UsageError(f"column {missing[0]!r} was not read; add it to `columns`")
         return run.encoding.decode(
-            {name: self.columns[name] for name in names},
+            self._pick(column.name for column in run.label_columns),
             num_classes=run.num_classes,
             temperature=run.temperature,
             members=run.members_stored,

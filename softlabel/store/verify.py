@@ -196,7 +196,8 @@ def _check_content(
         return "a bad row lies outside its range"
     edges: list[str] = []
     labels = [column.name for column in run.label_columns if not seen]
-    names = [*ROW_NAMES, *labels, *(column.name for column in run.sample_columns)]
+    features = [column.name for column in run.feature_columns]
+    names = [*ROW_NAMES, *labels, *(column.name for column in run.sample_columns), *features]
     for start, stop in shard.blocks(names):
         part = shard.read(names, start, stop)
         assert part.keys is not None
@@ -217,6 +218,8 @@ def _check_content(
             found = _find_document_problem(run.tokens, run.num_classes, part)
         if not found and MULTI_HOT in part.columns:
             found = _find_multi_hot_problem(part.columns[MULTI_HOT])
+        if not found and run.features is not None:
+            found = run.features.find_problem({name: part.columns[name] for name in features})
         if not (seen or found):
             kept = {name: part.columns[name] for name in labels}
             found = run.encoding.problem(

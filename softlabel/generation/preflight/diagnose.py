@@ -94,7 +94,9 @@ def _split_synonyms(name: str) -> set[str]:
 def diagnose(labeller: Labeller, trial: Trial) -> tuple[Diagnosis, ...]:
     """Diagnose every teacher on the labelled images of a sample; empty if there are none, or if an image may have
     several classes at once, so that no one of them is the right one."""
-    if labeller.run.activation == "sigmoid" or not any((batch.labels != IGNORE).any() for batch in trial.batches):
+    several = labeller.run.activation == "sigmoid"
+    labelled = any((batch.labels != IGNORE).any() for batch in trial.batches)
+    if several or not labelled or not labeller.run.encoding.labels:
         return ()
     return tuple(_diagnose_teacher(labeller, number, trial) for number in range(len(labeller.teachers)))
 

@@ -98,6 +98,12 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
         UsageError: the encoding stores the hidden layer, but the teacher's output is not that of its last layer.
     """
     run = job.run
+    rows = run.dataset.rows * run.views.count
+    of_features = sum(column.row_bytes for column in run.feature_columns)
+    if not encoding.labels:
+        return Offer(
+            name=encoding.name, row_bytes=of_features, total_bytes=of_features * rows, fidelity=None, measured=0
+        )
     meter = FidelityMeter(temperature=run.temperature, encoding=encoding, activation=run.activation)
     scaled_logits_RC, hidden_RD, head = trial.answers.scaled_logits.reshape(-1, run.num_classes), None, None
     if encoding.from_hidden:
@@ -114,10 +120,9 @@ def offer(job: Job, trial: Trial, encoding: Encoding) -> Offer:
     if not is_engine:
         meter.add(scaled_logits_RC, encoded, head)
     columns = encoding.columns(num_classes=run.num_classes, members=1 if encoding.from_hidden else run.members_stored)
-    row_bytes = sum(column.row_bytes for column in columns)
+    row_bytes = sum(column.row_bytes for column in columns) + of_features
     fidelity = meter.result()
     assert is_engine or fidelity is not None
-    rows = run.dataset.rows * run.views.count
     total = row_bytes * rows
     if isinstance(source := job.labeller.source, TokenizedSource) and run.tokens is not None:
         positions = count_positions(source, run.tokens.positions, last=not is_engine) * run.views.count

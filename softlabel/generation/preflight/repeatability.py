@@ -76,9 +76,13 @@ def _check_answers(labeller: Labeller, trial: Trial) -> tuple[str, ...]:
     first, rows_K, other = _change_company(full, labeller.batch_size)
     (logits_MBC,) = labeller.lane.logits([other])
     activation = labeller.run.activation
-    remarks = [
-        text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _check_range(z, t, activation))
-    ]
+    remarks = (
+        []
+        if not labeller.run.encoding.labels
+        else [
+            text for z, t in zip(logits_MBC, labeller.teachers, strict=True) if (text := _check_range(z, t, activation))
+        ]
+    )
     if len(rows_K) == 0:
         return tuple(remarks)
     asked_KC = labeller.lane.combine([logits_BC[-len(rows_K) :] for logits_BC in logits_MBC]).cpu()
