@@ -1,6 +1,6 @@
 """Generation end to end against its parts: decode alone, the teachers' bare forward alone, raw shard writing alone.
 
-python -m tests.benchmarks.bench_generate [--images 10000] [--repeats 3] [--only one four free]
+python -m tests.benchmarks.bench_generate [--images 10000] [--repeats 3] [--only one four free features]
 """
 
 import argparse
@@ -9,8 +9,10 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +82,9 @@ class Parts:
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def generate(self, teachers: list[str], *, ignore_labels: bool = False, workers: int | None = None) -> None:
+    def generate(
+        self, teachers: list[str], *, ignore_labels: bool = False, workers: int | None = None, also: Any = None
+    ) -> None:
         shutil.rmtree(self.work / "store", ignore_errors=True)
         softlabel.generate(
             self.work / "images.parquet",
@@ -89,6 +93,7 @@ class Parts:
             batch_size=BATCH,
             ignore_labels=ignore_labels,
             workers=workers,
+            also=also,
             preflight=False,  # two more batches, whatever the size of the dataset
             progress=False,
         )
@@ -137,7 +142,23 @@ def costless(parts: Parts, repeats: int) -> None:
         print(f"  rows/s of {name} / of decode + writing = {parts_alone / seconds[name]:.3f}   (goal: at least 0.85)")
 
 
-PARTS = {"one": one, "four": four, "free": costless}
+def features(parts: Parts, repeats: int) -> None:
+    teacher = parts.resnet20(0)
+    sides = {
+        "logits alone": None,
+        "--also embedding": ["embedding"],
+        "--also embedding attention": ["embedding", "attention"],
+    }
+    runs = {name: functools.partial(parts.generate, [teacher], also=also) for name, also in sides.items()}
+    # CPU time of all threads: the machine is shared.
+    seconds = interleaved(runs, repeats, clock=time.process_time)
+    print(f"one teacher, logits alone: {seconds['logits alone']:.2f} CPU seconds")
+    for name in list(sides)[1:]:
+        goal = "   (goal: at most 1.03)" if name == "--also embedding" else ""
+        print(f"  {name} / logits alone = {seconds[name] / seconds['logits alone']:.3f}{goal}")
+
+
+PARTS = {"one": one, "four": four, "free": costless, "features": features}
 
 
 def main() -> None:
