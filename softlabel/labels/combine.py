@@ -20,6 +20,7 @@ from softlabel.common.activation import Activation
 from softlabel.errors import UsageError
 
 CombineRule = Literal["logits", "probs", "keep"]
+MemberRule = Literal["logits", "probs", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +28,13 @@ class Combination:
     """How members that a store keeps apart become one teacher.
 
     Attributes:
-        rule: ``logits`` or ``probs``, see `combine`.
-        weights: one number a member, normalised; None: equal. 0 leaves a member out.
+        rule: ``logits`` or ``probs``, see `combine`; ``random``: every sample has one member in every epoch (Kaplun et
+            al. 2022).
+        weights: one number a member, normalised; None: equal. 0 leaves a member out. Of ``random`` probabilities.
         temperature: at which they are combined; None: that of the store.
     """
 
-    rule: Literal["logits", "probs"] = "probs"
+    rule: MemberRule = "probs"
     weights: tuple[float, ...] | None = None
     temperature: float | None = None
 

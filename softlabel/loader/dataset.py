@@ -30,7 +30,7 @@ from softlabel.loader.features import check_also, decode_features, list_columns
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
-from softlabel.loader.target import make_target
+from softlabel.loader.target import choose_members, make_target
 from softlabel.store.features import FeatureName
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
@@ -187,10 +187,16 @@ class JoinedDataset(Dataset[Batch]):
             keys=keys,
             samples=torch.from_numpy(self.samples[positions]),
             rows=torch.from_numpy(rows_B),
-            **({} if self.store is None or not self._targets else self._take(self.store, rows_B)),
+            **({} if self.store is None or not self._targets else self._take(self.store, rows_B, keys, view)),
             has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
             weight=None if counted is None else (torch.arange(len(keys)) < counted).float(),
         )
+
+    def choose_members(self, keys: Sequence[str], epoch: int | None) -> Int64s | None:
+        """Which member of the store each sample has in an epoch, where each has one."""
+        if self.store is None:
+            return None
+        return choose_members(self._combination, self.store.run, keys, seed=self._seed, epoch=epoch or 0)
 
     def rows_of_epoch(self, epoch: int, positions: Int64s) -> Int64s:
         """The rows of the store that these samples are joined to in an epoch, -1 for none."""
@@ -344,14 +350,20 @@ class JoinedDataset(Dataset[Batch]):
         if len(changed):
             raise MismatchError(describe_changed(self.source.name, list(keys), changed, self.store))
 
-    def _take(self, store: Store, rows_B: Int64s) -> dict[str, Any]:
+    def _take(self, store: Store, rows_B: Int64s, keys: Sequence[str], epoch: int | None) -> dict[str, Any]:
         """The target and features of a batch."""
         # A sample without a row gets another's target as filler, which `has_target` masks.
         rows_B = rows_B if self._all_have_rows else np.maximum(rows_B, 0)
         stored = store.take(rows_B, [*self._label_names, *self._feature_names])
         found: dict[str, Any] = dict(decode_features(store.run, self._also, stored.columns))
         if store.run.encoding.labels:
-            found["target"] = make_target(store.run, stored.columns, extra=store.extra, combination=self._combination)
+            found["target"] = make_target(
+                store.run,
+                stored.columns,
+                extra=store.extra,
+                combination=self._combination,
+                members=self.choose_members(keys, epoch),
+            )
         return found
 
 

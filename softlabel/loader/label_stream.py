@@ -60,9 +60,11 @@ class LabelStream:
         self._epoch = -1
         self._pool: ThreadPoolExecutor | None = None
 
-    def take(self, epoch: int, start: int, stop: int, rows_B: Int64s) -> tuple[Target | None, dict[str, Tensor]]:
+    def take(
+        self, epoch: int, start: int, stop: int, rows_B: Int64s, members_B: Int64s | None = None
+    ) -> tuple[Target | None, dict[str, Tensor]]:
         """The target and features of rows that belong to the positions start to stop of an epoch; -1 gives another row
-        as filler. There is no target where rows have no labels.
+        as filler. There is no target where rows have no labels. `members_B`: see `make_target`.
 
         Raises:
             StoreCorruptError: a shard is gone, or is not what the manifest promises.
@@ -81,7 +83,8 @@ class LabelStream:
         features = decode_features(run, self._also, columns)
         if not run.encoding.labels:
             return None, features
-        return make_target(run, columns, extra=self._store.extra, combination=self._combination), features
+        target = make_target(run, columns, extra=self._store.extra, combination=self._combination, members=members_B)
+        return target, features
 
     def close(self) -> None:
         """End the thread and let go of the windows."""

@@ -192,7 +192,8 @@ class SoftLabelLoader(EpochLoader[Batch]):
         """With its labels where these are streamed."""
         if self._labels is None:
             return batch
-        target, features = self._labels.take(epoch, start, stop, batch.rows.numpy())
+        members_B = self.dataset.choose_members(batch.keys, epoch)
+        target, features = self._labels.take(epoch, start, stop, batch.rows.numpy(), members_B)
         if self._batches.pin_memory:
             target = None if target is None else target.pin_memory()
             features = {name: one.pin_memory() for name, one in features.items()}

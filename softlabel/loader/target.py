@@ -3,7 +3,7 @@
 Legend: B batch, C classes, M members.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,20 @@ from softlabel.loss.targets import DenseTarget, HeadTarget, Int8Target, SampledT
 from softlabel.store.columns import Columns
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
 from softlabel.store.manifest import Run
+from softlabel.views.random import draw, uniforms
+
+_MEMBER = 3001  # the number of a sample's stream that chooses its member
 
 Tensors = Mapping[str, Any]
 
 
 def make_target(
-    run: Run, columns: Columns, *, extra: Columns | None = None, combination: Combination | None = None
+    run: Run,
+    columns: Columns,
+    *,
+    extra: Columns | None = None,
+    combination: Combination | None = None,
+    members: NDArray[np.int64] | None = None,
 ) -> Target:
     """The target that columns of a store hold.
 
@@ -32,12 +40,14 @@ def make_target(
         extra: the arrays that the store shares (`Store.extra`), for an encoding that has some.
         combination: how the members of a store that keeps them become one teacher; None: their mean probability at the
             store's temperature. Only such a store takes one.
+        members: int64 (B,), the member of each row, of rule ``random``; see `choose_members`.
 
     Raises:
-        UsageError: a combination for a store that has combined its members already, or of another number of members.
+        UsageError: a combination for a store that has combined its members already, or of another number of members; or
+            rule ``random`` without `members`.
     """
     if run.kept:
-        return _combined(run, columns, combination or Combination(rule="probs"))
+        return _combined(run, columns, combination or Combination(rule="probs"), members)
     if combination is not None:
         raise UsageError(
             f"combine: the store holds the {run.combine.rule} average of its members, which cannot be combined again; "
@@ -110,9 +120,27 @@ def _is_retemperable(run: Run) -> bool:
     return exact and not (run.encoding.sparse or run.encoding.drawn)
 
 
-def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarget | SigmoidTarget:
+def choose_members(
+    combination: Combination | None, run: Run, keys: Sequence[str], *, seed: int, epoch: int
+) -> NDArray[np.int64] | None:
+    """The member of each sample in an epoch, int64 (B,), from (seed, key, epoch) alone; None for other rules than
+    ``random``."""
+    if combination is None or combination.rule != "random":
+        return None
+    weights_M = np.array(normalized_weights(combination.weights, len(run.members)))
+    shares_B = uniforms(draw(keys, seed=seed, view=epoch), _MEMBER, 1)[:, 0]
+    chosen_B = np.searchsorted(weights_M.cumsum(), shares_B, side="right")
+    # Rounding may leave the last sum below 1.
+    members_B: NDArray[np.int64] = np.minimum(chosen_B, np.flatnonzero(weights_M)[-1]).astype(np.int64)
+    return members_B
+
+
+def _combined(
+    run: Run, columns: Columns, combination: Combination, members_B: NDArray[np.int64] | None
+) -> DenseTarget | SigmoidTarget:
     members = len(run.members)
     weights = normalized_weights(combination.weights, members)
+    kind = DenseTarget if run.activation == "softmax" else SigmoidTarget
     temperature = run.temperature if combination.temperature is None else combination.temperature
     scaled_logits_BMC = torch.from_numpy(
         run.encoding.decode(
@@ -123,6 +151,14 @@ def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarg
             kept=True,
         )
     )
+    if combination.rule == "random":
+        if members_B is None:
+            raise UsageError(
+                "combine: random takes one member for each sample and epoch, which SoftLabelLoader alone knows; use "
+                "logits or probs"
+            )
+        chosen_BC = scaled_logits_BMC[torch.arange(len(members_B)), torch.from_numpy(members_B)]
+        return kind(scaled_logits=chosen_BC, temperature=run.temperature, retemperable=True)
     combined_BC = combine(
         list(scaled_logits_BMC.unbind(dim=1)),
         rule=combination.rule,
@@ -131,7 +167,6 @@ def _combined(run: Run, columns: Columns, combination: Combination) -> DenseTarg
         activation=run.activation,
     )
     used = sum(weight > 0 for weight in weights)
-    kind = DenseTarget if run.activation == "softmax" else SigmoidTarget
     return kind(scaled_logits=combined_BC, temperature=temperature, retemperable=retemperable(combination.rule, used))
 
 

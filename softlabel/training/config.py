@@ -49,8 +49,10 @@ class TrainConfig:
             --print_config shows them.
         temperature: of the soft term; absent: that of `loss`, of kd, js and reverse that of the store.
         combine: how the members of a store that keeps them apart become one teacher: the mean of their logits or of
-            their probabilities, at the temperature of the soft term.
-        weights: one number a member of such a store; equal when absent, 0 leaves a member out.
+            their probabilities, at the temperature of the soft term; or random: in every epoch one member for each
+            sample, from the seed, its key and the epoch (Kaplun et al. 2022).
+        weights: one number a member of such a store; equal when absent, 0 leaves a member out. Of random the
+            probabilities of the members.
         soft_weight: of the soft term; absent: that of `loss`, of kd 0.9, with a store, 0 without.
         soft_warmup: epochs over which the weight of the soft term rises: in epoch e it is e / EPOCHS of it; absent:
             that of `loss`, of dkd 20, of others none.
@@ -132,7 +134,7 @@ class TrainConfig:
     accumulate: int = 1
     loss: LossName | list[LossName] = "kd"
     temperature: float | list[float] | None = None
-    combine: Literal["logits", "probs"] | None = None
+    combine: Literal["logits", "probs", "random"] | None = None
     weights: list[float] | None = None
     soft_weight: float | list[float] | None = None
     soft_warmup: float | list[float] | None = None

@@ -45,10 +45,10 @@ def check_losses(
     if label_filter is not None:
         _check_filter(label_filter, store, has_labels=has_labels)
         needed += [("confidence", 1.0)] if label_filter.confidence is not None else []
-    if not needed or not len(store):
+    if not needed or not len(store) or not store.run.encoding.labels:
         return
-    columns = store.take(np.zeros(1, np.int64)).columns
-    target = make_target(store.run, columns, extra=store.extra, combination=combination)
+    row = np.zeros(1, np.int64)
+    target = make_target(store.run, store.take(row).columns, extra=store.extra, combination=combination, members=row)
     for subject, temperature in needed:
         try:
             retemper_factor(target, temperature)

@@ -182,6 +182,8 @@ def choose_combination(
         return None
     weights = None if config.weights is None else tuple(config.weights)
     rule = config.combine or "probs"
+    if rule == "random":
+        return Combination(rule=rule, weights=weights)
     temperatures = list(dict.fromkeys(_find_temperature(one) for one in configs if one.soft_weight > 0)) or [None]
     if len(temperatures) == 1:
         return Combination(rule=rule, weights=weights, temperature=temperatures[0])

@@ -224,6 +224,10 @@ def _check_options(config: TrainConfig) -> None:
         if (value := getattr(config, name)) != default[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{name}: {value} {why}; leave {flag} out for a language model")
+    if config.combine == "random":
+        raise UsageError(
+            "combine: random takes one member for each sample and epoch; a language model takes logits or probs"
+        )
     if config.line is None:
         raise UsageError(
             "pack and pad: expected one of them for a language model, the positions of a line, found neither; give "

@@ -55,7 +55,7 @@ def build_stack_sides(
     works: list[RowStep] = []
     for step, images in zip(range(count), loader, strict=False):
         made, counts_B = without_filler(images)
-        parts, whole = cut(made, counts_B, 1), Counts(rows=batch, soft=batch, hard=batch, units=batch)
+        parts, whole = cut(made, counts_B, 1), Counts(rows=batch, soft=batch, hard=batch, both=batch, units=batch)
         moved = made.to(ranks.device)
         works.append(prepare(moved, parts, whole, [preprocessing], epoch=0, step=step, with_teacher=True))
 

@@ -68,7 +68,8 @@ def build_steps(
                 logits_BC = teacher.logits(Inputs.single(made.inputs))
                 target = DenseTarget(scaled_logits=logits_BC / TEMPERATURE, temperature=TEMPERATURE, retemperable=True)
                 made = replace(made, target=target)
-            whole = Counts(rows=batch, soft=0 if made.target is None else batch, hard=batch, units=batch)
+            soft = 0 if made.target is None else batch
+            whole = Counts(rows=batch, soft=soft, hard=batch, both=soft, units=batch)
             yield prepare(made, parts, whole, [preprocessing], epoch=0, step=step, with_teacher=kind != "hard")
 
     def run(kind: str) -> None:
