@@ -108,6 +108,9 @@ class TrainConfig:
         stack: of several students: train those of one architecture as one network, each with its own weights,
             statistics and optimiser state. Its results are those of each alone up to rounding, not bit for bit. off
             never does, on does or refuses, auto does where a short trial before the first step finds it faster.
+        step: how the step of a student, or of a stack, is launched on a CUDA device: eager launches every kernel, graph
+            one CUDA graph or refuses, auto a graph where a short trial finds it equal and faster. The results are those
+            of eager steps up to rounding.
         workers: processes that read and decode; absent: chosen from the machine.
         cache: where decoded samples are kept: memory, which worker processes share, or device, which holds all of them
             and augments there with the same pixels.
@@ -174,6 +177,7 @@ class TrainConfig:
     device: str = "auto"
     students_at_once: int | None = None
     stack: Literal["off", "on", "auto"] = "off"
+    step: Literal["eager", "graph", "auto"] = "eager"
     workers: int | None = None
     cache: Literal["memory", "device"] = "memory"
     cache_mb: int = 4096
@@ -308,6 +312,7 @@ _NOT_IDENTITY = {
     "tracker",
     "students_at_once",
     "stack",
+    "step",
     "overwrite",
     "progress",
 }

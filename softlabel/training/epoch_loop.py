@@ -20,6 +20,7 @@ from softlabel.models.precision import ieee_float32
 from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
+from softlabel.training.graphed_steps import GraphedSteps
 from softlabel.training.interrupts import Interrupts
 from softlabel.training.metrics import write_csv
 from softlabel.training.parallel_students import ParallelStudents
@@ -53,7 +54,8 @@ class Pass:
         self.config, self.ranks, self.task, self.loader, self.eval_loader = config, ranks, task, loader, eval_loader
         self.students = students
         self._active = [student for student in students if student.failure is None]
-        self._stacks = StackedStudents(config, ranks, self._active)
+        self._graphs = GraphedSteps(config, ranks, self._active)
+        self._stacks = StackedStudents(config, ranks, self._active, self._graphs)
         self._saved = time.perf_counter()
 
     def run(self) -> None:
@@ -110,7 +112,8 @@ class Pass:
         for batch in self.loader:
             work, stop, due = self._work(batch, epoch, step, interrupts)
             here = [student for student in self._active if student.epoch == epoch]
-            if here := self._stacks.advance(here, work, workers):
+            here = self._graphs.advance(self._stacks.advance(here, work, workers), work)
+            if here:
                 workers.advance(here, work)
             step += 1
             if stop or due or step == steps:

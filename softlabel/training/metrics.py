@@ -118,7 +118,15 @@ class Sums:
         """One batch: its counts, and its sums over them, in the order of NAMES; what the teacher said; and what a
         filter of labels found, in the order of FILTER."""
         device = self.values.device
-        new = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+        # Filled there: a copy of a number to a device makes the host wait.
+        new = torch.stack(
+            [
+                value.to(device, torch.float64)
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=torch.float64, device=device)
+                for value in values
+            ]
+        )
         self.values[: len(self.NAMES)] += new
         if teacher_sums is not None:
             self.values[len(self.NAMES) : -len(self.FILTER + self.EMBEDDING)] += teacher_sums
@@ -131,6 +139,10 @@ class Sums:
         """The rows of a part that have the teacher's embedding, and the sum of the loss over them."""
         self.values[-2] += rows
         self.values[-1] += total
+
+    def clear(self) -> None:
+        """Begin an epoch, in the tensor that there is."""
+        self.values.zero_()
 
     @property
     def units(self) -> float:

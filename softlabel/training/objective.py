@@ -87,7 +87,7 @@ class Objective:
         batch: Batch,
         here: Counts,
         whole: Counts,
-        mixup: tuple[float, Tensor] | None,
+        mixup: tuple[Tensor, Tensor] | None,
         *,
         epoch: int,
         of_batch: BatchTerm | None,
@@ -96,7 +96,8 @@ class Objective:
 
         Args:
             here, whole: what counts among these rows, and in the batch over all parts and processes.
-            mixup: what `mixup` drew, if there is mixup.
+            mixup: float32 (2,), the shares of each sample itself and of the one that it is mixed with; which one that
+                is, int64 (B,).
             epoch: from 0.
             of_batch: where the soft term is of a batch that has several parts: what `measure_batch` found, of the rows
                 here.
@@ -132,8 +133,8 @@ class Objective:
             return LossComponents(total + hard_weight * hard, soft.detach(), hard.detach())
         hard = self._cross_entropy(logits_BC, batch.labels, here.hard)
         if mixup is not None:
-            share, other_B = mixup
-            hard = share * hard + (1 - share) * self._cross_entropy(logits_BC, batch.labels[other_B], here.hard)
+            shares, other_B = mixup
+            hard = shares[0] * hard + shares[1] * self._cross_entropy(logits_BC, batch.labels[other_B], here.hard)
         return LossComponents(hard_weight * hard, torch.zeros_like(hard), hard.detach())
 
     def measure_batch(self, logits_BC: Tensor, batch: Batch) -> BatchTerm:

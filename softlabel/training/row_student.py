@@ -3,6 +3,9 @@
 Legend: B batch, C classes, H and W pixels.
 """
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
 from softlabel.training import rng
 from softlabel.training.objective import BatchTerm, Objective
+from softlabel.training.optimizer import rebuild_optimizer
 from softlabel.training.step import Counts, RowStep, take
 from softlabel.training.student import Student
 
@@ -34,7 +38,8 @@ class StudentRows:
         inputs: of its network, mixed if there is mixup.
         batch: with the labels.
         top: int64 (B,), as in `RowStep`.
-        mixup: the share of each sample itself, and which other one it is mixed with (int64 (B,)).
+        teacher_sums: as in `RowStep`, with the first part; None with the others.
+        mixup: see `Objective.losses`.
     """
 
     part: slice
@@ -42,7 +47,8 @@ class StudentRows:
     inputs: Inputs
     batch: Batch
     top: Tensor | None
-    mixup: tuple[float, Tensor] | None
+    teacher_sums: Tensor | None
+    mixup: tuple[Tensor, Tensor] | None
 
 
 class RowStudent(Student):
@@ -51,6 +57,8 @@ class RowStudent(Student):
     def __init__(self, *given: Any, **settings: Any) -> None:
         super().__init__(*given, **settings)
         self._objective = Objective(self.config, temperature=self.temperature, ranks=self.ranks)
+        self._is_capturable = False
+        self.layout = 0  # another number once tensors of a step have been replaced by others
         self._of_batch: BatchTerm | None = None  # of the step that is made, where it has several parts
 
     @property
@@ -84,26 +92,33 @@ class RowStudent(Student):
             self._of_batch = self._objective.measure_batch(logits_BC, work.batch)
 
     def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
+        self.learn(self.cut_rows(work, part), here, work.whole)
+
+    def learn(self, rows: StudentRows, here: Counts, whole: Counts) -> None:
+        """The forward and backward pass of some rows, and what the epoch's sums get from it.
+
+        Args:
+            here, whole: what counts among these rows, and in the batch over all parts and processes.
+        """
         try:
-            self._compute(work, part, here)
+            self._compute(rows, here, whole)
         except ValueError as error:
             if _NORMALISES_ONE not in str(error):
                 raise
-            rows = part.stop - part.start
+            count = len(rows.inputs)
             images = self.preprocessing.kind == "image"
             remedies = ["a larger --batch-size", "a smaller --accumulate", *(["larger images"] if images else [])]
             raise UsageError(
                 f"student {self.config.student}: its batch norm needs at least 2 values of a channel, found 1 "
-                f"({rows} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
+                f"({count} row in a forward pass{', reduced to 1x1 pixels' if images else ''}); use "
                 f"{', '.join(remedies[:-1])}, or {remedies[-1]}"
             ) from None
 
-    def _compute(self, work: RowStep, part: slice, here: Counts) -> None:
-        rows = self.cut_rows(work, part)
+    def _compute(self, rows: StudentRows, here: Counts, whole: Counts) -> None:
         logits_BC = self._call(rows)
-        losses = self.find_losses(logits_BC, rows, here, work.whole)
+        losses = self.find_losses(logits_BC, rows, here, whole)
         self.scale(losses).backward()  # type: ignore[no-untyped-call]
-        self.count(work, part, here, rows, logits_BC, losses)
+        self.count(rows, here, whole, logits_BC, losses)
 
     def _call(self, rows: StudentRows) -> Tensor:
         """The logits (B, C), float32, of a part of a step."""
@@ -126,6 +141,7 @@ class RowStudent(Student):
         inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
         if len(work.parts) > 1:
             inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
+        mixed = None
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
             if not all(tensor.is_floating_point() for tensor in inputs.tensors.values()):
@@ -135,7 +151,16 @@ class RowStudent(Student):
                 )
             share, others = mixup
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
-        return StudentRows(part=part, epoch=work.epoch, inputs=inputs, batch=batch, top=top_B, mixup=mixup)
+            mixed = torch.tensor([share, 1 - share]).to(self.device, non_blocking=True), others
+        return StudentRows(
+            part=part,
+            epoch=work.epoch,
+            inputs=inputs,
+            batch=batch,
+            top=top_B,
+            teacher_sums=work.teacher_sums if part.start == 0 else None,
+            mixup=mixed,
+        )
 
     def find_losses(self, logits_BC: Tensor, rows: StudentRows, here: Counts, whole: Counts) -> LossComponents:
         """The loss of a part of a step."""
@@ -150,15 +175,51 @@ class RowStudent(Student):
         return scaled
 
     @torch.no_grad()
-    def count(
-        self, work: RowStep, part: slice, here: Counts, rows: StudentRows, logits_BC: Tensor, losses: LossComponents
-    ) -> None:
+    def count(self, rows: StudentRows, here: Counts, whole: Counts, logits_BC: Tensor, losses: LossComponents) -> None:
         """Take a part of a step into the figures of the epoch."""
         labels, best_B = rows.batch.labels, logits_BC.argmax(dim=1)
         correct_B = best_B == labels if labels.dim() == 1 else _measure_share_right(logits_BC, labels)
         agreed = 0 if rows.top is None else (best_B == rows.top).sum()
-        teacher_sums = work.teacher_sums if part.start == 0 else None
-        self._add_sums(losses, here, work.whole, correct_B.sum(), agreed, labelled=here.hard, teacher_sums=teacher_sums)
+        right = correct_B.sum()
+        self._add_sums(losses, here, whole, right, agreed, labelled=here.hard, teacher_sums=rows.teacher_sums)
+
+    # ---- steps as a CUDA graph ----
+
+    def set_capturable(self, capturable: bool) -> None:
+        """Make the optimiser one whose step a CUDA graph can hold, or the usual one again."""
+        if capturable != self._is_capturable:
+            self.optimizer = rebuild_optimizer(self.config, self._list_trained(), self.optimizer, capturable=capturable)
+            self._is_capturable = capturable
+
+    def list_tensors(self) -> list[Tensor]:
+        """The tensors that steps change."""
+        found = [*self.model.parameters(), *self.model.buffers(), self._sums.values]
+        for state in self.optimizer.state.values():
+            found += [value for value in state.values() if isinstance(value, Tensor)]
+        if self.average is not None:
+            found += [*self.average.model.parameters(), *self.average.model.buffers()]
+        return [tensor.detach() for tensor in found]
+
+    @contextlib.contextmanager
+    def trying_in_place(self) -> Iterator[None]:
+        """Afterwards the student is as it was before, in the tensors that it had."""
+        tensors, scaler = self.list_tensors(), copy.deepcopy(self._scaler.state_dict())
+        copies, random, step = [tensor.clone() for tensor in tensors], self._random, self.step
+        updates = 0 if self.average is None else self.average.updates
+        try:
+            yield
+        finally:
+            for tensor, before in zip(tensors, copies, strict=True):
+                tensor.copy_(before)
+            self._scaler.load_state_dict(scaler)
+            self._random, self.step, self.failure = random, step, None
+            if self.average is not None:
+                self.average.updates = updates
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.set_capturable(False)
+        self.layout += 1
+        super()._restore(state)
 
     def _checked(self, logits_BC: Any) -> Tensor:
         if not isinstance(logits_BC, Tensor) or logits_BC.dim() != 2:

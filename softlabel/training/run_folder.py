@@ -15,6 +15,7 @@ tokenizer.json      of a student that takes texts; a language model has config.j
 
 The folder of several students holds one such folder each, and students.json, results.csv, curves.png beside them, and
 stacks.json: with `stack="auto"`, which of them are stacked, and what a trial of it measured.
+With `step="auto"`, steps.json says which make their steps as a CUDA graph, and what a trial of it measured.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ DATA_KEYS = "data (fingerprint of the keys)"  # name in a run's identity of what
 BEST, FAILED, STUDENTS = "best.safetensors", "failed.json", "students.json"
 TRACKER = "tracker.json"
 PROJECTOR, BEST_PROJECTOR = "projector.safetensors", "best-projector.safetensors"
-STACKS = "stacks.json"
+STACKS, STEPS = "stacks.json", "steps.json"
 OF_TRANSFORMERS = ("config.json", "tokenizer_config.json", "chat_template.jinja")
 
 

@@ -7,6 +7,7 @@ average, the checkpoint and the evaluation of a student see the very model that 
 Legend: S students, B batch, C classes.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.func import functional_call, vmap
 
 from softlabel.inputs.base import Inputs
 from softlabel.models.precision import computing
-from softlabel.training.row_student import RowStudent
+from softlabel.training.row_student import RowStudent, StudentRows
 from softlabel.training.stack_norm import stack_norms
 from softlabel.training.stack_optimizer import StackOptimizer
 from softlabel.training.step import Counts, RowStep
@@ -32,6 +33,9 @@ class Stack:
 
     def __init__(self, students: Sequence[RowStudent]) -> None:
         self.students = tuple(students)
+        for student in students:
+            student.set_capturable(False)
+            student.layout += 1
         models = [student.model for student in students]
         # The computation; its tensors are replaced by the stack's in every call.
         kept = {id(tensor): tensor for tensor in (*models[0].parameters(), *models[0].buffers())}
@@ -54,40 +58,78 @@ class Stack:
         for owner, stride in zip(self._shared, self._strides, strict=True):
             own = torch.empty_strided(owner.shape, stride, dtype=owner.dtype, device=owner.device)
             owner.data, owner.grad = own.copy_(owner.detach()), None
+        for student in self.students:
+            student.layout += 1
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Other numbers once tensors of a step have been replaced by others."""
+        return tuple(student.layout for student in self.students)
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step: the optimisers make it together."""
+        return self._optimizer is not None
 
     def advance(self, work: RowStep) -> None:
         """Make the step of every student."""
+        self.begin_step()
+        for part, here in work.parts:
+            self.learn(self.cut_rows(work, part), here, work.whole)
+        self.prepare()
+        self.change()
+        self.note_step()
+
+    def drawing(self) -> contextlib.AbstractContextManager[None]:
+        """As of a student; those of a stack draw no random numbers."""
+        return contextlib.nullcontext()
+
+    def begin_step(self) -> None:
+        """What comes before the forward pass."""
         for student in self.students:
             student.begin_step()
         for leaf in self._parameters.values():
             leaf.grad = None
-        for part, here in work.parts:
-            self._backward(work, part, here)
+
+    def prepare(self) -> None:
+        """Bring the numbers of the optimisers' step to the device."""
+        if self._optimizer is not None:
+            self._optimizer.prepare()
+
+    def change(self) -> None:
+        """Change the parameters by their gradients."""
         for name, leaf in self._parameters.items():
             if leaf.grad is not None:
                 for owner, grad in zip(self._owners[name], leaf.grad.unbind(), strict=True):
                     owner.grad = grad
         if self._optimizer is None:
             for student in self.students:
-                student.end_step()
+                student.change()
             return
         for student in self.students:
             student.clip()
         self._optimizer.step()
+
+    def note_step(self) -> None:
+        """What comes once the parameters have changed."""
         for student in self.students:
             student.note_step()
 
-    def _backward(self, work: RowStep, part: slice, here: Counts) -> None:
+    def cut_rows(self, work: RowStep, part: slice) -> StudentRows:
+        """What the students take of a part of a step."""
+        return self.students[0].cut_rows(work, part)
+
+    def learn(self, rows: StudentRows, here: Counts, whole: Counts) -> None:
+        """See `RowStudent.learn`, of every student."""
         first = self.students[0]
-        rows = first.cut_rows(work, part)
         with computing(first.precision, first.device):
             logits_SBC = self._call(rows.inputs)
         found = []
         for student, logits_BC in zip(self.students, logits_SBC.float().unbind(), strict=True):
-            found.append((student, logits_BC, student.find_losses(logits_BC, rows, here, work.whole)))
+            found.append((student, logits_BC, student.find_losses(logits_BC, rows, here, whole)))
         torch.autograd.backward([student.scale(losses) for student, _, losses in found])
         for student, logits_BC, losses in found:
-            student.count(work, part, here, rows, logits_BC, losses)
+            student.count(rows, here, whole, logits_BC, losses)
 
     def _call(self, inputs: Inputs) -> Tensor:
         network = self._network

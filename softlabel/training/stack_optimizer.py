@@ -31,7 +31,10 @@ class StackOptimizer:
     ) -> None:
         self._leaves, self._owners, self._optimizers = leaves, owners, optimizers
         self._state: dict[str, dict[str, Tensor]] = {}
-        self._numbers: dict[Any, Tensor] = {}  # of one step, on the device
+        self._moved: list[str] = []  # those that had a gradient last
+        self._numbers: dict[Any, Tensor] = {}  # of a step, on the device, by what they are
+        self._brought: set[Any] = set()  # of these, by the last `prepare`
+        self._after: dict[str, int] = {}  # of AdamW: which number of steps a parameter has had, of those that there are
 
     @staticmethod
     def takes(optimizers: Sequence[Optimizer]) -> bool:
@@ -39,9 +42,34 @@ class StackOptimizer:
         return {type(optimizer) for optimizer in optimizers} in ({SGD}, {AdamW})
 
     @torch.no_grad()
+    def prepare(self) -> None:
+        """Bring the numbers of the next step to the device, where a CUDA graph reads them.
+
+        Before the backward pass of a graph the parameters that had a gradient last are taken to have one again.
+        """
+        self._moved = [name for name, leaf in self._leaves.items() if leaf.grad is not None] or self._moved
+        groups = [optimizer.param_groups[0] for optimizer in self._optimizers]
+        distinct: dict[tuple[float, ...], int] = {}
+        self._brought.clear()
+        for name in self._moved:
+            leaf = self._leaves[name]
+            if isinstance(self._optimizers[0], SGD):
+                self._bring("rate", [-group["lr"] for group in groups], leaf)
+                self._bring("decay", [group["weight_decay"] for group in groups], leaf)
+                continue
+            state = self._take_state(name, leaf)
+            state["step"] += 1
+            steps = tuple(state["step"].tolist())
+            number = self._after[name] = distinct.setdefault(steps, len(distinct))
+            beta1, beta2 = groups[0]["betas"]
+            self._bring("kept", [1 - group["lr"] * group["weight_decay"] for group in groups], leaf)
+            self._bring(("root", number), [(1 - beta2**step) ** 0.5 for step in steps], leaf)
+            sizes = [-group["lr"] / (1 - beta1**step) for group, step in zip(groups, steps, strict=True)]
+            self._bring(("size", number), sizes, leaf)
+
+    @torch.no_grad()
     def step(self) -> None:
-        """Change every parameter that has a gradient."""
-        self._numbers.clear()
+        """Change every parameter that has a gradient, by the numbers that `prepare` brought."""
         groups = [optimizer.param_groups[0] for optimizer in self._optimizers]
         for name, leaf in self._leaves.items():
             if leaf.grad is None:
@@ -61,25 +89,23 @@ class StackOptimizer:
     def _step_sgd(self, name: str, leaf: Tensor, grad: Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
         change, momentum = grad, groups[0]["momentum"]
         if any(group["weight_decay"] for group in groups):
-            change = torch.addcmul(change, leaf, self._spread([group["weight_decay"] for group in groups], leaf))
+            change = torch.addcmul(change, leaf, self._spread("decay", leaf))
         if momentum:
             buffer = self._take_state(name, leaf)["momentum_buffer"]
             buffer.mul_(momentum).add_(change)
             change = change.add(buffer, alpha=momentum) if groups[0]["nesterov"] else buffer
-        leaf.addcmul_(change, self._spread([-group["lr"] for group in groups], leaf))
+        leaf.addcmul_(change, self._spread("rate", leaf))
 
     def _step_adamw(self, name: str, leaf: Tensor, grad: Tensor, groups: Sequence[Mapping[str, Any]]) -> None:
         state = self._take_state(name, leaf)
-        state["step"] += 1
-        steps, eps = state["step"].tolist(), groups[0]["eps"]
+        number, eps = self._after[name], groups[0]["eps"]
         beta1, beta2 = groups[0]["betas"]
-        leaf.mul_(self._spread([1 - group["lr"] * group["weight_decay"] for group in groups], leaf))
+        leaf.mul_(self._spread("kept", leaf))
         state["exp_avg"].lerp_(grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        root = self._spread([(1 - beta2**step) ** 0.5 for step in steps], leaf)
-        sizes = [-group["lr"] / (1 - beta1**step) for group, step in zip(groups, steps, strict=True)]
+        root = self._spread(("root", number), leaf)
         scaled = state["exp_avg"] / (state["exp_avg_sq"].sqrt() / root).add_(eps)
-        leaf.addcmul_(scaled, self._spread(sizes, leaf))
+        leaf.addcmul_(scaled, self._spread(("size", number), leaf))
 
     def _take_state(self, name: str, leaf: Tensor) -> dict[str, Tensor]:
         """The stacked state of a parameter; where students have none yet it begins with zeros, as torch's does."""
@@ -98,9 +124,18 @@ class StackOptimizer:
             self._state[name] = whole
         return self._state[name]
 
-    def _spread(self, values: Sequence[float], leaf: Tensor) -> Tensor:
-        """One number a student, (S, 1, ...), to be multiplied with a stacked parameter."""
-        key = (tuple(values), leaf.dtype)
+    def _bring(self, what: Any, values: Sequence[float], leaf: Tensor) -> None:
+        """Put one number a student on the device of a parameter, in its type; of parameters of one type it is one."""
+        key = (what, leaf.dtype)
+        if key in self._brought:
+            return
+        self._brought.add(key)
+        new = torch.tensor(values, dtype=leaf.dtype)
         if key not in self._numbers:
-            self._numbers[key] = torch.tensor(values, dtype=leaf.dtype).to(leaf.device)
-        return self._numbers[key].view(-1, *[1] * (leaf.dim() - 1))
+            self._numbers[key] = new.to(leaf.device)
+        else:
+            self._numbers[key].copy_(new, non_blocking=True)
+
+    def _spread(self, what: Any, leaf: Tensor) -> Tensor:
+        """These numbers, (S, 1, ...), to be multiplied with a stacked parameter."""
+        return self._numbers[what, leaf.dtype].view(-1, *[1] * (leaf.dim() - 1))

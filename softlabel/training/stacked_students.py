@@ -26,6 +26,7 @@ from softlabel.training import run_folder
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_student import EmbeddingStudent
+from softlabel.training.graphed_steps import GraphedSteps, synchronize
 from softlabel.training.grid import students_of
 from softlabel.training.parallel_students import ParallelStudents
 from softlabel.training.row_student import RowStudent
@@ -74,12 +75,14 @@ class StackedStudents:
         config: of the run.
         ranks: the processes that train.
         students: those that are not finished.
+        graphs: what makes the steps of a stack.
 
     Raises:
         UsageError: `stack` is on, and a student cannot be stacked.
     """
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, students: Sequence[Student]) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks, students: Sequence[Student], graphs: GraphedSteps) -> None:
+        self._graphs = graphs
         self._must, self._is_trial = config.stack == "on", config.stack == "auto"
         self._device, self._path = ranks.device, Path(config.out) / run_folder.STACKS
         self._recorded = _read(self._path) if self._is_trial and not config.overwrite else []
@@ -125,11 +128,11 @@ class StackedStudents:
                 workers.drain()
                 self._is_stacked[number] = self._choose(here, work, workers)
             if len(here) > 1 and self._is_stacked[number]:
-                self._stack(number, here).advance(work)
+                self._graphs.advance_stack(self._stack(number, here), work)
                 done |= {id(student) for student in here}
             else:
                 if (stack := self._stacks.pop(number, None)) is not None:
-                    stack.close()
+                    self._close(stack)
                 self._handed_over |= bool(here) and self._is_stacked.get(number, True)
         return [student for student in students if id(student) not in done]
 
@@ -138,9 +141,13 @@ class StackedStudents:
         stack = self._stacks.get(number)
         if stack is None or [*map(id, stack.students)] != [*map(id, students)]:
             if stack is not None:
-                stack.close()
+                self._close(stack)
             self._stacks[number] = stack = Stack(students)
         return stack
+
+    def _close(self, stack: Stack) -> None:
+        stack.close()
+        self._graphs.forget(stack)
 
     def _choose(self, students: list[RowStudent], work: RowStep, workers: ParallelStudents) -> bool:
         """Whether to stack these students of a group, which make their step now."""
@@ -192,19 +199,15 @@ class StackedStudents:
                     make = make_in_turn
                     if is_stacked:
                         make = functools.partial(tried.enter_context(contextlib.closing(Stack(students))).advance, work)
-                    self._synchronize()
+                    synchronize(self._device)
                     started = time.perf_counter()
                     make()
-                    self._synchronize()
+                    synchronize(self._device)
                     if number > 0:
                         found.append(1e3 * (time.perf_counter() - started))
             if number > 0 and not 1 / _CLEAR < times[0][-1] / times[1][-1] < _CLEAR:
                 break
         return statistics.median(times[0]), statistics.median(times[1])
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def _find_network(student: str) -> str:

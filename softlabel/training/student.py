@@ -34,6 +34,7 @@ from softlabel.training.ema import Average
 from softlabel.training.grid import StudentConfig
 from softlabel.training.metrics import EpochMetrics, Sums
 from softlabel.training.objective import count_soft
+from softlabel.training.optimizer import build_optimizer, describe_state
 from softlabel.training.schedule import learning_rate
 from softlabel.training.step import Counts, Step
 from softlabel.training.sync_batchnorm import synchronize
@@ -86,7 +87,7 @@ class Student(ABC):
             self._parallel = nn.parallel.DistributedDataParallel(self._make_forward(), device_ids=places)
         forward: Any = self._parallel or self._make_forward()
         self._forward = torch.compile(forward) if config.shared.compile else forward
-        self.optimizer = _optimizer(config, self._list_trained())
+        self.optimizer = build_optimizer(config, self._list_trained())
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._random = rng.seeded(self.device, config.shared.seed, ranks.rank)
         self.draws_random_numbers = False  # known once it has made a step
@@ -133,13 +134,8 @@ class Student(ABC):
         if self.failure is not None or self.place != (work.epoch, work.step):
             return
         if alone:
-            # The global generators are this student's meanwhile: students of one pass do not disturb one another.
-            with rng.kept(self.device):
-                rng.restore(self._random, self.device)
+            with self.drawing():
                 self._advance(work)
-                after = rng.state_of(self.device)
-            self.draws_random_numbers |= not rng.same(after, self._random)
-            self._random = after
         else:
             before = rng.state_of(self.device)
             self._advance(work)
@@ -148,6 +144,16 @@ class Student(ABC):
                     f"student {self.config.student}: it draws random numbers in some steps only, which several "
                     "students cannot do at the same time; use --students-at-once 1"
                 )
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """The global generators are this student's meanwhile: students of one pass do not disturb one another."""
+        with rng.kept(self.device):
+            rng.restore(self._random, self.device)
+            yield
+            after = rng.state_of(self.device)
+        self.draws_random_numbers |= not rng.same(after, self._random)
+        self._random = after
 
     def _advance(self, work: Any) -> None:
         self.begin_step()
@@ -163,15 +169,22 @@ class Student(ABC):
         self.model.train()
         rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # a graph reads it where it is
+            else:
+                group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
 
     def end_step(self) -> None:
         """What comes once the parameters have their gradients."""
+        self.change()
+        self.note_step()
+
+    def change(self) -> None:
+        """Change the parameters by their gradients."""
         self.clip()
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.note_step()
 
     def clip(self) -> None:
         """Scale the gradients down to the norm that they may have."""
@@ -240,7 +253,7 @@ class Student(ABC):
             else:
                 self._evaluations_since += 1
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self._sums = Sums(self.device)
+        self._sums.clear()
         return metrics
 
     def _keep_best(self) -> None:
@@ -298,7 +311,7 @@ class Student(ABC):
             "step": self.step,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": describe_state(self.optimizer),
             "scaler": self._scaler.state_dict(),
             "random": random,
             "sums": sums,
@@ -364,15 +377,3 @@ class Student(ABC):
             raise TrainingError(
                 f"{folder}: the student cannot be written: {error}; the same command resumes"
             ) from error
-
-
-def _optimizer(config: StudentConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.shared.momentum,
-        nesterov=config.shared.nesterov and config.shared.momentum > 0,
-        weight_decay=config.weight_decay,
-    )

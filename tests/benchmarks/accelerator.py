@@ -97,10 +97,10 @@ class Bench:
         self.synchronize()
         return time.perf_counter() - started
 
-    def in_turn(self, sides: Mapping[str, Step]) -> dict[str, float]:
+    def in_turn(self, sides: Mapping[str, Step], repeats: int = 5) -> dict[str, float]:
         """Median seconds of each side, run in turn, until the device has done it."""
         return interleaved(
-            {name: functools.partial(self.seconds, side) for name, side in sides.items()}, self.pick(5, 1)
+            {name: functools.partial(self.seconds, side) for name, side in sides.items()}, self.pick(repeats, 1)
         )
 
     def copy_bandwidth(self) -> float:

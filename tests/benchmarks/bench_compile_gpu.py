@@ -28,7 +28,7 @@ def measure(bench: Bench) -> None:
             return teachers.generate(InMemory(images), work / "store", compile=True)
 
         generate(512)  # compiles, so that neither of the two runs below does
-        rate, whole = steady_rate(generate, 5120, 25600)
+        rate, whole = steady_rate(generate, 2560, 12800)
         bench.report(
             COMPILED, rate / bare, goal=0.95, note=f"{rate:,.0f} of {bare:,.0f} images/s; whole run {whole:,.0f}"
         )

@@ -1,11 +1,13 @@
 """Steps of a student on a CUDA device: python -m tests.benchmarks.bench_student_gpu
 
-resnet18 at 224, bf16, batch 256, images decoded in RAM: steps from cached labels beside steps with hard labels alone
-and beside steps that run the teacher, resnet152, for every batch. Then resnet20 on images of CIFAR's size that are kept
-and augmented on the device, beside a bare loop over tensors that lie there.
+resnet20 on images of CIFAR's size that are kept and augmented on the device, with eager steps and with steps as CUDA
+graphs, beside a bare loop over tensors that lie there. Then resnet18 at 224, bf16, batch 256, images decoded in RAM:
+steps from cached labels beside steps with hard labels alone and beside steps that run the teacher, resnet152, for every
+batch.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from softlabel.models import build_model
-from softlabel.models.teacher import Teacher, load_teacher
+from softlabel.models.teacher import load_teacher
 from tests.benchmarks.accelerator import Bench, run_benchmark
 from tests.benchmarks.bench_generate_gpu import SIDE, InMemory
 from tests.benchmarks.student_steps import TEMPERATURE, build_steps
@@ -24,6 +26,8 @@ SOFT_HARD = "student step, cached soft labels / hard labels (resnet18, 224)"
 SOFT_ONLINE = "student step, cached labels / teacher on line (resnet152)"
 WAITING = "student step, hard labels / bare step on the device"
 ON_DEVICE = "bare loop over device tensors / student with --cache device, hard labels (resnet20, 32)"
+AS_GRAPH = "bare loop over device tensors / the same with --step graph"
+GRAPH_EAGER = "student step with --step graph / eager (resnet20, 32, --cache device, soft labels)"
 
 
 class Labelled(Dataset[tuple[Tensor, int]]):
@@ -70,7 +74,11 @@ def bare_step(bench: Bench, student: str, batch: int, count: int, side: int = SI
 
 
 def measure(bench: Bench) -> None:
-    batch, count = bench.pick(256, 2), bench.pick(16, 2)
+    with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
+        measure_small(bench, folder)
+    batch, count = bench.pick(256, 2), bench.pick(8, 2)
+    if not bench.has_time(SOFT_HARD, 30):
+        return
     names = ("resnet18", "resnet152") if bench.cuda else ("resnet18", "resnet18")
     student, data = f"torchvision:{names[0]}?resize=none&crop={SIDE}", Labelled(batch * count)
     with tempfile.TemporaryDirectory(prefix="softlabel-bench-") as folder:
@@ -92,41 +100,47 @@ def measure(bench: Bench) -> None:
             precision="bf16",
             device=str(bench.device),
         )
-        ms = {name: 1e3 * value / count for name, value in bench.in_turn(sides).items()}
+        ms = {name: 1e3 * value / count for name, value in bench.in_turn(sides, repeats=3).items()}
         note = ", ".join(f"{name} {value:.1f} ms" for name, value in ms.items())
         bench.report(SOFT_HARD, ms["soft"] / ms["hard"], goal=1.02, bound="at most", note=note)
         bench.report(SOFT_ONLINE, ms["soft"] / ms["online"], goal=0.35, bound="at most")
         bare = 1e3 * bare_step(bench, student, batch, count) / count
         bench.report(WAITING, ms["hard"] / bare, note=f"bare {bare:.1f} ms: what the loader and the copies add")
-        measure_small(bench, teacher, folder)
 
 
-def measure_small(bench: Bench, teacher: Teacher, folder: str) -> None:
+def measure_small(bench: Bench, folder: str) -> None:
     """Steps of a small student whose images never leave the device."""
-    batch, count = bench.pick(256, 2), bench.pick(64, 2)
+    batch, count = bench.pick(256, 2), bench.pick(32, 4)
     data = Small(batch * count)
     keys = [str(number) for number in range(len(data))]
     write_logits(Path(folder) / "small", keys, draw_logits(len(data), CLASSES), temperature=TEMPERATURE)
     student = "zoo:resnet20"
-    sides = build_steps(
-        data,
-        str(Path(folder) / "small"),
-        teacher,
-        student,
-        classes=CLASSES,
-        batch=batch,
-        count=count,
-        precision="bf16",
-        device=str(bench.device),
-        cache_device=str(bench.device),
-    )
-    ours = bench.in_turn({"hard": sides["hard"]})["hard"]
-    bare = bare_step(bench, student, batch, count, side=32)
-    note = f"{1e3 * ours / count:.2f} ms a step, bare {1e3 * bare / count:.2f} ms"
-    bench.report(ON_DEVICE, bare / ours, goal=0.95, note=note)
+    device = str(bench.device)
+    sides: dict[str, Callable[[], None]] = {}
+    for step in ("eager", "graph"):
+        made = build_steps(
+            data,
+            str(Path(folder) / "small"),
+            None,
+            student,
+            classes=CLASSES,
+            batch=batch,
+            count=count,
+            precision="bf16",
+            device=device,
+            cache_device=device,
+            step=step,
+        )
+        sides |= {f"{kind}, {step}": make for kind, make in made.items()}
+    ms = {name: 1e3 * value / count for name, value in bench.in_turn(sides).items()}
+    bare = 1e3 * bare_step(bench, student, batch, count, side=32) / count
+    for name, kind in ((ON_DEVICE, "hard, eager"), (AS_GRAPH, "hard, graph")):
+        bench.report(name, bare / ms[kind], goal=0.95, note=f"{ms[kind]:.2f} ms a step, bare {bare:.2f} ms")
+    note = f"{ms['soft, graph']:.2f} of {ms['soft, eager']:.2f} ms"
+    bench.report(GRAPH_EAGER, ms["soft, graph"] / ms["soft, eager"], note=note)
 
 
-FIGURES = (SOFT_HARD, SOFT_ONLINE, WAITING, ON_DEVICE)
+FIGURES = (ON_DEVICE, AS_GRAPH, GRAPH_EAGER, SOFT_HARD, SOFT_ONLINE, WAITING)
 
 if __name__ == "__main__":
     run_benchmark(__doc__, measure, FIGURES)

@@ -1,7 +1,7 @@
 """Steps of several students of one architecture: one of them, all in turn, and all as one network."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from softlabel.training.row_student import RowStudent
 from softlabel.training.stack import Stack
 from softlabel.training.step import Counts, RowStep, cut, prepare, without_filler
 from softlabel.views import CropFlip
+from tests.benchmarks.student_steps import build_graphs
 
 
 def build_mlp(num_classes: int, pixels: int = 32) -> nn.Module:
@@ -34,7 +35,8 @@ def build_stack_sides(
     precision: str,
     device: str,
 ) -> dict[str, Callable[[], None]]:
-    """What makes `count` steps: "one", "in turn" and "stacked". Their batches lie on the device already.
+    """What makes `count` steps: "one", "in turn", "stacked", and "graph", which is the stack as one CUDA graph. Their
+    batches lie on the device already.
 
     Args:
         data: a SOURCE or Dataset.
@@ -59,7 +61,7 @@ def build_stack_sides(
         moved = made.to(ranks.device)
         works.append(prepare(moved, parts, whole, [preprocessing], epoch=0, step=step, with_teacher=True))
 
-    def make(number: int) -> list[RowStudent]:
+    def make(number: int, step: Literal["eager", "graph"] = "eager") -> list[RowStudent]:
         config = softlabel.TrainConfig(
             data="unused",
             student=spec,
@@ -67,6 +69,7 @@ def build_stack_sides(
             labels=labels,
             temperature=[1.0, 2.0, 4.0, 8.0] if number > 1 else 4.0,
             lr=[0.01 * (1 + factor) for factor in range(max(number // 4, 1))],
+            step=step,
         )
         return [
             RowStudent(
@@ -81,9 +84,10 @@ def build_stack_sides(
             for one in students_of(config)
         ]
 
-    one, in_turn, stacked = make(1), make(students), make(students)
+    one, in_turn, stacked, graphed = make(1), make(students), make(students), make(students, "graph")
     assert len(in_turn) == students
-    stack = Stack(stacked)
+    stack, other = Stack(stacked), Stack(graphed)
+    graphs = build_graphs(graphed[0], ranks)
 
     def run_in_turn(those: list[RowStudent]) -> None:
         for work in works:
@@ -97,4 +101,15 @@ def build_stack_sides(
                 student.step = work.step
             stack.advance(work)
 
-    return {"one": lambda: run_in_turn(one), "in turn": lambda: run_in_turn(in_turn), "stacked": run_stacked}
+    def run_graphed() -> None:
+        for work in works:
+            for student in graphed:
+                student.step = work.step
+            graphs.advance_stack(other, work)
+
+    return {
+        "graph": run_graphed,
+        "one": lambda: run_in_turn(one),
+        "in turn": lambda: run_in_turn(in_turn),
+        "stacked": run_stacked,
+    }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import softlabel
 from softlabel.inputs.base import Inputs
@@ -11,18 +11,29 @@ from softlabel.loss import DenseTarget
 from softlabel.models import build_model
 from softlabel.models.teacher import Teacher, student_preprocessing
 from softlabel.training.distributed import Ranks
+from softlabel.training.graphed_steps import GraphedSteps
 from softlabel.training.grid import students_of
 from softlabel.training.row_student import RowStudent
+from softlabel.training.static_step import capture_graph
 from softlabel.training.step import Counts, RowStep, cut, prepare, without_filler
 from softlabel.views import CropFlip
 
 TEMPERATURE = 4.0
 
 
+def build_graphs(student: RowStudent, ranks: Ranks) -> GraphedSteps:
+    """What makes the steps of a student, or of a stack with it, as its settings say."""
+    return GraphedSteps(student.shared, ranks, [student], capture_graph if ranks.device.type == "cuda" else _run_as_is)
+
+
+def _run_as_is(begin: object, warm_up: object, run: Callable[[], None], device: object) -> Callable[[], None]:
+    return run
+
+
 def build_steps(
     data: object,
     labels: str,
-    teacher: Teacher,
+    teacher: Teacher | None,
     student: str,
     *,
     classes: int,
@@ -31,9 +42,11 @@ def build_steps(
     precision: str,
     device: str,
     cache_device: str | None = None,
+    step: Literal["eager", "graph"] = "eager",
 ) -> dict[str, Callable[[], None]]:
-    """What makes `count` steps of an epoch: "hard", "soft" and "online". Images and labels are in memory already, or
-    images on `cache_device`."""
+    """What makes `count` steps of an epoch: "hard", "soft" and, with a teacher, "online". Images and labels are in
+    memory already, or images on `cache_device`; with `step` "graph" a step is a CUDA graph, on a CPU what it holds.
+    """
     preprocessing = student_preprocessing(student)
     ranks = Ranks(device)
     common: dict[str, Any] = {
@@ -45,8 +58,8 @@ def build_steps(
     }
     loaders = {"hard": SoftLabelLoader(data, **common), "soft": SoftLabelLoader(data, labels, **common)}  # type: ignore[arg-type]
     students = {}
-    for kind, store in (("hard", None), ("soft", labels), ("online", labels)):
-        config = softlabel.TrainConfig(data="unused", student=student, out="unused", labels=store)
+    for kind, store in (("hard", None), ("soft", labels), *([("online", labels)] if teacher is not None else [])):
+        config = softlabel.TrainConfig(data="unused", student=student, out="unused", labels=store, step=step)
         students[kind] = RowStudent(
             students_of(config)[0],
             build_model(student, num_classes=classes),
@@ -57,6 +70,8 @@ def build_steps(
             steps=count,
         )
 
+    graphs = {kind: build_graphs(one, ranks) for kind, one in students.items()}
+
     def works(kind: str) -> Iterator[RowStep]:
         loader = loaders["soft" if kind == "soft" else "hard"]
         loader.set_epoch(0)
@@ -65,6 +80,7 @@ def build_steps(
             parts = cut(made, counts_B, 1)
             made = made.to(ranks.device, non_blocking=True)
             if kind == "online":
+                assert teacher is not None
                 logits_BC = teacher.logits(Inputs.single(made.inputs))
                 target = DenseTarget(scaled_logits=logits_BC / TEMPERATURE, temperature=TEMPERATURE, retemperable=True)
                 made = replace(made, target=target)
@@ -76,7 +92,8 @@ def build_steps(
         student = students[kind]
         student.epoch = student.step = 0
         for work in works(kind):
-            student.advance(work, alone=True)
+            for left in graphs[kind].advance([student], work):
+                left.advance(work, alone=True)
 
     for loader in loaders.values():
         for _ in loader:  # fills the cache

@@ -70,6 +70,41 @@ def test_images_on_the_device_are_those_of_the_host(digits: Path, tmp_path: Path
             assert list(there.keys) == list(host.keys)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16", "cache": "device", "clip_norm": 0.5, "ema": 0.9},
+        {"precision": "fp16"},
+        {"optimizer": "adamw", "label_smoothing": 0.1},
+        {"labels": None, "mixup": 0.2},
+        {"student": "python:tests.support.students:build_dropout_student?resize=16&crop=16"},
+        {"temperature": [1.0, 4.0], "precision": "fp32", "stack": "on"},
+        {"compile": True},
+    ],
+    ids=str,
+)
+def test_steps_as_a_cuda_graph_are_eager_steps(
+    digits: Path, tmp_path: Path, cuda: str, changes: dict[str, Any]
+) -> None:
+    histories = []
+    for step in ("eager", "graph"):
+        softlabel.train(make_config(digits, tmp_path / step, device=cuda, epochs=3, step=step, **changes))
+        folder = tmp_path / step / "T4" if "temperature" in changes else tmp_path / step
+        histories.append([float(row["loss"]) for row in read_history(folder)])
+    # Dropout draws the same numbers, so that this holds of it, too.
+    assert histories[1] == pytest.approx(histories[0], rel=1e-2)
+
+
+def test_a_network_that_looks_at_the_device_is_refused_as_a_cuda_graph(digits: Path, tmp_path: Path, cuda: str) -> None:
+    student = "python:tests.support.students:build_branching_student?resize=16&crop=16"
+    given: dict[str, Any] = {"device": cuda, "epochs": 2, "student": student}
+    with pytest.raises(softlabel.errors.UsageError, match="cannot be captured as a CUDA graph"):
+        softlabel.train(make_config(digits, tmp_path / "graph", step="graph", **given))
+    softlabel.train(make_config(digits, tmp_path / "auto", step="auto", **given))
+    assert not (tmp_path / "auto" / "steps.json").exists()
+
+
 def test_a_compiled_student_learns(digits: Path, tmp_path: Path, cuda: str) -> None:
     softlabel.train(make_config(digits, tmp_path / "run", device=cuda, epochs=2, compile=True))
     losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
