@@ -2,8 +2,10 @@
 
 N rows, C classes, R rows of a chunk. z student logits, t teacher logits, q = softmax(z / T), p = softmax(t / T).
 
-All of them look at every class, so they take targets of all classes: a tensor of raw teacher logits, DenseTarget,
-Int8Target, HeadTarget. "mean" is over rows (over labelled rows where a label is needed), divided by the weights' sum;
+They take targets of all classes: a tensor of raw teacher logits, DenseTarget, Int8Target, HeadTarget. The divergences
+between p and q (Jensen-Shannon, reverse KL) take TopKTarget, too: the classes outside of the K are one outcome of both,
+as in `distillation_loss`, which gives at most the divergence over all classes. "mean" is over rows (over labelled rows
+where a label is needed), divided by the weights' sum;
 a row with weight 0 counts for nothing, even when it holds NaN. float16 and bfloat16 are computed in float32. Reverse
 KL, DKD and standardised logits have their gradient in closed form, computed with the loss in row chunks; the others
 are plain torch.
@@ -30,6 +32,7 @@ from softlabel.loss.targets import (
     TopKTarget,
     as_target,
     retemper_factor,
+    tail_column,
 )
 
 __all__ = [
@@ -92,7 +95,7 @@ def jensen_shannon(
         second_N = _mass_times(log_q_NC.exp(), log_q_NC - log_m_NC)
         return temperature**2 * (beta * first_N + (1 - beta) * second_N)
 
-    return _plain(student_logits_NC, target, rows, temperature, weight, reduction)
+    return _plain(student_logits_NC, target, rows, temperature, weight, reduction, takes_top_k=True)
 
 
 def mse_logits(
@@ -156,6 +159,13 @@ def reverse_kl(
     reduction: str = "mean",
 ) -> Tensor:
     """T^2 KL(q || p), which seeks a mode where KL(p || q) covers all of them (Gu et al. 2024, MiniLLM)."""
+    if isinstance(target, TopKTarget):
+
+        def rows(z_NC: Tensor, t_NC: Tensor) -> Tensor:
+            log_p_NC, log_q_NC = F.log_softmax(t_NC, 1), F.log_softmax(z_NC / temperature, 1)
+            return temperature**2 * _mass_times(log_q_NC.exp(), log_q_NC.clamp(min=LEAST) - log_p_NC.clamp(min=LEAST))
+
+        return _plain(student_logits_NC, target, rows, temperature, weight, reduction, takes_top_k=True)
     target, factor = _dense(student_logits_NC, target, temperature)
     z_NC = widened(student_logits_NC, temperature)
     shares = _shares(z_NC, None, weight, reduction)
@@ -254,6 +264,10 @@ def check_dense(logits_NC: Tensor, target: Target) -> None:
             f"target: expected one of all classes, found {type(target).__name__}; use distillation_loss, or a store "
             f"with a dense encoding"
         )
+    _check_shape(logits_NC, target)
+
+
+def _check_shape(logits_NC: Tensor, target: Target) -> None:
     if logits_NC.dim() != 2 or (len(target), target.num_classes) != tuple(logits_NC.shape):
         raise MismatchError(
             f"student logits: expected shape {(len(target), target.num_classes)} as in the target, found "
@@ -277,6 +291,24 @@ def _logits(logits_NC: Tensor, target: DenseKind, temperature: float) -> tuple[T
     return logits_NC.to(dtype), scaled_logits(target, dtype) * factor
 
 
+def _keep_outcomes(logits_NC: Tensor, target: TopKTarget, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same (N, K + 1) of the K classes that a target names, and of all others as one; the student's times
+    `temperature`, which the loss divides by."""
+    check_temperature(temperature)
+    _check_shape(logits_NC, target)
+    factor = retemper_factor(target, temperature)
+    dtype = work_dtype(logits_NC)
+    log_q_NC = F.log_softmax(widened(logits_NC, temperature).to(dtype) / temperature, 1)
+    index_NK = target.index.long()
+    log_q_NK, t_NK = log_q_NC.gather(1, index_NK), target.value.to(dtype) * factor
+    if index_NK.shape[1] == target.num_classes:
+        return log_q_NK * temperature, t_NK
+    is_kept_NC = torch.zeros_like(log_q_NC, dtype=torch.bool).scatter(1, index_NK, True)
+    rest_N1 = log_q_NC.masked_fill(is_kept_NC, -torch.inf).logsumexp(1, keepdim=True)
+    tail_N1 = target.tail[:, tail_column(target, temperature), None].to(dtype)
+    return torch.cat([log_q_NK, rest_N1], 1) * temperature, torch.cat([t_NK, tail_N1], 1)
+
+
 def _plain(
     logits_NC: Tensor,
     target: DenseKind,
@@ -284,8 +316,13 @@ def _plain(
     temperature: float,
     weight: Tensor | None,
     reduction: str,
+    *,
+    takes_top_k: bool = False,
 ) -> Tensor:
-    z_NC, t_NC = _logits(logits_NC, target, temperature)
+    if takes_top_k and isinstance(target, TopKTarget):
+        z_NC, t_NC = _keep_outcomes(logits_NC, target, temperature)
+    else:
+        z_NC, t_NC = _logits(logits_NC, target, temperature)
     shares = _shares(z_NC, None, weight, reduction)
     if shares.gaps:
         blank_N1 = (shares.soft == 0)[:, None]

@@ -91,10 +91,12 @@ LOSSES: dict[LossName, Loss] = {
     ),
     "js": Loss(
         compute=lambda z, t, y, temperature, w: jensen_shannon(z, t, temperature=temperature, weight=w),
+        takes_top_k=True,
         source="Agarwal et al. 2024, GKD: beta 0.5; for classes none are published, weights as of kd",
     ),
     "reverse": Loss(
         compute=lambda z, t, y, temperature, w: reverse_kl(z, t, temperature=temperature, weight=w),
+        takes_top_k=True,
         source="for classes none are published, weights as of kd",
     ),
     "wttm": Loss(

@@ -204,7 +204,7 @@ def test_standardized_logits() -> None:
 def test_mistakes_are_named() -> None:
     logits_NC, teacher_NC = student(), torch.randn(ROWS, CLASSES)
     with pytest.raises(UsageError, match="TopKTarget"):
-        reverse_kl(logits_NC, make_top_k_target(teacher_NC, 3, (T,)), temperature=T)
+        standardized_kl(logits_NC, make_top_k_target(teacher_NC, 3, (T,)), temperature=T)
     with pytest.raises(UsageError, match="beta"):
         jensen_shannon(logits_NC, teacher_NC, temperature=T, beta=1.0)
     frozen = DenseTarget(scaled_logits=teacher_NC, temperature=4.0, retemperable=False)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from softlabel.errors import MismatchError, UsageError
-from softlabel.loss import DenseTarget, SampledTarget, SigmoidTarget, distillation_loss, multi_level_kd, weighted_ttm
+from softlabel.loss import (
+    DenseTarget,
+    SampledTarget,
+    SigmoidTarget,
+    distillation_loss,
+    jensen_shannon,
+    multi_level_kd,
+    reverse_kl,
+    weighted_ttm,
+)
 from tests.support import reference
 from tests.support.loss_cases import make_target, make_top_k_target
 
@@ -98,6 +107,38 @@ def test_wttm_of_the_most_probable_classes() -> None:
     torch.testing.assert_close(found.detach(), torch.stack(expected), rtol=2e-4, atol=1e-3)  # float16
     with pytest.raises(MismatchError, match="its tail is known at temperature 5"):
         weighted_ttm(logits_NC, make_top_k_target(raw_NC, 4, (5.0,)), temperature=5.0)
+
+
+@pytest.mark.parametrize("kept", [4, CLASSES])
+def test_divergences_of_the_most_probable_classes(kept: int) -> None:
+    """Those between the K classes and all others as one outcome, which cannot be more than those over all classes."""
+    logits_NC, raw_NC = student(), teacher()
+    target = make_top_k_target(raw_NC, kept, (T,))
+    found = {
+        "reverse": reverse_kl(logits_NC, target, temperature=T, reduction="none"),
+        "js": jensen_shannon(logits_NC, target, temperature=T, beta=0.3, reduction="none"),
+    }
+    whole = {
+        "reverse": reverse_kl(logits_NC, raw_NC, temperature=T, reduction="none"),
+        "js": jensen_shannon(logits_NC, raw_NC, temperature=T, beta=0.3, reduction="none"),
+    }
+    found, whole = ({name: one.detach() for name, one in rows.items()} for rows in (found, whole))
+    for row in range(ROWS):
+        p, q = torch.softmax(raw_NC[row] / T, 0), torch.softmax(logits_NC[row].detach() / T, 0)
+        names = raw_NC[row].topk(kept).indices
+        others = [c for c in range(CLASSES) if c not in names.tolist()]
+        if others:
+            p, q = (torch.cat([one[names], one[others].sum()[None]]) for one in (p, q))
+        middle = 0.3 * p + 0.7 * q
+        js = 0.3 * reference.kl(p, middle.log()) + 0.7 * reference.kl(q, middle.log())
+        assert float(found["reverse"][row]) == pytest.approx(T**2 * float(reference.kl(q, p.log())), rel=2e-3)
+        assert float(found["js"][row]) == pytest.approx(T**2 * float(js), rel=2e-3)
+    for name, rows_N in found.items():
+        assert (rows_N <= whole[name] + 1e-2).all()
+    for loss in (reverse_kl, jensen_shannon):
+        assert torch.autograd.gradcheck(
+            lambda z, loss=loss: loss(z, target, temperature=T, reduction="none"), (logits_NC,)
+        )
 
 
 def test_wttm_at_temperature_1_is_the_divergence() -> None:

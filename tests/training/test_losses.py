@@ -181,15 +181,14 @@ def test_labels_that_a_loss_cannot_use_are_refused(
     digits: Path, tmp_path: Path, converted: dict[str, Path], name: str, encoding: str
 ) -> None:
     given = make_config(digits, tmp_path / "run", labels=converted[encoding], loss=name, student=SMOOTH, epochs=1)
-    if name == "kd":
-        assert train(given).history
+    if name == "kd" or (name in ("js", "reverse") and encoding == "topk"):
+        assert float(train(given).history[-1].soft_loss or 0) > 0
     elif name == "wttm" and encoding == "topk":  # the tail is stored at the temperature of the store
         with pytest.raises(MismatchError, match=r"loss wttm: .*its tail is known at temperature"):
             train(given)
     else:
         with pytest.raises(UsageError, match=f"loss {name}: needs .*; use --loss kd, or a store with a dense encoding"):
             train(given)
-    assert not (tmp_path / "run" / "metrics.csv").exists() or name == "kd"
 
 
 @pytest.fixture(scope="module")
