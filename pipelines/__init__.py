@@ -1,0 +1,1 @@
+"""Complete recipes of one page, and experiments; no part of the package."""
