@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "maintain": (f"{LABELS} loss loader generation evaluation convert", "torch numpy tqdm"),
     "training": (
         f"{LABELS} loss loader evaluation generation convert",
-        "torch numpy safetensors tqdm yaml tensorboard wandb mlflow",
+        "torch numpy safetensors tqdm yaml tensorboard wandb mlflow optuna",
     ),
     "report": (f"{LABELS} loss loader evaluation training", "torch numpy tqdm jinja2 markupsafe PIL"),
     "testing": (f"{GROUND} store dataset labels", "pytest torch numpy pyarrow h5py xxhash safetensors"),

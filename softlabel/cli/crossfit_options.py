@@ -39,7 +39,7 @@ class LabellingOptions:
 B = TypeVar("B")
 
 
-def _pick_fields(base: type[B], config: type, names: Sequence[str], texts: Mapping[str, str]) -> type[B]:
+def pick_fields(base: type[B], config: type, names: Sequence[str], texts: Mapping[str, str]) -> type[B]:
     """Make a dataclass of some fields of another one, each with a single value."""
     hints = typing.get_type_hints(config)
     found = {
@@ -69,5 +69,5 @@ def _drop_lists(hint: Any) -> Any:
     return Union[tuple(single)] if single != [type(None)] else hint  # noqa: UP007
 
 
-OfTraining = _pick_fields(TrainingOptions, TrainConfig, TRAINING, _TEXTS)
-OfLabels = _pick_fields(LabellingOptions, GenerateConfig, ("temperature", "format", "shard_rows"), {})
+OfTraining = pick_fields(TrainingOptions, TrainConfig, TRAINING, _TEXTS)
+OfLabels = pick_fields(LabellingOptions, GenerateConfig, ("temperature", "format", "shard_rows"), {})

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": convert.export,
     "train": train.train,
     "crossfit": train.crossfit,
+    "tune": train.tune,
     "evaluate": train.evaluate,
     "report": store.report,
 }
@@ -62,6 +63,10 @@ LATE = {
         "TrainingOptions": "softlabel.cli.crossfit_options.OfTraining",
         "LabellingOptions": "softlabel.cli.crossfit_options.OfLabels",
         "EncodingOptions": "softlabel.cli.encoding_options.OfFolds",
+    },
+    "tune": {
+        "TuneConfig": "softlabel.training.tune_config.TuneConfig",
+        "TrainingOptions": "softlabel.cli.tune_options.OfTuning",
     },
     "generate": {
         "GenerateConfig": "softlabel.generation.config.GenerateConfig",

@@ -1,4 +1,4 @@
-"""Commands about students: train, crossfit, evaluate."""
+"""Commands about students: train, tune, crossfit, evaluate."""
 
 import os
 import shlex
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from softlabel.cli.crossfit_options import LabellingOptions, TrainingOptions
     from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.training import TrainConfig, TrainResult
+    from softlabel.training.tune_config import TuneConfig
 
 
 def train(config: "TrainConfig") -> int:
@@ -79,6 +80,35 @@ def _print_students(result: "TrainResult") -> int:
     if drawn:
         print(f"curves: {plot_runs(drawn, Path(result.out) / 'curves.png')}")
     return 1 if failed else 0
+
+
+def tune(config: "TuneConfig", training: "TrainingOptions") -> int:
+    """Search the loss, temperature, weights and learning rate of a student on samples that are held out.
+
+    Several students share a pass over the data, and the worst are ended on the way.
+    The same command resumes an interrupted search; with more --passes it goes on.
+
+    Example:
+        softlabel tune --data train.parquet --labels labels/resnet50 --student zoo:resnet8 --epochs 9 --out tuned
+    """
+    from softlabel.training.tune import describe_settings
+    from softlabel.training.tune import tune as run
+
+    require_local(config.out, "--out")
+    result = run(config, **asdict(training))
+    halved, failed = (sum(one.state == state for one in result.trials) for state in ("halved", "failed"))
+    ended = "".join(f", {count} {what}" for count, what in ((halved, "ended on the way"), (failed, "failed")) if count)
+    when = "already complete" if result.already_done else f"in {result.seconds:.1f} s"
+    print(f"{config.out}: {len(result.trials)} students in {config.passes} passes{ended}, {when}")
+    print(result.table())
+    print(f"best: accuracy {result.best.score:.4f} on the samples held out, {describe_settings(result.best.settings)}")
+    if result.defaults is not None:
+        epoch = max(result.defaults.scores)
+        ended = "" if result.defaults.state == "done" else f" after epoch {epoch}, where it was ended"
+        print(f"defaults: accuracy {result.defaults.score:.4f}{ended}, {describe_settings(result.defaults.settings)}")
+    print(f"train with it: {result.command}")
+    print(f"plot: {Path(config.out) / 'tuning.png'}")
+    return 0
 
 
 def crossfit(

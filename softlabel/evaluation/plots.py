@@ -1,8 +1,10 @@
-"""Pictures of runs: the curves of several `metrics.csv` side by side."""
+"""Pictures of runs: the curves of several `metrics.csv` side by side, and what a search has found."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from softlabel.errors import DataError
 
@@ -63,6 +65,64 @@ def plot_runs(runs: Mapping[str, str | Path], out: str | Path, *, title: str = "
         figure.suptitle(title)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialCurve:
+    """A student of a search: its settings, and epoch -> score."""
+
+    settings: Mapping[str, Any]
+    scores: Mapping[int, float]
+
+
+def plot_trials(trials: Sequence[TrialCurve], out: str | Path) -> Path:
+    """Draw the scores of a search into one PNG: over epochs, and over every setting that has several values.
+
+    Students that were ended on the way are grey, where they ended.
+
+    Args:
+        trials: with at least one score each.
+        out: the PNG to write.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        DataError: no trial.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not trials:
+        raise DataError("plot: expected at least one student with a score, found none")
+    last = max(max(one.scores) for one in trials)
+    names = list(trials[0].settings)
+    names = [name for name in names if len({one.settings[name] for one in trials}) > 1]
+    columns = min(3, len(names) + 1)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * -(-(len(names) + 1) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(-(-(len(names) + 1) // columns), columns, squeeze=False).ravel()
+    for one in sorted(trials, key=lambda one: max(one.scores)):
+        colour = "C0" if max(one.scores) == last else "0.6"
+        axes[0].plot(list(one.scores), list(one.scores.values()), marker=".", color=colour)
+    axes[0].set_xlabel("epoch")
+    axes[0].set_ylabel("on the samples held out")
+    for axis, name in zip(axes[1:], names, strict=False):
+        for one in trials:
+            if one.settings[name] is not None:
+                colour = "C0" if max(one.scores) == last else "0.6"
+                axis.plot([one.settings[name]], [one.scores[max(one.scores)]], marker="o", color=colour)
+        values = [one.settings[name] for one in trials if one.settings[name] is not None]
+        if all(isinstance(value, float) and value > 0 for value in values) and max(values) > 10 * min(values):
+            axis.set_xscale("log")
+        axis.set_xlabel(name.replace("_", " "))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    for axis in axes[len(names) + 1 :]:
+        axis.set_visible(False)
+    out = Path(out)
     figure.savefig(out, dpi=120)
     return out
 

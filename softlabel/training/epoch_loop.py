@@ -7,7 +7,7 @@ to the students whose next step it is, so that students that were stopped at dif
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -35,11 +35,16 @@ log = logging.getLogger("softlabel")
 _COUNTED = tuple(field.name for field in fields(Counts))
 
 
+Review = Callable[[Sequence[Student]], None]
+
+
 class Pass:
     """Students in training.
 
     Args:
         students: those that are not finished; resumed from their checkpoints already.
+        review: called with the students in training before the first step and after every epoch; a `failure` that it
+            sets ends a student.
     """
 
     def __init__(
@@ -50,7 +55,9 @@ class Pass:
         loader: Loader,
         eval_loader: Loader | None,
         students: Sequence[Student],
+        review: Review | None = None,
     ) -> None:
+        self._review = review
         self.config, self.ranks, self.task, self.loader, self.eval_loader = config, ranks, task, loader, eval_loader
         self.students = students
         self._active = [student for student in students if student.failure is None]
@@ -85,6 +92,7 @@ class Pass:
             ParallelStudents(self._at_once()) as workers,
         ):
             self._write_metrics()
+            self._end_reviewed()
             while self._active:
                 epoch, step = min(student.place for student in self._active)
                 self._epoch(epoch, step, workers, bar, interrupts)
@@ -179,9 +187,15 @@ class Pass:
                 trackers.write(student, metrics)
         self._save(ended)
         self._write_metrics()
+        self._end_reviewed()
         for student in ended:
-            if student.is_done:
+            if student.is_done and student.failure is None:
                 self._publish(student)
+
+    def _end_reviewed(self) -> None:
+        if self._review is not None:
+            self._review(self._active)
+            self._give_up()
 
     def _evaluate(self, students: Sequence[Student]) -> dict[int, Evaluation]:
         """Measure students in one pass over the evaluation data, each sample once over all processes."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from softlabel.store.open import open_store
 from softlabel.training import run_folder
 from softlabel.training.config import GRID, TrainConfig
 from softlabel.training.distributed import Ranks
-from softlabel.training.epoch_loop import Pass, closing_loader
+from softlabel.training.epoch_loop import Pass, Review, closing_loader
 from softlabel.training.grid import StudentConfig, students_of
 from softlabel.training.metrics import read_csv
 from softlabel.training.row_task import RowTask
@@ -62,24 +62,44 @@ def train(
     """
     started = time.perf_counter()
     with Ranks(config.device) as ranks:
-        results = _train(config, ranks, data, eval_data, key_fn)
+        source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
+        results = _train(config, students_of(config), ranks, source, eval_data)
         # Nobody leaves before everything is written: the others read it.
         ranks.first(lambda: None)
+    if all(result.failure is not None for result in results):
+        raise TrainingError(str(results[0].failure))
     return TrainResult(out=config.out, students=tuple(results), seconds=time.perf_counter() - started)
+
+
+def train_together(config: TrainConfig, students: Sequence[StudentConfig], review: Review) -> list[StudentResult]:
+    """Train given students in one pass, or go on with it, in one process.
+
+    Args:
+        config: what they share.
+        students: several, each with a folder of its own in `config.out`.
+        review: see `Pass`.
+
+    Returns:
+        What became of each, in their order; `failure` says why `review` ended one.
+
+    Raises:
+        As `train`, but for students without a finite loss.
+    """
+    with Ranks(config.device) as ranks:
+        return _train(config, students, ranks, open_source(config.data), None, review)
 
 
 def _train(
     config: TrainConfig,
+    configs: Sequence[StudentConfig],
     ranks: Ranks,
-    data: "Source | Dataset[Any] | None",
+    source: Source,
     eval_data: "Source | Dataset[Any] | None",
-    key_fn: Callable[[int], str | int] | None,
+    review: Review | None = None,
 ) -> list[StudentResult]:
     precision = _precision(config, ranks.device)
-    source = open_source(config.data if data is None else data, key_fn=key_fn, ignore_labels=config.ignore_labels)
     require_samples(source)
     store = open_store(config.labels) if config.labels is not None else None
-    configs = students_of(config)
     if store is not None and any(one.soft_weight for one in configs):
         store.require_labels("soft_weight")
     make = TokenTask if are_language_models(configs) else RowTask
@@ -104,7 +124,7 @@ def _train(
                 closing_loader(loader, ranks),
                 task.open_eval_loader(eval_data, ranks, workers) as eval_loader,
             ):
-                going = Pass(config, ranks, task, loader, eval_loader, list(students.values()))
+                going = Pass(config, ranks, task, loader, eval_loader, list(students.values()), review)
                 if ranks.is_first:
                     announce(ranks, task, loader, list(students.values()))
                 going.run()
@@ -113,13 +133,11 @@ def _train(
             results.append(found or _result(student_config, students[number], before[number]))
         if len(results) > 1 and ranks.is_first:
             write_summary(Path(config.out), results)
-        if all(result.failure is not None for result in results):
-            raise TrainingError(str(results[0].failure))
     return results
 
 
 def _hold(
-    held: contextlib.ExitStack, config: TrainConfig, configs: list[StudentConfig], shared: Mapping[str, Any]
+    held: contextlib.ExitStack, config: TrainConfig, configs: Sequence[StudentConfig], shared: Mapping[str, Any]
 ) -> list[StudentResult | None]:
     """Hold every student's folder for this run; the results of those that need no more training."""
     if len(configs) > 1:
@@ -173,7 +191,7 @@ def _precision(config: TrainConfig, device: torch.device) -> Precision:
     return config.precision
 
 
-def _choose_views(config: TrainConfig, configs: list[StudentConfig], there: int | None) -> int | None:
+def _choose_views(config: TrainConfig, configs: Sequence[StudentConfig], there: int | None) -> int | None:
     """How many views of the store this pass uses, None where its rows are no views: as many as its runs began with,
     though the store may have got more since, by which epoch e would be of another one."""
     if there is None:

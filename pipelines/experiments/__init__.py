@@ -1,0 +1,1 @@
+"""Experiments on what soft labels are worth: one page each, one command, resumable."""
