@@ -368,6 +368,8 @@ class JoinedDataset(Dataset[Batch]):
 
 
 def _check_classes(source: Source, run: Run) -> None:
+    if not run.encoding.labels:  # of embeddings alone
+        return
     names = source.class_names
     if source.has_labels and source.label_width is not None:
         if run.activation == "softmax":

@@ -26,6 +26,7 @@ __all__ = [
     "similarity_preserving",
 ]
 
+_LEAST_TEMPERATURE = 0.03
 _CHUNK_ELEMENTS = 2**20  # of the buffers of a chunk of anchors
 
 
@@ -132,14 +133,13 @@ def contrast(
     temperature: float = 0.07,
     counts_BK: Tensor | None = None,
     mask: Tensor | None = None,
-    eps: float = 1e-7,
 ) -> tuple[Tensor, Tensor]:
     """The noise contrastive estimate of CRD (Tian et al. 2020, equation 18): one anchor's positive against negatives.
 
     With h(a, v) = exp(<a, v> / temperature) / Z and a noise of 1 / samples, m negatives an anchor: mean over anchors of
     -log(h+ / (h+ + m / samples)) - sum log((m / samples) / (h- + m / samples)). The paper draws negatives for each
-    anchor; here the anchors of a batch share them, each without those that `counts_BK` takes from it, which is as many
-    in the mean.
+    anchor; here the anchors of a batch share them, each without those that `counts_BK` takes from it, which gives the
+    same in the mean.
 
     Args:
         anchor_BE: of norm 1, with gradient.
@@ -147,7 +147,7 @@ def contrast(
         negative_KE: of norm 1, without gradient.
         samples: of the data.
         scale: Z; None: samples times the mean of exp(<a, v> / temperature) of this batch.
-        temperature: of the paper.
+        temperature: of the paper; at least 0.03, by which exp stays in float32.
         counts_BK: bool, which negatives each anchor has; None: all.
         mask: bool (B,), the anchors that count; None: all.
 
@@ -155,8 +155,11 @@ def contrast(
         The loss, a scalar, and Z.
 
     Raises:
+        UsageError: a lower temperature.
         MismatchError: other shapes.
     """
+    if not temperature >= _LEAST_TEMPERATURE:
+        raise UsageError(f"temperature: expected at least {_LEAST_TEMPERATURE}, found {temperature}")
     if anchor_BE.shape != positive_BE.shape or anchor_BE.shape[1:] != negative_KE.shape[1:]:
         raise MismatchError(
             f"contrast: expected anchors and positives (B, E), negatives (K, E), found {tuple(anchor_BE.shape)}, "
@@ -166,21 +169,20 @@ def contrast(
     a_BE, p_BE = choose_rows(anchor_BE, positive_BE, mask)
     with torch.autocast(a_BE.device.type, enabled=False):
         n_KE = negative_KE.detach().to(a_BE.dtype)
-        near_B = ((a_BE * p_BE).sum(1) / temperature).exp()
-        far_BK = (a_BE @ n_KE.T / temperature).exp()
-        drawn = torch.as_tensor(far_BK.shape[1], dtype=a_BE.dtype, device=a_BE.device).expand(len(a_BE))
+        near_B, far_BK = (a_BE * p_BE).sum(1) / temperature, a_BE / temperature @ n_KE.T
+        drawn_B = near_B.new_full(near_B.shape, far_BK.shape[1])
+        h_BK = far_BK.exp()
         if counts_BK is not None:
-            drawn = counts_BK.sum(1).to(a_BE.dtype)
+            h_BK = h_BK * counts_BK
+            drawn_B = counts_BK.sum(1).to(near_B.dtype)
         if scale is None:
-            kept_BK = far_BK if counts_BK is None else far_BK.where(counts_BK, 0.0)
-            whole = (near_B.sum() + kept_BK.sum()).detach()
-            scale = samples * whole / (drawn.sum() + len(a_BE)).clamp_min(1)
-        noise_B = drawn / samples
-        h_B, h_BK = near_B / scale, far_BK / scale
-        loss_B = (1 + (noise_B + eps) / h_B).log()
-        far = ((h_BK + noise_B[:, None] + eps) / noise_B[:, None].clamp_min(eps)).log()
-        far = far if counts_BK is None else far.where(counts_BK, 0.0)
-        return (loss_B.sum() + far.sum()) / max(len(a_BE), 1), scale
+            whole = near_B.detach().exp().sum() + h_BK.detach().sum()
+            scale = samples * whole / (drawn_B.sum() + len(a_BE)).clamp_min(1)
+        noise_B = scale * drawn_B / samples
+        # Not log1p, which takes as long as all of the rest: what 1 + x rounds away is small against the sum.
+        far_B = (1 + h_BK * noise_B.reciprocal().where(drawn_B > 0, 0.0)[:, None]).log().sum(1)
+        loss_B = F.softplus(noise_B.log() - near_B) + far_B
+        return loss_B.sum() / max(len(a_BE), 1), scale
 
 
 class _SumOfAngles(torch.autograd.Function):

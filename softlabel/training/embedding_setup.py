@@ -26,9 +26,9 @@ from softlabel.training.embedding_losses import EMBEDDING_LOSSES, EmbeddingLossN
 from softlabel.training.embedding_student import EmbeddingParts
 from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Negatives
-from softlabel.training.student_tap import find_embedding, find_maps
+from softlabel.training.student_tap import OUTPUT, find_embedding, find_maps
 
-NEGATIVES = 4096  # of a step of crd; the published 16,384 are drawn for each anchor of a batch of 64
+NEGATIVES = 2048  # of a step of crd, for all of its anchors; the published 16,384 are drawn for each
 _DRAWS, _WEIGHTS = 7001, 7002  # numbers of streams of random numbers
 
 
@@ -56,6 +56,13 @@ def check_embeddings(config: TrainConfig, configs: Sequence[StudentConfig], stor
                     f"student {one.student}: {name}= says where it is taken, for a loss on it; give --embedding-loss "
                     f"{'at' if name == 'attention' else 'NAME'}"
                 )
+    if store is not None and not store.run.encoding.labels:
+        for one in configs:
+            if one.soft_weight > 0 or one.embedding_loss == "none":
+                raise UsageError(
+                    f"labels: {store.url} has embeddings or attention alone, found soft weight {one.soft_weight:g} and "
+                    f"embedding loss {one.embedding_loss}; give --soft-weight 0 --embedding-loss NAME"
+                )
     used = {one.embedding_loss for one in configs} - {"none"}
     if not used or store is None:
         return
@@ -78,8 +85,15 @@ def check_embeddings(config: TrainConfig, configs: Sequence[StudentConfig], stor
         )
 
 
+def embedding_width(store: Store) -> int:
+    """Numbers of the teacher's embedding of a sample, those of several members side by side."""
+    embedding = store.run.embedding
+    assert embedding is not None
+    return embedding.width * (store.run.members_stored if embedding.kept else 1)
+
+
 def make_parts(
-    config: StudentConfig, model: nn.Module, inputs: Inputs, store: Store, *, samples: int
+    config: StudentConfig, model: nn.Module, inputs: Inputs, store: Store, *, samples: int, has_labels: bool
 ) -> EmbeddingParts:
     """What a student has for the loss on its embedding, its weights from the seed.
 
@@ -89,6 +103,7 @@ def make_parts(
         inputs: a few samples, as the network takes them.
         store: of the teacher.
         samples: N of the source.
+        has_labels: whether the student has classes, hard or soft; else its answer is the embedding.
 
     Raises:
         UsageError: the student has no such embedding.
@@ -107,18 +122,19 @@ def make_parts(
         sizes = tuple(zip(maps.heights, maps.widths, strict=True))
         tap = find_maps(config.student, model, inputs, options.get("attention"), sizes)
         return EmbeddingParts(tap=tap, beside=Beside(), teacher_sizes=sizes)
-    embedding = store.run.embedding
-    assert embedding is not None
-    width = embedding.width * (store.run.members_stored if embedding.kept else 1)
-    tap = find_embedding(config.student, model, inputs, options.get("embedding"))
+    width, asked = embedding_width(store), options.get("embedding", None if has_labels else OUTPUT)
+    tap = find_embedding(config.student, model, inputs, asked)
+    projector = config.shared.embedding_projector
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream_key(config.shared.seed, _WEIGHTS)) % 2**63)
         if name == "simkd":
             beside: Beside = _reuse_head(config, model, tap.modules[0], tap.width, store)
         elif name == "crd":
             beside = Contrasted(tap.width, width, samples)
+        elif asked == OUTPUT and tap.width == width and projector is None:
+            beside = Beside()
         elif EMBEDDING_LOSSES[name].projects:
-            beside = Projected(make_projector(config.shared.embedding_projector or "linear", tap.width, width))
+            beside = Projected(make_projector(projector or "linear", tap.width, width))
         else:
             beside = Beside()
     return EmbeddingParts(tap=tap, beside=beside)

@@ -23,6 +23,7 @@ from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_setup import (
     NegativeDraws,
     check_embeddings,
+    embedding_width,
     list_features,
     make_parts,
     needs_negatives,
@@ -59,10 +60,17 @@ class RowTask(Task):
             raise UsageError(
                 f"soft_weight: the views of {store.url} are mixed images, which have no hard label; expected above 0"
             )
-        self.unit, self.num_classes = source.inputs.unit, _num_classes(source, store)
+        check_embeddings(config, self.configs, store)
+        self.unit = source.inputs.unit
+        # Of embeddings alone a store has no classes: they are those of the data, if there are any.
+        of_labels = store if store is None or store.run.encoding.labels else None
+        self._has_classes = of_labels is not None or bool(is_labelled(source.labels()).any())
+        if self._has_classes or store is None or store.run.embedding is None:
+            self.num_classes = _num_classes(source, of_labels)
+        else:
+            self.num_classes = embedding_width(store)
         self._models = [_build(student, self.num_classes, source.inputs.name) for student in self.configs]
         _check_geometry(self.configs, [preprocessing for _, preprocessing in self._models])
-        check_embeddings(config, self.configs, store)
         self._loader: SoftLabelLoader | None = None
         self._draws: NegativeDraws | None = None
         assert config.batch_size is not None
@@ -156,8 +164,14 @@ class RowTask(Task):
         if config.embedding_loss == "none":
             return RowStudent(config, model, preprocessing, **settings)
         assert self.store is not None
-        samples = len(self.source)
-        parts = make_parts(config, model, self._observe_samples(number), self.store, samples=samples)
+        parts = make_parts(
+            config,
+            model,
+            self._observe_samples(number),
+            self.store,
+            samples=len(self.source),
+            has_labels=self._has_classes,
+        )
         return EmbeddingStudent(config, model, preprocessing, parts=parts, **settings)
 
     def _observe_samples(self, number: int) -> Inputs:

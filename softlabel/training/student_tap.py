@@ -29,6 +29,8 @@ from softlabel.models.taps import (
 
 Size = tuple[int, int]
 
+OUTPUT = "output"  # what a network answers, as ?embedding=output
+
 # How far W h + b may lie from the answer of a student's trial pass, relative to its largest logit.
 _TOLERANCE = 1e-3
 
@@ -76,16 +78,17 @@ def find_embedding(spec: str, model: nn.Module, inputs: Inputs, asked: str | Non
         spec: of the student, for messages.
         model: in any mode, which it keeps.
         inputs: a few samples, as the network takes them.
-        asked: name of the module; None: the last linear layer.
+        asked: name of the module, or `OUTPUT`; None: the last linear layer.
 
     Raises:
         UsageError: there is none.
     """
     where = f"student {spec}: embedding"
     if asked is not None:
-        values, _ = _observe(where, model, inputs, asked, "output")
+        name = "" if asked == OUTPUT else asked
+        values, _ = _observe(where, model, inputs, name, "output")
         how = choose_pool(f"{where}: {asked}", values, len(inputs))
-        return StudentTap(modules=(asked,), side="output", width=pool(values, how).shape[1], pool=how)
+        return StudentTap(modules=(name,), side="output", width=pool(values, how).shape[1], pool=how)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     name, layer = layers[-1] if layers else ("", None)
     if layer is not None:

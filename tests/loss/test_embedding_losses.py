@@ -226,7 +226,7 @@ def test_memory_of_angles_is_bounded() -> None:
 
 
 def contrast_reference(a: Tensor, p: Tensor, n: Tensor, counts: Tensor, samples: int, z: float | None) -> Tensor:
-    """Equation 18 with the constants of the authors' code, anchor by anchor."""
+    """Equation 18, anchor by anchor, with the normalisation of the authors' code."""
     h = {}
     for i in range(len(a)):
         h[i] = [torch.exp(a[i] @ p[i] / 0.07)], [torch.exp(a[i] @ n[k] / 0.07) for k in range(len(n)) if counts[i, k]]
@@ -235,8 +235,8 @@ def contrast_reference(a: Tensor, p: Tensor, n: Tensor, counts: Tensor, samples:
     total = a.new_zeros(())
     for near, far in h.values():
         noise = len(far) / samples
-        total = total - (near[0] / z / (near[0] / z + noise + 1e-7)).log()
-        total = total - sum((noise / (x / z + noise + 1e-7)).log() for x in far)
+        total = total - (near[0] / z / (near[0] / z + noise)).log()
+        total = total - sum((noise / (x / z + noise)).log() for x in far)
     return total / len(a)
 
 
@@ -295,5 +295,7 @@ def test_mistakes_are_named() -> None:
         simple_recipe(s[:1], t[:1])
     with pytest.raises(UsageError, match="triplet_rows"):
         relational_kd(s, t, triplet_rows=2)
+    with pytest.raises(UsageError, match="temperature: expected at least"):
+        contrast(s, t, t, samples=3, temperature=0.01)
     with pytest.raises(MismatchError, match="contrast"):
         contrast(s, t, t[:, :2], samples=3)

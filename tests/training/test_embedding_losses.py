@@ -14,13 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softlabel import train
+from softlabel import open_store, train
 from softlabel.cli.main import main
 from softlabel.errors import MismatchError, UsageError
 from softlabel.models import build_model
-from softlabel.store.encodings import Head
+from softlabel.store.encodings import Float16, Head, NoLabels
+from softlabel.store.features import Attention, Embedding, Features, Tap
+from softlabel.store.manifest import Combine, Member
 from softlabel.training.embedding_losses import EMBEDDING_LOSSES
 from tests.loss import test_embedding_losses as references
+from tests.loss.test_loss_matrix import needs_compiler
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
@@ -51,6 +54,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embeddings")
     images, labels = make_digit_jpegs()
     images, labels = images[:ROWS], labels[:ROWS]
+    write_parquet(folder / "unlabelled.parquet", images, keys=make_keys(ROWS))
     for name, count in (("data", ROWS), ("few", 12)):
         keys = make_keys(count)
         write_parquet(folder / f"{name}.parquet", images[:count], keys=keys, labels=labels[:count], class_names=DIGITS)
@@ -78,6 +82,43 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_store(folder / name, run, samples, extra={"head": head}, fidelity=None)
     np.savez(folder / "teacher.npz", weight=weight_CD, bias=bias_C, hidden=hidden_ND, labels=labels)
     return folder
+
+
+def write_features(digits: Path, root: Path, *, labels: bool = False, members: int = 1) -> None:
+    """A store of embeddings of width 12 and maps of 8x8 and 4x4, of one teacher, or of two that are kept; with logits,
+    or without any labels."""
+    images, _ = make_digit_jpegs()
+    rng, kept = np.random.default_rng(1), members > 1
+    hidden_ND = np.load(digits / "teacher.npz")["hidden"]
+    maps_NS = rng.random((ROWS, members * 80)).astype(np.float16)
+    taps, modules = (Tap(module="", width=WIDTH),) * members, (("layer2", "layer3"),) * members
+    run = make_run(
+        samples=ROWS,
+        classes=10 if labels else 0,
+        temperature=1.0,
+        encoding=Float16() if labels else NoLabels(),
+        members=(Member(spec="test", sha256="0" * 64, num_classes=10 if labels else 0),) * members,
+        combine=Combine(rule="keep" if kept else "logits", weights=(1 / members,) * members),
+        features=Features(
+            embedding=Embedding(width=WIDTH, taps=taps, kept=kept),
+            attention=Attention(heights=(8, 4), widths=(8, 4), modules=modules, kept=kept),
+        ),
+        shard_rows=ROWS,
+    )
+    columns = {"embedding": np.tile(hidden_ND, members)[None], "attention": maps_NS[None]}
+    if labels:
+        logits_NMC = rng.normal(size=(ROWS, members, 10))
+        logits_NMC -= logits_NMC.max(axis=2, keepdims=True)
+        columns["logits"] = logits_NMC.reshape(1, ROWS, -1).astype(np.float16)
+    content = np.array([xxhash.xxh3_64_intdigest(image) for image in images[:ROWS]], np.uint64)
+    samples = Samples(
+        keys=make_keys(ROWS),
+        labels=np.full(ROWS, -100),
+        content=content,
+        logits=np.zeros((1, 1, 10), np.float32),
+        columns={column.name: columns[column.name] for column in run.columns},
+    )
+    write_store(root, run, samples, fidelity=None)
 
 
 def read_projector(run: Path) -> dict[str, Tensor]:
@@ -122,11 +163,11 @@ def test_a_step_is_that_of_the_formula(digits: Path, tmp_path: Path, name: str) 
     assert float(row["loss"]) == pytest.approx(float((loss + weight * embedding).detach()), rel=1e-4)
 
 
-def _read_inputs(digits: Path) -> Tensor:
+def _read_inputs(digits: Path, student: str = SMOOTH) -> Tensor:
     from softlabel.loader import SoftLabelLoader
     from softlabel.models.teacher import student_preprocessing
 
-    preprocessing = student_preprocessing(SMOOTH)
+    preprocessing = student_preprocessing(student)
     loader = SoftLabelLoader(str(digits / "few.parquet"), batch_size=12, shuffle=False, preprocessing=preprocessing)
     (batch,) = loader
     return (
@@ -278,3 +319,75 @@ def test_a_module_by_name_is_pooled(digits: Path, tmp_path: Path) -> None:
     train(make_config(digits, tmp_path / "out", student=student, embedding_loss="cosine", epochs=1))
     assert read_projector(tmp_path / "out")["projector.weight"].shape == (WIDTH, 32)
     assert json.loads((tmp_path / "out" / "model.json").read_text())["student"] == "zoo:resnet8?resize=16&crop=16"
+
+
+def test_a_store_without_labels(digits: Path, tmp_path: Path) -> None:
+    """Beside hard labels; of data without any, the student's answer becomes the embedding."""
+    write_features(digits, tmp_path / "store")
+    given = {"labels": tmp_path / "store", "embedding_loss": "mse"}
+    with pytest.raises(UsageError, match="give --soft-weight 0 --embedding-loss NAME"):
+        train(make_config(digits, tmp_path / "refused", **given))
+    given["soft_weight"] = 0
+    train(make_config(digits, tmp_path / "labelled", **given, epochs=1))
+    assert json.loads((tmp_path / "labelled" / "model.json").read_text())["num_classes"] == 10
+    train(make_config(digits, tmp_path / "out", **LEARNING, **given, data=digits / "unlabelled.parquet"))
+    assert not (tmp_path / "out" / "projector.safetensors").exists()
+    assert read_weights(tmp_path / "out")["3.weight"].shape == (WIDTH, 32)
+    rows = read_history(tmp_path / "out")
+    assert float(rows[-1]["embedding_loss"]) < 0.7 * float(rows[0]["embedding_loss"])
+    assert (rows[-1]["hard_loss"], rows[-1]["loss"]) == ("", rows[-1]["embedding_loss"])
+
+
+def test_members_lie_side_by_side(digits: Path, tmp_path: Path) -> None:
+    write_features(digits, tmp_path / "store", labels=True, members=2)
+    given = {"labels": tmp_path / "store", "epochs": 1}
+    train(make_config(digits, tmp_path / "out", **given, embedding_loss="srd"))
+    assert read_projector(tmp_path / "out")["projector.weight"].shape[0] == 2 * WIDTH
+    with pytest.raises(UsageError, match=r"weights: .* their embeddings have no average"):
+        train(make_config(digits, tmp_path / "weighted", **given, embedding_loss="srd", weights=[1.0, 0.5]))
+    with pytest.raises(UsageError, match="expected the maps of one teacher, found those of 2"):
+        train(make_config(digits, tmp_path / "maps", **given, embedding_loss="at"))
+
+
+def test_attention_is_that_of_the_formula(digits: Path, tmp_path: Path) -> None:
+    """Of the stages with maps; the student's larger ones are averaged to the teacher's size before they are squared."""
+    write_features(digits, tmp_path / "store", labels=True)
+    network = "zoo:resnet8?resize=16&crop=16"
+    given: dict[str, Any] = {"data": digits / "few.parquet", "labels": tmp_path / "store", "embedding_loss": "at"}
+    given |= {"student": f"{network}&attention=layer1,layer3", "epochs": 1, "batch_size": 12, "lr": 0.0}
+    train(make_config(digits, tmp_path / "out", **given, augment="none"))
+    model = build_model(network, num_classes=10).double()
+    model.load_state_dict(
+        {
+            key: value.double() if value.is_floating_point() else value
+            for key, value in read_weights(tmp_path / "out").items()
+        }
+    )
+    found: dict[str, Tensor] = {}
+    for name in ("layer1", "layer3"):
+        model.get_submodule(name).register_forward_hook(lambda _, __, value, at=name: found.__setitem__(at, value))
+    model(_read_inputs(digits, network))
+    stored = open_store(tmp_path / "store").take(np.arange(12), ["attention"]).columns["attention"]
+    theirs = torch.from_numpy(stored.astype(np.float64)).split([64, 16], dim=1)
+    ours = [F.avg_pool2d(found["layer1"], 2).square().mean(1).flatten(1), found["layer3"].square().mean(1).flatten(1)]
+    expected = sum(references.attention_reference(s, t) for s, t in zip(ours, theirs, strict=True))
+    (row,) = read_history(tmp_path / "out")
+    assert float(row["embedding_loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
+    del given["student"]
+    with pytest.raises(UsageError, match="expected 2 maps, for the teacher's of 8x8, 4x4, found"):
+        train(make_config(digits, tmp_path / "other", **given))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16"}, pytest.param({"compile": True}, marks=[pytest.mark.slow, needs_compiler])],
+    ids=str,
+)
+def test_other_ways_to_compute(digits: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Losses on embeddings are computed in float32 under autocast."""
+    given = {"embedding_loss": ["rkd", "crd", "simkd"], "epochs": 1, "lr": 0.01, "augment": "none"}
+    train(make_config(digits, tmp_path / "plain", **given))
+    train(make_config(digits, tmp_path / "out", **given, **changes))
+    for name in given["embedding_loss"]:
+        (row,), (same,) = read_history(tmp_path / "plain" / name), read_history(tmp_path / "out" / name)
+        assert float(same["embedding_loss"]) == pytest.approx(float(row["embedding_loss"]), rel=0.02), name
