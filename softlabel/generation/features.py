@@ -9,7 +9,7 @@ before its projection, M members, S numbers of all maps of attention.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softlabel.errors import TeacherError, UsageError
 from softlabel.models import Program
-from softlabel.models.taps import hooked, map_attention, pool, tensor_of
+from softlabel.models.taps import Side, hooked, map_attention, pool, tensor_of
 from softlabel.models.teacher import Teacher
 from softlabel.store.features import ATTENTION, EMBEDDING, SCALE, Features, Tap, make_projection
 
@@ -40,17 +40,16 @@ class BatchAnswers:
     features: tuple[Taken, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Capture:
-    """What hooks have taken, of each pass: reduced outputs of the module of the embedding, and of each map."""
+    """What hooks have taken, of each pass, reduced: `embedding` and the maps of attention, by the names of modules."""
 
-    embedding: list[Tensor] = field(default_factory=list)
-    maps: dict[str, list[Tensor]] = field(default_factory=dict)
+    sides: dict[str, dict[str, list[Tensor]]]
 
     @property
     def names(self) -> tuple[str, ...]:
         """What every pass has given."""
-        return (*([EMBEDDING] if self.embedding else []), *([ATTENTION] if self.maps else []))
+        return tuple(self.sides)
 
     def of_passes(self, subject: str, count: int) -> list[Taken]:
         """What each of so many passes has given.
@@ -58,20 +57,20 @@ class Capture:
         Raises:
             UsageError: a module ran more often, or never.
         """
-        sides = {EMBEDDING: self.embedding, **self.maps} if self.embedding or not self.maps else self.maps
-        for name, found in sides.items():
-            if len(found) != count:
-                raise UsageError(
-                    f"{subject}: expected its {name} once in each forward pass, found {len(found)} in {count}; name "
-                    "another module"
-                )
-        taken: list[Taken] = [{} for _ in range(count)]
-        for place, one in enumerate(taken):
-            if self.embedding:
-                one[EMBEDDING] = self.embedding[place]
-            if self.maps:
-                one[ATTENTION] = torch.cat([maps[place] for maps in self.maps.values()], dim=1)
-        return taken
+        for name, modules in self.sides.items():
+            for module, found in modules.items():
+                if len(found) != count:
+                    raise UsageError(
+                        f"{name}: {subject}: expected {module or 'its answer'} once in each forward pass, found it "
+                        f"{len(found)} times in {count}; name another module"
+                    )
+        return [
+            {
+                name: torch.cat([found[place] for found in modules.values()], dim=1)
+                for name, modules in self.sides.items()
+            }
+            for place in range(count)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +90,14 @@ class Probe:
     matrix: Tensor | None = None
 
     @classmethod
-    def of(cls, teacher: Teacher, features: Features, member: int) -> "Probe":
-        """That of a member."""
+    def of(cls, teacher: Teacher, features: Features, member: int, device: torch.device) -> "Probe":
+        """That of a member, which computes on a device."""
         embedding, attention = features.embedding, features.attention
         matrix = tap = None
         if embedding is not None:
             tap = embedding.taps[member]
             if embedding.projection is not None:
-                matrix = torch.from_numpy(make_projection(embedding.projection, tap.width, embedding.width))
+                matrix = torch.from_numpy(make_projection(embedding.projection, tap.width, embedding.width)).to(device)
         return cls(
             teacher=teacher,
             tap=tap,
@@ -109,35 +108,32 @@ class Probe:
     @contextmanager
     def watch(self) -> Iterator[Capture]:
         """Take the features of every pass inside the block."""
-        capture, model = Capture(maps={name: [] for name in self.modules}), self.teacher.model
+        tap, model, sides = self.tap, self.teacher.model, dict[str, dict[str, list[Tensor]]]()
+        named: list[tuple[str, Side, Callable[[object], None]]] = []  # module, side, what is done with its tensor
+        if tap is not None:
+            sides[EMBEDDING] = {tap.module: []}
+            named.append((tap.module, tap.side, self._keep_embedding(tap, sides[EMBEDDING][tap.module])))
+        if self.modules:
+            sides[ATTENTION] = {module: [] for module in self.modules}
+            named += [(module, "output", _keep_map(found)) for module, found in sides[ATTENTION].items()]
         with ExitStack() as stack:
             if isinstance(model, Program):
-                stack.enter_context(model.watching(*self._list_outputs(capture)))
+                stack.enter_context(model.watching([one[0] for one in named], [one[2] for one in named]))
             else:
-                if self.tap is not None:
-                    module = model.get_submodule(self.tap.module)
-                    stack.enter_context(hooked(module, self.tap.side, self._keep_embedding(capture)))
-                for name in self.modules:
-                    stack.enter_context(hooked(model.get_submodule(name), "output", _keep_map(capture.maps[name])))
-            yield capture
+                for module, side, keep in named:
+                    stack.enter_context(hooked(model.get_submodule(module), side, keep))
+            yield Capture(sides)
 
-    def _keep_embedding(self, capture: Capture) -> Callable[[object], None]:
-        assert self.tap is not None
-        tap, name = self.tap, self.teacher.spec.text
+    def _keep_embedding(self, tap: Tap, kept: list[Tensor]) -> Callable[[object], None]:
+        name = self.teacher.spec.text
 
         def keep(value: object) -> None:
             found = pool(tensor_of(name, value), tap.pool).float()
             if found.shape[1:] != (tap.width,):
                 raise UsageError(f"{name}: expected embeddings of {tap.width} numbers, found {tuple(found.shape)}")
-            capture.embedding.append(found)
+            kept.append(found)
 
         return keep
-
-    def _list_outputs(self, capture: Capture) -> tuple[tuple[str, ...], list[Callable[[object], None]]]:
-        """Names of a file's outputs, and what is done with each."""
-        named = [] if self.tap is None else [(self.tap.module, self._keep_embedding(capture))]
-        named += [(name, _keep_map(capture.maps[name])) for name in self.modules]
-        return tuple(name for name, _ in named), [keep for _, keep in named]
 
     def show(self, taken: Taken) -> Tensor:
         """All that it has taken as one row of numbers for each sample, float32."""
@@ -146,14 +142,14 @@ class Probe:
 
     def project(self, embedding_BK: Tensor) -> Tensor:
         """The embedding as it is stored, before its type: float32 (B, D)."""
-        return embedding_BK if self.matrix is None else embedding_BK @ self.matrix.to(embedding_BK.device)
+        return embedding_BK if self.matrix is None else embedding_BK @ self.matrix
 
 
-def make_probes(teachers: Sequence[Teacher], features: Features | None) -> tuple[Probe, ...]:
+def make_probes(teachers: Sequence[Teacher], features: Features | None, device: torch.device) -> tuple[Probe, ...]:
     """One for each member; none if rows have no features."""
     if features is None:
         return ()
-    return tuple(Probe.of(teacher, features, number) for number, teacher in enumerate(teachers))
+    return tuple(Probe.of(teacher, features, number, device) for number, teacher in enumerate(teachers))
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class Lane:
             batch_size=batch_size,
             first_member=first_member,
             head=head,
-            probes=make_probes(members.teachers, run.features),
+            probes=make_probes(members.teachers, run.features, members.device),
         )
 
     def with_replicas(self) -> Self:

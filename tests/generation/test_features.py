@@ -5,6 +5,7 @@ B rows, D width of an embedding, K numbers before a projection, M members, S num
 
 import glob
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from softlabel.store.open import open_store
 from softlabel.store.verify import verify_store
 from tests.support.datasets import CLASSES, write_dataset
 from tests.support.teachers import write_teacher
+from tests.support.texts import SENTENCES, save_classifier
 
 ROWS = 20
 PIXELS = "?mean=0.5,0.5,0.5&std=0.25,0.25,0.25&crop=32"
@@ -252,6 +254,45 @@ def test_a_head_store_has_an_embedding_already(folder: Path, tmp_path: Path) -> 
         label(folder, tmp_path / "both", spec, encoding="head", also=["embedding"])
 
 
+def test_texts_that_are_regrouped_by_length_keep_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    texts = SENTENCES * 3
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"id": f"{n}", "text": one}) + "\n" for n, one in enumerate(texts))
+    )
+    net = save_classifier(tmp_path / "net")
+    data, fields = "texts.jsonl?text=text&key=id", {"shard_rows": 24, "also": ["embedding"], "temperature": 1.0}
+    store = open_store(label(tmp_path, tmp_path / "s", [f"text:{net}"], data=data, **fields))
+    rows = store.take(np.arange(len(texts)))
+    layer: Any = build_model(f"text:{net}").network.classifier
+    with torch.no_grad():
+        logits_BC = layer(torch.from_numpy(rows.embedding)).numpy()
+    np.testing.assert_allclose(logits_BC - logits_BC.max(axis=1, keepdims=True), rows.scaled_logits, atol=0.02)
+    with pytest.raises(UsageError, match="expected one vector for each text, found one for each of its tokens"):
+        label(tmp_path, tmp_path / "x", [f"text:{net}?embedding=network.bert.encoder"], data=data, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"members_in_turn": "yes"}, {"activation": "sigmoid", "ignore_labels": True}], ids=str
+)
+def test_members_give_theirs_however_they_run(folder: Path, tmp_path: Path, kept: Path, fields: dict[str, Any]) -> None:
+    whole = {"combine": "keep", "also": ["embedding", "attention"], "embedding_width": 16}
+    found = rows_of(label(folder, tmp_path / "s", teachers(folder, "a", "b"), **whole, **fields))
+    np.testing.assert_array_equal(found.embedding, rows_of(kept).embedding)
+    np.testing.assert_array_equal(found.attention, rows_of(kept).attention)
+
+
+@pytest.fixture(scope="module")
+def kept(folder: Path) -> Path:
+    fields = {"combine": "keep", "also": ["embedding", "attention"], "embedding_width": 16}
+    return label(folder, folder / "kept", teachers(folder, "a", "b"), **fields)
+
+
+def rows_of(store: Path) -> Any:
+    opened = open_store(store, verify="full")
+    return opened.take(np.arange(len(opened)))
+
+
 # ---- without logits ----
 
 
@@ -357,17 +398,6 @@ def test_what_cannot_be_stored_is_refused_by_name(folder: Path, tmp_path: Path, 
 
 
 # ---- commands on stores ----
-
-
-@pytest.fixture(scope="module")
-def kept(folder: Path) -> Path:
-    fields = {"combine": "keep", "also": ["embedding", "attention"], "embedding_width": 16}
-    return label(folder, folder / "kept", teachers(folder, "a", "b"), **fields)
-
-
-def rows_of(store: Path) -> Any:
-    opened = open_store(store, verify="full")
-    return opened.take(np.arange(len(opened)))
 
 
 def test_a_store_goes_on_only_with_the_same_features(folder: Path, kept: Path) -> None:
@@ -516,3 +546,14 @@ def test_an_onnx_file_gives_an_output_of_that_name(folder: Path, tmp_path: Path)
     ):
         with pytest.raises(UsageError, match=message):
             label(folder, tmp_path / "x", [spec + options], also=["embedding"])
+
+
+def test_a_pt2_file_gives_its_answer_alone(folder: Path, tmp_path: Path) -> None:
+    images = torch.zeros(8, 3, 32, 32)
+    torch.export.save(torch.export.export(Encoder().eval(), (images,)), tmp_path / "net.pt2")
+    spec = f"{tmp_path}/net.pt2{PIXELS.replace('&crop=32', '')}&trust=true"
+    found = rows_of(label(folder, tmp_path / "only", [spec], only="embedding"))
+    plain = rows_of(label(folder, tmp_path / "plain", [f"{HERE}:build_encoder{PIXELS}"], only="embedding"))
+    np.testing.assert_allclose(found.embedding, plain.embedding, atol=1e-2)
+    with pytest.raises(UsageError, match=r"a \.pt2 file has its answer alone"):
+        label(folder, tmp_path / "x", [spec], also=["embedding"])
