@@ -1,4 +1,4 @@
-"""Print the plan and the summary of commands that run teachers."""
+"""Print the plan and the summary of commands that run teachers, and what rows have beside logits."""
 
 import shlex
 import sys
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from softlabel.generation.preflight.check import Preflight
     from softlabel.generation.progress import Pace
     from softlabel.generation.run import GenerateSummary
+    from softlabel.store.manifest import Run
 
 _MEAN = "the mean of the members' probabilities"
 _SLOW = 0.3  # share of the time from which an activity other than the teachers is reported
@@ -52,6 +53,25 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
         first = found.bad[0]
         print(f"  {len(found.bad):,} of the sampled {found.noun} cannot be decoded; {first.key!r}: {first.reason}")
     sys.stdout.flush()  # so that a log file has it before the run
+
+
+def describe_features(run: "Run") -> list[tuple[str, str]]:
+    """Return lines about what rows have beside logits; none where they have nothing."""
+    lines = []
+    if run.features is not None and (found := run.features.embedding) is not None:
+        each = ", ".join(
+            f"{'input of ' if tap.side == 'input' else ''}{tap.module or 'the answer'}"
+            + ("" if tap.pool == "none" else f", mean over {tap.pool.removeprefix('last-')}")
+            for tap in found.taps
+        )
+        made = "" if found.projection is None else f", projected by random signs of seed {found.projection}"
+        made += f", {sum(column.row_bytes for column in found.columns(run.members_stored)):,} bytes a row"
+        lines.append(("embedding", f"{found.width:,} numbers in {found.type}, of {each}{made}"))
+    if (maps := run.attention) is not None:
+        sizes = ", ".join(f"{height}x{width}" for height, width in zip(maps.heights, maps.widths, strict=True))
+        lines.append(("attention", f"maps of {sizes}, of {'; '.join(', '.join(one) for one in maps.modules)}"))
+        lines.append(("", f"{sum(column.row_bytes for column in maps.columns(run.members_stored)):,} bytes a row"))
+    return lines
 
 
 def print_summary(summary: "GenerateSummary", *, data: str | None = None, encoding: str | None = None) -> None:

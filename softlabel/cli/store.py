@@ -3,12 +3,11 @@
 from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import options_of, require_local
-from softlabel.cli.report import print_summary, size
+from softlabel.cli.report import describe_features, print_summary, size
 from softlabel.common.plain_text import show_plainly
 from softlabel.errors import UsageError
 
 if TYPE_CHECKING:
-    from softlabel.store.manifest import Run
     from softlabel.store.reader import Store
 
 DAMAGED = 3  # exit code of `verify`, and of `report` where a condition is true
@@ -50,7 +49,8 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         return 0
     run, totals = manifest.run, manifest.totals
     state = "complete" if manifest.complete else f"NOT COMPLETE, {totals.shards} of {run.shard_count} shards"
-    per_row = sum(column.row_bytes for column in (run.columns if run.tokens is None else run.label_columns))
+    of_row = run.label_columns if run.tokens is not None else (*run.label_columns, *run.sample_columns)
+    per_row = sum(column.row_bytes for column in of_row)
     samples, answer, hard = "samples", "row", "no hard labels"
     if run.tokens is not None:
         samples, answer, hard = "documents", "labelled position", "the next tokens"
@@ -64,10 +64,10 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         ("data", f"{manifest.recorded.get('data', '?')}  ({run.dataset.kind}, fingerprint {run.dataset.fingerprint})"),
         *_describe_tokens(opened),
         ("labels", "hard labels stored" if run.dataset.has_labels else hard),
-        ("classes", _format_classes(run.num_classes, run.class_names)),
+        *([("classes", _format_classes(run.num_classes, run.class_names))] if run.num_classes else []),
         ("encoding", f"{run.encoding.name}, {per_row:,} bytes a {answer}"),
-        ("combine", f"{run.combine.rule} at temperature {run.temperature:g}"),
-        *_describe_features(run),
+        *([("combine", f"{run.combine.rule} at temperature {run.temperature:g}")] if run.num_classes else []),
+        *describe_features(run),
         *([("activation", "sigmoid, of each class by itself")] if run.activation == "sigmoid" else []),
         *([("views", f"{run.views.policy['name']}, seed {run.views.seed}")] if run.view_columns else []),
     ]
@@ -93,23 +93,6 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
         lines.append(("", f"and {len(opened.bad) - BAD_SHOWN:,} more; --json lists every one"))
     print("\n".join(f"{name:<11}{show_plainly(text)}" for name, text in lines))
     return 0
-
-
-def _describe_features(run: "Run") -> list[tuple[str, str]]:
-    """Return lines about what rows have beside logits; none where they have nothing."""
-    lines = []
-    if run.features is not None and (found := run.features.embedding) is not None:
-        each = ", ".join(
-            f"{'input of ' if tap.side == 'input' else ''}{tap.module or 'the answer'}"
-            + ("" if tap.pool == "none" else f", mean over {tap.pool.removeprefix('last-')}")
-            for tap in found.taps
-        )
-        made = "" if found.projection is None else f", projected by random signs of seed {found.projection}"
-        lines.append(("embedding", f"{found.width:,} numbers in {found.type}, of {each}{made}"))
-    if (maps := run.attention) is not None:
-        sizes = ", ".join(f"{height}x{width}" for height, width in zip(maps.heights, maps.widths, strict=True))
-        lines.append(("attention", f"maps of {sizes}, of {'; '.join(', '.join(one) for one in maps.modules)}"))
-    return lines
 
 
 def _describe_tokens(store: "Store") -> list[tuple[str, str]]:

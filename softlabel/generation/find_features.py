@@ -19,7 +19,7 @@ from softlabel.models.options import FEATURE_OPTIONS
 from softlabel.models.precision import ieee_float32
 from softlabel.models.taps import Side, choose_pool, find_module, find_stages, hooked, measure_map, tensor_of
 from softlabel.models.teacher import Teacher
-from softlabel.store.features import ATTENTION, EMBEDDING, Attention, Embedding, Features, Tap
+from softlabel.store.features import ATTENTION, EMBEDDING, Attention, Embedding, FeatureName, Features, Tap
 
 OUTPUT = "output"  # what a network answers, as ?embedding=output
 # Numbers of an embedding, and of all maps of a row: 32 KB, several times what the logits take.
@@ -141,22 +141,24 @@ def _measure_tap(teacher: Teacher, trial: Inputs, module: str, side: Side) -> Ta
     return Tap(module=module, side=side, width=width, pool=how)
 
 
-def _observe(teacher: Teacher, trial: Inputs, module: str, side: Side) -> tuple[Tensor, Tensor]:
+def _observe(
+    teacher: Teacher, trial: Inputs, module: str, side: Side, *, feature: FeatureName = EMBEDDING
+) -> tuple[Tensor, Tensor]:
     """What enters a module or what it gives, and the logits, in a pass over a few samples."""
     model, subject, found = teacher.model, teacher.spec.text, list[Tensor]()
 
     def keep(value: object) -> None:
-        found.append(tensor_of(f"{EMBEDDING}: {subject}: {module or 'its answer'}", value))
+        found.append(tensor_of(f"{feature}: {subject}: {module or 'its answer'}", value))
 
     if isinstance(model, Program):
         watch = model.watching((module,), [keep])
     else:
-        watch = hooked(find_module(f"{EMBEDDING}: {subject}", model, module), side, keep)
+        watch = hooked(find_module(f"{feature}: {subject}", model, module), side, keep)
     with watch, ieee_float32():
         logits_BC = teacher.logits(trial)
     if len(found) != 1:
         raise UsageError(
-            f"embedding: {subject}: expected {module} to run once in a forward pass, found {len(found)} times; name "
+            f"{feature}: {subject}: expected {module} to run once in a forward pass, found {len(found)} times; name "
             "another module"
         )
     return found[0], logits_BC
@@ -196,18 +198,27 @@ def _find_maps(teacher: Teacher, trial: Inputs) -> dict[str, tuple[int, int]]:
     if asked is None:
         with ieee_float32():
             maps = find_stages(teacher.model, lambda: teacher.logits(trial), len(trial))
+        if len(maps) < 2:
+            raise UsageError(
+                f"attention: {name}: expected stages, modules whose outputs (batch, channels, height, width) become "
+                f"smaller, found {f'one size, of {min(maps)}' if maps else 'none'}; name modules, "
+                "?attention=MODULE,MODULE"
+            )
     else:
-        maps = {}
-        for module in filter(None, asked.split(",")):
-            maps[module] = measure_map(f"attention: {name}: {module}", _observe(teacher, trial, module, "output")[0])
+        modules = list(dict.fromkeys(filter(None, asked.split(","))))
+        if not modules:
+            raise UsageError(f"attention: {name}: expected names of modules, ?attention=MODULE,MODULE, found none")
+        maps = {
+            module: measure_map(
+                f"attention: {name}: {module}", _observe(teacher, trial, module, "output", feature=ATTENTION)[0]
+            )
+            for module in modules
+        }
     total = sum(height * width for height, width in maps.values())
-    if not maps or total > _MOST_NUMBERS:
-        found = (
-            "no module with an output (batch, channels, height, width)" if not maps else f"maps of {total:,} numbers"
-        )
+    if total > _MOST_NUMBERS:
         raise UsageError(
-            f"attention: {name}: expected maps of 1 to {_MOST_NUMBERS:,} numbers in all ({2 * _MOST_NUMBERS:,} bytes a "
-            f"row), found {found}; name smaller ones, ?attention=MODULE,MODULE"
+            f"attention: {name}: expected maps of at most {_MOST_NUMBERS:,} numbers in all ({2 * _MOST_NUMBERS:,} "
+            f"bytes a row), found {total:,}; name smaller ones, ?attention=MODULE,MODULE"
         )
     return maps
 

@@ -195,7 +195,7 @@ def describe_encoding(store: Store) -> EncodingCost:
         step = made.get("step")
     found = _read_losses(lost if lost is not None else step)
     return EncodingCost(
-        name=run.encoding.title,
+        name=" with ".join([run.encoding.title, *([] if run.features is None else [" and ".join(run.features.names)])]),
         row_bytes=sum(column.row_bytes for column in run.columns),
         store_bytes=totals.bytes,
         mean_t1=found[0],

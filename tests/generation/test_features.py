@@ -358,6 +358,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "no such module": ("m", "expected the name of a module, found 'layer9'", {"also": ["embedding"]}),
     "no last layer": ("c", "expected a last linear layer whose outputs are the answer", {"also": ["embedding"]}),
     "no map": ("t", r"expected \(batch, channels, height, width\), found \(2, 16, 6\)", {"also": ["attention"]}),
+    "no stage": ("c", "found one size, of .*name modules", {"also": ["attention"]}),
     "whole maps": ("w", "at most 16,384 numbers", {"also": ["embedding"]}),
     "too large": ("e", "expected finite numbers of at most 65,504", {"only": "embedding"}),
     "labels": ("a", "encoding: is of logits", {"only": "embedding", "encoding": "int8"}),
