@@ -25,7 +25,7 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.evaluation.plots import TrialCurve, plot_trials
 from softlabel.store.open import open_store
 from softlabel.training import run_folder
-from softlabel.training.config import TrainConfig
+from softlabel.training.config import GRID, TrainConfig
 from softlabel.training.grid import StudentConfig, students_of
 from softlabel.training.halving import HALVED, Halving
 from softlabel.training.search_space import RANGES, SearchSpace
@@ -202,13 +202,14 @@ def _identify(config: TuneConfig, shared: TrainConfig, space: SearchSpace) -> di
         **space.to_dict(),
         **{name: getattr(config, name) for name in ("students", "reduction", "held_out")},
         **shared.shared_identity(),
+        **{name: getattr(shared, name) for name in GRID if name not in ("student", "loss", *RANGES)},
     }
 
 
 def _list_options(config: TuneConfig, shared: TrainConfig, training: Mapping[str, Any], best: Trial) -> dict[str, Any]:
     """Return the options of `softlabel train` with the best settings, but for its folder and defaults."""
     own = {one.name: one.default for one in fields(TrainConfig)}
-    matters = shared.shared_identity()  # nor where and how fast it ran
+    matters = {*shared.shared_identity(), *GRID}  # nor where and how fast it ran
     given = {name: value for name, value in training.items() if value != own[name] and name in matters}
     settings = {name: value for name, value in best.settings.items() if value is not None}
     return {"data": config.data, "labels": config.labels, "student": config.student, **settings, **given}

@@ -19,7 +19,7 @@ from softlabel.training.losses import LOSSES, LossName
 from softlabel.training.search_space import RANGES, SearchSpace, parse_range
 
 # Options of `TrainConfig` that `tune` searches, gives itself, or has no use for.
-_OTHERS = {"data", "eval_data", "student", "out", "labels", "loss", "soft_warmup", *RANGES} | {
+_OTHERS = {"data", "eval_data", "student", "out", "labels", "loss", *RANGES} | {
     *("select", "patience", "keep_epochs", "eval_every", "mixup", "ignore_labels", "source_ratio", "streaming"),
     *("pack", "pad", "batch_tokens", "sync_batchnorm", "tensorboard", "tracker", "overwrite"),
 }
@@ -40,7 +40,7 @@ class TuneConfig:
         out: folder of the search.
         loss: losses to choose from, see 'softlabel train --help'.
         lr: the highest learning rate; absent: 0.01:0.5 for sgd, 0.0001:0.01 for adamw.
-        temperature: of the soft term, for losses that take one.
+        temperature: of the soft term, for losses that take one; absent: 1:10.
         soft_weight: of the soft term.
         hard_weight: of the hard term.
         passes: over the data, one after the other; each learns from those before it. More of them continue a search.
@@ -55,7 +55,7 @@ class TuneConfig:
     out: str
     loss: LossName | list[LossName] = "kd"
     lr: str | None = None
-    temperature: str = "1:10"
+    temperature: str | None = None
     soft_weight: str = "0.1:10"
     hard_weight: str = "0:1"
     passes: int = 3
@@ -108,6 +108,12 @@ def plan_search(config: TuneConfig, training: Mapping[str, Any]) -> tuple[TrainC
     assert isinstance(shared.optimizer, str) or shared.optimizer is None, "options of tune have one value"
     given = {name: getattr(config, name) for name in RANGES}
     given["lr"] = given["lr"] or _RATES[shared.optimizer or "sgd"]
+    if given["temperature"] is not None and all(LOSSES[loss].fixed for loss in config.losses):
+        raise UsageError(
+            f"temperature: loss {' '.join(config.losses)} has temperatures of its own, found {config.temperature}; "
+            "leave --temperature out"
+        )
+    given["temperature"] = given["temperature"] or "1:10"
     space = SearchSpace(losses=config.losses, ranges={name: parse_range(name, value) for name, value in given.items()})
     temperatures = space.ranges["temperature"]
     run = open_store(config.labels).run
@@ -116,7 +122,7 @@ def plan_search(config: TuneConfig, training: Mapping[str, Any]) -> tuple[TrainC
     if not exact and temperatures.low < temperatures.high:
         raise UsageError(
             f"temperature: the labels of {config.labels} are means of probabilities, which have one temperature, found "
-            f"{config.temperature}; give --temperature {run.temperature:g}"
+            f"{temperatures.low:g}:{temperatures.high:g}; give --temperature {run.temperature:g}"
             + (", or --combine logits" if run.kept else "")
         )
     return shared, space

@@ -22,7 +22,7 @@ from tests.support.training_runs import ROWS, STUDENT, make_keys, wait_for_file,
 
 pytest.importorskip("optuna", reason="needs Optuna")
 
-TRAINING = {"epochs": 4, "batch_size": 32, "augment": "none", "device": "cpu", "progress": False}
+TRAINING = {"epochs": 4, "batch_size": 32, "augment": "none", "weight_decay": 1e-3, "device": "cpu", "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_the_best_settings_are_a_command_and_a_file(found: TuneResult, tmp_path:
     }
     identities = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("by-command", "by-file")]
     assert identities[0] == identities[1]
+    assert identities[0]["weight_decay"] == 1e-3
     assert (Path(found.out) / "tuning.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -190,6 +191,11 @@ def test_wrong_searches_say_what_is_wrong(digits: Path, found: TuneResult, tmp_p
     other = make_search(digits, Path(found.out), loss=["kd", "dist"], held_out=5)
     with pytest.raises(MismatchError, match="holds another search; held_out: 4 there, 5 here"):
         tune(other, **TRAINING)
+    same = make_search(digits, Path(found.out), loss=["kd", "dist"])
+    with pytest.raises(MismatchError, match=r"holds another search; weight_decay: 0.001 there, 0.01 here"):
+        tune(same, **TRAINING | {"weight_decay": 0.01})
+    with pytest.raises(UsageError, match="temperature: loss mlkd has temperatures of its own, found 2:3"):
+        tune(make_search(digits, tmp_path / "wrong", loss="mlkd", temperature="2:3"), **TRAINING)
     means = write_logits(tmp_path / "means", make_keys(ROWS), draw_logits(ROWS, 10), members=2, rule="probs")
     with pytest.raises(UsageError, match="means of probabilities, which have one temperature"):
         tune(make_search(digits, tmp_path / "wrong", labels=str(means.url)), **TRAINING)
