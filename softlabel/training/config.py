@@ -68,9 +68,11 @@ class TrainConfig:
             linear layer, or two with a ReLU between them; absent: linear.
         label_smoothing: of the hard term.
         mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
-        optimizer: sgd (with momentum) or adamw; absent: adamw for a language model, sgd for others.
-        lr: the highest learning rate; absent: 0.1 for sgd, 0.001 for adamw.
-        momentum: of sgd.
+        optimizer: sgd (with momentum), adamw, or dot, which is sgd with a momentum for each of the soft and the hard
+            term, 0.075 above and below `momentum` (Zhao et al. 2023); absent: adamw for a language model, sgd for
+            others.
+        lr: the highest learning rate; absent: 0.1 for sgd and dot, 0.001 for adamw.
+        momentum: of sgd and dot.
         nesterov: whether sgd looks ahead.
         weight_decay: of every parameter.
         clip_norm: gradients of a larger norm than this are scaled down to it.
@@ -147,7 +149,7 @@ class TrainConfig:
     embedding_projector: ProjectorName | None = None
     label_smoothing: float | list[float] = 0.0
     mixup: float = 0.0
-    optimizer: Literal["sgd", "adamw"] | list[Literal["sgd", "adamw"]] | None = None
+    optimizer: Literal["sgd", "adamw", "dot"] | list[Literal["sgd", "adamw", "dot"]] | None = None
     lr: float | list[float] | None = None
     momentum: float = 0.9
     nesterov: bool = True

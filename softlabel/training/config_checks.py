@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softlabel.errors import UsageError
+from softlabel.training.dot import DELTA
 from softlabel.training.embedding_losses import EMBEDDING_LOSSES
 from softlabel.training.label_filter import parse_confidence
 from softlabel.training.losses import LOSSES
@@ -84,6 +85,21 @@ def _list_soft_options(config: Any) -> list[str]:
     return [name for name, is_given in given.items() if is_given]
 
 
+def _check_dot(config: Any) -> None:
+    """What needs one gradient of a step, where there are two."""
+    if not DELTA <= config.momentum < 1 - DELTA:
+        raise UsageError(
+            f"momentum: dot has {DELTA} more and less for its two terms, expected {DELTA} to {1 - DELTA}, found "
+            f"{config.momentum}"
+        )
+    for name, is_given in (("clip_norm", config.clip_norm is not None), ("compile", config.compile)):
+        if is_given:
+            raise UsageError(
+                f"{name}: is of one gradient a step, optimizer dot has two; leave --{name.replace('_', '-')} out, or "
+                "use sgd"
+            )
+
+
 def check_combinations(config: Any) -> None:
     """Options that need another one, or exclude it: nothing that was asked for is ignored."""
     soft = [weight for weight in config.values("soft_weight") if weight != 0]  # None stands for 0.9 with a store
@@ -112,6 +128,8 @@ def check_combinations(config: Any) -> None:
             f"temperature: loss {config.loss} has temperatures of its own, found {config.temperature}; leave "
             "--temperature out"
         )
+    if "dot" in config.values("optimizer"):
+        _check_dot(config)
     if config.mixup and config.labels is not None and soft:
         raise UsageError(
             "mixup: a mixed sample has no soft label in the store; use it with hard labels alone (without --labels, or "

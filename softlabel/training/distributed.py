@@ -111,6 +111,13 @@ class Ranks:
         dist.all_gather(values, sent)
         return values
 
+    def average_tensors(self, values: Sequence[Tensor]) -> None:
+        """Let every process have the mean of the tensors of all, in place."""
+        if self.several:
+            for value in values:
+                dist.all_reduce(value)
+                value /= self.world_size
+
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process the buffers (the running statistics of batch norms) of rank 0."""
         if self.several:

@@ -40,7 +40,7 @@ class StudentConfig:
     name: str
     out: str
     student: str
-    optimizer: Literal["sgd", "adamw"]
+    optimizer: Literal["sgd", "adamw", "dot"]
     lr: float
     weight_decay: float
     label_smoothing: float
@@ -119,7 +119,7 @@ def _resolve(given: dict[str, Any], *, with_store: bool) -> dict[str, Any]:
     embedding = EMBEDDING_LOSSES.get(given["embedding_loss"])
     usual = preset.soft_weight if embedding is None or embedding.soft_weight is None else embedding.soft_weight
     soft = given["soft_weight"] if given["soft_weight"] is not None else (usual if with_store else 0.0)
-    defaults = {"soft_weight": soft, "lr": {"sgd": 0.1, "adamw": 1e-3}[given["optimizer"]]}
+    defaults = {"soft_weight": soft, "lr": {"sgd": 0.1, "dot": 0.1, "adamw": 1e-3}[given["optimizer"]]}
     if soft > 0:
         defaults |= {"hard_weight": preset.hard_weight, "soft_warmup": preset.soft_warmup}
         defaults |= {"temperature": preset.temperature}

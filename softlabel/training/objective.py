@@ -137,6 +137,11 @@ class Objective:
             hard = shares[0] * hard + shares[1] * self._cross_entropy(logits_BC, batch.labels[other_B], here.hard)
         return LossComponents(hard_weight * hard, torch.zeros_like(hard), hard.detach())
 
+    def find_hard(self, logits_BC: Tensor, batch: Batch, here: Counts, whole: Counts) -> Tensor:
+        """The hard term alone, as it is in the total of `losses`."""
+        weight = self.config.hard_weight * (here.hard * self.ranks.world_size / max(whole.hard, 1))
+        return weight * self._cross_entropy(logits_BC, batch.labels, here.hard)
+
     def measure_batch(self, logits_BC: Tensor, batch: Batch) -> BatchTerm:
         """The soft term of the batch of all processes, whose logits each of them gets from the others.
 

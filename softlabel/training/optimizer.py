@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from softlabel.training.dot import Dot
 from softlabel.training.grid import StudentConfig
 
 
@@ -20,6 +21,8 @@ def build_optimizer(
         parameters: that it changes.
         capturable: in the form of which a CUDA graph can hold a step.
     """
+    if config.optimizer == "dot":
+        return Dot(parameters, lr=config.lr, momentum=config.shared.momentum, weight_decay=config.weight_decay)
     form: dict[str, Any] = {"lr": config.lr}
     if capturable:
         form = {"lr": torch.tensor(config.lr, device=parameters[0].device), "fused": True}

@@ -20,6 +20,7 @@ from softlabel.loader import Batch
 from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
 from softlabel.training import rng
+from softlabel.training.dot import Dot
 from softlabel.training.objective import BatchTerm, Objective
 from softlabel.training.optimizer import rebuild_optimizer
 from softlabel.training.step import Counts, RowStep, take
@@ -117,8 +118,17 @@ class RowStudent(Student):
     def _compute(self, rows: StudentRows, here: Counts, whole: Counts) -> None:
         logits_BC = self._call(rows)
         losses = self.find_losses(logits_BC, rows, here, whole)
+        if isinstance(self.optimizer, Dot):
+            hard = self._objective.find_hard(logits_BC, rows.batch, here, whole)
+            parameters = self.optimizer.parameters
+            self.optimizer.add_hard(torch.autograd.grad(hard, parameters, retain_graph=True, allow_unused=True))
         self.scale(losses).backward()  # type: ignore[no-untyped-call]
         self.count(rows, here, whole, logits_BC, losses)
+
+    def end_step(self) -> None:
+        if isinstance(self.optimizer, Dot):
+            self.ranks.average_tensors(self.optimizer.hard)
+        super().end_step()
 
     def _call(self, rows: StudentRows) -> Tensor:
         """The logits (B, C), float32, of a part of a step."""

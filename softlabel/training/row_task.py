@@ -76,6 +76,9 @@ class RowTask(Task):
         assert config.batch_size is not None
         self._batch_size = config.batch_size
         self._filter = config.label_filter
+        for one in self.configs:
+            if one.optimizer == "dot":
+                _check_dot(one, self.precision)
 
     @property
     def activation(self) -> Activation:
@@ -251,6 +254,20 @@ def _build(config: StudentConfig, num_classes: int, kind: str) -> tuple[nn.Modul
     if isinstance(model, Program):
         raise SpecError(f"student {config.student}: a file that is run as it is cannot be trained; name a network")
     return model, student_preprocessing(config.network, model, kind)
+
+
+def _check_dot(config: StudentConfig, precision: str) -> None:
+    """Raises UsageError for a student that has not both gradients of optimizer dot."""
+    for name in ("soft_weight", "hard_weight"):
+        if not getattr(config, name):
+            raise UsageError(
+                f"optimizer: dot keeps the gradients of the soft and of the hard term apart, student {config.name} has "
+                f"{name} 0; give one above 0, or use sgd"
+            )
+    if precision == "fp16":
+        raise UsageError(
+            "precision: the scaling of fp16 is of one gradient a step, optimizer dot has two; use bf16 or fp32"
+        )
 
 
 def _check_geometry(configs: Sequence[StudentConfig], found: list[InputTransform]) -> None:

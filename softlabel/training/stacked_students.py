@@ -228,6 +228,8 @@ def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) 
         return "autocast does not reach the convolutions of torch.func.vmap; give --precision fp32"
     if config.accumulate > 1 and any(isinstance(one, RowStudent) and one.is_of_batch for one in group):
         return "a loss of a batch as a whole needs the logits of all of its parts first; leave --accumulate out"
+    if any(one.config.optimizer == "dot" for one in group):
+        return "optimizer dot needs the gradients of two terms of each student"
     if config.compile:
         return "--compile compiles single students"
     if Counter(_find_network(one.network) for one in students_of(config))[network] == 1:

@@ -225,6 +225,11 @@ def _check_options(config: TrainConfig) -> None:
         if (value := getattr(config, name)) != default[name]:
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{name}: {value} {why}; leave {flag} out for a language model")
+    if "dot" in config.values("optimizer"):
+        raise UsageError(
+            "optimizer: dot needs the gradients of the soft and of the hard term apart, which a language model "
+            "computes together; use adamw or sgd"
+        )
     if config.combine == "random":
         raise UsageError(
             "combine: random takes one member for each sample and epoch; a language model takes logits or probs"
