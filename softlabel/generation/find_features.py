@@ -39,7 +39,10 @@ def find_features(teachers: Sequence[Teacher], source: Source, config: GenerateC
     if not wanted:
         for teacher in teachers:
             if odd := set(FEATURE_OPTIONS) & set(teacher.spec.options):
-                raise UsageError(f"{teacher.spec.text}: {min(odd)}= says where it is taken; give --also {min(odd)}")
+                raise UsageError(
+                    f"{teacher.spec.text}: {min(odd)}= says where it is taken, found no request for it; leave it out, "
+                    f"or label with 'softlabel generate --also {min(odd)}'"
+                )
         return None
     kept = config.combine == "keep"
     if len(teachers) > 1 and not kept:

@@ -354,7 +354,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "map sizes": ("a p", "maps of the same sizes", {"also": ["attention"], "combine": "keep"}),
     "wider": ("a", "expected fewer numbers than", {"also": ["embedding"], "embedding_width": 64}),
     "alone": ("a", "embedding_width: belongs to --also embedding", {"embedding_width": 8}),
-    "no such option": ("m", "give --also embedding", {}),
+    "no such option": ("m", "label with .softlabel generate --also embedding", {}),
     "no such module": ("m", "expected the name of a module, found 'layer9'", {"also": ["embedding"]}),
     "no last layer": ("c", "expected a last linear layer whose outputs are the answer", {"also": ["embedding"]}),
     "no map": ("t", r"expected \(batch, channels, height, width\), found \(2, 16, 6\)", {"also": ["attention"]}),

@@ -1,4 +1,4 @@
-"""Stores that the first version of the format wrote stay readable."""
+"""Stores that earlier code wrote, of the first version of the format and of that with features, stay readable."""
 
 import json
 from pathlib import Path
@@ -33,3 +33,17 @@ def test_golden_store(name: str) -> None:
     alone = format_reader.read_store(FOLDER / name)
     assert list(alone["key"]) == expected["keys"]
     np.testing.assert_allclose(alone["scaled_logits"].reshape(len(rows), -1), logits, rtol=1e-6, atol=1e-6)
+
+
+FEATURES = Path(__file__).parent / "stores-v5"
+
+
+@pytest.mark.parametrize("name", ["kept-parquet", "kept-hdf5", "alone-parquet", "alone-hdf5"])
+def test_golden_store_of_features(name: str) -> None:
+    expected = json.loads((FEATURES / "expected.json").read_text())[name]
+    store = open_store(FEATURES / name, verify="full")
+    rows = store.take(store.lookup(expected["keys"]))
+    assert rows.labels.tolist() == expected["labels"]
+    for feature in {"embedding", "attention"} & set(expected):
+        numbers = [[float.fromhex(one) for one in row] for row in expected[feature]]
+        assert getattr(rows, feature).reshape(len(rows), -1).tolist() == numbers
