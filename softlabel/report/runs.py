@@ -9,6 +9,7 @@ from typing import Any
 from softlabel.errors import DataError, UsageError, one_line
 from softlabel.report.student_figures import Grid, RunFacts
 from softlabel.training.config import GRID, TrainConfig
+from softlabel.training.losses import LOSSES
 from softlabel.training.metrics import EpochMetrics, read_csv
 from softlabel.training.run_folder import (
     CHECKPOINT,
@@ -99,6 +100,8 @@ class Run:
         """A setting in words."""
         value = self.setting(name)
         if name == "temperature" and value is None:
+            if self.setting("soft_weight") and (fixed := LOSSES[self.setting("loss")].fixed):
+                return _write_value(fixed)
             return _OF_STORE if self.setting("soft_weight") else "none"
         return _write_value(value)
 

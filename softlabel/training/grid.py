@@ -63,6 +63,13 @@ class StudentConfig:
         """Its SPEC without where its embedding is taken."""
         return without_options(parse_spec(self.student), FEATURE_OPTIONS).text
 
+    def list_options(self) -> dict[str, Any]:
+        """Its options, with which it is made by itself."""
+        own = {name: getattr(self, name) for name in GRID}
+        if self.embedding_loss == "none":
+            own |= {"embedding_weight": None, "embedding_projector": None}
+        return own
+
     def find_soft_weight(self, epoch: int) -> float:
         """The weight of the soft term in an epoch, from 0."""
         return self.soft_weight * min((epoch + 1) / self.soft_warmup, 1.0) if self.soft_warmup else self.soft_weight

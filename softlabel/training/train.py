@@ -18,7 +18,7 @@ from softlabel.errors import TrainingError, UsageError
 from softlabel.models.precision import Precision
 from softlabel.store.open import open_store
 from softlabel.training import run_folder
-from softlabel.training.config import GRID, TrainConfig
+from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.epoch_loop import Pass, Review, closing_loader
 from softlabel.training.grid import StudentConfig, students_of
@@ -147,7 +147,7 @@ def _hold(
         folder = Path(student.out)
         # The file that makes this student by itself.
         one = asdict(config) | {"out": student.out}
-        one |= {name: getattr(student, name) for name in GRID} | {"stack": "off"} if len(configs) > 1 else {}
+        one |= student.list_options() | {"stack": "off"} if len(configs) > 1 else {}
         identity = {**student.identity(), **shared}
         if not config.overwrite and run_folder.is_finished(folder) and (before := run_folder.recorded_identity(folder)):
             identity |= {VIEWS: before[VIEWS]} if VIEWS in before else {}  # its epochs are over

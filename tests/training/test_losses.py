@@ -9,11 +9,13 @@ import torch
 import yaml
 
 import softlabel
-from softlabel import open_store, train
+from softlabel import TrainConfig, open_store, train
 from softlabel.errors import MismatchError, UsageError
 from softlabel.loss import decoupled_kd, multi_level_kd
+from softlabel.report.runs import describe_runs, read_runs
 from softlabel.training.grid import students_of
 from softlabel.training.losses import LOSSES
+from softlabel.training.run_folder import recorded_config
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
@@ -70,6 +72,17 @@ def test_losses_have_students_that_differ(whole: Path) -> None:
     for number, name in enumerate(NAMES):
         assert float(read_history(whole / name)[-1]["soft_loss"]) > 0
         assert not any(have_equal_weights(whole / name, whole / other) for other in NAMES[:number])
+
+
+def test_a_report_names_them_and_their_own_settings_make_them(whole: Path) -> None:
+    runs = read_runs([str(whole)])
+    shown = [facts.settings for facts in describe_runs(runs)]
+    assert [settings["loss"] for settings in shown] == NAMES
+    temperatures = dict(zip(NAMES, (settings["temperature"] for settings in shown), strict=True))
+    assert (temperatures["kd"], temperatures["dkd"]) == ("the store's", "4")
+    assert (temperatures["mse"], temperatures["mlkd"]) == ("1", "2, 3, 4, 5, 6")
+    for name in NAMES:
+        assert train(TrainConfig(**recorded_config(whole / name))).already_done
 
 
 def test_parts_and_processes_add_up_to_the_batch(digits: Path, tmp_path: Path, whole: Path) -> None:
