@@ -46,7 +46,7 @@ class Weighting:
 
 
 def read_options() -> argparse.Namespace:
-    parser = make_parser(__doc__, rows=None, epochs=10, lr=0.05)
+    parser = make_parser(__doc__, rows=None, epochs=10, lr=0.02)
     parser.add_argument("--chain", choices=CHAINS, default="cnn", help="the networks (default: cnn)")
     parser.add_argument("--large", help="another SPEC; with weights it is not trained, but for its early checkpoint")
     parser.add_argument("--assistant", help="another SPEC")

@@ -5,7 +5,7 @@ views of an image, which the student cycles through; with as many views as epoch
 many for every V; the images are few and the epochs many, which is where views count.
 
     python -m pipelines.experiments.view_count --out views
-    python -m pipelines.experiments.view_count --out views --rows 2500 --epochs 40      # a quarter of the time
+    python -m pipelines.experiments.view_count --out views --rows 2000 --epochs 36 --student zoo:cnn2
 
 The store of each V is a copy of the one before, which grows: the teacher is run once for each view.
 """
@@ -27,7 +27,7 @@ def copy_store(before: Path | None, store: Path) -> Path:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, rows=10_000, epochs=64)
+    parser = make_parser(__doc__, rows=8_000, epochs=48, lr=0.02)
     parser.add_argument("--teacher", default=find_resnet("resnet56-jpeg"), help="a SPEC with weights")
     parser.add_argument("--student", default="zoo:cnn4", help="a SPEC")
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="ascending")
