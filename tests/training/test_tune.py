@@ -199,3 +199,9 @@ def test_wrong_searches_say_what_is_wrong(digits: Path, found: TuneResult, tmp_p
     means = write_logits(tmp_path / "means", make_keys(ROWS), draw_logits(ROWS, 10), members=2, rule="probs")
     with pytest.raises(UsageError, match="means of probabilities, which have one temperature"):
         tune(make_search(digits, tmp_path / "wrong", labels=str(means.url)), **TRAINING)
+
+
+def test_optuna_is_named_where_it_is_missing(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"needs Optuna, which is not installed; pip install 'softlabel\[tune\]'"):
+        tune(make_search(digits, tmp_path / "out"), **TRAINING)
