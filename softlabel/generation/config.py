@@ -13,7 +13,8 @@ from softlabel.labels.combine import CombineRule
 from softlabel.models.precision import Precision
 from softlabel.store.encodings import Encoding
 from softlabel.store.features import EmbeddingType, FeatureName
-from softlabel.store.manifest import Format, ViewPolicy
+from softlabel.store.manifest import Format
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.views import view_policy
 
 BadImagePolicy = Literal["skip", "error"]

@@ -33,11 +33,13 @@ class BatchAnswers:
         logits: of each member, float32 (B, C).
         hidden: what enters the only member's last linear layer, (B, D), where the encoding stores it.
         features: of each member, where rows have some.
+        copies: logits of each member to the noisy copies of the samples, where rows have their differences.
     """
 
     logits: list[Tensor]
     hidden: Tensor | None
     features: tuple[Taken, ...]
+    copies: tuple[list[Tensor], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

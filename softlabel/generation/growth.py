@@ -20,13 +20,14 @@ from softlabel.dataset import ReorderedSource, Source
 from softlabel.errors import MismatchError, StoreCorruptError
 from softlabel.generation.input_reader import InputReader
 from softlabel.inputs.content import changed_content, hashes_of, why_not_comparable
-from softlabel.store.manifest import DatasetInfo, Extent, ViewPolicy
+from softlabel.store.manifest import DatasetInfo, Extent
 from softlabel.store.manifest_read import find_root
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.storage.open import open_folder
 from softlabel.store.stored_rows import StoredRows
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.views import changed
 
 log = logging.getLogger("softlabel")

@@ -49,7 +49,8 @@ class DecodedBatch:
     """Up to B samples, decoded and collated for every distinct transform among the members.
 
     `labels` are class numbers or multi-hot, as the source has them. `columns` are the store's that describe the views.
-    `truncated` samples are longer than a member takes.
+    `truncated` samples are longer than a member takes. `pairs` are the inputs of the noisy copies that a view policy
+    shows beside each view (`NoisePairStep.make`).
     """
 
     keys: list[str]
@@ -59,6 +60,11 @@ class DecodedBatch:
     bad: tuple[BadRow, ...]
     columns: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     truncated: int = 0
+    pairs: tuple[tuple[Inputs, ...], ...] = ()
+
+    def with_copies(self) -> "list[DecodedBatch]":
+        """The batch, then one like it of each noisy copy of its samples."""
+        return [self, *(replace(self, inputs=inputs, pairs=()) for inputs in self.pairs)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +98,13 @@ class InputReader:
         made = self._make_views(list(decoded.items.values()), [samples[place].key for place in there], view)
         reasons |= {there[place]: reason for place, reason in made.failed.items()}
         there = [place for place in there if place not in reasons]
-        inputs, misshapen = collate_samples(
-            made.images,
-            [samples[place].key for place in there],
-            self.transforms,
-            network="teacher",
-            fixed=self.views is not None and self.views.policy.fixed,
-        )
+        keys = [samples[place].key for place in there]
+        fixed = self.views is not None and self.views.policy.fixed
+        inputs, misshapen = collate_samples(made.images, keys, self.transforms, network="teacher", fixed=fixed)
+        # Of the sizes of the views, so that the same ones are misshapen.
+        copies = [
+            collate_samples(images, keys, self.transforms, network="teacher", fixed=fixed)[0] for images in made.pairs
+        ]
         reasons |= {there[number]: reason for number, reason in misshapen.items()}
         shapely = [number for number in range(len(there)) if number not in misshapen]
         kept = [samples[there[number]] for number in shapely]
@@ -106,14 +112,18 @@ class InputReader:
             keys=[sample.key for sample in kept],
             labels=stack_labels([sample.label for sample in kept], self.source.label_width),
             content=decoded.content[[there[number] for number in shapely]],
-            inputs=tuple(one.cut(batch) for one, batch in zip(self.transforms, inputs, strict=False)),
+            inputs=self._cut(inputs),
             bad=tuple(
                 BadRow(index=int(indices[place]), key=samples[place].key, reason=reasons[place])
                 for place in sorted(reasons)
             ),
             columns={name: column[shapely] for name, column in made.columns.items()},
             truncated=max((one.truncated for one in inputs), default=0),
+            pairs=tuple(map(self._cut, copies)),
         )
+
+    def _cut(self, inputs: Sequence[Inputs]) -> tuple[Inputs, ...]:
+        return tuple(one.cut(batch) for one, batch in zip(self.transforms, inputs, strict=False))
 
     def _make_views(self, images: list[Tensor], keys: list[str], view: int) -> Made:
         if self.views is None or not images:

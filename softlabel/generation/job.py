@@ -38,7 +38,8 @@ from softlabel.labels.combine import normalized_weights
 from softlabel.models import names_language_model
 from softlabel.models.teacher import Teacher, load_teacher
 from softlabel.store.encodings import Encoding, NoLabels, fitted
-from softlabel.store.manifest import Combine, DatasetInfo, Member, Run, ViewPolicy
+from softlabel.store.manifest import Combine, DatasetInfo, Member, Run
+from softlabel.store.view_columns import ViewPolicy, check_pairs
 from softlabel.views import Views, libraries
 
 _TRIAL_BATCH = 256  # batch size of the stacking trial if the batch size is not known yet
@@ -145,6 +146,11 @@ def load_job(
     captured = None if features is None else f"--also {features.names[0]}"
     described = _make_members(loaded, config.calibration, config.activation)
     encoding = _fit_encoding(config, loaded, described[0].calibration, None if there is None else there.encoding)
+    if views.directions:
+        try:
+            check_pairs(config.activation, config.combine, len(loaded), labels=encoding.labels)
+        except ValueError as error:
+            raise UsageError(f"augment: {error}") from None
     run = Run(
         format=config.format,
         num_classes=loaded[0].num_classes,

@@ -52,6 +52,7 @@ from softlabel.models.head import Head
 from softlabel.models.teacher import Teacher
 from softlabel.store.encodings import LastLayer
 from softlabel.store.manifest import Run, ShardPlan
+from softlabel.store.view_columns import DIFFERENCE
 
 # Bytes of decoded images that members in turn label at once, to amortise moving the weights.
 _KEPT_BYTES = 1 << 29
@@ -102,12 +103,21 @@ class Lane:
 
     def label(self, plan: ShardPlan, batches: Sequence[DecodedBatch], progress: Progress) -> list[BatchLabels]:
         """Label batches of one shard."""
-        full = [batch for batch in batches if batch.keys]
+        own = [batch for batch in batches if batch.keys]
         with progress.spend("forward"):
-            answers = self.answers(full)
+            answers = self._answer_with_copies(own)
         with progress.spend("encoding"), torch.inference_mode():
-            encoded = iter([self._encode(plan, *each) for each in zip(full, answers, strict=True)])
+            encoded = iter([self._encode(plan, *each) for each in zip(own, answers, strict=True)])
             return [next(encoded) if batch.keys else make_labels(batch, None, None) for batch in batches]
+
+    def _answer_with_copies(self, batches: Sequence[DecodedBatch]) -> list[BatchAnswers]:
+        """What the members answer to each batch, and to the noisy copies of its samples."""
+        found = self.answers([one for batch in batches for one in batch.with_copies()])
+        each = 1 + 2 * self.run.views.directions
+        return [
+            replace(found[first], copies=tuple(one.logits for one in found[first + 1 : first + each]))
+            for first in range(0, len(found), each)
+        ]
 
     def answers(self, batches: Sequence[DecodedBatch]) -> list[BatchAnswers]:
         """What the members answer to each batch, and what is taken on the way."""
@@ -288,7 +298,18 @@ class Lane:
         if is_labelled(batch.labels).any():
             mixed_BC = average_members(scaled_logits, run.activation) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
+        if answers.copies:
+            columns[DIFFERENCE] = self._halve_differences(answers.copies)
+            # Rows are refused by name where a difference is not finite: of a copy's logits, or of a class ruled out.
+            checks["wrong"] |= ~columns[DIFFERENCE].isfinite().all(dim=1)
         return {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}, checks
+
+    def _halve_differences(self, copies: Sequence[list[Tensor]]) -> Tensor:
+        """Half the differences of the logits of noisy copies at temperature 1, centred: float16 (B, K C)."""
+        scaled = [self.combine(logits_MBC) for logits_MBC in copies]
+        pairs = zip(scaled[::2], scaled[1::2], strict=True)
+        halved = [(plus_BC - minus_BC) * (self.run.temperature / 2) for plus_BC, minus_BC in pairs]
+        return torch.cat([one - one.mean(dim=1, keepdim=True) for one in halved], dim=1).half()
 
     def _row_seeds(self, plan: ShardPlan, keys: Sequence[str], device: torch.device) -> Tensor:
         """Return seeds of random draws, int64 (R,), a function of (seed, key, view, member)."""

@@ -103,6 +103,9 @@ class Batch(NamedFields):
             members; None unless the loader was asked for it. `run.embedding` of the store says what it is.
         attention: float32 (B, S), or (B, M, S), its maps of attention one after another, which `run.attention` cuts;
             None likewise.
+        difference: float32 (B, K, C), halved differences of the teacher's logits along K directions of noise; None
+            unless the loader was asked for it.
+        copies: uint8 (B, 2 K, 3, H, W), the noisy copies of the views that these are of, not normalised; likewise.
         weight: float32 (B,), 1 where the row counts and 0 where it is filler that makes the shares of all ranks, or
             the last batch, as large as the others; None: all count, on every rank. Filler repeats samples.
     """
@@ -117,6 +120,8 @@ class Batch(NamedFields):
     weight: Tensor | None = None
     embedding: Tensor | None = None
     attention: Tensor | None = None
+    difference: Tensor | None = None
+    copies: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,9 +147,13 @@ class Batch(NamedFields):
         )
 
 
+# Tensors that few batches have; the first axis of each is B.
+RARE = ("weight", "embedding", "attention", "difference", "copies")
+
+
 def _map_others(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The tensors that few batches have, changed."""
-    found = {"weight": batch.weight, "embedding": batch.embedding, "attention": batch.attention}
+    found = {name: getattr(batch, name) for name in RARE}
     return {name: None if one is None else change(one) for name, one in found.items()}
 
 

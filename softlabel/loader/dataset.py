@@ -26,14 +26,14 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
 from softlabel.loader.device_cache import DeviceCache, open_device_cache, refuse_views
-from softlabel.loader.features import check_also, decode_features, list_columns
+from softlabel.loader.features import BatchFeature, check_also, decode_features, list_columns
 from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
 from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import choose_members, make_target
-from softlabel.store.features import FeatureName
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
+from softlabel.store.view_columns import DIFFERENCE
 from softlabel.views import CropFlip, Views, stacked
 
 log = logging.getLogger("softlabel")
@@ -60,7 +60,7 @@ class JoinedDataset(Dataset[Batch]):
         combine: how a store's members become one teacher, where it keeps them apart.
         targets: False leaves `Batch.target` to who reads labels in another way; `Batch.rows` says which they are.
         device: where decoded samples are kept, and augmented; None: in main memory.
-        also: what a batch has of a teacher beside its logits: "embedding", "attention".
+        also: what a batch has of a teacher beside its logits: "embedding", "attention", "difference".
         views: of a store whose rows are views: which of them. The images are then the views that the teacher saw, and
             hard labels are left out where two images are mixed into one.
 
@@ -85,7 +85,7 @@ class JoinedDataset(Dataset[Batch]):
         combine: Combination | None = None,
         targets: bool = True,
         device: torch.device | None = None,
-        also: Sequence[FeatureName] = (),
+        also: Sequence[BatchFeature] = (),
         views: ViewChoice = _ALL_VIEWS,
     ) -> None:
         source = detect_decoding(source, None if store is None else store.manifest.recorded)
@@ -168,13 +168,16 @@ class JoinedDataset(Dataset[Batch]):
             positions, view = wanted.positions, wanted.view
         else:
             positions, view = np.asarray(wanted, dtype=np.int64), None
+        copies: Tensor | None = None
         keys = BatchKeys(self._keys, positions)
         labels_B = self.labels[positions]
         if self._replay is not None:
             views_B = self._replay.views_of(view, keys)
             rows_B = self._replay.rows(positions, views_B)
             labels_B = self._replay.labels(labels_B, rows_B)
-            inputs = Inputs.single(self._replay.images(positions, keys, views_B, rows_B, view))
+            with_copies = DIFFERENCE in self._also
+            images, copies = self._replay.images(positions, keys, views_B, rows_B, view, with_copies=with_copies)
+            inputs = Inputs.single(images)
         else:
             rows_B = self.rows[positions]
             inputs = self._transform.cut(self._inputs(positions, keys))
@@ -189,6 +192,7 @@ class JoinedDataset(Dataset[Batch]):
             rows=torch.from_numpy(rows_B),
             **({} if self.store is None or not self._targets else self._take(self.store, rows_B, keys, view)),
             has_target=None if self.store is None or self._all_have_rows else torch.from_numpy(rows_B >= 0),
+            copies=copies,
             weight=None if counted is None else (torch.arange(len(keys)) < counted).float(),
         )
 

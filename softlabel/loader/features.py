@@ -1,11 +1,13 @@
-"""Embeddings and maps of attention of stored rows, as a batch has them; read only where a loop asks for them.
+"""What rows have beside labels, as a batch has it: embeddings, maps of attention, and the differences of the logits of
+noisy copies; read only where a loop asks for it.
 
-Legend: B batch, D width of an embedding, M members, S numbers of all maps of a row.
+Legend: B batch, C classes, D width of an embedding, K directions, M members, S numbers of all maps of a row.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -14,9 +16,13 @@ from softlabel.errors import MismatchError, UsageError
 from softlabel.store.features import ATTENTION, EMBEDDING, FeatureName, decode_attention, decode_embedding
 from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
+from softlabel.store.view_columns import DIFFERENCE
+
+BatchFeature = FeatureName | Literal["difference"]
+_NAMES = (*get_args(FeatureName), DIFFERENCE)
 
 
-def check_also(also: Sequence[FeatureName], store: Store | None) -> tuple[FeatureName, ...]:
+def check_also(also: Sequence[BatchFeature], store: Store | None) -> tuple[BatchFeature, ...]:
     """The features that a batch has.
 
     Raises:
@@ -24,27 +30,34 @@ def check_also(also: Sequence[FeatureName], store: Store | None) -> tuple[Featur
         MismatchError: the rows do not have one.
     """
     for name in also:
-        if name not in get_args(FeatureName):
-            raise UsageError(f"also: expected {' or '.join(get_args(FeatureName))}, found {name!r}")
+        if name not in _NAMES:
+            raise UsageError(f"also: expected {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, found {name!r}")
         if store is None:
             raise UsageError(f"also: {name}: expected a store that has it, found none")
-        if (store.run.embedding if name == EMBEDDING else store.run.attention) is None:
+        if not _has(store.run, name):
+            option = "--augment noise-pair" if name == DIFFERENCE else f"--also {name}"
             raise MismatchError(
-                f"{store.url}: expected rows with {name}, found none; label again with 'softlabel generate "
-                f"--also {name}'"
+                f"{store.url}: expected rows with {name}, found none; label again with 'softlabel generate {option}'"
             )
     return tuple(dict.fromkeys(also))
 
 
-def list_columns(run: Run, also: Sequence[FeatureName]) -> list[str]:
+def _has(run: Run, name: BatchFeature) -> bool:
+    if name == DIFFERENCE:
+        return run.views.directions > 0
+    return (run.embedding if name == EMBEDDING else run.attention) is not None
+
+
+def list_columns(run: Run, also: Sequence[BatchFeature]) -> list[str]:
     """Names of the columns to read for them, beside those of labels."""
     labels = {column.name for column in run.label_columns}
-    return [name for feature in also for name in run.names_of(feature) if name not in labels]
+    names = [name for feature in also if feature != DIFFERENCE for name in run.names_of(feature)]
+    return [name for name in names if name not in labels] + [name for name in also if name == DIFFERENCE]
 
 
-def decode_features(run: Run, also: Sequence[FeatureName], columns: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+def decode_features(run: Run, also: Sequence[BatchFeature], columns: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     """What a batch has of them: float32, embedding (B, D) and attention (B, S), or (B, M, D) and (B, M, S) of kept
-    members."""
+    members; difference (B, K, C)."""
     found = {}
     if EMBEDDING in also:
         assert run.embedding is not None
@@ -52,4 +65,7 @@ def decode_features(run: Run, also: Sequence[FeatureName], columns: Mapping[str,
     if ATTENTION in also:
         assert run.attention is not None
         found[ATTENTION] = decode_attention(run.attention, {name: columns[name] for name in run.names_of(ATTENTION)})
+    if DIFFERENCE in also:
+        shape = (len(columns[DIFFERENCE]), run.views.directions, run.num_classes)
+        found[DIFFERENCE] = columns[DIFFERENCE].astype(np.float32).reshape(shape)
     return {name: torch.from_numpy(array) for name, array in found.items()}

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from softlabel.errors import MismatchError
 from softlabel.labels.combine import Combination
-from softlabel.loader.features import decode_features, list_columns
+from softlabel.loader.features import BatchFeature, decode_features, list_columns
 from softlabel.loader.order import BlockOrder
 from softlabel.loader.target import make_target
 from softlabel.loss.targets import Target
-from softlabel.store.features import FeatureName
 from softlabel.store.reader import Store
 
 Int64s = NDArray[np.int64]
@@ -51,7 +50,7 @@ class LabelStream:
         rows_of: Callable[[int, Int64s], Int64s],
         *,
         combination: Combination | None = None,
-        also: Sequence[FeatureName] = (),
+        also: Sequence[BatchFeature] = (),
     ) -> None:
         self._store, self._order, self._rows_of, self._combination = store, order, rows_of, combination
         self._also = also

@@ -21,13 +21,13 @@ from softlabel.labels.combine import Combination
 from softlabel.loader.batch import Batch
 from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.epoch_loader import EpochLoader
+from softlabel.loader.features import BatchFeature
 from softlabel.loader.join import Missing
 from softlabel.loader.label_stream import LabelStream, check_same_order
 from softlabel.loader.order import BlockOrder, EpochOrder
 from softlabel.loader.ranks import RankShare, Tail
 from softlabel.loader.ratio_order import RatioOrder, ratio_order
 from softlabel.loader.replay import ViewChoice, ViewOrder
-from softlabel.store.features import FeatureName
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.views import CropFlip
@@ -125,7 +125,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
         source_ratio: Sequence[int] | None = None,
         streaming: bool = False,
         window: int | None = None,
-        also: Sequence[FeatureName] = (),
+        also: Sequence[BatchFeature] = (),
         view_order: ViewOrder = "cycle",
         check_views: int = 256,
         views: int | None = None,
@@ -193,11 +193,12 @@ class SoftLabelLoader(EpochLoader[Batch]):
         if self._labels is None:
             return batch
         members_B = self.dataset.choose_members(batch.keys, epoch)
-        target, features = self._labels.take(epoch, start, stop, batch.rows.numpy(), members_B)
+        target, found = self._labels.take(epoch, start, stop, batch.rows.numpy(), members_B)
         if self._batches.pin_memory:
             target = None if target is None else target.pin_memory()
-            features = {name: one.pin_memory() for name, one in features.items()}
-        return replace(batch, target=target, embedding=features.get("embedding"), attention=features.get("attention"))
+            found = {name: one.pin_memory() for name, one in found.items()}
+        features: dict[str, Any] = dict(found)
+        return replace(batch, target=target, **features)
 
     def _identity(self) -> dict[str, int | str]:
         return {

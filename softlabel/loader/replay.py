@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from softlabel.inputs.base import IGNORE, Images, InputTransform
 from softlabel.inputs.batch import collate_samples, refuse_failed
 from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
-from softlabel.store.view_columns import DIGEST, PARTNER
+from softlabel.store.view_columns import DIGEST, PAIR_DIGESTS, PARTNER
 from softlabel.views import Views, changed, digests, draw, identity, stacked
 from softlabel.views.random import bits
 
@@ -107,15 +108,24 @@ class Replay:
         return np.where((rows_B >= 0)[:, None], np.int8(UNKNOWN), labels_B)
 
     def images(
-        self, positions: Int64s, keys: Sequence[str], views_B: Int64s, rows_B: Int64s, epoch: int | None
-    ) -> Tensor:
-        """uint8 (B, 3, H, W): the views, brought to the student's size.
+        self,
+        positions: Int64s,
+        keys: Sequence[str],
+        views_B: Int64s,
+        rows_B: Int64s,
+        epoch: int | None,
+        *,
+        with_copies: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The views, brought to the student's size, and their noisy copies if asked for: uint8 (B, 3, H, W) and
+        (B, J, 3, H, W). A sample without a row has its view in place of copies.
 
         Raises:
             MismatchError: a view is not what the teacher saw.
             DataError: an image cannot be decoded or has no view.
         """
-        seen: list[Tensor | None] = [None] * len(keys)
+        sides = 1 + (2 * self._store.run.views.directions if with_copies else 0)
+        seen: list[list[Tensor | None]] = [[None] * len(keys) for _ in range(sides)]
         for view in np.unique(views_B).tolist():
             for known in (True, False):
                 places = np.flatnonzero((views_B == view) & ((rows_B >= 0) == known))
@@ -124,16 +134,31 @@ class Replay:
                 named = [keys[place] for place in places.tolist()]
                 images = self._decode(positions[places], named)
                 if known:
-                    made = self._replay(images, named, rows_B[places], view, epoch)
+                    made = self._replay(images, named, rows_B[places], view, epoch, with_copies=with_copies)
                 else:
-                    made = self._make_unlabelled(images, named, view)
+                    made = [self._make_unlabelled(images, named, view)] * sides
                 if len(places) == len(keys):
-                    return self._shape(made, keys)
-                for place, image in zip(places.tolist(), made, strict=True):
-                    seen[place] = image
-        return self._shape(stacked([image for image in seen if image is not None]), keys)
+                    return self._shape_sides(made, keys)
+                for side, pixels in zip(seen, made, strict=True):
+                    for place, image in zip(places.tolist(), pixels, strict=True):
+                        side[place] = image
+        return self._shape_sides([stacked([one for one in side if one is not None]) for side in seen], keys)
 
-    def _replay(self, images: Images, keys: Sequence[str], rows_B: Int64s, view: int, epoch: int | None) -> Images:
+    def _shape_sides(self, sides: Sequence[Images], keys: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        views, *copies = [self._shape(side, keys) for side in sides]
+        return views, torch.stack(copies, dim=1) if copies else None
+
+    def _replay(
+        self,
+        images: Images,
+        keys: Sequence[str],
+        rows_B: Int64s,
+        view: int,
+        epoch: int | None,
+        *,
+        with_copies: bool,
+    ) -> list[Images]:
+        """The views of rows, then their noisy copies if asked for."""
         columns = self._store.take(rows_B, self._names).columns
         partners: Images | None = None
         partner_keys: Sequence[str] = []
@@ -147,8 +172,14 @@ class Replay:
             raise MismatchError(
                 f"{self._store.url}: view {view} cannot be made again: {error}; {self._describe_remedy()}"
             ) from None
-        self._compare(made, keys, columns[DIGEST][:, 0], rows_B, view, epoch)
-        return made
+        sides = [made, *(self._views.replay_pairs(made, keys, view=view) if with_copies else ())]
+        stored_BJ = columns[DIGEST]
+        if with_copies:
+            stored_BJ = np.concatenate([stored_BJ, columns[PAIR_DIGESTS]], axis=1)
+        for side, stored_B in zip(sides, stored_BJ.T, strict=True):
+            self._compare(side, keys, stored_B, rows_B, view, epoch)
+        self._checked = True
+        return sides
 
     def _compare(
         self,
@@ -165,7 +196,7 @@ class Replay:
         numbers_B = mix64(rows_B.astype(np.uint64) ^ stream_key(0 if epoch is None else epoch))
         picked = np.flatnonzero(numbers_B % np.uint64(self._check) == 0)
         if not self._checked:
-            picked, self._checked = np.union1d(picked, [0]), True
+            picked = np.union1d(picked, [0])
         if not len(picked):
             return
         found = digests(stacked([made[place] for place in picked.tolist()]))
@@ -186,7 +217,7 @@ class Replay:
 
     def _make_unlabelled(self, images: Images, keys: Sequence[str], view: int) -> Images:
         """Views of samples that the store has no row for: of the same kind, and never mixed, for their hard labels."""
-        made = self._views.unmixed().make(images, keys, view=view, read=_refuse_partners)
+        made = self._views.plain().make(images, keys, view=view, read=_refuse_partners)
         refuse_failed(made.failed, keys, name=self._name)
         return made.images
 

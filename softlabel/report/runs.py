@@ -54,6 +54,7 @@ _AXES = (
     "hard_weight",
     "embedding_loss",
     "embedding_weight",
+    "difference_weight",
 )
 assert set(_AXES) == set(GRID)
 _GRID_METRICS = ("eval_accuracy", "eval_map", "train_accuracy")

@@ -22,9 +22,9 @@ from softlabel.store.features import FeatureColumns, Features
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import OMIT, dumps, to_json
 from softlabel.store.token_rows import TokenRun, per_position, token_columns
-from softlabel.store.view_columns import view_columns
+from softlabel.store.view_columns import DIFFERENCE, ViewPolicy, check_pairs, view_columns
 
-# 2: rows have view columns; 3: independent sigmoids; 4: tokens; 5: embeddings or attention; all others are 1
+# 2: rows have view columns; 3: independent sigmoids; 4: tokens; 5: features or differences; all others are 1
 FORMAT_VERSIONS = (1, 2, 3, 4, 5)
 ROOT_NAME, ROOT_LIMIT = "manifest.json", 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
@@ -92,15 +92,6 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViewPolicy:
-    """Number of views per sample, and the augmentation that draws them from (seed, key, view)."""
-
-    count: int = 1
-    policy: Json = field(default_factory=dict)
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPlan:
     """Shard `number` holds `view` of the samples `start` to `stop` of the dataset; the `part`-th growth wrote it."""
 
@@ -153,6 +144,8 @@ class Run(FeatureColumns, _FingerprintCache):
         elif self.input == "tokens":
             raise ValueError("input: 'tokens' needs the field 'tokens'")
         self.check_features()
+        if self.views.directions:
+            check_pairs(self.activation, self.combine.rule, len(self.members), labels=self.encoding.labels)
         if not self.encoding.knows(self.temperature):
             raise ValueError(f"encoding: its temperatures {self.encoding.declared} lack {self.temperature}")
         # An extent keeps its views only if they are fewer than now, so that equal histories have equal texts.
@@ -191,9 +184,12 @@ class Run(FeatureColumns, _FingerprintCache):
 
     @property
     def sample_columns(self) -> tuple[Column, ...]:
-        """What a row has beside the teachers' answers, whatever their encoding: tokens, or hard labels and the view."""
+        """What a row has beside its labels, whatever their encoding: tokens, or hard labels, the view and the
+        differences of the logits of its noisy copies."""
         if self.tokens is not None:
             return token_columns(self.num_classes)
+        if directions := self.views.directions:
+            return (*self.view_columns, Column(name=DIFFERENCE, dtype="<f2", width=directions * self.num_classes))
         if self.activation == "softmax" or not self.dataset.has_labels:
             return self.view_columns
         return (Column(name=MULTI_HOT, dtype="|i1", width=self.num_classes), *self.view_columns)
@@ -206,7 +202,7 @@ class Run(FeatureColumns, _FingerprintCache):
     @property
     def format_version(self) -> int:
         """Format version of the stores of this run."""
-        if self.features is not None:
+        if self.features is not None or self.views.directions:
             return 5
         if self.tokens is not None:
             return 4

@@ -213,7 +213,7 @@ def _check_content(
             return f"expected rows of view {plan.view}, found another"
         if ((part.labels < 0) & (part.labels != IGNORE)).any():
             return "a label is negative"
-        found = view_problem({column.name: part.columns[column.name] for column in run.view_columns})
+        found = view_problem({column.name: part.columns[column.name] for column in run.sample_columns})
         if run.tokens is not None:
             found = _find_document_problem(run.tokens, run.num_classes, part)
         if not found and MULTI_HOT in part.columns:

@@ -66,6 +66,8 @@ class TrainConfig:
         embedding_weight: of it; absent: the published one of each, which --print_config shows.
         embedding_projector: what brings the student's embedding to the teacher's width for cosine, mse and srd: a
             linear layer, or two with a ReLU between them; absent: linear.
+        difference_weight: of the squared distance between the differences of the student's logits along noise and the
+            teacher's, of a store with views of noise-pair; 0: none.
         label_smoothing: of the hard term.
         mixup: alpha of mixup (Zhang et al. 2017), for hard labels alone; 0 is none.
         optimizer: sgd (with momentum), adamw, or dot, which is sgd with a momentum for each of the soft and the hard
@@ -147,6 +149,7 @@ class TrainConfig:
     embedding_loss: EmbeddingLossName | list[EmbeddingLossName] = "none"
     embedding_weight: float | list[float] | None = None
     embedding_projector: ProjectorName | None = None
+    difference_weight: float | list[float] = 0.0
     label_smoothing: float | list[float] = 0.0
     mixup: float = 0.0
     optimizer: Literal["sgd", "adamw", "dot"] | list[Literal["sgd", "adamw", "dot"]] | None = None
@@ -277,6 +280,7 @@ GRID = (
     "hard_weight",
     "embedding_loss",
     "embedding_weight",
+    "difference_weight",
 )
 
 # Options that runs of earlier versions do not name in their identity, with what those did.
@@ -288,6 +292,7 @@ _LATER: Mapping[str, Any] = {
     "embedding_loss": "none",
     "embedding_weight": 0.0,
     "embedding_projector": None,
+    "difference_weight": 0.0,
 }
 
 

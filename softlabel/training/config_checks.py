@@ -20,6 +20,7 @@ _AT_LEAST: Mapping[str, float] = {
     "soft_weight": 0,
     "soft_warmup": 0,
     "hard_weight": 0,
+    "difference_weight": 0,
     "mixup": 0,
     "lr": 0,
     "momentum": 0,
@@ -107,6 +108,7 @@ def check_combinations(config: Any) -> None:
     if without_soft and 0 in config.values("hard_weight") and "none" in config.values("embedding_loss"):
         raise UsageError("soft_weight and hard_weight: both are 0, there is nothing to learn from")
     _check_embedding_options(config)
+    _check_difference_options(config)
     if config.labels is None:
         for name in _list_soft_options(config):
             if name != "temperature":
@@ -160,6 +162,19 @@ def check_combinations(config: Any) -> None:
     if config.accumulate > size:
         lines = " lines" if config.of_documents else ""
         raise UsageError(f"accumulate: a batch of {size}{lines} cannot be cut into {config.accumulate} parts")
+
+
+def _check_difference_options(config: Any) -> None:
+    """A term on differences along noise has labels, of samples that are not mixed."""
+    if not any(config.values("difference_weight")):
+        return
+    if config.labels is None:
+        raise UsageError(
+            f"difference_weight: {config.difference_weight} needs the teacher's differences along noise; give --labels "
+            "STORE, of 'softlabel generate --augment noise-pair'"
+        )
+    if config.mixup:
+        raise UsageError("mixup: a mixed sample has no differences in the store; leave --mixup out")
 
 
 def _check_embedding_options(config: Any) -> None:

@@ -251,6 +251,8 @@ def _find_obstacle(config: TrainConfig, ranks: Ranks, students: Sequence[Student
         return "the positions that count differ from batch to batch of a language model"
     if any(isinstance(student, EmbeddingStudent) for student in students):
         return "a loss on embeddings looks at what counts in each batch"
+    if any(student.config.difference_weight for student in students):
+        return "differences along noise take passes of their own"
     if any(student.config.optimizer == "dot" for student in students):
         return "optimizer dot takes two gradients of a step, and a graph has one"
     if any(student.config.soft_warmup for student in students):

@@ -18,6 +18,7 @@ _SHORT = {"lr": "lr", "weight_decay": "decay", "label_smoothing": "smooth", "tem
     "soft_warmup": "warmup",
     "hard_weight": "hard",
     "embedding_weight": "embed",
+    "difference_weight": "diff",
 }
 
 
@@ -34,6 +35,7 @@ class StudentConfig:
         soft_warmup: epochs over which the weight of the soft term rises; 0: none.
         embedding_loss: on its embedding, see `EMBEDDING_LOSSES`.
         embedding_weight: of that; 0: there is none.
+        difference_weight: of the differences of its logits along noise; 0: there is no such term.
         shared: the settings that it has in common with the others.
     """
 
@@ -51,6 +53,7 @@ class StudentConfig:
     hard_weight: float
     embedding_loss: EmbeddingLossName
     embedding_weight: float
+    difference_weight: float
     shared: TrainConfig
 
     def identity(self) -> dict[str, Any]:

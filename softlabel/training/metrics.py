@@ -40,6 +40,7 @@ class EpochMetrics:
         differing_share: of the soft labels beside a hard one, those with another most probable class, which
             `fix_labels` swaps or masks.
         embedding_loss: that of the student's embedding, mean over samples that have the teacher's.
+        difference_loss: that of the differences of logits along noise, mean over samples that have the teacher's.
     """
 
     epoch: int
@@ -62,6 +63,7 @@ class EpochMetrics:
     kept_share: float | None = None
     differing_share: float | None = None
     embedding_loss: float | None = None
+    difference_loss: float | None = None
 
     @property
     def headline(self) -> tuple[str, float] | None:
@@ -83,6 +85,7 @@ class EpochMetrics:
         parts += [f"soft {self.soft_loss:.4f}"] if self.soft_loss is not None else []
         parts += [f"hard {self.hard_loss:.4f}"] if self.hard_loss is not None else []
         parts += [f"embedding {self.embedding_loss:.4g}"] if self.embedding_loss is not None else []
+        parts += [f"difference {self.difference_loss:.4g}"] if self.difference_loss is not None else []
         parts += [f"train {self.train_accuracy:.4f}"] if self.train_accuracy is not None else []
         parts += [f"agreement {self.teacher_agreement:.4f}"] if self.teacher_agreement is not None else []
         parts += [f"soft labels kept {self.kept_share:.2%}"] if self.kept_share is not None else []
@@ -101,7 +104,7 @@ class Sums:
     NAMES = ("units", "samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
     TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `RowStep.teacher_sums` holds
     FILTER = ("stored", "kept", "comparable", "differ")  # of `LabelFilter`; checkpoints of earlier versions have none
-    EMBEDDING = ("embedded", "embedding")  # likewise
+    BESIDE = ("embedded", "embedding", "differing", "difference")  # likewise
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
         given = list(values or [])
@@ -110,7 +113,7 @@ class Sums:
 
     @classmethod
     def _names(cls) -> tuple[str, ...]:
-        return (*cls.NAMES, *cls.TEACHER, *cls.FILTER, *cls.EMBEDDING)
+        return (*cls.NAMES, *cls.TEACHER, *cls.FILTER, *cls.BESIDE)
 
     def add(
         self, *values: float | Tensor, teacher_sums: Tensor | None = None, filtered: Sequence[int] | None = None
@@ -129,14 +132,20 @@ class Sums:
         )
         self.values[: len(self.NAMES)] += new
         if teacher_sums is not None:
-            self.values[len(self.NAMES) : -len(self.FILTER + self.EMBEDDING)] += teacher_sums
+            self.values[len(self.NAMES) : -len(self.FILTER + self.BESIDE)] += teacher_sums
         if filtered is not None:
             found = torch.tensor(filtered, dtype=torch.float64, device=device)
-            self.values[-len(self.FILTER + self.EMBEDDING) : -len(self.EMBEDDING)] += found
+            self.values[-len(self.FILTER + self.BESIDE) : -len(self.BESIDE)] += found
 
     @torch.no_grad()
     def add_embedding(self, rows: int, total: Tensor) -> None:
         """The rows of a part that have the teacher's embedding, and the sum of the loss over them."""
+        self.values[-4] += rows
+        self.values[-3] += total
+
+    @torch.no_grad()
+    def add_difference(self, rows: int, total: Tensor) -> None:
+        """The rows of a part that have the teacher's differences along noise, and the sum of the loss over them."""
         self.values[-2] += rows
         self.values[-1] += total
 
@@ -167,6 +176,7 @@ class Sums:
             "kept_share": mean("kept", "stored") if soft else None,
             "differing_share": mean("differ", "comparable") if soft else None,
             "embedding_loss": mean("embedding", "embedded"),
+            "difference_loss": mean("difference", "differing"),
         }
 
 
@@ -174,7 +184,7 @@ def write_csv(path: Path, history: Sequence[EpochMetrics]) -> None:
     """The whole history; the file is replaced, so that it never holds an epoch that a resumed run does again."""
     text = io.StringIO()
     names = [field.name for field in fields(EpochMetrics)]
-    for name in ("eval_map", "eval_perplexity", "kept_share", "differing_share", "embedding_loss"):
+    for name in ("eval_map", "eval_perplexity", "kept_share", "differing_share", "embedding_loss", "difference_loss"):
         if all(getattr(epoch, name) is None for epoch in history):
             names.remove(name)  # of other students than those that have it
     writer = csv.DictWriter(text, names, lineterminator="\n")

@@ -20,6 +20,7 @@ from softlabel.loader import Batch
 from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
 from softlabel.training import rng
+from softlabel.training.differences import measure_differences
 from softlabel.training.dot import Dot
 from softlabel.training.objective import BatchTerm, Objective
 from softlabel.training.optimizer import rebuild_optimizer
@@ -41,6 +42,7 @@ class StudentRows:
         top: int64 (B,), as in `RowStep`.
         teacher_sums: as in `RowStep`, with the first part; None with the others.
         mixup: see `Objective.losses`.
+        copies: what the network takes of the rows' noisy copies, where a loss is on them.
     """
 
     part: slice
@@ -50,6 +52,7 @@ class StudentRows:
     top: Tensor | None
     teacher_sums: Tensor | None
     mixup: tuple[Tensor, Tensor] | None
+    copies: Inputs | None = None
 
 
 class RowStudent(Student):
@@ -118,6 +121,8 @@ class RowStudent(Student):
     def _compute(self, rows: StudentRows, here: Counts, whole: Counts) -> None:
         logits_BC = self._call(rows)
         losses = self.find_losses(logits_BC, rows, here, whole)
+        if self.config.difference_weight > 0:
+            losses = self._add_differences(losses, rows, here, whole)
         if isinstance(self.optimizer, Dot):
             hard = self._objective.find_hard(logits_BC, rows.batch, here, whole)
             parameters = self.optimizer.parameters
@@ -129,6 +134,17 @@ class RowStudent(Student):
         if isinstance(self.optimizer, Dot):
             self.ranks.average_tensors(self.optimizer.hard)
         super().end_step()
+
+    def _add_differences(
+        self, losses: LossComponents, rows: StudentRows, here: Counts, whole: Counts
+    ) -> LossComponents:
+        """With the term on the differences along noise."""
+        assert rows.copies is not None
+        with computing(self.precision, self.device):
+            value = measure_differences(self.model, rows.copies, rows.batch)
+        self._sums.add_difference(here.embedded, value.detach() * here.embedded)
+        share = here.embedded * self.ranks.world_size / max(whole.embedded, 1)
+        return LossComponents(losses.total + self.config.difference_weight * share * value, losses.soft, losses.hard)
 
     def _call(self, rows: StudentRows) -> Tensor:
         """The logits (B, C), float32, of a part of a step."""
@@ -151,6 +167,10 @@ class RowStudent(Student):
         inputs, batch, top_B = work.inputs[self.preprocessing.norm], work.batch, work.top
         if len(work.parts) > 1:
             inputs, batch, top_B = inputs[part], take(batch, part), None if top_B is None else top_B[part]
+        copies = None
+        if self.config.difference_weight > 0:
+            first, last = part.start * work.count_copies, part.stop * work.count_copies
+            copies = work.copies[self.preprocessing.norm][slice(first, last)]
         mixed = None
         mixup = self._objective.mixup(work.epoch, work.step, part, self.device)
         if mixup is not None:
@@ -163,6 +183,7 @@ class RowStudent(Student):
             inputs = inputs.map(lambda tensor: torch.lerp(tensor[others], tensor, share))
             mixed = torch.tensor([share, 1 - share]).to(self.device, non_blocking=True), others
         return StudentRows(
+            copies=copies,
             part=part,
             epoch=work.epoch,
             inputs=inputs,

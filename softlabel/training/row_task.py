@@ -15,9 +15,11 @@ from softlabel.errors import DataError, MismatchError, SpecError, UsageError
 from softlabel.evaluation.evaluate import Measurement
 from softlabel.inputs.base import InputKind, Inputs, InputTransform
 from softlabel.loader import Batch, SoftLabelLoader
+from softlabel.loader.features import BatchFeature
 from softlabel.models import Program, build_model
 from softlabel.models.teacher import student_preprocessing
 from softlabel.store.reader import Store
+from softlabel.store.view_columns import DIFFERENCE
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_setup import (
@@ -114,7 +116,7 @@ class RowTask(Task):
             cache_device=ranks.device if config.cache == "device" else None,
             pin_memory=ranks.device.type == "cuda",
             combine=self.combination,
-            also=list_features(self.configs),
+            also=_list_features(self.configs),
             view_order=config.view_order,
             check_views=config.check_views,
             views=views,
@@ -284,6 +286,12 @@ def _check_geometry(configs: Sequence[StudentConfig], found: list[InputTransform
 def _augment(config: TrainConfig, store: Store | None, kind: InputKind) -> CropFlip | None:
     chosen = config.augmentation(store, kind)
     return None if chosen == "none" else CropFlip(padding=config.crop_padding, flip=chosen == "crop-flip")
+
+
+def _list_features(configs: Sequence[StudentConfig]) -> tuple[BatchFeature, ...]:
+    """What batches need of the teacher beside its labels."""
+    differences: tuple[BatchFeature, ...] = (DIFFERENCE,) if any(one.difference_weight for one in configs) else ()
+    return (*list_features(configs), *differences)
 
 
 def _num_classes(source: Source, store: Store | None) -> int:

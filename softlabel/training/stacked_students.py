@@ -224,6 +224,8 @@ def _find_obstacle(config: TrainConfig, ranks: Ranks, group: Sequence[Student]) 
         return "the last layer and the loss of a language model are computed together, student by student"
     if any(isinstance(student, EmbeddingStudent) for student in group):
         return "a loss on embeddings trains beside each student, student by student"
+    if any(student.config.difference_weight for student in group):
+        return "differences along noise take passes of their own, student by student"
     if group[0].precision != "fp32":
         return "autocast does not reach the convolutions of torch.func.vmap; give --precision fp32"
     if config.accumulate > 1 and any(isinstance(one, RowStudent) and one.is_of_batch for one in group):

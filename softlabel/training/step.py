@@ -5,8 +5,8 @@ Rows are samples, or positions of documents.
 Legend: B batch, C classes, D width of the teacher's embedding, K negatives.
 """
 
-from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from softlabel.common.multi_hot import UNKNOWN
 from softlabel.inputs.base import IGNORE, Inputs, InputTransform
 from softlabel.loader import Batch
+from softlabel.loader.batch import RARE
 from softlabel.loss.signals import top_class_and_entropy
 from softlabel.loss.targets import Target
 from softlabel.training.label_filter import Filtered
@@ -79,6 +80,7 @@ class RowStep(Step):
         inputs: what a network takes, for each way to normalise (`InputTransform.norm`).
         top: int64 (B,), the teacher's most probable class, -1 where there is none; None: unknown for all.
         negatives: what embeddings are contrasted with, for a loss that does.
+        copies: like `inputs`, of the noisy copies of the samples, those of one sample after another; empty without any.
         teacher_sums: sums over the rows with soft labels, float64 (4,): rows with `top`, such rows with a hard
             label, those where the two agree, and the entropy of the target in nats.
     """
@@ -88,6 +90,12 @@ class RowStep(Step):
     top: Tensor | None
     teacher_sums: Tensor | None
     negatives: Negatives | None = None
+    copies: dict[Hashable, Inputs] = field(default_factory=dict)
+
+    @property
+    def count_copies(self) -> int:
+        """How many noisy copies a sample has."""
+        return 0 if self.batch.copies is None else self.batch.copies.shape[1]
 
 
 def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
@@ -107,8 +115,8 @@ def without_filler(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def has_features(batch: Batch) -> bool:
-    """Whether the teacher's embedding, or its maps of attention, come with the rows."""
-    return batch.embedding is not None or batch.attention is not None
+    """Whether something of the teacher comes with the rows beside labels."""
+    return any(one is not None for one in (batch.embedding, batch.attention, batch.difference))
 
 
 def labelled_rows(labels: Tensor) -> Tensor:
@@ -150,8 +158,7 @@ def take(batch: Batch, part: slice) -> Batch:
         rows=batch.rows[part],
         target=None if batch.target is None else batch.target.take(part),
         has_target=None if batch.has_target is None else batch.has_target[part],
-        embedding=None if batch.embedding is None else batch.embedding[part],
-        attention=None if batch.attention is None else batch.attention[part],
+        **{name: one[part] for name in RARE if (one := getattr(batch, name)) is not None},
     )
 
 
@@ -160,7 +167,7 @@ def prepare(
     batch: Batch,
     parts: tuple[tuple[slice, Counts], ...],
     whole: Counts,
-    transforms: Iterable[InputTransform],
+    transforms: Sequence[InputTransform],
     *,
     epoch: int,
     step: int,
@@ -180,6 +187,10 @@ def prepare(
     for transform in transforms:
         if transform.norm not in inputs:
             inputs[transform.norm] = transform.finish(Inputs.of(batch.inputs))
+    copies: dict[Hashable, Inputs] = {}
+    if batch.copies is not None:
+        each = Inputs.single(batch.copies.flatten(0, 1))
+        copies = {transform.norm: transform.finish(each) for transform in transforms}
     top_B = teacher_sums = None
     if with_teacher and batch.target is not None:
         top_B, teacher_sums = sum_teacher(batch.target, batch.has_target, batch.labels) or (None, None)
@@ -193,6 +204,7 @@ def prepare(
         top=top_B,
         teacher_sums=teacher_sums,
         negatives=negatives,
+        copies=copies,
     )
 
 

@@ -136,6 +136,7 @@ def _describe_terms(student: Student) -> str:
     """The loss of a student in words."""
     config = student.config
     beside = "" if config.embedding_loss == "none" else f", {config.embedding_loss} weight {config.embedding_weight:g}"
+    beside += f", difference weight {config.difference_weight:g}" if config.difference_weight else ""
     if not config.soft_weight:
         return f"{'no soft term' if beside else 'not used'}, hard weight {config.hard_weight:g}{beside}"
     named = "" if config.loss == "kd" else f"loss {config.loss}, "

@@ -44,7 +44,7 @@ class _SyncBatchNorm(_BatchNorm):
         shape = (1, -1, *[1] * (input.dim() - 2))
         centred = values - mean_C.view(shape)
         var_C: Tensor = _Sum.apply(centred.square().sum(dims)) / count
-        if self.running_mean is not None and self.running_var is not None:
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 assert self.num_batches_tracked is not None
                 self.num_batches_tracked.add_(1)

@@ -44,9 +44,9 @@ _OTHERS = {
     "sync_batchnorm": "is of batch norms, which language models do not have",
     "fix_labels": "compares samples with one label each",
     "confidence": "is of samples with one label each",
-    "embedding_loss": "is of samples with one embedding each",
     "loss": "is of samples with one label each; a language model's logits exist for a part of the positions at a time, "
     "with the distillation loss",
+    "difference_weight": "is of noisy images",
     "compile": "compiles a whole network; the last layer of a language model is fused with the loss instead",
 }
 

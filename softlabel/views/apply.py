@@ -2,7 +2,7 @@
 
 Legend: B batch, H and W pixels.
 
-    decoded images -> box -> torchvision transforms -> mixing -> pixels and their xxh3-64
+    decoded images -> box -> torchvision transforms -> mixing or noisy copies -> pixels and their xxh3-64
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +17,17 @@ from torch import Tensor
 
 from softlabel.inputs.base import Images, form_of
 from softlabel.store.manifest import Run
-from softlabel.store.view_columns import BOX, DIGEST, FLIP, PARTNER, PARTNER_BOX, PARTNER_FLIP, PASTE, WEIGHT
+from softlabel.store.view_columns import (
+    BOX,
+    DIGEST,
+    FLIP,
+    PAIR_DIGESTS,
+    PARTNER,
+    PARTNER_BOX,
+    PARTNER_FLIP,
+    PASTE,
+    WEIGHT,
+)
 from softlabel.views.boxes import Boxes
 from softlabel.views.mix_ops import blend, identity, paste, share
 from softlabel.views.policy import Policy
@@ -43,11 +53,13 @@ class Made:
         images: uint8, one tensor if all have one size; without the failed ones.
         columns: `Run.view_columns` of each view, also without the failed ones.
         failed: place in the batch -> reason why the view could not be made.
+        pairs: noisy copies of the views (`NoisePairStep.make`), none unless the policy has some.
     """
 
     images: Images
     columns: Arrays
     failed: dict[int, str]
+    pairs: tuple[Images, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +86,9 @@ class Views:
         policy = Policy.of(run.views.policy)
         return None if policy is None else cls(policy=policy, seed=run.views.seed, pool=run.extents[0].rows)
 
-    def unmixed(self) -> "Views":
-        """Return the same views without mixing."""
-        return replace(self, policy=replace(self.policy, mix=None))
+    def plain(self) -> "Views":
+        """Return the same views without mixing, and without noisy copies beside them."""
+        return replace(self, policy=replace(self.policy, mix=None, pair=None))
 
     @staticmethod
     def mixes(run: Run) -> bool:
@@ -107,7 +119,12 @@ class Views:
             named = [keys[place] for place in kept]
             seen, mixed = self._mix(seen, named, boxes, words_B, view=view, read=read)
             columns |= mixed
-        return Made(images=seen, columns={**columns, DIGEST: digests(seen)[:, None]}, failed=failed)
+        columns[DIGEST] = digests(seen)[:, None]
+        pairs: tuple[Images, ...] = ()
+        if self.policy.pair is not None:
+            pairs = tuple(self.policy.pair.make(seen, words_B))
+            columns[PAIR_DIGESTS] = np.stack([digests(copies) for copies in pairs], axis=1)
+        return Made(images=seen, columns=columns, failed=failed, pairs=pairs)
 
     def replay(
         self,
@@ -143,6 +160,11 @@ class Views:
             weights_B = columns[WEIGHT][:, 0].tolist()
             return stacked([blend(*trio) for trio in zip(seen, others, weights_B, strict=True)])
         return stacked([paste(*trio) for trio in zip(seen, others, columns[PASTE].tolist(), strict=True)])
+
+    def replay_pairs(self, seen: Images, keys: Sequence[str], *, view: int) -> list[Images]:
+        """Make the noisy copies of replayed views, as `NoisePairStep.make` gives them."""
+        assert self.policy.pair is not None
+        return self.policy.pair.make(seen, draw(keys, seed=self.seed, view=view))
 
     def _draw_boxes(self, images: Images, words_B: U64) -> Boxes | None:
         return None if self.policy.crop is None else self.policy.crop.draw(_image_sizes(images), words_B)

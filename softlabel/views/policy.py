@@ -1,7 +1,8 @@
 """View policies: parsed from a user's text, and as a store keeps them.
 
 A policy is a list of steps: at most one crop (`crop-flip`, `inception`), then torchvision transforms by name, then at
-most one mixing step (`mixup`, `cutmix`). `center` has no steps: the view is the unchanged image.
+most one mixing step (`mixup`, `cutmix`) or `noise-pair`, which shows noisy copies beside the view. `center` has no
+steps: the view is the unchanged image.
 """
 
 import math
@@ -14,9 +15,10 @@ import yaml
 
 from softlabel.common.spec import literal, split_options
 from softlabel.errors import UsageError, one_line
-from softlabel.store.manifest import ViewPolicy
+from softlabel.store.view_columns import PAIR, ViewPolicy
 from softlabel.views.boxes import CropFlipStep, CropStep, InceptionStep
 from softlabel.views.mix_ops import MixStep
+from softlabel.views.noise_pair import NoisePairStep
 from softlabel.views.torchvision_ops import fixes_size, named, transform_of
 
 if TYPE_CHECKING:
@@ -36,12 +38,14 @@ class Policy:
         crop: the cropping step; None: the whole image.
         transforms: torchvision transforms, in order.
         mix: the mixing step, or None.
+        pair: the noisy copies that are shown beside each view, or None.
         fixed: whether views of images of all sizes have one size.
     """
 
     crop: CropStep | None
     transforms: "tuple[v2.Transform, ...]"
     mix: MixStep | None
+    pair: NoisePairStep | None
     fixed: bool
 
     @classmethod
@@ -53,12 +57,14 @@ class Policy:
         """
         crop: CropStep | None = None
         mix: MixStep | None = None
+        pair: NoisePairStep | None = None
         transforms: list[v2.Transform] = []
         fixed = False
         for step in policy.get("steps", ()):
             op, rest = step["op"], {name: value for name, value in step.items() if name != "op"}
-            if mix is not None:
-                raise UsageError(f"augment: expected {mix.kind} as the last step, found {op} after it")
+            if mix is not None or pair is not None:
+                last = PAIR if mix is None else mix.kind
+                raise UsageError(f"augment: expected {last} as the last step, found {op} after it")
             if op in _MAKE_CROP:
                 if crop is not None or transforms:
                     raise UsageError(f"augment: expected {op} as the first step and the only one that crops")
@@ -66,15 +72,17 @@ class Policy:
                 fixed = crop.fixed
             elif op in _ALPHA:
                 mix = _make_mix(op, rest)
+            elif op == PAIR:
+                pair = _make_pair(rest)
             else:
                 arguments = rest.get("arguments", {})
                 if not isinstance(arguments, Mapping):
                     raise UsageError(f"augment: {op}: expected arguments by name, found {arguments!r}")
                 transforms.append(transform_of(op, arguments))
                 fixed = fixed or fixes_size(op, arguments)
-        if crop is None and mix is None and not transforms:
+        if crop is None and mix is None and pair is None and not transforms:
             return None
-        return cls(crop=crop, transforms=tuple(transforms), mix=mix, fixed=fixed)
+        return cls(crop=crop, transforms=tuple(transforms), mix=mix, pair=pair, fixed=fixed)
 
 
 def parse_policy(text: str) -> dict[str, Any]:
@@ -146,6 +154,8 @@ def _complete_step(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"op": name, **_to_json(asdict(_MAKE_CROP[name](arguments)))}
     if name in _ALPHA:
         return {"op": name, "alpha": _make_mix(name, {"alpha": _ALPHA[name], **arguments}).alpha}
+    if name == PAIR:
+        return {"op": name, **asdict(_make_pair(arguments))}
     if name == "randaugment":
         arguments = {"num_ops": 2, "magnitude": 9, **arguments}
     name = _ALIASES.get(name, name)
@@ -172,7 +182,13 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "flip": bool,
     "interpolation": str,
     "alpha": (int, float),
+    "step": int,
+    "directions": int,
 }
+
+
+def _make_pair(arguments: Mapping[str, Any]) -> NoisePairStep:
+    return NoisePairStep(**_check_options(NoisePairStep, PAIR, arguments))
 
 
 def _make_mix(name: str, arguments: Mapping[str, Any]) -> MixStep:

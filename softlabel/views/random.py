@@ -25,7 +25,7 @@ def draw(keys: Sequence[str], *, seed: int, view: int) -> U64:
 
 def bits(words_B: U64, first: int, count: int) -> U64:
     """Return numbers `first` to `first + count` of the random stream that each word seeds: uint64 (B, K)."""
-    places_K = np.array([(place + 1) * _GOLDEN & (2**64 - 1) for place in range(first, first + count)], np.uint64)
+    places_K = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(_GOLDEN)  # modulo 2^64
     return mix64(words_B[:, None] + places_K)
 
 

@@ -47,8 +47,8 @@ def transform_of(name: str, arguments: Mapping[str, Any]) -> "v2.Transform":
     kind = getattr(v2, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not (inspect.isclass(kind) and issubclass(kind, v2.Transform)):
         raise UsageError(
-            "augment: expected center, crop-flip, inception, trivial, randaugment, mixup, cutmix, or the name of a "
-            f"transform in torchvision.transforms.v2, found {name!r}"
+            "augment: expected center, crop-flip, inception, trivial, randaugment, mixup, cutmix, noise-pair, or the "
+            f"name of a transform in torchvision.transforms.v2, found {name!r}"
         )
     if name in _REFUSED:
         raise UsageError(f"augment: {name} {_REFUSED[name]} and cannot be part of a view")

@@ -24,10 +24,11 @@ from softlabel.errors import (
     UsageError,
 )
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord, ViewPolicy
+from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord
 from softlabel.store.open import open_store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.verify import verify_store
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
 from tests.support.documents import make_samples

@@ -22,7 +22,7 @@ from softlabel.errors import StoreCorruptError
 from softlabel.store.encodings import TopK
 from softlabel.store.formats import base
 from softlabel.store.formats.base import ShardIdentity
-from softlabel.store.manifest import Combine, Member, Run, ViewPolicy
+from softlabel.store.manifest import Combine, Member, Run
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
@@ -30,6 +30,7 @@ from softlabel.store.strict_json import from_json, to_json
 from softlabel.store.token_rows import TokenRun
 from softlabel.store.token_totals import count_tokens
 from softlabel.store.verify import verify_store
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 from tests.support import format_reader
 from tests.support.documents import LONGEST, Documents, make_token_run

@@ -14,9 +14,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ShardPlan, ViewPolicy
+from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ShardPlan
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 
 FORMATS = ("parquet", "hdf5")

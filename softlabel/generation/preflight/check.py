@@ -117,7 +117,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     refuse_equal(trial, job.labeller.source.name, run.activation, job.labeller.source.inputs)
     images, lane = sum(plan.stop - plan.start for plan in missing), job.labeller.lane
     found = offer(job, trial, run.encoding)
-    of_views = sum(column.row_bytes for column in run.view_columns)
+    of_views = sum(column.row_bytes for column in run.sample_columns)
     need = images * (found.row_bytes + of_views + ROW_BYTES + estimate_key_bytes(trial))
     if run.tokens is not None:
         need = found.total_bytes * images // (run.dataset.rows * run.views.count)

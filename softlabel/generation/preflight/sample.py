@@ -175,7 +175,8 @@ def _measure_sample(labeller: Labeller, seconds: float, seed: int) -> Trial:
         sampled=sampled,
         bad=tuple(bad),
         decoding=decoding / timed,
-        forward=forward / max(1, labelled),
+        # Noisy copies of views cost as much as the views.
+        forward=forward / max(1, labelled) * (1 + 2 * labeller.run.views.directions),
     )
 
 

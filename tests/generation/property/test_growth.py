@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softlabel.store.manifest import DatasetInfo, Extent, Run, ViewPolicy
+from softlabel.store.manifest import DatasetInfo, Extent, Run
 from softlabel.store.strict_json import from_json, to_json
+from softlabel.store.view_columns import ViewPolicy
 from tests.support.stores import make_run
 
 POLICY = {"name": "crop-flip", "steps": [{"op": "crop-flip", "padding": 4, "flip": True}]}

@@ -14,8 +14,9 @@ from softlabel.labels.encodings import encode
 from softlabel.store.encodings import Encoding, Float16, Float32, Int8, Sampled, TopK
 from softlabel.store.formats.base import Rows
 from softlabel.store.key_index import KeyIndex
-from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run, ViewPolicy
+from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run
 from softlabel.store.open import open_store
+from softlabel.store.view_columns import ViewPolicy
 from softlabel.store.writer import Committer, write_shard
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
