@@ -27,11 +27,16 @@ from softlabel.loader.batch import Batch, BatchKeys, BatchRequest
 from softlabel.loader.cache import SampleCache
 from softlabel.loader.device_cache import DeviceCache, open_device_cache, refuse_views
 from softlabel.loader.features import BatchFeature, check_also, decode_features, list_columns
-from softlabel.loader.hard_labels import choose_activation, convert_labels, find_contradictions, read_hard_labels
+from softlabel.loader.hard_labels import (
+    check_classes,
+    choose_activation,
+    convert_labels,
+    find_contradictions,
+    read_hard_labels,
+)
 from softlabel.loader.join import Int64s, Kept, Missing, choose_kept, describe_changed, read_keys, refuse_positions
 from softlabel.loader.replay import Replay, ViewChoice, rows_of_views
 from softlabel.loader.target import choose_members, make_target
-from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIFFERENCE
 from softlabel.views import CropFlip, Views, stacked
@@ -118,7 +123,7 @@ class JoinedDataset(Dataset[Batch]):
         if store is None:
             stay, rows_N = Kept(samples=np.arange(len(keys))), np.full(len(keys), -1)
         else:
-            _check_classes(source, store.manifest.run)
+            check_classes(source, store.manifest.run)
             if made is None and views.count not in (None, store.run.views.count):
                 raise UsageError(f"views: the rows of {store.url} are of the samples as they are, found {views.count}")
             self.views = store.run.views.count if views.count is None else views.count
@@ -369,35 +374,3 @@ class JoinedDataset(Dataset[Batch]):
                 members=self.choose_members(keys, epoch),
             )
         return found
-
-
-def _check_classes(source: Source, run: Run) -> None:
-    if not run.encoding.labels:  # of embeddings alone
-        return
-    names = source.class_names
-    if source.has_labels and source.label_width is not None:
-        if run.activation == "softmax":
-            raise MismatchError(
-                f"labels: {source.name} has several classes at once, the store holds a softmax over the classes; use "
-                "labels of one class each, or --ignore-labels to train on the soft labels alone"
-            )
-        if source.label_width != run.num_classes:
-            raise MismatchError(
-                f"classes: the store has {run.num_classes}, the labels of {source.name} {source.label_width}; use the "
-                "labels of this data, or --ignore-labels to train on the soft labels alone"
-            )
-    if not source.has_labels or names is None or not run.encoding.labels:
-        return
-    if run.num_classes == 1 and len(names) == 2:
-        names = names[1:]  # one output says whether it is the second of two classes
-    if len(names) != run.num_classes:
-        raise MismatchError(
-            f"classes: the store has {run.num_classes}, {source.name} has {len(names)}; use the labels of this data, "
-            "or --ignore-labels to train on the soft labels alone"
-        )
-    if run.class_names is not None and names != run.class_names and set(names) == set(run.class_names):
-        place = next(i for i, (one, other) in enumerate(zip(names, run.class_names, strict=True)) if one != other)
-        raise MismatchError(
-            f"classes: in another order; class {place} is {run.class_names[place]!r} in the store and "
-            f"{names[place]!r} in {source.name}; bring them into one order"
-        )
