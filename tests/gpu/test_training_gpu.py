@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 import softlabel
+from softlabel.training.losses import LOSSES
 from softlabel.views import CropFlip
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_dataset
@@ -35,8 +36,9 @@ def test_a_student_learns_as_on_the_cpu(digits: Path, tmp_path: Path, device: st
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"temperature": [1.0, 4.0]},
-        {"temperature": [1.0, 4.0], "stack": "on"},
+        {"temperature": [1.0, 4.0], "stack": "on", "precision": "fp32"},
         {"lr": [0.001, 0.003], "optimizer": "adamw", "stack": "auto"},
+        {"lr": [0.001, 0.003], "optimizer": "dot"},
     ],
     ids=str,
 )
@@ -44,11 +46,23 @@ def test_ways_to_train(digits: Path, tmp_path: Path, device: str, changes: dict[
     if device == "cpu" and changes.get("precision") == "fp16":
         pytest.skip("needs a CUDA device: training in float16")
     softlabel.train(make_config(digits, tmp_path / "run", device=device, epochs=2, **changes))
-    several = "precision" not in changes
+    several = any(isinstance(value, list) for value in changes.values())
     assert len(list((tmp_path / "run").glob("*/model.safetensors" if several else "model.safetensors"))) == 1 + several
     if not several:
         losses = [float(row["loss"]) for row in read_history(tmp_path / "run")]
         assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"confidence": "0.1:0.99", "fix_labels": "swap"}], ids=str)
+def test_every_loss_is_that_of_the_cpu(digits: Path, tmp_path: Path, device: str, changes: dict[str, Any]) -> None:
+    smooth = "python:tests.support.students:build_smooth_student?resize=16&crop=16"
+    rest = {"student": smooth, "loss": list(LOSSES), "epochs": 2, "lr": 0.001, "precision": "fp32", **changes}
+    for name in ("cpu", device):
+        softlabel.train(make_config(digits, tmp_path / name, device=name, **rest))
+    for loss in LOSSES:
+        there, here = (read_history(tmp_path / name / loss)[-1] for name in (device, "cpu"))
+        for name in ("loss", "soft_loss", "hard_loss"):
+            assert float(there[name]) == pytest.approx(float(here[name]), rel=1e-3, abs=1e-4), (loss, name)
 
 
 @pytest.mark.parametrize("views", [False, True])
