@@ -58,10 +58,10 @@ def check_embeddings(config: TrainConfig, configs: Sequence[StudentConfig], stor
                 )
     if store is not None and not store.run.encoding.labels:
         for one in configs:
-            if one.soft_weight > 0 or one.embedding_loss == "none":
+            if one.soft_weight > 0:
                 raise UsageError(
-                    f"labels: {store.url} has embeddings or attention alone, found soft weight {one.soft_weight:g} and "
-                    f"embedding loss {one.embedding_loss}; give --soft-weight 0 --embedding-loss NAME"
+                    f"soft_weight: {store.url} has embeddings or attention alone, found weight {one.soft_weight:g} of "
+                    "labels; give --soft-weight 0 --embedding-loss NAME"
                 )
     used = {one.embedding_loss for one in configs} - {"none"}
     if not used or store is None:

@@ -300,7 +300,7 @@ def _num_classes(source: Source, store: Store | None) -> int:
     highest = int(labels_N.max(initial=-1))
     if source.label_width is not None or (store is not None and store.run.activation == "sigmoid"):
         return _count_outputs(source, store, highest)
-    if store is not None and store.run.encoding.labels:
+    if store is not None:
         classes, where = store.run.num_classes, f"the store {store.path} has"
     elif source.class_names is not None:
         classes, where = len(source.class_names), f"{source.name} names"

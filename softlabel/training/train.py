@@ -100,8 +100,6 @@ def _train(
     precision = _precision(config, ranks.device)
     require_samples(source)
     store = open_store(config.labels) if config.labels is not None else None
-    if store is not None and any(one.soft_weight for one in configs):
-        store.require_labels("soft_weight")
     make = TokenTask if are_language_models(configs) else RowTask
     task: Task = make(config, configs, source, store, precision, report=ranks.is_first)
     shared = task.identity()
