@@ -167,3 +167,18 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
 def test_a_student_that_was_given_up_has_no_mean() -> None:
     rows = [{"name": "kd", "accuracy": {0: 0.5, 1: None}, "mean": None, "sd": None, "T": "4"}]
     assert format_table(rows).splitlines()[-1] == "| kd | 0.5000 | - | - | - | 4 |"
+
+
+def test_derivatives(teacher: str, tmp_path: Path) -> None:
+    """Every arm has as many passes: of pairs a third of the epochs."""
+    command = ["--data", "digits", "--images", 60, "--passes", 324, "--views", 2, "--weight", 0.0, 1.0]
+    command += ["--policy", "crop-flip?padding=2&flip=false", "--teacher", teacher, "--student", STUDENT]
+    script = ROOT / "pipelines" / "experiments" / "derivatives.py"
+    done = run_script(script, "--out", tmp_path, *COMMON, *command)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "60" / "results.json").read_text())
+    pairs = [f"crops, pairs of noise, difference weight {weight}" for weight in (0, 1)]
+    check_rows(results, done.stdout, ["crops", "crops with noise", *pairs])
+    assert [row["epochs"] for row in results["rows"]] == ["6", "6", "2", "2"]
+    store = open_store(tmp_path / "60" / "labels" / "pairs")
+    assert store.run.views.policy["steps"][-1] == {"op": "noise-pair", "step": 8, "directions": 1}
