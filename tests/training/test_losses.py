@@ -204,6 +204,18 @@ def test_labels_that_a_loss_cannot_use_are_refused(
             train(given)
 
 
+def test_top_k_labels_of_several_temperatures_have_a_power_sum(digits: Path, tmp_path: Path) -> None:
+    """With every class kept they are the labels of all classes."""
+    options = ["--encoding", "topk", "--top-k", 10, "--temperatures", 1, 4, 5]
+    run_softlabel("convert", digits / "store", tmp_path / "topk", *options)
+    rest = {"student": SMOOTH, "epochs": 1, "loss": "wttm", "confidence": "0.05:0.999"}
+    for name, labels in (("topk", tmp_path / "topk"), ("dense", digits / "store")):
+        train(make_config(digits, tmp_path / f"run-{name}", labels=labels, **rest))
+    one, other = (read_history(tmp_path / f"run-{name}")[-1] for name in ("topk", "dense"))
+    assert float(one["soft_loss"]) == pytest.approx(float(other["soft_loss"]), rel=1e-3)
+    assert one["kept_share"] == other["kept_share"]
+
+
 @pytest.fixture(scope="module")
 def converted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("converted")
