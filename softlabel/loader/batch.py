@@ -96,9 +96,9 @@ class Batch(NamedFields):
         keys: B keys, a sequence of strings.
         samples: int64 (B,), which samples of the dataset these are.
         rows: int64 (B,), which rows of the store they were joined to; -1 where there is none.
-        target: what the teacher says, for `softlabel.distillation_loss`; None without a store.
-        has_target: bool (B,), False where the store has no row for the sample (its target is filler); None: all have
-            one, or there is no store at all.
+        target: what the teacher says, for `softlabel.distillation_loss`; None without a store or labels in it.
+        has_target: bool (B,), False where the store has no row for the sample (its target, embedding and attention are
+            filler); None: all have one, or there is no store at all.
         embedding: float32 (B, D), the teacher's embedding of each sample, or (B, M, D) of a store that keeps its
             members; None unless the loader was asked for it. `run.embedding` of the store says what it is.
         attention: float32 (B, S), or (B, M, S), its maps of attention one after another, which `run.attention` cuts;
