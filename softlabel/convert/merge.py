@@ -79,7 +79,8 @@ def merge_stores(
 
 def refuse_difference(url: str, run: Run, other_url: str, other: Run) -> None:
     """Raise MismatchError if two stores differ in more than their samples."""
-    if differences := run.differences(dataclasses.replace(other, dataset=run.dataset)):
+    compression = run.compression if other.format == run.format else other.compression
+    if differences := run.differences(dataclasses.replace(other, dataset=run.dataset, compression=compression)):
         words = "; ".join(
             one.replace("the store has", "it has").replace("this run", "the other") for one in differences
         )

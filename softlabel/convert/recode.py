@@ -65,6 +65,7 @@ def convert_store(
             format=run.format if format is None else format,
             encoding=wanted,
             shard_rows=run.shard_rows if shard_rows is None else shard_rows,
+            compression=None,  # of new stores; a store of earlier versions becomes smaller
         )
     except ValueError as error:
         raise UsageError(f"convert: {error}") from None

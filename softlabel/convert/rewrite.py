@@ -5,6 +5,7 @@ Legend: B rows of a batch or labelled positions, R = B * M of single members, C 
 Only one shard is in memory; a killed run loses at most that shard, and the same command resumes.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
 from softlabel.store.formats.base import Rows
 from softlabel.store.manifest import Fidelity, Run, ShardPlan
+from softlabel.store.manifest_read import find_root
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
+from softlabel.store.storage.open import open_folder
 from softlabel.store.stored_rows import StoredRows
 from softlabel.store.strict_json import to_json
 from softlabel.store.token_rows import TOKENIZER
@@ -105,6 +108,10 @@ def rewrite(
     """
     started = time.perf_counter()
     made = _describe_sources(samples.stores, command)
+    there = find_root(open_folder(out))
+    # A store that was begun goes on as it is; a new one has what new ones have, whatever its sources are.
+    begun = there is not None and there.run.format == run.format
+    run = dataclasses.replace(run, compression=there.run.compression if there is not None and begun else None)
     notes: dict[str, Any] | None = None
     if lost is None:
         _refuse_other(out, made)

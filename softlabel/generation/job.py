@@ -172,6 +172,7 @@ def load_job(
         shard_rows=config.shard_rows,
         tokens=tokens,
         features=features,
+        compression=None if there is None or there.format != config.format else there.compression,
     )
     if encoding.from_hidden:
         captured = f"encoding {encoding.name}"

@@ -22,9 +22,10 @@ from softlabel.loss.targets import SampledTarget, TopKTarget, tail_column
 __all__ = ["kept_losses"]
 
 LEAST = 1e-30  # of a smaller probability float32 loses digits, and at last all of it
+LEAST_REST = 0.25  # of a smaller one 1 - the kept probabilities has fewer digits than their sum has
 LEAST_LOG = -1e30  # stands for log 0 of the teacher, where 0 * -inf has to be 0
-KERNEL_CLASSES = 2**12  # the kernel sums a row in a straight line; `sum` adds parts, and stays exact for any length
 CACHED_ELEMENTS = 2**18  # logits of a batch this small stay in the cache as a whole
+KERNEL_CLASSES = 2**12  # the kernel sums a row in a straight line; `sum` adds parts, and stays exact for any length
 
 
 def kept_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool, in_place: bool) -> RowLosses:
@@ -136,9 +137,9 @@ class _Chunks:
         assert buffer_RC is not None
         return buffer_RC if rows is None else buffer_RC[: rows.stop - rows.start]
 
-    def _teacher(self, rows: slice | None) -> tuple[Tensor, Tensor, Tensor | float]:
-        """log-probabilities and probabilities (R, K or K + 1), the rest last, and what these add up to."""
-        target, mass = self.target, 1.0
+    def _teacher(self, rows: slice | None) -> tuple[Tensor, Tensor]:
+        """log-probabilities and probabilities (R, K or K + 1), the rest last; of drawn classes 0 and their weights."""
+        target = self.target
         if isinstance(target, SampledTarget):
             p_RK = _take(target.weight, rows).to(self.dtype)
             log_p_RK = torch.zeros_like(p_RK)
@@ -158,16 +159,14 @@ class _Chunks:
         if self.blank_target_N1 is not None:
             blank_R1 = _take(self.blank_target_N1, rows)
             log_p_RK, p_RK = log_p_RK.masked_fill(blank_R1, 0.0), p_RK.masked_fill(blank_R1, 0.0)
-        if isinstance(target, SampledTarget):
-            return log_p_RK, p_RK, p_RK.sum(1, keepdim=True)
-        return log_p_RK, p_RK, mass
+        return log_p_RK, p_RK
 
     def _soft(self, rows: slice | None, g_RC: Tensor) -> tuple[Tensor, Tensor | None]:
         """The soft losses, and the hard ones, None where they have to be computed apart; the gradient into g."""
         u_RC = self._scale(rows)
         index_RK = _take(self.target.index, rows).long()
         kept = index_RK.shape[1]
-        log_p_RK, p_RK, mass = self._teacher(rows)
+        log_p_RK, p_RK = self._teacher(rows)
         with_hard = self.hard_on and not self.apart
         outside_R1 = None
         if self.tail == "uniform":
@@ -190,10 +189,8 @@ class _Chunks:
             log_q_RK = torch.cat((log_q_RK, outside_R1 / self.others + math.log(self.others)), 1)
             exact = self._are_exact(log_q_RK, -torch.inf)
         else:
-            if self.tail == "ghost":
-                # 1 - the sum of the kept ones would cancel to nothing.
-                rest_R1 = q_RC.scatter_(1, index_RK, torch.zeros_like(q_RK)).sum(1, keepdim=True)
-                q_RK = torch.cat((q_RK, rest_R1), 1)
+            if self.tail == "ghost" and self.cpu:
+                q_RK = torch.cat((q_RK, self._sum_rest(q_RC, index_RK, q_RK)), 1)
             exact = self._are_exact(q_RK)
             if exact:
                 log_q_RK = q_RK.log()
@@ -212,7 +209,9 @@ class _Chunks:
         if self.grad_NC is None:
             return soft_R, hard_R
         slope_R1 = _take(self.slope_N1, rows)
-        by_R1 = slope_R1 if isinstance(mass, float) else slope_R1 * mass
+        by_R1 = slope_R1
+        if isinstance(self.target, SampledTarget):
+            by_R1 = by_R1 * p_RK.sum(1, keepdim=True)
         if with_hard:
             by_R1 = by_R1 + _take(self.hard_scale_N1, rows)
         if not exact and self.tail == "ghost":
@@ -234,6 +233,13 @@ class _Chunks:
         if with_hard or scale_R1 is not None:
             g_RC.scatter_add_(1, _take(self.labels_N1, rows), -_take(self.hard_scale_N1, rows))
         return soft_R, hard_R
+
+    def _sum_rest(self, q_RC: Tensor, index_RK: Tensor, q_RK: Tensor) -> Tensor:
+        """What q gives to the other classes (R, 1); q at the kept ones is lost."""
+        rest_R1 = torch.rsub(q_RK.sum(1, keepdim=True), 1.0)
+        if self._are_exact(rest_R1, LEAST_REST):
+            return rest_R1
+        return q_RC.scatter_(1, index_RK, torch.zeros_like(q_RK)).sum(1, keepdim=True)
 
     def _are_exact(self, q_RK: Tensor, least: float = LEAST) -> bool:
         """Whether none is tiny or NaN. Looking waits for all of a device's work: there the long way is always taken."""

@@ -8,6 +8,7 @@ _FIELD_NAMES = {
     "dataset.fingerprint": "dataset keys (fingerprint)",
     "combine.rule": "combine rule",
     "combine.weights": "combine weights",
+    "compression": "compression of keys and views",
     "features": "features (--also)",
     "features.embedding": "embedding (--also embedding)",
     "features.attention": "maps of attention (--also attention)",
@@ -28,6 +29,7 @@ _FIELD_NAMES = {
 }
 _DEFAULTS = {  # left out of a manifest
     "activation": "softmax",
+    "compression": "none",
     "encoding.draw": "independent",
     "input": "image",
     "tokens.positions": "all",
@@ -43,6 +45,8 @@ def find_differences(store: Any, run: Any) -> list[str]:
     lengths = [(one.get("tokens") or {}).get("max_length") for one in (store, run)]
     if lengths[0] != lengths[1]:
         store, run = _leave_lengths_out(store), _leave_lengths_out(run)
+    if store["format"] != run["format"]:  # which says what is compressed, too
+        store, run = ({**one, "compression": None} for one in (store, run))
     return list(_iter_differences("", store, run))
 
 

@@ -20,17 +20,18 @@ from softlabel.store.differences import find_differences
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.features import FeatureColumns, Features
 from softlabel.store.file_refs import ExtraRef, SegmentRef
-from softlabel.store.strict_json import OMIT, dumps, to_json
+from softlabel.store.strict_json import ABSENT, OMIT, dumps, to_json
 from softlabel.store.token_rows import TokenRun, per_position, token_columns
 from softlabel.store.view_columns import DIFFERENCE, ViewPolicy, check_pairs, view_columns
 
-# 2: rows have view columns; 3: independent sigmoids; 4: tokens; 5: features or differences; all others are 1
-FORMAT_VERSIONS = (1, 2, 3, 4, 5)
+# 2: rows have view columns; 3: independent sigmoids; 4: tokens; 5: features or differences; 6: any, compressed; else 1
+FORMAT_VERSIONS = (1, 2, 3, 4, 5, COMPRESSED_VERSION := 6)
 ROOT_NAME, ROOT_LIMIT = "manifest.json", 16 << 20  # bytes; 21,841 class names and 100,000 shards need about 2 MB
 SUFFIX = {"parquet": "parquet", "hdf5": "h5"}
 SHARD_FILE = re.compile(r"shards/([0-9]{5,12})-([0-9a-f]{32})\.(parquet|h5)")
 
 Format = Literal["parquet", "hdf5"]
+Compression = Literal["none", "zstd"]  # of what a row has beside labels; see FORMAT.md
 Json = Mapping[str, Any]
 
 
@@ -111,7 +112,8 @@ class _FingerprintCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run(FeatureColumns, _FingerprintCache):
-    """The identity of a store: runs with equal fingerprints write interchangeable shards."""
+    """The identity of a store: runs with equal fingerprints write interchangeable shards. The compression is that of
+    new stores unless it is given."""
 
     format: Format
     num_classes: int
@@ -127,9 +129,14 @@ class Run(FeatureColumns, _FingerprintCache):
     activation: Activation = field(default="softmax", metadata=OMIT)
     tokens: TokenRun | None = field(default=None, metadata=OMIT)
     features: Features | None = field(default=None, metadata=OMIT)
+    compression: Compression | None = field(default=None, metadata={ABSENT: "none"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(self.temperature))
+        usual: Compression = "none" if self.format == "hdf5" else "zstd"
+        object.__setattr__(self, "compression", self.compression or usual)
+        if self.compression not in ("none", usual):
+            raise ValueError(f"compression: expected {usual!r} in {self.format} shards, found {self.compression!r}")
         if not int(self.encoding.labels) <= self.num_classes < 2**31:
             raise ValueError(f"num_classes: expected at least 1, found {self.num_classes}")
         if not 0 < self.temperature < float("inf"):
@@ -202,6 +209,8 @@ class Run(FeatureColumns, _FingerprintCache):
     @property
     def format_version(self) -> int:
         """Format version of the stores of this run."""
+        if self.compression != "none":
+            return COMPRESSED_VERSION
         if self.features is not None or self.views.directions:
             return 5
         if self.tokens is not None:

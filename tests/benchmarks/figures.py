@@ -50,13 +50,14 @@ class Figure:
 
 def report(
     name: str, value: float | None, *, goal: float | None = None, bound: Goal = "at least", note: str = ""
-) -> None:
-    """Print a figure, and append it to the runner's file if there is one."""
+) -> Figure:
+    """Print a figure, append it to the runner's file if there is one, and return it."""
     figure = Figure(name=name, value=value, goal=goal, bound=bound, note=note)
     print(figure.line(), flush=True)
     if (path := os.environ.get("SOFTLABEL_FIGURES")) is not None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(figure)) + "\n")
+    return figure
 
 
 def read_figures(path: str | os.PathLike[str]) -> list[Figure]:

@@ -159,7 +159,7 @@ def test_they_are_those_of_a_plain_forward_pass(folder: Path, tmp_path: Path, fo
     # The logits are those of a store without them, to the bit, whose format version says nothing new.
     assert (read_raw(tmp_path / "with", "logits", "<f2") == read_raw(tmp_path / "without", "logits", "<f2")).all()
     stores = [open_store(tmp_path / name, verify="full") for name in ("without", "with")]
-    assert [store.manifest.format_version for store in stores] == [1, 5]
+    assert [store.manifest.format_version for store in stores] == [6, 6]
     assert (stores[0].run.embedding, stores[0].run.attention) == (None, None)
     run = stores[1].run
     assert run.embedding is not None
@@ -243,7 +243,7 @@ def test_a_head_store_has_an_embedding_already(folder: Path, tmp_path: Path) -> 
     spec = teachers(folder, "a")
     expected = run_plainly(spec[0].partition("?")[0], folder / "data.parquet")["embedding"]
     store = open_store(label(folder, tmp_path / "head", spec, encoding="head"))
-    assert (store.manifest.format_version, store.run.features) == (1, None)
+    assert (store.manifest.format_version, store.run.features) == (6, None)
     assert store.run.embedding is not None
     assert (store.run.embedding.width, store.run.embedding.taps) == (64, ())
     (batch,) = softlabel.SoftLabelLoader(

@@ -98,7 +98,7 @@ def test_stored_are_the_scaled_logits_themselves(ready: Path, tmp_path: Path, en
     assert measured is not None
     assert measured.mean_t == pytest.approx(0 if encoding == "float32" else lost.mean(), rel=0.05, abs=1e-12)
     assert measured.worst_t == pytest.approx(0 if encoding == "float32" else lost.max(), rel=0.05, abs=1e-12)
-    assert store.manifest.format_version == 3
+    assert store.manifest.format_version == 6
     target = make_target(store.run, rows.columns, extra=store.extra)
     assert isinstance(target, SigmoidTarget)
     np.testing.assert_allclose(target.scaled_logits.float().numpy(), rows.scaled_logits, atol=1e-6)

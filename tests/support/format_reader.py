@@ -36,7 +36,7 @@ def read_safetensors(path):
 def decode(run, columns, head):
     kept, classes, name = run["combine"]["rule"] == "keep", run["num_classes"], run["encoding"]["name"]
     members = len(run["members"]) if kept else 1
-    labels = [one for one in columns if one not in OTHERS]
+    labels = [one for one in columns if one not in OTHERS and not one.startswith("view_")]
     at = {one: columns[one].reshape(len(columns[one]) * members, -1) for one in labels}
     if name in ("float16", "float32"):
         logits = at["logits"].astype("f4")
@@ -59,12 +59,12 @@ def decode(run, columns, head):
 
 def read_store(root):
     main = json.load(open(f"{root}/manifest.json"))
-    assert (main["format"], main["complete"], main["format_version"] in (1, 2, 3, 4)) == ("softlabel-store", True, True)
+    assert (main["format"], main["complete"], main["format_version"] in range(1, 7)) == ("softlabel-store", True, True)
     records = [one for seg in main["segments"] for one in json.load(open(f"{root}/{seg['file']}"))["shards"]]
     heads = [one["file"] for one in main["extra"] if one["file"].endswith(".safetensors")]
     head = read_safetensors(f"{root}/{heads[0]}") if heads else None
     shards = [read_shard(f"{root}/{one['file']}") for one in sorted(records, key=lambda one: one["number"])]
     out = {name: np.concatenate([row[name] for row, _ in shards]) for name in ("key", "view", "label", "content")}
-    for name in set(OTHERS) & set(shards[0][1]):
+    for name in (one for one in shards[0][1] if one in OTHERS or one.startswith("view_")):
         out[name] = np.concatenate([columns[name] for _, columns in shards])
     return out | {"scaled_logits": np.concatenate([decode(main["run"], columns, head) for _, columns in shards])}

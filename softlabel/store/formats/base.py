@@ -217,11 +217,10 @@ def count_payload(columns: Sequence[Column], spans: RowSpans) -> int:
     return spans.nbytes(column for column in columns if column.name not in counts)
 
 
-def in_one_go(shard: OpenShard, size: int, names: Collection[str]) -> bool:
-    """Whether the columns `names` of a file of `size` bytes are small enough to read at once."""
-    columns = shard.identity.columns
+def in_one_go(columns: Sequence[Column], small_bytes: int, names: Collection[str]) -> bool:
+    """Whether the columns `names` are among the small ones of a file, which have `small_bytes` in all, and few."""
     large = {column.name for column in columns} - list_counts(columns)
-    return large.isdisjoint(names) and size - count_payload(columns, shard.spans) <= SMALL_BYTES
+    return large.isdisjoint(names) and small_bytes <= SMALL_BYTES
 
 
 def check_rows(rows: Rows, run: Run, plan: ShardPlan, bad: Sequence[BadRow]) -> CheckedRows:

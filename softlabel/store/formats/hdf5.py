@@ -22,6 +22,7 @@ from softlabel.store.formats.base import (
     CheckedRows,
     ShardIdentity,
     ShardRows,
+    count_payload,
     cut_into_groups,
     in_one_go,
     reading_shard,
@@ -222,7 +223,8 @@ class Hdf5Shard:
         return offset or 0, shape, dtype
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
-        if in_one_go(self, len(self._map), names):
+        columns = self.identity.columns
+        if in_one_go(columns, len(self._map) - count_payload(columns, self.spans), names):
             return [(0, self.identity.rows)] if self.identity.rows else []
         return list(itertools.pairwise(cut_into_groups(self.identity.columns, self.spans)))
 

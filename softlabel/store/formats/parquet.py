@@ -2,13 +2,13 @@
 
 B rows, W elements of a column.
 
-Nothing is compressed: logits compress too little to be worth it, and there can be no decompression bomb.
+Keys, hard labels and what describes a view may be compressed. Labels of teachers are not: they compress too little, and
+are read as they lie in the file.
 """
 
 import bisect
 import itertools
 import mmap
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import ROW_NAMES, Array, Column
 from softlabel.store.formats.base import (
+    GROUP_ROWS,
     IDENTITY_LIMIT,
     IDENTITY_NAME,
     IGNORE,
@@ -32,7 +33,10 @@ from softlabel.store.formats.base import (
     in_one_go,
     reading_shard,
 )
+from softlabel.store.formats.parquet_pages import PLAIN, ZSTD, Chunk, find_plain_pages, read_row_groups, sum_page_bytes
+from softlabel.store.manifest import COMPRESSED_VERSION
 from softlabel.store.token_rows import RowSpans, list_counts
+from softlabel.store.view_columns import BOX, FLIP, PARTNER_BOX, PARTNER_FLIP, PASTE, WEIGHT
 
 _MAPPED = 64 << 20
 _LARGEST_VALUE = 2**31 - 1  # bytes of a row in a column of type binary
@@ -42,20 +46,12 @@ _ROW_FIELDS = (
     pa.field("label", pa.int64()),
     pa.field("content", pa.uint64()),
 )
-_VARINT = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
-# The header of a plain data page without levels (Thrift compact): size, stored size, number of values.
-_PAGE = re.compile(
-    rb"\x15\x00\x15"
-    + _VARINT
-    + rb"\x15"
-    + _VARINT
-    + rb"\x2c\x15"
-    + _VARINT
-    + rb"\x15\x00\x15\x06\x15\x06(?:\x1c\x00)?\x00\x00",
-    re.DOTALL,
-)
-_HEADERS = 64  # maximal number of different headers in a column; `write` makes a few
-_ENCODINGS = {"PLAIN", "RLE", "RLE_DICTIONARY", "PLAIN_DICTIONARY", "BIT_PACKED"}
+_ENCODINGS = {0, 2, 3, 4, 8}  # plain, a dictionary in either form, run lengths and bits, which are those of nulls
+_VIEW = {BOX, FLIP, PARTNER_BOX, PARTNER_FLIP, WEIGHT, PASTE}  # partners and digests are hashes, which do not compress
+_COMPRESSIBLE = {"key", "view", "label", *_VIEW}
+_FREE_ENCODINGS = {*_ENCODINGS, 7, 9}  # common beginnings; bytes apart by their place in a number
+_WORTH = 32  # times smaller than labels: decompressing would cost `verify` more than it saves
+_LARGEST_CHUNK = 64 << 20  # decompressed bytes of a column in a row group: a file cannot ask for all memory
 
 
 def _make_schema(columns: tuple[Column, ...]) -> Any:
@@ -71,20 +67,40 @@ def write(path: Path, identity: ShardIdentity, rows: CheckedRows) -> None:
         ValueError: a row has more than 2 GiB in one column.
     """
     schema = _make_schema(identity.columns)
+    groups = cut_into_groups(identity.columns, rows.spans)
+    repeated, split, compressed = ["view", "label"], [], []
+    small = len(rows.keys.data) + sum(array.nbytes for name, array in rows.columns.items() if name in _COMPRESSIBLE)
+    large = sum(array.nbytes for name, array in rows.columns.items() if name not in _COMPRESSIBLE)
+    if identity.format_version >= COMPRESSED_VERSION and _WORTH * small >= large:
+        columns = [column for column in identity.columns if column.name in _VIEW]
+        repeated += [column.name for column in columns if _is_repetitive(rows.columns[column.name])]
+        split = [column.name for column in columns if column.name not in repeated]
+        compressed = [*repeated, *split]
+        if max(np.diff(rows.keys.offsets_N1[groups]), default=0) + 4 * GROUP_ROWS <= _LARGEST_CHUNK:
+            compressed.append("key")
     with pa.OSFile(str(path), "wb") as sink:
         writer = pq.ParquetWriter(
             sink,
             schema,
-            compression="none",
-            use_dictionary=["view", "label"],
+            compression=dict.fromkeys(compressed, "zstd"),
+            use_dictionary=repeated,
+            column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
             write_statistics=False,
             store_schema=False,
             data_page_size=1 << 18,  # fits the processor's cache
         )
-        for start, stop in itertools.pairwise(cut_into_groups(identity.columns, rows.spans)):
+        for start, stop in itertools.pairwise(groups):
             writer.write_batch(_make_batch(identity.columns, schema, rows, start, stop), row_group_size=stop - start)
         writer.add_key_value_metadata({IDENTITY_NAME: identity.encode().decode()})
         writer.close()
+
+
+def _is_repetitive(array_BW: Array) -> bool:
+    """Whether few rows of a column are different, so that a dictionary of them is small."""
+    if not len(array_BW):
+        return True
+    values = pa.Array.from_buffers(pa.binary(array_BW[0].nbytes), len(array_BW), [None, pa.py_buffer(array_BW)])
+    return 4 * len(values.unique()) <= len(array_BW)
 
 
 def _make_batch(columns: tuple[Column, ...], schema: Any, rows: CheckedRows, start: int, stop: int) -> Any:
@@ -144,35 +160,46 @@ class ParquetShard:
             raise StoreCorruptError(
                 f"{self.path}: its identity says {identity.rows} rows, its footer {metadata.num_rows}"
             )
-        if identity.rows * sum(column.row_bytes for column in identity.columns if column.per == "row") > size:
+        plain = [one for one in identity.columns if one.name not in _COMPRESSIBLE]
+        if identity.rows * sum(column.row_bytes for column in plain if column.per == "row") > size:
             raise StoreCorruptError(f"{self.path}: {identity.rows} rows do not fit into its {size} bytes")
         schema, expected = self._file.schema_arrow, _make_schema(identity.columns)
         if not schema.equals(expected):
             raise StoreCorruptError(
                 f"{self.path}: expected the columns {_format_schema(expected)}, found {_format_schema(schema)}"
             )
+        counts = list_counts(identity.columns)
+        payload = self._columns.keys() - counts
+        self._small_bytes = 0
         self._starts = [0]
-        for group in range(metadata.num_row_groups):
-            group_metadata = metadata.row_group(group)
-            self._starts.append(self._starts[-1] + group_metadata.num_rows)
-            for position in range(group_metadata.num_columns):
-                chunk = group_metadata.column(position)
-                if chunk.compression != "UNCOMPRESSED" or not set(chunk.encodings) <= _ENCODINGS:
-                    raise StoreCorruptError(
-                        f"{self.path}: column {chunk.path_in_schema!r} is stored as {chunk.compression} "
-                        f"{sorted(chunk.encodings)}; a shard is plain and uncompressed"
-                    )
-                if group_metadata.num_rows < 0 or chunk.total_uncompressed_size > size:
-                    raise StoreCorruptError(f"{self.path}: row group {group} claims more bytes than the file has")
+        self._groups = read_row_groups(self._map)
+        for group in self._groups:
+            self._starts.append(self._starts[-1] + group.rows)
+            for name, chunk in zip(self._names, group.chunks, strict=True):
+                self._check_chunk(name, chunk)
+                if name not in payload:
+                    self._small_bytes += chunk.size
+            if group.rows < 0:
+                raise StoreCorruptError(f"{self.path}: a row group has {group.rows} rows")
         if self._starts[-1] != identity.rows:
             raise StoreCorruptError(f"{self.path}: its row groups hold {self._starts[-1]} rows, not {identity.rows}")
-        counts = list_counts(identity.columns)
         self.spans = RowSpans.of(identity.rows, {name: self._read_column(name, 0, identity.rows) for name in counts})
-        if (payload := count_payload(identity.columns, self.spans)) > size:
-            raise StoreCorruptError(f"{self.path}: {payload} bytes of rows do not fit into its {size} bytes")
+        if (claimed := count_payload(plain, self.spans)) > size:
+            raise StoreCorruptError(f"{self.path}: {claimed} bytes of rows do not fit into its {size} bytes")
+
+    def _check_chunk(self, name: str, chunk: Chunk) -> None:
+        free = name in _COMPRESSIBLE and self.identity.format_version >= COMPRESSED_VERSION
+        codecs, encodings = ({PLAIN, ZSTD}, _FREE_ENCODINGS) if free else ({PLAIN}, _ENCODINGS)
+        if chunk.codec not in codecs or not chunk.encodings <= encodings:
+            raise StoreCorruptError(
+                f"{self.path}: column {name!r} has codec {chunk.codec} and encodings {sorted(chunk.encodings)} of "
+                f"Parquet, which format version {self.identity.format_version} does not allow"
+            )
+        if chunk.name != name or not 0 <= chunk.size <= (len(self._map) if chunk.codec == PLAIN else _LARGEST_CHUNK):
+            raise StoreCorruptError(f"{self.path}: column {name!r} claims more bytes than it can have")
 
     def blocks(self, names: Collection[str]) -> list[tuple[int, int]]:
-        if in_one_go(self, len(self._map), names):
+        if in_one_go(self.identity.columns, self._small_bytes, names):
             return [(0, self.identity.rows)] if self.identity.rows else []
         return list(itertools.pairwise(self._starts))
 
@@ -197,7 +224,7 @@ class ParquetShard:
 
     def _read_row(self, names: list[str], start: int, stop: int) -> dict[str, Any]:
         """Read a row's small columns; they are cached, because decoding a few rows takes as long as all."""
-        if not in_one_go(self, len(self._map), names):
+        if not in_one_go(self.identity.columns, self._small_bytes, names):
             return self._decode_row(names, start, stop)
         if missing := [name for name in names if name not in self._kept]:
             self._kept.update(self._decode_row(missing, 0, self.identity.rows))
@@ -224,6 +251,10 @@ class ParquetShard:
         first = bisect.bisect_right(self._starts, start) - 1
         last = bisect.bisect_left(self._starts, stop)
         base, end = self._starts[first], self._starts[last]
+        for group, name in itertools.product(self._groups[first:last], names):
+            chunk = group.chunks[self._names.index(name)]
+            if chunk.codec != PLAIN and sum_page_bytes(self._map, chunk) > _LARGEST_CHUNK:
+                raise StoreCorruptError(f"{self.path}: column {name!r} has pages of more than {_LARGEST_CHUNK} bytes")
         table = self._file.read_row_groups(range(first, last), columns=names, use_threads=False)
         if table.num_rows != end - base:
             raise StoreCorruptError(f"{self.path}: row groups {first} to {last - 1} are shorter than the footer says")
@@ -272,35 +303,15 @@ class ParquetShard:
 
     def extents(self, name: str) -> list[tuple[int, int]] | None:
         """Return (offset, rows) of each page; None unless every page has the layout of `write`."""
-        metadata, column = self._file.metadata, self._columns[name]
+        position, column = self._names.index(name), self._columns[name]
         if column.per != "row":
             return None  # there is a length before each value
         found: list[tuple[int, int]] = []
-        known: dict[bytes, tuple[int, int]] = {}  # parsed headers: most pages have the same one
-        for group in range(metadata.num_row_groups):
-            chunk = metadata.row_group(group).column(self._names.index(name))
-            if chunk.path_in_schema != name or chunk.has_dictionary_page:
+        for group in self._groups:
+            pages = find_plain_pages(self._map, group.chunks[position], group.rows, column.row_bytes)
+            if pages is None:
                 return None
-            position = chunk.data_page_offset
-            end, left = position + chunk.total_compressed_size, metadata.row_group(group).num_rows
-            while left > 0:
-                begin = next((begin for begin in known if self._map[position : position + len(begin)] == begin), None)
-                if begin is None:
-                    header = _PAGE.match(self._map, max(position, 0), min(end, len(self._map)))
-                    if header is None or len(known) > _HEADERS:
-                        return None
-                    size, stored, values = (_decode_varint(part) for part in header.groups())
-                    if size != stored or size != values * column.row_bytes:
-                        return None
-                    begin = header.group()
-                    known[begin] = size, values
-                size, values = known[begin]
-                if not 0 < values <= left:
-                    return None
-                found.append((position + len(begin), values))
-                position, left = position + len(begin) + size, left - values
-            if position != end or end > len(self._map):
-                return None
+            found += pages
         return found
 
     def mapped(self, name: str) -> Array | None:
@@ -308,12 +319,6 @@ class ParquetShard:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _decode_varint(raw: bytes) -> int:
-    """Decode a Thrift integer: 7 bits a byte, zigzag."""
-    value = sum((byte & 127) << (7 * place) for place, byte in enumerate(raw))
-    return (value >> 1) ^ -(value & 1)
 
 
 def _fill_nulls(chunk: Any, absent: int) -> Array:

@@ -1,4 +1,4 @@
-"""Stores that earlier code wrote, of the first version of the format and of that with features, stay readable."""
+"""Stores that earlier versions of the format wrote stay readable."""
 
 import json
 from pathlib import Path
@@ -9,20 +9,22 @@ import pytest
 from softlabel.store.open import open_store
 from tests.support import format_reader
 
-FOLDER = Path(__file__).parent / "stores-v1"
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+FOLDERS = {version: Path(__file__).parent / f"stores-v{version}" for version in (1, 6)}
+EXPECTED = {version: json.loads((folder / "expected.json").read_text()) for version, folder in FOLDERS.items()}
 
 
 def test_every_encoding_has_one() -> None:
     kinds = ("float32", "float16", "int8", "topk", "sampled", "head-float16", "head-int8", "keep")
-    assert sorted(EXPECTED) == sorted(f"{kind}-{format}" for kind in kinds for format in ("parquet", "hdf5"))
+    assert sorted(EXPECTED[1]) == sorted(f"{kind}-{format}" for kind in kinds for format in ("parquet", "hdf5"))
+    assert sorted(EXPECTED[6]) == sorted(f"{kind}-parquet" for kind in kinds)  # HDF5 shards have no version 6
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_golden_store(name: str) -> None:
-    expected = EXPECTED[name]
+@pytest.mark.parametrize(("version", "name"), [(version, name) for version in EXPECTED for name in EXPECTED[version]])
+def test_golden_store(version: int, name: str) -> None:
+    expected, root = EXPECTED[version][name], FOLDERS[version] / name
     logits = np.array([[float.fromhex(one) for one in row] for row in expected["scaled_logits"]], np.float32)
-    store = open_store(FOLDER / name, verify="full")
+    store = open_store(root, verify="full")
+    assert store.manifest.format_version == version
     assert store.bad == {"ordner 2/bild-2-ü.jpg": "truncated"}
     rows = store.take(store.lookup(expected["keys"][:5]).tolist() + store.lookup(expected["keys"][5:], view=1).tolist())
     assert rows.keys == expected["keys"]
@@ -30,8 +32,11 @@ def test_golden_store(name: str) -> None:
     assert rows.labels.tolist() == expected["labels"]
     assert rows.content.tolist() == expected["content"]
     np.testing.assert_allclose(rows.scaled_logits.reshape(len(rows), -1), logits, rtol=1e-6, atol=1e-6)
-    alone = format_reader.read_store(FOLDER / name)
+    alone = format_reader.read_store(root)
     assert list(alone["key"]) == expected["keys"]
+    for one, values in expected.get("of_views", {}).items():
+        assert rows.columns[one].tolist() == values
+        assert alone[one].tolist() == values
     np.testing.assert_allclose(alone["scaled_logits"].reshape(len(rows), -1), logits, rtol=1e-6, atol=1e-6)
 
 
