@@ -169,7 +169,7 @@ def test_a_store_has_the_differences_of_the_pixels_that_its_teacher_saw(
     """The teacher's logits are its pixels, so that the halved differences are those of the noisy copies."""
     out = label(data, tmp_path / "labels", format=format)
     store = softlabel.open_store(out, verify="full")
-    assert store.manifest.format_version == 6
+    assert store.manifest.format_version == (5 if format == "hdf5" else 6)
     rows = read_raw(out)
     assert len(rows) == 60
     for (key, view), row in rows.items():

@@ -60,6 +60,7 @@ def write(
         members=tuple(Member(spec=f"zoo:resnet{one}", sha256="ab" * 32) for one in range(members)),
         dataset=DatasetInfo(kind="folder", rows=SAMPLES, fingerprint="cd" * 16),
         shard_rows=4,
+        compression="none",
         features=features,
     )
     keys = [f"bild-{number}-ü.jpg" for number in range(SAMPLES)]
