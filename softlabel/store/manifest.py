@@ -16,6 +16,7 @@ import xxhash
 from softlabel.common.activation import Activation
 from softlabel.common.multi_hot import MULTI_HOT
 from softlabel.store.columns import ROW_NAMES, Column
+from softlabel.store.derived import Derived
 from softlabel.store.differences import find_differences
 from softlabel.store.encodings import Encoding, Float16
 from softlabel.store.features import FeatureColumns, Features
@@ -103,15 +104,8 @@ class ShardPlan:
     part: int = 0
 
 
-class _FingerprintCache:
-    """A slot for the cached fingerprints of a frozen dataclass; not a field, so that copies start without it."""
-
-    __slots__ = ("_prints",)
-    _prints: dict[int, str]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run(FeatureColumns, _FingerprintCache):
+class Run(FeatureColumns, Derived):
     """The identity of a store: runs with equal fingerprints write interchangeable shards. The compression is that of
     new stores unless it is given."""
 
@@ -181,11 +175,14 @@ class Run(FeatureColumns, _FingerprintCache):
     @property
     def columns(self) -> tuple[Column, ...]:
         """All columns of a row: the encoding's, the sample's, then those of features."""
-        return (*self.label_columns, *self.sample_columns, *self.feature_columns)
+        return self._derive("columns", lambda: (*self.label_columns, *self.sample_columns, *self.feature_columns))
 
     @property
     def label_columns(self) -> tuple[Column, ...]:
         """The encoding's columns: of each row, or of each labelled position of it."""
+        return self._derive("label columns", self._find_label_columns)
+
+    def _find_label_columns(self) -> tuple[Column, ...]:
         columns = self.encoding.columns(num_classes=self.num_classes, members=self.members_stored)
         return columns if self.tokens is None else per_position(columns)
 
@@ -220,11 +217,8 @@ class Run(FeatureColumns, _FingerprintCache):
     def fingerprint(self, part: int | None = None) -> str:
         """Return the xxh3-128 of the canonical JSON, of the run as it was at growth `part` if given."""
         part = len(self.dataset.earlier) if part is None else part
-        if not hasattr(self, "_prints"):
-            object.__setattr__(self, "_prints", {})
-        if part not in self._prints:  # cached: every shard that is opened is compared with it
-            self._prints[part] = xxhash.xxh3_128_hexdigest(dumps(to_json(self._as_of(part))))
-        return self._prints[part]
+        # Every shard that is opened is compared with it.
+        return self._derive(("print", part), lambda: xxhash.xxh3_128_hexdigest(dumps(to_json(self._as_of(part)))))
 
     def _as_of(self, part: int) -> "Run":
         then = self.extents[part]
