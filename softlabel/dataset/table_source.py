@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from softlabel.common.arrow_numbers import make_indices, read_numbers
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import Labels, is_labelled, stack_labels
 from softlabel.common.spec import replace_option
@@ -113,7 +114,7 @@ class TableSource(Source):
     def key_table(self, start: int = 0, stop: int | None = None) -> Keys:
         start, stop = span(start, stop, len(self))
         if self._columns.key is None:
-            return Keys.of(pa.array(np.arange(start, stop)))
+            return Keys.of(make_indices(np.arange(start, stop)))
         columns = [
             self._read_column(self._columns.key, group).slice(first, last - first)
             for group, first, last in self._split_rows(start, stop)
@@ -170,7 +171,7 @@ class TableSource(Source):
 
     def _raws(self, group: int, rows_R: NDArray[np.int64]) -> list[Raw]:
         """What the columns of some rows of a group hold as samples."""
-        taken = [self._read_column(name, group).take(pa.array(rows_R)) for name in self._columns.inputs]
+        taken = [self._read_column(name, group).take(make_indices(rows_R)) for name in self._columns.inputs]
         if self.inputs == TENSORS:
             return read_rows(self._columns.inputs, taken)
         if self.inputs == TEXTS:
@@ -185,7 +186,7 @@ class TableSource(Source):
         if isinstance(rows, slice):
             column = column.slice(rows.start, rows.stop - rows.start)
         else:
-            column = column.take(pa.array(rows))
+            column = column.take(make_indices(rows))
         # A key column of integers counts as their decimal digits.
         return [value if isinstance(value, str) else str(value) for value in column.to_pylist()]
 
@@ -195,12 +196,12 @@ class TableSource(Source):
         names = self._columns.multi_hot or (self._columns.label,)
         columns = [self._read_column(name, group) for name in names]
         if rows_R is not None:
-            columns = [column.take(pa.array(rows_R)) for column in columns]
+            columns = [column.take(make_indices(rows_R)) for column in columns]
         if self._columns.multi_hot:
             return read_multi_hot([column.combine_chunks() for column in columns], names, self.label_width, self.name)
         (column,) = columns
-        # fill_null imports pandas if it is installed, which is slow.
-        labels: NDArray[np.int64] = (pc.fill_null(column, IGNORE) if column.null_count else column).to_numpy()
+        chunks = [read_numbers(chunk, IGNORE) for chunk in column.chunks]
+        labels: NDArray[np.int64] = chunks[0] if len(chunks) == 1 else np.concatenate([np.zeros(0, np.int64), *chunks])
         return checked_labels(labels, self.name)
 
     def _read_column(self, path: str, group: int) -> pa.ChunkedArray:

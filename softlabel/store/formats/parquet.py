@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softlabel.common.arrow_numbers import read_numbers
 from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError
 from softlabel.store.columns import ROW_NAMES, Array, Column
@@ -239,7 +240,7 @@ class ParquetShard:
         for name, kind, absent in (("view", "<i4", 0), ("label", "<i8", IGNORE), ("content", "<u8", 0)):
             if name in chunks:
                 found[name] = np.concatenate(
-                    [np.zeros(0, kind), *(_fill_nulls(chunk, absent) for chunk in chunks[name])]
+                    [np.zeros(0, kind), *(read_numbers(chunk, absent) for chunk in chunks[name])]
                 )
                 found[name].flags.writeable = False  # it may be cached
         if "key" in chunks:
@@ -319,13 +320,6 @@ class ParquetShard:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _fill_nulls(chunk: Any, absent: int) -> Array:
-    if chunk.null_count == len(chunk) > 0:
-        return np.full(len(chunk), absent, chunk.type.to_pandas_dtype())
-    filled: Array = (chunk.fill_null(absent) if chunk.null_count else chunk).to_numpy(zero_copy_only=False)
-    return filled
 
 
 def _view_chunk(chunk: Any, column: Column) -> Array:
