@@ -105,12 +105,12 @@ class Lane:
         """Label batches of one shard."""
         own = [batch for batch in batches if batch.keys]
         with progress.spend("forward"):
-            answers = self._answer_with_copies(own)
+            answers = self.answer_with_copies(own)
         with progress.spend("encoding"), torch.inference_mode():
             encoded = iter([self._encode(plan, *each) for each in zip(own, answers, strict=True)])
             return [next(encoded) if batch.keys else make_labels(batch, None, None) for batch in batches]
 
-    def _answer_with_copies(self, batches: Sequence[DecodedBatch]) -> list[BatchAnswers]:
+    def answer_with_copies(self, batches: Sequence[DecodedBatch]) -> list[BatchAnswers]:
         """What the members answer to each batch, and to the noisy copies of its samples."""
         found = self.answers([one for batch in batches for one in batch.with_copies()])
         each = 1 + 2 * self.run.views.directions
@@ -299,12 +299,12 @@ class Lane:
             mixed_BC = average_members(scaled_logits, run.activation) if run.kept else scaled_logits
             checks["top"] = mixed_BC.argmax(dim=-1) if run.activation == "softmax" else mixed_BC > 0
         if answers.copies:
-            columns[DIFFERENCE] = self._halve_differences(answers.copies)
+            columns[DIFFERENCE] = self.halve_differences(answers.copies)
             # Rows are refused by name where a difference is not finite: of a copy's logits, or of a class ruled out.
             checks["wrong"] |= ~columns[DIFFERENCE].isfinite().all(dim=1)
         return {name: column.reshape(len(batch.keys), -1) for name, column in columns.items()}, checks
 
-    def _halve_differences(self, copies: Sequence[list[Tensor]]) -> Tensor:
+    def halve_differences(self, copies: Sequence[list[Tensor]]) -> Tensor:
         """Half the differences of the logits of noisy copies at temperature 1, centred: float16 (B, K C)."""
         scaled = [self.combine(logits_MBC) for logits_MBC in copies]
         pairs = zip(scaled[::2], scaled[1::2], strict=True)

@@ -89,19 +89,29 @@ class RecomputedFeatures:
 
 
 def recompute_features(store: Store, job: Job, rows: int, *, seed: int = 0) -> RecomputedFeatures | None:
-    """The same as `recompute` of what rows have beside logits; None: they have nothing."""
+    """The same as `recompute` of what rows have beside logits, differences along noise among it; None: they have
+    nothing."""
     run, lane = store.run, job.labeller.lane
-    if run.features is None:
+    of_noise = [DIFFERENCE] if run.views.directions else []
+    if run.features is None and not of_noise:
         return None
-    asked, wanted_B = _draw_rows(store, job, rows, seed, [one.name for one in run.feature_columns])
-    stored = {name: getattr(asked, name) for name in get_args(FeatureName) if getattr(run, name) is not None}
+    asked, wanted_B = _draw_rows(store, job, rows, seed, [*(one.name for one in run.feature_columns), *of_noise])
+    names = () if run.features is None else run.features.names
+    stored: dict[str, Array] = {name: getattr(asked, name) for name in names}
+    stored |= {name: asked.columns[name].astype(np.float32) for name in of_noise}
     differences: dict[str, list[float]] = {name: [] for name in stored}
     for part, batch in _iter_batches(job, asked, wanted_B):
+        columns: dict[str, Tensor] = {}
         with torch.inference_mode():
-            columns, _ = encode_features(run.features, lane.probes, lane.answers([batch])[0].features)
+            (answers,) = lane.answer_with_copies([batch])
+            if run.features is not None:
+                columns, _ = encode_features(run.features, lane.probes, answers.features)
+            if of_noise:
+                columns[DIFFERENCE] = lane.halve_differences(answers.copies)
         now = replace(asked, columns={name: column.cpu().numpy() for name, column in columns.items()})
         for name, values in stored.items():
-            found = getattr(now, name).reshape(len(part), -1)
+            found = (now.columns[name].astype(np.float32) if name == DIFFERENCE else getattr(now, name))
+            found = found.reshape(len(part), -1)
             apart = np.linalg.norm(values[part].reshape(len(part), -1) - found, axis=1)
             differences[name] += (apart / np.maximum(np.linalg.norm(found, axis=1), 1e-12)).tolist()
     coarse = run.embedding is not None and run.embedding.type == "int8"
