@@ -57,6 +57,8 @@ def print_preflight(out: str, found: "Preflight", *, cluster: bool = False) -> N
 
 def describe_features(run: "Run") -> list[tuple[str, str]]:
     """Return lines about what rows have beside logits; none where they have nothing."""
+    from softlabel.store.view_columns import PAIR
+
     lines = []
     for step in run.views.policy.get("steps", ()):
         if step["op"] == PAIR:

@@ -54,7 +54,16 @@ class _Record:
 
     def take(self, rows: slice | Tensor) -> Self:
         """The same target for some of the rows (a slice, or int64 / bool positions)."""
-        return self._map(lambda tensor: tensor[rows], rows_only=True)
+        return self._map(lambda tensor: _take_rows(tensor, rows), rows_only=True)
+
+
+# Types of class numbers that torch cannot index on a GPU -> those of as many bytes that it can.
+_INDEXED_AS = {torch.uint16: torch.int16, torch.uint32: torch.int32}
+
+
+def _take_rows(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    kind = _INDEXED_AS.get(tensor.dtype)
+    return tensor[rows] if kind is None else tensor.view(kind)[rows].view(tensor.dtype)
 
 
 T = TypeVar("T", bound=_Record)

@@ -5,11 +5,11 @@ Legend: B rows, C classes, M members.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from softlabel.errors import MismatchError, UsageError
 from softlabel.generation.features import encode_features
@@ -18,12 +18,12 @@ from softlabel.generation.job import Job
 from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.content import changed_content
 from softlabel.store.columns import Array
-from softlabel.store.features import FeatureName
 from softlabel.store.manifest import Fidelity, Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.stored_rows import StoredRows
 from softlabel.store.token_rows import COUNTS
+from softlabel.store.view_columns import DIFFERENCE
 
 # Tolerances of `recompute`: how much lower today's logit of the stored top class may be, relative to the largest logit
 # (another device, half precision); share of rows beyond that; nats, in addition to the loss of the encoding.
@@ -110,7 +110,7 @@ def recompute_features(store: Store, job: Job, rows: int, *, seed: int = 0) -> R
                 columns[DIFFERENCE] = lane.halve_differences(answers.copies)
         now = replace(asked, columns={name: column.cpu().numpy() for name, column in columns.items()})
         for name, values in stored.items():
-            found = (now.columns[name].astype(np.float32) if name == DIFFERENCE else getattr(now, name))
+            found = now.columns[name].astype(np.float32) if name == DIFFERENCE else getattr(now, name)
             found = found.reshape(len(part), -1)
             apart = np.linalg.norm(values[part].reshape(len(part), -1) - found, axis=1)
             differences[name] += (apart / np.maximum(np.linalg.norm(found, axis=1), 1e-12)).tolist()

@@ -246,3 +246,11 @@ def test_a_loader_without_pairs_says_what_is_missing(data: Path, tmp_path: Path)
     out = label(data, tmp_path / "labels", augment="crop-flip?padding=2")
     with pytest.raises(softlabel.errors.MismatchError, match="expected rows with difference, found none"):
         softlabel.SoftLabelLoader(data, out, batch_size=7, also=("difference",))
+
+
+def test_verify_compares_differences_with_those_of_today(data: Path, tmp_path: Path) -> None:
+    out = label(data, tmp_path / "labels", shard_rows=60)
+    done = run_softlabel("verify", out, "--recompute", "20", "--data", data)
+    assert done.returncode == 0, done.stdout
+    assert "20 rows recomputed: relative to its norm, difference by " in done.stdout
+    assert "along 2 directions of noise of 6 grey levels" in run_softlabel("inspect", out).stdout
