@@ -70,7 +70,9 @@ class StudentConfig:
         """Its options, with which it is made by itself."""
         own = {name: getattr(self, name) for name in GRID}
         if self.embedding_loss == "none":
-            own |= {"embedding_weight": None, "embedding_projector": None}
+            own["embedding_weight"] = None
+        if self.embedding_loss == "none" or not EMBEDDING_LOSSES[self.embedding_loss].projects:
+            own["embedding_projector"] = None
         return own
 
     def find_soft_weight(self, epoch: int) -> float:

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import softlabel
+from softlabel.training.embedding_losses import EMBEDDING_LOSSES
 from softlabel.training.losses import LOSSES
 from softlabel.views import CropFlip
 from tests.support.commands import run_softlabel
 from tests.support.datasets import write_dataset
 from tests.support.teachers import write_teacher
-from tests.support.training_runs import make_config, read_history, write_digits
+from tests.support.training_runs import ROWS, make_config, read_history, write_digits, write_features
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +65,19 @@ def test_every_loss_is_that_of_the_cpu(digits: Path, tmp_path: Path, device: str
         there, here = (read_history(tmp_path / name / loss)[-1] for name in (device, "cpu"))
         for name in ("loss", "soft_loss", "hard_loss"):
             assert float(there[name]) == pytest.approx(float(here[name]), rel=1e-3, abs=1e-4), (loss, name)
+
+
+def test_every_loss_on_embeddings_is_that_of_the_cpu(digits: Path, tmp_path: Path, device: str) -> None:
+    write_features(tmp_path / "store", np.random.default_rng(0).normal(size=(ROWS, 12)), labels=True)
+    names = [name for name in EMBEDDING_LOSSES if name != "simkd"]  # of the teacher's last layer, on this path mse's
+    student = "zoo:resnet8?resize=16&crop=16&attention=layer2,layer3"
+    rest = {"labels": tmp_path / "store", "embedding_loss": names, "epochs": 2, "lr": 0.001, "precision": "fp32"}
+    for name in ("cpu", device):
+        settings = make_config(digits, tmp_path / name, device=name, student=student, augment="none", **rest)
+        softlabel.train(settings)
+    for loss in names:
+        there, here = (read_history(tmp_path / name / loss)[-1] for name in (device, "cpu"))
+        assert float(there["embedding_loss"]) == pytest.approx(float(here["embedding_loss"]), rel=1e-2), loss
 
 
 @pytest.mark.parametrize("views", [False, True])

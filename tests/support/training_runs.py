@@ -6,17 +6,23 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from softlabel import TrainConfig, train
+from softlabel.store.encodings import Float16, NoLabels
+from softlabel.store.features import Attention, Embedding, Features, Tap
+from softlabel.store.manifest import Combine, Member
 from tests.support.datasets import write_parquet
 from tests.support.digits import DIGITS, make_digit_jpegs
 from tests.support.processes import Process
-from tests.support.stores import draw_logits, write_logits
+from tests.support.stores import Samples, draw_logits, make_run, write_logits, write_store
 
 ROWS = 120
 STUDENT = "zoo:cnn2?resize=16&crop=16"
@@ -36,6 +42,42 @@ def write_digits(folder: Path) -> Path:
     logits_NC[np.arange(ROWS), labels] += 8
     write_logits(folder / "store", make_keys(ROWS), logits_NC, images=images, labels=labels, class_names=DIGITS)
     return folder
+
+
+def write_features(root: Path, hidden_ND: NDArray[np.floating[Any]], *, labels: bool = False, members: int = 1) -> None:
+    """A store of these embeddings and of random maps of 8x8 and 4x4 for the digits, of one teacher, or of several that
+    are kept and alike; with random logits, or without any labels."""
+    images, _ = make_digit_jpegs()
+    rng, kept = np.random.default_rng(1), members > 1
+    maps_NS = rng.random((ROWS, members * 80)).astype(np.float16)
+    taps, modules = (Tap(module="", width=hidden_ND.shape[1]),) * members, (("layer2", "layer3"),) * members
+    run = make_run(
+        samples=ROWS,
+        classes=10 if labels else 0,
+        temperature=1.0,
+        encoding=Float16() if labels else NoLabels(),
+        members=(Member(spec="test", sha256="0" * 64, num_classes=10 if labels else 0),) * members,
+        combine=Combine(rule="keep" if kept else "logits", weights=(1 / members,) * members),
+        features=Features(
+            embedding=Embedding(width=hidden_ND.shape[1], taps=taps, kept=kept),
+            attention=Attention(heights=(8, 4), widths=(8, 4), modules=modules, kept=kept),
+        ),
+        shard_rows=ROWS,
+    )
+    columns = {"embedding": np.tile(hidden_ND, members)[None].astype(np.float16), "attention": maps_NS[None]}
+    if labels:
+        logits_NMC = rng.normal(size=(ROWS, members, 10))
+        logits_NMC -= logits_NMC.max(axis=2, keepdims=True)
+        columns["logits"] = logits_NMC.reshape(1, ROWS, -1).astype(np.float16)
+    content = np.array([xxhash.xxh3_64_intdigest(image) for image in images[:ROWS]], np.uint64)
+    samples = Samples(
+        keys=make_keys(ROWS),
+        labels=np.full(ROWS, -100),
+        content=content,
+        logits=np.zeros((1, 1, 10), np.float32),
+        columns={column.name: columns[column.name] for column in run.columns},
+    )
+    write_store(root, run, samples, fidelity=None)
 
 
 def make_settings(digits: Path, out: Path, **changes: object) -> dict[str, object]:

@@ -14,13 +14,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from softlabel import open_store, train
+from softlabel import TrainConfig, open_store, train
 from softlabel.cli.main import main
 from softlabel.errors import MismatchError, UsageError
 from softlabel.models import build_model
-from softlabel.store.encodings import Float16, Head, NoLabels
-from softlabel.store.features import Attention, Embedding, Features, Tap
-from softlabel.store.manifest import Combine, Member
+from softlabel.store.encodings import Head
 from softlabel.training.embedding_losses import EMBEDDING_LOSSES
 from tests.loss import test_embedding_losses as references
 from tests.loss.test_loss_matrix import needs_compiler
@@ -38,6 +36,7 @@ from tests.support.training_runs import (
     read_history,
     read_weights,
     train_in_ranks,
+    write_features,
 )
 
 SMOOTH = "python:tests.support.students:build_smooth_student?resize=16&crop=16"
@@ -82,43 +81,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_store(folder / name, run, samples, extra={"head": head}, fidelity=None)
     np.savez(folder / "teacher.npz", weight=weight_CD, bias=bias_C, hidden=hidden_ND, labels=labels)
     return folder
-
-
-def write_features(digits: Path, root: Path, *, labels: bool = False, members: int = 1) -> None:
-    """A store of embeddings of width 12 and maps of 8x8 and 4x4, of one teacher, or of two that are kept; with logits,
-    or without any labels."""
-    images, _ = make_digit_jpegs()
-    rng, kept = np.random.default_rng(1), members > 1
-    hidden_ND = np.load(digits / "teacher.npz")["hidden"]
-    maps_NS = rng.random((ROWS, members * 80)).astype(np.float16)
-    taps, modules = (Tap(module="", width=WIDTH),) * members, (("layer2", "layer3"),) * members
-    run = make_run(
-        samples=ROWS,
-        classes=10 if labels else 0,
-        temperature=1.0,
-        encoding=Float16() if labels else NoLabels(),
-        members=(Member(spec="test", sha256="0" * 64, num_classes=10 if labels else 0),) * members,
-        combine=Combine(rule="keep" if kept else "logits", weights=(1 / members,) * members),
-        features=Features(
-            embedding=Embedding(width=WIDTH, taps=taps, kept=kept),
-            attention=Attention(heights=(8, 4), widths=(8, 4), modules=modules, kept=kept),
-        ),
-        shard_rows=ROWS,
-    )
-    columns = {"embedding": np.tile(hidden_ND, members)[None], "attention": maps_NS[None]}
-    if labels:
-        logits_NMC = rng.normal(size=(ROWS, members, 10))
-        logits_NMC -= logits_NMC.max(axis=2, keepdims=True)
-        columns["logits"] = logits_NMC.reshape(1, ROWS, -1).astype(np.float16)
-    content = np.array([xxhash.xxh3_64_intdigest(image) for image in images[:ROWS]], np.uint64)
-    samples = Samples(
-        keys=make_keys(ROWS),
-        labels=np.full(ROWS, -100),
-        content=content,
-        logits=np.zeros((1, 1, 10), np.float32),
-        columns={column.name: columns[column.name] for column in run.columns},
-    )
-    write_store(root, run, samples, fidelity=None)
 
 
 def read_projector(run: Path) -> dict[str, Tensor]:
@@ -277,6 +239,15 @@ def test_a_loss_alone_and_none(digits: Path, tmp_path: Path) -> None:
     assert not have_equal_weights(tmp_path / "out" / "sp-embed1", tmp_path / "out" / "sp-embed10")
 
 
+def test_the_settings_of_each_student_make_it_alone(digits: Path, tmp_path: Path) -> None:
+    given = {"embedding_loss": ["pkt", "mse"], "embedding_projector": "mlp", "students_at_once": 1, "epochs": 1}
+    train(make_config(digits, tmp_path / "out", **given))
+    for name in given["embedding_loss"]:
+        settings = yaml.safe_load((tmp_path / "out" / name / "config.yaml").read_text())
+        train(TrainConfig(**settings | {"out": str(tmp_path / name)}))
+        assert have_equal_weights(tmp_path / "out" / name, tmp_path / name)
+
+
 def test_embeddings_alone(digits: Path, tmp_path: Path) -> None:
     """Without a soft and a hard term the projected embedding becomes the teacher's."""
     given = {"soft_weight": 0, "hard_weight": 0, "embedding_loss": "mse", "embedding_projector": "mlp"}
@@ -323,7 +294,7 @@ def test_a_module_by_name_is_pooled(digits: Path, tmp_path: Path) -> None:
 
 def test_a_store_without_labels(digits: Path, tmp_path: Path) -> None:
     """Beside hard labels; of data without any, the student's answer becomes the embedding."""
-    write_features(digits, tmp_path / "store")
+    write_features(tmp_path / "store", np.load(digits / "teacher.npz")["hidden"])
     given = {"labels": tmp_path / "store", "embedding_loss": "mse"}
     with pytest.raises(UsageError, match="give --soft-weight 0 --embedding-loss NAME"):
         train(make_config(digits, tmp_path / "refused", **given))
@@ -339,7 +310,7 @@ def test_a_store_without_labels(digits: Path, tmp_path: Path) -> None:
 
 
 def test_members_lie_side_by_side(digits: Path, tmp_path: Path) -> None:
-    write_features(digits, tmp_path / "store", labels=True, members=2)
+    write_features(tmp_path / "store", np.load(digits / "teacher.npz")["hidden"], labels=True, members=2)
     given = {"labels": tmp_path / "store", "epochs": 1}
     train(make_config(digits, tmp_path / "out", **given, embedding_loss="srd"))
     assert read_projector(tmp_path / "out")["projector.weight"].shape[0] == 2 * WIDTH
@@ -351,7 +322,7 @@ def test_members_lie_side_by_side(digits: Path, tmp_path: Path) -> None:
 
 def test_attention_is_that_of_the_formula(digits: Path, tmp_path: Path) -> None:
     """Of the stages with maps; the student's larger ones are averaged to the teacher's size before they are squared."""
-    write_features(digits, tmp_path / "store", labels=True)
+    write_features(tmp_path / "store", np.load(digits / "teacher.npz")["hidden"], labels=True)
     network = "zoo:resnet8?resize=16&crop=16"
     given: dict[str, Any] = {"data": digits / "few.parquet", "labels": tmp_path / "store", "embedding_loss": "at"}
     given |= {"student": f"{network}&attention=layer1,layer3", "epochs": 1, "batch_size": 12, "lr": 0.0}
