@@ -61,11 +61,22 @@ def decode_features(run: Run, also: Sequence[BatchFeature], columns: Mapping[str
     found = {}
     if EMBEDDING in also:
         assert run.embedding is not None
-        found[EMBEDDING] = decode_embedding(run.embedding, {name: columns[name] for name in run.names_of(EMBEDDING)})
+        stored = {name: _widen(columns[name]) for name in run.names_of(EMBEDDING)}
+        found[EMBEDDING] = decode_embedding(run.embedding, stored)
     if ATTENTION in also:
         assert run.attention is not None
-        found[ATTENTION] = decode_attention(run.attention, {name: columns[name] for name in run.names_of(ATTENTION)})
+        stored = {name: _widen(columns[name]) for name in run.names_of(ATTENTION)}
+        found[ATTENTION] = decode_attention(run.attention, stored)
     if DIFFERENCE in also:
         shape = (len(columns[DIFFERENCE]), run.views.directions, run.num_classes)
         found[DIFFERENCE] = columns[DIFFERENCE].astype(np.float32).reshape(shape)
     return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
+def _widen(column: NDArray[Any]) -> NDArray[Any]:
+    """float16 as float32: torch does it in a tenth of NumPy's time."""
+    if column.dtype != np.float16:
+        return column
+    own = column if column.flags.writeable else column.copy()
+    widened: NDArray[Any] = torch.from_numpy(own).float().numpy()
+    return widened

@@ -246,7 +246,7 @@ class FeatureColumns:
 def decode_embedding(embedding: Embedding, columns: Columns) -> Array:
     """float32 (B, D), or (B, M, D) of kept members, of its columns, in their order."""
     values, *scales = columns.values()
-    found = values.astype(np.float32).reshape(len(values), -1, embedding.width)
+    found = values.astype(np.float32, copy=False).reshape(len(values), -1, embedding.width)
     if scales:
         found *= scales[0][:, :, None]
     return found if embedding.kept else found[:, 0]
@@ -255,7 +255,7 @@ def decode_embedding(embedding: Embedding, columns: Columns) -> Array:
 def decode_attention(attention: Attention, columns: Columns) -> Array:
     """float32 (B, S), or (B, M, S) of kept members."""
     (values,) = columns.values()
-    found = values.astype(np.float32).reshape(len(values), -1, attention.width)
+    found = values.astype(np.float32, copy=False).reshape(len(values), -1, attention.width)
     return found if attention.kept else found[:, 0]
 
 

@@ -16,9 +16,10 @@ from softlabel.common.spec import parse_spec
 from softlabel.errors import UsageError
 from softlabel.inputs.base import IGNORE, Inputs
 from softlabel.loader.dataset import JoinedDataset
+from softlabel.loader.features import decode_features
 from softlabel.models.options import FEATURE_OPTIONS
 from softlabel.store.encodings import Head
-from softlabel.store.features import FeatureName, decode_embedding
+from softlabel.store.features import EMBEDDING, FeatureName
 from softlabel.store.reader import Store
 from softlabel.training.beside import Beside, Contrasted, Projected, ReusedHead, make_projector
 from softlabel.training.config import TrainConfig
@@ -28,7 +29,7 @@ from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Negatives
 from softlabel.training.student_tap import OUTPUT, find_embedding, find_maps
 
-NEGATIVES = 2048  # of a step of crd, for all of its anchors; the published 16,384 are drawn for each
+NEGATIVES = 1024  # of a step of crd, for all of its anchors; the published 16,384 are drawn for each
 _DRAWS, _WEIGHTS = 7001, 7002  # numbers of streams of random numbers
 
 
@@ -49,19 +50,19 @@ def check_embeddings(config: TrainConfig, configs: Sequence[StudentConfig], stor
     Raises:
         UsageError: a loss needs what the store does not have.
     """
-    for one in configs:
-        for name in set(FEATURE_OPTIONS) & set(parse_spec(one.student).options):
-            if name not in list_features([one]):
+    for student in dict.fromkeys(one.student for one in configs):
+        for name in set(FEATURE_OPTIONS) & set(parse_spec(student).options):
+            if name not in list_features([one for one in configs if one.student == student]):
                 raise UsageError(
-                    f"student {one.student}: {name}= says where it is taken, for a loss on it; give --embedding-loss "
+                    f"student {student}: {name}= says where it is taken, for a loss on it; give --embedding-loss "
                     f"{'at' if name == 'attention' else 'NAME'}"
                 )
     if store is not None and not store.run.encoding.labels:
         for one in configs:
             if one.soft_weight > 0:
                 raise UsageError(
-                    f"soft_weight: {store.url} has embeddings or attention alone, found weight {one.soft_weight:g} of "
-                    "labels; give --soft-weight 0 --embedding-loss NAME"
+                    f"soft_weight: expected labels in {store.url}, found embeddings or attention alone (--only); give "
+                    "--soft-weight 0 --embedding-loss NAME"
                 )
     used = {one.embedding_loss for one in configs} - {"none"}
     if not used or store is None:
@@ -177,10 +178,9 @@ class NegativeDraws:
         numbers = np.random.default_rng(int(stream_key(self._seed, epoch, step, _DRAWS)))
         count = len(self._there)
         positions = self._there[numbers.integers(0, count, min(NEGATIVES, count))]
-        names = list(run.names_of("embedding"))
+        names = list(run.names_of(EMBEDDING))
         stored = self._store.take(dataset.rows_of_epoch(epoch, positions), names).columns
-        assert run.embedding is not None
-        values = decode_embedding(run.embedding, {name: stored[name] for name in names})
+        values_KD = decode_features(run, (EMBEDDING,), stored)[EMBEDDING].flatten(1)
         labels = dataset.labels[positions]
         labels = labels if labels.ndim == 1 else np.full(len(positions), IGNORE)
 
@@ -190,7 +190,7 @@ class NegativeDraws:
         return Negatives(
             samples=move(dataset.samples[positions]),
             labels=move(labels.astype(np.int64)),
-            embedding=move(values.reshape(len(values), -1)),
+            embedding=values_KD.to(self._device, non_blocking=True),
             total=count,
         )
 

@@ -137,11 +137,14 @@ def find_maps(spec: str, model: nn.Module, inputs: Inputs, asked: str | None, wa
 
 def _shrink_map(features: Tensor, size: Size) -> Tensor:
     """The map of attention (B, H * W) of features that are averaged to this size before."""
+    features = features.float()
     if has_channels_last(features):
         features = features.permute(0, 3, 1, 2)
     if tuple(features.shape[2:]) != size:
-        features = F.adaptive_avg_pool2d(features.float(), size)
-    return F.normalize(features.float().square().mean(dim=1).flatten(1), dim=1)
+        features = F.adaptive_avg_pool2d(features, size)
+    # Without squares in memory, which are as large as the features; a sum where a mean is divided by its norm anyway.
+    features = features.permute(0, 2, 3, 1)
+    return F.normalize(torch.linalg.vecdot(features, features).flatten(1), dim=1)
 
 
 def _observe(where: str, model: nn.Module, inputs: Inputs, name: str, side: Side) -> tuple[Tensor, Any]:
