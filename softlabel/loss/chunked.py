@@ -72,17 +72,17 @@ class _Chunks:
     def run(self) -> RowLosses:
         rows = self.logits_NC.shape[0]
         for start in range(0, rows, self.step):
-            self._chunk(slice(start, min(start + self.step, rows)))
+            self._compute_chunk(slice(start, min(start + self.step, rows)))
         nothing_N = torch.zeros_like(self.top_N1[:, 0])
         soft_N, hard_N = nothing_N, nothing_N
         if self.hard_on:
-            hard_N = self._hard_losses()
+            hard_N = self._compute_hard()
         if self.soft_on:
             soft_N1 = self.cross_N1 / self.sum_p_N1 + self.sum_q_N1.log() - self.sum_p_N1.log()
             soft_N = soft_N1[:, 0] * self.settings.temperature**2
         return RowLosses(soft_N, hard_N, self.grad_NC)
 
-    def _chunk(self, rows: slice) -> None:
+    def _compute_chunk(self, rows: slice) -> None:
         count = rows.stop - rows.start
         x_RC, e_RC = self.x_RC[:count], self.e_RC[:count]
         z_RC = self.logits_NC[rows]
@@ -96,18 +96,18 @@ class _Chunks:
         if self.grad_NC is not None:
             g_RC = self.grad_NC[rows] if self.g_RC is None else self.g_RC[:count]
         if self.hard_on:
-            self._hard(rows, x_RC, e_RC if g_RC is None else g_RC, g_RC)
+            self._add_hard(rows, x_RC, e_RC if g_RC is None else g_RC, g_RC)
         elif g_RC is not None:
             g_RC.zero_()
         if self.soft_on:
             if self.settings.temperature != 1:
                 x_RC.mul_(1.0 / self.settings.temperature)
-            self._soft_dense(rows, x_RC, e_RC, g_RC)
+            self._compute_soft_dense(rows, x_RC, e_RC, g_RC)
         if g_RC is not None and self.g_RC is not None:
             assert self.grad_NC is not None
             self.grad_NC[rows] = g_RC
 
-    def _hard(self, rows: slice, x_RC: Tensor, h_RC: Tensor, g_RC: Tensor | None) -> None:
+    def _add_hard(self, rows: slice, x_RC: Tensor, h_RC: Tensor, g_RC: Tensor | None) -> None:
         """Exponentials into h, which is the gradient if that is wanted: nothing is in it yet."""
         smoothing = self.settings.label_smoothing
         if smoothing < 1:
@@ -122,7 +122,7 @@ class _Chunks:
                 g_RC.sub_(scale_R1 * (smoothing / self.classes))
             g_RC.scatter_add_(1, self.labels_N1[rows], self.label_slope_N1[rows])
 
-    def _hard_losses(self) -> Tensor:
+    def _compute_hard(self) -> Tensor:
         smoothing = self.settings.label_smoothing
         hard_N1 = self.sum_1_N1.log()
         if smoothing < 1:
@@ -131,13 +131,13 @@ class _Chunks:
             hard_N1.sub_(self.sum_x_N1, alpha=smoothing / self.classes)
         return hard_N1.masked_fill_(self.hard_scale_N1 == 0, 0.0)[:, 0]
 
-    def _soft_dense(self, rows: slice, u_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
+    def _compute_soft_dense(self, rows: slice, u_RC: Tensor, e_RC: Tensor, g_RC: Tensor | None) -> None:
         slope_R1 = self.slope_N1[rows]
         sum_q_R1 = torch.sum(torch.exp(u_RC, out=e_RC), 1, keepdim=True, out=self.sum_q_N1[rows])
         if g_RC is not None:
             g_RC.addcmul_(e_RC, slope_R1 / sum_q_R1)
         t_RC = e_RC  # one buffer is the student's exponentials, then the teacher's logits, then their exponentials
-        self._teacher(rows, t_RC)
+        self._read_teacher(rows, t_RC)
         t_RC.sub_(t_RC.amax(1, keepdim=True))
         difference_RC = torch.sub(t_RC, u_RC, out=u_RC)
         sum_p_R1 = torch.sum(t_RC.exp_(), 1, keepdim=True, out=self.sum_p_N1[rows])
@@ -146,7 +146,7 @@ class _Chunks:
         # nansum: where p is 0 and a logit -inf, 0 * inf has to count nothing. A NaN logit is in the sums of e.
         torch.nansum(difference_RC.mul_(t_RC), 1, keepdim=True, out=self.cross_N1[rows])
 
-    def _teacher(self, rows: slice, t_RC: Tensor) -> None:
+    def _read_teacher(self, rows: slice, t_RC: Tensor) -> None:
         target = self.target
         if isinstance(target, DenseTarget):
             t_RC.copy_(target.scaled_logits[rows])

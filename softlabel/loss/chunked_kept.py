@@ -34,8 +34,8 @@ def kept_losses(logits_NC: Tensor, call: LossCall, *, want_grad: bool, in_place:
     chunks = _Chunks(logits_NC, call, want_grad, in_place)
     rows, step = len(logits_NC), chunks.step
     if rows <= step:
-        return RowLosses(*chunks.losses(None), chunks.grad_NC)
-    parts = [chunks.losses(slice(start, min(start + step, rows))) for start in range(0, rows, step)]
+        return RowLosses(*chunks.compute(None), chunks.grad_NC)
+    parts = [chunks.compute(slice(start, min(start + step, rows))) for start in range(0, rows, step)]
     soft_N, hard_N = (torch.cat(part) for part in zip(*parts, strict=True))
     return RowLosses(soft_N, hard_N, chunks.grad_NC)
 
@@ -45,14 +45,14 @@ def _take(rows_N: Tensor, rows: slice | None) -> Tensor:
     return rows_N if rows is None else rows_N[rows]
 
 
-def _softmax(u_RC: Tensor, out: Tensor) -> Tensor:
+def _write_softmax(u_RC: Tensor, out: Tensor) -> Tensor:
     if u_RC.shape[1] <= KERNEL_CLASSES:
         return torch.softmax(u_RC, 1, out=out)
     torch.sub(u_RC, u_RC.amax(1, keepdim=True), out=out).exp_()
     return out.div_(out.sum(1, keepdim=True))
 
 
-def _log_softmax(u_RC: Tensor, out: Tensor) -> Tensor:
+def _write_log_softmax(u_RC: Tensor, out: Tensor) -> Tensor:
     if u_RC.shape[1] <= KERNEL_CLASSES:
         return torch.log_softmax(u_RC, 1, out=out)
     torch.sub(u_RC, u_RC.amax(1, keepdim=True), out=out)
@@ -103,13 +103,15 @@ class _Chunks:
             for need in needed
         )
 
-    def losses(self, rows: slice | None) -> tuple[Tensor, Tensor]:
+    def compute(self, rows: slice | None) -> tuple[Tensor, Tensor]:
         """soft (R,) with its T^2, hard (R,); the gradient of these rows is written."""
-        g_RC = _take(self.grad_NC, rows) if self.direct and self.grad_NC is not None else self._part(self.q_RC, rows)
-        soft_R, hard_R = self._soft(rows, g_RC)
+        g_RC = (
+            _take(self.grad_NC, rows) if self.direct and self.grad_NC is not None else self._cut_buffer(self.q_RC, rows)
+        )
+        soft_R, hard_R = self._compute_soft(rows, g_RC)
         if hard_R is None:
-            h_RC = self._part(self.h_RC if self.copied else self.x_RC, rows)
-            hard_R = self._hard_apart(rows, self._read(rows), h_RC, g_RC)
+            h_RC = self._cut_buffer(self.h_RC if self.copied else self.x_RC, rows)
+            hard_R = self._compute_hard_apart(rows, self._read(rows), h_RC, g_RC)
         if self.grad_NC is not None and not self.direct:
             _take(self.grad_NC, rows).copy_(g_RC)
         return soft_R, hard_R
@@ -119,7 +121,7 @@ class _Chunks:
         z_RC = self._read(rows)
         if self.settings.temperature == 1:
             return z_RC
-        u_RC = self._part(self.x_RC, rows)
+        u_RC = self._cut_buffer(self.x_RC, rows)
         if self.halves:
             return torch.mul(z_RC, 1.0 / self.settings.temperature, out=u_RC)
         return torch.sub(z_RC, z_RC.amax(1, keepdim=True), out=u_RC).mul_(1.0 / self.settings.temperature)
@@ -127,17 +129,17 @@ class _Chunks:
     def _read(self, rows: slice | None) -> Tensor:
         z_RC = _take(self.logits_NC, rows)
         if self.copied:
-            z_RC = self._part(self.x_RC, rows).copy_(z_RC)
+            z_RC = self._cut_buffer(self.x_RC, rows).copy_(z_RC)
             if self.blank_N1 is not None:
                 z_RC.masked_fill_(_take(self.blank_N1, rows), 0.0)
         return z_RC
 
     @staticmethod
-    def _part(buffer_RC: Tensor | None, rows: slice | None) -> Tensor:
+    def _cut_buffer(buffer_RC: Tensor | None, rows: slice | None) -> Tensor:
         assert buffer_RC is not None
         return buffer_RC if rows is None else buffer_RC[: rows.stop - rows.start]
 
-    def _teacher(self, rows: slice | None) -> tuple[Tensor, Tensor]:
+    def _read_teacher(self, rows: slice | None) -> tuple[Tensor, Tensor]:
         """log-probabilities and probabilities (R, K or K + 1), the rest last; of drawn classes 0 and their weights."""
         target = self.target
         if isinstance(target, SampledTarget):
@@ -161,22 +163,22 @@ class _Chunks:
             log_p_RK, p_RK = log_p_RK.masked_fill(blank_R1, 0.0), p_RK.masked_fill(blank_R1, 0.0)
         return log_p_RK, p_RK
 
-    def _soft(self, rows: slice | None, g_RC: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _compute_soft(self, rows: slice | None, g_RC: Tensor) -> tuple[Tensor, Tensor | None]:
         """The soft losses, and the hard ones, None where they have to be computed apart; the gradient into g."""
         u_RC = self._scale(rows)
         index_RK = _take(self.target.index, rows).long()
         kept = index_RK.shape[1]
-        log_p_RK, p_RK = self._teacher(rows)
+        log_p_RK, p_RK = self._read_teacher(rows)
         with_hard = self.hard_on and not self.apart
         outside_R1 = None
         if self.tail == "uniform":
-            log_q_RC = _log_softmax(u_RC, g_RC)
+            log_q_RC = _write_log_softmax(u_RC, g_RC)
             log_q_RK = log_q_RC.gather(1, index_RK)
             outside_R1 = log_q_RC.scatter_(1, index_RK, torch.zeros_like(log_q_RK)).sum(1, keepdim=True)
-        q_RC = _softmax(u_RC, g_RC)
+        q_RC = _write_softmax(u_RC, g_RC)
         hard_R: Tensor | None = None
         if with_hard:
-            hard_R = self._hard_losses(rows, q_RC, u_RC)
+            hard_R = self._compute_hard(rows, q_RC, u_RC)
         elif not self.hard_on:
             hard_R = self.slope_N1.new_zeros(len(u_RC))
         raised_RC: Tensor | None = None
@@ -196,7 +198,7 @@ class _Chunks:
                 log_q_RK = q_RK.log()
             else:
                 u_RC, raised_RC = u_RC if raised_RC is None else self._scale(rows), None
-                log_q_RK = self._log_probs(u_RC, index_RK, q_RC)
+                log_q_RK = self._compute_log_probs(u_RC, index_RK, q_RC)
         loss_RK = torch.sub(log_p_RK, log_q_RK, out=log_p_RK).mul_(p_RK)
         if not exact:
             loss_RK = loss_RK.masked_fill_(p_RK == 0, 0.0)
@@ -205,7 +207,7 @@ class _Chunks:
             soft_R.mul_(self.settings.temperature**2)
         scale_R1: Tensor | None = None
         if raised_RC is not None:
-            hard_R, scale_R1 = self._hard_raised(rows, raised_RC)
+            hard_R, scale_R1 = self._compute_hard_raised(rows, raised_RC)
         if self.grad_NC is None:
             return soft_R, hard_R
         slope_R1 = _take(self.slope_N1, rows)
@@ -245,28 +247,28 @@ class _Chunks:
         """Whether none is tiny or NaN. Looking waits for all of a device's work: there the long way is always taken."""
         return self.cpu and (not q_RK.numel() or q_RK.amin().item() > least)
 
-    def _log_probs(self, u_RC: Tensor, index_RK: Tensor, q_RC: Tensor) -> Tensor:
+    def _compute_log_probs(self, u_RC: Tensor, index_RK: Tensor, q_RC: Tensor) -> Tensor:
         """log q (R, K), with a ghost (R, K + 1); then q becomes the distribution among the other classes."""
-        log_q_RC = _log_softmax(u_RC, torch.empty_like(u_RC))
+        log_q_RC = _write_log_softmax(u_RC, torch.empty_like(u_RC))
         log_q_RK = log_q_RC.gather(1, index_RK)
         if self.tail != "ghost":
             return log_q_RK
         log_q_RC.scatter_(1, index_RK, torch.full_like(log_q_RK, -torch.inf))
         log_rest_R1 = log_q_RC.logsumexp(1, keepdim=True)
-        _softmax(log_q_RC, q_RC).masked_fill_(log_rest_R1 == -torch.inf, 0.0)
+        _write_softmax(log_q_RC, q_RC).masked_fill_(log_rest_R1 == -torch.inf, 0.0)
         return torch.cat((log_q_RK, log_rest_R1), 1)
 
-    def _hard_losses(self, rows: slice | None, q_RC: Tensor, z_RC: Tensor) -> Tensor:
+    def _compute_hard(self, rows: slice | None, q_RC: Tensor, z_RC: Tensor) -> Tensor:
         """-log q at the labels (R,), 0 where there is none."""
         labels_R1 = _take(self.labels_N1, rows)
         label_R1 = q_RC.gather(1, labels_R1)
         if self._are_exact(label_R1):
             log_R1 = label_R1.log_()
         else:
-            log_R1 = _log_softmax(z_RC, torch.empty_like(z_RC)).gather(1, labels_R1)
+            log_R1 = _write_log_softmax(z_RC, torch.empty_like(z_RC)).gather(1, labels_R1)
         return log_R1.neg_().masked_fill_(_take(self.hard_scale_N1, rows) == 0, 0.0)[:, 0]
 
-    def _hard_raised(self, rows: slice | None, raised_RC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _compute_hard_raised(self, rows: slice | None, raised_RC: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The hard losses (R,) and what the powers are multiplied by in their gradient (R, 1); None where some label's
         power is tiny."""
         label_R1 = raised_RC.gather(1, _take(self.labels_N1, rows))
@@ -276,19 +278,19 @@ class _Chunks:
         hard_R1 = sum_R1.log().sub_(label_R1.log_()).masked_fill_(scale_R1 == 0, 0.0)
         return hard_R1[:, 0], scale_R1 / sum_R1
 
-    def _hard_apart(self, rows: slice | None, z_RC: Tensor, h_RC: Tensor, g_RC: Tensor) -> Tensor:
+    def _compute_hard_apart(self, rows: slice | None, z_RC: Tensor, h_RC: Tensor, g_RC: Tensor) -> Tensor:
         """The hard losses (R,), from a softmax of their own; their gradient is added to g."""
         smoothing, classes = self.settings.label_smoothing, z_RC.shape[1]
         scale_R1, labels_R1 = _take(self.hard_scale_N1, rows), _take(self.labels_N1, rows)
         if smoothing > 0:
-            log_q_RC = _log_softmax(z_RC, h_RC)
+            log_q_RC = _write_log_softmax(z_RC, h_RC)
             hard_R1 = log_q_RC.sum(1, keepdim=True).mul_(-smoothing / classes)
             if smoothing < 1:
                 hard_R1.sub_(log_q_RC.gather(1, labels_R1), alpha=1.0 - smoothing)
             hard_R = hard_R1.masked_fill_(scale_R1 == 0, 0.0)[:, 0]
-            _softmax(z_RC, h_RC)
+            _write_softmax(z_RC, h_RC)
         else:
-            hard_R = self._hard_losses(rows, _softmax(z_RC, h_RC), z_RC)
+            hard_R = self._compute_hard(rows, _write_softmax(z_RC, h_RC), z_RC)
         if self.grad_NC is not None:
             g_RC.addcmul_(h_RC, scale_R1)
             if smoothing > 0:

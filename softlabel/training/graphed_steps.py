@@ -66,8 +66,8 @@ class Choice:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Standing:
-    """What is known of one that makes steps."""
+class _LearnerState:
+    """The batches that a student or a stack has seen before its trial, and how it makes its steps."""
 
     learner: Learner
     layout: object
@@ -97,7 +97,7 @@ class GraphedSteps:
         self._must, self._path = config.step == "graph", Path(config.out) / run_folder.STEPS
         self._is_on = config.step != "eager" and bool(students)
         self._recorded: list[Choice] = []
-        self._standings: dict[int, _Standing] = {}
+        self._standings: dict[int, _LearnerState] = {}
         reason = None
         if self._is_on and capture is capture_graph and ranks.device.type != "cuda":
             reason = f"a CUDA graph needs a CUDA device, and this run is on {ranks.device.type}"
@@ -109,7 +109,7 @@ class GraphedSteps:
         if self._is_on:
             is_cuda = ranks.device.type == "cuda"
             self._device = torch.cuda.get_device_name(ranks.device) if is_cuda else ranks.device.type
-            self._recorded = _read(self._path) if not self._must and not config.overwrite else []
+            self._recorded = _read_choices(self._path) if not self._must and not config.overwrite else []
 
     def advance(self, students: Sequence[Student], work: Step) -> list[Student]:
         """Make the step of single students.
@@ -119,7 +119,7 @@ class GraphedSteps:
             work: the step.
 
         Returns:
-            Those that are left to others.
+            Those whose step is still to be made, because steps are eager.
         """
         if not self._is_on:
             return list(students)
@@ -139,7 +139,7 @@ class GraphedSteps:
             stack.advance(work)
 
     def forget(self, stack: Stack) -> None:
-        """Give the memory of a stack free that makes no more steps."""
+        """Release the graph of a stack that makes no more steps."""
         self._standings.pop(id(stack), None)
 
     def _advance(self, learner: Learner, work: RowStep) -> None:
@@ -153,14 +153,14 @@ class GraphedSteps:
             static = None
         _make_step(learner, static, rows, here, work.whole)
 
-    def _find_standing(self, learner: Learner) -> _Standing:
+    def _find_standing(self, learner: Learner) -> _LearnerState:
         found = self._standings.get(id(learner))
         if found is None or found.layout != learner.layout:
-            # The tensors of a graph that was are others' now.
-            self._standings[id(learner)] = found = _Standing(learner=learner, layout=learner.layout)
+            # An earlier graph would change tensors that have been replaced.
+            self._standings[id(learner)] = found = _LearnerState(learner=learner, layout=learner.layout)
         return found
 
-    def _consider(self, standing: _Standing, rows: StudentRows, here: Counts, whole: Counts) -> None:
+    def _consider(self, standing: _LearnerState, rows: StudentRows, here: Counts, whole: Counts) -> None:
         """Choose how steps are made, once that can be known."""
         standing.steps += 1
         signature = describe(rows, here, whole)
@@ -172,14 +172,16 @@ class GraphedSteps:
                 f"{_PATIENCE} batches differed in shape, or in how many rows have labels, which a graph holds"
             )
         else:
-            reason = self._try(standing, (rows, before, rows), here, whole)
+            reason = self._try_graph(standing, (rows, before, rows), here, whole)
         standing.seen.clear()
         if standing.static is None:
             standing.is_eager = True
             if reason is not None:
                 self._leave_out(f"step: {', '.join(_list_names(standing.learner))}", reason)
 
-    def _try(self, standing: _Standing, batches: Sequence[StudentRows], here: Counts, whole: Counts) -> str | None:
+    def _try_graph(
+        self, standing: _LearnerState, batches: Sequence[StudentRows], here: Counts, whole: Counts
+    ) -> str | None:
         """Compare a graph with eager steps, and take it if it is equal and, where that matters, faster; else why not.
 
         Args:
@@ -197,7 +199,7 @@ class GraphedSteps:
         with contextlib.ExitStack() as tried:
             for student in students:
                 tried.enter_context(student.trying_in_place())
-            eager, eager_ms = _run(learner, None, batches, here, whole, rounds)
+            eager, eager_ms = _measure_changes(learner, None, batches, here, whole, rounds)
         for student in students if isinstance(learner, RowStudent) else ():
             student.set_capturable(True)
         reason = None
@@ -214,8 +216,8 @@ class GraphedSteps:
             with contextlib.ExitStack() as tried:
                 for student in students:
                     tried.enter_context(student.trying_in_place())
-                graphed, graph_ms = _run(learner, static, batches, here, whole, rounds)
-            reason = _compare(students, eager, graphed)
+                graphed, graph_ms = _measure_changes(learner, static, batches, here, whole, rounds)
+            reason = _find_difference(students, eager, graphed)
         is_faster = True
         if reason is None and rounds:
             is_faster = graph_ms < eager_ms
@@ -276,7 +278,7 @@ def _make_step(learner: Learner, static: StaticStep | None, rows: StudentRows, h
     learner.note_step()
 
 
-def _run(
+def _measure_changes(
     learner: Learner,
     static: StaticStep | None,
     batches: Sequence[StudentRows],
@@ -323,7 +325,7 @@ def _flatten_state(student: RowStudent) -> dict[str, Tensor]:
     return {name: torch.cat([one.detach().double().ravel() for one in some]) for name, some in parts.items() if some}
 
 
-def _compare(
+def _find_difference(
     students: Sequence[RowStudent], eager: Sequence[dict[str, Tensor]], other: Sequence[dict[str, Tensor]]
 ) -> str | None:
     """Why steps are not the eager ones, by what they have changed of each student; None: they are."""
@@ -342,7 +344,7 @@ def _compare(
     return None
 
 
-def _read(path: Path) -> list[Choice]:
+def _read_choices(path: Path) -> list[Choice]:
     """What trials of the run found before; none where they cannot be read: a trial is made again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

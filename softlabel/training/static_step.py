@@ -39,7 +39,7 @@ class StaticStep:
 
     def __init__(self, learner: Learner, rows: StudentRows, here: Counts, whole: Counts) -> None:
         self._learner, self._here, self._whole = learner, here, whole
-        self._rows = _own(rows)
+        self._rows = _copy_rows(rows)
         self._tensors = _list_inputs(self._rows)
         self._replay = self._compute  # until it is captured
         self.signature = describe(rows, here, whole)
@@ -56,7 +56,7 @@ class StaticStep:
         """Replay the step from here on. Changes what the learner is, and needs a step that was made before."""
 
         def run() -> None:
-            with _capturable(self._learner):
+            with _mark_capturable(self._learner):
                 self._compute()
 
         self._replay = capture(self._learner.begin_step, self._compute, run, self._rows.batch.labels.device)
@@ -132,9 +132,9 @@ def _read_parts(rows: StudentRows) -> dict[str, Any]:
     }
 
 
-def _own(rows: StudentRows) -> StudentRows:
+def _copy_rows(rows: StudentRows) -> StudentRows:
     """The rows with tensors of their own."""
-    parts = _copy(_read_parts(rows))
+    parts = _copy_tensors(_read_parts(rows))
     inputs = Inputs(parts.pop("inputs"))
     of_batch = {name: parts.pop(name) for name in ("labels", "target", "has_target")}
     batch = replace(rows.batch, inputs=inputs.plain, **of_batch)
@@ -142,7 +142,7 @@ def _own(rows: StudentRows) -> StudentRows:
 
 
 @contextlib.contextmanager
-def _capturable(learner: Learner) -> Iterator[None]:
+def _mark_capturable(learner: Learner) -> Iterator[None]:
     """Some optimisers look for this while they are captured, and warn of it elsewhere."""
     groups = [group for student in list_students(learner) for group in student.optimizer.param_groups]
     groups = [group for group in groups if "capturable" in group]
@@ -170,14 +170,14 @@ def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _copy(value: Any) -> Any:
+def _copy_tensors(value: Any) -> Any:
     """The record with tensors of its own."""
     if isinstance(value, Tensor):
         return value.clone()
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _copy(getattr(value, field.name)) for field in fields(value)})
+        return replace(value, **{field.name: _copy_tensors(getattr(value, field.name)) for field in fields(value)})
     if isinstance(value, Mapping):
-        return {key: _copy(one) for key, one in value.items()}
+        return {key: _copy_tensors(one) for key, one in value.items()}
     if isinstance(value, tuple):
-        return tuple(_copy(one) for one in value)
+        return tuple(_copy_tensors(one) for one in value)
     return value

@@ -40,6 +40,7 @@ from softlabel.store.token_rows import RowSpans, list_counts
 from softlabel.store.view_columns import BOX, FLIP, PARTNER_BOX, PARTNER_FLIP, PASTE, WEIGHT
 
 _MAPPED = 64 << 20
+_DAMAGE = (pa.ArrowException, IndexError, TypeError)  # a flipped bit can turn a number of a header into text
 _LARGEST_VALUE = 2**31 - 1  # bytes of a row in a column of type binary
 _ROW_FIELDS = (
     pa.field("key", pa.string(), nullable=False),
@@ -141,7 +142,7 @@ class ParquetShard:
         self._since = 0  # bytes read since pages were last released
         self._kept: dict[str, Any] = {}
         self._pages: dict[str, tuple[list[tuple[int, int]], list[int]] | None] = {}
-        with reading_shard(path, "Parquet", pa.ArrowException, IndexError):
+        with reading_shard(path, "Parquet", *_DAMAGE):
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._bytes = np.frombuffer(self._map, np.uint8)
@@ -205,7 +206,7 @@ class ParquetShard:
         return list(itertools.pairwise(self._starts))
 
     def read(self, names: Collection[str], start: int, stop: int) -> ShardRows:
-        with reading_shard(self.path, "Parquet", pa.ArrowException, IndexError):
+        with reading_shard(self.path, "Parquet", *_DAMAGE):
             row = self._read_row([name for name in ROW_NAMES if name in names], start, stop)
             wanted = [column for column in self._columns.values() if column.name in names]
             columns = {one.name: self._read_column(one.name, start, stop) for one in wanted if one.per == "row"}

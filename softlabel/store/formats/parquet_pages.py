@@ -113,7 +113,7 @@ def sum_page_bytes(data: mmap, chunk: Chunk) -> int:
     """Return what the pages of a column take when they are decompressed, which is what a reader allocates.
 
     Raises:
-        ValueError, IndexError: they do not fill the column.
+        ValueError, IndexError, TypeError: they do not fill the column.
     """
     at, end, total = chunk.offset, chunk.offset + chunk.stored, 0
     if not 0 <= at <= end <= len(data):
@@ -160,6 +160,8 @@ def _read_value(data: bytes | mmap, at: int, kind: int, depth: int) -> tuple[Any
         count, items = head >> 4, []
         if count == 15:
             count, at = _read_varint(data, at)
+        if count and head & 15 in (1, 2):  # of no bytes, so that the file would not limit their number
+            raise ValueError("a list is of booleans, of which a footer has none")
         for _ in range(count):
             item, at = _read_value(data, at, head & 15, depth - 1)
             items.append(item)
