@@ -105,7 +105,7 @@ def test_teacher_strength(teacher: str, tmp_path: Path) -> None:
 def test_teacher_assistant(tmp_path: Path) -> None:
     """Each arm learns from the teacher that it names, with the weights that it names."""
     command = ["--large", f"zoo:cnn6{SMALL}", "--assistant", f"zoo:cnn4{SMALL}", "--student", STUDENT]
-    command += ["--epochs", 3, "--lambdas", 0.5, 1, "--temperatures", 10]
+    command += ["--epochs", 2, "--lambdas", 0.5, 1, "--temperatures", 10]
     results, printed = run("teacher_assistant", tmp_path / "out", *command)
     arms = ("large", "assistant", "early", "ensemble")
     check_rows(
