@@ -1,7 +1,8 @@
 """What is tuning worth? `softlabel tune` against the defaults, and against its cost with the teacher on line.
 
 The search sees nine tenths of the training data and is judged on the last one; the best settings and the defaults of
-`softlabel train` are then trained with every seed and measured on the test set, once.
+`softlabel train`, also at the learning rate that was found, are then trained with every seed and measured on the test
+set, once.
 
     python -m pipelines.experiments.tuning --out tuning
     python -m pipelines.experiments.tuning --out tuning --rows 10000 --epochs 9 --passes 2 --student zoo:cnn2
@@ -47,14 +48,24 @@ def main() -> None:
         )
         print(f"searched in {time.perf_counter() - started:.0f} s\n{found.table()}\n{found.command}", flush=True)
         best = {name: value for name, value in found.best.settings.items() if value is not None}
-        arms = {"defaults": {"loss": "kd"}, "found": best}
+        arms = {
+            "defaults": {"loss": "kd"},
+            "defaults, its learning rate": {"loss": "kd", "lr": best["lr"]},
+            "found": best,
+        }
         rows = []
         for name, settings in arms.items():
             runs = {
-                seed: experiment.train_one(name, seed=seed, labels=labels, student=options.student, **settings)
+                seed: experiment.train_one(
+                    name.replace(", ", "-").replace(" ", "-"),
+                    seed=seed,
+                    labels=labels,
+                    student=options.student,
+                    **settings,
+                )
                 for seed in options.seeds
             }
-            shown = describe_settings(settings) if name == "found" else "as softlabel train has them"
+            shown = describe_settings(settings) if "lr" in settings else "as softlabel train has them"
             rows.append(Row(name=name, runs=runs, notes={"settings": shown}))
         epochs = sum(max(trial.scores, default=0) for trial in found.trials)
         print(

@@ -151,7 +151,7 @@ def test_tuning(teacher: str, tmp_path: Path) -> None:
         3,
     ]
     results, printed = run("tuning", tmp_path / "out", *command)
-    check_rows(results, printed, ["defaults", "found"])
+    check_rows(results, printed, ["defaults", "defaults, its learning rate", "found"])
     assert results["search"] == {"students": 3, "epochs of all students": 5}
     assert "on line it would have run 3 times beside the students of a pass, and 5 times" in printed
 
