@@ -52,3 +52,17 @@ def test_golden_store_of_features(name: str) -> None:
     for feature in {"embedding", "attention"} & set(expected):
         numbers = [[float.fromhex(one) for one in row] for row in expected[feature]]
         assert getattr(rows, feature).reshape(len(rows), -1).tolist() == numbers
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_golden_store_of_views_sigmoids_and_tokens(version: int) -> None:
+    root = Path(__file__).parent / f"stores-v{version}"
+    store = open_store(root, verify="full")  # the values are those of the files, by their hashes
+    assert (store.manifest.format_version, store.run.compression) == (version, "none")
+    shards = [format_reader.read_shard(str(path)) for path in sorted((root / "shards").iterdir())]
+    keys, views = (np.concatenate([row[name] for row, _ in shards]) for name in ("key", "view"))
+    rows = store.take([int(store.lookup([key], view=int(view))[0]) for key, view in zip(keys, views, strict=True)])
+    assert rows.labels.tolist() == np.concatenate([row["label"] for row, _ in shards]).tolist()
+    assert rows.content.tolist() == np.concatenate([row["content"] for row, _ in shards]).tolist()
+    for name, column in rows.columns.items():
+        assert column.tolist() == np.concatenate([columns[name] for _, columns in shards]).tolist()
