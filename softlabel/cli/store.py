@@ -42,8 +42,8 @@ def inspect(store: str, /, *, json: bool = False, options: bool = False) -> int:
     if json:
         found = dataclasses.asdict(manifest)
         found["run"]["encoding"] = to_json(manifest.run.encoding)
-        for name in ("tokens", "features"):  # left out where there is none, as in the manifest
-            if found["run"][name] is None:
+        for name in ("tokens", "features", "compression"):  # left out where there is none, as in the manifest
+            if found["run"][name] in (None, "none"):
                 del found["run"][name]
         print(dumps(found, indent=2))
         return 0

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 import softlabel
+from softlabel.cli.main import main
 from softlabel.convert import convert_store, merge_stores
 from softlabel.errors import MismatchError, StoreCorruptError, UsageError
 from softlabel.store.formats.base import Rows
@@ -67,7 +68,7 @@ def copy_plainly(store: Store, out: Path, shards: int | None = None) -> Run:
     return run
 
 
-def test_a_store_of_before_goes_on_as_it_is(tmp_path: Path) -> None:
+def test_a_store_of_before_goes_on_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_parquet(tmp_path / "d.parquet", [make_jpeg(number) for number in range(30)], labels=[0, 1, 2] * 10)
     teacher = write_teacher(tmp_path / "t.safetensors")
 
@@ -87,6 +88,10 @@ def test_a_store_of_before_goes_on_as_it_is(tmp_path: Path) -> None:
     old = generate(tmp_path / "old")
     assert old.manifest.format_version == 2
     assert set.union(*read_codecs(tmp_path / "old").values()) == {"UNCOMPRESSED"}
+    for name, compression in (("new", "zstd"), ("old", None)):
+        capsys.readouterr()
+        assert main(["inspect", "--json", str(tmp_path / name)]) == 0
+        assert json.loads(capsys.readouterr().out)["run"].get("compression") == compression
     assert list_rows(old) == list_rows(new) == list_rows(open_store(tmp_path / "whole", verify="full"))
     # A lost shard is labelled again with the same bytes, and growth adds shards of the same kind.
     lost = next((tmp_path / "old" / "shards").iterdir())

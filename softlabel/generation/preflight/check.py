@@ -43,7 +43,7 @@ class Preflight:
         bare_rate: images/s of all teachers on decoded images.
         seconds: estimated, for all images.
         offer: cost of the encoding on the sample.
-        store_bytes: still to write.
+        store_bytes: still to write, without what compression saves.
         free_bytes: on the file system of the store; None if unknown.
         accuracy: of the soft labels on the sample's labelled images; None if there are none.
         labelled: number of these images.
@@ -118,6 +118,7 @@ def check_run(job: Job, out: str | Path, missing: Sequence[ShardPlan]) -> tuple[
     images, lane = sum(plan.stop - plan.start for plan in missing), job.labeller.lane
     found = offer(job, trial, run.encoding)
     of_views = sum(column.row_bytes for column in run.sample_columns)
+    # At most: how much smaller Parquet's compression makes keys and views is known only once they are written.
     need = images * (found.row_bytes + of_views + ROW_BYTES + estimate_key_bytes(trial))
     if run.tokens is not None:
         need = found.total_bytes * images // (run.dataset.rows * run.views.count)
