@@ -7,6 +7,8 @@ many for every V; the images are few and the epochs many, which is where views c
     python -m pipelines.experiments.view_count --out views
     python -m pipelines.experiments.view_count --out views --rows 2000 --epochs 36 --student zoo:cnn2
 
+The second form took 8 minutes of one core, and 3 more for the labels; the first is estimated at 1.5 hours of two.
+
 The store of each V is a copy of the one before, which grows: the teacher is run once for each view.
 """
 
