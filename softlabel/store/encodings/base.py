@@ -1,4 +1,4 @@
-"""What the store, and whoever makes or reads its rows, asks an encoding.
+"""What the store asks an encoding, and what code asks that makes or reads its rows.
 
 An encoding is a frozen dataclass: its fields are its parameters, which `manifest.json` has beside its name. A new one
 is a subclass here, entered in the table of `registry`, and one in `softlabel.labels.encodings` that makes its columns.
