@@ -63,8 +63,9 @@ def describe_features(run: "Run") -> list[tuple[str, str]]:
     for step in run.views.policy.get("steps", ()):
         if step["op"] == PAIR:
             size = 2 * step["directions"] * run.num_classes
-            what = f"of logits, along {step['directions']} directions of noise of {step['step']} grey levels"
-            lines.append(("differences", f"{what}, {size:,} bytes a row"))
+            noise = "direction" if step["directions"] == 1 else "directions"
+            what = f"of logits, along {step['directions']} {noise} of noise of {step['step']} grey levels"
+            lines.append(("difference", f"{what}, {size:,} bytes a row"))
     if run.features is not None and (found := run.features.embedding) is not None:
         each = ", ".join(
             f"{'input of ' if tap.side == 'input' else ''}{tap.module or 'the answer'}"

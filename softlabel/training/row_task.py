@@ -81,6 +81,9 @@ class RowTask(Task):
         for one in self.configs:
             if one.optimizer == "dot":
                 _check_dot(one, self.precision)
+        if store is not None:  # before run folders are made, which would keep a corrected command from this --out
+            has_labels = bool(is_labelled(self.source.labels()).any()) and not Views.mixes(store.run)
+            check_losses(self.configs, store, self.combination, self._filter, has_labels=has_labels)
 
     @property
     def activation(self) -> Activation:
@@ -129,9 +132,6 @@ class RowTask(Task):
         self._loader = loader
         if self.store is not None and any(needs_negatives(one.embedding_loss) for one in self.configs):
             self._draws = NegativeDraws(loader.dataset, self.store, seed=config.seed, device=ranks.device)
-        if self.store is not None:
-            has_labels = bool(is_labelled(self.source.labels()).any()) and not Views.mixes(self.store.run)
-            check_losses(self.configs, self.store, self.combination, self._filter, has_labels=has_labels)
         return loader
 
     @contextlib.contextmanager

@@ -43,7 +43,7 @@ class NoisePairStep:
     def __post_init__(self) -> None:
         for name, most in (("step", _MOST_LEVELS), ("directions", _MOST_DIRECTIONS)):
             if not 1 <= (found := getattr(self, name)) <= most:
-                raise UsageError(f"noise-pair: expected a {name} from 1 to {most}, found {found}")
+                raise UsageError(f"noise-pair: expected {name} from 1 to {most}, found {found}")
 
     def make(self, images: Images, words_B: U64) -> list[Images]:
         """Make the pairs of B views.

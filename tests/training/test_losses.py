@@ -202,6 +202,7 @@ def test_labels_that_a_loss_cannot_use_are_refused(
     else:
         with pytest.raises(UsageError, match=f"loss {name}: needs .*; use --loss kd, or a store with a dense encoding"):
             train(given)
+        assert not (tmp_path / "run").exists()  # where other students may be trained then
 
 
 def test_top_k_labels_of_several_temperatures_have_a_power_sum(digits: Path, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_pixels_follow_from_seed_key_view_and_direction_alone() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("noise-pair?step=0", "expected a step from 1 to 64, found 0"),
-        ("noise-pair?directions=65", "expected a directions from 1 to 64, found 65"),
+        ("noise-pair?step=0", "expected step from 1 to 64, found 0"),
+        ("noise-pair?directions=65", "expected directions from 1 to 64, found 65"),
         ("noise-pair?scale=2", "noise-pair has no option 'scale'"),
         ("noise-pair+crop-flip", "expected noise-pair as the last step, found crop-flip after it"),
         ("mixup+noise-pair", "expected mixup as the last step, found noise-pair after it"),
