@@ -65,6 +65,11 @@ def check_embeddings(config: TrainConfig, configs: Sequence[StudentConfig], stor
                     "--soft-weight 0 --embedding-loss NAME"
                 )
     used = {one.embedding_loss for one in configs} - {"none"}
+    if store is not None and not store.run.encoding.labels and not used:
+        raise UsageError(
+            f"labels: {store.url} has embeddings or attention alone, of which no student makes use; give "
+            "--embedding-loss NAME, or leave --labels out"
+        )
     if not used or store is None:
         return
     run = store.run

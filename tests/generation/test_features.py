@@ -332,6 +332,7 @@ def test_vectors_alone_of_a_network_without_classes(
     train = ["train", "--data", data, "--labels", out, "--student", "zoo:resnet8", "--out", str(tmp_path / "run")]
     for command in (
         train,
+        [*train, "--soft-weight", "0"],  # and no loss on embeddings
         ["report", out, "--out", str(tmp_path / "report")],
         ["combine", out, str(tmp_path / "x"), "--temperature", "2"],
         ["evaluate", "--data", data, "--labels", out, "--model", "zoo:resnet8@x"],
