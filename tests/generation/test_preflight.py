@@ -73,7 +73,8 @@ def test_the_plan_comes_before_and_the_summary_after(ready: Path, tmp_path: Path
     planned = re.search(r"about ([0-9.]+) kB in", plan)
     assert planned is not None
     assert float(planned[1]) * 1000 == pytest.approx(ROWS * (8 + 24 + len("image-00000.jpg")), rel=0.01)
-    assert float(planned[1]) * 1000 < totals.bytes
+    # The files have footers too, and compress keys and labels.
+    assert totals.bytes == pytest.approx(float(planned[1]) * 1000, rel=0.2)
     assert "160 images labelled" in summary
     assert "of the teachers alone" in summary
     assert "accuracy of these labels where a hard label exists: 0.95" in summary
