@@ -47,6 +47,7 @@ _OTHERS = {
     "loss": "is of samples with one label each; a language model's logits exist for a part of the positions at a time, "
     "with the distillation loss",
     "difference_weight": "is of noisy images",
+    "embedding_loss": "compares one embedding of each sample",
     "compile": "compiles a whole network; the last layer of a language model is fused with the loss instead",
 }
 
