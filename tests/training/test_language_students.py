@@ -385,6 +385,8 @@ def test_evaluation_against_transformers_in_float64(stories: Path, tmp_path: Pat
         ({"batch_size": 8}, "batch_size: 8 counts samples"),
         ({"augment": "crop"}, "augment: crop is of images; leave --augment out"),
         ({"compile": True}, "compile: True compiles a whole network"),
+        ({"embedding_loss": "mse"}, "embedding_loss: mse compares one embedding of each sample"),
+        ({"difference_weight": 1.0}, "difference_weight: 1.0 is of noisy images"),
         ({"mixup": 0.2, "labels": None}, "mixup: 0.2 is of images"),
         ({"streaming": True}, "streaming: True is of data"),
         ({"accumulate": 5}, "a batch of 4 lines cannot be cut into 5 parts"),
