@@ -1,5 +1,6 @@
 """The distillation loss: targets, one float64 reference, fast paths that equal it, and the other losses."""
 
+from softlabel.loss.differences import difference_loss
 from softlabel.loss.embeddings import attention_transfer, cosine_distance, embedding_mse, simple_recipe
 from softlabel.loss.functional import DistillationLoss, LossComponents, distillation_loss, distillation_loss_components
 from softlabel.loss.linear import linear_distillation_loss, linear_distillation_loss_components
@@ -39,6 +40,7 @@ __all__ = [
     "contrast",
     "cosine_distance",
     "decoupled_kd",
+    "difference_loss",
     "dist_loss",
     "distillation_loss",
     "distillation_loss_components",
