@@ -111,6 +111,11 @@ class Ranks:
         dist.all_gather(values, sent)
         return values
 
+    def join_tensor(self, own: Tensor) -> Tensor:
+        """The same in one tensor, of which this process's part alone has a gradient."""
+        found = self.gather_tensor(own.detach())
+        return torch.cat([*found[: self.rank], own, *found[self.rank + 1 :]])
+
     def average_tensors(self, values: Sequence[Tensor]) -> None:
         """Let every process have the mean of the tensors of all, in place."""
         if self.several:

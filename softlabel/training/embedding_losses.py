@@ -3,9 +3,9 @@
 Legend: B batch, D width of an embedding.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -20,11 +20,16 @@ from softlabel.loss import (
 
 EmbeddingLossName = Literal["none", "cosine", "mse", "simkd", "srd", "rkd", "pkt", "sp", "crd", "at"]
 ProjectorName = Literal["linear", "mlp"]
-Compare = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 # RKD's angles are those of every so many rows of a batch: the batch of the published runs. All B^3 triplets of a batch
 # of 256 take as long as several steps of a small network.
 TRIPLET_ROWS = 64
+
+
+class Compare(Protocol):
+    """A loss of a student's (B, D) and a teacher's (B, D'), over the rows of a mask bool (B,): a scalar."""
+
+    def __call__(self, student: Tensor, teacher: Tensor, /, *, mask: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +37,7 @@ class EmbeddingLoss:
     """A loss between a student's embedding and the teacher's.
 
     Attributes:
-        compare: (student (B, D), teacher (B, D'), mask bool (B,) or None) -> a scalar. None: crd's and at's, see
-            `EmbeddingObjective`.
+        compare: what it computes; None: crd's and at's, see `EmbeddingObjective`.
         of: whether it is a mean over rows, or about a batch as a whole.
         projects: whether a projector brings the student's embedding to the teacher's width.
         weight: where none is given.
@@ -52,21 +56,21 @@ class EmbeddingLoss:
 
 EMBEDDING_LOSSES: dict[EmbeddingLossName, EmbeddingLoss] = {
     "cosine": EmbeddingLoss(
-        compare=lambda s, t, mask: cosine_distance(s, t, mask=mask),
+        compare=cosine_distance,
         of="rows",
         projects=True,
         weight=1.0,
         source="Sanh et al. 2019, DistilBERT: weight 1 of the cosine term",
     ),
     "mse": EmbeddingLoss(
-        compare=lambda s, t, mask: embedding_mse(s, t, mask=mask),
+        compare=embedding_mse,
         of="rows",
         projects=True,
         weight=1.0,
         source="SimKD's code, srrl: weight 1 of the feature term",
     ),
     "simkd": EmbeddingLoss(
-        compare=lambda s, t, mask: embedding_mse(s, t, mask=mask),
+        compare=embedding_mse,
         of="rows",
         projects=True,
         weight=1.0,
@@ -75,26 +79,26 @@ EMBEDDING_LOSSES: dict[EmbeddingLossName, EmbeddingLoss] = {
         source="Chen et al. 2022, SimKD: -c 0 -d 0 -b 1",
     ),
     "srd": EmbeddingLoss(
-        compare=lambda s, t, mask: simple_recipe(s, t, mask=mask),
+        compare=simple_recipe,
         of="batch",
         projects=True,
         weight=2.0,
         source="torchdistill, SRD: CE 1, weight 2, exponent 4, eps 1e-4",
     ),
     "rkd": EmbeddingLoss(
-        compare=lambda s, t, mask: relational_kd(s, t, triplet_rows=TRIPLET_ROWS, mask=mask),
+        compare=partial(relational_kd, triplet_rows=TRIPLET_ROWS),
         of="batch",
         weight=1.0,
         source="RepDistiller: -b 1, distance 25, angle 50",
     ),
     "pkt": EmbeddingLoss(
-        compare=lambda s, t, mask: probabilistic_transfer(s, t, mask=mask),
+        compare=probabilistic_transfer,
         of="batch",
         weight=30_000.0,
         source="RepDistiller: -b 30000",
     ),
     "sp": EmbeddingLoss(
-        compare=lambda s, t, mask: similarity_preserving(s, t, mask=mask),
+        compare=similarity_preserving,
         of="batch",
         weight=3_000.0,
         source="RepDistiller: -b 3000",

@@ -4,7 +4,6 @@ Legend: B batch, D width of the teacher's embedding, E of contrasted ones, K neg
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,28 +12,12 @@ from torch import Tensor
 from softlabel.inputs.base import IGNORE
 from softlabel.loader import Batch
 from softlabel.loss import attention_transfer, contrast
+from softlabel.training.batch_term import BatchTerm
 from softlabel.training.beside import TEMPERATURE, Beside, Contrasted, Outputs
 from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_losses import EmbeddingLoss
 from softlabel.training.step import Negatives
 from softlabel.training.student_tap import Size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EmbeddingTerm:
-    """A loss on the embeddings of a batch as a whole.
-
-    Attributes:
-        value: a scalar.
-        gradients: in what is compared, of the rows of this process.
-    """
-
-    value: Tensor
-    gradients: Outputs
-
-    def take(self, part: slice) -> "EmbeddingTerm":
-        """The same for a part of the rows."""
-        return EmbeddingTerm(value=self.value, gradients=tuple(one[part] for one in self.gradients))
 
 
 class EmbeddingObjective:
@@ -69,7 +52,7 @@ class EmbeddingObjective:
         """A loss that is a mean over rows, over those here, with its gradient."""
         teacher, mask = teacher_of(batch, maps=bool(self._sizes)), mask_of(batch, outputs[0].device)
         if self.loss.compare is not None:
-            return self.loss.compare(outputs[0], teacher, mask)
+            return self.loss.compare(outputs[0], teacher, mask=mask)
         total = outputs[0].new_zeros(())
         theirs = torch.split(teacher, [height * width for height, width in self._teacher_sizes], dim=1)
         ours = torch.split(outputs[0], [height * width for height, width in self._sizes], dim=1)
@@ -79,7 +62,7 @@ class EmbeddingObjective:
             total = total + attention_transfer(one, other, mask=mask)
         return total
 
-    def measure_batch(self, outputs: Outputs, batch: Batch, negatives: Negatives | None) -> EmbeddingTerm:
+    def measure_batch(self, outputs: Outputs, batch: Batch, negatives: Negatives | None) -> BatchTerm:
         """A loss of the batch of all processes, whose embeddings each of them gets from the others.
 
         Args:
@@ -92,9 +75,9 @@ class EmbeddingObjective:
         if self._ranks.several:  # whether one has rows that do not count, only it knows
             mask = torch.ones(len(batch), dtype=torch.bool, device=own[0].device) if mask is None else mask
             mask = torch.cat(self._ranks.gather_tensor(mask))
-        whole = tuple(self._join(one) for one in own)
+        whole = tuple(map(self._ranks.join_tensor, own))
         if (len(batch) if mask is None else int(mask.sum())) < 2:  # nothing to relate
-            return EmbeddingTerm(value=own[0].new_zeros(()), gradients=tuple(map(torch.zeros_like, own)))
+            return BatchTerm(value=own[0].new_zeros(()), gradients=tuple(map(torch.zeros_like, own)))
         with torch.enable_grad():
             if isinstance(self._beside, Contrasted):
                 assert negatives is not None
@@ -102,13 +85,8 @@ class EmbeddingObjective:
             else:
                 assert self.loss.compare is not None
                 teacher = torch.cat(self._ranks.gather_tensor(teacher_of(batch)))
-                value = self.loss.compare(whole[0], teacher, mask)
-        return EmbeddingTerm(value=value.detach(), gradients=torch.autograd.grad(value, own))
-
-    def _join(self, own: Tensor) -> Tensor:
-        """Those of all processes, of which this one's alone has a gradient."""
-        found, rank = self._ranks.gather_tensor(own.detach()), self._ranks.rank
-        return torch.cat([*found[:rank], own, *found[rank + 1 :]])
+                value = self.loss.compare(whole[0], teacher, mask=mask)
+        return BatchTerm(value=value.detach(), gradients=torch.autograd.grad(value, own))
 
     def _contrast(
         self, beside: Contrasted, whole: Outputs, batch: Batch, negatives: Negatives, mask: Tensor | None

@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from softlabel.common.activation import Activation
 from softlabel.loss import LossComponents
 from softlabel.training import rng, run_folder
+from softlabel.training.batch_term import BatchTerm
 from softlabel.training.beside import Beside, Outputs, Watched
 from softlabel.training.embedding_losses import EMBEDDING_LOSSES
-from softlabel.training.embedding_objective import EmbeddingObjective, EmbeddingTerm
+from softlabel.training.embedding_objective import EmbeddingObjective
+from softlabel.training.metrics import Sums
 from softlabel.training.row_student import RowStudent, StudentRows
 from softlabel.training.step import Counts, RowStep
 from softlabel.training.student_tap import Size, StudentTap
@@ -57,7 +59,7 @@ class EmbeddingStudent(RowStudent):
         )
         self._step: RowStep | None = None  # that is made
         self._outputs: list[Outputs] = []  # of the parts that have gone forward
-        self._term: EmbeddingTerm | None = None  # of a step that has several parts
+        self._term: BatchTerm | None = None  # of a step that has several parts
 
     def _make_forward(self) -> nn.Module:
         watched = Watched(self.model, self._parts.beside.to(self.device), self._parts.tap.watch)
@@ -103,15 +105,11 @@ class EmbeddingStudent(RowStudent):
         if self._embedding.is_of_batch:
             term = self._term.take(rows.part) if self._term is not None else None
             term = term or self._embedding.measure_batch(outputs, rows.batch, step.negatives)
-            # Of every part the gradient is that of the whole, and the value its share of it.
-            pairs = zip(outputs, term.gradients, strict=True)
-            along = scale * torch.stack([(output * gradient).sum() for output, gradient in pairs]).sum()
-            value = term.value
-            added = along - along.detach() + scale * share * value
+            value, added = term.value, term.attach(outputs, scale=scale, share=share)
         else:
             value = self._embedding.measure_rows(outputs, rows.batch)
             added = scale * share * value
-        self._sums.add_embedding(here.embedded, value.detach() * here.embedded)
+        self._sums.add_term(Sums.EMBEDDING, here.embedded, value.detach())
         return LossComponents(losses.total + added, losses.soft, losses.hard)
 
     def note_step(self) -> None:

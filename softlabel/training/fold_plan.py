@@ -38,7 +38,7 @@ log = logging.getLogger("softlabel")
 # Options of `TrainConfig` about soft labels, about several sources, students or processes, and those of `crossfit`.
 _OTHERS = {"labels", "temperature", "combine", "weights", "soft_weight", "hard_weight", "view_order", "check_views"} | {
     *("loss", "soft_warmup", "fix_labels", "confidence", "embedding_loss", "embedding_weight", "embedding_projector"),
-    *("difference_weight",),
+    "difference_weight",
     *("missing", "ignore_labels", "source_ratio", "students_at_once", "stack", "step", "sync_batchnorm", "overwrite"),
     *("data", "student", "out"),
     *("pack", "pad", "batch_tokens"),

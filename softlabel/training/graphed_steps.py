@@ -8,13 +8,12 @@ eagerly.
 """
 
 import contextlib
-import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from softlabel.errors import UsageError, one_line
 from softlabel.training import run_folder
+from softlabel.training.choices import read_choices, synchronize, write_choices
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_student import EmbeddingStudent
@@ -109,7 +109,7 @@ class GraphedSteps:
         if self._is_on:
             is_cuda = ranks.device.type == "cuda"
             self._device = torch.cuda.get_device_name(ranks.device) if is_cuda else ranks.device.type
-            self._recorded = _read_choices(self._path) if not self._must and not config.overwrite else []
+            self._recorded = read_choices(self._path, Choice) if not self._must and not config.overwrite else []
 
     def advance(self, students: Sequence[Student], work: Step) -> list[Student]:
         """Make the step of single students.
@@ -234,8 +234,7 @@ class GraphedSteps:
         choice = Choice(students=names, device=self._device, graph=is_faster, graph_ms=graph_ms, eager_ms=eager_ms)
         log.info("%s", choice.describe())
         self._recorded.append(choice)
-        text = json.dumps([asdict(one) for one in self._recorded], indent=2)
-        run_folder.write_atomically(self._path, text.encode() + b"\n")
+        write_choices(self._path, self._recorded)
 
     def _leave_out(self, subject: str, reason: str) -> None:
         if self._must:
@@ -308,12 +307,6 @@ def _measure_changes(
     return changes, statistics.median(times) if times else 0.0
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _flatten_state(student: RowStudent) -> dict[str, Tensor]:
     """What steps change of a student, float64."""
     means = [state.get("momentum_buffer", state.get("exp_avg")) for state in student.optimizer.state.values()]
@@ -342,12 +335,3 @@ def _find_difference(
                     f"{off / whole if whole else math.inf:.2g} of its norm, more than {farthest:g}"
                 )
     return None
-
-
-def _read_choices(path: Path) -> list[Choice]:
-    """What trials of the run found before; none where they cannot be read: a trial is made again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [Choice(**{**one, "students": tuple(one["students"])}) for one in found]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []

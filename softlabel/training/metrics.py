@@ -104,7 +104,8 @@ class Sums:
     NAMES = ("units", "samples", "loss", "soft_samples", "soft", "labelled", "hard", "correct", "agreed")
     TEACHER = ("with_top", "with_top_labelled", "teacher_correct", "entropy")  # what `RowStep.teacher_sums` holds
     FILTER = ("stored", "kept", "comparable", "differ")  # of `LabelFilter`; checkpoints of earlier versions have none
-    BESIDE = ("embedded", "embedding", "differing", "difference")  # likewise
+    EMBEDDING = ("embedded", "embedding")  # rows that have the teacher's, and the sum of the loss over them; likewise
+    DIFFERENCE = ("differing", "difference")  # the same of differences along noise
 
     def __init__(self, device: torch.device, values: Sequence[float] | None = None) -> None:
         given = list(values or [])
@@ -113,7 +114,11 @@ class Sums:
 
     @classmethod
     def _names(cls) -> tuple[str, ...]:
-        return (*cls.NAMES, *cls.TEACHER, *cls.FILTER, *cls.BESIDE)
+        return (*cls.NAMES, *cls.TEACHER, *cls.FILTER, *cls.EMBEDDING, *cls.DIFFERENCE)
+
+    def _find_places(self, group: tuple[str, ...]) -> slice:
+        first = self._names().index(group[0])
+        return slice(first, first + len(group))
 
     def add(
         self, *values: float | Tensor, teacher_sums: Tensor | None = None, filtered: Sequence[int] | None = None
@@ -132,22 +137,17 @@ class Sums:
         )
         self.values[: len(self.NAMES)] += new
         if teacher_sums is not None:
-            self.values[len(self.NAMES) : -len(self.FILTER + self.BESIDE)] += teacher_sums
+            self.values[self._find_places(self.TEACHER)] += teacher_sums
         if filtered is not None:
             found = torch.tensor(filtered, dtype=torch.float64, device=device)
-            self.values[-len(self.FILTER + self.BESIDE) : -len(self.BESIDE)] += found
+            self.values[self._find_places(self.FILTER)] += found
 
     @torch.no_grad()
-    def add_embedding(self, rows: int, total: Tensor) -> None:
-        """The rows of a part that have the teacher's embedding, and the sum of the loss over them."""
-        self.values[-4] += rows
-        self.values[-3] += total
-
-    @torch.no_grad()
-    def add_difference(self, rows: int, total: Tensor) -> None:
-        """The rows of a part that have the teacher's differences along noise, and the sum of the loss over them."""
-        self.values[-2] += rows
-        self.values[-1] += total
+    def add_term(self, group: tuple[str, ...], rows: int, mean: Tensor) -> None:
+        """A term beside the soft and the hard one of some rows, in the order of EMBEDDING or DIFFERENCE."""
+        count, total = self.values[self._find_places(group)]
+        count += rows
+        total += mean * rows
 
     def clear(self) -> None:
         """Begin an epoch, in the tensor that there is."""

@@ -3,8 +3,6 @@
 Legend: B batch, C classes, H and W pixels.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ from softlabel.loss import LossComponents, distillation_loss_components
 from softlabel.loss.reference import scaled_logits
 from softlabel.loss.sigmoid import binary_cross_entropy
 from softlabel.loss.targets import DenseTarget, SampledTarget, SigmoidTarget, TopKTarget
+from softlabel.training.batch_term import BatchTerm
 from softlabel.training.distributed import Ranks
 from softlabel.training.grid import StudentConfig
 from softlabel.training.losses import LOSSES
@@ -44,23 +43,6 @@ def weigh_terms(
 def count_soft(config: StudentConfig, counts: Counts) -> int:
     """The rows over which the mean of the soft term is taken."""
     return counts.both if LOSSES[config.loss].of == "labelled rows" else counts.soft
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BatchTerm:
-    """A loss of a batch as a whole, over all parts and processes.
-
-    Attributes:
-        value: a scalar.
-        gradient: in the logits of the rows of this process (B, C).
-    """
-
-    value: Tensor
-    gradient: Tensor
-
-    def take(self, part: slice) -> "BatchTerm":
-        """The same for a part of the rows."""
-        return BatchTerm(value=self.value, gradient=self.gradient[part])
 
 
 class Objective:
@@ -119,10 +101,9 @@ class Objective:
                 )
             if self.is_of_batch:
                 term = of_batch or self.measure_batch(logits_BC, batch)
-                # Of every part the gradient is that of the whole, and the value its share of it.
-                along = config.find_soft_weight(epoch) * self.ranks.world_size * (logits_BC * term.gradient).sum()
-                soft = term.value
-                total = along - along.detach() + soft_weight * soft
+                scale = config.find_soft_weight(epoch) * self.ranks.world_size
+                share = count_soft(config, here) / max(count_soft(config, whole), 1)
+                soft, total = term.value, term.attach([logits_BC], scale=scale, share=share)
             else:
                 weight_B = None if batch.has_target is None else batch.has_target.to(logits_BC.dtype)
                 soft = self._loss.compute(logits_BC, batch.target, batch.labels, self.temperature, weight_B)
@@ -139,8 +120,8 @@ class Objective:
 
     def find_hard(self, logits_BC: Tensor, batch: Batch, here: Counts, whole: Counts) -> Tensor:
         """The hard term alone, as it is in the total of `losses`."""
-        weight = self.config.hard_weight * (here.hard * self.ranks.world_size / max(whole.hard, 1))
-        return weight * self._cross_entropy(logits_BC, batch.labels, here.hard)
+        _, hard_weight = weigh_terms(self.config, here, whole, epoch=0, world_size=self.ranks.world_size)
+        return hard_weight * self._cross_entropy(logits_BC, batch.labels, here.hard)
 
     def measure_batch(self, logits_BC: Tensor, batch: Batch) -> BatchTerm:
         """The soft term of the batch of all processes, whose logits each of them gets from the others.
@@ -155,19 +136,17 @@ class Objective:
         own_BC = logits_BC.detach().requires_grad_()
         scaled_BC = scaled_logits(target, own_BC.dtype)
         counts_B = torch.ones_like(batch.labels, dtype=torch.bool) if batch.has_target is None else batch.has_target
-        logits, rank = self.ranks.gather_tensor(own_BC.detach()), self.ranks.rank
-        counts = torch.cat(self.ranks.gather_tensor(counts_B))
-        everything = torch.cat([*logits[:rank], own_BC, *logits[rank + 1 :]])
+        counts, everything = torch.cat(self.ranks.gather_tensor(counts_B)), self.ranks.join_tensor(own_BC)
         teacher = torch.cat(self.ranks.gather_tensor(scaled_BC))
         if self.ranks.several or batch.has_target is not None:
             everything, teacher = everything[counts], teacher[counts]
         if len(everything) < 2:  # nothing to correlate
-            return BatchTerm(value=own_BC.new_zeros(()), gradient=torch.zeros_like(own_BC))
+            return BatchTerm(value=own_BC.new_zeros(()), gradients=(torch.zeros_like(own_BC),))
         labels = torch.empty(0)  # such losses have no use for them
         with torch.enable_grad():
             dense = DenseTarget(scaled_logits=teacher, temperature=target.temperature, retemperable=target.retemperable)
             value = self._loss.compute(everything, dense, labels, self.temperature, None)
-        return BatchTerm(value=value.detach(), gradient=torch.autograd.grad(value, own_BC)[0])
+        return BatchTerm(value=value.detach(), gradients=torch.autograd.grad(value, own_BC))
 
     def mixup(self, epoch: int, step: int, part: slice, device: torch.device) -> tuple[float, Tensor] | None:
         """Mixup's share of the image itself, and which other one each is mixed with (int64 (B,)): from the seed and the

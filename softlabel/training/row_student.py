@@ -20,9 +20,11 @@ from softlabel.loader import Batch
 from softlabel.loss import LossComponents
 from softlabel.models.precision import computing
 from softlabel.training import rng
+from softlabel.training.batch_term import BatchTerm
 from softlabel.training.differences import measure_differences
 from softlabel.training.dot import Dot
-from softlabel.training.objective import BatchTerm, Objective
+from softlabel.training.metrics import Sums
+from softlabel.training.objective import Objective
 from softlabel.training.optimizer import rebuild_optimizer
 from softlabel.training.step import Counts, RowStep, take
 from softlabel.training.student import Student
@@ -142,7 +144,7 @@ class RowStudent(Student):
         assert rows.copies is not None
         with computing(self.precision, self.device):
             value = measure_differences(self.model, rows.copies, rows.batch)
-        self._sums.add_difference(here.embedded, value.detach() * here.embedded)
+        self._sums.add_term(Sums.DIFFERENCE, here.embedded, value.detach())
         share = here.embedded * self.ranks.world_size / max(whole.embedded, 1)
         return LossComponents(losses.total + self.config.difference_weight * share * value, losses.soft, losses.hard)
 

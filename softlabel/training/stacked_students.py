@@ -7,13 +7,12 @@ resumed, keeps to it. The students are afterwards as they were before.
 
 import contextlib
 import functools
-import json
 import logging
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,10 +22,11 @@ from softlabel.common.spec import parse_spec
 from softlabel.errors import UsageError, one_line
 from softlabel.models import RunModel, network_of
 from softlabel.training import run_folder
+from softlabel.training.choices import read_choices, synchronize, write_choices
 from softlabel.training.config import TrainConfig
 from softlabel.training.distributed import Ranks
 from softlabel.training.embedding_student import EmbeddingStudent
-from softlabel.training.graphed_steps import GraphedSteps, synchronize
+from softlabel.training.graphed_steps import GraphedSteps
 from softlabel.training.grid import students_of
 from softlabel.training.parallel_students import ParallelStudents
 from softlabel.training.row_student import RowStudent
@@ -85,7 +85,7 @@ class StackedStudents:
         self._graphs = graphs
         self._must, self._is_trial = config.stack == "on", config.stack == "auto"
         self._device, self._path = ranks.device, Path(config.out) / run_folder.STACKS
-        self._recorded = _read(self._path) if self._is_trial and not config.overwrite else []
+        self._recorded = read_choices(self._path, Choice) if self._is_trial and not config.overwrite else []
         self._groups: list[list[RowStudent]] = []
         self._stacks: dict[int, Stack] = {}
         self._is_stacked: dict[int, bool] = {}  # of a group that has got a batch
@@ -173,8 +173,7 @@ class StackedStudents:
         )
         log.info("%s", choice.describe())
         self._recorded.append(choice)
-        text = json.dumps([asdict(one) for one in self._recorded], indent=2)
-        run_folder.write_atomically(self._path, text.encode() + b"\n")
+        write_choices(self._path, self._recorded)
         return choice.stacked
 
     def _leave_out(self, students: Sequence[Student], reason: str) -> None:
@@ -283,12 +282,3 @@ def _is_near(one: dict[str, Tensor], other: dict[str, Tensor], farthest: float) 
     if not flat.isfinite().all():  # a loss that is not finite ends the student either way
         return True
     return bool((flat - near).norm() <= farthest * flat.norm())
-
-
-def _read(path: Path) -> list[Choice]:
-    """What trials of the run found before; none where they cannot be read: a trial is made again."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [Choice(**{**one, "students": tuple(one["students"])}) for one in found]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
