@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.convert import RewriteSummary
-    from softlabel.store.manifest import Fidelity, Manifest
+    from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import Manifest
 
 
 def combine(

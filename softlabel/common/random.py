@@ -1,4 +1,7 @@
-"""Deterministic random numbers: hashes of integers, the same in every process."""
+"""Deterministic random numbers: hashes of integers, the same in every process.
+
+Legend: B words, K numbers of each.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,12 @@ def mix64_in_place(values: UInt64s, spare: UInt64s) -> None:
         np.bitwise_xor(values, np.right_shift(values, np.uint64(shift), out=spare), out=values)
         np.multiply(values, np.uint64(factor), out=values)
     np.bitwise_xor(values, np.right_shift(values, np.uint64(31), out=spare), out=values)
+
+
+def draw_bits(words_B: UInt64s, first: int, count: int) -> UInt64s:
+    """Return numbers `first` to `first + count` of the stream of SplitMix64 that each word seeds: uint64 (B, K)."""
+    places_K = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(_GOLDEN)  # modulo 2^64
+    return mix64(words_B[:, None] + places_K)
 
 
 def stream_key(*parts: int) -> np.uint64:

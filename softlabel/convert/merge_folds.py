@@ -18,7 +18,8 @@ from softlabel.convert.merge import compute_fingerprint, refuse_difference
 from softlabel.convert.rewrite import RewriteSummary, open_whole, rewrite
 from softlabel.convert.sample_index import Samples
 from softlabel.errors import MismatchError
-from softlabel.store.manifest import BadRow, DatasetInfo, Fidelity, Member, Run
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import BadRow, DatasetInfo, Member, Run
 from softlabel.store.origins import CROSSFIT
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows

@@ -26,8 +26,9 @@ from softlabel.labels.combine import subtract_maximum
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.columns import Array
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Fidelity, Run, ShardPlan
+from softlabel.store.manifest import Run, ShardPlan
 from softlabel.store.manifest_read import find_root
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store

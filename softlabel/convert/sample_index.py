@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from softlabel.store.manifest import BadRow, Fidelity, ShardRecord
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import BadRow, ShardRecord
 from softlabel.store.reader import Store
 from softlabel.store.stored_rows import StoredRows
 

@@ -14,8 +14,9 @@ from softlabel.generation.features import check_storable
 from softlabel.generation.labeller import Labeller
 from softlabel.generation.progress import Progress
 from softlabel.labels.fidelity import FidelityMeter
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import BadRow, Fidelity, Run, ShardPlan
+from softlabel.store.manifest import BadRow, Run, ShardPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

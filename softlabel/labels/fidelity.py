@@ -14,7 +14,7 @@ from torch import Tensor
 from softlabel.common.activation import Activation
 from softlabel.labels.encodings import Reading, measure
 from softlabel.store.encodings import Encoding, Float16
-from softlabel.store.manifest import Fidelity
+from softlabel.store.fidelity import Fidelity
 
 
 @dataclass(slots=True, kw_only=True)

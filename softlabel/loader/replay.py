@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softlabel.common.keys import Keys
 from softlabel.common.multi_hot import UNKNOWN, Labels
-from softlabel.common.random import mix64, stream_key
+from softlabel.common.random import draw_bits, mix64, stream_key
 from softlabel.errors import MismatchError, UsageError
 from softlabel.inputs.base import IGNORE, Images, InputTransform
 from softlabel.inputs.batch import collate_samples, refuse_failed
@@ -22,7 +22,6 @@ from softlabel.inputs.image_transform import Preprocessing
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import DIGEST, PAIR_DIGESTS, PARTNER
 from softlabel.views import Views, changed, digests, draw, identity, stacked
-from softlabel.views.random import bits
 
 ViewOrder = Literal["cycle", "random"]
 Int64s = NDArray[np.int64]
@@ -93,7 +92,7 @@ class Replay:
         count = len(self._rows_VK)
         if epoch is None or self._order == "cycle":
             return np.full(len(keys), (epoch or 0) % count, np.int64)
-        words_B = bits(draw(keys, seed=self._seed, view=epoch), _ORDER, 1)[:, 0]
+        words_B = draw_bits(draw(keys, seed=self._seed, view=epoch), _ORDER, 1)[:, 0]
         return (words_B % np.uint64(count)).astype(np.int64)
 
     def rows(self, positions: Int64s, views_B: Int64s) -> Int64s:

@@ -18,7 +18,8 @@ from softlabel.generation.job import Job
 from softlabel.generation.token_lane import TokenLane
 from softlabel.inputs.content import changed_content
 from softlabel.store.columns import Array
-from softlabel.store.manifest import Fidelity, Run
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import Run
 from softlabel.store.reader import Store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.stored_rows import StoredRows

@@ -28,8 +28,9 @@ from softlabel.inputs.content import changed_content, why_not_comparable
 from softlabel.labels.combine import normalized_weights
 from softlabel.models import LanguageModel
 from softlabel.store.features import Features
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Combine, Fidelity, Run
+from softlabel.store.manifest import Combine, Run
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.replace import replace_store

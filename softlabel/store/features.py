@@ -6,16 +6,14 @@ The columns follow those of the sample: `embedding` (B, M * D) and, where it is 
 `attention` (B, M * S). FORMAT.md says what they mean.
 """
 
-import functools
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Self
 
 import numpy as np
 
-from softlabel.common.random import mix64, stream_key
+from softlabel.common.random import draw_bits, stream_key
 from softlabel.store.columns import Array, Column, Columns
-from softlabel.store.encodings.base import Encoding
 from softlabel.store.strict_json import OMIT
 
 EMBEDDING: Final = "embedding"
@@ -23,7 +21,7 @@ ATTENTION: Final = "attention"
 SCALE = "embedding_scale"
 EmbeddingType = Literal["float16", "int8"]
 FeatureName = Literal["embedding", "attention"]
-_PROJECTION, _GOLDEN = 4000, 0x9E3779B97F4A7C15  # number of the stream of random signs, and its step
+_PROJECTION = 4000  # number of the stream of random signs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +131,15 @@ class Features:
         both: tuple[tuple[FeatureName, object], ...] = ((EMBEDDING, self.embedding), (ATTENTION, self.attention))
         return tuple(name for name, one in both if one is not None)
 
-    @functools.cache  # noqa: B019 - asked for with every batch
     def columns(self, members: int) -> tuple[Column, ...]:
         """The columns of a row of `members` teachers (1 unless the store keeps its members apart)."""
         parts = [one.columns(members) for one in (self.embedding, self.attention) if one is not None]
         return tuple(column for part in parts for column in part)
 
-    def check_members(self, members: int, *, kept: bool) -> None:
+    def check_run(self, members: int, *, kept: bool, of_tokens: bool) -> None:
         """Raises ValueError unless a run of so many members can have them."""
+        if of_tokens:
+            raise ValueError("features: expected rows of one answer each, found documents")
         counts = {len(one) for one in (self._taps, self._modules) if one is not None}
         marks = {one.kept for one in (self.embedding, self.attention) if one is not None}
         if counts != {members} or marks != {kept} or (members > 1 and not kept):
@@ -184,65 +183,6 @@ class Features:
         return None
 
 
-class FeatureColumns:
-    """What a run says of features; see `Run`, which has the attributes."""
-
-    __slots__ = ()
-    features: Features | None
-    encoding: Encoding
-    members: Sized
-    tokens: object
-
-    @property
-    def kept(self) -> bool:
-        raise NotImplementedError
-
-    @property
-    def members_stored(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def label_columns(self) -> tuple[Column, ...]:
-        raise NotImplementedError
-
-    @property
-    def embedding(self) -> Embedding | None:
-        """The embedding that rows have, also that of encoding `head`; None: they have none."""
-        if self.features is not None and self.features.embedding is not None:
-            return self.features.embedding
-        if (hidden := self.encoding.hidden_form) is None or self.tokens is not None:
-            return None
-        width, kind = hidden
-        return Embedding(width=width, type=kind, kept=self.kept)
-
-    @property
-    def attention(self) -> Attention | None:
-        """The maps of attention that rows have; None: they have none."""
-        return None if self.features is None else self.features.attention
-
-    @property
-    def feature_columns(self) -> tuple[Column, ...]:
-        """The columns of features."""
-        return () if self.features is None else self.features.columns(self.members_stored)
-
-    def check_features(self) -> None:
-        """Raises ValueError where the features do not fit the run."""
-        if self.features is not None:
-            if self.tokens is not None:
-                raise ValueError("features: expected rows of one answer each, found documents")
-            self.features.check_members(len(self.members), kept=self.kept)
-        elif not self.encoding.labels:
-            raise ValueError("encoding 'none': expected features, found a run without them")
-
-    def names_of(self, feature: FeatureName) -> tuple[str, ...]:
-        """Names of the columns that hold a feature which rows have."""
-        if feature == ATTENTION:
-            return (ATTENTION,)
-        if self.features is None or self.features.embedding is None:
-            return tuple(column.name for column in self.label_columns)
-        return tuple(column.name for column in self.features.embedding.columns(self.members_stored))
-
-
 def decode_embedding(embedding: Embedding, columns: Columns) -> Array:
     """float32 (B, D), or (B, M, D) of kept members, of its columns, in their order."""
     values, *scales = columns.values()
@@ -262,7 +202,6 @@ def decode_attention(attention: Attention, columns: Columns) -> Array:
 def make_projection(seed: int, rows: int, width: int) -> Array:
     """The matrix of random signs, float32 (K, D), by which K numbers are projected to D: each is 1 or -1, divided by
     the root of D. Inner products keep their values in expectation, within about 1 / sqrt(D) of the norms."""
-    places_KD = np.arange(1, rows * width + 1, dtype=np.uint64).reshape(rows, width)
-    words_KD = mix64(stream_key(seed, _PROJECTION) + places_KD * np.uint64(_GOLDEN))
+    words_KD = draw_bits(np.array([stream_key(seed, _PROJECTION)]), 0, rows * width).reshape(rows, width)
     signs_KD = 1 - 2 * (words_KD >> np.uint64(63)).astype(np.float32)
     return signs_KD / np.float32(np.sqrt(width))

@@ -19,7 +19,8 @@ from softlabel.store.columns import ROW_NAMES, Column
 from softlabel.store.derived import Derived
 from softlabel.store.differences import find_differences
 from softlabel.store.encodings import Encoding, Float16
-from softlabel.store.features import FeatureColumns, Features
+from softlabel.store.features import ATTENTION, Attention, Embedding, FeatureName, Features
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.file_refs import ExtraRef, SegmentRef
 from softlabel.store.strict_json import ABSENT, OMIT, dumps, to_json
 from softlabel.store.token_rows import TokenRun, per_position, token_columns
@@ -105,7 +106,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run(FeatureColumns, Derived):
+class Run(Derived):
     """The identity of a store: runs with equal fingerprints write interchangeable shards. The compression is that of
     new stores unless it is given."""
 
@@ -144,7 +145,10 @@ class Run(FeatureColumns, Derived):
             self.tokens.check_run(self.input, self.activation, self.num_classes, views=bool(self.view_columns))
         elif self.input == "tokens":
             raise ValueError("input: 'tokens' needs the field 'tokens'")
-        self.check_features()
+        if self.features is not None:
+            self.features.check_run(len(self.members), kept=self.kept, of_tokens=self.tokens is not None)
+        elif not self.encoding.labels:
+            raise ValueError("encoding 'none': expected features, found a run without them")
         if self.views.directions:
             check_pairs(self.activation, self.combine.rule, len(self.members), labels=self.encoding.labels)
         if not self.encoding.knows(self.temperature):
@@ -197,6 +201,34 @@ class Run(FeatureColumns, Derived):
         if self.activation == "softmax" or not self.dataset.has_labels:
             return self.view_columns
         return (Column(name=MULTI_HOT, dtype="|i1", width=self.num_classes), *self.view_columns)
+
+    @property
+    def embedding(self) -> Embedding | None:
+        """The embedding that rows have, also that of encoding `head`; None: they have none."""
+        if self.features is not None and self.features.embedding is not None:
+            return self.features.embedding
+        if (hidden := self.encoding.hidden_form) is None or self.tokens is not None:
+            return None
+        width, kind = hidden
+        return Embedding(width=width, type=kind, kept=self.kept)
+
+    @property
+    def attention(self) -> Attention | None:
+        """The maps of attention that rows have; None: they have none."""
+        return None if self.features is None else self.features.attention
+
+    @property
+    def feature_columns(self) -> tuple[Column, ...]:
+        """The columns of features."""
+        return self._derive("features", lambda: self.features.columns(self.members_stored) if self.features else ())
+
+    def names_of(self, feature: FeatureName) -> tuple[str, ...]:
+        """Names of the columns that hold a feature which rows have."""
+        if feature == ATTENTION:
+            return (ATTENTION,)
+        if self.features is None or self.features.embedding is None:
+            return tuple(column.name for column in self.label_columns)
+        return tuple(column.name for column in self.features.embedding.columns(self.members_stored))
 
     @property
     def view_columns(self) -> tuple[Column, ...]:
@@ -289,35 +321,6 @@ class BadRow:
     index: int
     key: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fidelity:
-    """KL(teacher || decoded) in nats at T = 1 and at the store's temperature, over the measured rows: of documents over
-    `positions` labelled positions."""
-
-    mean_t1: float
-    worst_t1: float
-    mean_t: float
-    worst_t: float
-    positions: int | None = field(default=None, metadata=OMIT)
-
-    @staticmethod
-    def total(parts: Iterable[tuple[int, "Fidelity | None"]]) -> "Fidelity | None":
-        """Combine the fidelity of several shards, weighed by (rows, fidelity) or positions; None: none was measured."""
-        known = [(rows, part) for rows, part in parts if part is not None and rows]
-        if by_position := all(part.positions is not None for _, part in known):
-            known = [(part.positions, part) for _, part in known if part.positions]
-        if not known:
-            return None
-        rows = sum(count for count, _ in known)
-        return Fidelity(
-            mean_t1=sum(count * part.mean_t1 for count, part in known) / rows,
-            worst_t1=max(part.worst_t1 for _, part in known),
-            mean_t=sum(count * part.mean_t for count, part in known) / rows,
-            worst_t=max(part.worst_t for _, part in known),
-            positions=rows if by_position else None,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import xxhash
 
 from softlabel.errors import MismatchError, StoreError
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.file_refs import EXTRA_FILE, SEGMENT_FILE, SEGMENT_LIMIT, ExtraRef, SegmentRef
 from softlabel.store.formats.base import Rows, ShardIdentity, check_rows
 from softlabel.store.formats.registry import format_module
@@ -26,7 +27,6 @@ from softlabel.store.manifest import (
     ROOT_NAME,
     SHARD_FILE,
     BadRow,
-    Fidelity,
     Json,
     Manifest,
     Run,

@@ -15,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.random import draw_bits
 from softlabel.inputs.base import Images, form_of
 from softlabel.store.manifest import Run
 from softlabel.store.view_columns import (
@@ -31,7 +32,7 @@ from softlabel.store.view_columns import (
 from softlabel.views.boxes import Boxes
 from softlabel.views.mix_ops import blend, identity, paste, share
 from softlabel.views.policy import Policy
-from softlabel.views.random import U64, bits, draw
+from softlabel.views.random import U64, draw
 from softlabel.views.torchvision_ops import run as run_transforms
 
 Arrays = dict[str, NDArray[Any]]
@@ -176,7 +177,7 @@ class Views:
             images = self.policy.crop.cut(images, boxes)
         if not self.policy.transforms:
             return images, {}
-        seeds_B = (bits(words_B, _TRANSFORMS, 1)[:, 0] >> np.uint64(1)).tolist()
+        seeds_B = (draw_bits(words_B, _TRANSFORMS, 1)[:, 0] >> np.uint64(1)).tolist()
         failed: dict[int, str] = {}
         seen: list[Tensor] = []
         for place, (image_CHW, seed) in enumerate(zip(images, seeds_B, strict=True)):

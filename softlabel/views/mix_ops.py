@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from softlabel.common.random import draw_bits
 from softlabel.errors import UsageError
-from softlabel.views.random import U64, bits, uniforms
+from softlabel.views.random import U64, uniforms
 
 CANDIDATES = 8  # partners that are tried before a sample is mixed with itself
 _ONE = 1 << 16  # a weight is a multiple of 1 / 65536
@@ -47,12 +48,12 @@ class MixStep:
     def candidates(self, words_B: U64, pool: int) -> NDArray[np.int64]:
         """Return positions below `pool` of possible partners, in the order in which to try them: int64 (B, 8)."""
         # The upper 32 bits, scaled: uniform to one in 2^32 / pool.
-        upper_BK = bits(words_B, _FIRST, CANDIDATES) >> np.uint64(32)
+        upper_BK = draw_bits(words_B, _FIRST, CANDIDATES) >> np.uint64(32)
         return ((upper_BK * np.uint64(pool)) >> np.uint64(32)).astype(np.int64)
 
     def weights(self, words_B: U64) -> NDArray[np.float32]:
         """Return each sample's own weight, a multiple of 1 / 65536: float32 (B,)."""
-        seeds_B = bits(words_B, _FIRST + CANDIDATES, 1)[:, 0].tolist()
+        seeds_B = draw_bits(words_B, _FIRST + CANDIDATES, 1)[:, 0].tolist()
         drawn = [np.random.Generator(np.random.Philox(key=seed)).beta(self.alpha, self.alpha) for seed in seeds_B]
         return (np.rint(np.array(drawn, np.float64) * _ONE) / _ONE).astype(np.float32)
 

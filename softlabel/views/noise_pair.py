@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from softlabel.common.random import draw_bits
 from softlabel.errors import UsageError
 from softlabel.inputs.base import Images
-from softlabel.views.random import U64, bits
+from softlabel.views.random import U64
 
 _FIRST = 1 << 32  # first index in a sample's random stream, of direction 0; other steps use lower ones
 _MOST_DIRECTIONS = 64
@@ -80,7 +81,7 @@ class NoisePairStep:
 
     def _draw(self, words_B: U64, direction: int, size: int) -> NDArray[np.int16]:
         """Return s e of each image, int16 (B, size): + where a bit of the stream is set, low bits first."""
-        words_BL = bits(words_B, (direction + 1) * _FIRST, -(-size // 64)).astype("<u8", copy=False)
+        words_BL = draw_bits(words_B, (direction + 1) * _FIRST, -(-size // 64)).astype("<u8", copy=False)
         set_BS = np.unpackbits(words_BL.view(np.uint8), axis=1, count=size, bitorder="little")
         return set_BS.astype(np.int16) * np.int16(2 * self.step) - np.int16(self.step)
 

@@ -9,11 +9,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from softlabel.common.random import mix64
+from softlabel.common.random import draw_bits
 
 U64 = NDArray[np.uint64]
-
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def draw(keys: Sequence[str], *, seed: int, view: int) -> U64:
@@ -23,12 +21,6 @@ def draw(keys: Sequence[str], *, seed: int, view: int) -> U64:
     return np.fromiter(words, dtype=np.uint64, count=len(keys))
 
 
-def bits(words_B: U64, first: int, count: int) -> U64:
-    """Return numbers `first` to `first + count` of the random stream that each word seeds: uint64 (B, K)."""
-    places_K = np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(_GOLDEN)  # modulo 2^64
-    return mix64(words_B[:, None] + places_K)
-
-
 def uniforms(words_B: U64, first: int, count: int) -> NDArray[np.float64]:
     """Return the same numbers scaled to [0, 1): float64 (B, K)."""
-    return (bits(words_B, first, count) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
+    return (draw_bits(words_B, first, count) >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)

@@ -3,7 +3,8 @@
 import pickle
 
 from softlabel.generation.worker import Outcome, Request
-from softlabel.store.manifest import Fidelity, ShardRecord, shard_file
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import ShardRecord, shard_file
 
 
 def test_requests_and_outcomes_are_small() -> None:

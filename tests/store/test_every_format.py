@@ -23,8 +23,9 @@ from softlabel.errors import (
     StoreNotFoundError,
     UsageError,
 )
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import Combine, DatasetInfo, Extent, Fidelity, Member, ShardRecord
+from softlabel.store.manifest import Combine, DatasetInfo, Extent, Member, ShardRecord
 from softlabel.store.open import open_store
 from softlabel.store.sample_rows import sample_rows
 from softlabel.store.verify import verify_store

@@ -13,8 +13,9 @@ import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run, ShardPlan
+from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run, ShardPlan
 from softlabel.store.open import open_store
 from softlabel.store.reader import Store
 from softlabel.store.view_columns import ViewPolicy

@@ -19,7 +19,8 @@ from softlabel.generation.preflight.sample import Trial, label_sample
 from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.encodings import Encoding
-from softlabel.store.manifest import Combine, Fidelity
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import Combine
 
 ROW_BYTES = 24  # a row's label, view, content hash and key offset
 SECONDS = 5.0  # duration of the sample, without warm-up

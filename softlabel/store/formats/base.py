@@ -16,7 +16,8 @@ import numpy.typing as npt
 from softlabel.common.keys import Keys
 from softlabel.errors import StoreCorruptError, StoreError
 from softlabel.store.columns import Array, Column, Columns
-from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Fidelity, Run, ShardPlan, ShardRecord
+from softlabel.store.fidelity import Fidelity
+from softlabel.store.manifest import FORMAT_VERSIONS, BadRow, Run, ShardPlan, ShardRecord
 from softlabel.store.storage.base import reading
 from softlabel.store.strict_json import SchemaError, dumps, from_json, loads, to_json
 from softlabel.store.token_rows import RowSpans, find_token_problem, lacks_counts, list_counts

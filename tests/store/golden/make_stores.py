@@ -14,8 +14,9 @@ import torch
 
 from softlabel.labels.encodings import encode
 from softlabel.store.encodings import Encoding, Float16, Float32, Head, Int8, Sampled, TopK
+from softlabel.store.fidelity import Fidelity
 from softlabel.store.formats.base import Rows
-from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Fidelity, Member, Run
+from softlabel.store.manifest import BadRow, Combine, DatasetInfo, Member, Run
 from softlabel.store.open import open_store
 from softlabel.store.view_columns import ViewPolicy
 from softlabel.store.writer import Committer, write_shard
