@@ -5,7 +5,7 @@ Legend: B batch, C channels, D width of an embedding, H and W height and width, 
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from softlabel.dataset import Source
 from softlabel.errors import DataError, UsageError
@@ -17,11 +17,20 @@ from softlabel.models import LanguageModel, Program
 from softlabel.models.head import Head
 from softlabel.models.options import FEATURE_OPTIONS
 from softlabel.models.precision import ieee_float32
-from softlabel.models.taps import Side, choose_pool, find_module, find_stages, hooked, measure_map, tensor_of
+from softlabel.models.taps import (
+    OUTPUT,
+    Side,
+    choose_pool,
+    find_last_linear,
+    find_module,
+    find_stages,
+    hooked,
+    measure_map,
+    tensor_of,
+)
 from softlabel.models.teacher import Teacher
 from softlabel.store.features import ATTENTION, EMBEDDING, Attention, Embedding, FeatureName, Features, Tap
 
-OUTPUT = "output"  # what a network answers, as ?embedding=output
 # Numbers of an embedding, and of all maps of a row: 32 KB, several times what the logits take.
 _MOST_NUMBERS = 16_384
 _SAMPLES = 64  # samples tried, to find one that can be decoded
@@ -111,8 +120,7 @@ def _find_tap(teacher: Teacher, trial: Inputs, config: GenerateConfig) -> Tap:
         return _measure_tap(teacher, trial, "", "output")
     if asked is not None:
         return _measure_tap(teacher, trial, asked, "output")
-    layers = [(where, module) for where, module in teacher.model.named_modules() if isinstance(module, nn.Linear)]
-    where, layer = layers[-1] if layers else ("", None)
+    where, layer = find_last_linear(teacher.model)
     if layer is not None and teacher.num_classes in (0, layer.out_features):
         hidden_BK, logits_BC = _observe(teacher, trial, where, "input")
         if hidden_BK.dim() == 2 and (

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softlabel.errors import UsageError
 from softlabel.inputs.base import Inputs
 from softlabel.models import LanguageModel
+from softlabel.models.taps import find_last_linear
 from softlabel.models.teacher import Teacher
 
 # How far W h + b may lie from the output, relative to the batch's largest logit: another order of sums, or the
@@ -53,14 +54,14 @@ class Head:
                 )
             softcap = None if model.softcap is None else model.softcap / calibration
             return cls(teacher=teacher, layer=layer, calibration=calibration, scale=model.logit_scale, softcap=softcap)
-        layers = [module for module in teacher.model.modules() if isinstance(module, nn.Linear)]
-        if not layers or layers[-1].out_features != teacher.num_classes:
-            found = f"one with {layers[-1].out_features} outputs" if layers else "none"
+        _, layer = find_last_linear(teacher.model)
+        if layer is None or layer.out_features != teacher.num_classes:
+            found = f"one with {layer.out_features} outputs" if layer is not None else "none"
             raise UsageError(
                 f"encoding head: {teacher.spec.text}: expected a last linear layer with {teacher.num_classes} outputs, "
                 f"found {found}; use another --encoding"
             )
-        return cls(teacher=teacher, layer=layers[-1], calibration=calibration)
+        return cls(teacher=teacher, layer=layer, calibration=calibration)
 
     @property
     def width(self) -> int:

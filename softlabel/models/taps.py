@@ -16,6 +16,8 @@ from softlabel.errors import UsageError
 Side = Literal["input", "output"]
 Pool = Literal["none", "pixels", "last-pixels", "tokens"]
 
+OUTPUT = "output"  # the name of what a network answers, as in ?embedding=output
+
 # What an answer may be called that is no tensor.
 _ANSWERS = ("embedding", "image_embeds", "pooler_output", "last_hidden_state", "logits")
 # Of the sides of maps that are taken without being named: 4 stages of an ImageNet network, but not its stem.
@@ -57,6 +59,12 @@ def find_module(subject: str, network: nn.Module, name: str) -> nn.Module:
             f"{subject}: expected the name of a module, found {name!r}; the network has {', '.join(there)}, and "
             "modules inside them (layer4.0.conv1)"
         ) from None
+
+
+def find_last_linear(network: nn.Module) -> tuple[str, nn.Linear | None]:
+    """The last linear layer of a network and its name; "" and None where there is none."""
+    found = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return found[-1] if found else ("", None)
 
 
 def choose_pool(subject: str, values: Tensor, rows: int) -> Pool:

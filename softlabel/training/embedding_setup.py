@@ -18,6 +18,7 @@ from softlabel.inputs.base import IGNORE, Inputs
 from softlabel.loader.dataset import JoinedDataset
 from softlabel.loader.features import decode_features
 from softlabel.models.options import FEATURE_OPTIONS
+from softlabel.models.taps import OUTPUT
 from softlabel.store.encodings import Head
 from softlabel.store.features import EMBEDDING, FeatureName
 from softlabel.store.reader import Store
@@ -27,7 +28,7 @@ from softlabel.training.embedding_losses import EMBEDDING_LOSSES, EmbeddingLossN
 from softlabel.training.embedding_student import EmbeddingParts
 from softlabel.training.grid import StudentConfig
 from softlabel.training.step import Negatives
-from softlabel.training.student_tap import OUTPUT, find_embedding, find_maps
+from softlabel.training.student_tap import find_embedding, find_maps
 
 NEGATIVES = 1024  # of a step of crd, for all of its anchors; the published 16,384 are drawn for each
 _DRAWS, _WEIGHTS = 7001, 7002  # numbers of streams of random numbers

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from softlabel.errors import UsageError
 from softlabel.inputs.base import Inputs
 from softlabel.models.taps import (
+    OUTPUT,
     Pool,
     Side,
     choose_pool,
+    find_last_linear,
     find_module,
     find_stages,
     has_channels_last,
@@ -28,8 +30,6 @@ from softlabel.models.taps import (
 )
 
 Size = tuple[int, int]
-
-OUTPUT = "output"  # what a network answers, as ?embedding=output
 
 # How far W h + b may lie from the answer of a student's trial pass, relative to its largest logit.
 _TOLERANCE = 1e-3
@@ -89,8 +89,7 @@ def find_embedding(spec: str, model: nn.Module, inputs: Inputs, asked: str | Non
         values, _ = _observe(where, model, inputs, name, "output")
         how = choose_pool(f"{where}: {asked}", values, len(inputs))
         return StudentTap(modules=(name,), side="output", width=pool(values, how).shape[1], pool=how)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    name, layer = layers[-1] if layers else ("", None)
+    name, layer = find_last_linear(model)
     if layer is not None:
         hidden_BK, answer = _observe(where, model, inputs, name, "input")
         if hidden_BK.dim() == 2 and isinstance(answer, Tensor):
