@@ -99,7 +99,8 @@ def tune(config: "TuneConfig", training: "TrainingOptions") -> int:
     halved, failed = (sum(one.state == state for one in result.trials) for state in ("halved", "failed"))
     ended = "".join(f", {count} {what}" for count, what in ((halved, "ended on the way"), (failed, "failed")) if count)
     when = "already complete" if result.already_done else f"in {result.seconds:.1f} s"
-    print(f"{config.out}: {len(result.trials)} students in {config.passes} passes{ended}, {when}")
+    passes = "1 pass" if config.passes == 1 else f"{config.passes} passes"
+    print(f"{config.out}: {len(result.trials)} students in {passes}{ended}, {when}")
     print(result.table())
     print(f"best: accuracy {result.best.score:.4f} on the samples held out, {describe_settings(result.best.settings)}")
     if result.defaults is not None:

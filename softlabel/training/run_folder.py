@@ -38,7 +38,7 @@ from torch import nn
 
 from softlabel.common.atomic_file import write_atomically as write_whole
 from softlabel.common.spec import quote_path
-from softlabel.errors import MismatchError, TrainingError, UsageError, one_line
+from softlabel.errors import MismatchError, SoftLabelError, TrainingError, UsageError, one_line
 from softlabel.inputs.tokenizer import TOKENIZER
 
 CHECKPOINT, IDENTITY, CONFIG, METRICS, BOARD = "checkpoint.pt", "run.json", "config.yaml", "metrics.csv", "tensorboard"
@@ -141,7 +141,7 @@ def write_failure(folder: Path, reason: str) -> None:
 def run_folder(
     folder: Path, *, identity: Mapping[str, Any], config: Mapping[str, Any], overwrite: bool
 ) -> Iterator[None]:
-    """Hold a run folder for one run: new, or this run's own.
+    """Hold a run folder for one run: new, or this run's own. A new run that is refused leaves nothing in its way.
 
     Raises:
         MismatchError: another run's; says what differs.
@@ -165,11 +165,18 @@ def run_folder(
             _clear(folder)
         _check_identity(folder, identity)
         write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
-        yield
+        try:
+            yield
+        except SoftLabelError:
+            if not _has_begun(folder):
+                (folder / IDENTITY).unlink(missing_ok=True)
+                (folder / CONFIG).unlink(missing_ok=True)
+            raise
 
 
-def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    """Make the folder of several students, and say in it which they are.
+@contextlib.contextmanager
+def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> Iterator[None]:
+    """Make the folder of several students, and say in it which they are. New ones that are refused leave nothing.
 
     Raises:
         UsageError: something else lies there.
@@ -185,11 +192,23 @@ def hold_students(folder: Path, students: Mapping[str, Mapping[str, Any]], confi
         raise UsageError(f"{folder}: cannot be used as a run folder: {error}") from error
     write_atomically(folder / STUDENTS, json.dumps({**earlier, **students}, indent=2).encode() + b"\n")
     write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+    try:
+        yield
+    except SoftLabelError:
+        if not earlier and not any(_has_begun(folder / name) for name in students):
+            (folder / STUDENTS).unlink(missing_ok=True)
+            (folder / CONFIG).unlink(missing_ok=True)
+        raise
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has got so far that there is something to protect."""
+    return any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL))
 
 
 def recorded_identity(folder: Path) -> Mapping[str, Any]:
     """What a run that has got somewhere wrote about itself; empty where there is none."""
-    if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
+    if not _has_begun(folder):
         return {}
     try:
         found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
@@ -264,8 +283,8 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
         raise UsageError(f"{folder}: holds a store of soft labels; use another --out")
     if (folder / STUDENTS).exists():
         raise UsageError(f"{folder}: holds the run folders of several students; use another --out")
-    if not any((folder / name).exists() for name in (CHECKPOINT, METRICS, *MODEL)):
-        path.unlink(missing_ok=True)  # a run without a checkpoint, refused for its settings perhaps: nothing to protect
+    if not _has_begun(folder):
+        path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     if not path.exists():
         found = [name for name in (CHECKPOINT, *MODEL, METRICS) if (folder / name).exists()]
         if found:

@@ -139,7 +139,8 @@ def _hold(
 ) -> list[StudentResult | None]:
     """Hold every student's folder for this run; the results of those that need no more training."""
     if len(configs) > 1:
-        run_folder.hold_students(Path(config.out), {c.name: c.identity() for c in configs}, asdict(config))
+        names = {one.name: one.identity() for one in configs}
+        held.enter_context(run_folder.hold_students(Path(config.out), names, asdict(config)))
     standing: list[StudentResult | None] = []
     for student in configs:
         folder = Path(student.out)

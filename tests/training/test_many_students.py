@@ -182,6 +182,22 @@ def test_the_command_line_makes_a_grid_a_table_and_a_picture(digits: Path, tmp_p
         train(make_config(digits, tmp_path / "one", temperature=[1.0, 4.0]))
 
 
+def test_a_refused_run_leaves_its_folder_to_the_corrected_one(digits: Path, tmp_path: Path) -> None:
+    """Refused once its data and networks are there: of one student, then of several, then neither is in the way."""
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        train(make_config(digits, out, step="graph"))
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        train(make_config(digits, out, step="graph", temperature=[1.0, 4.0]))
+    assert [path.name for path in out.rglob("*") if path.is_file() and path.name != ".lock"] == []
+    train(make_config(digits, out, epochs=1))
+    (out / "model.safetensors").unlink()  # as if it had been killed after its checkpoint
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        train(make_config(digits, out, epochs=1, step="graph"))
+    assert (out / "checkpoint.pt").exists()
+    assert (out / "run.json").exists()
+
+
 def test_wrong_grids_say_what_is_wrong(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"takes images of resize 8, .* students of one pass share"):
         train(make_config(digits, tmp_path / "run", student=[STUDENT, "zoo:cnn2?resize=8&crop=8"]))

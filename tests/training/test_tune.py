@@ -167,7 +167,7 @@ def test_the_command_line_searches(digits: Path, tmp_path: Path) -> None:
     command += ["--out", tmp_path / "out", "--students", 2, "--passes", 1, "--reduction", 2, "--held-out", 4]
     command += ["--epochs", 2, "--batch-size", 32, "--lr", "0.01", "--temperature", "2", "--augment", "none"]
     done = run_softlabel(*command)
-    assert "2 students in 1 passes, 1 ended on the way" in done.stdout
+    assert "2 students in 1 pass, 1 ended on the way" in done.stdout
     assert "train with it: softlabel train --data" in done.stdout
     assert "--lr 0.01 --temperature 2 --soft-weight" in done.stdout
     assert "already complete" in run_softlabel(*command).stdout
