@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import softlabel
 from pipelines.experiments.common import format_table
@@ -132,6 +133,17 @@ def test_losses(teacher: str, tmp_path: Path) -> None:
     check_rows(results, printed, ["hard labels", "kd", "dkd", "standardized", "dkd, no warm-up"])
     assert [row["soft, hard"] for row in results["rows"]] == ["0, 1", "0.9, 0.1", "1, 1", "9, 0.1", "1, 1"]
     assert [row["T"] for row in results["rows"]] == ["-", "4", "4", "2", "4"]
+
+
+def test_embedding_losses(teacher: str, tmp_path: Path) -> None:
+    """Each student has its term beside the same soft labels; the first has none."""
+    command = ["--teacher", teacher, "--student", STUDENT, "--embedding-loss", "simkd", "crd"]
+    results, printed = run("embedding_losses", tmp_path / "out", *command)
+    check_rows(results, printed, ["hard labels", "kd alone", "kd and simkd", "kd and crd"])
+    folder = tmp_path / "out" / "runs" / "embeddings" / "seed-1"
+    configs = [yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*/config.yaml"))]
+    assert sorted(config["embedding_loss"] for config in configs) == ["crd", "none", "simkd"]
+    assert {config["labels"] for config in configs} == {str(tmp_path / "out" / "labels" / "teacher")}
 
 
 def test_tuning(teacher: str, tmp_path: Path) -> None:
