@@ -24,6 +24,8 @@ SERVER.set_forkserver_preload(
     [
         *("tests.support.processes", "tests.support.training_runs"),
         *("softlabel.generation.generate", "softlabel.training.crossfit", "softlabel.cli.crossfit_options"),
+        # Every optimiser imports it, which takes longer than all others together.
+        *("torch._dynamo", "torch.export"),
     ]
 )
 
