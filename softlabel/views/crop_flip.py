@@ -3,11 +3,12 @@
 Legend: B batch, C colours or bands, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softlabel.views.random import U64, draw
@@ -74,18 +75,18 @@ class CropFlip:
         """
         if images_BCHW.device.type != "cpu":
             return self.apply_there(images_BCHW, crops)
-        height, width = images_BCHW.shape[-2:]
-        side, flip_B = self.padding, crops.flip.numpy()
-        # numpy, because torch would start all its threads for these small copies.
+        # numpy, because torch would start all its threads for these small copies; image by image, because a gather of
+        # all copies each row in parts.
         pixels_BCHW = images_BCHW.numpy()
-        padded_BCHW = np.zeros((*pixels_BCHW.shape[:2], height + 2 * side, width + 2 * side), dtype=pixels_BCHW.dtype)
-        padded_BCHW[:, :, side : side + height, side : side + width] = pixels_BCHW
-        # The mirror image of a crop is the crop at the mirrored place of the mirror image.
-        padded_BCHW[flip_B] = padded_BCHW[flip_B, :, :, ::-1]
-        left_B = np.where(flip_B, 2 * side - crops.left.numpy(), crops.left.numpy())
-        # All crops of all images as a view without a copy; one of each image is gathered.
-        windows = np.lib.stride_tricks.sliding_window_view(padded_BCHW, (height, width), axis=(2, 3))
-        return torch.from_numpy(windows[np.arange(len(flip_B)), :, crops.top.numpy(), left_B])
+        cut_BCHW = np.zeros_like(pixels_BCHW)
+        rows = _overlaps(crops.top.numpy() - self.padding, pixels_BCHW.shape[2])
+        columns = _overlaps(crops.left.numpy() - self.padding, pixels_BCHW.shape[3])
+        for pixels, cut, (top, y), (left, x), flip in zip(
+            pixels_BCHW, cut_BCHW, rows, columns, crops.flip.tolist(), strict=True
+        ):
+            # The mirror image of a crop is the crop in the mirror image of where it goes.
+            (cut[:, :, ::-1] if flip else cut)[:, y, x] = pixels[:, top, left]
+        return torch.from_numpy(cut_BCHW)
 
     def apply_there(self, images_BCHW: Tensor, crops: Crops) -> Tensor:
         """`apply` in operations of torch alone, for devices that numpy does not reach."""
@@ -107,3 +108,11 @@ class CropFlip:
     def __call__(self, images_BCHW: Tensor, keys: Sequence[str], *, seed: int, view: int) -> Tensor:
         """Draw and apply one view of a batch (B, C, H, W)."""
         return self.apply(images_BCHW, self.crops(keys, seed=seed, view=view))
+
+
+def _overlaps(starts_B: NDArray[np.int64], size: int) -> Iterator[tuple[slice, slice]]:
+    """For ranges of `size` places that begin at these, yield what 0 to `size` has of them: there, and in the range."""
+    first_B = np.maximum(starts_B, 0)
+    last_B = np.maximum(np.minimum(starts_B + size, size), first_B)
+    for start, first, last in zip(starts_B.tolist(), first_B.tolist(), last_B.tolist(), strict=True):
+        yield slice(first, last), slice(first - start, last - start)

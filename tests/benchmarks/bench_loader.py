@@ -3,6 +3,7 @@
 0  rows per second, images and labels in RAM (C = 1000, float16), against numpy gathers of the same rows
 1  seconds to the first batch of a store of 1,280,000 rows, its cache warm
 2  what a worker more costs in memory, while the labels are mapped
+3  images of 224 pixels, in RAM, cropped and mirrored, beside gathers of the same images
 
 Medians of interleaved runs where two things are compared. Each line prints what is reached and what must be.
 """
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 
 from softlabel.loader import SoftLabelLoader
 from softlabel.store.open import open_store
+from softlabel.views import CropFlip
 from tests.benchmarks.timing import interleaved
 from tests.support.datasets import make_jpeg
 from tests.support.stores import draw_logits, write_logits
@@ -40,10 +42,10 @@ def report(what: str, reached: float, goal: float, *, at_most: bool = False, not
 
 
 class InMemory(Dataset[np.ndarray]):
-    """Decoded images of 32 x 32 pixels."""
+    """Decoded square images."""
 
-    def __init__(self, rows: int) -> None:
-        self.images_NHWC = np.random.default_rng(1).integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8)
+    def __init__(self, rows: int, side: int = 32) -> None:
+        self.images_NHWC = np.random.default_rng(1).integers(0, 256, (rows, side, side, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.images_NHWC)
@@ -160,6 +162,28 @@ def bench_first(folder: Path) -> None:
     report("seconds to the first batch, 1,280,000 rows, warm cache", seconds, 2.0, at_most=True)
 
 
+def bench_views(folder: Path) -> None:
+    rows, steps = 2048, 16
+    data = InMemory(rows, side=224)
+    loader = SoftLabelLoader(data, batch_size=128, augment=CropFlip(), ignore_labels=True)
+    for _ in loader:  # decodes every image once
+        pass
+    images_NCHW = np.ascontiguousarray(data.images_NHWC.transpose(0, 3, 1, 2))
+    order = np.random.default_rng(0).permutation(rows)
+
+    def ours() -> int:
+        loader.set_epoch(3)
+        return sum(int(batch.inputs[0, 0, 9, 9]) for batch in loader)
+
+    def numpy_alone() -> int:
+        batches = (images_NCHW[order[start : start + 128]] for start in range(0, rows, 128))
+        return sum(int(batch[0, 0, 9, 9]) for batch in batches)
+
+    seconds = interleaved({"numpy": numpy_alone, "ours": ours}, REPEATS)
+    note = f"{rows / seconds['ours']:,.0f} images/s, {1e3 * seconds['ours'] / steps:.1f} ms a batch of 128"
+    report("cropped and mirrored at 224 / gathers", seconds["numpy"] / seconds["ours"], 0.2, note=note)
+
+
 def bench_memory(folder: Path) -> None:
     store = folder / "large"
     if not store.exists():
@@ -180,7 +204,7 @@ def main() -> None:
     chosen = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         os.environ["SOFTLABEL_CACHE"] = f"{name}/cache"
-        parts: list[Callable[[Path], None]] = [bench_rows, bench_first, bench_memory]
+        parts: list[Callable[[Path], None]] = [bench_rows, bench_first, bench_memory, bench_views]
         for number, part in enumerate(parts):
             if not chosen or str(number) in chosen:
                 part(Path(name))

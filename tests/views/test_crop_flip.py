@@ -17,7 +17,7 @@ def images(count: int, height: int = 9, width: int = 13) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize(("padding", "flip"), [(4, True), (2, False), (0, True), (0, False)])
+@pytest.mark.parametrize(("padding", "flip"), [(4, True), (2, False), (0, True), (0, False), (20, True)])
 def test_pixels_are_those_of_pad_crop_and_mirror(padding: int, flip: bool) -> None:
     batch = images(len(KEYS))
     before = batch.clone()
