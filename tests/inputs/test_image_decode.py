@@ -93,6 +93,29 @@ def test_lossless_formats_become_the_painted_rgb(data: bytes, expected: np.ndarr
         assert np.array_equal(pixels_of(data), expected)
 
 
+LAYOUTS = {
+    "plain": lambda array: array,
+    "columns first": np.asfortranarray,
+    "reversed": lambda array: np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1],
+    "read-only": lambda array: np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("values", "expected"), [(RGB_HW3, RGB_HW3), (with_alpha(RGB_HW3), RGB_HW3), (GREY_HW, grey(GREY_HW))]
+)
+def test_arrays_and_tensors_of_every_layout_are_copied(values: np.ndarray, expected: np.ndarray, layout: str) -> None:
+    given = LAYOUTS[layout](values)
+    planes = LAYOUTS[layout](values if values.ndim == 2 else values.transpose(2, 0, 1))
+    for image in (given, torch.from_numpy(planes.copy(order="K"))):
+        found = decode_image(image)
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+        assert found.permute(1, 2, 0).is_contiguous()
+        found.zero_()
+        assert np.array_equal(np.asarray(image), given if image is given else planes)
+
+
 def test_cmyk_is_converted_by_the_naive_formula() -> None:
     data = encoded(Image.frombytes("CMYK", (W, H), CMYK_HW4.tobytes()), "TIFF")
     assert np.abs(pixels_of(data).astype(float) - CMYK_AS_RGB).max() <= 1
