@@ -1,7 +1,9 @@
 """The training loader: every image gets its own label whatever happened to the files, in an order that resumes."""
 
+import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from tests.support.digits import DIGITS, decode_by_pillow, make_digit_jpegs
 from tests.support.stores import draw_logits, write_logits
 
 ROWS = 90
+
+# Who makes batches: the process itself, a thread of it that is one batch ahead, or worker processes.
+READERS: list[dict[str, Any]] = [{}, {"pin_memory": True}, {"workers": 2}]
+by_each_reader = pytest.mark.parametrize("reader", READERS, ids=["itself", "thread", "workers"])
 
 
 def keys_of(count: int) -> list[str]:
@@ -159,15 +165,15 @@ def test_images_that_could_not_be_labelled_are_left_out(tmp_path: Path) -> None:
     assert loader.dataset.skipped_bad == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_changed_since_is_refused_by_name(digits: Path, tmp_path: Path, workers: int) -> None:
+@by_each_reader
+def test_an_image_that_changed_since_is_refused_by_name(digits: Path, tmp_path: Path, reader: dict[str, Any]) -> None:
     images, labels = make_digit_jpegs()
     changed = [*images[:40], images[ROWS + 5], *images[41:ROWS]]
     source = write_parquet(
         tmp_path / "data.parquet", changed, keys=keys_of(ROWS), labels=labels[:ROWS], class_names=DIGITS
     )
     with pytest.raises(MismatchError, match=r"'digits/0040.jpg'.*not the one that was labelled"):
-        for _ in SoftLabelLoader(source, digits / "store", workers=workers):
+        for _ in SoftLabelLoader(source, digits / "store", **reader):
             pass
 
 
@@ -248,7 +254,7 @@ def test_labels_may_be_absent(digits: Path, tmp_path: Path) -> None:
 
 
 def test_batches_do_not_depend_on_workers_or_cache(digits: Path) -> None:
-    def batches(**settings: int) -> list[Batch]:
+    def batches(**settings: Any) -> list[Batch]:
         loader = SoftLabelLoader(
             digits / "data.parquet", digits / "store", batch_size=16, seed=4, augment=CropFlip(), **settings
         )
@@ -258,16 +264,14 @@ def test_batches_do_not_depend_on_workers_or_cache(digits: Path) -> None:
 
     reference = batches()
     assert not torch.equal(reference[0].inputs, reference[6].inputs)
-    for settings in ({"workers": 1}, {"workers": 2, "cache_mb": 0}, {"cache_mb": 0}):
+    for settings in (*READERS, {"workers": 2, "cache_mb": 0}, {"cache_mb": 0}):
         assert all(same(one, other) for one, other in zip(reference, batches(**settings), strict=True))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_any_step_of_any_epoch_can_be_reached(digits: Path, workers: int) -> None:
+@by_each_reader
+def test_any_step_of_any_epoch_can_be_reached(digits: Path, reader: dict[str, Any]) -> None:
     def loader() -> SoftLabelLoader:
-        return SoftLabelLoader(
-            digits / "data.parquet", digits / "store", batch_size=16, augment=CropFlip(), workers=workers
-        )
+        return SoftLabelLoader(digits / "data.parquet", digits / "store", batch_size=16, augment=CropFlip(), **reader)
 
     whole = loader()
     epochs = [list(whole) for _ in range(3)]
@@ -355,13 +359,30 @@ def test_global_randomness_is_left_alone(digits: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named(digits: Path, tmp_path: Path, workers: int) -> None:
+@by_each_reader
+def test_an_image_that_cannot_be_read_is_named(digits: Path, tmp_path: Path, reader: dict[str, Any]) -> None:
     images, labels = make_digit_jpegs()
     broken = [*images[:9], images[9][:100]]
     source = write_parquet(tmp_path / "a.parquet", broken, keys=keys_of(10), labels=labels[:10], class_names=DIGITS)
     with pytest.raises(DataError, match=r"sample 'digits/0009.jpg': "):
-        list(SoftLabelLoader(source, batch_size=4, workers=workers))
+        list(SoftLabelLoader(source, batch_size=4, **reader))
+
+
+def test_the_next_batch_is_read_while_one_is_used() -> None:
+    """With `pin_memory`, and no more than that one."""
+    for pin_memory, expected in ((False, 4), (True, 8)):
+        data = Arrays(20)
+        loader = SoftLabelLoader(data, batch_size=4, pin_memory=pin_memory, shuffle=False)
+        data.reads.clear()
+        batches = iter(loader)
+        next(batches)
+        deadline = time.monotonic() + 60
+        while data.reads.total() < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert data.reads.total() == expected
+        batches.close()  # type: ignore[attr-defined]
+        assert data.reads.total() == expected
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:
