@@ -338,4 +338,8 @@ def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_
     assert store.manifest.totals.fidelity is not None
     assert float(lines["float16"][-1]) <= store.manifest.totals.fidelity.worst_t * 1.05 + 1e-12
     assert "int8" not in run_softlabel("plan", *options, "--encoding", "float16", "head").stdout
+    # 16 numbers of an embedding of width 64 in a byte each, and a scale, in place of 64 in two bytes.
+    for also, more in (([], 2 * 64), (["--embedding-width", 16, "--embedding-type", "int8"], 16 + 4)):
+        with_embedding = run_softlabel("plan", *options, "--encoding", "float16", "--also", "embedding", *also).stdout
+        assert re.search(rf"^float16 +{8 + more} ", with_embedding, flags=re.MULTILINE), with_embedding
     assert "votes" in run_softlabel("plan", *options, "--encoding", "votes", code=2).stderr
