@@ -31,6 +31,7 @@ class EpochLoader(ABC, Generic[B]):
         seed: of the order.
         workers: processes that make batches; 0: this one.
         pin_memory: hand out batches in page-locked memory.
+        ahead: make the next batch in a thread, see `BatchMaker`.
         combine: how the members of a store that keeps them become one teacher.
     """
 
@@ -45,6 +46,7 @@ class EpochLoader(ABC, Generic[B]):
         seed: int,
         workers: int,
         pin_memory: bool,
+        ahead: bool,
         combine: Combination | None,
     ) -> None:
         self.source, self.store, self.dataset, self.seed = source, store, dataset, seed
@@ -52,7 +54,7 @@ class EpochLoader(ABC, Generic[B]):
         self._plan = Plan(order, self._shares_of(0))
         self._place = Place()
         self._live: object = None
-        self._workers, self._pin = workers, pin_memory
+        self._workers, self._pin, self._ahead = workers, pin_memory, ahead
         self._batches = self._new_batches()
 
     @abstractmethod
@@ -74,7 +76,7 @@ class EpochLoader(ABC, Generic[B]):
         """Raise UsageError where a framework cannot skip batches by itself."""
 
     def _new_batches(self) -> BatchMaker[B]:
-        return BatchMaker(self.dataset, self._plan, workers=self._workers, pin_memory=self._pin)
+        return BatchMaker(self.dataset, self._plan, workers=self._workers, pin_memory=self._pin, ahead=self._ahead)
 
     def __len__(self) -> int:
         """Batches in the whole epoch that comes next; the same on every rank."""

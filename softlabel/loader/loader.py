@@ -72,7 +72,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
         cache_mb: memory for decoded images, in MiB; all or none are kept.
         cache_device: where decoded samples are kept instead, and augmented: inputs of batches are then there. All must
             fit, and `workers` be 0. On the CPU `cache_mb` is the limit, on a GPU half of what is free.
-        pin_memory: hand out batches in page-locked memory.
+        pin_memory: hand out batches in page-locked memory, for a GPU, and make the next one in a thread meanwhile.
         key_fn: index -> key, for a map-style dataset; the decimal index when absent.
         ignore_labels: hand out -100 (of independent outputs -1) for every hard label.
         combine: rule, weights and temperature for the members of a store that keeps them apart.
@@ -185,6 +185,7 @@ class SoftLabelLoader(EpochLoader[Batch]):
             seed=seed,
             workers=workers,
             pin_memory=pin_memory,
+            ahead=pin_memory and cache_device is None,
             combine=combine,
         )
 

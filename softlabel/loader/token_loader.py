@@ -42,7 +42,7 @@ class TokenLoader(EpochLoader[TokenBatch]):
         tail: of lines that fill no batch, see `SoftLabelLoader`.
         missing: ``error``, ``skip`` or ``hard-only``, for documents that the store has no row for.
         workers: processes that make batches.
-        pin_memory: hand out batches in page-locked memory.
+        pin_memory: hand out batches in page-locked memory, for a GPU, and make the next one in a thread meanwhile.
         combine: rule, weights and temperature for the members of a store that keeps them apart.
         rank, world_size: which of the processes this is, from 0, and how many train together.
 
@@ -105,6 +105,7 @@ class TokenLoader(EpochLoader[TokenBatch]):
             seed=seed,
             workers=workers,
             pin_memory=pin_memory,
+            ahead=pin_memory,
             combine=combine,
         )
 

@@ -46,13 +46,14 @@ class BatchMaker(Generic[B]):
     """Batches of a plan, in its order, made by so many processes; by this one where there are 0.
 
     Args:
-        pin_memory: make them in page-locked memory where there is a GPU, and, in this process, one ahead in a thread:
-            the training loop then waits for a GPU or launches its work, and a batch is mostly copying.
+        pin_memory: make them in page-locked memory, where there is a GPU.
+        ahead: make one ahead in a thread, if there are no processes: while the training loop waits for a GPU or
+            launches its work. A batch is mostly copying, which other threads do not wait for.
     """
 
-    def __init__(self, dataset: BatchDataset[B], plan: Plan, *, workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: BatchDataset[B], plan: Plan, *, workers: int, pin_memory: bool, ahead: bool) -> None:
         self._plan, self._guarded = plan, _Guarded(dataset)
-        self._ahead, self.pin_memory = pin_memory, pin_memory and torch.cuda.is_available()
+        self._ahead, self.pin_memory = ahead, pin_memory and torch.cuda.is_available()
         # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
         self._batches: DataLoader[Any] = DataLoader(
             self._guarded,
@@ -73,21 +74,21 @@ class BatchMaker(Generic[B]):
             return
         # A DataLoader without workers would only take time.
         if not self._ahead:
-            yield from map(self._guarded.__getitems__, self._plan)
+            yield from map(self._make, self._plan)
             return
         requests = iter(self._plan)
         with ThreadPoolExecutor(1, "softlabel-batch", initializer=_use_device, initargs=(_find_device(),)) as thread:
-            pending = [thread.submit(self._make_pinned, one) for one in itertools.islice(requests, 1)]
+            pending = [thread.submit(self._make, one) for one in itertools.islice(requests, 1)]
             try:
                 while pending:
                     made = pending.pop().result()
-                    pending += [thread.submit(self._make_pinned, one) for one in itertools.islice(requests, 1)]
+                    pending += [thread.submit(self._make, one) for one in itertools.islice(requests, 1)]
                     yield made
             finally:
                 for one in pending:
                     one.cancel()
 
-    def _make_pinned(self, request: BatchRequest) -> B | Failure:
+    def _make(self, request: BatchRequest) -> B | Failure:
         made = self._guarded.__getitems__(request)
         return made.pin_memory() if self.pin_memory and not isinstance(made, Failure) else made
 
