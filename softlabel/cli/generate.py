@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from softlabel.cli.config import read_options
 from softlabel.cli.report import duration, print_preflight, print_summary, size
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.generation.config import GenerateConfig, LabelConfig
     from softlabel.generation.executor import Executor
-    from softlabel.store.features import EmbeddingType, FeatureName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +116,7 @@ def generate(
 
 
 def plan(
-    *,
-    data: str,
-    teacher: list[str],
-    config: "LabelConfig",
-    encoding: list[str] | None = None,
-    also: "list[FeatureName] | None" = None,
-    embedding_width: int | None = None,
-    embedding_type: "EmbeddingType | None" = None,
-    seconds: float = 5.0,
+    *, data: str, teacher: list[str], config: "LabelConfig", encoding: list[str] | None = None, seconds: float = 5.0
 ) -> int:
     """Estimate the time of labelling, and the cost of every encoding in bytes and nats, from a short timed sample.
 
@@ -138,10 +129,6 @@ def plan(
         data: a SOURCE, see 'softlabel generate --help'.
         teacher: the SPECs, see 'softlabel generate --help'.
         encoding: show only these; all when absent.
-        also: count the bytes of an embedding of each sample, or of maps of attention, as 'softlabel generate --also'
-            stores them.
-        embedding_width: project embeddings to so many numbers; as they are when absent.
-        embedding_type: of an embedding: float16 when absent, or int8 with a scale for each.
         seconds: duration of the sample.
     """
     from softlabel.dataset.tokenize import TokenizedSource
@@ -165,8 +152,7 @@ def plan(
         raise UsageError(f"--seconds: expected above 0, found {seconds:g}")
     # An engine has to know what is kept before it is asked.
     kept = Encoding.kinds["topk"].from_options(temperature=config.temperature)
-    chosen: dict[str, Any] = {"encoding": kept} if encoding == ["topk"] else {}
-    chosen |= {"also": also, "embedding_width": embedding_width, "embedding_type": embedding_type}
+    chosen = {"encoding": kept} if encoding == ["topk"] else {}
     job = load_job(data, teacher, GenerateConfig.of(config, workers=0, **chosen))
     found = run(job, seconds=seconds)
     print(f"{data}: {found.rows:,} {found.noun}, {len(teacher)} teacher(s), {job.run.num_classes:,} classes")

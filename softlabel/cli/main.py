@@ -72,11 +72,7 @@ LATE = {
         "GenerateConfig": "softlabel.generation.config.GenerateConfig",
         "EncodingOptions": "softlabel.cli.encoding_options.OfTeachers",
     },
-    "plan": {
-        "LabelConfig": "softlabel.generation.config.LabelConfig",
-        "FeatureName": "softlabel.store.features.FeatureName",
-        "EmbeddingType": "softlabel.store.features.EmbeddingType",
-    },
+    "plan": {"LabelConfig": "softlabel.generation.config.LabelConfig"},
     "convert": {"EncodingOptions": "softlabel.cli.encoding_options.OfStores"},
 }
 # Commands whose options have values that depend on others.

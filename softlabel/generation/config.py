@@ -44,6 +44,11 @@ class LabelConfig:
         max_length: of language models: tokens of a document, the rest is left out; when absent, what all teachers take.
         positions: of language models: which positions are labelled: all, or those after which a token counts (of chats
             the answers).
+        also: store beside the logits an embedding of each sample (what enters the teacher's last linear layer, or what
+            the module of '?embedding=MODULE' in its SPEC gives) or maps of attention (of each stage, or of
+            '?attention=MODULE,MODULE'); of several teachers with --combine keep.
+        embedding_width: project embeddings to so many numbers, by random signs; as they are when absent.
+        embedding_type: of an embedding: float16 when absent, or int8 with a scale for each.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
@@ -63,6 +68,9 @@ class LabelConfig:
     augment: str | ViewPolicy = "center"
     max_length: int | None = None
     positions: Literal["all", "masked"] = "all"
+    also: Sequence[FeatureName] | None = None
+    embedding_width: int | None = None
+    embedding_type: EmbeddingType | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -75,6 +83,11 @@ class LabelConfig:
             raise UsageError(f"seed: expected at least 0, found {self.seed}")
         if self.combine == "keep" and self.weights is not None:
             raise UsageError("weights: combine 'keep' does not average; give them to 'softlabel combine'")
+        if self.embedding_width is not None:
+            self._check_above_zero("embedding_width")
+        for name in ("embedding_width", "embedding_type"):
+            if getattr(self, name) is not None and "embedding" not in self.features:
+                raise UsageError(f"{name}: belongs to --also embedding, found none")
 
     def _check_above_zero(self, *names: str) -> None:
         for name in names:
@@ -86,6 +99,11 @@ class LabelConfig:
         """Copy the fields that this class shares with another configuration, with changes."""
         shared = {one.name for one in fields(cls)} & {one.name for one in fields(other)}
         return cls(**{**{name: getattr(other, name) for name in shared}, **changes})
+
+    @property
+    def features(self) -> tuple[FeatureName, ...]:
+        """What is stored beside logits, or alone."""
+        return tuple(name for name in get_args(FeatureName) if name in (self.also or ()))
 
     @property
     def view_policy(self) -> ViewPolicy:
@@ -106,12 +124,7 @@ class GenerateConfig(LabelConfig):
     Attributes:
         encoding: how logits are stored: an `Encoding`, or the name of one without parameters; 'softlabel plan' shows
             the cost of each in bytes and nats.
-        also: store beside the logits an embedding of each sample (what enters the teacher's last linear layer, or what
-            the module of '?embedding=MODULE' in its SPEC gives) or maps of attention (of each stage, or of
-            '?attention=MODULE,MODULE'); of several teachers with --combine keep.
         only: store one of these without any logits, also of teachers that give none, such as image encoders.
-        embedding_width: project embeddings to so many numbers, by random signs; as they are when absent.
-        embedding_type: of an embedding: float16 when absent, or int8 with a scale for each.
         format: file format of the shards.
         shard_rows: samples per shard, the most that a killed run loses.
         shard_positions: of language models: labelled positions per shard on average, 4 million when absent; a shard has
@@ -132,10 +145,7 @@ class GenerateConfig(LabelConfig):
     """
 
     encoding: Encoding | str = "float16"
-    also: Sequence[FeatureName] | None = None
     only: FeatureName | None = None
-    embedding_width: int | None = None
-    embedding_type: EmbeddingType | None = None
     format: Format = "parquet"
     shard_rows: int = 16384
     shard_positions: int | None = None
@@ -153,11 +163,6 @@ class GenerateConfig(LabelConfig):
         self._check_above_zero("shard_rows", *(["shard_positions"] if self.shard_positions is not None else []))
         if self.only is not None:
             self._refuse_label_options(self.only)
-        if self.embedding_width is not None:
-            self._check_above_zero("embedding_width")
-        for name in ("embedding_width", "embedding_type"):
-            if getattr(self, name) is not None and "embedding" not in self.features:
-                raise UsageError(f"{name}: belongs to --also embedding, found none")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers: expected at least 0, found {self.workers}")
 
@@ -178,7 +183,6 @@ class GenerateConfig(LabelConfig):
 
     @property
     def features(self) -> tuple[FeatureName, ...]:
-        """What is stored beside logits, or alone."""
         wanted = {*(self.also or ()), self.only}
         return tuple(name for name in get_args(FeatureName) if name in wanted)
 
