@@ -3,7 +3,8 @@
 Teachers at 224, bf16, channels last, batch 256. The rate of `generate` is that of its steady state: what it labels more
 in a long run than in a short one, over what it takes longer; loading, opening and starting processes fall out. It is
 held against the bare forward pass of the same networks over one batch on the device, and, from JPEG files of 500 x 375,
-against the slower of that and of decoding alone by as many processes.
+against the slower of that and of decoding alone by as many processes. A network that costs nothing shows how many
+images the host feeds at most.
 """
 
 import io
@@ -29,6 +30,7 @@ SIDE, DISTINCT = 224, 512
 ONE = ("resnet50",)
 THREE = ("vit_b_16", "resnet50", "convnext_tiny")
 RAM, IDLE = "generate resnet50, images in RAM / bare forward", "generate resnet50: idle share of the device"
+HOST = "generate with a network of no cost, images in RAM / bare forward of resnet50"
 ENSEMBLE = "generate of 3 architectures / sum of bare forwards (time)"
 FILES = "generate resnet50 from JPEG files / slower of decoding and forward"
 
@@ -149,6 +151,23 @@ def measure_in_memory(bench: Bench, work: Path, teachers: Teachers, bare: float)
     bench.report(RAM, rate / bare, goal=0.95, note=f"{rate:,.0f} of {bare:,.0f} images/s; whole run {whole:,.0f}")
 
 
+def build_pooled() -> nn.Module:
+    """The mean of each channel, and a linear layer."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1000))
+
+
+def measure_host(bench: Bench, work: Path, bare: float) -> None:
+    short, long = bench.pick(5120, 4), bench.pick(25600, 8)
+    if not bench.has_time(HOST, 12):
+        return
+    teachers = Teachers(bench, work, (), "")
+    teachers.specs = [
+        f"python:tests.benchmarks.bench_generate_gpu:build_pooled?resize=none&crop={SIDE}&mean=0.5&std=0.5"
+    ]
+    rate, whole = steady_rate(lambda images: teachers.generate(InMemory(images), work / "store"), short, long)
+    bench.report(HOST, rate / bare, note=f"{rate:,.0f} images/s; whole run {whole:,.0f}")
+
+
 def measure_idle(bench: Bench, work: Path, teachers: Teachers) -> None:
     if not bench.cuda or not bench.has_time(IDLE, 20):
         return
@@ -222,6 +241,7 @@ def measure(bench: Bench) -> None:
         teachers = Teachers(bench, work, ONE, f"resize=none&crop={SIDE}")
         bare = teachers.bare_rate()
         measure_in_memory(bench, work, teachers, bare)
+        measure_host(bench, work, bare)
         measure_idle(bench, work, teachers)
         measure_ensemble(bench, work)
         measure_files(bench, work, bare)
@@ -229,7 +249,7 @@ def measure(bench: Bench) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-FIGURES = (RAM, IDLE, ENSEMBLE, FILES)
+FIGURES = (RAM, HOST, IDLE, ENSEMBLE, FILES)
 
 if __name__ == "__main__":
     run_benchmark(__doc__, measure, FIGURES)
