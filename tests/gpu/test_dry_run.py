@@ -20,7 +20,8 @@ def test_every_benchmark_with_a_cuda_part_and_every_gpu_mark_is_reached() -> Non
     marked = {
         path.parent.relative_to(ROOT).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
-        if any(
+        if "mark.gpu" in path.read_text()
+        and any(
             isinstance(node, ast.Attribute) and node.attr == "gpu" and ast.unparse(node) == "pytest.mark.gpu"
             for node in ast.walk(ast.parse(path.read_text()))
         )
