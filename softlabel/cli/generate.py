@@ -180,6 +180,8 @@ def plan(
             if cost is not None:
                 at_1, at_t = f"{cost.mean_t1:.1e} / {cost.worst_t1:.1e}", f"{cost.mean_t:.1e} / {cost.worst_t:.1e}"
             print(f"{offer.name:<12}{offer.row_bytes:>10,}{size(offer.total_bytes):>14}  {at_1:<20}{at_t}")
+    for name in sorted(set(encoding or ()) - {offer.name.split()[0] for offer in found.offers}):
+        print(f"{name:<12}{'-':>10}  does not fit these teachers and options")
     return 0
 
 

@@ -26,6 +26,7 @@ BLOCK = 4096
 TRIED = 100  # samples tried until one can be read
 COLUMN_REMEDY = "name another column with '?key=COLUMN', or number the samples with '?key=index'"  # of repeated keys
 _CHUNK = 65536
+_KINDS = {"parquet", "table", "text", "tar", "array", "list", "folder", "torchvision", "digits"}
 
 
 # Path, bytes and time of the last change in nanoseconds.
@@ -115,6 +116,11 @@ class Source(ABC):
     def count_labelled(self) -> int | None:
         """Count labelled samples; None if this needs to read every sample."""
         return int(np.count_nonzero(is_labelled(self.labels()))) if self.has_labels else 0
+
+    @property
+    def is_users(self) -> bool:
+        """Whether reading runs code of the user's: of a dataset, or of another class of sources."""
+        return any(part.kind not in _KINDS for part in self.parts())
 
     def parts(self) -> "tuple[Source, ...]":
         """Return the sources that this one concatenates, else itself."""

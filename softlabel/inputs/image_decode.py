@@ -208,6 +208,10 @@ def _convert_tensor(image: Tensor) -> Tensor:
             f"expected an image tensor of shape (H, W) or (1, 3 or 4, H, W), found {tuple(image.shape)}; "
             "an image with its channels last can be given as an array"
         )
+    if image.layout != torch.strided or image.is_meta:
+        raise DataError(
+            f"expected a dense tensor with values, found {image.layout} on {image.device}; call .to_dense()"
+        )
     _check_pixels(image.dtype == torch.uint8, str(image.dtype), image.shape)
     grid = image.detach().cpu()
     return _make_rgb((grid if grid.dim() == 3 else grid[None]).permute(1, 2, 0).numpy())

@@ -201,6 +201,12 @@ class JoinedDataset(Dataset[Batch]):
             weight=None if counted is None else (torch.arange(len(keys)) < counted).float(),
         )
 
+    def runs_user_code(self, wanted: BatchRequest) -> bool:
+        """Whether a batch needs samples of a dataset of the user's that are not cached."""
+        if not self.source.is_users:
+            return False
+        return self._replay is not None or self._cache is None or bool(len(self._cache.unknown(wanted.positions)))
+
     def choose_members(self, keys: Sequence[str], epoch: int | None) -> Int64s | None:
         """Which member of the store each sample has in an epoch, where each has one."""
         if self.store is None:

@@ -85,9 +85,15 @@ class TokenDataset(Dataset[TokenBatch]):
     def lines(self, epoch: int) -> PackedEpoch:
         """The lines of an epoch; the last one asked for is kept."""
         epoch = epoch if self.packing.shuffle else 0  # all are equal
-        if self._packed is None or self._packed[0] != epoch:
-            self._packed = epoch, self.packing.pack(epoch)
-        return self._packed[1]
+        # Read once: the thread of an iteration that was left may replace it meanwhile.
+        packed = self._packed
+        if packed is None or packed[0] != epoch:
+            packed = self._packed = epoch, self.packing.pack(epoch)
+        return packed[1]
+
+    def runs_user_code(self, wanted: BatchRequest) -> bool:
+        """Whether documents come out of a dataset of the user's."""
+        return self.source.is_users
 
     def __getitems__(self, wanted: BatchRequest) -> TokenBatch:
         """The lines of an epoch (`wanted.view`) at these positions."""

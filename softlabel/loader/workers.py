@@ -1,10 +1,12 @@
 """Whole batches made by worker processes, with errors that arrive as they were raised."""
 
-import itertools
 import multiprocessing
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -41,6 +43,10 @@ class BatchDataset(Protocol[B_co]):
 
     def __getitems__(self, wanted: BatchRequest) -> B_co: ...
 
+    def runs_user_code(self, wanted: BatchRequest) -> bool:
+        """Whether a batch needs a dataset of the user's, which may belong to a thread, or draw random numbers."""
+        ...
+
 
 class BatchMaker(Generic[B]):
     """Batches of a plan, in its order, made by so many processes; by this one where there are 0.
@@ -48,12 +54,15 @@ class BatchMaker(Generic[B]):
     Args:
         pin_memory: make them in page-locked memory, where there is a GPU.
         ahead: make one ahead in a thread, if there are no processes: while the training loop waits for a GPU or
-            launches its work. A batch is mostly copying, which other threads do not wait for.
+            launches its work. A batch is mostly copying, which other threads do not wait for. One that needs a dataset
+            of the user's is made by the loop's own thread, when it is its turn.
     """
 
     def __init__(self, dataset: BatchDataset[B], plan: Plan, *, workers: int, pin_memory: bool, ahead: bool) -> None:
         self._plan, self._guarded = plan, _Guarded(dataset)
         self._ahead, self.pin_memory = ahead, pin_memory and torch.cuda.is_available()
+        # An iteration that was left may still be in its thread.
+        self._one_at_a_time = threading.Lock()
         # Its own generator: workers are seeded from it, and the global one stays as the training loop left it.
         self._batches: DataLoader[Any] = DataLoader(
             self._guarded,
@@ -76,20 +85,25 @@ class BatchMaker(Generic[B]):
         if not self._ahead:
             yield from map(self._make, self._plan)
             return
-        requests = iter(self._plan)
-        with ThreadPoolExecutor(1, "softlabel-batch", initializer=_use_device, initargs=(_find_device(),)) as thread:
-            pending = [thread.submit(self._make, one) for one in itertools.islice(requests, 1)]
-            try:
-                while pending:
-                    made = pending.pop().result()
-                    pending += [thread.submit(self._make, one) for one in itertools.islice(requests, 1)]
-                    yield made
-            finally:
-                for one in pending:
-                    one.cancel()
+        thread = ThreadPoolExecutor(1, "softlabel-batch", initializer=_use_device, initargs=(_find_device(),))
+        try:
+            pending: deque[Callable[[], B | Failure]] = deque()
+            for request in self._plan:
+                if self._guarded.dataset.runs_user_code(request):
+                    pending.append(partial(self._make, request))
+                else:
+                    pending.append(thread.submit(self._make, request).result)
+                if len(pending) > 1:
+                    yield pending.popleft()()
+            while pending:
+                yield pending.popleft()()
+        finally:
+            # Not waited for: an iteration may end in the garbage collector, within any thread, or by Ctrl-C.
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, request: BatchRequest) -> B | Failure:
-        made = self._guarded.__getitems__(request)
+        with self._one_at_a_time:
+            made = self._guarded.__getitems__(request)
         return made.pin_memory() if self.pin_memory and not isinstance(made, Failure) else made
 
     def death(self, error: Exception) -> str | None:

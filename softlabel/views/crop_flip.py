@@ -78,7 +78,7 @@ class CropFlip:
         # numpy, because torch would start all its threads for these small copies; image by image, because a gather of
         # all copies each row in parts.
         pixels_BCHW = images_BCHW.numpy()
-        cut_BCHW = np.zeros_like(pixels_BCHW)
+        cut_BCHW = np.zeros(pixels_BCHW.shape, pixels_BCHW.dtype)
         rows = _overlaps(crops.top.numpy() - self.padding, pixels_BCHW.shape[2])
         columns = _overlaps(crops.left.numpy() - self.padding, pixels_BCHW.shape[3])
         for pixels, cut, (top, y), (left, x), flip in zip(

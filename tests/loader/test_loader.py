@@ -1,9 +1,10 @@
 """The training loader: every image gets its own label whatever happened to the files, in an order that resumes."""
 
+import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -368,21 +369,35 @@ def test_an_image_that_cannot_be_read_is_named(digits: Path, tmp_path: Path, rea
         list(SoftLabelLoader(source, batch_size=4, **reader))
 
 
-def test_the_next_batch_is_read_while_one_is_used() -> None:
-    """With `pin_memory`, and no more than that one."""
-    for pin_memory, expected in ((False, 4), (True, 8)):
-        data = Arrays(20)
-        loader = SoftLabelLoader(data, batch_size=4, pin_memory=pin_memory, shuffle=False)
-        data.reads.clear()
-        batches = iter(loader)
-        next(batches)
-        deadline = time.monotonic() + 60
-        while data.reads.total() < expected and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert data.reads.total() == expected
-        batches.close()  # type: ignore[attr-defined]
-        assert data.reads.total() == expected
+class Recorded(CropFlip):
+    """Records which thread makes a batch."""
+
+    threads: ClassVar[list[str]] = []
+
+    def __call__(self, *given: Any, **named: Any) -> torch.Tensor:
+        self.threads.append(threading.current_thread().name)
+        return super().__call__(*given, **named)
+
+
+def test_the_next_batch_is_made_while_one_is_used_but_not_by_the_user_s_dataset() -> None:
+    class Owned(Arrays):
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            assert threading.current_thread() is threading.main_thread()
+            return super().__getitem__(index)
+
+    loader = SoftLabelLoader(Owned(20), batch_size=4, pin_memory=True, augment=Recorded())
+    list(loader)  # reads and caches every image
+    assert Recorded.threads == ["MainThread"] * 5
+    Recorded.threads.clear()
+    batches = iter(loader)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while len(Recorded.threads) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(Recorded.threads) == 2
+    assert all(name.startswith("softlabel-batch") for name in Recorded.threads)
+    assert len(list(batches)) == 4
 
 
 def test_a_worker_that_dies_is_reported(tmp_path: Path) -> None:

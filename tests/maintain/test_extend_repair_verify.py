@@ -342,4 +342,7 @@ def test_plan_prices_every_encoding_before_anything_is_written(ready: Path, tmp_
     for also, more in (([], 2 * 64), (["--embedding-width", 16, "--embedding-type", "int8"], 16 + 4)):
         with_embedding = run_softlabel("plan", *options, "--encoding", "float16", "--also", "embedding", *also).stdout
         assert re.search(rf"^float16 +{8 + more} ", with_embedding, flags=re.MULTILINE), with_embedding
+    # What head stores is that embedding already, and generate refuses both.
+    without = run_softlabel("plan", *options, "--encoding", "head", "--also", "embedding").stdout
+    assert re.search(r"^head +-  does not fit", without, flags=re.MULTILINE), without
     assert "votes" in run_softlabel("plan", *options, "--encoding", "votes", code=2).stderr

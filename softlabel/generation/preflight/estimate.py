@@ -20,7 +20,7 @@ from softlabel.labels.encodings import encode
 from softlabel.labels.fidelity import FidelityMeter
 from softlabel.store.encodings import Encoding
 from softlabel.store.fidelity import Fidelity
-from softlabel.store.manifest import Combine
+from softlabel.store.manifest import Combine, Run
 
 ROW_BYTES = 24  # a row's label, view, content hash and key offset
 SECONDS = 5.0  # duration of the sample, without warm-up
@@ -155,7 +155,9 @@ def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
         yield offer(job, trial, run.encoding)
         return
     for kind in Encoding.kinds.values():
-        if (kind.from_hidden and len(teachers) > 1) or (run.activation == "sigmoid" and not kind.sigmoid):
+        if (kind.from_hidden and (len(teachers) > 1 or _holds_last_input(run))) or (
+            run.activation == "sigmoid" and not kind.sigmoid
+        ):
             continue
         for encoding in kind.offers(num_classes=run.num_classes, temperature=run.temperature):
             try:
@@ -166,6 +168,12 @@ def _iter_offers(job: Job, trial: Trial) -> Iterator[Offer]:
             except UsageError:  # no last linear layer, or its output is not the teacher's
                 if not kind.from_hidden:
                     raise
+
+
+def _holds_last_input(run: Run) -> bool:
+    """Whether rows have what enters the last linear layer beside their logits: encoding head is refused there."""
+    embedding = None if run.features is None else run.features.embedding
+    return embedding is not None and any(tap.side == "input" for tap in embedding.taps)
 
 
 def _make_head_lane(job: Job, encoding: Encoding) -> Lane:
