@@ -28,6 +28,7 @@ import torch
 
 import softlabel
 from softlabel.common.atomic_file import write_atomically
+from softlabel.errors import UsageError
 
 CHOICES = "fold=1/10"  # of the training data: on what choices are made
 MEASURED, RESULTS, SECONDS = "measured.json", "results.json", "seconds.json"
@@ -67,15 +68,22 @@ def make_parser(doc: str, *, rows: int | None, epochs: int, lr: float = 0.1) -> 
     parser.set_defaults(own_data=f"{cifar}/train.parquet", own_rows=rows)
     parser.add_argument("--data", help="a SOURCE, of which a tenth is for choices (default: CIFAR-10)")
     parser.add_argument("--test", default=f"{cifar}/test.parquet", help="a SOURCE that is looked at once, at the end")
-    parser.add_argument("--rows", type=int, help=f"first rows of the data (default: {rows or 'all'}, of others all)")
-    parser.add_argument("--epochs", type=int, default=epochs, help=f"of every training (default: {epochs})")
+    parser.add_argument("--rows", type=_count, help=f"first rows of the data (default: {rows or 'all'}, of others all)")
+    parser.add_argument("--epochs", type=_count, default=epochs, help=f"of every training (default: {epochs})")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=_count, default=128)
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--augment", default="crop-flip", choices=["crop-flip", "crop", "none"])
     parser.add_argument("--temperature", type=float, default=4.0, help="of the soft labels (default: 4)")
     parser.add_argument("--precision", default="bf16", choices=["auto", "fp32", "bf16"], help="default: bf16")
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
 
 
 def run_page(main: Callable[[], None]) -> None:
@@ -105,6 +113,9 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out = options, Path(options.out)
+        for name, given in vars(options).items():
+            if isinstance(given, list) and len(set(map(str, given))) < len(given):
+                raise UsageError(f"--{name.replace('_', '-')}: expected different values, found {given}")
         data, rows = options.data, options.rows
         if data is None:
             data, rows = options.own_data, rows or options.own_rows
@@ -114,7 +125,11 @@ class Experiment:
 
     def __enter__(self) -> "Experiment":
         self._started = time.perf_counter()
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder, found {self.out}: {error.strerror}") from error
+        softlabel.open_source(self.options.test)  # before hours of training for it
         return self
 
     def __exit__(self, *_: object) -> None:

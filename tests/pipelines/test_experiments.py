@@ -168,12 +168,23 @@ def test_tuning(teacher: str, tmp_path: Path) -> None:
     assert "on line it would have run 3 times beside the students of a pass, and 5 times" in printed
 
 
-def test_an_error_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--teacher", "zoo:resnet8@missing.th"], "losses: missing.th: expected a checkpoint, found no such file"),
+        (["--test", "missing.parquet"], "losses: missing.parquet: expected a file or folder"),
+        (["--seeds", 0, 0], "losses: --seeds: expected different values, found [0, 0]"),
+        (["--rows", 0], "losses.py: error: argument --rows: expected a whole number above 0, found '0'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_is_said_before_anything_is_trained(wrong: list[object], said: str, tmp_path: Path) -> None:
     script = ROOT / "pipelines" / "experiments" / "losses.py"
-    done = run_script(script, "--out", tmp_path / "out", *COMMON, "--teacher", "zoo:resnet8@missing.th")
+    done = run_script(script, "--out", tmp_path / "out", *COMMON, *wrong)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "losses: missing.th: expected a checkpoint, found no such file"
+    assert done.stderr.splitlines()[-1].startswith(said), done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_a_student_that_was_given_up_has_no_mean() -> None:
