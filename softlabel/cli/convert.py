@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from softlabel.cli.encoding_options import EncodingOptions
     from softlabel.convert import RewriteSummary
     from softlabel.store.fidelity import Fidelity
-from softlabel.store.manifest import Manifest
+    from softlabel.store.manifest import Manifest
 
 
 def combine(

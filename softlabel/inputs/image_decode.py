@@ -210,7 +210,7 @@ def _convert_tensor(image: Tensor) -> Tensor:
         )
     if image.layout != torch.strided or image.is_meta:
         raise DataError(
-            f"expected a dense tensor with values, found {image.layout} on {image.device}; call .to_dense()"
+            f"expected a dense tensor with values, found {image.layout} on {image.device}; let the dataset return one"
         )
     _check_pixels(image.dtype == torch.uint8, str(image.dtype), image.shape)
     grid = image.detach().cpu()
